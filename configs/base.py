@@ -1,0 +1,145 @@
+"""Every knob, its default, and why. Other recipes hold only differences from this page.
+
+On the command line a knob is `--config.` and its path: `--config.optim.lr=4.5e-3`.
+"""
+
+from ml_collections import ConfigDict
+
+GATES = {
+  'none': dict(position='none'),
+  'headwise': dict(position='sdpa', granularity='headwise'),
+  'elementwise': dict(position='sdpa', granularity='elementwise'),
+}
+
+
+def get_config(arg: str = '') -> ConfigDict:
+  arguments(arg)
+  c = ConfigDict()
+  c.name = 'base'  # the recipe's slug, in the name of its workdir
+  c.seed = 0  # of the weights and of the order of the data
+  c.steps = 1000  # optimizer steps
+  c.batch = 32  # sequences in a step, over all devices
+  c.accum = 1  # micro-batches a step is split into, to save memory
+  c.init_from = ''  # WORKDIR or WORKDIR:STEP whose weights a fresh schedule starts from
+  c.model = model()
+  c.loss = dict(
+    z=0.0,  # weight of the squared log-partition; 1e-4 in PaLM, unpublished in the paper
+    chunk=1024,  # tokens per device whose logits exist at a time
+  )
+  c.optim = optim()
+  c.data = dict(
+    mixture='stdlib',  # the embedded corpus, or DIR[@DOMAIN][=WEIGHT],... as prepared
+    length=256,  # T, tokens in a row
+    tokenizer='bytes',  # of the embedded corpus: bytes, or bpe:SIZE
+    cache='',  # where the embedded corpus is kept; '' is the platform's cache folder
+    verify='sha256',  # of each shard when a dataset is opened; or size, for huge ones
+    workers=0,  # processes that read rows; 0 reads in threads
+    prefetch=8,  # batches read ahead
+  )
+  c.mesh = dict(
+    data=1,  # replicas of the weights, each with its own rows
+    fsdp=-1,  # splits the weights and the rows; -1 is all devices left
+    expert=1,  # splits experts; other layers see it as data
+    tensor=1,  # splits heads, the FFN and the vocabulary
+    context=1,  # splits the tokens of a row
+  )
+  c.eval = dict(
+    every=200,  # steps between held-out losses; each save has one too
+    rows=64,  # held-out rows read per domain, 0 for all
+  )
+  c.checkpoint = dict(
+    every=500,  # steps between saves; the last step is always saved
+    keep=2,  # the newest so many are kept, and the best
+    keep_every=0,  # every multiple is kept for good; 0 for none
+  )
+  c.log = dict(
+    every=1,  # steps between records in metrics.jsonl
+    tensorboard=True,
+    wandb='',  # a project's name sends metrics to Weights & Biases; '' sends nothing
+    profile_first=-1,  # first step of a profiler window; -1 for none
+    profile_last=-1,  # its last step
+  )
+  return c
+
+
+def model() -> dict:
+  return dict(
+    vocab=512,  # at least the tokenizer's; a multiple of config.mesh.tensor
+    width=256,
+    depth=4,
+    ffn=704,  # hidden size of SwiGLU
+    tied=True,  # one table embeds and unembeds
+    mask_documents=True,  # the paper leaves open whether packed documents see each other
+    layers='scan',  # compiles one layer; unroll compiles each, and runs faster
+    remat='none',  # full or dots recompute in the backward pass to save memory
+    numerics=dict(
+      weights='float32',
+      compute='bfloat16',
+      init_std=0.02,  # Megatron's default; the paper does not say
+      residual_init='plain',  # depth divides by sqrt(2 * depth) before the residual
+      norm_eps=1e-6,
+    ),
+    attn=dict(
+      heads=4,
+      kv_heads=2,
+      head_dim=64,  # independent of width / heads
+      qk_norm=True,  # Table 7
+      bias=False,
+      out_bias=False,
+      rope_base=10_000.0,
+      backend='auto',
+      max_segments=64,  # documents a packed row may hold in a fused kernel
+      gate=gate(),
+    ),
+  )
+
+
+def gate() -> dict:
+  return dict(
+    position='none',  # query G4, key G3, value G2, sdpa G1, out G5
+    granularity='elementwise',
+    heads='specific',
+    mean='after',  # a shared gate averages scores; the paper does not say which side
+    form='multiply',
+    activation='sigmoid',
+    source='input',
+    init='normal',
+    std=0.02,  # as any other weight in the authors' code
+    lr=1.0,
+    place='before',  # Eq. 1 read literally: after the projection, before QK-norm
+  )
+
+
+def optim() -> dict:
+  return dict(
+    lr=1e-3,
+    schedule='cosine',
+    warmup=100,
+    decay=100,  # steps of the final decay, for wsd
+    floor=1e-5,
+    b1=0.9,  # with b2 the usual pair of Qwen's reports; the paper says AdamW's defaults
+    b2=0.95,
+    eps=1e-8,
+    weight_decay=0.1,
+    decay_by='lr',  # schedule decays at a rate independent of the peak learning rate
+    clip=1.0,  # Megatron's default; the paper does not say
+  )
+
+
+def arguments(arg: str, *words: str, **values: tuple[str, ...]) -> dict[str, str]:
+  """'48l,gate=headwise' -> {'': '48l', 'gate': 'headwise'}, checked against what is known.
+
+  `words` are the allowed bare words (the first is the default), `values` the allowed
+  values by key (likewise).
+  """
+  chosen = {'': words[0] if words else ''} | {k: v[0] for k, v in values.items()}
+  for part in filter(None, arg.split(',')):
+    key, equals, value = part.partition('=')
+    key, value = (key, value) if equals else ('', part)
+    allowed = words if key == '' else values.get(key, ())
+    if value not in allowed:
+      known = [*words, *(f'{k}={v}' for k, vs in values.items() for v in vs)]
+      expected = f'allowed are {", ".join(known)}' if known else 'this recipe takes none'
+      raise ValueError(f'recipe argument {part!r}: {expected}')
+    chosen[key] = value
+  return chosen

@@ -1,0 +1,133 @@
+"""Step-numbered checkpoints through Orbax: state, config and data fingerprint together.
+
+A step holds three items: `model` and `rest` (optimizer state and counters), each a flat
+mapping from a leaf's name to its array, and `about`, JSON. Reading one runs no code.
+"""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
+
+from gated import config, trees
+
+_log = logging.getLogger('gated')
+
+
+class Checkpoints:
+  """The checkpoints of one workdir; close it, or use it in a `with`, to end saves."""
+
+  def __init__(self, directory: str | Path, *, keep: int = 1, keep_every: int = 0):
+    """Keeps the last `keep` steps, the best one, and every multiple of `keep_every`."""
+    policies: list = [policy.LatestN(keep), _BEST]
+    if keep_every:
+      policies.append(policy.EveryNSteps(keep_every))
+    handlers = {name: ocp.StandardCheckpointHandler() for name in ('model', 'rest')}
+    self.directory = Path(directory).absolute()
+    self.manager = ocp.CheckpointManager(
+      self.directory,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policy.AnyPreservationPolicy(policies),
+        enable_async_checkpointing=True,
+        cleanup_tmp_directories=jax.process_index() == 0,
+      ),
+      item_handlers=handlers | {'about': ocp.JsonCheckpointHandler()},
+    )
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    self.close()
+
+  def close(self) -> None:
+    """Waits for a save under way; raises if it failed."""
+    self.manager.wait_until_finished()
+    self.manager.close()
+
+  def steps(self) -> list[int]:
+    """The steps on disk, ascending."""
+    return sorted(self.manager.all_steps())
+
+  def latest(self) -> int | None:
+    """The last step on disk, or None."""
+    return max(self.steps(), default=None)
+
+  def best(self) -> int | None:
+    """The step on disk with the lowest held-out loss, or the last if none has one."""
+    losses = {step: self.about(step)['heldout_loss'] for step in self.steps()}
+    losses = {step: loss for step, loss in losses.items() if loss is not None}
+    return min(losses, key=losses.__getitem__) if losses else self.latest()
+
+  def save(self, step: int, state: Any, about: dict) -> None:
+    """Starts to save; `about` has 'config', 'data' (its fingerprint), 'heldout_loss'."""
+    model, rest = split(state)
+    args = ocp.args.Composite(
+      model=ocp.args.StandardSave(model),
+      rest=ocp.args.StandardSave(rest),
+      about=ocp.args.JsonSave(about),
+    )
+    loss = about['heldout_loss']
+    metrics = {'heldout_loss': math.inf if loss is None else loss}
+    if not self.manager.save(step, args=args, metrics=metrics, force=True):
+      raise RuntimeError(f'{self.directory}: step {step} was not saved')
+
+  def about(self, step: int) -> dict:
+    """The JSON saved with a step."""
+    args = ocp.args.Composite(about=ocp.args.JsonRestore())
+    return self.manager.restore(step, args=args)['about']
+
+  def restore(self, step: int, like: Any) -> Any:
+    """A step -> the state, placed as the abstract state `like` says.
+
+    `like` is a tree of `jax.ShapeDtypeStruct` with shardings. Raises ValueError, naming
+    the leaf, for one that is missing or has another shape or dtype.
+    """
+    model, rest = split(like)
+    restored = self._read(step, {'model': model, 'rest': rest})
+    return trees.unflatten(like, restored['rest'] | _under('model', restored['model']))
+
+  def restore_model(self, step: int, like: Any) -> Any:
+    """A step -> the model alone, placed as the abstract model `like` says."""
+    return trees.unflatten(like, self._read(step, {'model': trees.flatten(like)})['model'])
+
+  def _read(self, step: int, items: dict[str, dict[str, Any]]) -> dict[str, dict]:
+    if step not in self.steps():
+      have = ', '.join(map(str, self.steps())) or 'none'
+      raise ValueError(f'{self.directory} has no step {step}; it has {have}')
+    saved = self.manager.item_metadata(step)
+    for item, leaves in items.items():
+      _check(self.directory / str(step) / item, saved[item], leaves)
+    args = {item: ocp.args.StandardRestore(leaves) for item, leaves in items.items()}
+    return dict(self.manager.restore(step, args=ocp.args.Composite(**args)).items())
+
+
+_BEST = policy.BestN(get_metric_fn=lambda m: m['heldout_loss'], reverse=True, n=1)
+
+
+def split(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+  """A State -> (the model's leaves by name, all others by name)."""
+  leaves = trees.flatten(state)
+  rest = {k: v for k, v in leaves.items() if not k.startswith('model.')}
+  return trees.flatten(state.model), rest
+
+
+def _under(prefix: str, leaves: dict[str, Any]) -> dict[str, Any]:
+  return {f'{prefix}.{name}': leaf for name, leaf in leaves.items()}
+
+
+def _check(where: Path, saved: Any, wanted: dict[str, Any]) -> None:
+  """Raises ValueError unless what is saved has the names, shapes and dtypes wanted."""
+  for name in wanted.keys() ^ saved.keys():
+    there = 'is in the checkpoint only' if name in saved else 'is not in the checkpoint'
+    near = config.nearest(name, saved) if name in wanted else ''
+    raise ValueError(f'{where}: {name} {there}{near}')
+  for name, leaf in wanted.items():
+    have = (tuple(saved[name].shape), str(saved[name].dtype))
+    want = (tuple(leaf.shape), str(leaf.dtype))
+    if have != want:
+      raise ValueError(f'{where}: {name} is {have} there, but {want} is wanted')

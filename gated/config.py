@@ -1,0 +1,105 @@
+"""The door: plain mappings from outside become the frozen dataclasses that rooms own.
+
+A knob has one name from the command line to the room that reads it: `config.` and the
+path through the mapping, such as `config.model.attn.gate.position`.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+C = TypeVar('C')
+
+
+def build(cls: type[C], mapping: Mapping, name: str) -> C:
+  """A mapping -> the frozen dataclass `cls`, with nested dataclasses built likewise.
+
+  `name` is the mapping's own knob, such as 'config.model'. Raises ValueError, naming the
+  knob, for one that is unknown, missing, or of another type.
+  """
+  hints = typing.get_type_hints(cls)
+  for key in mapping:
+    if key not in hints:
+      raise ValueError(f'{name}.{key} is no knob{nearest(f"{name}.{key}", hints, name)}')
+  missing = [key for key in hints if key not in mapping]
+  if missing:
+    raise ValueError(f'{name}.{missing[0]} is missing')
+  fields = {key: _coerce(hints[key], mapping[key], f'{name}.{key}') for key in hints}
+  return cls(**fields)
+
+
+def nearest(knob: str, known: Iterable[str], prefix: str = '') -> str:
+  """A mistyped knob and the known names -> '; did you mean ...?', or '' if none is near."""
+  names = [f'{prefix}.{key}' if prefix else key for key in known]
+  close = difflib.get_close_matches(knob, names, n=1, cutoff=0.6)
+  return f'; did you mean {close[0]}?' if close else f'; known are {", ".join(names)}'
+
+
+def _coerce(hint: Any, value: Any, name: str) -> Any:
+  if dataclasses.is_dataclass(hint):
+    if not isinstance(value, Mapping):
+      raise ValueError(f'{name}={value!r}, but a group of knobs is expected')
+    return build(typing.cast(type, hint), value, name)
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  if isinstance(hint, types.GenericAlias):
+    if not isinstance(value, (tuple, list)):
+      raise ValueError(f'{name}={value!r}, but a tuple is expected')
+    element = typing.get_args(hint)[0]
+    return tuple(_coerce(element, v, f'{name}[{i}]') for i, v in enumerate(value))
+  if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+    raise ValueError(f'{name}={value!r}, but a {hint.__name__} is expected')
+  if hint is float and not math.isfinite(value):
+    raise ValueError(f'{name}={value!r}, but a finite number is expected')
+  return value
+
+
+def one_of(name: str, value: Any, allowed: Iterable) -> None:
+  """Raises ValueError, naming the knob, unless `value` is one of `allowed`."""
+  if value not in allowed:
+    raise ValueError(f'{name}={value!r}, but allowed are {", ".join(map(repr, allowed))}')
+
+
+def at_least(name: str, value: float, low: float) -> None:
+  """Raises ValueError, naming the knob, unless `value >= low`."""
+  if not value >= low:
+    raise ValueError(f'{name}={value!r}, but it must be at least {low}')
+
+
+def divides(name: str, value: int, by: str, divisor: int) -> None:
+  """Raises ValueError, naming both knobs, unless `divisor` divides `value`."""
+  if divisor < 1 or value % divisor:
+    raise ValueError(f'{name}={value} must be a multiple of {by}={divisor}')
+
+
+def flatten(mapping: Mapping, name: str = 'config') -> dict[str, Any]:
+  """A nested mapping -> {full knob name: value}."""
+  flat = {}
+  for key, value in mapping.items():
+    if isinstance(value, Mapping):
+      flat |= flatten(value, f'{name}.{key}')
+    else:
+      flat[f'{name}.{key}'] = list(value) if isinstance(value, tuple) else value
+  return flat
+
+
+def differences(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
+  """Two nested mappings -> {full knob name: (old value, new value)} where they differ."""
+  a, b = flatten(old), flatten(new)
+  return {
+    knob: (a.get(knob), b.get(knob))
+    for knob in sorted(a.keys() | b.keys())
+    if knob not in a or knob not in b or a[knob] != b[knob]
+  }
+
+
+def digest(obj: Any) -> str:
+  """Anything JSON can write -> the SHA-256 of its canonical form, in hexadecimal."""
+  text = json.dumps(obj, sort_keys=True, separators=(',', ':'), allow_nan=False)
+  return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,142 @@
+"""The small parts: dense maps with named axes, norms, SwiGLU, embeddings, RoPE.
+
+Every parameter carries the logical name of each of its dims (`axes`), from which
+`mesh.py` places it. Its random key is folded from the parent's key and its own name, so
+that adding a parameter (a gate, say) leaves the initial value of every other as it was.
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gated import config, mesh
+
+Axes = Sequence[str | None]
+DTYPES = ('float32', 'bfloat16')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numerics:
+  """Precision and initialisation, shared by all parameters of a model."""
+
+  weights: str  # the dtype that parameters are kept in
+  compute: str  # the dtype of activations and matrix products
+  init_std: float  # of the normal distribution that weights are drawn from
+  residual_init: str  # 'plain', or 'depth': maps back to the residual get std / sqrt(2 L)
+  norm_eps: float  # added to the mean square in RMSNorm
+
+  def __post_init__(self):
+    config.one_of('config.model.numerics.weights', self.weights, DTYPES)
+    config.one_of('config.model.numerics.compute', self.compute, DTYPES)
+    config.one_of(
+      'config.model.numerics.residual_init', self.residual_init, ('plain', 'depth')
+    )
+    config.at_least('config.model.numerics.init_std', self.init_std, 0.0)
+    config.at_least('config.model.numerics.norm_eps', self.norm_eps, 0.0)
+
+  def residual_std(self, depth: int) -> float:
+    """The init std of the two maps per layer that write to the residual stream."""
+    return self.init_std / (math.sqrt(2 * depth) if self.residual_init == 'depth' else 1)
+
+
+def named(key: jax.Array, name: str) -> jax.Array:
+  """A parent's key and a child's name -> the child's key."""
+  return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def normal(key: jax.Array, shape: Sequence[int], axes: Axes, *, std: float, dtype):
+  """A parameter drawn from N(0, std^2) in float32, then kept in `dtype`."""
+  value = std * jax.random.normal(key, shape, jnp.float32)
+  return nnx.Param(value.astype(dtype), axes=tuple(axes))
+
+
+class Dense(nnx.Module):
+  """A linear map from `dims_in` to `dims_out`, each a tuple of sizes: (..., D) -> (..., H, K)."""
+
+  def __init__(
+    self,
+    key: jax.Array,
+    dims_in: tuple[int, ...],
+    dims_out: tuple[int, ...],
+    *,
+    axes: Axes,
+    std: float,
+    bias: bool,
+    numerics: Numerics,
+  ):
+    self.dims_in, self.compute = len(dims_in), numerics.compute
+    shape = (*dims_in, *dims_out)
+    self.weight = normal(key, shape, axes, std=std, dtype=numerics.weights)
+    zeros = jnp.zeros(dims_out, numerics.weights)
+    self.bias = nnx.Param(zeros, axes=tuple(axes)[len(dims_in) :]) if bias else None
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = jnp.tensordot(x, self.weight[...].astype(self.compute), self.dims_in)
+    if self.bias is not None:
+      b = self.bias[...].astype(self.compute)
+      y = y + b.reshape((1,) * (y.ndim - b.ndim) + b.shape)
+    return y
+
+
+class RMSNorm(nnx.Module):
+  """x -> scale * x / sqrt(mean(x^2) + eps) over the last dim, in float32 (arXiv 1910.07467)."""
+
+  def __init__(self, dim: int, *, axes: Axes, numerics: Numerics):
+    self.eps = numerics.norm_eps
+    self.scale = nnx.Param(jnp.ones((dim,), numerics.weights), axes=tuple(axes))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    z = x.astype(jnp.float32)
+    z *= jax.lax.rsqrt(jnp.mean(jnp.square(z), -1, keepdims=True) + self.eps)
+    scale = self.scale[...].astype(jnp.float32)
+    return (z * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+  """x -> (silu(x A) * x U) O (arXiv 2002.05202), hidden size F."""
+
+  def __init__(
+    self, key: jax.Array, *, width: int, hidden: int, std_out: float, numerics: Numerics
+  ):
+    opts = dict(bias=False, numerics=numerics)
+    up, down = ('embed', 'ffn'), ('ffn', 'embed')
+    std = numerics.init_std
+    dims = (width,), (hidden,)
+    self.act = Dense(named(key, 'act'), *dims, axes=up, std=std, **opts)
+    self.up = Dense(named(key, 'up'), *dims, axes=up, std=std, **opts)
+    self.down = Dense(named(key, 'down'), *dims[::-1], axes=down, std=std_out, **opts)
+
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    return self.down(jax.nn.silu(self.act(x_BTD)) * self.up(x_BTD))
+
+
+class Embed(nnx.Module):
+  """A table of V vectors of width D, read by token (B, T) -> (B, T, D)."""
+
+  def __init__(self, key: jax.Array, *, vocab: int, width: int, numerics: Numerics):
+    self.compute = numerics.compute
+    opts = dict(std=numerics.init_std, dtype=numerics.weights)
+    self.table = normal(key, (vocab, width), ('vocab', 'embed'), **opts)
+
+  def __call__(self, token_BT: jax.Array) -> jax.Array:
+    # Each device looks its tokens up in a whole table, gathered in the compute dtype.
+    table_VD = mesh.constrain(self.table[...].astype(self.compute), None, None)
+    return mesh.constrain(table_VD[token_BT], 'batch', 'tokens', None)
+
+
+def rope_angles(position_BT: jax.Array, dim: int, base: float) -> jax.Array:
+  """Positions -> angles (B, T, K/2) in radians: position / base^(2i / K), arXiv 2104.09864."""
+  frequency = base ** -(jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+  return position_BT[..., None].astype(jnp.float32) * frequency[None, None, :]
+
+
+def rope(x_BTHK: jax.Array, angle_BTk: jax.Array) -> jax.Array:
+  """Rotates the pairs (i, i + K/2) of each head by their angles, in float32."""
+  cos, sin = jnp.cos(angle_BTk)[:, :, None, :], jnp.sin(angle_BTk)[:, :, None, :]
+  a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHK.dtype)

@@ -1,0 +1,107 @@
+"""run.json: what a run is made of, and every session that worked on it.
+
+`config` and `data` are those of the latest session. Each start adds one entry to
+`sessions`: when, from which step, which knobs differ from the session before ({knob:
+[before, now]}), the command, versions, devices and environment, and the code's commit.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gated.metrics.log import write_json
+
+PACKAGES = (
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'grain',
+  'array_record',
+  'ml_collections',
+  'tokenizers',
+  'numpy',
+)
+
+# What steers the compiler and the collectives, and so can change numbers.
+ENVIRONMENT = ('XLA_', 'LIBTPU_', 'JAX_', 'NCCL_')
+
+
+def manifest(
+  path: str | os.PathLike,
+  *,
+  config: Mapping[str, Any],
+  data: Mapping[str, Any],
+  step: int,
+  changed: Mapping[str, Any],
+) -> dict:
+  """Resolved config, data fingerprint, restored step (-1: none) -> run.json, written.
+
+  A run.json that is there keeps its sessions. Call it on process 0 alone.
+  """
+  path = Path(path)
+  sessions = json.loads(path.read_text())['sessions'] if path.exists() else []
+  entry = {'restored_step': step, 'changed': changed} | session()
+  run = {'config': config, 'data': data, 'sessions': [*sessions, entry]}
+  path.parent.mkdir(parents=True, exist_ok=True)
+  write_json(path, run)
+  return run
+
+
+def session() -> dict:
+  """-> this process's time, command, code, versions, devices and compiler flags."""
+  devices = jax.devices()
+  return {
+    'time': datetime.now(UTC).isoformat(timespec='seconds'),
+    'command': sys.argv,
+    'git': git(Path(__file__).resolve().parents[2]),
+    'versions': versions(),
+    'python': platform.python_version(),
+    'platform': platform.platform(),
+    'backend': jax.default_backend(),
+    'device_kind': devices[0].device_kind,
+    'devices': len(devices),
+    'processes': jax.process_count(),
+    'environment': {k: v for k, v in os.environ.items() if k.startswith(ENVIRONMENT)},
+  }
+
+
+def versions() -> dict[str, str | None]:
+  """-> package -> its installed version; None where it is not."""
+  found: dict[str, str | None] = dict.fromkeys(PACKAGES)
+  for package in PACKAGES:
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found
+
+
+def git(checkout: Path) -> dict | None:
+  """Folder -> its commit, and whether tracked files differ from it.
+
+  None without git, or where the folder is not the top of a checkout of its own.
+  """
+
+  def ask(*words: str) -> str:
+    command = ['git', '-C', str(checkout), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    return done.stdout.strip()
+
+  try:
+    if Path(ask('rev-parse', '--show-toplevel')).resolve() != checkout.resolve():
+      return None
+    changes = ask('status', '--porcelain', '--untracked-files=no')
+    return {'commit': ask('rev-parse', 'HEAD'), 'dirty': bool(changes)}
+  except (OSError, subprocess.SubprocessError):
+    return None

@@ -1,0 +1,251 @@
+"""Text -> token ids and back: bytes, Hugging Face `tokenizers`, SentencePiece.
+
+Every kind has the same verbs. `encode` also says how many bytes of the text each token
+covers, so that bits per byte is exact whatever the vocabulary.
+
+No text can forge a control token. A document that happens to contain '<|endoftext|>' is
+spelled out in ordinary tokens, and a tokenizer that cannot do that is refused when it
+meets such a document.
+
+N tokens of one text.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+END = '<|endoftext|>'
+# Looked for in this order when the caller names no end-of-text token.
+ENDS = (END, '</s>', '<|end_of_text|>', '<eos>', '<|im_end|>', '[SEP]')
+BEGINNINGS = ('<|begin_of_text|>', '<s>', '<bos>', '[CLS]')
+MAX_FILE = 1 << 28  # Bytes; the largest published vocabularies take about 30 MB.
+
+Encoded = tuple[np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+  """A vocabulary and its two verbs.
+
+  encode(text) -> (ids_N, bytes_N), both int32; the bytes sum to len(text.encode()), and
+  neither beginning nor end of text is added. decode(ids) -> bytes, control tokens left out.
+  """
+
+  name: str  # 'bytes', or the name of the file it came from.
+  vocab: int
+  eos: int  # Ends every document.
+  bos: int  # The tokenizer's own beginning of text, or eos where it has none.
+  eos_token: str  # Given to load(), it makes the same tokenizer again.
+  path: str  # '' for bytes.
+  fingerprint: str  # Hexadecimal SHA-256 of all that defines it.
+  encode: Callable[[str], Encoded]
+  decode: Callable[[Sequence[int] | np.ndarray], bytes]
+
+
+def load(spec: str, *, eos: str = '') -> Tokenizer:
+  """'bytes', the path of a tokenizer.json or of a SentencePiece *.model -> Tokenizer.
+
+  eos='' takes the tokenizer's own end of text. ValueError names the path and what is wrong.
+  """
+  if spec == 'bytes':
+    return _bytes()
+  path = pathlib.Path(spec)
+  kinds = [kind for suffix, kind in KINDS.items() if path.name.endswith(suffix)]
+  if not kinds:
+    allowed = "'bytes', a path that ends in " + ' or '.join(KINDS)
+    raise ValueError(f'tokenizer {spec!r}, but allowed are {allowed}')
+  if not path.is_file():
+    raise ValueError(f'tokenizer {spec!r}: no such file')
+  if not 0 < path.stat().st_size <= MAX_FILE:
+    size = path.stat().st_size
+    raise ValueError(f'tokenizer {spec!r} has {size} bytes, but 1 to {MAX_FILE} are allowed')
+  return kinds[0](str(path), path.read_bytes(), eos)
+
+
+def train_bpe(texts: Iterable[str], vocab: int, path: str) -> Tokenizer:
+  """Texts -> a byte-level BPE of exactly `vocab` tokens, written to `path`, and loaded.
+
+  Token 0 ends a text and the 256 bytes follow, so no text is out of vocabulary. The same
+  texts in the same order give the same file.
+  """
+  tokenizers = _need('tokenizers')
+  if vocab < 257:
+    raise ValueError(f'a byte-level BPE of {vocab} tokens, but 257 are the least')
+  byte_level = tokenizers.pre_tokenizers.ByteLevel
+  bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+  bpe.pre_tokenizer = byte_level(add_prefix_space=False)
+  bpe.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=vocab,
+    special_tokens=[END],
+    initial_alphabet=byte_level.alphabet(),
+    show_progress=False,
+  )
+  bpe.train_from_iterator(texts, trainer)
+  if bpe.get_vocab_size() != vocab:
+    size = bpe.get_vocab_size()
+    raise ValueError(f'a BPE of {vocab} tokens was asked for, the text yields only {size}')
+  draft = f'{path}.{os.getpid()}'
+  pathlib.Path(draft).write_text(bpe.to_str(pretty=True), encoding='utf-8')
+  os.replace(draft, path)
+  return load(path, eos=END)
+
+
+def _bytes() -> Tokenizer:
+  def encode(text):
+    ids_N = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    return ids_N, np.ones_like(ids_N)
+
+  def decode(ids):
+    ids_N = np.asarray(ids)
+    return ids_N[ids_N < 256].astype(np.uint8).tobytes()
+
+  return Tokenizer(
+    name='bytes',
+    vocab=257,
+    eos=256,
+    bos=256,
+    eos_token='',
+    path='',
+    fingerprint=hashlib.sha256(b'bytes: 0 to 255, end of text 256').hexdigest(),
+    encode=encode,
+    decode=decode,
+  )
+
+
+def _hugging_face(path: str, content: bytes, eos: str) -> Tokenizer:
+  tokenizers = _need('tokenizers')
+  try:
+    model = tokenizers.Tokenizer.from_buffer(content)
+    kind = (json.loads(content).get('decoder') or {}).get('type')
+  except Exception as error:
+    raise ValueError(f'tokenizer {path!r} is not a tokenizer.json: {error}') from error
+  model.no_truncation()
+  model.no_padding()
+  model.encode_special_tokens = True  # Control tokens in a text are spelled out.
+  vocab = model.get_vocab(with_added_tokens=True)
+  eos_token, eos_id = _control(vocab.get, eos, path)
+  begins = [vocab[token] for token in BEGINNINGS if token in vocab]
+
+  def encode(text):
+    pieces = model.encode(text, add_special_tokens=False)
+    return _covered(pieces.ids, pieces.offsets, text, eos=eos_token, eos_id=eos_id)
+
+  return Tokenizer(
+    name=os.path.basename(path),
+    vocab=max(vocab.values()) + 1,
+    eos=eos_id,
+    bos=begins[0] if begins else eos_id,
+    eos_token=eos_token,
+    path=path,
+    fingerprint=_digest(content, eos_token),
+    encode=encode,
+    decode=_byte_level_decode(model) if kind == 'ByteLevel' else _decode(model.decode),
+  )
+
+
+def _sentencepiece(path: str, content: bytes, eos: str) -> Tokenizer:
+  sentencepiece = _need('sentencepiece')
+  model = sentencepiece.SentencePieceProcessor()
+  try:
+    model.LoadFromSerializedProto(content)
+  except Exception as error:
+    raise ValueError(f'tokenizer {path!r} is not a SentencePiece model: {error}') from error
+  if not eos and model.eos_id() >= 0:
+    eos = model.id_to_piece(model.eos_id())
+  known = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
+  eos_token, eos_id = _control(known.get, eos, path)
+
+  def encode(text):
+    pieces = model.encode(text, return_type='offset_mapping')
+    return _covered(pieces['ids'], pieces['offsets'], text, eos=eos_token, eos_id=eos_id)
+
+  return Tokenizer(
+    name=os.path.basename(path),
+    vocab=model.get_piece_size(),
+    eos=eos_id,
+    bos=model.bos_id() if model.bos_id() >= 0 else eos_id,
+    eos_token=eos_token,
+    path=path,
+    fingerprint=_digest(content, eos_token),
+    encode=encode,
+    decode=_decode(model.decode),
+  )
+
+
+KINDS = {'.json': _hugging_face, '.model': _sentencepiece}
+
+
+def _covered(ids: list, spans: list, text: str, *, eos: str, eos_id: int) -> Encoded:
+  """Token ids and their spans of characters -> ids and the bytes that each covers.
+
+  What lies between two tokens counts for the later one, a character split over several
+  tokens for the one that its span ends first, and what follows the last for the last.
+  """
+  ids_N = np.array(ids, np.int32)
+  if (ids_N == eos_id).any():
+    raise ValueError(f'a document holds {eos!r}, which the tokenizer takes for its end of text')
+  if not len(ids_N):
+    return ids_N, ids_N
+  ends_N = np.array([end for _, end in spans], np.int64)
+  if not text.isascii():
+    points = np.frombuffer(text.encode('utf-32-le'), np.uint32)
+    widths = 1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF)
+    ends_N = np.concatenate([[0], np.cumsum(widths)])[ends_N]
+  ends_N = np.maximum.accumulate(ends_N)
+  ends_N[-1] = len(text.encode())
+  return ids_N, np.diff(ends_N, prepend=0).astype(np.int32)
+
+
+def _control(find: Callable[[str], int | None], eos: str, path: str) -> tuple[str, int]:
+  """The end-of-text token's spelling and id."""
+  for token in (eos,) if eos else ENDS:
+    found = find(token)
+    if found is not None:
+      return token, found
+  wanted = repr(eos) if eos else f'any of {", ".join(ENDS)}; name one with --eos'
+  raise ValueError(f'tokenizer {path!r} has no end-of-text token {wanted}')
+
+
+def _decode(decode: Callable[[list[int]], str]) -> Callable[..., bytes]:
+  return lambda ids: decode([int(i) for i in ids]).encode()
+
+
+def _byte_level_decode(model: Any) -> Callable[..., bytes]:
+  """Exact bytes, also where a sequence starts or ends inside a character."""
+
+  @functools.cache
+  def pieces() -> dict[int, bytes]:
+    # GPT-2's table: printable Latin-1 stands for itself, the other bytes follow from 256.
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    byte_of = {chr(byte): byte for byte in plain}
+    byte_of |= {chr(256 + i): byte for i, byte in enumerate(rest)}
+    added = model.get_added_tokens_decoder()
+    table = {i: token.content.encode() for i, token in added.items() if not token.special}
+    for token, i in model.get_vocab(with_added_tokens=False).items():
+      if i not in added:
+        table[i] = bytes(byte_of[char] for char in token)
+    return table
+
+  return lambda ids: b''.join(pieces().get(int(i), b'') for i in ids)
+
+
+def _digest(content: bytes, eos_token: str) -> str:
+  return hashlib.sha256(content + b'\0' + eos_token.encode()).hexdigest()
+
+
+def _need(package: str) -> Any:
+  """An optional package, imported only when a tokenizer asks for it."""
+  try:
+    return importlib.import_module(package)
+  except ImportError as error:
+    raise ValueError(f'this tokenizer needs a package: pip install {package}') from error
