@@ -88,7 +88,7 @@ def model() -> dict:
       out_bias=False,
       rope_base=10_000.0,
       backend='auto',
-      max_segments=64,  # documents a packed row may hold in a fused kernel
+      max_segments=16,  # documents a packed row may hold; fused kernels pay for each
       gate=gate(),
     ),
   )

@@ -63,6 +63,19 @@ class Checkpoints:
     losses = {step: loss for step, loss in losses.items() if loss is not None}
     return min(losses, key=losses.__getitem__) if losses else self.latest()
 
+  def pick(self, which: str, knob: str) -> int:
+    """'latest', 'best' or a number -> a step on disk; ValueError, naming the knob, if none."""
+    if not self.steps():
+      raise ValueError(f'{knob}={which!r}: {self.directory} holds no checkpoint')
+    named = {'latest': self.latest, 'best': self.best}
+    if which not in named and not which.isdecimal():
+      raise ValueError(f'{knob}={which!r}, but allowed are latest, best, or a step')
+    step = named[which]() if which in named else int(which)
+    if step not in self.steps():
+      have = ', '.join(map(str, self.steps()))
+      raise ValueError(f'{knob}={which!r}: {self.directory} has the steps {have}')
+    return step
+
   def save(self, step: int, state: Any, about: dict) -> None:
     """Starts to save; `about` has 'config', 'data' (its fingerprint), 'heldout_loss'."""
     model, rest = split(state)
@@ -88,17 +101,15 @@ class Checkpoints:
     the leaf, for one that is missing or has another shape or dtype.
     """
     model, rest = split(like)
-    restored = self._read(step, {'model': model, 'rest': rest})
+    restored = self.read(step, {'model': model, 'rest': rest})
     return trees.unflatten(like, restored['rest'] | _under('model', restored['model']))
 
   def restore_model(self, step: int, like: Any) -> Any:
     """A step -> the model alone, placed as the abstract model `like` says."""
-    return trees.unflatten(like, self._read(step, {'model': trees.flatten(like)})['model'])
+    return trees.unflatten(like, self.read(step, {'model': trees.flatten(like)})['model'])
 
-  def _read(self, step: int, items: dict[str, dict[str, Any]]) -> dict[str, dict]:
-    if step not in self.steps():
-      have = ', '.join(map(str, self.steps())) or 'none'
-      raise ValueError(f'{self.directory} has no step {step}; it has {have}')
+  def read(self, step: int, items: dict[str, dict[str, Any]]) -> dict[str, dict]:
+    """A step and, by item, {leaf's name: shape, dtype and sharding} -> the same of arrays."""
     saved = self.manager.item_metadata(step)
     for item, leaves in items.items():
       _check(self.directory / str(step) / item, saved[item], leaves)

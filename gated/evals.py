@@ -9,10 +9,39 @@ model's own losses come from `step`.
 import dataclasses
 import lzma
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import numpy as np
+from jax.sharding import Mesh
+
+from gated import mesh as placement
+
+
+def perplexity(
+  evaluate: Callable, model: Any, corpus: Any, *, mesh: Mesh, batch: int, limit: int
+) -> dict:
+  """Held-out text -> {'loss': nats per token of all, 'domains': {name: summary}}.
+
+  `evaluate(model, batch)` gives each row's (nats, weight); of each domain the first
+  `limit` rows are read (0 for all), `batch` of them at a time.
+  """
+  held = placement.rows(mesh, batch)
+  domains, nats, tokens = {}, 0.0, 0.0
+  for domain in corpus.domains:
+    sums = []
+    # Each host reads the tokens of its own rows, and the bytes of all of them.
+    sizes = (
+      b for _, b in corpus.heldout(domain, batch=batch, rows=range(batch), limit=limit)
+    )
+    mine = (b for b, _ in corpus.heldout(domain, batch=batch, rows=held, limit=limit))
+    for local, bytes_B in zip(mine, sizes):
+      nll_B, weight_B = evaluate(model, placement.place(local, mesh, batch))
+      sums.append((np.asarray(nll_B), np.asarray(weight_B), bytes_B))
+    nll_R, weight_R, bytes_R = (np.concatenate(column) for column in zip(*sums))
+    domains[domain] = summarize(nll_R, weight_R, bytes_R)
+    nats, tokens = nats + nll_R.sum(dtype=float), tokens + weight_R.sum(dtype=float)
+  return {'loss': float(nats / tokens), 'domains': domains}
 
 
 def summarize(nll_R: np.ndarray, weight_R: np.ndarray, bytes_R: np.ndarray) -> dict:

@@ -11,6 +11,7 @@ module, no parameter.
 B batch  T tokens  D width  H heads (query or KV)  K head width, or 1 for a headwise gate
 """
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gated import config
-from gated.layers import Numerics, normal
+from gated.layers import Numerics, normal, recomputed
 
 # Position -> the paper's name for it.
 POSITIONS = {
@@ -123,23 +124,35 @@ class Gate(nnx.Module):
     std = cfg.std if cfg.init == 'normal' else 0.0
     self.weight = normal(key, shape, axes, std=std, dtype=numerics.weights)
 
+  def logit(self, x_BTD: jax.Array) -> jax.Array:
+    """What the activation is applied to: (B, T, H, K), (B, T, H, 1), or (B, T, D).
+
+    With source 'parameter' B and T are 1.
+    """
+    w = self.weight[...].astype(self.compute)
+    by_input = self.cfg.source == 'input'
+    logit = jnp.tensordot(x_BTD, w, 1) if by_input else w[None, None]
+    return logit[..., None] if self.cfg.granularity == 'headwise' else logit
+
   def score(self, x_BTD: jax.Array) -> jax.Array:
-    """The scores, in float32: (B, T, H or 1, K or 1), or (B, T, D) at position 'out'."""
-    cfg, w = self.cfg, self.weight[...]
-    if cfg.source == 'input':
-      f32 = dict(preferred_element_type=jnp.float32)
-      logit = jnp.tensordot(x_BTD, w.astype(self.compute), 1, **f32)
-    else:
-      logit = w.astype(jnp.float32)[None, None]
-    if cfg.granularity == 'headwise':
-      logit = logit[..., None]
-    act = ACTIVATIONS[cfg.activation]
-    if cfg.heads == 'specific':
-      return act(logit)
-    if cfg.mean == 'before':
-      return act(logit.mean(2, keepdims=True))
-    return act(logit).mean(2, keepdims=True)
+    """The scores, in float32: as `logit`, but with one head for all if they share."""
+    return _score(self.logit(x_BTD), self.cfg)
 
   def __call__(self, y: jax.Array, x_BTD: jax.Array) -> jax.Array:
-    y32 = y.astype(jnp.float32)
-    return FORMS[self.cfg.form](y32, self.score(x_BTD)).astype(y.dtype)
+    return _apply(y, self.logit(x_BTD), self.cfg)
+
+
+def _score(logit: jax.Array, cfg: Config) -> jax.Array:
+  logit = logit.astype(jnp.float32)
+  act = ACTIVATIONS[cfg.activation]
+  if cfg.heads == 'specific':
+    return act(logit)
+  if cfg.mean == 'before':
+    return act(logit.mean(2, keepdims=True))
+  return act(logit).mean(2, keepdims=True)
+
+
+@functools.partial(recomputed, static_argnums=2)
+def _apply(y: jax.Array, logit: jax.Array, cfg: Config) -> jax.Array:
+  score = _score(logit, cfg)
+  return FORMS[cfg.form](y.astype(jnp.float32), score).astype(y.dtype)

@@ -98,11 +98,8 @@ def _cudnn_packed(q_BTHK, k_BSGK, v_BSGK, segment_BT, max_segments):
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
   start_BM, size_BM = segment_runs(segment_BT, max_segments)
-  B, T = segment_BT.shape
-  offset_BM1 = jnp.concatenate([start_BM, jnp.full((B, 1), -1, jnp.int32)], 1)
-  used_B1 = jnp.sum(size_BM > 0, 1, keepdims=True)
-  at_end = jnp.arange(max_segments + 1)[None] == used_B1
-  offset_BM1 = jnp.where(at_end, T, offset_BM1)
+  # One more offset than segments; -1 where there is none, in the last column always.
+  offset_BM1 = jnp.pad(start_BM, ((0, 0), (0, 1)), constant_values=-1)
   opts = dict(scale=q_BTHK.shape[-1] ** -0.5, mask_type=cudnn.MaskType.PADDING_CAUSAL)
   lengths = (size_BM, size_BM, offset_BM1, offset_BM1)
   return cudnn.dot_product_attention(

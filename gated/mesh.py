@@ -77,8 +77,8 @@ def make(
     sizes[rest[0]] = len(devices) // known
   product = math.prod(sizes.values())
   if product != len(devices):
-    knobs = ' * '.join(f'{axis}={size}' for axis, size in sizes.items())
-    raise ValueError(f'config.mesh: {knobs} is not the {len(devices)} devices here')
+    knobs = ' * '.join(f'config.mesh.{axis}={size}' for axis, size in sizes.items())
+    raise ValueError(f'{knobs} is not the {len(devices)} devices here')
   shape = tuple(sizes.values())
   return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 

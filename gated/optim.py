@@ -75,9 +75,7 @@ def schedule(cfg: Config, steps: int) -> optax.Schedule:
 
   The first update has lr / warmup, update `warmup` the peak, the last one the floor.
   """
-  after = steps - cfg.warmup
-  if after < 1:
-    raise ValueError(f'{_NAME}.warmup={cfg.warmup} must be below config.steps={steps}')
+  after = max(steps - cfg.warmup, 1)  # A run may end within its warm-up.
   if cfg.schedule == 'wsd' and not 1 <= cfg.decay <= after:
     raise ValueError(f'{_NAME}.decay={cfg.decay}, but it must be between 1 and {after}')
   warmup = optax.linear_schedule(0.0, cfg.lr, max(cfg.warmup, 1))

@@ -11,7 +11,6 @@ N tokens of one text.
 """
 
 import dataclasses
-import functools
 import hashlib
 import importlib
 import json
@@ -36,7 +35,8 @@ class Tokenizer:
   """A vocabulary and its two verbs.
 
   encode(text) -> (ids_N, bytes_N), both int32; the bytes sum to len(text.encode()), and
-  neither beginning nor end of text is added. decode(ids) -> bytes, control tokens left out.
+  neither beginning nor end of text is added (a text may have no token at all: spaces, in
+  some vocabularies). decode(ids) -> bytes, control tokens left out.
   """
 
   name: str  # 'bytes', or the name of the file it came from.
@@ -53,7 +53,7 @@ class Tokenizer:
 def load(spec: str, *, eos: str = '') -> Tokenizer:
   """'bytes', the path of a tokenizer.json or of a SentencePiece *.model -> Tokenizer.
 
-  eos='' takes the tokenizer's own end of text. ValueError names the path and what is wrong.
+  eos='' takes the tokenizer's own end of text. ValueError names the path and the fault.
   """
   if spec == 'bytes':
     return _bytes()
@@ -66,7 +66,9 @@ def load(spec: str, *, eos: str = '') -> Tokenizer:
     raise ValueError(f'tokenizer {spec!r}: no such file')
   if not 0 < path.stat().st_size <= MAX_FILE:
     size = path.stat().st_size
-    raise ValueError(f'tokenizer {spec!r} has {size} bytes, but 1 to {MAX_FILE} are allowed')
+    raise ValueError(
+      f'tokenizer {spec!r} has {size} bytes, but 1 to {MAX_FILE} are allowed'
+    )
   return kinds[0](str(path), path.read_bytes(), eos)
 
 
@@ -92,7 +94,9 @@ def train_bpe(texts: Iterable[str], vocab: int, path: str) -> Tokenizer:
   bpe.train_from_iterator(texts, trainer)
   if bpe.get_vocab_size() != vocab:
     size = bpe.get_vocab_size()
-    raise ValueError(f'a BPE of {vocab} tokens was asked for, the text yields only {size}')
+    raise ValueError(
+      f'a BPE of {vocab} tokens was asked for, the text yields only {size}'
+    )
   draft = f'{path}.{os.getpid()}'
   pathlib.Path(draft).write_text(bpe.to_str(pretty=True), encoding='utf-8')
   os.replace(draft, path)
@@ -134,21 +138,33 @@ def _hugging_face(path: str, content: bytes, eos: str) -> Tokenizer:
   vocab = model.get_vocab(with_added_tokens=True)
   eos_token, eos_id = _control(vocab.get, eos, path)
   begins = [vocab[token] for token in BEGINNINGS if token in vocab]
+  spelled = _spellings(model) if kind == 'ByteLevel' else {}
+  bytes_V = np.zeros(max(vocab.values()) + 1, np.int32)
+  bytes_V[list(spelled)] = [len(spelling) for spelling in spelled.values()]
 
   def encode(text):
     pieces = model.encode(text, add_special_tokens=False)
+    ids_N = np.array(pieces.ids, np.int32)
+    bytes_N = bytes_V[ids_N]
+    # A byte-level vocabulary says itself what a token covers, inside characters too,
+    # unless it rewrites the text first.
+    if eos_id not in ids_N and bytes_N.sum() == len(text.encode()):
+      return ids_N, bytes_N
     return _covered(pieces.ids, pieces.offsets, text, eos=eos_token, eos_id=eos_id)
+
+  def decode(ids):
+    return b''.join(spelled.get(int(i), b'') for i in ids)
 
   return Tokenizer(
     name=os.path.basename(path),
-    vocab=max(vocab.values()) + 1,
+    vocab=len(bytes_V),
     eos=eos_id,
     bos=begins[0] if begins else eos_id,
     eos_token=eos_token,
     path=path,
     fingerprint=_digest(content, eos_token),
     encode=encode,
-    decode=_byte_level_decode(model) if kind == 'ByteLevel' else _decode(model.decode),
+    decode=decode if spelled else _decode(model.decode),
   )
 
 
@@ -158,7 +174,9 @@ def _sentencepiece(path: str, content: bytes, eos: str) -> Tokenizer:
   try:
     model.LoadFromSerializedProto(content)
   except Exception as error:
-    raise ValueError(f'tokenizer {path!r} is not a SentencePiece model: {error}') from error
+    raise ValueError(
+      f'tokenizer {path!r} is not a SentencePiece model: {error}'
+    ) from error
   if not eos and model.eos_id() >= 0:
     eos = model.id_to_piece(model.eos_id())
   known = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
@@ -192,7 +210,9 @@ def _covered(ids: list, spans: list, text: str, *, eos: str, eos_id: int) -> Enc
   """
   ids_N = np.array(ids, np.int32)
   if (ids_N == eos_id).any():
-    raise ValueError(f'a document holds {eos!r}, which the tokenizer takes for its end of text')
+    raise ValueError(
+      f'a document holds {eos!r}, which the tokenizer takes for its end of text'
+    )
   if not len(ids_N):
     return ids_N, ids_N
   ends_N = np.array([end for _, end in spans], np.int64)
@@ -219,24 +239,19 @@ def _decode(decode: Callable[[list[int]], str]) -> Callable[..., bytes]:
   return lambda ids: decode([int(i) for i in ids]).encode()
 
 
-def _byte_level_decode(model: Any) -> Callable[..., bytes]:
-  """Exact bytes, also where a sequence starts or ends inside a character."""
-
-  @functools.cache
-  def pieces() -> dict[int, bytes]:
-    # GPT-2's table: printable Latin-1 stands for itself, the other bytes follow from 256.
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    byte_of = {chr(byte): byte for byte in plain}
-    byte_of |= {chr(256 + i): byte for i, byte in enumerate(rest)}
-    added = model.get_added_tokens_decoder()
-    table = {i: token.content.encode() for i, token in added.items() if not token.special}
-    for token, i in model.get_vocab(with_added_tokens=False).items():
-      if i not in added:
-        table[i] = bytes(byte_of[char] for char in token)
-    return table
-
-  return lambda ids: b''.join(pieces().get(int(i), b'') for i in ids)
+def _spellings(model: Any) -> dict[int, bytes]:
+  """The exact bytes of each token of a byte-level vocabulary, control tokens left out."""
+  # GPT-2's table: printable Latin-1 stands for itself, the other bytes follow from 256.
+  plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  rest = [byte for byte in range(256) if byte not in plain]
+  byte_of = {chr(byte): byte for byte in plain}
+  byte_of |= {chr(256 + i): byte for i, byte in enumerate(rest)}
+  added = model.get_added_tokens_decoder()
+  table = {i: token.content.encode() for i, token in added.items() if not token.special}
+  for token, i in model.get_vocab(with_added_tokens=False).items():
+    if i not in added and all(char in byte_of for char in token):
+      table[i] = bytes(byte_of[char] for char in token)
+  return table
 
 
 def _digest(content: bytes, eos_token: str) -> str:

@@ -1,0 +1,147 @@
+"""Packed rows -> batches, by arithmetic on (seed, data_step).
+
+A dataset is a directory made by scripts/prepare_data.py, or 'stdlib', the corpus that
+every machine has. A run's data is a mixture of them. The row with global index
+
+  g = data_step * batch + index in the batch
+
+is the same on any number of hosts, threads or worker processes, and is found without
+reading what comes before it, so the position in the data is one integer.
+
+B batch  T tokens.
+"""
+
+import dataclasses
+import logging
+import re
+
+from gated import config
+from gated.data import embedded, mixture, shards
+from gated.data.corpus import Corpus
+from gated.data.shards import Batch
+
+__all__ = ['Batch', 'Config', 'Corpus', 'open']
+
+log = logging.getLogger(__name__)
+
+TOKENIZER = re.compile(r'bytes|bpe:\d+')
+STDLIB = 'stdlib'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """What to read, and how."""
+
+  # 'stdlib' or 'DIR[@DOMAIN][=WEIGHT],...'. A part without a weight weighs 1; without a
+  # domain, the rows of all its domains are pooled.
+  mixture: str
+  length: int  # T; what the datasets were packed for.
+  tokenizer: str  # Of 'stdlib': 'bytes' or 'bpe:2048'. Other datasets bring their own.
+  cache: str  # Where 'stdlib' is built; '' is the platform's cache folder.
+  verify: str  # What of a shard is held against the manifest: 'sha256' or 'size'.
+  # Processes that read ahead; 0 reads in threads of this one. Others need absl's flags
+  # parsed and a main module that can be imported, as train.py is.
+  workers: int
+  prefetch: int  # Batches read ahead, by each worker.
+
+  def __post_init__(self):
+    config.one_of('config.data.verify', self.verify, shards.CHECKS)
+    if not TOKENIZER.fullmatch(self.tokenizer):
+      allowed = "'bytes' and 'bpe:SIZE'"
+      raise ValueError(
+        f'config.data.tokenizer={self.tokenizer!r}, but allowed are {allowed}'
+      )
+    config.at_least('config.data.length', self.length, 1)
+    config.at_least('config.data.workers', self.workers, 0)
+    config.at_least('config.data.prefetch', self.prefetch, 1)
+    mixture.terms(self.mixture)
+
+
+def open(
+  cfg: Config, *, vocab: int, batch: int, seed: int, max_segments: int
+) -> Corpus:
+  """The mixture that the config names, held against its manifests -> Corpus.
+
+  vocab is the model's, batch the rows of a step over all hosts, max_segments the most
+  documents in a row that the model's attention takes (0: any number). ValueError, with
+  the knob's full name, where a dataset is missing, damaged, of another tokenizer or
+  length, of a vocabulary that the model lacks, or shorter than a batch.
+  """
+  knob = f'config.data.mixture={cfg.mixture!r}'
+  parts = [_part(term, cfg, knob) for term in mixture.terms(cfg.mixture)]
+  for part in parts:
+    _check(part, parts[0], cfg, knob)
+  data_vocab = parts[0].manifest.tokenizer['vocab']
+  if data_vocab > vocab:
+    raise ValueError(
+      f'config.model.vocab={vocab}, but the data has {data_vocab} tokens ({knob})'
+    )
+  if data_vocab < vocab:
+    log.info('the data has a vocabulary of %d, the model of %d', data_vocab, vocab)
+  most = max(part.segments() for part in parts)
+  if 0 < max_segments < most:
+    raise ValueError(
+      f'config.model.attn.max_segments={max_segments}, but a row of the data has {most} '
+      f'documents ({knob}): allow as many'
+    )
+  rows = sum(part.rows('train') for part in parts)
+  if rows < batch:
+    raise ValueError(f'{knob}: {rows} rows to train on, but a batch has {batch}')
+  try:
+    for part in parts:
+      shards.verify(
+        part.directory, part.files('train') + part.files('heldout'), cfg.verify
+      )
+    return Corpus(
+      parts, batch=batch, seed=seed, workers=cfg.workers, prefetch=cfg.prefetch
+    )
+  except ValueError as error:
+    hint = '; delete that folder, and it will be built again' if STDLIB in knob else ''
+    raise ValueError(f'{knob}: {error}{hint}') from error
+
+
+def _part(term: mixture.Term, cfg: Config, knob: str) -> mixture.Part:
+  directory = term.directory
+  if directory == STDLIB:
+    try:
+      directory = embedded.directory(cfg.length, cfg.tokenizer, cfg.cache)
+    except ValueError as error:
+      raise ValueError(f'config.data.tokenizer={cfg.tokenizer!r}: {error}') from error
+    except OSError as error:
+      raise ValueError(f'config.data.cache={cfg.cache!r}: {error}') from error
+  try:
+    manifest = shards.read_manifest(directory)
+  except ValueError as error:
+    raise ValueError(f'{knob}: {error}') from error
+  except OSError as error:
+    raise ValueError(
+      f'{knob}: no such dataset {directory!r}; make one with python '
+      f'scripts/prepare_data.py --out={directory} --length={cfg.length} ...'
+    ) from error
+  return mixture.Part(
+    directory=directory,
+    label=f'{term.directory}@{term.domain}' if term.domain else term.directory,
+    domain=term.domain,
+    weight=term.weight,
+    manifest=manifest,
+  )
+
+
+def _check(part: mixture.Part, first: mixture.Part, cfg: Config, knob: str) -> None:
+  stated, wanted = part.manifest.tokenizer, first.manifest.tokenizer
+  if part.manifest.length != cfg.length:
+    raise ValueError(
+      f'config.data.length={cfg.length}, but {part.directory} was packed with --length='
+      f'{part.manifest.length} ({knob})'
+    )
+  if stated['sha256'] != wanted['sha256']:
+    raise ValueError(
+      f'{knob}: {part.directory} was made with the tokenizer {stated["name"]!r} '
+      f'({stated["sha256"][:8]}), but {first.directory} with {wanted["name"]!r} '
+      f'({wanted["sha256"][:8]})'
+    )
+  domains = sorted(part.manifest.splits['train'])
+  if part.domain and part.domain not in domains:
+    raise ValueError(f'{knob}: no domain {part.domain!r}, but allowed are {domains}')
+  if not part.rows('train'):
+    raise ValueError(f'{knob}: {part.label} has no row to train on')

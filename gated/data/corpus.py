@@ -1,0 +1,183 @@
+"""An opened mixture: rows by global index, batches for a host, held-out text.
+
+B batch  T tokens  N tokens of a text.
+"""
+
+import bisect
+import functools
+import hashlib
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from gated.data import mixture, shards
+from gated.data.shards import Batch
+
+THREADS = 4  # That read and parse, in each process; a batch is one thread's work.
+
+
+class Corpus:
+  """An opened mixture; rows are read when they are asked for."""
+
+  def __init__(
+    self,
+    parts: Sequence[mixture.Part],
+    *,
+    batch: int,
+    seed: int,
+    workers: int,
+    prefetch: int,
+  ):
+    self._parts, self._batch, self._seed = tuple(parts), batch, seed
+    self._workers, self._prefetch = workers, prefetch
+    manifest = parts[0].manifest
+    self.length = manifest.length
+    self.tokenizer = shards.open_tokenizer(parts[0].directory, manifest)
+    self.vocab = self.tokenizer.vocab
+    self._row = manifest.row
+    self._turns = mixture.Turns([part.weight for part in parts])
+    self._records = self._open_records()
+    self._heldout = mixture.heldout_domains(parts)
+    self.domains = tuple(self._heldout)
+    self.fingerprint = mixture.fingerprint(parts)
+
+  def train(self, data_step: int, rows: Sequence[int]) -> Iterator[Batch]:
+    """Batches from data_step on, for ever: of each, the in-batch indices `rows`.
+
+    The same rows in the same order whatever config.data.workers and prefetch are.
+    """
+    import grain
+
+    rows = [int(i) for i in rows]
+    if not rows or not all(0 <= i < self._batch for i in rows):
+      raise ValueError(f'rows={rows}, but they must lie in [0, {self._batch})')
+    steps = _Steps(
+      self._records, first=data_step * self._batch, batch=self._batch, rows=rows
+    )
+    dataset = grain.MapDataset.source(steps).batch(
+      len(rows), batch_fn=functools.partial(_parse_batch, self._row)
+    )
+    ahead = self._prefetch
+    options = grain.ReadOptions(
+      num_threads=min(THREADS, ahead), prefetch_buffer_size=ahead
+    )
+    dataset = dataset.to_iter_dataset(options)
+    if self._workers:
+      # Workers take whole batches in turn, so their number does not show.
+      dataset = dataset.mp_prefetch(
+        grain.multiprocessing.MultiprocessingOptions(
+          num_workers=self._workers, per_worker_buffer_size=ahead
+        )
+      )
+      # Their batches lie in memory shared with them; a plain array is anyone's to keep.
+      return (Batch(*(np.array(x) for x in batch)) for batch in dataset)
+    return iter(dataset)
+
+  def row(self, g: int) -> np.void:
+    """The stored row with global index g; its fields are those of shards.layout."""
+    return shards.parse([self._records[g]], self._row)[0]
+
+  def record_ids(self, data_step: int) -> list[list[Any]]:
+    """[part of the mixture, shard, record] of each row of a step's batch."""
+    ids = []
+    for g in range(data_step * self._batch, (data_step + 1) * self._batch):
+      which, k = self._turns[g]
+      order, files, starts = self._order(which)
+      index = int(order[k])
+      shard = bisect.bisect_right(starts, index) - 1
+      ids.append([self._parts[which].label, files[shard].file, index - starts[shard]])
+    return ids
+
+  def heldout_rows(self, domain: str) -> int:
+    part, name = self._heldout[domain]
+    return part.portions('heldout')[name].rows
+
+  def heldout(
+    self, domain: str, *, batch: int, rows: Sequence[int], limit: int
+  ) -> Iterator[tuple[Batch, np.ndarray]]:
+    """The first `limit` held-out rows (0 is all), always the same -> (Batch, bytes_B).
+
+    bytes_B counts the text that a row's targets cover. Of each batch only the in-batch
+    indices `rows`; the last batch is filled with rows of weight 0.
+    """
+    for first in range(0, self._limit(domain, limit), batch):
+      rows_B = self._heldout_block(domain, [first + i for i in rows], limit)
+      yield shards.batch(rows_B), rows_B['bytes'].astype(np.int64)
+
+  def heldout_text(self, domain: str, limit: int) -> bytes:
+    """The text that the targets of the first `limit` held-out rows (0 is all) spell."""
+    pieces = []
+    for i in range(self._limit(domain, limit)):
+      row = shards.batch(self._heldout_block(domain, [i], limit))
+      ids_N = row.targets[row.weights > 0]
+      pieces.append(ids_N[ids_N != self.tokenizer.eos])
+    return self.tokenizer.decode(np.concatenate([np.zeros(0, np.int32), *pieces]))
+
+  def _limit(self, domain: str, limit: int) -> int:
+    rows = self.heldout_rows(domain)
+    return min(limit, rows) if limit else rows
+
+  def _heldout_block(self, domain: str, indices: list[int], limit: int) -> np.ndarray:
+    source, stop = self._heldout_source(domain), self._limit(domain, limit)
+    blank = np.zeros((), self._row)
+    blank['tokens'] = self.tokenizer.eos
+    records = [source[i] if i < stop else blank.tobytes() for i in indices]
+    return shards.parse(records, self._row)
+
+  @functools.cache  # noqa: B019
+  def _heldout_source(self, domain: str) -> Any:
+    part, name = self._heldout[domain]
+    return part.source(part.portions('heldout')[name].shards)
+
+  def _open_records(self) -> Any:
+    """Global index -> record, as a grain dataset."""
+    import grain
+
+    datasets = []
+    for i, part in enumerate(self._parts):
+      source = grain.MapDataset.source(part.source(part.files('train')))
+      datasets.append(self._shuffled(source, i))
+    turns: Any = self._turns
+    return grain.MapDataset.select_from_datasets(datasets, turns)
+
+  @functools.cache  # noqa: B019
+  def _order(self, which: int) -> tuple[Any, list[shards.Shard], list[int]]:
+    """-> index in a part to record, shuffled; the part's shards; where each starts."""
+    import grain
+
+    files = self._parts[which].files('train')
+    starts = list(itertools.accumulate([0, *(shard.rows for shard in files)]))
+    return self._shuffled(grain.MapDataset.range(starts[-1]), which), files, starts[:-1]
+
+  def _shuffled(self, dataset: Any, which: int) -> Any:
+    """Every epoch another order of all rows.
+
+    grain shuffles epoch e with seed + e, so that seeds 1 and 2 would share all orders but
+    one: the seed is hashed first.
+    """
+    part = self._parts[which]
+    words = f'{self._seed} {part.manifest.digest} {part.domain}'
+    digest = hashlib.sha256(words.encode()).digest()
+    return dataset.shuffle(seed=int.from_bytes(digest[:4], 'big')).repeat()
+
+
+class _Steps:
+  """A data source: what one host needs, batch after batch, of an endless dataset."""
+
+  def __init__(self, records: Any, *, first: int, batch: int, rows: list[int]):
+    self._records, self._first, self._batch, self._rows = records, first, batch, rows
+
+  def __len__(self) -> int:
+    # As good as endless, and small enough for grain to round up.
+    return (sys.maxsize >> 1) // self._batch * len(self._rows) - self._first
+
+  def __getitem__(self, index: int) -> bytes:
+    step, i = divmod(int(index), len(self._rows))
+    return self._records[self._first + step * self._batch + self._rows[i]]
+
+
+def _parse_batch(row: np.dtype, records: Sequence[bytes]) -> Batch:
+  return shards.batch(shards.parse(records, row))

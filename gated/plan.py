@@ -1,0 +1,233 @@
+"""A whole recipe, checked, and what follows from it: mesh, state, train and eval step.
+
+`train.py`, `eval.py` and the scripts start here, so that none of them can build a run in
+its own way.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gated import config, data, mesh, model, optim, step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+  z: float
+  chunk: int
+
+  def __post_init__(self):
+    config.at_least('config.loss.z', self.z, 0)
+    config.at_least('config.loss.chunk', self.chunk, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axes:
+  data: int
+  fsdp: int
+  expert: int
+  tensor: int
+  context: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heldout:
+  every: int
+  rows: int
+
+  def __post_init__(self):
+    config.at_least('config.eval.every', self.every, 1)
+    config.at_least('config.eval.rows', self.rows, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saves:
+  every: int
+  keep: int
+  keep_every: int
+
+  def __post_init__(self):
+    config.at_least('config.checkpoint.every', self.every, 1)
+    config.at_least('config.checkpoint.keep', self.keep, 1)
+    config.at_least('config.checkpoint.keep_every', self.keep_every, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+  every: int
+  tensorboard: bool
+  wandb: str
+  profile_first: int
+  profile_last: int
+
+  def __post_init__(self):
+    config.at_least('config.log.every', self.every, 1)
+    if 0 <= self.profile_first and self.profile_last < self.profile_first:
+      first, last = self.profile_first, self.profile_last
+      raise ValueError(
+        f'config.log.profile_last={last} is before config.log.profile_first={first}'
+      )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+  """`configs/base.py`, whole and checked."""
+
+  name: str
+  seed: int
+  steps: int
+  batch: int
+  accum: int
+  init_from: str
+  model: model.Config
+  loss: Loss
+  optim: optim.Config
+  data: data.Config
+  mesh: Axes
+  eval: Heldout
+  checkpoint: Saves
+  log: Records
+
+  def __post_init__(self):
+    config.at_least('config.seed', self.seed, 0)
+    for name in ('steps', 'batch', 'accum'):
+      config.at_least(f'config.{name}', getattr(self, name), 1)
+    config.divides('config.batch', self.batch, 'config.accum', self.accum)
+    if not self.name or set(self.name) & set('/\\'):
+      raise ValueError(f'config.name={self.name!r}, but it is to name a folder')
+
+
+class Plan:
+  """What a run does, before it does it; making one allocates and compiles nothing."""
+
+  def __init__(self, cfg: Config):
+    self.cfg = cfg
+    axes = {axis: getattr(cfg.mesh, axis) for axis in mesh.AXES}
+    self.mesh = mesh.make(**axes)
+    self.tokens_per_step = cfg.batch * cfg.data.length
+    self.micro = cfg.batch // cfg.accum
+    _check_batch(cfg, self.mesh)
+    gate = cfg.model.attn.gate
+    multipliers = {} if gate.lr == 1.0 else {'gate': gate.lr}
+    self.schedule = optim.schedule(cfg.optim, cfg.steps)
+    self.tx = optim.make(cfg.optim, steps=cfg.steps, multipliers=multipliers)
+    self.flops_per_token = model.flops_per_token(cfg.model, cfg.data.length)
+    shapes = jax.eval_shape(self._init)
+    self.parameters = model.count(shapes.model)
+    self.shardings = mesh.shardings(shapes, self.mesh)
+    self.state = placed(shapes, self.shardings)
+
+  def __str__(self) -> str:
+    devices = f'{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}'
+    return (
+      f'{self.cfg.name}: {amount(self.parameters)} parameters ({self.parameters:,}), '
+      f'{self.flops_per_token:.3g} FLOPs a token, {self.tokens_per_step:,} tokens a step, '
+      f'{devices}'
+    )
+
+  @property
+  def reads(self) -> dict[str, int]:
+    """What the data must suit; `data.open` takes it."""
+    cfg = self.cfg
+    most = cfg.model.attn.max_segments if cfg.model.mask_documents else 0
+    vocab = cfg.model.vocab
+    return dict(vocab=vocab, batch=cfg.batch, seed=cfg.seed, max_segments=most)
+
+  def _init(self) -> step.State:
+    build = functools.partial(model.Transformer, self.cfg.model)
+    return step.init(build, self.tx, self.cfg.seed)
+
+  def init(self) -> step.State:
+    """The first state, made where it lives: no device ever holds more than its part."""
+    with jax.set_mesh(self.mesh):
+      return jax.jit(self._init, out_shardings=self.shardings)()
+
+  def train_step(self) -> Any:
+    """(state, batch) -> (state, metrics), lowered but not compiled; the state is donated."""
+    loss = dict(z=self.cfg.loss.z, chunk=self.cfg.loss.chunk)
+    opts = dict(tx=self.tx, schedule=self.schedule, accum=self.cfg.accum) | loss
+    replicated = NamedSharding(self.mesh, P())
+    run = jax.jit(
+      exact(self.cfg.model, functools.partial(step.train, **opts)),
+      donate_argnums=0,
+      out_shardings=(self.shardings, replicated),
+    )
+    with jax.set_mesh(self.mesh):
+      return run.lower(self.state, self.batch_shapes(self.cfg.batch))
+
+  def batch_shapes(self, rows: int) -> data.Batch:
+    """The shapes of a global batch of so many rows, placed."""
+    where = mesh.batch_sharding(self.mesh)
+    shape = (rows, self.cfg.data.length)
+    array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+    whole = array(np.int32)
+    return data.Batch(whole, whole, array(np.float32), whole, whole)
+
+
+def amount(n: float) -> str:
+  """1720574976 -> '1.72B'."""
+  for unit, size in (('B', 1e9), ('M', 1e6), ('k', 1e3)):
+    if n >= size:
+      return f'{n / size:.2f}{unit}'
+  return f'{n:.0f}'
+
+
+def exact(cfg: model.Config, run: Any) -> Any:
+  """A function of JAX -> the same, its float32 products exact if the model computes so.
+
+  Accelerators round the inputs of float32 products to fewer bits unless told otherwise.
+  """
+  if cfg.numerics.compute != 'float32':
+    return run
+
+  @functools.wraps(run)
+  def precise(*args):
+    with jax.default_matmul_precision('highest'):
+      return run(*args)
+
+  return precise
+
+
+def evaluate_step(cfg: model.Config, on: Mesh, chunk: int) -> Any:
+  """-> a jitted (model, batch) -> each row's (nats, weight), on all devices."""
+  run = exact(cfg, functools.partial(step.evaluate, chunk=chunk))
+  jitted = jax.jit(run, out_shardings=NamedSharding(on, P()))
+
+  def evaluate(params, batch):
+    with jax.set_mesh(on):
+      return jitted(params, batch)
+
+  return evaluate
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+  """Shapes and a prefix tree of shardings -> the same shapes, each with its sharding."""
+  place = lambda s, x: jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), x
+  )
+  return jax.tree.map(
+    place, shardings, shapes, is_leaf=lambda x: isinstance(x, NamedSharding)
+  )
+
+
+def _check_batch(cfg: Config, on: Mesh) -> None:
+  """Raises ValueError unless the mesh splits every micro-batch and row evenly."""
+  ways = mesh.ways('batch', on)
+  if (cfg.batch // cfg.accum) % ways:
+    sizes = ' * '.join(f'config.mesh.{a}={on.shape[a]}' for a in mesh.RULES['batch'])
+    raise ValueError(
+      f'config.batch={cfg.batch} must be a multiple of config.accum={cfg.accum} * {sizes}'
+    )
+  mesh.check('tokens', cfg.data.length, on)
+  for axis in ('heads', 'kv_heads'):
+    mesh.check(axis, getattr(cfg.model.attn, axis), on)
+  for axis, size in (('embed', cfg.model.width), ('ffn', cfg.model.ffn)):
+    mesh.check(axis, size, on)
+  mesh.check('vocab', cfg.model.vocab, on)
+  assert math.prod(on.shape.values()) == on.size

@@ -1,0 +1,108 @@
+"""Eight CPU devices for every test, a clean environment for every child process.
+
+Set GATED_TEST_PLATFORM=cuda (or tpu) to run on an accelerator; tests marked
+`accelerator` run only then.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PLATFORM = os.environ.get('GATED_TEST_PLATFORM', 'cpu')
+
+# JAX reads these as it is imported, so they stand before the import. Eight devices on
+# two cores share one pool of threads; numpy's own pool would fight it.
+os.environ['JAX_PLATFORMS'] = PLATFORM
+os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
+os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+os.environ['OMP_NUM_THREADS'] = os.environ['OPENBLAS_NUM_THREADS'] = '1'
+os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+sys.path.insert(0, str(ROOT))
+
+import jax
+import pytest
+
+# What a child process keeps of ours. HOME and XDG_CACHE_HOME keep the real cache, where
+# the embedded corpus was built once; nothing that JAX or a logger reads comes along.
+KEPT = ('PATH', 'HOME', 'XDG_CACHE_HOME', 'TMPDIR', 'LANG', 'LC_ALL', 'LD_LIBRARY_PATH')
+
+
+def pytest_collection_modifyitems(items):
+  if PLATFORM == 'cpu':
+    skip = pytest.mark.skip(reason='needs an accelerator: set GATED_TEST_PLATFORM')
+    for item in items:
+      if item.get_closest_marker('accelerator'):
+        item.add_marker(skip)
+
+
+@pytest.fixture
+def no_transfers():
+  """Implicit copies between host and device raise: for tests of the hot path.
+
+  Build the state and place the batch first, then step under it: a step that reads a
+  metric by the way, or is handed numpy, dies here rather than slowing a run.
+  """
+  with jax.transfer_guard('disallow'):
+    yield
+
+
+@pytest.fixture(scope='session')
+def spawn_python(tmp_path_factory):
+  """Starts `python ARGS` from the checkout's root -> Popen; what is left is killed.
+
+  spawn_python(['train.py', '--config=...'], env={'NAME': 'value'}, devices=8)
+
+  Standard output and error are pipes of text. Children share one compilation cache, so
+  what one has compiled the next one loads.
+  """
+  cache = tmp_path_factory.mktemp('xla')
+  children = []
+
+  def spawn(args, *, env=None, devices=1):
+    clean = {name: os.environ[name] for name in KEPT if name in os.environ}
+    clean |= {
+      'JAX_PLATFORMS': PLATFORM,
+      'JAX_COMPILATION_CACHE_DIR': str(cache),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
+      'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+      'PYTHONPATH': str(ROOT),
+    }
+    command = [sys.executable, *map(str, args)]
+    child = subprocess.Popen(
+      command,
+      cwd=ROOT,
+      env=clean | (env or {}),
+      stdin=subprocess.DEVNULL,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    children.append(child)
+    return child
+
+  yield spawn
+  for child in children:
+    child.kill()
+    child.communicate()
+
+
+@pytest.fixture(scope='session')
+def run_python(spawn_python):
+  """Runs `python ARGS` to its end -> CompletedProcess with returncode, stdout, stderr.
+
+  As `spawn_python`, with a timeout in seconds. A failure is the test's to judge.
+  """
+
+  def run(args, *, env=None, devices=1, timeout=300):
+    with spawn_python(args, env=env, devices=devices) as child:
+      try:
+        out, err = child.communicate(timeout=timeout)
+      except subprocess.TimeoutExpired:
+        child.kill()
+        out, err = child.communicate()
+        pytest.fail(f'{args} took over {timeout} s\n{out[-2000:]}\n{err[-4000:]}')
+    return subprocess.CompletedProcess(child.args, child.returncode, out, err)
+
+  return run

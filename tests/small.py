@@ -1,0 +1,126 @@
+"""Small recipes, models and batches for the tests, from `configs/base.py` and changes to it.
+
+Weights are drawn wider than a recipe would, so that attention is far from uniform and
+gates are far from one half: a mistake then shows in the third digit, not in the ninth.
+"""
+
+import functools
+import zlib
+
+import jax
+import numpy as np
+
+from configs import base
+from gated import attention, config, data, gate, model, optim, plan, trees
+
+RECIPE = {
+  'steps': 5,
+  'batch': 8,
+  'model.vocab': 40,
+  'model.width': 16,
+  'model.depth': 2,
+  'model.ffn': 24,
+  'model.numerics.compute': 'float32',
+  'model.numerics.init_std': 0.3,
+  'model.attn.heads': 4,
+  'model.attn.kv_heads': 2,
+  'model.attn.head_dim': 8,
+  'model.attn.gate.std': 0.5,
+  'loss.chunk': 16,
+  'optim.warmup': 2,
+  'data.length': 16,
+}
+
+
+def recipe(**changes) -> dict:
+  """Knobs with __ for each dot (model__attn__heads=2) -> a nested recipe, as from the door."""
+  c = base.get_config().to_dict()
+  for knob, value in (
+    RECIPE | {k.replace('__', '.'): v for k, v in changes.items()}
+  ).items():
+    *path, last = knob.split('.')
+    group = functools.reduce(lambda d, key: d[key], path, c)
+    assert last in group, knob
+    group[last] = value
+  return c
+
+
+def whole(**changes) -> plan.Config:
+  return config.build(plan.Config, recipe(**changes), 'config')
+
+
+def _part(cls, prefix, changes):
+  c = recipe(**{f'{prefix}__{key}': value for key, value in changes.items()})
+  group = functools.reduce(lambda d, key: d[key], prefix.split('__'), c)
+  return config.build(cls, group, 'config.' + prefix.replace('__', '.'))
+
+
+def model_config(**changes) -> model.Config:
+  return _part(model.Config, 'model', changes)
+
+
+def attention_config(**changes) -> attention.Config:
+  return _part(attention.Config, 'model__attn', changes)
+
+
+def gate_config(**changes) -> gate.Config:
+  return _part(gate.Config, 'model__attn__gate', changes)
+
+
+def optim_config(**changes) -> optim.Config:
+  return _part(optim.Config, 'optim', changes)
+
+
+# Most of LLVM's optimizing left out: it takes five times as long as the rest of XLA.
+FAST = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
+FAST = FAST if jax.default_backend() == 'cpu' else {}
+
+
+def jit(run, **opts):
+  """jax.jit, compiled in a hurry."""
+  return jax.jit(run, compiler_options=FAST, **opts)
+
+
+@functools.cache
+def transformer(cfg: model.Config, seed: int = 0) -> model.Transformer:
+  """A model as it starts."""
+  return jit(lambda key: model.Transformer(cfg, key))(jax.random.key(seed))
+
+
+def filled(shapes, seed: int = 0):
+  """Shapes of a model or a part of one -> the same with arrays, without compiling anything.
+
+  A leaf depends on the seed and its own name: models that share a name share the value.
+  """
+
+  def fill(name, leaf):
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    value = 0.3 * rng.normal(size=leaf.shape)
+    return jax.numpy.asarray(1 + value if name.endswith('scale') else value, leaf.dtype)
+
+  leaves = trees.flatten(shapes)
+  return trees.unflatten(
+    shapes, {name: fill(name, leaf) for name, leaf in leaves.items()}
+  )
+
+
+def model_of(**changes) -> model.Transformer:
+  """A model of `small.model_config(**changes)`, filled."""
+  return filled(model.abstract(model_config(**changes)))
+
+
+def batch(rows: int, length: int, *, vocab: int = 40, seed: int = 0) -> data.Batch:
+  """Random rows of two or three documents and some padding, the weights uneven by row."""
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(0, vocab, (rows, length), np.int32)
+  targets = rng.integers(0, vocab, (rows, length), np.int32)
+  segments, positions = np.zeros((2, rows, length), np.int32)
+  weights = np.zeros((rows, length), np.float32)
+  for row in range(rows):
+    ends = np.sort(rng.choice(np.arange(2, length), 3, replace=False))
+    ends[-1] = length if row % 2 else ends[-1]
+    for document, (a, b) in enumerate(zip([0, *ends], ends)):
+      segments[row, a:b] = document + 1
+      positions[row, a:b] = np.arange(b - a)
+      weights[row, a : b - 1] = 1 if row % 3 else 0.5
+  return data.Batch(tokens, targets, weights, segments, positions)

@@ -1,0 +1,218 @@
+"""What is read is what was written, bit for bit, or a refusal that names the leaf."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+from gated import checkpoint, mesh, model, optim, plan, step, trees
+
+ONES = dict(data=1, fsdp=1, expert=1, tensor=1, context=1)
+CFG = small.model_config(attn__gate__position='value')
+ABOUT = dict(config={'a': [1, 2.5, 'x', None]}, data={'sha256': 'f'}, heldout_loss=2.5)
+
+
+def shapes(**changes):
+  cfg = small.model_config(**dict(attn__gate__position='value') | changes)
+  tx = optim.make(small.optim_config(), steps=5, multipliers={})
+  return jax.eval_shape(lambda: step.init(lambda key: model.Transformer(cfg, key), tx, 0))
+
+
+def place(state, **sizes):
+  """Shapes or arrays of a state -> its shapes, placed on a mesh."""
+  abstract = jax.eval_shape(lambda: state)
+  return plan.placed(abstract, mesh.shardings(abstract, mesh.make(**(ONES | sizes))))
+
+
+@pytest.fixture(scope='module')
+def state():
+  """A state with every bit of it random, split over eight devices."""
+  filled = small.filled(shapes(), seed=3)
+  count = lambda n: jnp.asarray(n, jnp.int32)
+  filled = dataclasses.replace(filled, step=count(7), data_step=count(9))
+  return jax.device_put(
+    filled, jax.tree.map(lambda s: s.sharding, place(filled, fsdp=4, tensor=2))
+  )
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory, state):
+  """A folder of one step that was saved in full."""
+  directory = tmp_path_factory.mktemp('saved') / 'checkpoints'
+  with checkpoint.Checkpoints(directory, keep=1) as out:
+    out.save(7, state, ABOUT)
+  return directory
+
+
+@pytest.mark.parametrize(
+  'sizes', [dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, context=2)]
+)
+def test_a_state_is_restored_bit_for_bit_on_any_mesh(sizes, saved, state):
+  like = place(state, **sizes)
+  with checkpoint.Checkpoints(saved) as source:
+    back = source.restore(7, like)
+  assert jax.tree.structure(back) == jax.tree.structure(state)
+  assert trees.digest(back) == trees.digest(state)
+  for leaf, wanted in zip(jax.tree.leaves(back), jax.tree.leaves(like)):
+    assert leaf.sharding == wanted.sharding
+
+
+def test_the_model_is_restored_alone_on_one_device(saved, state):
+  like = jax.eval_shape(lambda: state.model)
+  one = mesh.make(**ONES, devices=jax.devices()[:1])
+  with checkpoint.Checkpoints(saved) as source:
+    back = source.restore_model(7, plan.placed(like, mesh.shardings(like, one)))
+  assert trees.digest(back) == trees.digest(state.model)
+  assert back.embed.table[...].devices() == {jax.devices()[0]}
+
+
+def test_what_is_saved_about_a_step_comes_back_as_it_was(saved):
+  with checkpoint.Checkpoints(saved) as source:
+    assert source.about(7) == ABOUT
+
+
+def test_bfloat16_weights_come_back_as_they_were(tmp_path):
+  net = {'w': jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)), jnp.bfloat16)}
+  zero = jnp.zeros((), jnp.int32)
+  small_state = step.State(zero, zero, net, {'m': jnp.ones(())})
+  with checkpoint.Checkpoints(tmp_path) as out:
+    out.save(1, small_state, ABOUT)
+    out.manager.wait_until_finished()
+    like = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), small_state
+    )
+    assert trees.digest(out.restore(1, like)) == trees.digest(small_state)
+
+
+def test_a_save_is_of_the_state_as_it_was_though_the_next_step_takes_its_memory(tmp_path):
+  tiny = tiny_state(0.0)
+  with checkpoint.Checkpoints(tmp_path) as out:
+    out.save(1, tiny, ABOUT)
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    for _ in range(3):
+      tiny = overwrite(tiny)
+    jax.block_until_ready(tiny)
+    out.manager.wait_until_finished()
+    assert float(out.restore(1, like(tiny)).model['w'].max()) == 0
+
+
+def tiny_state(value):
+  zero = lambda: jnp.zeros((), jnp.int32)
+  return step.State(
+    zero(), zero(), {'w': jnp.full((1 << 12,), value)}, {'m': jnp.ones(2)}
+  )
+
+
+def like(state):
+  struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+  return jax.tree.map(struct, state)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'said'),
+  [
+    (dict(vocab=48), r'model: embed\.table .*\(40, 16\).* but \(\(48, 16\).* is wanted'),
+    (
+      dict(numerics__weights='bfloat16'),
+      r"'float32'\) there, but .*'bfloat16'\) is wanted",
+    ),
+    (dict(attn__gate__position='none'), r'model: blocks\.attn\.gate\.weight is in the'),
+    (dict(tied=False), r'model: head\.table is not in the checkpoint'),
+  ],
+)
+def test_a_leaf_that_does_not_fit_is_named(changes, said, saved):
+  wanted = place(shapes(**changes), fsdp=8)
+  with checkpoint.Checkpoints(saved) as source, pytest.raises(ValueError, match=said):
+    source.restore(7, wanted)
+
+
+def test_a_leaf_of_another_dtype_or_size_is_named_in_the_rest_as_well(saved, state):
+  wanted = place(state, fsdp=8)
+  bad = dataclasses.replace(wanted, step=jax.ShapeDtypeStruct((), jnp.int16))
+  with (
+    checkpoint.Checkpoints(saved) as source,
+    pytest.raises(ValueError, match=r'rest: step .*int32.*int16'),
+  ):
+    source.restore(7, bad)
+
+
+@pytest.fixture(scope='module')
+def history(tmp_path_factory):
+  """Six saves of which the third was the best, the last two and every fourth kept."""
+  directory = tmp_path_factory.mktemp('history')
+  losses = {1: 5.0, 2: 4.0, 3: 1.0, 4: 3.0, 5: 2.0, 6: 2.5}
+  with checkpoint.Checkpoints(directory, keep=2, keep_every=4) as out:
+    for number, loss in losses.items():
+      out.save(number, tiny_state(float(number)), ABOUT | {'heldout_loss': loss})
+  return directory
+
+
+def test_the_last_the_best_and_every_nth_step_are_kept(history):
+  with checkpoint.Checkpoints(history) as source:
+    assert source.steps() == [3, 4, 5, 6]
+    assert (source.latest(), source.best()) == (6, 3)
+    for number in (3, 6):
+      back = source.restore(number, like(tiny_state(0.0)))
+      assert float(back.model['w'][0]) == number
+
+
+def test_pick_takes_latest_best_or_a_step_on_disk(history):
+  with checkpoint.Checkpoints(history) as source:
+    picked = [source.pick(which, '--step') for which in ('latest', 'best', '4')]
+    assert picked == [6, 3, 4]
+    with pytest.raises(ValueError, match=r"--step='2': .* has the steps 3, 4, 5, 6"):
+      source.pick('2', '--step')
+    for which in ('last', '-1', '4.0', ''):
+      with pytest.raises(
+        ValueError, match=r'--step=.*allowed are latest, best, or a step'
+      ):
+        source.pick(which, '--step')
+
+
+def test_pick_says_that_a_folder_holds_no_checkpoint(tmp_path):
+  with (
+    checkpoint.Checkpoints(tmp_path) as source,
+    pytest.raises(ValueError, match=r"--step='latest': .* holds no checkpoint"),
+  ):
+    source.pick('latest', '--step')
+
+
+def test_best_is_the_latest_when_no_step_has_a_loss(tmp_path):
+  with checkpoint.Checkpoints(tmp_path, keep=3) as out:
+    for number in (1, 2):
+      out.save(number, tiny_state(0.0), ABOUT | {'heldout_loss': None})
+    out.manager.wait_until_finished()
+    assert out.best() == 2
+
+
+def interrupt(directory, number):
+  """Leaves what a process killed in the middle of a save leaves."""
+  unfinished = directory / f'{number}.orbax-checkpoint-tmp'
+  (unfinished / 'model').mkdir(parents=True)
+  (unfinished / 'model' / 'manifest.ocdbt').write_bytes(b'half a ')
+  return unfinished
+
+
+def test_a_save_that_was_cut_off_is_passed_over_and_can_be_made_again(tmp_path):
+  with checkpoint.Checkpoints(tmp_path, keep=2) as out:
+    out.save(1, tiny_state(1.0), ABOUT)
+  interrupt(tmp_path, 2)
+  unfinished = interrupt(tmp_path, 3)
+  with checkpoint.Checkpoints(tmp_path, keep=2) as out:
+    assert out.steps() == [1]
+    assert out.latest() == 1
+    out.save(2, tiny_state(2.0), ABOUT)
+    out.manager.wait_until_finished()
+    assert float(out.restore(2, like(tiny_state(0.0))).model['w'][0]) == 2
+  assert not unfinished.exists()
+
+
+def test_a_step_is_nothing_but_arrays_and_json(saved):
+  """Reading runs no code, so there must be nothing to run."""
+  about = json.loads((saved / '7' / 'about' / 'metadata').read_text())
+  assert about == ABOUT
+  assert not [p for p in saved.rglob('*') if p.suffix in ('.pkl', '.pickle', '.npy')]

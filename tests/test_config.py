@@ -1,0 +1,124 @@
+"""The door refuses what is mistyped, missing or of the wrong type, and names the knob."""
+
+import dataclasses
+import math
+
+import pytest
+import small
+
+from gated import config, model, plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Room:
+  size: int
+  rate: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class House:
+  name: str
+  lit: bool
+  sizes: tuple[int, ...]
+  room: Room
+
+
+def house(**changes) -> dict:
+  return dict(name='h', lit=True, sizes=[1, 2], room=dict(size=3, rate=0.5)) | changes
+
+
+def test_a_mapping_becomes_nested_frozen_dataclasses():
+  built = config.build(House, house(), 'config')
+  assert built == House(name='h', lit=True, sizes=(1, 2), room=Room(size=3, rate=0.5))
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    built.room.size = 4
+
+
+def test_a_whole_number_is_taken_for_a_float():
+  built = config.build(House, house(room=dict(size=3, rate=1)), 'config')
+  assert type(built.room.rate) is float
+
+
+@pytest.mark.parametrize(
+  ('changes', 'knob', 'said'),
+  [
+    (dict(name=3), 'config.name=3', 'str'),
+    (dict(lit=1), 'config.lit=1', 'bool'),
+    (dict(sizes=4), 'config.sizes=4', 'tuple'),
+    (dict(sizes='12'), "config.sizes='12'", 'tuple'),
+    (dict(sizes=[1, 'b']), "config.sizes[1]='b'", 'int'),
+    (dict(room=3), 'config.room=3', 'group of knobs'),
+    (dict(room=dict(size=True, rate=0.5)), 'config.room.size=True', 'int'),
+    (dict(room=dict(size=3.0, rate=0.5)), 'config.room.size=3.0', 'int'),
+    (dict(room=dict(size=None, rate=0.5)), 'config.room.size=None', 'int'),
+    (dict(room=dict(size=3, rate='0.5')), "config.room.rate='0.5'", 'float'),
+    (dict(room=dict(size=3, rate=True)), 'config.room.rate=True', 'float'),
+    (dict(room=dict(size=3, rate=math.nan)), 'config.room.rate=nan', 'finite'),
+    (dict(room=dict(size=3, rate=math.inf)), 'config.room.rate=inf', 'finite'),
+    (dict(room=dict(size=3)), 'config.room.rate', 'missing'),
+    (dict(room=dict(size=3, rate=0.5, sise=1)), 'config.room.sise', 'config.room.size?'),
+    (dict(nam='h'), 'config.nam', 'did you mean config.name?'),
+  ],
+)
+def test_a_bad_value_is_refused_by_the_knobs_full_name(changes, knob, said):
+  with pytest.raises(ValueError) as error:
+    config.build(House, house(**changes), 'config')
+  assert str(error.value).startswith(knob)
+  assert said in str(error.value)
+
+
+def test_a_typo_deep_in_a_recipe_names_the_nearest_knob():
+  c = small.recipe()
+  c['model']['attn']['gate']['postion'] = 'sdpa'
+  with pytest.raises(ValueError, match='did you mean config.model.attn.gate.position?'):
+    config.build(plan.Config, c, 'config')
+
+
+def test_base_is_a_complete_recipe():
+  built = small.whole()
+  assert built.model == config.build(
+    model.Config, small.recipe()['model'], 'config.model'
+  )
+
+
+def test_nearest_lists_what_is_known_when_nothing_is_near():
+  assert config.nearest('zzzzz', ['alpha', 'beta']) == '; known are alpha, beta'
+
+
+def test_one_of_lists_what_is_allowed():
+  config.one_of('config.a', 'x', ('x', 'y'))
+  with pytest.raises(ValueError, match=r"config\.a='z', but allowed are 'x', 'y'"):
+    config.one_of('config.a', 'z', ('x', 'y'))
+
+
+@pytest.mark.parametrize('value', [0.9, math.nan])
+def test_at_least_refuses_what_is_lower_or_no_number(value):
+  config.at_least('config.a', 1, 1)
+  with pytest.raises(ValueError, match=r'config\.a=.* at least 1'):
+    config.at_least('config.a', value, 1)
+
+
+@pytest.mark.parametrize('divisor', [4, 0, -3])
+def test_divides_names_both_knobs(divisor):
+  config.divides('config.a', 6, 'config.b', 3)
+  with pytest.raises(ValueError, match=rf'config\.a=6 .* config\.b={divisor}'):
+    config.divides('config.a', 6, 'config.b', divisor)
+
+
+def test_differences_are_told_by_full_name_and_take_a_list_for_a_tuple():
+  old = dict(a=1, b=dict(c=(1, 2), d='x', gone=None))
+  new = dict(a=1, b=dict(c=[1, 2], d='y', come=0))
+  assert config.differences(old, new) == {
+    'config.b.d': ('x', 'y'),
+    'config.b.gone': (None, None),
+    'config.b.come': (None, 0),
+  }
+  assert config.differences(old, old) == {}
+
+
+def test_digest_depends_on_values_and_not_on_order():
+  known = '43258cff783fe7036d8a43033f830adfc60ec037382473548ac742b888292777'
+  assert config.digest({'b': 2, 'a': 1}) == config.digest({'a': 1, 'b': 2}) == known
+  assert config.digest({'a': 1, 'b': 3}) != known
+  assert config.digest(small.recipe()) == config.digest(small.recipe())
+  assert config.digest(small.recipe(seed=1)) != config.digest(small.recipe())

@@ -1,0 +1,219 @@
+"""The small parts, against NumPy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+from gated import layers, trees
+
+WIDE = dict(weights='float32', init_std=0.5, residual_init='plain', norm_eps=1e-6)
+F32 = layers.Numerics(compute='float32', **WIDE)
+BF16 = layers.Numerics(compute='bfloat16', **WIDE)
+rng = np.random.default_rng(0)
+
+
+def normal(*shape):
+  return rng.normal(size=shape).astype(np.float32)
+
+
+def silu(x):
+  return x / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_rmsnorm_takes_its_statistics_in_float32(dtype):
+  # Values whose squares bfloat16 would add up to a few percent off.
+  x = jnp.asarray(normal(2, 3, 512) + 10, dtype)
+  norm = layers.RMSNorm(512, axes=('embed',), numerics=BF16)
+  norm.scale[...] = jnp.asarray(normal(512))
+  y = norm(x)
+  assert y.dtype == dtype
+  z = np.asarray(x, np.float64)
+  exact = z / np.sqrt((z**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(norm.scale[...])
+  np.testing.assert_allclose(
+    np.asarray(y, np.float64),
+    exact,
+    rtol=1e-5 if dtype == jnp.float32 else 2**-8,
+    atol=1e-7,
+  )
+
+
+def test_rmsnorm_adds_eps_to_the_mean_square():
+  numerics = layers.Numerics(compute='float32', **WIDE | {'norm_eps': 0.25})
+  y = layers.RMSNorm(4, axes=('embed',), numerics=numerics)(jnp.full((1, 4), 0.5))
+  np.testing.assert_allclose(y, 0.5 / np.sqrt(0.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize('bias', [False, True])
+def test_dense_contracts_the_last_dims(bias):
+  axes = ('heads', 'head_dim', 'embed')
+  dense = layers.Dense(
+    jax.random.key(0), (2, 3), (5,), axes=axes, std=1.0, bias=bias, numerics=F32
+  )
+  x, b = normal(4, 6, 2, 3), 0
+  if bias:
+    b = normal(5)
+    assert dense.bias.axes == ('embed',)
+    np.testing.assert_array_equal(dense.bias[...], 0)
+    dense.bias[...] = jnp.asarray(b)
+  exact = x.reshape(4, 6, 6) @ np.asarray(dense.weight[...]).reshape(6, 5) + b
+  np.testing.assert_allclose(dense(x), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_are_kept_in_one_dtype_and_multiplied_in_another():
+  dense = layers.Dense(
+    jax.random.key(0),
+    (4,),
+    (4,),
+    axes=('embed', 'ffn'),
+    std=1.0,
+    bias=True,
+    numerics=BF16,
+  )
+  assert dense.weight.dtype == dense.bias.dtype == jnp.float32
+  assert dense(jnp.ones((1, 4), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_initial_weights_have_the_std_asked_for():
+  w = layers.normal(
+    jax.random.key(0), (300, 300), ('embed', 'ffn'), std=0.02, dtype='float32'
+  )
+  assert abs(float(w[...].std()) / 0.02 - 1) < 0.02
+  assert abs(float(w[...].mean())) < 0.02 / 50
+
+
+def test_residual_maps_are_drawn_narrower_with_depth_only_when_asked():
+  deep = small.transformer(small.model_config(numerics__residual_init='depth')).blocks
+  plain = small.transformer(small.model_config()).blocks
+  for scaled, whole in ((deep.ffn.down, plain.ffn.down), (deep.attn.out, plain.attn.out)):
+    np.testing.assert_allclose(scaled.weight[...] * 2, whole.weight[...], rtol=1e-6)
+  np.testing.assert_array_equal(deep.ffn.up.weight[...], plain.ffn.up.weight[...])
+
+
+def test_swiglu_is_its_formula():
+  ffn = layers.SwiGLU(jax.random.key(0), width=6, hidden=10, std_out=0.5, numerics=F32)
+  x = normal(2, 3, 6)
+  act, up, down = (
+    np.asarray(m.weight[...], np.float64) for m in (ffn.act, ffn.up, ffn.down)
+  )
+  exact = (silu(x @ act) * (x @ up)) @ down
+  np.testing.assert_allclose(ffn(x), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_rope_is_multiplication_of_complex_numbers():
+  x, position = normal(2, 7, 3, 8), rng.integers(0, 5000, (2, 7))
+  y = layers.rope(jnp.asarray(x), layers.rope_angles(jnp.asarray(position), 8, 10_000.0))
+  turns = position[..., None, None] * 10_000.0 ** -(2 * np.arange(4) / 8)
+  z = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * turns)
+  # The angle itself is in float32: 5000 radians are known to 2^-11.
+  np.testing.assert_allclose(y, np.concatenate([z.real, z.imag], -1), atol=2e-3)
+  near = layers.rope(
+    jnp.asarray(x), layers.rope_angles(jnp.asarray(position % 9), 8, 1e4)
+  )
+  z = (x[..., :4] + 1j * x[..., 4:]) * np.exp(
+    1j * (position % 9)[..., None, None] * 1e4 ** -(2 * np.arange(4) / 8)
+  )
+  np.testing.assert_allclose(near, np.concatenate([z.real, z.imag], -1), atol=1e-5)
+
+
+def test_rope_products_depend_on_the_distance_alone():
+  q, k = normal(1, 1, 1, 16), normal(1, 1, 1, 16)
+  at = lambda x, p: layers.rope(
+    jnp.asarray(x), layers.rope_angles(jnp.full((1, 1), p), 16, 500.0)
+  )
+  product = lambda i, j: float(jnp.sum(at(q, i) * at(k, j)))
+  assert abs(product(3, 1) - product(103, 101)) < 1e-4
+  assert abs(product(3, 1) - product(3, 2)) > 1e-2
+  np.testing.assert_array_equal(at(q, 0), q)
+
+
+def test_rope_of_bfloat16_is_turned_in_float32():
+  x, position = normal(1, 2, 1, 8), jnp.asarray([[300, 301]])
+  angle = layers.rope_angles(position, 8, 1e4)
+  low = layers.rope(jnp.asarray(x, jnp.bfloat16), angle)
+  high = layers.rope(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32), angle)
+  assert low.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(low, high.astype(jnp.bfloat16))
+
+
+def test_embed_reads_its_table():
+  embed = layers.Embed(jax.random.key(0), vocab=11, width=4, numerics=F32)
+  tokens = np.array([[3, 0, 10], [3, 3, 1]])
+  np.testing.assert_array_equal(embed(tokens), np.asarray(embed.table[...])[tokens])
+
+
+def test_the_gradient_of_a_frequent_token_is_summed_beyond_bfloat16():
+  """A sum of thousands of terms in bfloat16 stops growing at 256 times a term."""
+  embed = layers.Embed(jax.random.key(0), vocab=4, width=8, numerics=BF16)
+  tokens = jnp.zeros((8, 512), jnp.int32)
+  loss = lambda embed: jnp.sum(embed(tokens).astype(jnp.float32))
+  grad = jax.jit(jax.grad(loss))(embed)
+  np.testing.assert_allclose(grad.table[...][0], 4096.0, rtol=1e-2)
+
+
+def test_the_gradient_of_a_bias_is_summed_beyond_bfloat16():
+  dense = layers.Dense(
+    jax.random.key(0),
+    (4,),
+    (4,),
+    axes=('embed', 'ffn'),
+    std=1.0,
+    bias=True,
+    numerics=BF16,
+  )
+  x = jnp.ones((8, 512, 4), jnp.bfloat16)
+  grad = jax.jit(jax.grad(lambda d: jnp.sum(d(x).astype(jnp.float32))))(dense)
+  np.testing.assert_allclose(grad.bias[...], 4096.0, rtol=1e-2)
+
+
+def test_a_child_key_depends_on_the_name_and_the_parent():
+  draw = lambda seed, name: jax.random.key_data(
+    layers.named(jax.random.key(seed), name)
+  ).tolist()
+  assert draw(0, 'gate') == draw(0, 'gate')
+  assert len({str(draw(s, n)) for s in (0, 1) for n in ('gate', 'query')}) == 4
+
+
+MORE = [
+  dict(attn__gate__position='sdpa'),
+  dict(attn__gate__position='out', attn__bias=True, attn__out_bias=True),
+  dict(tied=False, attn__qk_norm=False),
+]
+
+
+@pytest.mark.parametrize('changes', MORE)
+def test_adding_a_parameter_leaves_every_other_initial_value_as_it_was(changes):
+  with_it = trees.flatten(small.transformer(small.model_config(**changes)))
+  without = trees.flatten(small.transformer(small.model_config()))
+  assert with_it.keys() != without.keys()
+  for name in with_it.keys() & without.keys():
+    np.testing.assert_array_equal(with_it[name], without[name], err_msg=name)
+
+
+def test_no_two_weights_start_alike():
+  for changes in MORE:
+    leaves = trees.flatten(small.transformer(small.model_config(**changes)))
+    drawn = [
+      float(layer.ravel()[0])
+      for name, leaf in leaves.items()
+      if not name.endswith(('scale', 'bias'))
+      for layer in (leaf if name.startswith('blocks') else [leaf])
+    ]
+    assert len(set(drawn)) == len(drawn)
+
+
+@pytest.mark.parametrize(
+  ('change', 'said'),
+  [
+    (dict(numerics__weights='float16'), 'numerics.weights'),
+    (dict(numerics__compute='fp32'), 'numerics.compute'),
+    (dict(numerics__init_std=-0.1), 'numerics.init_std'),
+    (dict(numerics__norm_eps=-1.0), 'numerics.norm_eps'),
+    (dict(numerics__residual_init='deep'), 'numerics.residual_init'),
+  ],
+)
+def test_bad_numerics_are_refused_by_name(change, said):
+  with pytest.raises(ValueError, match=f'config.model.{said}='):
+    small.model_config(**change)

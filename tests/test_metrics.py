@@ -1,0 +1,271 @@
+import io
+import json
+import math
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gated import metrics
+
+OFF = {'tensorboard': False, 'wandb': ''}
+
+
+def write(workdir, values, *, step=-1, **views):
+  with metrics.Log(workdir, step=step, enabled=True, **(OFF | views)) as log:
+    for s, record in values:
+      log.write(s, 'train', record)
+  return metrics.read(workdir / 'metrics.jsonl')
+
+
+def test_floats_come_back_to_the_last_bit(tmp_path):
+  values = [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, float(np.float32(0.1)), -0.0]
+  records = write(tmp_path, [(i, {'loss': v}) for i, v in enumerate(values)])
+  assert [r['loss'].hex() for r in records] == [v.hex() for v in values]
+  assert [r['step'] for r in records] == list(range(len(values)))
+  assert {r['kind'] for r in records} == {'train'}
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16', 'int32'])
+def test_device_scalars_are_written_exactly(tmp_path, dtype):
+  value = jnp.asarray(2.7109375, dtype)
+  values = {'x': value, 'y': np.asarray(value)}
+  with jax.transfer_guard('disallow'):
+    (record,) = write(tmp_path, [(0, values)])
+  assert record['x'] == record['y'] == float(value)
+
+
+def test_every_line_is_strict_json_even_when_the_loss_is_not_a_number(tmp_path):
+  values = {'a': math.nan, 'b': math.inf, 'c': jnp.float32(-math.inf), 'd': 'NaN?'}
+  (record,) = write(tmp_path, [(3, values)])
+
+  def refuse(word):
+    raise AssertionError(word)
+
+  json.loads((tmp_path / 'metrics.jsonl').read_text(), parse_constant=refuse)
+  assert math.isnan(record['a'])
+  assert (record['b'], record['c'], record['d']) == (math.inf, -math.inf, 'NaN?')
+
+
+def test_a_record_is_on_disk_before_the_next_step(tmp_path):
+  log = metrics.Log(tmp_path, step=-1, enabled=True, **OFF)
+  log.write(1, 'train', {'loss': 1.0})
+  assert len(metrics.read(log.path)) == 1
+  log.sync()
+  log.close()
+  log.close()
+
+
+def test_a_process_that_is_not_enabled_leaves_no_trace(tmp_path):
+  views = {'tensorboard': True, 'wandb': 'project'}
+  with metrics.Log(tmp_path / 'run', step=-1, enabled=False, **views) as log:
+    log.write(1, 'train', {'loss': 1.0})
+    log.sync()
+  assert not (tmp_path / 'run').exists()
+
+
+def test_reopening_drops_what_lies_past_the_restored_step(tmp_path):
+  write(tmp_path, [(s, {'loss': s}) for s in (1, 2, 3, 4)])
+  with (tmp_path / 'metrics.jsonl').open('ab') as file:
+    file.write(b'{"step": 5, "kind": "tr')
+  records = write(tmp_path, [(3, {'loss': 30})], step=2)
+  assert [(r['step'], r['loss']) for r in records] == [(1, 1), (2, 2), (3, 30)]
+  assert write(tmp_path, [], step=-1) == []
+
+
+@pytest.mark.parametrize('torn', [b'', b'{"st', b'{"step": 9, "kind": "train"}'])
+def test_a_torn_last_line_is_no_record_and_is_cut_away(tmp_path, torn):
+  path = tmp_path / 'metrics.jsonl'
+  whole = b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n'
+  path.write_bytes(whole + torn)
+  assert [r['step'] for r in metrics.read(path)] == [1, 2]
+  assert metrics.truncate(path, 7) == len(torn)
+  assert path.read_bytes() == whole
+  assert metrics.truncate(path, 1) == len(b'{"step": 2, "loss": 0.25}\n')
+  assert [p.name for p in tmp_path.iterdir()] == ['metrics.jsonl']
+
+
+def test_a_killed_run_leaves_all_its_records_but_the_last(tmp_path, spawn_python):
+  story = (
+    'import sys; from gated import metrics\n'
+    'log = metrics.Log(sys.argv[1], step=-1, enabled=True, tensorboard=False, wandb="")\n'
+    'step = 0\n'
+    'while step := step + 1: log.write(step, "train", {"loss": 1 / step})\n'
+  )
+  child = spawn_python(['-c', story, tmp_path])
+  path = tmp_path / 'metrics.jsonl'
+  while child.poll() is None and not (path.exists() and path.stat().st_size > 1 << 16):
+    time.sleep(0.01)
+  child.kill()
+  assert child.wait() == -signal.SIGKILL, child.communicate()[1]
+  records = metrics.read(path)
+  assert [r['step'] for r in records] == list(range(1, len(records) + 1))
+  assert len(records) > 500 and all(r['loss'] == 1 / r['step'] for r in records)
+
+
+def test_truncating_a_file_that_is_not_there_is_no_error(tmp_path):
+  assert metrics.truncate(tmp_path / 'metrics.jsonl', 3) == 0
+
+
+def test_tensorboard_gets_its_events(tmp_path):
+  write(tmp_path, [(1, {'loss': 1.0, 'note': 'text'})], tensorboard=True)
+  (events,) = (tmp_path / 'tensorboard').iterdir()
+  assert b'train/loss' in events.read_bytes()
+
+
+def test_wandb_is_asked_for_by_name_when_it_is_missing(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'wandb', None)
+  with pytest.raises(ValueError, match=r"'mine'.*pip install wandb"):
+    metrics.Log(tmp_path, step=-1, enabled=True, tensorboard=False, wandb='mine')
+
+
+def test_wandb_goes_on_with_the_run_it_began(tmp_path, monkeypatch):
+  class Wandb:
+    ids, logged = [], []
+
+    def init(self, **words):
+      self.ids.append(words['id'])
+      return self
+
+    def log(self, values, step):
+      self.logged.append((step, values))
+
+    def finish(self):
+      pass
+
+  fake = Wandb()
+  monkeypatch.setitem(sys.modules, 'wandb', fake)
+  write(tmp_path, [(1, {'loss': 2.0})], wandb='mine')
+  write(tmp_path, [(2, {'loss': 1.0})], step=1, wandb='mine')
+  assert fake.ids[0] == fake.ids[1]
+  assert fake.logged == [(1, {'train/loss': 2.0}), (2, {'train/loss': 1.0})]
+
+
+def test_without_a_terminal_progress_is_plain_lines(capsys):
+  line = metrics.Progress(100, start=10, seconds=3600, enabled=True)
+  shown = {'loss': 2.5, 'lr': 1e-3, 'tokens_per_second': 6100.0, 'mfu': 0.5234, 'z': 1}
+  for step in (11, 12, 100):
+    line.update(step, shown)
+  line.say('saved')
+  line.close()
+  first, last, said = capsys.readouterr().err.splitlines()
+  assert first.startswith('step 11/100  loss 2.5000  lr 1.00e-03  6.10k tok/s  mfu 52.3%')
+  assert last.startswith('step 100/100') and said == 'saved'
+
+
+def test_on_a_terminal_progress_is_a_bar(monkeypatch):
+  class Terminal(io.StringIO):
+    def isatty(self):
+      return True
+
+  screen = Terminal()
+  monkeypatch.setattr(sys, 'stderr', screen)
+  line = metrics.Progress(100, start=0, seconds=1, enabled=True)
+  line.update(50, {'loss': 2.5})
+  line.close()
+  assert '50/100' in screen.getvalue() and 'loss 2.5000' in screen.getvalue()
+
+
+def test_the_timer_leaves_out_compilation_and_pauses(monkeypatch):
+  clock = iter([0, 5, 6, 10, 12, 15, 20, 22])
+  monkeypatch.setattr(time, 'perf_counter', lambda: next(clock))
+  timer = metrics.Timer(tokens_per_step=300, flops_per_token=1e3, peak=1e5, devices=2)
+  with timer.data():  # 0 to 5: before the first tick, so not counted.
+    pass
+  timer.tick()  # 6
+  with timer.data():  # 10 to 12
+    pass
+  with timer.pause():  # 15 to 20
+    pass
+  timer.tick()  # 22
+  assert timer.read() == {
+    'step_seconds': 11.0,
+    'data_seconds': 2.0,
+    'tokens_per_second': pytest.approx(300 / 11),
+    'flops_per_second': pytest.approx(300 / 11 * 1e3),
+    'mfu': pytest.approx(300 / 11 * 1e3 / 2e5),
+  }
+  assert timer.read() == {}
+
+
+def test_an_unknown_chip_has_no_mfu():
+  assert metrics.peak(jax.devices('cpu')[0]) is None
+  timer = metrics.Timer(tokens_per_step=1, flops_per_token=1.0, peak=None, devices=1)
+  timer.tick()
+  timer.tick()
+  assert 'mfu' not in timer.read()
+
+
+@pytest.mark.accelerator
+def test_an_accelerator_tells_its_memory_and_its_peak():
+  assert metrics.memory()['memory_peak_bytes'] > 0
+  assert metrics.peak(jax.devices()[0])
+
+
+def test_memory_is_absent_where_nobody_tells_it(monkeypatch):
+  class Device:
+    def __init__(self, stats):
+      self.memory_stats = lambda: stats
+
+  monkeypatch.setattr(jax, 'local_devices', lambda: [Device(None)])
+  assert metrics.memory() == {}
+  stats = [{'bytes_in_use': 3, 'peak_bytes_in_use': n} for n in (5, 7)]
+  monkeypatch.setattr(jax, 'local_devices', lambda: [Device(s) for s in stats])
+  assert metrics.memory() == {'memory_bytes': 3, 'memory_peak_bytes': 7}
+
+
+@pytest.fixture
+def traces(monkeypatch):
+  calls = []
+  monkeypatch.setattr(jax.profiler, 'start_trace', lambda folder: calls.append('start'))
+  monkeypatch.setattr(jax.profiler, 'stop_trace', lambda: calls.append('stop'))
+  return calls
+
+
+@pytest.mark.parametrize(
+  'window, steps, expected',
+  [
+    ((2, 4), range(8), [(2, 'start'), (4, 'stop')]),
+    ((2, 4), range(3, 8), [(3, 'start'), (4, 'stop')]),
+    ((2, 9), range(5), [(2, 'start'), ('end', 'stop')]),
+    ((3, 3), range(5), [(3, 'start'), (3, 'stop')]),
+    ((-1, -1), range(5), []),
+    ((2, 4), range(5, 8), []),
+  ],
+)
+def test_the_profiler_traces_its_window(tmp_path, traces, window, steps, expected):
+  seen = []
+  with metrics.Profile(tmp_path, *window, enabled=True) as profile:
+    for step in steps:
+      for act in (lambda: profile.before(step), lambda: profile.after(step, None)):  # noqa: B023
+        act()
+        seen += [(step, call) for call in traces]
+        traces.clear()
+  assert seen + [('end', call) for call in traces] == expected
+
+
+def test_a_profiler_window_that_ends_before_it_starts_is_refused(tmp_path):
+  with pytest.raises(ValueError, match='5 to 3'):
+    metrics.Profile(tmp_path, 5, 3, enabled=True)
+
+
+def test_a_manifest_names_its_versions_and_keeps_its_sessions(tmp_path, monkeypatch):
+  monkeypatch.setenv('XLA_FLAGS', '--xla_some_flag')
+  path = tmp_path / 'run' / 'run.json'
+  words = {'config': {'seed': 1}, 'data': {'digest': 'abc'}}
+  metrics.manifest(path, **words, step=-1, changed={})
+  changed = {'config.total_steps': [10, 20]}
+  metrics.manifest(path, **words, step=10, changed=changed)
+  run = json.loads(path.read_text())
+  assert run['config'] == {'seed': 1} and run['data'] == {'digest': 'abc'}
+  assert [s['restored_step'] for s in run['sessions']] == [-1, 10]
+  last = run['sessions'][-1]
+  assert last['changed'] == changed
+  assert last['versions']['jax'] == jax.__version__
+  assert last['devices'] == jax.device_count()
+  assert last['environment']['XLA_FLAGS'] == '--xla_some_flag'
+  assert [p.name for p in path.parent.iterdir()] == ['run.json']

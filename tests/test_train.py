@@ -1,0 +1,251 @@
+"""The two stories end to end: real processes, real signals, real files."""
+
+import json
+import signal
+import socket
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from gated import checkpoint, metrics, trees
+
+STEPS = 20
+SAVES = 6  # Steps 6, 12, 18, and the last.
+
+SMALL = {
+  'model.width': 32,
+  'model.ffn': 64,
+  'model.depth': 2,
+  'model.attn.heads': 4,
+  'model.attn.kv_heads': 2,
+  'model.attn.head_dim': 8,
+  'data.length': 64,
+  'batch': 8,
+  'steps': STEPS,
+  'optim.warmup': 4,
+  'optim.lr': 1e-3,
+  'checkpoint.every': SAVES,
+  'eval.every': 8,
+  'eval.rows': 8,
+  'log.tensorboard': False,
+}
+
+
+def command(workdir, recipe='configs/tiny.py', **knobs):
+  """The command line of a small run; a knob's dots are written as two underscores."""
+  knobs = SMALL | {name.replace('__', '.'): value for name, value in knobs.items()}
+  flags = [f'--config.{name}={value}' for name, value in knobs.items()]
+  return ['train.py', f'--config={recipe}', f'--workdir={workdir}', *flags]
+
+
+def losses(workdir, kind='train'):
+  records = metrics.read(workdir / 'metrics.jsonl')
+  return [(r['step'], r['loss']) for r in records if r['kind'] == kind]
+
+
+def digest(workdir, step=STEPS):
+  """SHA-256 of all parameters and optimizer state of a saved step."""
+  with checkpoint.Checkpoints(workdir / 'checkpoints') as saved:
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    leaves = {}
+    for item in ('model', 'rest'):
+      for name, leaf in saved.manager.item_metadata(step)[item].items():
+        shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one)
+        leaves.setdefault(item, {})[name] = shape
+    return trees.digest(saved.read(step, leaves))
+
+
+def kill_between_saves(workdir, child, seconds=240):
+  """SIGKILL once the first save is whole, at a step that is not one -> that step."""
+  path = workdir / 'metrics.jsonl'
+  for _ in range(seconds * 100):
+    assert child.poll() is None, child.communicate()[1][-3000:]
+    if (workdir / f'checkpoints/{SAVES}').is_dir():
+      step = max(r['step'] for r in metrics.read(path))
+      if step % SAVES in (2, 3) and step > SAVES:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        return max(r['step'] for r in metrics.read(path))
+    time.sleep(0.01)
+  pytest.fail(f'nothing to kill within {seconds} s')
+
+
+def ok(done):
+  assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+  return done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('accum', [1, 2])
+@pytest.mark.parametrize('gate', ['none', 'headwise', 'elementwise'])
+def test_a_killed_run_goes_on_to_the_last_bit(
+  gate, accum, tmp_path, run_python, spawn_python
+):
+  straight, killed = tmp_path / 'straight', tmp_path / 'killed'
+  # Large enough that a save ends before the run does.
+  size = dict(model__width=96, batch=16, data__length=256)
+  knobs = dict(recipe=f'configs/tiny.py:gate={gate}', accum=accum, **size)
+  ok(run_python(command(straight, **knobs)))
+  died_at = kill_between_saves(killed, spawn_python(command(killed, **knobs)))
+  assert SAVES < died_at < STEPS and died_at % SAVES
+  ok(run_python(command(killed, **knobs)))
+  assert [step for step, _ in losses(straight)] == list(range(1, STEPS + 1))
+  assert losses(killed) == losses(straight)
+  assert losses(killed, 'heldout') == losses(straight, 'heldout')
+  assert digest(killed) == digest(straight)
+  sessions = json.loads((killed / 'run.json').read_text())['sessions']
+  assert [s['restored_step'] for s in sessions] in ([-1, 6], [-1, 12])
+
+
+def free_port():
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    return s.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_one_device_eight_and_two_processes_have_the_same_losses(
+  tmp_path, run_python, spawn_python
+):
+  knobs = dict(steps=5, checkpoint__every=5)
+  one, eight, two = (tmp_path / name for name in ('one', 'eight', 'two'))
+  ok(run_python(command(one, **knobs)))
+  split = dict(mesh__fsdp=2, mesh__tensor=2, mesh__context=2)
+  ok(run_python(command(eight, **knobs, **split), devices=8))
+  port = free_port()
+  children = [
+    spawn_python(
+      [
+        *command(two, **knobs),
+        f'--coordinator=127.0.0.1:{port}',
+        '--processes=2',
+        f'--process={i}',
+      ],
+      devices=2,
+    )
+    for i in range(2)
+  ]
+  for child in children:
+    out, err = child.communicate(timeout=300)
+    assert child.returncode == 0, out[-2000:] + err[-4000:]
+  expected = np.array([loss for _, loss in losses(one)])
+  assert len(expected) == 5
+  for other in (eight, two):
+    np.testing.assert_allclose([loss for _, loss in losses(other)], expected, atol=1e-5)
+  # What two processes saved, one restores; what eight devices saved, one restores.
+  for other in (eight, two):
+    more = ok(run_python(command(other, **knobs | dict(steps=6))))
+    assert 'resumed at step 5 of 6' in more.stderr
+    assert len(losses(other)) == 6
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory, run_python):
+  workdir = tmp_path_factory.mktemp('trained') / 'run'
+  ok(run_python(command(workdir, steps=12, checkpoint__keep=9)))
+  return workdir
+
+
+@pytest.mark.slow
+def test_an_evaluation_prints_its_report_as_the_last_line(trained, run_python):
+  done = ok(run_python(['eval.py', f'--workdir={trained}', '--rows=16'], devices=8))
+  report = json.loads(done.stdout.splitlines()[-1])
+  assert report == json.loads((trained / 'eval/12.json').read_text())
+  assert report['step'] == 12
+  assert set(report['domains']) == {'code', 'prose'}
+  for summary in report['domains'].values():
+    nats = summary['nats_per_token']
+    np.testing.assert_allclose(summary['perplexity'], np.exp(nats), rtol=1e-9)
+    assert 0 < summary['xz_bits_per_byte'] < 8
+    assert 0 < summary['bigram_bits_per_byte'] < 8
+    assert summary['tokens'] > 500 and summary['nats_per_token_stderr'] > 0
+
+
+@pytest.mark.slow
+def test_an_evaluation_repeats_the_held_out_loss_of_the_run(trained, run_python):
+  best_step, best = min(losses(trained, 'heldout')[0:], key=lambda x: x[1])
+  saved = {6, 8, 12} & {step for step, _ in losses(trained, 'heldout')}
+  for step in saved - {8}:
+    args = ['eval.py', f'--workdir={trained}', '--rows=8', f'--step={step}']
+    report = json.loads(ok(run_python(args)).stdout.splitlines()[-1])
+    np.testing.assert_allclose(
+      report['loss'], dict(losses(trained, 'heldout'))[step], rtol=1e-6
+    )
+  assert best_step in saved
+  assert np.isfinite(best)
+
+
+@pytest.mark.slow
+def test_an_evaluation_refuses_a_step_that_is_not_there(trained, run_python):
+  done = run_python(['eval.py', f'--workdir={trained}', '--step=7'])
+  assert done.returncode == 2
+  assert "--step='7'" in done.stderr and '6, 12' in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_can_start_from_the_weights_of_another(trained, tmp_path, run_python):
+  fresh = tmp_path / 'fresh'
+  knobs = dict(init_from=f'{trained}:6', steps=3, seed=1)
+  ok(run_python(command(fresh, **knobs)))
+  first, at_six = losses(fresh)[0][1], dict(losses(trained))[6]
+  at_start = losses(trained)[0][1]
+  assert abs(first - at_six) < abs(first - at_start) / 3
+  assert [step for step, _ in losses(fresh)] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_workdir_of_another_run_is_refused_and_left_as_it_was(trained, run_python):
+  before = (trained / 'metrics.jsonl').read_bytes(), (trained / 'run.json').read_bytes()
+  for knobs, told in (
+    (dict(model__width=64), 'config.model.width: 32 there, 64 here'),
+    (dict(seed=3), 'config.seed: 0 there, 3 here'),
+    (dict(optim__lr=2e-3), 'config.optim.lr: 0.001 there, 0.002 here'),
+    (dict(data__length=32), 'config.data.length: 64 there, 32 here'),
+    (dict(data__mixture='stdlib@code'), 'data: '),
+    (dict(batch=16), 'config.batch: 8 there, 16 here'),
+  ):
+    done = run_python(command(trained, **dict(steps=12, checkpoint__keep=9) | knobs))
+    assert done.returncode == 2, done.stderr
+    assert told in done.stderr
+  now = (trained / 'metrics.jsonl').read_bytes(), (trained / 'run.json').read_bytes()
+  assert now == before
+
+
+REFUSED = {
+  'config.model.atn.heads': (3, 'did you mean config.model.attn.heads?'),
+  'config.model.attn.gate.position': ('sdap', "allowed are 'none', 'query'"),
+  'config.batch': (1e3, 'config.batch'),
+  'config.accum': (3, 'config.batch=8 must be a multiple of config.accum=3'),
+  'config.model.attn.heads': (3, 'must be a multiple of config.model.attn.kv_heads=2'),
+  'config.mesh.tensor': (3, 'is not the 1 devices here'),
+  'config.data.mixture': ('/nowhere', 'no such dataset'),
+  'config.optim.schedule': ('cosin', "allowed are 'cosine'"),
+  'config.init_from': ('/nowhere', '/nowhere'),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('knob', REFUSED)
+def test_a_bad_knob_is_refused_by_name_before_any_work(knob, tmp_path, run_python):
+  value, told = REFUSED[knob]
+  workdir = tmp_path / 'run'
+  done = run_python([*command(workdir), f'--{knob}={value}'])
+  assert done.returncode == 2, done.stderr
+  assert knob in done.stderr and told in done.stderr
+  assert 'Traceback' not in done.stderr
+  assert not workdir.exists()
+
+
+@pytest.mark.slow
+def test_a_recipe_argument_that_does_not_exist_lists_those_that_do(run_python):
+  done = run_python(['train.py', '--config=configs/dense_1b7.py:32l'])
+  assert done.returncode == 2
+  assert "'32l'" in done.stderr and '28l, 48l' in done.stderr
+
+
+@pytest.mark.slow
+def test_the_dense_model_of_table_7_reports_its_parameters(run_python):
+  done = ok(run_python(['train.py', '--config=configs/dense_1b7.py:28l', '--dry_run']))
+  assert '1.72B parameters' in done.stderr

@@ -1,0 +1,127 @@
+"""The house's walls: who may import whom, what may not be called, how long a file is.
+
+A file of gated/ imports lower floors only. When a wall is in the way, look for the room
+that the code belongs in before moving a wall.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+FLOORS = {
+  'config': 0,
+  'trees': 0,
+  'mesh': 0,
+  'layers': 1,
+  'kernels': 1,
+  'tokenizer': 1,
+  'optim': 1,
+  'stability': 1,
+  'checkpoint': 1,
+  'metrics': 1,
+  'probes': 1,
+  'gate': 2,
+  'moe': 2,
+  'data': 2,
+  'step': 2,
+  'attention': 3,
+  'evals': 3,
+  'model': 4,
+  'plan': 5,
+  'hf': 5,
+}
+
+STORIES = {'train', 'eval'}
+# Restoring or reading never executes what lay in a file.
+LOADERS = {'pickle', 'dill', 'cloudpickle', 'marshal', 'shelve', 'joblib'}
+
+
+def files(*patterns):
+  return sorted(path for pattern in patterns for path in ROOT.glob(pattern))
+
+
+ROOMS = files('gated/**/*.py')
+RECIPES = files('configs/**/*.py')
+SHIPPED = [
+  *ROOMS,
+  *RECIPES,
+  *files('train.py', 'eval.py', 'scripts/**/*.py', 'bench/**/*.py'),
+]
+
+
+def name(path):
+  return str(path.relative_to(ROOT))
+
+
+def imports(path):
+  """File -> the dotted names it imports, wherever in the file, relative ones resolved."""
+  package = path.relative_to(ROOT).parent.parts
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      base = package[: len(package) - node.level + 1] if node.level else ()
+      module = '.'.join([*base, *([node.module] if node.module else [])])
+      found |= {f'{module}.{alias.name}' for alias in node.names}
+  return found
+
+
+def tops(path):
+  return {module.split('.')[0] for module in imports(path)}
+
+
+def room(path):
+  """File of gated/ -> its room: the name under gated/, None for gated/__init__.py."""
+  first = path.relative_to(ROOT / 'gated').parts[0].removesuffix('.py')
+  return None if first == '__init__' else first
+
+
+@pytest.mark.parametrize('path', ROOMS, ids=name)
+def test_a_room_imports_lower_floors_only(path):
+  here = room(path)
+  lower = {r for r in FLOORS if here in FLOORS and FLOORS[r] < FLOORS[here]} | {here}
+  used = {m.split('.')[1] for m in imports(path) if m.startswith('gated.')}
+  assert used <= lower, f'{name(path)} may not import {sorted(used - lower)}'
+
+
+@pytest.mark.parametrize('path', ROOMS, ids=name)
+def test_a_room_sees_no_configdict_no_flag_and_no_story(path):
+  assert not tops(path) & {'absl', 'ml_collections', 'configs', 'scripts', *STORIES}
+
+
+@pytest.mark.parametrize('path', RECIPES, ids=name)
+def test_a_recipe_imports_recipes_only(path):
+  assert tops(path) <= {'ml_collections', 'configs'}
+
+
+@pytest.mark.parametrize('path', SHIPPED, ids=name)
+def test_nothing_imports_a_story(path):
+  assert not tops(path) & STORIES
+
+
+@pytest.mark.parametrize('path', SHIPPED, ids=name)
+def test_nothing_executes_what_it_reads(path):
+  assert not tops(path) & LOADERS
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Call):
+      call = ast.unparse(node.func)
+      assert call not in {'eval', 'exec', 'torch.load', 'yaml.load'}, call
+      allowed = {k.arg: ast.unparse(k.value) for k in node.keywords}
+      assert allowed.get('allow_pickle') in (None, 'False'), f'{call}(allow_pickle=True)'
+      assert 'trust_remote_code' not in allowed, f'{call}(trust_remote_code=...)'
+
+
+@pytest.mark.parametrize('path', SHIPPED, ids=name)
+def test_a_file_fits_one_head(path):
+  lines = len(path.read_text().splitlines())
+  assert lines <= 350, f'{lines} lines: a file that wants to be two, or a folder'
+
+
+def test_every_room_has_a_floor_and_a_test_file():
+  rooms = {room(path) for path in ROOMS} - {None}
+  assert rooms <= FLOORS.keys()
+  assert {r for r in rooms if not (ROOT / f'tests/test_{r}.py').exists()} == set()
