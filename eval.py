@@ -50,8 +50,9 @@ def run(workdir: Path) -> dict:
   corpus = _open(c, about['data'])
   batch = _BATCH.value * mesh.ways('batch', on)
   evaluate = plan.evaluate_step(cfg, on, c['loss']['chunk'])
-  opts = dict(mesh=on, batch=batch, limit=_ROWS.value)
-  report = {'step': step} | evals.perplexity(evaluate, params, corpus, **opts)
+  report = {'step': step} | evals.perplexity(
+    evaluate, params, corpus, mesh=on, batch=batch, limit=_ROWS.value
+  )
   report['data'] = corpus.fingerprint['sha256']
   if jax.process_index() == 0:
     seen = step * c['batch']
@@ -65,7 +66,9 @@ def run(workdir: Path) -> dict:
 def _mesh(c: dict):
   """All devices, with the weights split over as many as divide the model's width."""
   devices = jax.device_count()
-  fsdp = next(n for n in range(devices, 0, -1) if c['model']['width'] % n == 0 == devices % n)
+  fsdp = next(
+    n for n in range(devices, 0, -1) if c['model']['width'] % n == 0 == devices % n
+  )
   return mesh.make(data=devices // fsdp, fsdp=fsdp, expert=1, tensor=1, context=1)
 
 
@@ -99,8 +102,9 @@ def _yardsticks(corpus: data.Corpus, seen: int) -> dict[str, dict[str, float]]:
 
 def _beside(corpus: data.Corpus, domain: str, bigram: evals.Bigram) -> dict[str, float]:
   nats, size = 0.0, 0
-  held = dict(batch=64, rows=range(64), limit=_ROWS.value)
-  for batch, bytes_B in corpus.heldout(domain, **held):
+  rows = range(64)
+  held = corpus.heldout(domain, batch=len(rows), rows=rows, limit=_ROWS.value)
+  for batch, bytes_B in held:
     nats += (bigram.nll(batch.tokens, batch.targets) * batch.weights).sum()
     size += int(bytes_B.sum())
   text = corpus.heldout_text(domain, _ROWS.value)

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import absl.logging
 import jax
 import numpy as np
-import absl.logging
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -76,12 +76,24 @@ def run(c: dict, workdir: Path, dry_run: bool) -> None:
     if begun:
       _log.info('resumed at step %d of %d', begun, cfg.steps)
     if first:
-      about = dict(config=c, data=corpus.fingerprint, step=restored, changed=changed)
-      metrics.manifest(workdir / 'run.json', **about)
-    views = dict(tensorboard=cfg.log.tensorboard, wandb=cfg.log.wandb)
+      metrics.manifest(
+        workdir / 'run.json',
+        config=c,
+        data=corpus.fingerprint,
+        step=restored,
+        changed=changed,
+      )
+    if begun == cfg.steps:
+      return
     window = cfg.log.profile_first, cfg.log.profile_last
     with (
-      metrics.Log(workdir, step=restored, enabled=first, **views) as log,
+      metrics.Log(
+        workdir,
+        step=restored,
+        enabled=first,
+        tensorboard=cfg.log.tensorboard,
+        wandb=cfg.log.wandb,
+      ) as log,
       metrics.Profile(workdir, *window, enabled=first) as profile,
     ):
       out = Outlets(c, saved, log, profile, first)
@@ -126,18 +138,25 @@ def _loop(the: plan.Plan, train_step, state, corpus: data.Corpus, out: Outlets) 
       late = None
       with timer.pause():
         heldout = evals.perplexity(
-          evaluate, state.model, corpus, mesh=the.mesh, batch=the.micro, limit=cfg.eval.rows
+          evaluate,
+          state.model,
+          corpus,
+          mesh=the.mesh,
+          batch=the.micro,
+          limit=cfg.eval.rows,
         )
         _tell(step, heldout, progress, out)
         if save:
           out.log.sync()
-          about = dict(config=out.config, data=corpus.fingerprint, heldout_loss=heldout['loss'])
+          about = dict(
+            config=out.config, data=corpus.fingerprint, heldout_loss=heldout['loss']
+          )
           out.saved.save(step, state, about)
   progress.close()
 
 
 def _record(step: int, values, cfg: plan.Config, timer, progress, out: Outlets) -> None:
-  """Reads a step's metrics, writes them where due; a run that left the numbers ends here."""
+  """Reads a step's metrics and writes them where due; ends a run that is not finite."""
   values = {name: float(value) for name, value in jax.device_get(values).items()}
   timer.tick()
   finite = np.isfinite([values['loss'], values['grad_norm']]).all()
@@ -179,7 +198,7 @@ def _start(the: plan.Plan, saved: checkpoint.Checkpoints, weights):
 
 
 def _find_weights(init_from: str) -> tuple[Path, int] | None:
-  """'WORKDIR[:STEP]' -> its checkpoints and the step; ValueError if they are not there."""
+  """'WORKDIR[:STEP]' -> its checkpoints and the step; ValueError if not there."""
   if not init_from:
     return None
   workdir, _, step = init_from.partition(':')

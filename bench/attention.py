@@ -35,8 +35,8 @@ def masked(q, k, v, segment_BT):
 
 
 def functions(limit):
-  ours = lambda name: lambda q, k, v, s: kernels.attend(
-    q, k, v, s, backend=name, max_segments=limit
+  ours = lambda name: (
+    lambda q, k, v, s: kernels.attend(q, k, v, s, backend=name, max_segments=limit)
   )
   return {
     'peer cudnn, unpacked': lambda q, k, v, s: jax.nn.dot_product_attention(
@@ -76,7 +76,9 @@ def error(f, reference, arrays, segment_BT):
   up = [a.astype(jnp.float32) for a in arrays]
   with jax.default_matmul_precision('highest'):
     want = [reference(*up[:3], segment_BT), *both(reference)(*up, segment_BT)]
-  distance = lambda a, b: float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
+  distance = lambda a, b: float(
+    jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)
+  )
   return [distance(a, b) for a, b in zip(got, want)]
 
 
@@ -86,7 +88,9 @@ def main():
     parser.add_argument(f'--{name}', type=int, default=value)
   parser.add_argument('--limits', type=int, nargs='+', default=[16, 64])
   a = parser.parse_args()
-  plain = lambda q, k, v, s: kernels.attend(q, k, v, s, backend='reference', max_segments=2)
+  plain = lambda q, k, v, s: kernels.attend(
+    q, k, v, s, backend='reference', max_segments=2
+  )
   small, small_segments = inputs(2, 512, a.heads, a.kv_heads, 128, 5)
   big, segment_BT = inputs(a.batch, a.length, a.heads, a.kv_heads, 128, a.segments)
   print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}, {vars(a)}')
@@ -99,7 +103,8 @@ def main():
         forward = milliseconds(jax.jit(f), *big[:3], segment_BT)
         total = milliseconds(both(f), *big, segment_BT)
         told = ' '.join(f'{e:.1e}' for e in errors)
-        print(f'{name:24} max_segments {limit:4}  {forward:7.2f} {total:7.2f} ms  y dq dk dv {told}')
+        times = f'{forward:7.2f} {total:7.2f} ms'
+        print(f'{name:24} max_segments {limit:4}  {times}  y dq dk dv {told}')
       except Exception as problem:
         print(f'{name:24} max_segments {limit:4}  failed: {str(problem)[:300]}')
 

@@ -1,7 +1,7 @@
 """Optimizer steps of a recipe on this machine: tokens/s, MFU, memory, a line a variant.
 
   python bench/train_step.py configs/dense_1b7.py:28l batch=8
-  python bench/train_step.py configs/dense_1b7.py:28l batch=8 -- model.layers=scan model.remat=dots
+  python bench/train_step.py configs/dense_1b7.py:28l batch=8 -- gate=headwise
 
 Each group of overrides after `--` is a variant; `gate=NAME` picks one of base.GATES.
 Tokens are random, in packed rows of 8 documents; the time is the median step.
@@ -50,7 +50,9 @@ def random_batch(cfg, rng):
   segment = np.sort(rng.integers(1, 9, (B, T)), 1).astype(np.int32)
   starts = np.where(np.diff(segment, axis=1, prepend=0) > 0, np.arange(T), 0)
   position = (np.arange(T) - np.maximum.accumulate(starts, 1)).astype(np.int32)
-  return data.Batch(token[:, :-1], token[:, 1:], np.ones((B, T), np.float32), segment, position)
+  return data.Batch(
+    token[:, :-1], token[:, 1:], np.ones((B, T), np.float32), segment, position
+  )
 
 
 def measure(cfg, steps):
@@ -74,8 +76,9 @@ def measure(cfg, steps):
   need = (stats.argument_size_in_bytes + stats.temp_size_in_bytes) / 2**30
   used = metrics.memory().get('memory_peak_bytes', 0) / 2**30
   return (
-    f'{1e3 * seconds:8.1f} ms {rate:10,.0f} tok/s  mfu {mfu:.3f}  {need:6.1f} GiB planned '
-    f'{used:6.1f} peak so far  compile {compiled:4.0f} s  loss {float(values["loss"]):.3f}'
+    f'{1e3 * seconds:8.1f} ms {rate:10,.0f} tok/s  mfu {mfu:.3f}  {need:6.1f} GiB '
+    f'planned {used:6.1f} peak so far  compile {compiled:4.0f} s  '
+    f'loss {float(values["loss"]):.3f}'
   )
 
 
@@ -87,7 +90,9 @@ def main():
       groups.append([])
     else:
       (groups[-1] if groups else common).append(text)
-  print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}, {spec} {" ".join(common)}')
+  print(
+    f'{jax.devices()[0].device_kind}, jax {jax.__version__}, {spec} {" ".join(common)}'
+  )
   for group in groups or [[]]:
     try:
       line = measure(dataclasses.replace(recipe(spec, common + group)), steps=10)

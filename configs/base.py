@@ -127,7 +127,7 @@ def optim() -> dict:
 
 
 def arguments(arg: str, *words: str, **values: tuple[str, ...]) -> dict[str, str]:
-  """'48l,gate=headwise' -> {'': '48l', 'gate': 'headwise'}, checked against what is known.
+  """'48l,gate=headwise' -> {'': '48l', 'gate': 'headwise'}, checked.
 
   `words` are the allowed bare words (the first is the default), `values` the allowed
   values by key (likewise).

@@ -3,6 +3,7 @@
 B batch  T tokens  D width  H heads  G KV heads  K head width
 """
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -16,7 +17,7 @@ _NAME = 'config.model.attn'
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-  """Grouped-query attention (arXiv 2305.13245), its head width independent of the model's."""
+  """Grouped-query attention (arXiv 2305.13245); the head width is its own."""
 
   heads: int  # H query heads
   kv_heads: int  # G heads of keys and values, each shared by H / G query heads
@@ -43,28 +44,31 @@ class Config:
 
 
 class Attention(nnx.Module):
-  """The attention of one layer: x_BTD, already normalised -> what it adds to the residual."""
+  """One layer's attention: x_BTD, normalised -> what it adds to the residual."""
 
   def __init__(
     self, cfg: Config, key: jax.Array, *, width: int, std_out: float, numerics: Numerics
   ):
     self.cfg = cfg
     H, G, K = cfg.heads, cfg.kv_heads, cfg.head_dim
-    opts = dict(std=numerics.init_std, bias=cfg.bias, numerics=numerics)
+    dense = functools.partial(Dense, numerics=numerics)
+    inward = functools.partial(dense, std=numerics.init_std, bias=cfg.bias)
     query = ('embed', 'heads', 'head_dim')
     keys = ('embed', 'kv_heads', 'head_dim')
-    self.query = Dense(named(key, 'query'), (width,), (H, K), axes=query, **opts)
-    self.key = Dense(named(key, 'key'), (width,), (G, K), axes=keys, **opts)
-    self.value = Dense(named(key, 'value'), (width,), (G, K), axes=keys, **opts)
-    opts |= dict(std=std_out, bias=cfg.out_bias, axes=('heads', 'head_dim', 'embed'))
-    self.out = Dense(named(key, 'out'), (H, K), (width,), **opts)
+    self.query = inward(named(key, 'query'), (width,), (H, K), axes=query)
+    self.key = inward(named(key, 'key'), (width,), (G, K), axes=keys)
+    self.value = inward(named(key, 'value'), (width,), (G, K), axes=keys)
+    axes = ('heads', 'head_dim', 'embed')
+    outward = functools.partial(dense, std=std_out, bias=cfg.out_bias)
+    self.out = outward(named(key, 'out'), (H, K), (width,), axes=axes)
     norm = lambda: RMSNorm(K, axes=('head_dim',), numerics=numerics)
     self.query_norm = norm() if cfg.qk_norm else None
     self.key_norm = norm() if cfg.qk_norm else None
     heads = G if cfg.gate.position in ('key', 'value') else H
-    dims = dict(width=width, heads=heads, head_dim=K, numerics=numerics)
+    make = functools.partial(gate.Gate, width=width, heads=heads, head_dim=K)
     gated = cfg.gate.position != 'none'
-    self.gate = gate.Gate(cfg.gate, named(key, 'gate'), **dims) if gated else None
+    key_gate = named(key, 'gate')
+    self.gate = make(cfg.gate, key_gate, numerics=numerics) if gated else None
 
   def __call__(
     self, x_BTD: jax.Array, angle_BTk: jax.Array, segment_BT: jax.Array | None
@@ -76,8 +80,14 @@ class Attention(nnx.Module):
     # Each device's queries meet the keys of the whole row.
     k_BTGK = mesh.constrain(k_BTGK, 'batch', None, 'kv_heads', None)
     v_BTGK = mesh.constrain(v_BTGK, 'batch', None, 'kv_heads', None)
-    opts = dict(backend=self.cfg.backend, max_segments=self.cfg.max_segments)
-    y_BTHK = kernels.attend(q_BTHK, k_BTGK, v_BTGK, segment_BT, **opts)
+    y_BTHK = kernels.attend(
+      q_BTHK,
+      k_BTGK,
+      v_BTGK,
+      segment_BT,
+      backend=self.cfg.backend,
+      max_segments=self.cfg.max_segments,
+    )
     y_BTHK = self._gated('sdpa', y_BTHK, x_BTD)
     return self._gated('out', self.out(y_BTHK), x_BTD)
 

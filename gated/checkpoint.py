@@ -64,7 +64,7 @@ class Checkpoints:
     return min(losses, key=losses.__getitem__) if losses else self.latest()
 
   def pick(self, which: str, knob: str) -> int:
-    """'latest', 'best' or a number -> a step on disk; ValueError, naming the knob, if none."""
+    """'latest', 'best' or a number -> a step on disk; ValueError if it is not."""
     if not self.steps():
       raise ValueError(f'{knob}={which!r}: {self.directory} holds no checkpoint')
     named = {'latest': self.latest, 'best': self.best}
@@ -109,7 +109,7 @@ class Checkpoints:
     return trees.unflatten(like, self.read(step, {'model': trees.flatten(like)})['model'])
 
   def read(self, step: int, items: dict[str, dict[str, Any]]) -> dict[str, dict]:
-    """A step and, by item, {leaf's name: shape, dtype and sharding} -> the same of arrays."""
+    """A step and, by item, {leaf's name: shape with sharding} -> the same of arrays."""
     saved = self.manager.item_metadata(step)
     for item, leaves in items.items():
       _check(self.directory / str(step) / item, saved[item], leaves)

@@ -35,7 +35,7 @@ def build(cls: type[C], mapping: Mapping, name: str) -> C:
 
 
 def nearest(knob: str, known: Iterable[str], prefix: str = '') -> str:
-  """A mistyped knob and the known names -> '; did you mean ...?', or '' if none is near."""
+  """A mistyped knob and the known ones -> '; did you mean ...?', or all that are."""
   names = [f'{prefix}.{key}' if prefix else key for key in known]
   close = difflib.get_close_matches(knob, names, n=1, cutoff=0.6)
   return f'; did you mean {close[0]}?' if close else f'; known are {", ".join(names)}'

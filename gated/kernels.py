@@ -7,6 +7,7 @@ B batch  T tokens  S keys' tokens  H heads  G KV heads  K head width  M segments
 """
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable
 
@@ -29,7 +30,7 @@ def attend(
   backend: str,
   max_segments: int,
 ) -> jax.Array:
-  """Causal softmax(q k / sqrt(K)) v -> y_BTHK, heads h sharing KV head h // (H/G) (Eq. 2).
+  """Causal softmax(q k / sqrt(K)) v -> y_BTHK; head h reads KV head h // (H/G) (Eq. 2).
 
   With segments, a token attends within its own segment only; equal segment ids must
   stand together, at most `max_segments` runs of them in a row. Raises
@@ -76,7 +77,7 @@ def _reference(q_BTHK, k_BSGK, v_BSGK, segment_BT, max_segments):
 
 
 def _cudnn(q_BTHK, k_BSGK, v_BSGK, segment_BT, max_segments):
-  """cuDNN's fused attention, with packed segments as ragged sequences (Hopper or later)."""
+  """cuDNN's fused attention, packed segments as ragged sequences (from Hopper on)."""
   if jax.default_backend() != 'gpu':
     raise NotImplementedError('needs a GPU')
   if q_BTHK.dtype not in (jnp.bfloat16, jnp.float16):
@@ -100,23 +101,27 @@ def _cudnn_packed(q_BTHK, k_BSGK, v_BSGK, segment_BT, max_segments):
   start_BM, size_BM = segment_runs(segment_BT, max_segments)
   # One more offset than segments; -1 where there is none, in the last column always.
   offset_BM1 = jnp.pad(start_BM, ((0, 0), (0, 1)), constant_values=-1)
-  opts = dict(scale=q_BTHK.shape[-1] ** -0.5, mask_type=cudnn.MaskType.PADDING_CAUSAL)
-  lengths = (size_BM, size_BM, offset_BM1, offset_BM1)
   return cudnn.dot_product_attention(
-    q_BTHK, k_BSGK, v_BSGK, None, None, *lengths, **opts
+    q_BTHK,
+    k_BSGK,
+    v_BSGK,
+    q_seqlen=size_BM,
+    kv_seqlen=size_BM,
+    q_offsets=offset_BM1,
+    kv_offsets=offset_BM1,
+    scale=q_BTHK.shape[-1] ** -0.5,
+    mask_type=cudnn.MaskType.PADDING_CAUSAL,
   )
 
 
 def segment_runs(segment_BT: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
-  """Segment ids -> where each run of equal ids starts and its size, (B, limit), else -1."""
-  T = segment_BT.shape[1]
+  """Segment ids -> the start and the size of each run of equal ids: (B, limit), or -1."""
   first_BT = segment_BT != jnp.pad(segment_BT, ((0, 0), (1, 0)))[:, :-1]
   first_BT = first_BT.at[:, 0].set(True)
   run_BT = jnp.cumsum(first_BT, 1) - 1
   size_BM = jax.vmap(lambda run: jnp.bincount(run, length=limit))(run_BT)
   start_BM = jax.vmap(lambda f: jnp.nonzero(f, size=limit, fill_value=-1)[0])(first_BT)
   size_BM = jnp.where(start_BM < 0, -1, size_BM)
-  assert T > 0
   return start_BM.astype(jnp.int32), size_BM.astype(jnp.int32)
 
 
@@ -145,84 +150,93 @@ def vocab_loss(
   the gradient, which `total` alone has, is made beside the loss, not by recomputing it.
   """
   abstract = jax.sharding.get_abstract_mesh()
-  local = functools.partial(_local_loss, z=z, chunk=chunk)
-  if abstract.empty or abstract.size == 1:
-    return _with_gradient(functools.partial(local, axes=None), x_BTD, w_VD, target_BT, weight_BT)
-  BT = mesh.spec(('batch', 'tokens'), abstract)
-  vocab = mesh.spec(('vocab',), abstract)
-  run = functools.partial(local, axes=(tuple(a for p in BT for a in _names(p)), _names(vocab[0])))
+  alone = abstract.empty or abstract.size == 1
+  BT = P() if alone else mesh.spec(('batch', 'tokens'), abstract)
+  V = P() if alone else mesh.spec(('vocab',), abstract)
+  local = functools.partial(
+    _local_loss, z=z, chunk=chunk, batch_axes=_names(BT), vocab_axes=_names(V)
+  )
 
-  def sharded(grad):
-    outs = (P(), BT, BT) + ((P(*BT, None), P(*vocab, None)) if grad else ())
-    ins = (P(*BT, None), P(*vocab, None), BT, BT)
+  def run(grad: bool, x, w):
+    # Cast before the devices gather w: half the bytes.
+    args = x, w.astype(x.dtype), target_BT, weight_BT
+    if alone:
+      return local(grad, *args)
+    outs = (P(), BT, BT) + ((P(*BT, None), P(*V, None)) if grad else ())
     return jax.shard_map(
-      functools.partial(run, grad), mesh=abstract, in_specs=ins, out_specs=outs, check_vma=False
-    )
-
-  return _with_gradient(lambda grad, *a: sharded(grad)(*a), x_BTD, w_VD, target_BT, weight_BT)
-
-
-def _names(part) -> tuple[str, ...]:
-  return (part,) if isinstance(part, str) else tuple(part or ())
-
-
-def _with_gradient(run, x_BTD, w_VD, target_BT, weight_BT):
-  """run(grad, ...) -> (total, nll, lse[, dx, dw]) becomes differentiable in x and w."""
+      functools.partial(local, grad),
+      mesh=abstract,
+      in_specs=(P(*BT, None), P(*V, None), BT, BT),
+      out_specs=outs,
+      check_vma=False,
+    )(*args)
 
   @jax.custom_vjp
   def loss(x, w):
-    return run(False, x, w, target_BT, weight_BT)
+    return run(False, x, w)
 
   def forward(x, w):
-    total, nll, lse, dx, dw = run(True, x, w, target_BT, weight_BT)
-    return (total, nll, lse), (dx, dw)
+    total, nll_BT, lse_BT, dx, dw = run(True, x, w)
+    return (total, nll_BT, lse_BT), (dx, dw.astype(w.dtype))
 
-  def backward(grads, cotangents):
-    g = cotangents[0]
-    return tuple((g * d).astype(d.dtype) for d in grads)
+  def backward(gradients, cotangents):
+    return tuple((cotangents[0] * g).astype(g.dtype) for g in gradients)
 
   loss.defvjp(forward, backward)
   return loss(x_BTD, w_VD)
 
 
-def _local_loss(grad, x_BTD, w_VD, target_BT, weight_BT, *, axes, z, chunk):
-  """The loss on one device's tokens and vocabulary; `axes` names the mesh axes of each."""
-  batch_axes, vocab_axes = axes if axes else ((), ())
-  B, T, D = x_BTD.shape
-  V = w_VD.shape[0]
-  N = B * T
-  chunk = next(c for c in range(min(chunk, N), 0, -1) if N % c == 0)
-  chunks = lambda a: a.reshape(N // chunk, chunk, *a.shape[2:])
+def _names(spec: P) -> tuple[str, ...]:
+  """All the mesh axes of a PartitionSpec."""
+  parts = [(p,) if isinstance(p, str) else (p or ()) for p in spec]
+  return tuple(itertools.chain(*parts))
+
+
+def _local_loss(
+  grad, x_BTD, w_VD, target_BT, weight_BT, *, z, chunk, batch_axes, vocab_axes
+):
+  """The loss on one device's tokens and vocabulary, summed over the mesh axes of each.
+
+  -> (total, nll_BT, lse_BT), and with `grad` the gradients in x and, in float32, in w.
+  """
+  (B, T, D), V = x_BTD.shape, w_VD.shape[0]
+  count = -(-B * T // chunk)
+  size = -(-B * T // count)
+
+  def pieces(a):
+    a = a.reshape(B * T, *a.shape[2:])
+    padding = [(0, count * size - B * T), *[(0, 0)] * (a.ndim - 1)]
+    return jnp.pad(a, padding).reshape(count, size, *a.shape[1:])
+
+  whole = lambda a: a.reshape(-1, *a.shape[2:])[: B * T].reshape(B, T, *a.shape[2:])
+  over = lambda reduce, a, axes: reduce(a, axes) if axes else a
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   first = V * (jax.lax.axis_index(vocab_axes) if vocab_axes else 0)
-  reduce = lambda f, a: f(a, vocab_axes) if vocab_axes else a
-  w = w_VD.astype(x_BTD.dtype)
-  f32 = dict(preferred_element_type=jnp.float32)
 
   def body(dw_VD, piece):
     x_ND, target_N, weight_N = piece
-    logit_NV = jnp.einsum('nd,vd->nv', x_ND, w, **f32)
-    top_N = reduce(jax.lax.pmax, logit_NV.max(-1))
+    logit_NV = product('nd,vd->nv', x_ND, w_VD)
+    top_N = over(jax.lax.pmax, logit_NV.max(-1), vocab_axes)
     exp_NV = jnp.exp(logit_NV - top_N[:, None])
-    sum_N = reduce(jax.lax.psum, exp_NV.sum(-1))
+    sum_N = over(jax.lax.psum, exp_NV.sum(-1), vocab_axes)
     lse_N = top_N + jnp.log(sum_N)
     hit_NV = (target_N - first)[:, None] == jnp.arange(V)[None]
-    nll_N = lse_N - reduce(jax.lax.psum, jnp.where(hit_NV, logit_NV, 0.0).sum(-1))
+    own_N = over(jax.lax.psum, jnp.where(hit_NV, logit_NV, 0.0).sum(-1), vocab_axes)
     if not grad:
-      return dw_VD, (nll_N, lse_N, jnp.zeros((), x_ND.dtype))
-    softmax_NV = exp_NV / sum_N[:, None]
-    dlogit_NV = softmax_NV * (1 + 2 * z * lse_N)[:, None] - hit_NV
+      return dw_VD, (lse_N - own_N, lse_N)
+    dlogit_NV = exp_NV * ((1 + 2 * z * lse_N) / sum_N)[:, None] - hit_NV
     dlogit_NV = (dlogit_NV * weight_N[:, None]).astype(x_ND.dtype)
-    dx_ND = reduce(jax.lax.psum, jnp.einsum('nv,vd->nd', dlogit_NV, w, **f32))
-    dw_VD += jnp.einsum('nv,nd->vd', dlogit_NV, x_ND, **f32)
-    return dw_VD, (nll_N, lse_N, dx_ND.astype(x_ND.dtype))
+    dx_ND = over(jax.lax.psum, product('nv,vd->nd', dlogit_NV, w_VD), vocab_axes)
+    dw_VD += product('nv,nd->vd', dlogit_NV, x_ND)
+    return dw_VD, (lse_N - own_N, lse_N, dx_ND.astype(x_ND.dtype))
 
-  start = jnp.zeros(w_VD.shape if grad else (), jnp.float32)
-  pieces = chunks(x_BTD), chunks(target_BT), chunks(weight_BT)
-  dw_VD, (nll, lse, dx) = jax.lax.scan(body, start, pieces)
-  nll_BT, lse_BT = nll.reshape(B, T), lse.reshape(B, T)
+  start = jnp.zeros((V, D) if grad else (), jnp.float32)
+  dw_VD, by_token = jax.lax.scan(
+    body, start, (pieces(x_BTD), pieces(target_BT), pieces(weight_BT))
+  )
+  nll_BT, lse_BT, *dx_BTD = map(whole, by_token)
   total = jnp.sum(weight_BT * (nll_BT + z * jnp.square(lse_BT)))
-  total = jax.lax.psum(total, batch_axes) if batch_axes else total
+  total = over(jax.lax.psum, total, batch_axes)
   if not grad:
     return total, nll_BT, lse_BT
-  dw_VD = jax.lax.psum(dw_VD, batch_axes) if batch_axes else dw_VD
-  return total, nll_BT, lse_BT, dx.reshape(B, T, D), dw_VD.astype(w_VD.dtype)
+  return total, nll_BT, lse_BT, *dx_BTD, over(jax.lax.psum, dw_VD, batch_axes)

@@ -66,7 +66,7 @@ def recomputed(f, static_argnums=()):
 
 
 class Dense(nnx.Module):
-  """A linear map from `dims_in` to `dims_out`, each a tuple of sizes: (..., D) -> (..., H, K)."""
+  """A linear map between tuples of dims, such as (..., D) -> (..., H, K)."""
 
   def __init__(
     self,
@@ -94,7 +94,7 @@ class Dense(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-  """x -> scale * x / sqrt(mean(x^2) + eps) over the last dim, in float32 (arXiv 1910.07467)."""
+  """x -> scale * x / sqrt(mean(x^2) + eps), in float32 (arXiv 1910.07467)."""
 
   def __init__(self, dim: int, *, axes: Axes, numerics: Numerics):
     self.eps = numerics.norm_eps
@@ -118,13 +118,12 @@ class SwiGLU(nnx.Module):
   def __init__(
     self, key: jax.Array, *, width: int, hidden: int, std_out: float, numerics: Numerics
   ):
-    opts = dict(bias=False, numerics=numerics)
-    up, down = ('embed', 'ffn'), ('ffn', 'embed')
-    std = numerics.init_std
-    dims = (width,), (hidden,)
-    self.act = Dense(named(key, 'act'), *dims, axes=up, std=std, **opts)
-    self.up = Dense(named(key, 'up'), *dims, axes=up, std=std, **opts)
-    self.down = Dense(named(key, 'down'), *dims[::-1], axes=down, std=std_out, **opts)
+    dense = functools.partial(Dense, bias=False, numerics=numerics)
+    wide = functools.partial(dense, axes=('embed', 'ffn'), std=numerics.init_std)
+    narrow = functools.partial(dense, axes=('ffn', 'embed'), std=std_out)
+    self.act = wide(named(key, 'act'), (width,), (hidden,))
+    self.up = wide(named(key, 'up'), (width,), (hidden,))
+    self.down = narrow(named(key, 'down'), (hidden,), (width,))
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     return self.down(_swiglu(self.act(x_BTD), self.up(x_BTD)))
@@ -140,17 +139,38 @@ class Embed(nnx.Module):
 
   def __init__(self, key: jax.Array, *, vocab: int, width: int, numerics: Numerics):
     self.compute = numerics.compute
-    opts = dict(std=numerics.init_std, dtype=numerics.weights)
-    self.table = normal(key, (vocab, width), ('vocab', 'embed'), **opts)
+    draw = functools.partial(normal, std=numerics.init_std, dtype=numerics.weights)
+    self.table = draw(key, (vocab, width), ('vocab', 'embed'))
 
   def __call__(self, token_BT: jax.Array) -> jax.Array:
-    # Each device looks its tokens up in a whole table, gathered in the compute dtype.
-    table_VD = mesh.constrain(self.table[...].astype(self.compute), None, None)
-    return mesh.constrain(table_VD[token_BT], 'batch', 'tokens', None)
+    return _look_up(self.table[...], token_BT, self.compute)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _look_up(table_VD: jax.Array, token_BT: jax.Array, compute: str) -> jax.Array:
+  # Each device looks its tokens up in a whole table, gathered in the compute dtype.
+  table_VD = mesh.constrain(table_VD.astype(compute), None, None)
+  return mesh.constrain(table_VD[token_BT], 'batch', 'tokens', None)
+
+
+def _look_up_forward(table_VD, token_BT, compute):
+  return _look_up(table_VD, token_BT, compute), (token_BT, table_VD)
+
+
+def _look_up_backward(compute, kept, dx_BTD):
+  # In float32, for a frequent token's gradient has thousands of terms.
+  token_BT, table_VD = kept
+  d_VD = (
+    jnp.zeros(table_VD.shape, jnp.float32).at[token_BT].add(dx_BTD.astype(jnp.float32))
+  )
+  return mesh.constrain(d_VD, 'vocab', 'embed').astype(table_VD.dtype), None
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def rope_angles(position_BT: jax.Array, dim: int, base: float) -> jax.Array:
-  """Positions -> angles (B, T, K/2) in radians: position / base^(2i / K), arXiv 2104.09864."""
+  """Positions -> radians (B, T, K/2): position / base^(2i / K) (arXiv 2104.09864)."""
   frequency = base ** -(jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
   return position_BT[..., None].astype(jnp.float32) * frequency[None, None, :]
 

@@ -126,7 +126,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Asks the partitioner to split `x` by its logical axes; without a mesh, does nothing."""
+  """Asks for `x` to be split by its logical axes; without a mesh, does nothing."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return x
@@ -141,7 +141,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def rows(mesh: Mesh, batch: int) -> tuple[int, ...]:
   """Which rows of a global batch this process's devices hold, in ascending order."""
   held = batch_sharding(mesh).addressable_devices_indices_map((batch, 1 << 20))
-  return tuple(sorted({r for ix in held.values() for r in range(batch)[ix[0]]}))
+  return tuple(sorted({r for ix in held.values() if ix for r in range(batch)[ix[0]]}))
 
 
 def place(local: Any, mesh: Mesh, batch: int) -> Any:

@@ -6,7 +6,9 @@ along a leading dim, and run by `jax.lax.scan` or by an unrolled loop.
 B batch  T tokens  D width  V vocabulary  L layers
 """
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +36,7 @@ class Config:
   depth: int  # L
   ffn: int  # hidden size of SwiGLU
   tied: bool  # one table embeds and unembeds
-  mask_documents: bool  # a token attends within its own document only
+  mask_documents: bool  # a token attends within its own document; else a row is one
   layers: str  # scan, or unroll
   remat: str  # of REMAT
   numerics: Numerics
@@ -51,14 +53,12 @@ class Block(nnx.Module):
   """One layer: x_BTD -> x_BTD."""
 
   def __init__(self, cfg: Config, key: jax.Array):
-    opts = dict(std_out=cfg.numerics.residual_std(cfg.depth), numerics=cfg.numerics)
-    norm = dict(axes=('embed',), numerics=cfg.numerics)
-    self.attn_norm = RMSNorm(cfg.width, **norm)
-    self.attn = attention.Attention(
-      cfg.attn, named(key, 'attn'), width=cfg.width, **opts
-    )
-    self.ffn_norm = RMSNorm(cfg.width, **norm)
-    self.ffn = SwiGLU(named(key, 'ffn'), width=cfg.width, hidden=cfg.ffn, **opts)
+    std_out = cfg.numerics.residual_std(cfg.depth)
+    opts: dict[str, Any] = dict(width=cfg.width, std_out=std_out, numerics=cfg.numerics)
+    self.attn_norm = RMSNorm(cfg.width, axes=('embed',), numerics=cfg.numerics)
+    self.attn = attention.Attention(cfg.attn, named(key, 'attn'), **opts)
+    self.ffn_norm = RMSNorm(cfg.width, axes=('embed',), numerics=cfg.numerics)
+    self.ffn = SwiGLU(named(key, 'ffn'), hidden=cfg.ffn, **opts)
 
   def __call__(self, x_BTD, angle_BTk, segment_BT) -> jax.Array:
     x_BTD = mesh.constrain(x_BTD, 'batch', 'tokens', None)
@@ -71,23 +71,25 @@ class Transformer(nnx.Module):
 
   def __init__(self, cfg: Config, key: jax.Array):
     self.cfg = cfg
-    table = dict(vocab=cfg.vocab, width=cfg.width, numerics=cfg.numerics)
-    self.embed = Embed(named(key, 'embed'), **table)
+    table = functools.partial(Embed, vocab=cfg.vocab, width=cfg.width)
+    self.embed = table(named(key, 'embed'), numerics=cfg.numerics)
     keys = jax.random.split(named(key, 'blocks'), cfg.depth)
     self.blocks = jax.vmap(lambda k: Block(cfg, k))(keys)
     self.norm = RMSNorm(cfg.width, axes=('embed',), numerics=cfg.numerics)
-    self.head = None if cfg.tied else Embed(named(key, 'head'), **table)
+    head = named(key, 'head')
+    self.head = None if cfg.tied else table(head, numerics=cfg.numerics)
 
   def hidden(self, token_BT, segment_BT=None, position_BT=None) -> jax.Array:
     """Tokens -> the final, normalised hidden states x_BTD, in the compute dtype.
 
-    Without segments a row is one document; without positions they count from 0.
+    Without segments a row is one document; without positions they count from 0. So it is
+    too, whatever is given, where `mask_documents` is off.
     """
     cfg = self.cfg
+    if not cfg.mask_documents:
+      segment_BT = position_BT = None
     if position_BT is None:
       position_BT = jnp.broadcast_to(jnp.arange(token_BT.shape[1])[None], token_BT.shape)
-    if not cfg.mask_documents:
-      segment_BT = None
     angle_BTk = rope_angles(position_BT, cfg.attn.head_dim, cfg.attn.rope_base)
     run = lambda x, block: block(x, angle_BTk, segment_BT)
     if cfg.remat != 'none':
@@ -131,7 +133,7 @@ def count(tree) -> int:
 
 
 def flops_per_token(cfg: Config, length: int) -> float:
-  """Model FLOPs per trained token: 6 per weight of a matrix, and the causal half of attention.
+  """Model FLOPs per trained token: 6 per weight of a matrix, and causal attention.
 
   2 per multiply-add, forward once and backward twice; the embedding's lookup is free,
   recomputation is not counted, and a packed row counts as one document.

@@ -68,7 +68,7 @@ class Records:
 
   def __post_init__(self):
     config.at_least('config.log.every', self.every, 1)
-    if 0 <= self.profile_first and self.profile_last < self.profile_first:
+    if self.profile_first >= 0 and self.profile_last < self.profile_first:
       first, last = self.profile_first, self.profile_last
       raise ValueError(
         f'config.log.profile_last={last} is before config.log.profile_first={first}'
@@ -95,7 +95,8 @@ class Config:
   log: Records
 
   def __post_init__(self):
-    config.at_least('config.seed', self.seed, 0)
+    if not 0 <= self.seed < 2**31:
+      raise ValueError(f'config.seed={self.seed}, but it must be in [0, 2**31)')
     for name in ('steps', 'batch', 'accum'):
       config.at_least(f'config.{name}', getattr(self, name), 1)
     config.divides('config.batch', self.batch, 'config.accum', self.accum)
@@ -127,8 +128,8 @@ class Plan:
     devices = f'{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}'
     return (
       f'{self.cfg.name}: {amount(self.parameters)} parameters ({self.parameters:,}), '
-      f'{self.flops_per_token:.3g} FLOPs a token, {self.tokens_per_step:,} tokens a step, '
-      f'{devices}'
+      f'{self.flops_per_token:.3g} FLOPs a token, '
+      f'{self.tokens_per_step:,} tokens a step, {devices}'
     )
 
   @property
@@ -149,7 +150,7 @@ class Plan:
       return jax.jit(self._init, out_shardings=self.shardings)()
 
   def train_step(self) -> Any:
-    """(state, batch) -> (state, metrics), lowered but not compiled; the state is donated."""
+    """(state, batch) -> (state, metrics), lowered, not compiled; donates the state."""
     loss = dict(z=self.cfg.loss.z, chunk=self.cfg.loss.chunk)
     opts = dict(tx=self.tx, schedule=self.schedule, accum=self.cfg.accum) | loss
     replicated = NamedSharding(self.mesh, P())
@@ -161,11 +162,11 @@ class Plan:
     with jax.set_mesh(self.mesh):
       return run.lower(self.state, self.batch_shapes(self.cfg.batch))
 
-  def batch_shapes(self, rows: int) -> data.Batch:
+  def batch_shapes(self, rows: int) -> Any:
     """The shapes of a global batch of so many rows, placed."""
     where = mesh.batch_sharding(self.mesh)
     shape = (rows, self.cfg.data.length)
-    array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+    array: Any = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
     whole = array(np.int32)
     return data.Batch(whole, whole, array(np.float32), whole, whole)
 

@@ -41,8 +41,8 @@ def train(
   accum: int,
   z: float,
   chunk: int,
-) -> tuple[State, dict[str, jax.Array]]:
-  """One optimizer step on a batch (tokens, targets, weights, segments, positions: (B, T)).
+) -> tuple[State, dict[str, Any]]:
+  """One optimizer step on a batch: tokens, targets, weights, segments, positions (B, T).
 
   The batch is read in `accum` micro-batches; every token weighs the same whichever it is
   in. Returns the next state and scalars: losses in nats per token, norms, tokens trained.

@@ -1,4 +1,4 @@
-"""Names for the leaves of a tree: `model.blocks.attn.gate.weight`, and what follows from them."""
+"""Names for the leaves of a tree, such as `model.blocks.attn.gate.weight`."""
 
 import hashlib
 from typing import Any

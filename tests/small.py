@@ -1,4 +1,4 @@
-"""Small recipes, models and batches for the tests, from `configs/base.py` and changes to it.
+"""Small recipes, models and batches for the tests: changes to `configs/base.py`.
 
 Weights are drawn wider than a recipe would, so that attention is far from uniform and
 gates are far from one half: a mistake then shows in the third digit, not in the ninth.
@@ -33,7 +33,7 @@ RECIPE = {
 
 
 def recipe(**changes) -> dict:
-  """Knobs with __ for each dot (model__attn__heads=2) -> a nested recipe, as from the door."""
+  """Knobs with __ for each dot (model__attn__heads=2) -> a whole nested recipe."""
   c = base.get_config().to_dict()
   for knob, value in (
     RECIPE | {k.replace('__', '.'): v for k, v in changes.items()}
@@ -88,7 +88,7 @@ def transformer(cfg: model.Config, seed: int = 0) -> model.Transformer:
 
 
 def filled(shapes, seed: int = 0):
-  """Shapes of a model or a part of one -> the same with arrays, without compiling anything.
+  """Shapes of a model or a part of one -> arrays of those shapes; nothing is compiled.
 
   A leaf depends on the seed and its own name: models that share a name share the value.
   """

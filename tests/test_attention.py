@@ -23,21 +23,23 @@ def layer(**changes):
   )
 
 
-def run(built, x=X, positions=None, segments=None):
-  positions = np.arange(T)[None] if positions is None else positions
-  cfg = built.cfg
-  angles = layers.rope_angles(jnp.asarray(positions), cfg.head_dim, cfg.rope_base)
-  segments = None if segments is None else jnp.asarray(segments)
-  return small.jit(lambda b, x: b(x, angles, segments))(built, x)
+def angles(built, positions):
+  return layers.rope_angles(
+    jnp.asarray(positions), built.cfg.head_dim, built.cfg.rope_base
+  )
+
+
+FORWARD = small.jit(lambda built, *args: built(*args))
+
+
+def run(built, positions=np.arange(T)[None]):  # noqa: B008
+  return FORWARD(built, X, angles(built, positions), None)
 
 
 def sees(built, segments=None):
   """Which tokens' inputs each token's output depends on: booleans (T, T)."""
-  angles = layers.rope_angles(
-    jnp.arange(T)[None], built.cfg.head_dim, built.cfg.rope_base
-  )
-  segments = None if segments is None else jnp.asarray(segments)
-  slope = small.jit(jax.jacrev(lambda x: built(x[None], angles, segments)[0]))(X[0])
+  angle = angles(built, np.arange(T)[None])
+  slope = small.jit(jax.jacrev(lambda x: built(x[None], angle, segments)[0]))(X[0])
   return np.abs(slope).max((1, 3)) > 0
 
 
@@ -66,7 +68,7 @@ def test_rope_base_is_a_knob():
 
 
 def test_query_heads_share_the_keys_and_values_of_their_group():
-  """As many KV heads, each written twice, are the same layer: head h reads KV head h // 2."""
+  """Each KV head written out twice is the same layer: head h reads KV head h // 2."""
   grouped, full = layer(kv_heads=2), layer(kv_heads=4)
   for name in ('key', 'value'):
     weight = getattr(grouped, name).weight[...]
@@ -86,11 +88,13 @@ def test_qk_norm_makes_the_scale_of_queries_and_keys_irrelevant():
 
 def test_a_headwise_gate_before_qk_norm_would_indeed_be_cancelled():
   """Why the config refuses it: seen with QK-norm's refusal stepped around."""
-  built = layer(gate__position='query', gate__granularity='headwise', gate__place='after')
-  ungated = run(layer())
-  assert np.abs(run(built) - ungated).max() > 1e-2
-  object.__setattr__(built.cfg.gate, 'place', 'before')
-  np.testing.assert_allclose(run(built), ungated, atol=1e-3)
+  changes = dict(
+    gate__position='query', gate__granularity='headwise', gate__place='after'
+  )
+  late, early, ungated = layer(**changes), layer(**changes), layer()
+  object.__setattr__(early.cfg.gate, 'place', 'before')
+  np.testing.assert_allclose(run(early), run(ungated), atol=1e-3)
+  assert np.abs(run(late) - run(ungated)).max() > 1e-2
 
 
 @pytest.mark.parametrize('position', ['query', 'key'])
@@ -109,7 +113,7 @@ def test_place_puts_the_gate_before_or_after_qk_norm(position):
 
 @pytest.mark.parametrize('position', ['query', 'key', 'value', 'sdpa', 'out'])
 def test_a_gate_acts_at_its_own_position(position):
-  """A gate of constant score 1/2 there is the same as halving that tensor's own weight."""
+  """A gate whose score is 1/2 there is the same as halving that tensor's weight."""
   built = layer(gate__position=position, qk_norm=False, gate__place='before')
   built.gate.weight[...] = jnp.zeros_like(built.gate.weight[...])
   halved = layer(qk_norm=False)

@@ -38,7 +38,9 @@ def config(mix, **changes):
 
 
 def open_(mix, *, batch=4, seed=0, vocab=300, **changes):
-  return data.open(config(mix, **changes), vocab=vocab, batch=batch, seed=seed, max_segments=0)
+  return data.open(
+    config(mix, **changes), vocab=vocab, batch=batch, seed=seed, max_segments=0
+  )
 
 
 def make(out, seed, domains=('code', 'prose'), **changes):

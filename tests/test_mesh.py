@@ -35,9 +35,9 @@ def test_every_axis_is_left_to_the_partitioner():
 @pytest.mark.parametrize(
   ('sizes', 'said'),
   [
-    (dict(fsdp=4), r'config\.mesh: .*fsdp=4.* is not the 8 devices'),
-    (dict(fsdp=16), r'config\.mesh: .*fsdp=16.* is not the 8 devices'),
-    (dict(data=3, fsdp=-1), r'config\.mesh: data=3 .* is not the 8 devices'),
+    (dict(fsdp=4), r'config\.mesh\.fsdp=4 .* is not the 8 devices'),
+    (dict(fsdp=16), r'config\.mesh\.fsdp=16 .* is not the 8 devices'),
+    (dict(data=3, fsdp=-1), r'config\.mesh\.data=3 .* is not the 8 devices'),
     (dict(fsdp=-1, tensor=-1), r'config\.mesh\.fsdp and \.tensor are -1'),
     (dict(tensor=0), r'config\.mesh\.tensor=0'),
     (dict(context=-2), r'config\.mesh\.context=-2'),

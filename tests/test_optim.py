@@ -20,7 +20,7 @@ def knobs(**changes):
 def rates(steps=STEPS, **changes):
   """The learning rate of each update of a run."""
   schedule = optim.schedule(knobs(**changes), steps)
-  return np.asarray(jax.vmap(schedule)(jnp.arange(steps)))
+  return np.asarray(small.jit(jax.vmap(schedule))(jnp.arange(steps)))
 
 
 @pytest.mark.parametrize('schedule', ['cosine', 'wsd', 'linear', 'constant'])
@@ -108,11 +108,16 @@ ZEROS = jax.tree.map(jnp.zeros_like, PARAMS)
 
 def updates(grads, steps=1, multipliers={}, **changes):  # noqa: B006
   tx = optim.make(knobs(**changes), steps=STEPS, multipliers=multipliers)
-  state, out = tx.init(PARAMS), []
-  for _ in range(steps):
-    update, state = tx.update(grads, state, PARAMS)
-    out.append(update)
-  return out
+
+  @small.jit
+  def run(grads):
+    state, out = tx.init(PARAMS), []
+    for _ in range(steps):
+      update, state = tx.update(grads, state, PARAMS)
+      out.append(update)
+    return out
+
+  return run(grads)
 
 
 def test_an_update_is_adamw_as_written():

@@ -57,9 +57,7 @@ class Config:
     mixture.terms(self.mixture)
 
 
-def open(
-  cfg: Config, *, vocab: int, batch: int, seed: int, max_segments: int
-) -> Corpus:
+def open(cfg: Config, *, vocab: int, batch: int, seed: int, max_segments: int) -> Corpus:
   """The mixture that the config names, held against its manifests -> Corpus.
 
   vocab is the model's, batch the rows of a step over all hosts, max_segments the most

@@ -69,7 +69,7 @@ def write_unit(
       if not len(ids_N):
         continue
       ends = int(bos), len(ids_N) + int(bos)
-      pieces_N = np.zeros(ends[1] + 1, TOKEN)
+      pieces_N: np.ndarray = np.zeros(ends[1] + 1, TOKEN)
       pieces_N[0] = token.bos, 0
       pieces_N['token'][slice(*ends)] = ids_N
       pieces_N['bytes'][slice(*ends)] = bytes_N
@@ -224,7 +224,7 @@ def _write_stream(path: str, units: list[str], split: str) -> tuple[int, int]:
   mine = table['heldout'] == (split == 'heldout')
   which, table = which[mine], table[mine]
   order = np.argsort(table['key'], kind='stable')
-  places = np.zeros(len(table) + 1, PLACE)
+  places: np.ndarray = np.zeros(len(table) + 1, PLACE)
   places['unit'][:-1] = which[order]
   places['start'][:-1] = table['start'][order]
   places['offset'][1:] = np.cumsum(table['tokens'][order])
