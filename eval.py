@@ -39,7 +39,7 @@ def run(workdir: Path) -> dict:
     raise ValueError(f'--workdir={workdir}: it holds no checkpoints')
   for name, value, low in (('rows', _ROWS.value, 0), ('batch', _BATCH.value, 1)):
     config.at_least(f'--{name}', value, low)
-  with checkpoint.Checkpoints(directory, keep=1) as saved:
+  with checkpoint.reading(directory) as saved:
     step = saved.pick(_STEP.value, '--step')
     about = saved.about(step)
     c = about['config']

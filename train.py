@@ -147,27 +147,33 @@ def _loop(the: plan.Plan, train_step, state, corpus: data.Corpus, out: Outlets) 
         )
         _tell(step, heldout, progress, out)
         if save:
-          out.log.sync()
-          about = dict(
-            config=out.config, data=corpus.fingerprint, heldout_loss=heldout['loss']
-          )
-          out.saved.save(step, state, about)
+          _save(step, state, heldout['loss'], corpus, out)
   progress.close()
+
+
+def _save(step: int, state, loss: float, corpus: data.Corpus, out: Outlets) -> None:
+  """Starts a save of a state whose own numbers were seen to be finite."""
+  if not np.isfinite(loss):
+    raise FloatingPointError(f'step {step}: held-out loss {loss}; not saved')
+  out.log.sync()
+  about = dict(config=out.config, data=corpus.fingerprint, heldout_loss=loss)
+  out.saved.save(step, state, about)
 
 
 def _record(step: int, values, cfg: plan.Config, timer, progress, out: Outlets) -> None:
   """Reads a step's metrics and writes them where due; ends a run that is not finite."""
   values = {name: float(value) for name, value in jax.device_get(values).items()}
   timer.tick()
-  finite = np.isfinite([values['loss'], values['grad_norm']]).all()
+  finite = np.isfinite([values[k] for k in ('loss', 'grad_norm', 'param_norm')]).all()
   if step % cfg.log.every == 0 or step == cfg.steps or not finite:
     values |= timer.read() | metrics.memory()
     out.log.write(step, 'train', values)
     progress.update(step, values)
   if not finite:
     raise FloatingPointError(
-      f'step {step}: loss {values["loss"]}, gradient norm {values["grad_norm"]}; not '
-      f'saved, the last good step is {out.saved.latest() or "none"}'
+      f'step {step}: loss {values["loss"]}, gradient norm {values["grad_norm"]}, '
+      f'parameter norm {values["param_norm"]}; not saved, the last step that was is '
+      f'{out.saved.latest() or "none"}'
     )
 
 
@@ -191,7 +197,7 @@ def _start(the: plan.Plan, saved: checkpoint.Checkpoints, weights):
   state = the.init()
   if weights:
     folder, step = weights
-    with checkpoint.Checkpoints(folder, keep=1) as source:
+    with checkpoint.reading(folder) as source:
       model = source.restore_model(step, the.state.model)
     state = dataclasses.replace(state, model=model)
   return state
@@ -205,16 +211,23 @@ def _find_weights(init_from: str) -> tuple[Path, int] | None:
   folder = Path(workdir) / 'checkpoints'
   if not folder.is_dir():
     raise ValueError(f'config.init_from={init_from!r}: there is no {folder}')
-  with checkpoint.Checkpoints(folder, keep=1) as source:
+  with checkpoint.reading(folder) as source:
     return folder, source.pick(step or 'latest', 'config.init_from')
 
 
 def _check_owner(workdir: Path, c: dict, fingerprint: dict) -> dict[str, Any]:
   """Which knobs differ from those of the run in `workdir`; ValueError if they may not."""
-  manifest = workdir / 'run.json'
-  if not manifest.exists():
+  manifest, saves = workdir / 'run.json', workdir / 'checkpoints'
+  if manifest.exists():
+    old = json.loads(manifest.read_text())
+  elif saves.is_dir():
+    with checkpoint.reading(saves) as saved:
+      latest = saved.latest()
+      old = saved.about(latest) if latest is not None else None
+  else:
+    old = None
+  if old is None:
     return {}
-  old = json.loads(manifest.read_text())
   changed = config.differences(old['config'], c)
   refused = {k: v for k, v in changed.items() if not k.startswith(MAY_CHANGE)}
   if old['data']['sha256'] != fingerprint['sha256']:
@@ -253,8 +266,9 @@ def main(argv: list[str]) -> int:
   logging.basicConfig(format='%(message)s', level=logging.WARNING, force=True)
   _log.setLevel(logging.INFO)
   c = _CONFIG.value.to_dict()
-  workdir = Path(_WORKDIR.value or f'runs/{c["name"]}-{config.digest(c)[:8]}')
   try:
+    config.build(plan.Config, c, 'config')
+    workdir = Path(_WORKDIR.value or f'runs/{c["name"]}-{config.digest(c)[:8]}')
     mesh.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     run(c, workdir, _DRY_RUN.value)
   except (ValueError, NotImplementedError) as error:

@@ -13,19 +13,28 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from gated import config, trees
+from gated import trees
 
 _log = logging.getLogger('gated')
+
+
+def reading(directory: str | Path) -> 'Checkpoints':
+  """The checkpoints of a run that is another's, or has ended."""
+  return Checkpoints(directory, keep=0, keep_every=0)
 
 
 class Checkpoints:
   """The checkpoints of one workdir; close it, or use it in a `with`, to end saves."""
 
-  def __init__(self, directory: str | Path, *, keep: int = 1, keep_every: int = 0):
-    """Keeps the last `keep` steps, the best one, and every multiple of `keep_every`."""
+  def __init__(self, directory: str | Path, *, keep: int, keep_every: int):
+    """Keeps the last `keep` steps, the best one, and every multiple of `keep_every`.
+
+    With `keep` 0 it only reads, beside a run that may be saving, and changes nothing.
+    """
     policies: list = [policy.LatestN(keep), _BEST]
     if keep_every:
       policies.append(policy.EveryNSteps(keep_every))
+    reads = keep == 0
     handlers = {name: ocp.StandardCheckpointHandler() for name in ('model', 'rest')}
     self.directory = Path(directory).absolute()
     self.manager = ocp.CheckpointManager(
@@ -33,7 +42,8 @@ class Checkpoints:
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policy.AnyPreservationPolicy(policies),
         enable_async_checkpointing=True,
-        cleanup_tmp_directories=jax.process_index() == 0,
+        cleanup_tmp_directories=not reads and jax.process_index() == 0,
+        read_only=reads,
       ),
       item_handlers=handlers | {'about': ocp.JsonCheckpointHandler()},
     )
@@ -112,6 +122,8 @@ class Checkpoints:
     """A step and, by item, {leaf's name: shape with sharding} -> the same of arrays."""
     saved = self.manager.item_metadata(step)
     for item, leaves in items.items():
+      if saved[item] is None:
+        raise ValueError(f'{self.directory / str(step)} has no {item}')
       _check(self.directory / str(step) / item, saved[item], leaves)
     args = {item: ocp.args.StandardRestore(leaves) for item, leaves in items.items()}
     return dict(self.manager.restore(step, args=ocp.args.Composite(**args)).items())
@@ -133,10 +145,9 @@ def _under(prefix: str, leaves: dict[str, Any]) -> dict[str, Any]:
 
 def _check(where: Path, saved: Any, wanted: dict[str, Any]) -> None:
   """Raises ValueError unless what is saved has the names, shapes and dtypes wanted."""
-  for name in wanted.keys() ^ saved.keys():
+  for name in sorted(wanted.keys() ^ saved.keys()):
     there = 'is in the checkpoint only' if name in saved else 'is not in the checkpoint'
-    near = config.nearest(name, saved) if name in wanted else ''
-    raise ValueError(f'{where}: {name} {there}{near}')
+    raise ValueError(f'{where}: {name} {there}')
   for name, leaf in wanted.items():
     have = (tuple(saved[name].shape), str(saved[name].dtype))
     want = (tuple(leaf.shape), str(leaf.dtype))

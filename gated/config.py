@@ -37,8 +37,16 @@ def build(cls: type[C], mapping: Mapping, name: str) -> C:
 def nearest(knob: str, known: Iterable[str], prefix: str = '') -> str:
   """A mistyped knob and the known ones -> '; did you mean ...?', or all that are."""
   names = [f'{prefix}.{key}' if prefix else key for key in known]
-  close = difflib.get_close_matches(knob, names, n=1, cutoff=0.6)
-  return f'; did you mean {close[0]}?' if close else f'; known are {", ".join(names)}'
+  group, _, last = knob.rpartition('.')
+  # A neighbour in the same group is likelier than one whose long path looks alike.
+  siblings = {n.rpartition('.')[2]: n for n in names if n.rpartition('.')[0] == group}
+  close = difflib.get_close_matches(last, siblings, n=1, cutoff=0.6)
+  if close:
+    return f'; did you mean {siblings[close[0]]}?'
+  close = [] if prefix else difflib.get_close_matches(knob, names, n=1, cutoff=0.6)
+  if close:
+    return f'; did you mean {close[0]}?'
+  return f'; known are {", ".join(siblings.values() or names)}'
 
 
 def _coerce(hint: Any, value: Any, name: str) -> Any:

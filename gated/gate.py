@@ -5,7 +5,8 @@
 X is the pre-normalised input of the attention layer at every position. Sections 2.2 and
 3.2 vary the position (G1 to G5), the granularity, the sharing over heads, the form and
 the activation; each is a field of `Config`. The weight is a parameter of its own, with a
-heads axis, applied outside the attention kernel. A baseline has no gate at all: no
+heads axis, applied outside the attention kernel. Logits are in the compute dtype, as in
+the authors' code; scores and products are in float32. A baseline has no gate at all: no
 module, no parameter.
 
 B batch  T tokens  D width  H heads (query or KV)  K head width, or 1 for a headwise gate
@@ -57,7 +58,7 @@ class Config:
   source: str  # input: logits X W; parameter: logits learned and the same for every token
   init: str  # normal: N(0, std^2); zero
   std: float  # of the normal init
-  lr: float  # multiplies the learning rate of the gate's weight
+  lr: float  # multiplies the learning rate of the gate's weight, and so its decay
   place: str  # a query or key gate stands before or after QK-norm (always before RoPE)
 
   def __post_init__(self):

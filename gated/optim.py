@@ -77,7 +77,10 @@ def schedule(cfg: Config, steps: int) -> optax.Schedule:
   """
   after = max(steps - cfg.warmup, 1)  # A run may end within its warm-up.
   if cfg.schedule == 'wsd' and not 1 <= cfg.decay <= after:
-    raise ValueError(f'{_NAME}.decay={cfg.decay}, but it must be between 1 and {after}')
+    raise ValueError(
+      f'{_NAME}.decay={cfg.decay}, but it must be at least 1 and end within '
+      f'config.steps={steps}, after {_NAME}.warmup={cfg.warmup}'
+    )
   warmup = optax.linear_schedule(0.0, cfg.lr, max(cfg.warmup, 1))
   after_warmup = SCHEDULES[cfg.schedule](cfg, after)
   joined = optax.join_schedules([warmup, after_warmup], [cfg.warmup])

@@ -63,16 +63,18 @@ def train(
       (_, losses), grads = gradient(state.model, micro)
       return add(sums, (grads, losses)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, state.model), jnp.zeros((2,))
-    (grads, losses), _ = jax.lax.scan(body, zeros, jax.tree.map(split, batch))
+    wide = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.model)
+    start = wide, jnp.zeros((2,))
+    (grads, losses), _ = jax.lax.scan(body, start, jax.tree.map(split, batch))
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.model)
   updates, opt = tx.update(grads, state.opt, state.model)
   model = optax.apply_updates(state.model, updates)
   metrics = {
     'loss': losses[0],
     'z_loss': losses[1],
-    'grad_norm': optax.global_norm(grads),
-    'param_norm': optax.global_norm(model),
-    'update_norm': optax.global_norm(updates),
+    'grad_norm': optax.tree.norm(grads),
+    'param_norm': optax.tree.norm(model),
+    'update_norm': optax.tree.norm(updates),
     'lr': schedule(state.step),
     'tokens': total,
   }

@@ -13,7 +13,7 @@ def name(path) -> str:
   Flax keeps a parameter's array in a field called value; the name leaves it out.
   """
   parts = [str(getattr(k, 'name', getattr(k, 'key', getattr(k, 'idx', k)))) for k in path]
-  return '.'.join(parts[:-1] if parts[-1] == 'value' else parts)
+  return '.'.join(parts[:-1] if parts[-1:] == ['value'] else parts)
 
 
 def flatten(tree: Any) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def state():
 def saved(tmp_path_factory, state):
   """A folder of one step that was saved in full."""
   directory = tmp_path_factory.mktemp('saved') / 'checkpoints'
-  with checkpoint.Checkpoints(directory, keep=1) as out:
+  with checkpoint.Checkpoints(directory, keep=1, keep_every=0) as out:
     out.save(7, state, ABOUT)
   return directory
 
@@ -53,7 +53,7 @@ def saved(tmp_path_factory, state):
 )
 def test_a_state_is_restored_bit_for_bit_on_any_mesh(sizes, saved, state):
   like = place(state, **sizes)
-  with checkpoint.Checkpoints(saved) as source:
+  with checkpoint.reading(saved) as source:
     back = source.restore(7, like)
   assert jax.tree.structure(back) == jax.tree.structure(state)
   assert trees.digest(back) == trees.digest(state)
@@ -64,14 +64,14 @@ def test_a_state_is_restored_bit_for_bit_on_any_mesh(sizes, saved, state):
 def test_the_model_is_restored_alone_on_one_device(saved, state):
   like = jax.eval_shape(lambda: state.model)
   one = mesh.make(**ONES, devices=jax.devices()[:1])
-  with checkpoint.Checkpoints(saved) as source:
+  with checkpoint.reading(saved) as source:
     back = source.restore_model(7, plan.placed(like, mesh.shardings(like, one)))
   assert trees.digest(back) == trees.digest(state.model)
   assert back.embed.table[...].devices() == {jax.devices()[0]}
 
 
 def test_what_is_saved_about_a_step_comes_back_as_it_was(saved):
-  with checkpoint.Checkpoints(saved) as source:
+  with checkpoint.reading(saved) as source:
     assert source.about(7) == ABOUT
 
 
@@ -79,7 +79,7 @@ def test_bfloat16_weights_come_back_as_they_were(tmp_path):
   net = {'w': jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)), jnp.bfloat16)}
   zero = jnp.zeros((), jnp.int32)
   small_state = step.State(zero, zero, net, {'m': jnp.ones(())})
-  with checkpoint.Checkpoints(tmp_path) as out:
+  with checkpoint.Checkpoints(tmp_path, keep=1, keep_every=0) as out:
     out.save(1, small_state, ABOUT)
     out.manager.wait_until_finished()
     like = jax.tree.map(
@@ -90,7 +90,7 @@ def test_bfloat16_weights_come_back_as_they_were(tmp_path):
 
 def test_a_save_is_of_the_state_as_it_was_though_the_next_step_takes_its_memory(tmp_path):
   tiny = tiny_state(0.0)
-  with checkpoint.Checkpoints(tmp_path) as out:
+  with checkpoint.Checkpoints(tmp_path, keep=1, keep_every=0) as out:
     out.save(1, tiny, ABOUT)
     overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     for _ in range(3):
@@ -126,7 +126,7 @@ def like(state):
 )
 def test_a_leaf_that_does_not_fit_is_named(changes, said, saved):
   wanted = place(shapes(**changes), fsdp=8)
-  with checkpoint.Checkpoints(saved) as source, pytest.raises(ValueError, match=said):
+  with checkpoint.reading(saved) as source, pytest.raises(ValueError, match=said):
     source.restore(7, wanted)
 
 
@@ -134,7 +134,7 @@ def test_a_leaf_of_another_dtype_or_size_is_named_in_the_rest_as_well(saved, sta
   wanted = place(state, fsdp=8)
   bad = dataclasses.replace(wanted, step=jax.ShapeDtypeStruct((), jnp.int16))
   with (
-    checkpoint.Checkpoints(saved) as source,
+    checkpoint.reading(saved) as source,
     pytest.raises(ValueError, match=r'rest: step .*int32.*int16'),
   ):
     source.restore(7, bad)
@@ -152,7 +152,7 @@ def history(tmp_path_factory):
 
 
 def test_the_last_the_best_and_every_nth_step_are_kept(history):
-  with checkpoint.Checkpoints(history) as source:
+  with checkpoint.reading(history) as source:
     assert source.steps() == [3, 4, 5, 6]
     assert (source.latest(), source.best()) == (6, 3)
     for number in (3, 6):
@@ -161,7 +161,7 @@ def test_the_last_the_best_and_every_nth_step_are_kept(history):
 
 
 def test_pick_takes_latest_best_or_a_step_on_disk(history):
-  with checkpoint.Checkpoints(history) as source:
+  with checkpoint.reading(history) as source:
     picked = [source.pick(which, '--step') for which in ('latest', 'best', '4')]
     assert picked == [6, 3, 4]
     with pytest.raises(ValueError, match=r"--step='2': .* has the steps 3, 4, 5, 6"):
@@ -175,14 +175,14 @@ def test_pick_takes_latest_best_or_a_step_on_disk(history):
 
 def test_pick_says_that_a_folder_holds_no_checkpoint(tmp_path):
   with (
-    checkpoint.Checkpoints(tmp_path) as source,
+    checkpoint.reading(tmp_path) as source,
     pytest.raises(ValueError, match=r"--step='latest': .* holds no checkpoint"),
   ):
     source.pick('latest', '--step')
 
 
 def test_best_is_the_latest_when_no_step_has_a_loss(tmp_path):
-  with checkpoint.Checkpoints(tmp_path, keep=3) as out:
+  with checkpoint.Checkpoints(tmp_path, keep=3, keep_every=0) as out:
     for number in (1, 2):
       out.save(number, tiny_state(0.0), ABOUT | {'heldout_loss': None})
     out.manager.wait_until_finished()
@@ -198,11 +198,11 @@ def interrupt(directory, number):
 
 
 def test_a_save_that_was_cut_off_is_passed_over_and_can_be_made_again(tmp_path):
-  with checkpoint.Checkpoints(tmp_path, keep=2) as out:
+  with checkpoint.Checkpoints(tmp_path, keep=2, keep_every=0) as out:
     out.save(1, tiny_state(1.0), ABOUT)
   interrupt(tmp_path, 2)
   unfinished = interrupt(tmp_path, 3)
-  with checkpoint.Checkpoints(tmp_path, keep=2) as out:
+  with checkpoint.Checkpoints(tmp_path, keep=2, keep_every=0) as out:
     assert out.steps() == [1]
     assert out.latest() == 1
     out.save(2, tiny_state(2.0), ABOUT)

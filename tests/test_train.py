@@ -47,7 +47,7 @@ def losses(workdir, kind='train'):
 
 def digest(workdir, step=STEPS):
   """SHA-256 of all parameters and optimizer state of a saved step."""
-  with checkpoint.Checkpoints(workdir / 'checkpoints') as saved:
+  with checkpoint.reading(workdir / 'checkpoints') as saved:
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     leaves = {}
     for item in ('model', 'rest'):
