@@ -12,6 +12,7 @@ import logging
 import sys
 from pathlib import Path
 
+import absl.logging
 import jax
 import numpy as np
 from absl import app, flags
@@ -121,6 +122,7 @@ def _folder(workdir: Path) -> Path:
 
 
 def main(argv: list[str]) -> int:
+  absl.logging.set_verbosity(absl.logging.ERROR)
   logging.basicConfig(format='%(message)s', level=logging.WARNING, force=True)
   try:
     if len(argv) > 1 or not _WORKDIR.value:
