@@ -67,7 +67,9 @@ def test_a_run_may_end_within_its_warmup(schedule):
 
 
 def test_a_decay_longer_than_what_follows_the_warmup_is_refused():
-  with pytest.raises(ValueError, match=r'config\.optim\.decay=20, .* within config\.steps=20'):
+  with pytest.raises(
+    ValueError, match=r'config\.optim\.decay=20, .* within config\.steps=20'
+  ):
     optim.schedule(knobs(schedule='wsd'), 20)
 
 
