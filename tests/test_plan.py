@@ -66,7 +66,7 @@ REFUSED = [
   (dict(model__width=20), r'config\.model\.width=20 .*config\.mesh\.fsdp=8'),
   (
     dict(optim__schedule='wsd', optim__decay=4),
-    r'config\.optim\.decay=4, .* between 1 and 3',
+    r'config\.optim\.decay=4, .* within config\.steps=5',
   ),
   (dict(loss__z=-1.0), r'config\.loss\.z=-1\.0'),
   (dict(loss__chunk=0), r'config\.loss\.chunk=0'),
