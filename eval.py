@@ -7,6 +7,7 @@ its last line the report as JSON, which it also writes to WORKDIR/eval/STEP.json
 code 2: refused.
 """
 
+import dataclasses
 import itertools
 import logging
 import sys
@@ -25,8 +26,11 @@ _DATA = flags.DEFINE_string('data', '', "Another mixture; '' is the run's own.")
 _CACHE = flags.DEFINE_string('cache', '', "Where the embedded corpus is; '' as usual.")
 _ROWS = flags.DEFINE_integer('rows', 0, 'Held-out rows read per domain; 0 for all.')
 _BATCH = flags.DEFINE_integer('batch', 8, 'Rows per device at a time.')
-_BIGRAM = flags.DEFINE_integer(
-  'bigram_rows', 65536, 'At most so many training rows are fitted by the bigram model.'
+_BIGRAM_ROWS = flags.DEFINE_integer(
+  'bigram_rows', 65536, 'At most so many of the training rows seen fit the bigram model.'
+)
+_XZ_BYTES = flags.DEFINE_integer(
+  'xz_bytes', 1 << 26, 'xz compresses the first so many bytes of a domain; 0 for all.'
 )
 _COORDINATOR = flags.DEFINE_string('coordinator', '', "'auto' or HOST:PORT of process 0.")
 _PROCESSES = flags.DEFINE_integer('processes', 1, 'How many processes evaluate.')
@@ -38,67 +42,74 @@ def run(workdir: Path) -> dict:
   directory = workdir / 'checkpoints'
   if not directory.is_dir():
     raise ValueError(f'--workdir={workdir}: it holds no checkpoints')
-  for name, value, low in (('rows', _ROWS.value, 0), ('batch', _BATCH.value, 1)):
-    config.at_least(f'--{name}', value, low)
+  for flag in (_ROWS, _BIGRAM_ROWS, _XZ_BYTES):
+    config.at_least(f'--{flag.name}', flag.value, 0)
+  config.at_least('--batch', _BATCH.value, 1)
   with checkpoint.reading(directory) as saved:
     step = saved.pick(_STEP.value, '--step')
     about = saved.about(step)
-    c = about['config']
-    on = _mesh(c)
-    cfg = config.build(model.Config, c['model'], 'config.model')
-    weights = mesh.shardings(model.abstract(cfg), on)
-    params = saved.restore_model(step, plan.placed(model.abstract(cfg), weights))
-  corpus = _open(c, about['data'])
+    corpus = _open(about, _DATA.value)
+    c = about['config']['model']
+    # Only a bound for kernels: other data may have more documents in a row.
+    most = max(c['attn']['max_segments'], corpus.max_segments)
+    cfg = config.build(model.Config, c, 'config.model')
+    attn = dataclasses.replace(cfg.attn, max_segments=most)
+    cfg, on = dataclasses.replace(cfg, attn=attn), _mesh(cfg.width)
+    shapes = model.abstract(cfg)
+    params = saved.restore_model(step, plan.placed(shapes, mesh.shardings(shapes, on)))
   batch = _BATCH.value * mesh.ways('batch', on)
-  evaluate = plan.evaluate_step(cfg, on, c['loss']['chunk'])
+  evaluate = plan.evaluate_step(cfg, on, about['config']['loss']['chunk'])
+  limit = _ROWS.value
   report = {'step': step} | evals.perplexity(
-    evaluate, params, corpus, mesh=on, batch=batch, limit=_ROWS.value
+    evaluate, params, corpus, on=on, batch=batch, limit=limit
   )
-  report['data'] = corpus.fingerprint['sha256']
+  if not report['domains']:
+    raise ValueError(f'--data={_DATA.value!r}: nothing is held out there to evaluate on')
   if jax.process_index() == 0:
-    seen = step * c['batch']
-    for domain, yardsticks in _yardsticks(corpus, seen).items():
-      report['domains'][domain] |= yardsticks
-    report['bigram_rows'] = min(seen, _BIGRAM.value)
-    metrics.write_json(_folder(workdir) / f'{step}.json', report)
+    yardsticks = _yardsticks(corpus, about, step)
+    for domain, summary in report['domains'].items():
+      summary |= yardsticks[domain]
+    report |= {'data': corpus.fingerprint['sha256'], 'rows_limit': limit}
+    metrics.write_json(_path(workdir, step, corpus, about), report)
   return report
 
 
-def _mesh(c: dict):
+def _mesh(width: int):
   """All devices, with the weights split over as many as divide the model's width."""
-  devices = jax.device_count()
-  fsdp = next(
-    n for n in range(devices, 0, -1) if c['model']['width'] % n == 0 == devices % n
-  )
-  return mesh.make(data=devices // fsdp, fsdp=fsdp, expert=1, tensor=1, context=1)
+  count = jax.device_count()
+  fsdp = next(n for n in range(count, 0, -1) if width % n == 0 == count % n)
+  return mesh.make(data=count // fsdp, fsdp=fsdp, expert=1, tensor=1, context=1)
 
 
-def _open(c: dict, fingerprint: dict) -> data.Corpus:
-  """The run's own data, checked to be the same; or the mixture of --data."""
+def _open(about: dict, mixture: str) -> data.Corpus:
+  """The run's own data, checked to be the same ('' for `mixture`), or another mixture."""
+  c, fingerprint = about['config'], about['data']
   knobs = c['data'] | {'cache': _CACHE.value or c['data']['cache']}
-  knobs |= {'mixture': _DATA.value} if _DATA.value else {}
+  knobs |= {'mixture': mixture} if mixture else {}
   cfg = config.build(data.Config, knobs, 'config.data')
-  most = c['model']['attn']['max_segments'] if c['model']['mask_documents'] else 0
-  opts = dict(vocab=c['model']['vocab'], batch=1, seed=c['seed'], max_segments=most)
-  corpus = data.open(cfg, **opts)
-  if not _DATA.value and corpus.fingerprint['sha256'] != fingerprint['sha256']:
+  # A corpus opened with a batch of one row reads what the run read, row by row.
+  vocab, seed = c['model']['vocab'], c['seed']
+  corpus = data.open(cfg, vocab=vocab, batch=1, seed=seed, max_segments=0)
+  if not mixture and corpus.fingerprint['sha256'] != fingerprint['sha256']:
     raise ValueError(
       f'config.data.mixture={cfg.mixture!r} is no longer what the run was trained on '
       '(another Python version, or another dataset at that place); name data to '
       'evaluate on with --data'
     )
   if corpus.fingerprint['tokenizer'] != fingerprint['tokenizer']:
-    raise ValueError(f'--data={_DATA.value} has another tokenizer than the run')
+    raise ValueError(f'--data={mixture!r} has another tokenizer than the run')
   return corpus
 
 
-def _yardsticks(corpus: data.Corpus, seen: int) -> dict[str, dict[str, float]]:
+def _yardsticks(corpus: data.Corpus, about: dict, step: int) -> dict[str, dict]:
   """By domain: bits per byte of a bigram model of the rows trained on, and of xz."""
-  # A corpus opened with a batch of one row reads what the run read, row by row.
-  rows = itertools.islice(corpus.train(0, [0]), min(seen, _BIGRAM.value))
+  seen = min(step * about['config']['batch'], _BIGRAM_ROWS.value)
+  trained = _open(about, '') if _DATA.value else corpus
+  rows = itertools.islice(trained.train(0, [0]), seen)
   pairs = ((row.tokens, row.targets, row.weights) for row in rows)
   bigram = evals.Bigram.fit(pairs, vocab=corpus.vocab)
-  return {d: _beside(corpus, d, bigram) for d in corpus.domains}
+  fitted = {'bigram_rows': seen}
+  return {d: fitted | _beside(corpus, d, bigram) for d in corpus.domains}
 
 
 def _beside(corpus: data.Corpus, domain: str, bigram: evals.Bigram) -> dict[str, float]:
@@ -108,17 +119,20 @@ def _beside(corpus: data.Corpus, domain: str, bigram: evals.Bigram) -> dict[str,
   for batch, bytes_B in held:
     nats += (bigram.nll(batch.tokens, batch.targets) * batch.weights).sum()
     size += int(bytes_B.sum())
-  text = corpus.heldout_text(domain, _ROWS.value)
+  text = corpus.heldout_text(domain, _ROWS.value)[: _XZ_BYTES.value or None]
   return {
     'bigram_bits_per_byte': float(nats / np.log(2) / size),
     'xz_bits_per_byte': evals.xz(text),
+    'xz_bytes': len(text),
   }
 
 
-def _folder(workdir: Path) -> Path:
-  folder = workdir / 'eval'
+def _path(workdir: Path, step: int, corpus: data.Corpus, about: dict) -> Path:
+  """WORKDIR/eval/STEP.json; on other data than the run's own, with their name added."""
+  folder, digest = workdir / 'eval', corpus.fingerprint['sha256']
   folder.mkdir(exist_ok=True)
-  return folder
+  own = digest == about['data']['sha256']
+  return folder / (f'{step}.json' if own else f'{step}-{digest[:8]}.json')
 
 
 def main(argv: list[str]) -> int:

@@ -10,6 +10,7 @@ touched), 3 the loss or the gradient is not finite.
 import dataclasses
 import json
 import logging
+import os
 import re
 import sys
 from pathlib import Path
@@ -34,12 +35,14 @@ MAY_CHANGE = (
   'config.eval.',
   'config.checkpoint.',
   'config.log.',
-  'config.data.mixture',
-  'config.data.tokenizer',
-  'config.data.cache',
-  'config.data.verify',
-  'config.data.workers',
-  'config.data.prefetch',
+  'config.data.',
+  # How a step is computed, which moves its last bits only, and what other devices need.
+  'config.accum',
+  'config.loss.chunk',
+  'config.model.layers',
+  'config.model.remat',
+  'config.model.attn.backend',
+  'config.model.attn.max_segments',
 )
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Recipe.', lock_config=True)
@@ -52,184 +55,218 @@ _PROCESS = flags.DEFINE_integer('process', 0, 'Which of them this is.')
 _log = logging.getLogger('gated')
 
 
-def run(c: dict, workdir: Path, dry_run: bool) -> None:
-  """A resolved recipe -> a trained, saved model in `workdir`.
+class Run(NamedTuple):
+  """A run that is sure to be allowed, before it costs anything."""
 
-  Raises ValueError before any work for a recipe or a workdir that cannot be used.
-  """
+  config: dict  # The resolved recipe.
+  workdir: Path
+  plan: plan.Plan
+  corpus: data.Corpus
+  step: jax.stages.Lowered
+  weights: tuple[Path, int] | None  # Checkpoints and step to start from.
+  changed: dict[str, Any]  # Knobs that differ from the session before.
+
+
+def prepare(c: dict, workdir: Path) -> Run:
+  """A resolved recipe -> Run; ValueError if it or the workdir cannot be used."""
   cfg = config.build(plan.Config, c, 'config')
+  metrics.check_wandb(cfg.log.wandb)
   the = plan.Plan(cfg)
   corpus = data.open(cfg.data, **the.reads)
-  changed = _check_owner(workdir, c, corpus.fingerprint)
-  weights = _find_weights(cfg.init_from)
+  changed, latest = _check_owner(workdir, c, corpus.fingerprint)
+  if latest is not None and latest > cfg.steps:
+    raise ValueError(f'config.steps={cfg.steps}, but {workdir} is at step {latest}')
+  weights = None
+  if cfg.init_from and latest is None:
+    weights = _find_weights(cfg.init_from, the)
+    changed['config.init_from'] = cfg.init_from, f'{weights[0].parent}:{weights[1]}'
+  told = {'config': c, 'data': corpus.fingerprint['sha256'], 'step': latest}
+  mesh.agree('the recipe, the data or the checkpoints', config.digest(told))
   _log.info('%s', the)
-  lowered = the.train_step()
-  if dry_run:
-    return
-  workdir.mkdir(parents=True, exist_ok=True)
-  first = jax.process_index() == 0
+  if not corpus.domains:
+    _log.info('the data holds nothing out: there is no held-out loss, and no best step')
+  return Run(c, workdir, the, corpus, the.train_step(), weights, changed)
+
+
+def train(run: Run) -> None:
+  """Prepared -> trained and saved in its workdir."""
+  cfg = run.plan.cfg
+  run.workdir.mkdir(parents=True, exist_ok=True)
   kept = dict(keep=cfg.checkpoint.keep, keep_every=cfg.checkpoint.keep_every)
-  with checkpoint.Checkpoints(workdir / 'checkpoints', **kept) as saved:
-    state = _start(the, saved, weights)
+  with checkpoint.Checkpoints(run.workdir / 'checkpoints', **kept) as saved:
+    state = _start(run, saved)
     begun = int(state.step)
+    first = jax.process_index() == 0
     restored = begun or -1
     if begun:
       _log.info('resumed at step %d of %d', begun, cfg.steps)
     if first:
       metrics.manifest(
-        workdir / 'run.json',
-        config=c,
-        data=corpus.fingerprint,
+        run.workdir / 'run.json',
+        config=run.config,
+        data=run.corpus.fingerprint,
         step=restored,
-        changed=changed,
+        changed=run.changed,
       )
     if begun == cfg.steps:
       return
     window = cfg.log.profile_first, cfg.log.profile_last
     with (
       metrics.Log(
-        workdir,
+        run.workdir,
         step=restored,
         enabled=first,
         tensorboard=cfg.log.tensorboard,
         wandb=cfg.log.wandb,
       ) as log,
-      metrics.Profile(workdir, *window, enabled=first) as profile,
+      metrics.Profile(run.workdir, *window, enabled=first) as profile,
+      metrics.Progress(cfg.steps, start=begun, seconds=10, enabled=first) as progress,
     ):
-      out = Outlets(c, saved, log, profile, first)
-      _loop(the, lowered.compile(), state, corpus, out)
+      timer = metrics.Timer(
+        tokens_per_step=run.plan.tokens_per_step,
+        flops_per_token=run.plan.flops_per_token,
+        peak=metrics.peak(jax.devices()[0]),
+        devices=jax.device_count(),
+      )
+      _loop(run, state, Outlets(saved, log, profile, progress, timer))
 
 
 class Outlets(NamedTuple):
   """What the loop writes to."""
 
-  config: dict
   saved: checkpoint.Checkpoints
   log: metrics.Log
   profile: metrics.Profile
-  first: bool  # Whether this is process 0, which speaks for all.
+  progress: metrics.Progress
+  timer: metrics.Timer
 
 
-def _loop(the: plan.Plan, train_step, state, corpus: data.Corpus, out: Outlets) -> None:
+def _loop(run: Run, state, out: Outlets) -> None:
   """Steps from where the state is to the end; metrics are read one step late."""
-  cfg, begun = the.cfg, int(state.step)
-  evaluate = plan.evaluate_step(cfg.model, the.mesh, cfg.loss.chunk)
-  batches = corpus.train(int(state.data_step), mesh.rows(the.mesh, cfg.batch))
-  timer = metrics.Timer(
-    tokens_per_step=the.tokens_per_step,
-    flops_per_token=the.flops_per_token,
-    peak=metrics.peak(jax.devices()[0]),
-    devices=jax.device_count(),
-  )
-  progress = metrics.Progress(cfg.steps, start=begun, seconds=10, enabled=out.first)
+  cfg, on, corpus = run.plan.cfg, run.plan.mesh, run.corpus
+  train_step = run.step.compile()
+  evaluate = plan.evaluate_step(cfg.model, on, cfg.loss.chunk)
+  batches = corpus.train(int(state.data_step), mesh.rows(on, cfg.batch))
   late = None
-  for step in range(begun + 1, cfg.steps + 1):
-    with timer.data():
-      batch = mesh.place(next(batches), the.mesh, cfg.batch)
+  for step in range(int(state.step) + 1, cfg.steps + 1):
+    with out.timer.data():
+      batch = mesh.place(next(batches), on, cfg.batch)
     out.profile.before(step)
     state, values = train_step(state, batch)
     out.profile.after(step, values)
     if late:
-      _record(*late, cfg, timer, progress, out)
+      _record(cfg, *late, out)
     late = step, values
     save = step % cfg.checkpoint.every == 0 or step == cfg.steps
     if save or step % cfg.eval.every == 0:
-      _record(*late, cfg, timer, progress, out)
+      _record(cfg, *late, out)
       late = None
-      with timer.pause():
+      with out.timer.pause():
         heldout = evals.perplexity(
           evaluate,
           state.model,
           corpus,
-          mesh=the.mesh,
-          batch=the.micro,
+          on=on,
+          batch=run.plan.micro,
           limit=cfg.eval.rows,
         )
-        _tell(step, heldout, progress, out)
+        _tell(step, heldout, out)
         if save:
-          _save(step, state, heldout['loss'], corpus, out)
-  progress.close()
+          out.log.sync()
+          about = dict(config=run.config, data=corpus.fingerprint)
+          out.saved.save(step, state, about | dict(heldout_loss=heldout['loss']))
 
 
-def _save(step: int, state, loss: float, corpus: data.Corpus, out: Outlets) -> None:
-  """Starts a save of a state whose own numbers were seen to be finite."""
-  if not np.isfinite(loss):
-    raise FloatingPointError(f'step {step}: held-out loss {loss}; not saved')
-  out.log.sync()
-  about = dict(config=out.config, data=corpus.fingerprint, heldout_loss=loss)
-  out.saved.save(step, state, about)
-
-
-def _record(step: int, values, cfg: plan.Config, timer, progress, out: Outlets) -> None:
+def _record(cfg: plan.Config, step: int, values, out: Outlets) -> None:
   """Reads a step's metrics and writes them where due; ends a run that is not finite."""
   values = {name: float(value) for name, value in jax.device_get(values).items()}
-  timer.tick()
-  finite = np.isfinite([values[k] for k in ('loss', 'grad_norm', 'param_norm')]).all()
+  out.timer.tick()
+  norms = {k: values[k] for k in ('loss', 'grad_norm', 'param_norm')}
+  finite = np.isfinite(list(norms.values())).all()
   if step % cfg.log.every == 0 or step == cfg.steps or not finite:
-    values |= timer.read() | metrics.memory()
+    values |= out.timer.read() | metrics.memory()
     out.log.write(step, 'train', values)
-    progress.update(step, values)
+    out.progress.update(step, values)
   if not finite:
-    raise FloatingPointError(
-      f'step {step}: loss {values["loss"]}, gradient norm {values["grad_norm"]}, '
-      f'parameter norm {values["param_norm"]}; not saved, the last step that was is '
-      f'{out.saved.latest() or "none"}'
-    )
+    _stop(step, norms, out)
 
 
-def _tell(step: int, heldout: dict, progress, out: Outlets) -> None:
+def _tell(step: int, heldout: dict, out: Outlets) -> None:
+  """Writes a held-out loss; ends a run where it is not finite."""
+  if heldout['loss'] is None:
+    return
   flat = {'loss': heldout['loss']}
   for domain, summary in heldout['domains'].items():
     flat |= {f'{domain}/{k}': summary[k] for k in ('nats_per_token', 'bits_per_byte')}
   out.log.write(step, 'heldout', flat)
   bits = [f'{d} {s["bits_per_byte"]:.4f}' for d, s in heldout['domains'].items()]
-  progress.say(f'step {step}: held-out bits per byte: {", ".join(bits)}')
+  out.progress.say(f'step {step}: held-out bits per byte: {", ".join(bits)}')
+  if not np.isfinite(heldout['loss']):
+    _stop(step, {'held-out loss': heldout['loss']}, out)
 
 
-def _start(the: plan.Plan, saved: checkpoint.Checkpoints, weights):
+def _stop(step: int, numbers: dict[str, float], out: Outlets) -> None:
+  told = ', '.join(f'{name} {value}' for name, value in numbers.items())
+  last = out.saved.latest()
+  raise FloatingPointError(
+    f'step {step} is not finite ({told}) and was not saved; '
+    f'the last that was is {"none" if last is None else last}'
+  )
+
+
+def _start(run: Run, saved: checkpoint.Checkpoints):
   """The state to go on from: the latest step, other weights, or a fresh start."""
   latest = saved.latest()
   if latest is not None:
-    if latest > the.cfg.steps:
-      steps = the.cfg.steps
-      raise ValueError(f'config.steps={steps}, but {saved.directory} is at {latest}')
-    return saved.restore(latest, the.state)
-  state = the.init()
-  if weights:
-    folder, step = weights
+    return saved.restore(latest, run.plan.state)
+  state = run.plan.init()
+  if run.weights:
+    folder, step = run.weights
+    _log.info('starting from the weights of %s, step %d', folder.parent, step)
     with checkpoint.reading(folder) as source:
-      model = source.restore_model(step, the.state.model)
+      model = source.restore_model(step, run.plan.state.model)
     state = dataclasses.replace(state, model=model)
   return state
 
 
-def _find_weights(init_from: str) -> tuple[Path, int] | None:
-  """'WORKDIR[:STEP]' -> its checkpoints and the step; ValueError if not there."""
-  if not init_from:
-    return None
+def _find_weights(init_from: str, the: plan.Plan) -> tuple[Path, int]:
+  """'WORKDIR[:STEP]' -> its checkpoints and the step; ValueError if they do not fit."""
   workdir, _, step = init_from.partition(':')
   folder = Path(workdir) / 'checkpoints'
   if not folder.is_dir():
     raise ValueError(f'config.init_from={init_from!r}: there is no {folder}')
   with checkpoint.reading(folder) as source:
-    return folder, source.pick(step or 'latest', 'config.init_from')
+    at = source.pick(step or 'latest', 'config.init_from')
+    try:
+      source.check_model(at, the.state.model)
+    except ValueError as error:
+      raise ValueError(f'config.init_from={init_from!r}: {error}') from error
+  return folder, at
 
 
-def _check_owner(workdir: Path, c: dict, fingerprint: dict) -> dict[str, Any]:
-  """Which knobs differ from those of the run in `workdir`; ValueError if they may not."""
-  manifest, saves = workdir / 'run.json', workdir / 'checkpoints'
-  if manifest.exists():
-    old = json.loads(manifest.read_text())
-  elif saves.is_dir():
+def _check_owner(
+  workdir: Path, c: dict, fingerprint: dict
+) -> tuple[dict[str, Any], int | None]:
+  """-> (knobs that differ from those of the run in `workdir`, its latest step if any).
+
+  ValueError if they may not differ, or if nothing can be written there.
+  """
+  saves, old, latest = workdir / 'checkpoints', None, None
+  parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+  if not parent.is_dir() or not os.access(parent, os.W_OK):
+    raise ValueError(f'--workdir={workdir}: {parent} is no folder that can be written to')
+  if saves.is_dir():
     with checkpoint.reading(saves) as saved:
       latest = saved.latest()
       old = saved.about(latest) if latest is not None else None
-  else:
-    old = None
+  if (workdir / 'run.json').exists():
+    old = json.loads((workdir / 'run.json').read_text())
   if old is None:
-    return {}
+    return {}, None
   changed = config.differences(old['config'], c)
   refused = {k: v for k, v in changed.items() if not k.startswith(MAY_CHANGE)}
+  length = 'config.data.length'
+  refused |= {length: changed[length]} if length in changed else {}
   if old['data']['sha256'] != fingerprint['sha256']:
     refused['data'] = old['data']['sha256'][:12], fingerprint['sha256'][:12]
   if refused:
@@ -238,14 +275,14 @@ def _check_owner(workdir: Path, c: dict, fingerprint: dict) -> dict[str, Any]:
       f'--workdir={workdir} belongs to a run that differs in\n{listed}\n'
       'Name another workdir, or start from its weights with --config.init_from'
     )
-  return changed
+  return changed, latest
 
 
 def parse(argv: list[str]) -> list[str]:
   """Parses the command line; a mistake in it is told in one line, naming the knob."""
   try:
     known = config.flatten(base.get_config().to_dict())
-    for typed in re.findall(r'(?m)^--(config\.[^=]*)', '\n'.join(argv)):
+    for typed in re.findall(r'(?m)^--?(config\.[^=\n]*)', '\n'.join(argv)):
       if not any(f'{knob}.'.startswith(f'{typed}.') for knob in known):
         raise ValueError(f'{typed} is no knob{config.nearest(typed, known)}')
     left = flags.FLAGS(argv)
@@ -264,20 +301,24 @@ def parse(argv: list[str]) -> list[str]:
 def main(argv: list[str]) -> int:
   absl.logging.set_verbosity(absl.logging.WARNING)
   logging.basicConfig(format='%(message)s', level=logging.WARNING, force=True)
-  _log.setLevel(logging.INFO)
+  logging.getLogger('gated').setLevel(logging.INFO)
   c = _CONFIG.value.to_dict()
   try:
     config.build(plan.Config, c, 'config')
     workdir = Path(_WORKDIR.value or f'runs/{c["name"]}-{config.digest(c)[:8]}')
     mesh.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    run(c, workdir, _DRY_RUN.value)
+    run = prepare(c, workdir)
   except (ValueError, NotImplementedError) as error:
     print(f'train.py: {error}', file=sys.stderr)
     return REFUSED
+  if _DRY_RUN.value:
+    return 0
+  try:
+    train(run)
   except FloatingPointError as error:
     print(f'train.py: {error}', file=sys.stderr)
     return NOT_FINITE
-  if jax.process_index() == 0 and not _DRY_RUN.value:
+  if jax.process_index() == 0:
     print(f'done: {workdir}')
   return 0
 

@@ -4,8 +4,6 @@ A step holds three items: `model` and `rest` (optimizer state and counters), eac
 mapping from a leaf's name to its array, and `about`, JSON. Reading one runs no code.
 """
 
-import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,6 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from gated import trees
-
-_log = logging.getLogger('gated')
 
 
 def reading(directory: str | Path) -> 'Checkpoints':
@@ -31,7 +27,10 @@ class Checkpoints:
 
     With `keep` 0 it only reads, beside a run that may be saving, and changes nothing.
     """
-    policies: list = [policy.LatestN(keep), _BEST]
+    best = policy.BestN(
+      get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
+    )
+    policies: list = [policy.LatestN(keep), best]
     if keep_every:
       policies.append(policy.EveryNSteps(keep_every))
     reads = keep == 0
@@ -41,6 +40,9 @@ class Checkpoints:
       self.directory,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policy.AnyPreservationPolicy(policies),
+        # Orbax writes metrics down only where it is told how to rank them.
+        best_fn=_loss,
+        best_mode='min',
         enable_async_checkpointing=True,
         cleanup_tmp_directories=not reads and jax.process_index() == 0,
         read_only=reads,
@@ -95,7 +97,7 @@ class Checkpoints:
       about=ocp.args.JsonSave(about),
     )
     loss = about['heldout_loss']
-    metrics = {'heldout_loss': math.inf if loss is None else loss}
+    metrics = None if loss is None else {'heldout_loss': loss}
     if not self.manager.save(step, args=args, metrics=metrics, force=True):
       raise RuntimeError(f'{self.directory}: step {step} was not saved')
 
@@ -114,22 +116,41 @@ class Checkpoints:
     restored = self.read(step, {'model': model, 'rest': rest})
     return trees.unflatten(like, restored['rest'] | _under('model', restored['model']))
 
+  def check_model(self, step: int, like: Any) -> None:
+    """Raises ValueError unless `restore_model` can read the step."""
+    self._check(step, 'model', trees.flatten(like))
+
   def restore_model(self, step: int, like: Any) -> Any:
     """A step -> the model alone, placed as the abstract model `like` says."""
     return trees.unflatten(like, self.read(step, {'model': trees.flatten(like)})['model'])
 
   def read(self, step: int, items: dict[str, dict[str, Any]]) -> dict[str, dict]:
     """A step and, by item, {leaf's name: shape with sharding} -> the same of arrays."""
-    saved = self.manager.item_metadata(step)
     for item, leaves in items.items():
-      if saved[item] is None:
-        raise ValueError(f'{self.directory / str(step)} has no {item}')
-      _check(self.directory / str(step) / item, saved[item], leaves)
+      self._check(step, item, leaves)
     args = {item: ocp.args.StandardRestore(leaves) for item, leaves in items.items()}
     return dict(self.manager.restore(step, args=ocp.args.Composite(**args)).items())
 
+  def _check(self, step: int, item: str, wanted: dict[str, Any]) -> None:
+    """Raises ValueError unless what is saved has the names, shapes and dtypes wanted."""
+    where, saved = (
+      self.directory / str(step) / item,
+      self.manager.item_metadata(step)[item],
+    )
+    if saved is None:
+      raise ValueError(f'{where} is not there')
+    for name in sorted(wanted.keys() ^ saved.keys()):
+      there = 'is in the checkpoint only' if name in saved else 'is not in the checkpoint'
+      raise ValueError(f'{where}: {name} {there}')
+    for name, leaf in wanted.items():
+      have = (tuple(saved[name].shape), str(saved[name].dtype))
+      want = (tuple(leaf.shape), str(leaf.dtype))
+      if have != want:
+        raise ValueError(f'{where}: {name} is {have} there, but {want} is wanted')
 
-_BEST = policy.BestN(get_metric_fn=lambda m: m['heldout_loss'], reverse=True, n=1)
+
+def _loss(metrics: dict) -> float:
+  return metrics['heldout_loss']
 
 
 def split(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -141,15 +162,3 @@ def split(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _under(prefix: str, leaves: dict[str, Any]) -> dict[str, Any]:
   return {f'{prefix}.{name}': leaf for name, leaf in leaves.items()}
-
-
-def _check(where: Path, saved: Any, wanted: dict[str, Any]) -> None:
-  """Raises ValueError unless what is saved has the names, shapes and dtypes wanted."""
-  for name in sorted(wanted.keys() ^ saved.keys()):
-    there = 'is in the checkpoint only' if name in saved else 'is not in the checkpoint'
-    raise ValueError(f'{where}: {name} {there}')
-  for name, leaf in wanted.items():
-    have = (tuple(saved[name].shape), str(saved[name].dtype))
-    want = (tuple(leaf.shape), str(leaf.dtype))
-    if have != want:
-      raise ValueError(f'{where}: {name} is {have} there, but {want} is wanted')

@@ -15,33 +15,32 @@ from typing import Any, Self
 import numpy as np
 from jax.sharding import Mesh
 
-from gated import mesh as placement
+from gated import mesh
 
 
 def perplexity(
-  evaluate: Callable, model: Any, corpus: Any, *, mesh: Mesh, batch: int, limit: int
+  evaluate: Callable, model: Any, corpus: Any, *, on: Mesh, batch: int, limit: int
 ) -> dict:
-  """Held-out text -> {'loss': nats per token of all, 'domains': {name: summary}}.
+  """A model on held-out text -> {'loss': nats per token, 'domains': {name: summary}}.
 
   `evaluate(model, batch)` gives each row's (nats, weight); of each domain the first
-  `limit` rows are read (0 for all), `batch` of them at a time.
+  `limit` rows are read (0 for all), `batch` of them at a time. Without held-out tokens
+  the loss is None.
   """
-  held = placement.rows(mesh, batch)
+  held = list(mesh.rows(on, batch))
   domains, nats, tokens = {}, 0.0, 0.0
   for domain in corpus.domains:
     sums = []
-    # Each host reads the tokens of its own rows, and the bytes of all of them.
-    sizes = (
-      b for _, b in corpus.heldout(domain, batch=batch, rows=range(batch), limit=limit)
-    )
-    mine = (b for b, _ in corpus.heldout(domain, batch=batch, rows=held, limit=limit))
-    for local, bytes_B in zip(mine, sizes):
-      nll_B, weight_B = evaluate(model, placement.place(local, mesh, batch))
+    every = corpus.heldout(domain, batch=batch, rows=range(batch), limit=limit)
+    for whole, bytes_B in every:
+      local = type(whole)(*(x[held] for x in whole))
+      nll_B, weight_B = evaluate(model, mesh.place(local, on, batch))
       sums.append((np.asarray(nll_B), np.asarray(weight_B), bytes_B))
     nll_R, weight_R, bytes_R = (np.concatenate(column) for column in zip(*sums))
-    domains[domain] = summarize(nll_R, weight_R, bytes_R)
-    nats, tokens = nats + nll_R.sum(dtype=float), tokens + weight_R.sum(dtype=float)
-  return {'loss': float(nats / tokens), 'domains': domains}
+    if weight_R.any():
+      domains[domain] = summarize(nll_R, weight_R, bytes_R)
+      nats, tokens = nats + nll_R.sum(dtype=float), tokens + weight_R.sum(dtype=float)
+  return {'loss': float(nats / tokens) if tokens else None, 'domains': domains}
 
 
 def summarize(nll_R: np.ndarray, weight_R: np.ndarray, bytes_R: np.ndarray) -> dict:

@@ -61,7 +61,7 @@ def _log_choice(name: str, lacks: str) -> None:
 
 
 def _reference(q_BTHK, k_BSGK, v_BSGK, segment_BT, max_segments):
-  """The definition, in float32, with all T x S scores in memory."""
+  """The definition, scores and softmax in float32, with all T x S of them in memory."""
   B, T, H, K = q_BTHK.shape
   G = k_BSGK.shape[2]
   q = q_BTHK.reshape(B, T, G, H // G, K)
@@ -162,7 +162,9 @@ def vocab_loss(
     args = x, w.astype(x.dtype), target_BT, weight_BT
     if alone:
       return local(grad, *args)
-    outs = (P(), BT, BT) + ((P(*BT, None), P(*V, None)) if grad else ())
+    # The gradient in w leaves as w's own parts, summed and scattered in one go.
+    dw = P(*V, mesh.spec(('embed',), abstract)[0])
+    outs = (P(), BT, BT) + ((P(*BT, None), dw) if grad else ())
     return jax.shard_map(
       functools.partial(local, grad),
       mesh=abstract,
@@ -183,7 +185,8 @@ def vocab_loss(
     return tuple((cotangents[0] * g).astype(g.dtype) for g in gradients)
 
   loss.defvjp(forward, backward)
-  return loss(x_BTD, w_VD)
+  total, nll_BT, lse_BT = loss(x_BTD, w_VD)
+  return total, jax.lax.stop_gradient(nll_BT), jax.lax.stop_gradient(lse_BT)
 
 
 def _names(spec: P) -> tuple[str, ...]:
@@ -239,4 +242,8 @@ def _local_loss(
   total = over(jax.lax.psum, total, batch_axes)
   if not grad:
     return total, nll_BT, lse_BT
-  return total, nll_BT, lse_BT, *dx_BTD, over(jax.lax.psum, dw_VD, batch_axes)
+  scattered = [axis for axis in mesh.RULES['embed'] if axis in batch_axes]
+  for axis in scattered:
+    dw_VD = jax.lax.psum_scatter(dw_VD, axis, scatter_dimension=1, tiled=True)
+  whole_axes = tuple(axis for axis in batch_axes if axis not in scattered)
+  return total, nll_BT, lse_BT, *dx_BTD, over(jax.lax.psum, dw_VD, whole_axes)

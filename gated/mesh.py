@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -48,13 +49,26 @@ def start(coordinator: str, processes: int, process: int) -> None:
   `coordinator` is '' for a run of one process, 'auto' to ask the cluster's own
   environment (TPU pods, SLURM, Kubernetes), or 'host:port'.
   """
+  if not 0 <= process < processes:
+    raise ValueError(f'--process={process} must be in [0, --processes={processes})')
   if not coordinator:
+    if processes > 1:
+      raise ValueError(f'--processes={processes} without --coordinator=HOST:PORT')
     return
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   if coordinator == 'auto':
     jax.distributed.initialize()
   else:
     jax.distributed.initialize(coordinator, processes, process)
+
+
+def agree(what: str, digest: str) -> None:
+  """Raises ValueError unless all processes of a run hold the same hexadecimal digest."""
+  mine = np.frombuffer(bytes.fromhex(digest), np.int32)
+  every = multihost_utils.process_allgather(mine) if jax.process_count() > 1 else mine
+  if not (every == mine[None]).all():
+    process = jax.process_index()
+    raise ValueError(f'{what} of process {process} differ from those of another')
 
 
 def make(
@@ -140,7 +154,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def rows(mesh: Mesh, batch: int) -> tuple[int, ...]:
   """Which rows of a global batch this process's devices hold, in ascending order."""
-  held = batch_sharding(mesh).addressable_devices_indices_map((batch, 1 << 20))
+  shape = batch, ways('tokens', mesh)
+  held = batch_sharding(mesh).addressable_devices_indices_map(shape)
   return tuple(sorted({r for ix in held.values() if ix for r in range(batch)[ix[0]]}))
 
 

@@ -55,9 +55,9 @@ class Block(nnx.Module):
   def __init__(self, cfg: Config, key: jax.Array):
     std_out = cfg.numerics.residual_std(cfg.depth)
     opts: dict[str, Any] = dict(width=cfg.width, std_out=std_out, numerics=cfg.numerics)
-    self.attn_norm = RMSNorm(cfg.width, axes=('embed',), numerics=cfg.numerics)
+    self.attn_norm = RMSNorm(cfg.width, axes=(None,), numerics=cfg.numerics)
     self.attn = attention.Attention(cfg.attn, named(key, 'attn'), **opts)
-    self.ffn_norm = RMSNorm(cfg.width, axes=('embed',), numerics=cfg.numerics)
+    self.ffn_norm = RMSNorm(cfg.width, axes=(None,), numerics=cfg.numerics)
     self.ffn = SwiGLU(named(key, 'ffn'), hidden=cfg.ffn, **opts)
 
   def __call__(self, x_BTD, angle_BTk, segment_BT) -> jax.Array:
@@ -75,7 +75,7 @@ class Transformer(nnx.Module):
     self.embed = table(named(key, 'embed'), numerics=cfg.numerics)
     keys = jax.random.split(named(key, 'blocks'), cfg.depth)
     self.blocks = jax.vmap(lambda k: Block(cfg, k))(keys)
-    self.norm = RMSNorm(cfg.width, axes=('embed',), numerics=cfg.numerics)
+    self.norm = RMSNorm(cfg.width, axes=(None,), numerics=cfg.numerics)
     head = named(key, 'head')
     self.head = None if cfg.tied else table(head, numerics=cfg.numerics)
 

@@ -97,20 +97,19 @@ def make(
   """
   decay = cfg.weight_decay / (cfg.lr if cfg.decay_by == 'schedule' else 1.0)
 
-  def add_decay(updates: Any, params: Any) -> Any:
-    add = lambda path, u, p: u + decay * p if decays(trees.name(path)) else u
-    return jax.tree_util.tree_map_with_path(add, updates, params)
+  def decayed(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda p, _: decays(trees.name(p)), params)
 
-  def multiply(updates: Any, params: Any) -> Any:
+  def multiplied(updates: Any, params: Any) -> Any:
     scale = lambda path, u: u * multiplier(trees.name(path), multipliers)
     return jax.tree_util.tree_map_with_path(scale, updates)
 
   return optax.chain(
     optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity(),
     optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
-    optax.stateless(add_decay),
+    optax.add_decayed_weights(decay, decayed),
     optax.scale_by_learning_rate(schedule(cfg, steps)),
-    optax.stateless(multiply) if multipliers else optax.identity(),
+    optax.stateless(multiplied) if multipliers else optax.identity(),
   )
 
 

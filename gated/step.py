@@ -29,7 +29,7 @@ def init(build: Callable[[jax.Array], Any], tx: optax.GradientTransformation, se
   """A model builder, an optimizer and a seed -> the first State."""
   model = build(jax.random.key(seed))
   zero = jnp.zeros((), jnp.int32)
-  return State(zero, zero, model, tx.init(model))
+  return State(zero, zero, model, tx.init(_wide(model)))
 
 
 def train(
@@ -63,11 +63,9 @@ def train(
       (_, losses), grads = gradient(state.model, micro)
       return add(sums, (grads, losses)), None
 
-    wide = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.model)
-    start = wide, jnp.zeros((2,))
+    start = jax.tree.map(jnp.zeros_like, _wide(state.model)), jnp.zeros((2,))
     (grads, losses), _ = jax.lax.scan(body, start, jax.tree.map(split, batch))
-    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.model)
-  updates, opt = tx.update(grads, state.opt, state.model)
+  updates, opt = tx.update(_wide(grads), state.opt, _wide(state.model))
   model = optax.apply_updates(state.model, updates)
   metrics = {
     'loss': losses[0],
@@ -79,6 +77,11 @@ def train(
     'tokens': total,
   }
   return State(state.step + 1, state.data_step + 1, model, opt), metrics
+
+
+def _wide(tree: Any) -> Any:
+  """Gradients, moments and updates are float32, whatever weights are kept in."""
+  return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def _loss(model, batch, *, z: float, chunk: int) -> tuple[jax.Array, jax.Array]:

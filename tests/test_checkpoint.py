@@ -160,6 +160,35 @@ def test_the_last_the_best_and_every_nth_step_are_kept(history):
       assert float(back.model['w'][0]) == number
 
 
+def test_what_an_earlier_session_saved_is_kept_by_the_same_rules(tmp_path):
+  losses = {1: 3.0, 2: 1.0, 3: 4.0, 4: 5.0, 5: 6.0, 6: 7.0}
+  for session in ([1, 2, 3], [4, 5, 6]):
+    with checkpoint.Checkpoints(tmp_path, keep=2, keep_every=0) as out:
+      for number in session:
+        about = ABOUT | {'heldout_loss': losses[number]}
+        out.save(number, tiny_state(float(number)), about)
+  with checkpoint.reading(tmp_path) as source:
+    assert source.steps() == [2, 5, 6]
+
+
+def test_a_step_without_a_held_out_loss_is_saved_and_never_the_best(tmp_path):
+  with checkpoint.Checkpoints(tmp_path, keep=3, keep_every=0) as out:
+    for number, loss in ((1, None), (2, 2.0), (3, None)):
+      out.save(number, tiny_state(0.0), ABOUT | {'heldout_loss': loss})
+  with checkpoint.reading(tmp_path) as source:
+    assert (source.latest(), source.best()) == (3, 2)
+
+
+def test_a_reader_leaves_a_save_under_way_alone(tmp_path):
+  with checkpoint.Checkpoints(tmp_path, keep=1, keep_every=0) as out:
+    out.save(1, tiny_state(0.0), ABOUT)
+  unfinished = tmp_path / '2.orbax-checkpoint-tmp'
+  unfinished.mkdir()
+  with checkpoint.reading(tmp_path) as source:
+    assert source.steps() == [1]
+  assert unfinished.is_dir()
+
+
 def test_pick_takes_latest_best_or_a_step_on_disk(history):
   with checkpoint.reading(history) as source:
     picked = [source.pick(which, '--step') for which in ('latest', 'best', '4')]

@@ -16,6 +16,15 @@ def make(**sizes):
   return mesh.make(**(ONES | sizes))
 
 
+@pytest.mark.parametrize(
+  ('processes', 'process', 'said'),
+  [(2, 0, '--processes=2 without'), (2, 2, '--process=2 must'), (1, -1, '--process=-1')],
+)
+def test_a_process_that_would_run_alone_by_mistake_is_refused(processes, process, said):
+  with pytest.raises(ValueError, match=said):
+    mesh.start('', processes, process)
+
+
 def test_minus_one_is_all_the_devices_left():
   assert dict(make(fsdp=-1).shape) == ONES | {'fsdp': 8}
   assert dict(make(data=2, tensor=2, context=-1).shape) == ONES | {
@@ -90,7 +99,7 @@ def test_every_parameter_is_split_as_its_axes_say():
     'out': P(None, 'tensor', None, 'fsdp'),
     'gate': P(None, 'fsdp', 'tensor', None),
     'down': P(None, 'tensor', 'fsdp'),
-    'norm': P(None, 'fsdp'),
+    'norm': P(None, None),
   }
 
 

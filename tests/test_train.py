@@ -1,6 +1,7 @@
 """The two stories end to end: real processes, real signals, real files."""
 
 import json
+import shutil
 import signal
 import socket
 import time
@@ -112,33 +113,37 @@ def test_one_device_eight_and_two_processes_have_the_same_losses(
   knobs = dict(steps=5, checkpoint__every=5)
   one, eight, two = (tmp_path / name for name in ('one', 'eight', 'two'))
   ok(run_python(command(one, **knobs)))
+
+  def together(workdir, **knobs):
+    """One run of two processes with two devices each."""
+    where = [f'--coordinator=127.0.0.1:{free_port()}', '--processes=2']
+    children = [
+      spawn_python([*command(workdir, **knobs), *where, f'--process={i}'], devices=2)
+      for i in range(2)
+    ]
+    for child in children:
+      out, err = child.communicate(timeout=300)
+      assert child.returncode == 0, out[-2000:] + err[-4000:]
+
   split = dict(mesh__fsdp=2, mesh__tensor=2, mesh__context=2)
   ok(run_python(command(eight, **knobs, **split), devices=8))
-  port = free_port()
-  children = [
-    spawn_python(
-      [
-        *command(two, **knobs),
-        f'--coordinator=127.0.0.1:{port}',
-        '--processes=2',
-        f'--process={i}',
-      ],
-      devices=2,
-    )
-    for i in range(2)
-  ]
-  for child in children:
-    out, err = child.communicate(timeout=300)
-    assert child.returncode == 0, out[-2000:] + err[-4000:]
+  together(two, **knobs)
   expected = np.array([loss for _, loss in losses(one)])
   assert len(expected) == 5
   for other in (eight, two):
     np.testing.assert_allclose([loss for _, loss in losses(other)], expected, atol=1e-5)
-  # What two processes saved, one restores; what eight devices saved, one restores.
+  # What two processes saved, one restores; what eight devices saved, two processes do,
+  # with the tokens of each row split between them.
+  ok(run_python(command(two, **knobs | dict(steps=6))))
+  across = dict(steps=6, accum=2, mesh__fsdp=1, mesh__context=4)
+  together(eight, **knobs | across)
   for other in (eight, two):
-    more = ok(run_python(command(other, **knobs | dict(steps=6))))
-    assert 'resumed at step 5 of 6' in more.stderr
-    assert len(losses(other)) == 6
+    assert [step for step, _ in losses(other)] == [1, 2, 3, 4, 5, 6]
+    resumed = json.loads((other / 'run.json').read_text())['sessions'][1]
+    assert resumed['restored_step'] == 5
+    assert resumed['changed']['config.steps'] == [5, 6]
+  assert resumed['processes'] == 1
+  assert abs(losses(eight)[5][1] - losses(two)[5][1]) < 1e-5
 
 
 @pytest.fixture(scope='module')
@@ -213,6 +218,50 @@ def test_a_workdir_of_another_run_is_refused_and_left_as_it_was(trained, run_pyt
   assert now == before
 
 
+@pytest.mark.slow
+def test_a_finished_run_does_nothing_and_needs_no_weights_to_start_from(
+  trained, tmp_path, run_python
+):
+  source, fresh = tmp_path / 'source', tmp_path / 'fresh'
+  shutil.copytree(trained, source)
+  knobs = dict(init_from=str(source), steps=3)
+  ok(run_python(command(fresh, **knobs)))
+  first = json.loads((fresh / 'run.json').read_text())['sessions'][0]
+  assert first['changed']['config.init_from'] == [str(source), f'{source}:12']
+  shutil.rmtree(source)
+  before = (fresh / 'metrics.jsonl').read_bytes()
+  ok(run_python(command(fresh, **knobs)))
+  assert (fresh / 'metrics.jsonl').read_bytes() == before
+
+
+@pytest.mark.slow
+def test_data_without_anything_held_out_trains_and_saves(tmp_path, run_python):
+  text, dataset, workdir = tmp_path / 'text', tmp_path / 'data', tmp_path / 'run'
+  text.mkdir()
+  for i in range(4):
+    (text / f'{i}.txt').write_text(f'{i} green bottles hanging on the wall.\n' * 60)
+  ok(
+    run_python(
+      [
+        'scripts/prepare_data.py',
+        f'--out={dataset}',
+        '--length=64',
+        '--tokenizer=bytes',
+        f'--domain=song={text}',
+        '--heldout=0',
+        '--processes=1',
+      ]
+    )
+  )
+  knobs = dict(data__mixture=dataset, steps=3)
+  done = ok(run_python(command(workdir, **knobs)))
+  assert 'no held-out loss' in done.stderr
+  with checkpoint.reading(workdir / 'checkpoints') as saved:
+    assert (saved.latest(), saved.best()) == (3, 3)
+  refused = run_python(['eval.py', f'--workdir={workdir}'])
+  assert refused.returncode == 2 and 'nothing is held out' in refused.stderr
+
+
 REFUSED = {
   'config.model.atn.heads': (3, 'did you mean config.model.attn.heads?'),
   'config.model.attn.gate.position': ('sdap', "allowed are 'none', 'query'"),
@@ -223,6 +272,8 @@ REFUSED = {
   'config.data.mixture': ('/nowhere', 'no such dataset'),
   'config.optim.schedule': ('cosin', "allowed are 'cosine'"),
   'config.init_from': ('/nowhere', '/nowhere'),
+  'config.log.wandb': ('project', 'pip install wandb'),
+  'config.optim.lr': ('nan', 'a finite number'),
 }
 
 

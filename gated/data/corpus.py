@@ -42,6 +42,7 @@ class Corpus:
     self._records = self._open_records()
     self._heldout = mixture.heldout_domains(parts)
     self.domains = tuple(self._heldout)
+    self.max_segments = max(part.segments() for part in parts)  # In one row.
     self.fingerprint = mixture.fingerprint(parts)
 
   def train(self, data_step: int, rows: Sequence[int]) -> Iterator[Batch]:

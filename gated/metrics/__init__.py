@@ -4,7 +4,15 @@ Everything here runs on the host. Files are written by process 0 alone: the writ
 `enabled`.
 """
 
-from gated.metrics.log import Log, Progress, dumps, read, truncate, write_json
+from gated.metrics.log import (
+  Log,
+  Progress,
+  check_wandb,
+  dumps,
+  read,
+  truncate,
+  write_json,
+)
 from gated.metrics.provenance import manifest
 from gated.metrics.speed import PEAK, Profile, Timer, memory, peak
 
@@ -14,6 +22,7 @@ __all__ = [
   'Profile',
   'Progress',
   'Timer',
+  'check_wandb',
   'dumps',
   'manifest',
   'memory',

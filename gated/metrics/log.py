@@ -195,6 +195,12 @@ class Progress:
     if self._bar is not None:
       self._bar.close()
 
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
 
 SHOWN = {
   'loss': lambda x: f'loss {float(x):.4f}',
@@ -225,14 +231,23 @@ def _replace(path: Path, content: bytes) -> None:
   os.replace(partial, path)
 
 
-def _start_wandb(workdir: Path, *, project: str) -> Any:
+def check_wandb(project: str) -> None:
+  """Raises ValueError if metrics are to go to wandb and it is not installed."""
+  if not project:
+    return
   try:
-    import wandb
+    import wandb  # noqa: F401
   except ImportError as error:
     raise ValueError(
-      f"metrics are to go to the wandb project '{project}', but the package is not "
-      "installed: pip install wandb, or leave the project's name empty"
+      f'config.log.wandb={project!r}, but the package is not installed: pip install '
+      "wandb, or leave the project's name empty"
     ) from error
+
+
+def _start_wandb(workdir: Path, *, project: str) -> Any:
+  check_wandb(project)
+  import wandb
+
   # The run's id stays in the workdir, so that a resumed run goes on with its curve.
   note = workdir / 'wandb_id'
   if not note.exists():
