@@ -13,12 +13,13 @@ import logging
 import sys
 from pathlib import Path
 
-import absl.logging
 import jax
 import numpy as np
 from absl import app, flags
 
 from gated import checkpoint, config, data, evals, mesh, metrics, model, plan
+
+REFUSED = 2
 
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Of a run of train.py.')
 _STEP = flags.DEFINE_string('step', 'latest', 'latest, best (held-out), or a number.')
@@ -42,9 +43,8 @@ def run(workdir: Path) -> dict:
   directory = workdir / 'checkpoints'
   if not directory.is_dir():
     raise ValueError(f'--workdir={workdir}: it holds no checkpoints')
-  for flag in (_ROWS, _BIGRAM_ROWS, _XZ_BYTES):
-    config.at_least(f'--{flag.name}', flag.value, 0)
-  config.at_least('--batch', _BATCH.value, 1)
+  for flag, low in ((_ROWS, 0), (_XZ_BYTES, 0), (_BATCH, 1), (_BIGRAM_ROWS, 1)):
+    config.at_least(f'--{flag.name}', flag.value, low)
   with checkpoint.reading(directory) as saved:
     step = saved.pick(_STEP.value, '--step')
     about = saved.about(step)
@@ -135,17 +135,26 @@ def _path(workdir: Path, step: int, corpus: data.Corpus, about: dict) -> Path:
   return folder / (f'{step}.json' if own else f'{step}-{digest[:8]}.json')
 
 
+def parse(argv: list[str]) -> list[str]:
+  """Parses the command line; a mistake in it is told in one line."""
+  try:
+    left = flags.FLAGS(argv)
+    if left[1:] or not _WORKDIR.value:
+      raise ValueError(f'unknown argument {left[1]!r}' if left[1:] else 'no --workdir')
+    return left
+  except (flags.Error, ValueError) as error:
+    print(f'eval.py: {error}', file=sys.stderr)
+    sys.exit(REFUSED)
+
+
 def main(argv: list[str]) -> int:
-  absl.logging.set_verbosity(absl.logging.ERROR)
   logging.basicConfig(format='%(message)s', level=logging.WARNING, force=True)
   try:
-    if len(argv) > 1 or not _WORKDIR.value:
-      raise ValueError(f'unknown argument {argv[1]!r}' if argv[1:] else 'no --workdir')
     mesh.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     report = run(Path(_WORKDIR.value))
   except (ValueError, NotImplementedError) as error:
     print(f'eval.py: {error}', file=sys.stderr)
-    return 2
+    return REFUSED
   if jax.process_index() == 0:
     print(evals.table(report))
     print(metrics.dumps(report, indent=None))
@@ -153,4 +162,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(main, flags_parser=parse)

@@ -236,8 +236,8 @@ def _find_weights(init_from: str, the: plan.Plan) -> tuple[Path, int]:
   if not folder.is_dir():
     raise ValueError(f'config.init_from={init_from!r}: there is no {folder}')
   with checkpoint.reading(folder) as source:
-    at = source.pick(step or 'latest', 'config.init_from')
     try:
+      at = source.pick(step or 'latest', 'step')
       source.check_model(at, the.state.model)
     except ValueError as error:
       raise ValueError(f'config.init_from={init_from!r}: {error}') from error
@@ -259,8 +259,17 @@ def _check_owner(
     with checkpoint.reading(saves) as saved:
       latest = saved.latest()
       old = saved.about(latest) if latest is not None else None
-  if (workdir / 'run.json').exists():
-    old = json.loads((workdir / 'run.json').read_text())
+  manifest = workdir / 'run.json'
+  if manifest.exists():
+    try:
+      old = json.loads(manifest.read_text())
+      old = {'config': dict(old['config']), 'data': dict(old['data'])}
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(
+        f'--workdir={workdir}: {manifest} is damaged: {error!r}'
+      ) from error
+  elif old is None and (workdir / 'metrics.jsonl').exists():
+    raise ValueError(f'--workdir={workdir} has a metrics.jsonl, but no run that made it')
   if old is None:
     return {}, None
   changed = config.differences(old['config'], c)
@@ -282,7 +291,7 @@ def parse(argv: list[str]) -> list[str]:
   """Parses the command line; a mistake in it is told in one line, naming the knob."""
   try:
     known = config.flatten(base.get_config().to_dict())
-    for typed in re.findall(r'(?m)^--?(config\.[^=\n]*)', '\n'.join(argv)):
+    for typed in re.findall(r'(?m)^--?(config\.[^=\s]*)', '\n'.join(argv)):
       if not any(f'{knob}.'.startswith(f'{typed}.') for knob in known):
         raise ValueError(f'{typed} is no knob{config.nearest(typed, known)}')
     left = flags.FLAGS(argv)

@@ -4,6 +4,7 @@ A step holds three items: `model` and `rest` (optimizer state and counters), eac
 mapping from a leaf's name to its array, and `about`, JSON. Reading one runs no code.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ from gated import trees
 
 def reading(directory: str | Path) -> 'Checkpoints':
   """The checkpoints of a run that is another's, or has ended."""
-  return Checkpoints(directory, keep=0, keep_every=0)
+  # Orbax warns of what it does with a folder that it may only read.
+  log = logging.getLogger('absl')
+  level = log.level
+  log.setLevel(logging.ERROR)
+  try:
+    return Checkpoints(directory, keep=0, keep_every=0)
+  finally:
+    log.setLevel(level)
 
 
 class Checkpoints:

@@ -37,7 +37,11 @@ def attend(
   NotImplementedError, listing what each backend lacks, if none can.
   """
   if backend != 'auto':
-    return ATTENTION[backend](q_BTHK, k_BSGK, v_BSGK, segment_BT, max_segments)
+    try:
+      return ATTENTION[backend](q_BTHK, k_BSGK, v_BSGK, segment_BT, max_segments)
+    except NotImplementedError as error:
+      knob = f'config.model.attn.backend={backend!r}'
+      raise NotImplementedError(f'{knob}, but {backend} {error}') from error
   lacks = []
   for name, run in ATTENTION.items():
     try:

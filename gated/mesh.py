@@ -55,6 +55,9 @@ def start(coordinator: str, processes: int, process: int) -> None:
     if processes > 1:
       raise ValueError(f'--processes={processes} without --coordinator=HOST:PORT')
     return
+  host, _, port = coordinator.rpartition(':')
+  if coordinator != 'auto' and not (host and port.isdecimal()):
+    raise ValueError(f"--coordinator={coordinator!r} is neither 'auto' nor HOST:PORT")
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   if coordinator == 'auto':
     jax.distributed.initialize()

@@ -99,6 +99,8 @@ class Config:
       raise ValueError(f'config.seed={self.seed}, but it must be in [0, 2**31)')
     for name in ('steps', 'batch', 'accum'):
       config.at_least(f'config.{name}', getattr(self, name), 1)
+    if self.steps >= 2**31:
+      raise ValueError(f'config.steps={self.steps}, but it must be below 2**31')
     config.divides('config.batch', self.batch, 'config.accum', self.accum)
     if not self.name or set(self.name) & set('/\\'):
       raise ValueError(f'config.name={self.name!r}, but it is to name a folder')

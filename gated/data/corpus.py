@@ -7,7 +7,10 @@ import bisect
 import functools
 import hashlib
 import itertools
+import multiprocessing
+import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -71,7 +74,8 @@ class Corpus:
       dataset = dataset.mp_prefetch(
         grain.multiprocessing.MultiprocessingOptions(
           num_workers=self._workers, per_worker_buffer_size=ahead
-        )
+        ),
+        worker_init_fn=_die_with_parent,
       )
       # Their batches lie in memory shared with them; a plain array is anyone's to keep.
       return (Batch(*(np.array(x) for x in batch)) for batch in dataset)
@@ -178,6 +182,18 @@ class _Steps:
   def __getitem__(self, index: int) -> bytes:
     step, i = divmod(int(index), len(self._rows))
     return self._records[self._first + step * self._batch + self._rows[i]]
+
+
+def _die_with_parent(index: int, count: int) -> None:
+  """A worker whose parent was killed would wait for ever, and keep its shared memory."""
+  parent = multiprocessing.parent_process()
+  assert parent
+
+  def watch() -> None:
+    parent.join()
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
 
 
 def _parse_batch(row: np.dtype, records: Sequence[bytes]) -> Batch:
