@@ -1,4 +1,4 @@
-"""The demo: a 1.8M-parameter byte model of the standard library, with an elementwise gate.
+"""The demo: a 1.8M-parameter byte model of the standard library, elementwise gate.
 
 python train.py --config=configs/tiny.py[:gate=none|headwise|elementwise]
 2 CPU cores, about 2 minutes; held-out about 2.4 bits per byte on code, 3.3 on prose.
