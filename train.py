@@ -294,6 +294,10 @@ def parse(argv: list[str]) -> list[str]:
     for typed in re.findall(r'(?m)^--?(config\.[^=\s]*)', '\n'.join(argv)):
       if not any(f'{knob}.'.startswith(f'{typed}.') for knob in known):
         raise ValueError(f'{typed} is no knob{config.nearest(typed, known)}')
+    recipe = re.search(r'(?m)^--?config=([^:\n]+)', '\n'.join(argv))
+    if recipe and not Path(recipe[1]).is_file():
+      here = ', '.join(map(str, sorted(Path('configs').glob('*.py'))))
+      raise ValueError(f'--config={recipe[1]!r} is no file; recipes here: {here}')
     left = flags.FLAGS(argv)
     if len(left) > 1:
       raise ValueError(f'unknown argument {left[1]!r}')
