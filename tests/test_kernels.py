@@ -108,7 +108,7 @@ def test_auto_does_not_take_the_reference_for_a_long_row():
 
 
 def test_auto_takes_the_reference_for_a_short_row_and_says_so_once(caplog):
-  kernels._log_choice.cache_clear()
+  kernels.log_choice.cache_clear()
   q = jnp.ones((1, 4096, 1, 2))
   with caplog.at_level('INFO', logger='gated'):
     for _ in range(2):
@@ -284,3 +284,211 @@ def test_vocab_loss_on_a_mesh_is_the_same(sizes):
     ours = loss_and_gradients(*placed, z=0.01, chunk=5, scale=2.0)
   total, nll, lse, dx, dw = loss_by_hand(*problem, 0.01)
   assert_loss(ours, (2 * total, nll, lse, 2 * dx, 2 * dw), 1e-5)
+
+
+def variant(score, seen, normalizer):
+  """Scores (T, S) of a head and which count -> weights, as their papers write them."""
+  if normalizer == 'sigmoid':
+    weight = 1 / (1 + np.exp(-(score - np.log(score.shape[-1]))))
+    return np.where(seen, weight, 0)
+  if normalizer == 'softpick':
+    e = np.where(seen, np.exp(score) - 1, 0)
+    return np.maximum(e, 0) / (np.abs(e).sum(-1, keepdims=True) + 1e-8)
+  weight = np.where(seen, np.exp(score), 0)
+  return weight / weight.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize('cap', [0.0, 1.5])
+@pytest.mark.parametrize('normalizer', kernels.NORMALIZERS)
+def test_what_takes_the_softmaxs_place_is_its_formula(normalizer, cap):
+  q, k, v = draw_qkv(scale=1.5)
+  causal = np.tril(np.ones((T, T), bool))
+  ours = small.jit(
+    lambda *qkv: kernels.attend(
+      *qkv,
+      jnp.asarray(SEGMENTS),
+      backend='reference',
+      max_segments=8,
+      normalizer=normalizer,
+      cap=cap,
+    )
+  )(q, k, v)
+  q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+  for b, h in itertools.product(range(len(SEGMENTS)), range(H)):
+    seen = causal & (SEGMENTS[b][:, None] == SEGMENTS[b][None])
+    score = q[b, :, h] @ k[b, :, h // (H // G)].T / np.sqrt(K)
+    score = cap * np.tanh(score / cap) if cap else score
+    exact = variant(score, seen, normalizer) @ v[b, :, h // (H // G)]
+    np.testing.assert_allclose(ours[b, :, h], exact, atol=1e-5)
+
+
+def draw_qkv(scale=1.0):
+  rng = np.random.default_rng(0)
+  shape = lambda heads: (len(SEGMENTS), T, heads, K)
+  return [jnp.asarray(scale * rng.normal(size=shape(h)), jnp.float32) for h in (H, G, G)]
+
+
+@pytest.mark.parametrize('normalizer', kernels.NORMALIZERS)
+def test_huge_scores_neither_overflow_nor_lose_their_gradient(normalizer):
+  def total(q, k, v):
+    opts = dict(backend='reference', max_segments=8, normalizer=normalizer)
+    return jnp.sum(jnp.square(kernels.attend(q, k, v, jnp.asarray(SEGMENTS), **opts)))
+
+  for sign in (1, -1):
+    q, k, v = draw_qkv(scale=30.0)
+    k = sign * jnp.abs(k)
+    grads = small.jit(jax.grad(total, argnums=(0, 1, 2)))(jnp.abs(q), k, v)
+    assert all(np.isfinite(g).all() for g in grads)
+
+
+def test_the_log_sum_exp_of_a_kernel_that_drops_its_gradient_gets_it_back():
+  """Against autodiff of the definition, with y's own gradient beside it."""
+  segments = jnp.asarray(SEGMENTS)
+  opts = dict(backend='reference', max_segments=8)
+  rng = np.random.default_rng(1)
+  weight = jnp.asarray(rng.normal(size=(len(SEGMENTS), T, H)), jnp.float32)
+
+  def exact(q, k, v):
+    y, lse = kernels.attend_lse(q, k, v, segments, **opts)
+    return jnp.sum(weight * lse) + jnp.sum(jnp.sin(y))
+
+  def mended(q, k, v):
+    run = lambda q, k, v: kernels.attend(q, k, v, segments, **opts)
+    _, lse = kernels.attend_lse(q, k, v, segments, **opts)
+    lse = kernels.with_lse_gradient(run, q, k, jax.lax.stop_gradient(lse))
+    return jnp.sum(weight * lse) + jnp.sum(jnp.sin(run(q, k, v)))
+
+  qkv = draw_qkv()
+  (a, da), (b, db) = (
+    small.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(*qkv) for f in (exact, mended)
+  )
+  np.testing.assert_allclose(a, b, rtol=1e-5)
+  for x, y in zip(da, db):
+    np.testing.assert_allclose(x, y, atol=1e-4)
+  # And it is not nothing: without it the gradient is another.
+  cut = small.jit(
+    jax.grad(
+      lambda q, k, v: (
+        jnp.sum(
+          weight * jax.lax.stop_gradient(kernels.attend_lse(q, k, v, segments, **opts)[1])
+        )
+        + jnp.sum(jnp.sin(kernels.attend(q, k, v, segments, **opts)))
+      )
+    )
+  )(*qkv)
+  assert np.abs(cut - da[0]).max() > 0.1
+
+
+@pytest.mark.accelerator
+def test_cudnns_log_sum_exp_and_its_gradients_are_the_references():
+  q, k, v = (a.astype(jnp.bfloat16) for a in draw_qkv())
+  rng = np.random.default_rng(1)
+  weight = jnp.asarray(rng.normal(size=(len(SEGMENTS), T, H)), jnp.float32)
+  real = jnp.asarray(SEGMENTS > 0)[..., None]
+  for segments in (None, jnp.asarray(SEGMENTS)):
+
+    def total(q, k, v, backend):
+      y, lse = kernels.attend_lse(q, k, v, segments, backend=backend, max_segments=8)  # noqa: B023
+      y = jnp.where(real[..., None], y.astype(jnp.float32), 0)
+      return jnp.sum(weight * jnp.where(real, lse, 0)) + jnp.sum(jnp.sin(y))
+
+    run = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)), static_argnums=3)
+    (a, da), (b, db) = run(q, k, v, 'cudnn'), run(q, k, v, 'reference')
+    np.testing.assert_allclose(a, b, rtol=0.02, atol=0.5)
+    for x, y in zip(da, db):
+      x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+      np.testing.assert_allclose(x, y, atol=0.06 * np.abs(y).max())
+
+
+def test_what_no_fused_kernel_can_do_runs_on_the_reference_and_says_so(caplog):
+  if jax.default_backend() != 'cpu':
+    return
+  q = jnp.ones((1, 8, 2, 8))
+  for opts, said in (
+    (dict(normalizer='softpick'), 'has no softpick attention'),
+    (dict(cap=2.0), 'has no soft cap'),
+  ):
+    kernels.log_choice.cache_clear()
+    with caplog.at_level('INFO', logger='gated'):
+      kernels.attend(q, q, q, None, backend='auto', max_segments=8, **opts)
+    assert f'reference backend (cudnn {said})' in caplog.records[-1].message
+    with pytest.raises(NotImplementedError, match=said):
+      kernels.attend(q, q, q, None, backend='cudnn', max_segments=8, **opts)
+
+
+@pytest.mark.parametrize('cap', [0.7, 5.0])
+def test_vocab_loss_of_capped_logits_is_the_plain_loss_of_them(cap):
+  x, w, targets, weights = problem = loss_problem()
+
+  def plain(x, w):
+    logit = cap * jnp.tanh(jnp.einsum('btd,vd->btv', x, w) / cap)
+    lse = jax.nn.logsumexp(logit, -1)
+    nll = lse - jnp.take_along_axis(logit, targets[..., None], -1)[..., 0]
+    return jnp.sum(weights * (nll + 0.01 * lse**2))
+
+  ours = small.jit(
+    jax.value_and_grad(
+      lambda x, w: kernels.vocab_loss(x, w, targets, weights, z=0.01, chunk=7, cap=cap)[
+        0
+      ],
+      argnums=(0, 1),
+    )
+  )(*problem[:2])
+  exact = small.jit(jax.value_and_grad(plain, argnums=(0, 1)))(x, w)
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(exact)):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+# Rows by group: uneven, empty ones, one group alone, fewer rows than groups, one block.
+SIZES = [
+  [0, 100, 0, 30, 70],
+  [64, 0, 0],
+  [0, 0, 33],
+  [1, 0, 2, 0, 0, 0, 1],
+  [7] * 9,
+]
+GROUPED = [
+  pytest.param('blocked', jnp.float32),
+  pytest.param('blocked', jnp.bfloat16),
+  pytest.param('tokamax', jnp.bfloat16, marks=pytest.mark.accelerator),
+  pytest.param('ragged', jnp.float32, marks=pytest.mark.accelerator),
+]
+
+
+def test_every_grouped_backend_is_held_to_the_contract():
+  assert {p.values[0] for p in GROUPED} == set(kernels.GROUPED)
+
+
+@pytest.mark.parametrize('sizes', SIZES, ids=str)
+@pytest.mark.parametrize(('backend', 'dtype'), GROUPED)
+def test_the_grouped_product_and_its_gradients_are_the_definition(backend, dtype, sizes):
+  if backend == 'ragged' and jax.default_backend() != 'tpu':
+    pytest.skip('needs a TPU')
+  rng = np.random.default_rng(0)
+  n, wide = sum(sizes), 1 if backend == 'blocked' else 16
+  x, dy = (jnp.asarray(rng.normal(size=(n, w * wide)), dtype) for w in (8, 16))
+  w = jnp.asarray(rng.normal(size=(len(sizes), 8 * wide, 16 * wide)), dtype)
+
+  @small.jit
+  def run(x, w, size, dy):
+    product = lambda x, w: kernels.grouped_matmul(x, w, size, backend=backend)
+    y, back = jax.vjp(product, x, w)
+    return y, *back(dy)
+
+  ours = run(x, w, jnp.asarray(sizes, jnp.int32), dy)
+  assert [a.dtype for a in ours] == [dtype] * 3
+  x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
+  group = np.repeat(np.arange(len(sizes)), sizes)
+  exact = np.einsum('na,nab->nb', x, w[group]), np.einsum('nb,nab->na', dy, w[group])
+  exact += (np.stack([x[group == e].T @ dy[group == e] for e in range(len(sizes))]),)
+  tolerance = 1e-5 if dtype == jnp.float32 else 0.02
+  for name, a, b in zip(('y', 'dx', 'dw'), ours, exact):
+    limit = tolerance * max(1, np.abs(b).max())
+    np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=limit, err_msg=name)
+
+
+def test_blocks_cost_half_as_much_again_at_most_on_average():
+  """No expert is paid for by every token: padding is bounded by half a block a group."""
+  for n, groups in ((262_144, 128), (8192, 128), (4096, 16)):
+    rows = kernels.grouped.block_rows(n, groups)
+    assert groups * rows / 2 <= n / 4 or rows == 8

@@ -1,0 +1,37 @@
+"""Three contracts, each with its backends: attention, grouped matmul, vocabulary loss.
+
+A backend that cannot do a case raises NotImplementedError saying what it lacks; with
+'auto' the next one is tried, and the choice is logged once.
+"""
+
+from gated.kernels.attention import (
+  ATTENTION,
+  NORMALIZERS,
+  REFERENCE_LIMIT,
+  attend,
+  attend_lse,
+  check_backend,
+  log_choice,
+  segment_runs,
+  soft_cap,
+  with_lse_gradient,
+)
+from gated.kernels.grouped import GROUPED, check_grouped, grouped_matmul
+from gated.kernels.loss import vocab_loss
+
+__all__ = [
+  'ATTENTION',
+  'GROUPED',
+  'NORMALIZERS',
+  'REFERENCE_LIMIT',
+  'attend',
+  'attend_lse',
+  'check_backend',
+  'check_grouped',
+  'grouped_matmul',
+  'log_choice',
+  'segment_runs',
+  'soft_cap',
+  'vocab_loss',
+  'with_lse_gradient',
+]

@@ -1,0 +1,171 @@
+"""The grouped matrix product: each row times the matrix of its own group.
+
+N rows  E groups  A width in  B width out  M blocks  R rows of a block
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from gated import config
+from gated.kernels.attention import log_choice
+
+
+def grouped_matmul(
+  x_NA: jax.Array, w_EAB: jax.Array, size_E: jax.Array, *, backend: str
+) -> jax.Array:
+  """Rows sorted by group, a matrix and a number of rows per group -> y_NB.
+
+  The sizes are integers that sum to N; a group may be empty. No backend pays for every
+  matrix on every row. Raises NotImplementedError if none can.
+  """
+  if backend != 'auto':
+    try:
+      return GROUPED[backend](x_NA, w_EAB, size_E)
+    except NotImplementedError as error:
+      knob = f'config.model.moe.backend={backend!r}'
+      raise NotImplementedError(f'{knob}, but {backend} {error}') from error
+  lacks = []
+  for name, run in GROUPED.items():
+    try:
+      y_NB = run(x_NA, w_EAB, size_E)
+      log_choice('the grouped matmul', name, '; '.join(lacks))
+      return y_NB
+    except NotImplementedError as error:
+      lacks.append(f'{name} {error}')
+  raise NotImplementedError('no grouped matmul can do this: ' + '; '.join(lacks))
+
+
+def _tokamax(x_NA, w_EAB, size_E):
+  """The kernels of tokamax for Hopper (Mosaic) and other GPUs (Triton)."""
+  if jax.default_backend() != 'gpu':
+    raise NotImplementedError('needs a GPU')
+  if x_NA.dtype != jnp.bfloat16:
+    raise NotImplementedError(f'computes in bfloat16, not {x_NA.dtype}')
+  try:
+    import tokamax
+  except ImportError as error:
+    raise NotImplementedError(f'cannot be imported ({error})') from error
+  # Its own fallback, XLA's, pays for every matrix on every row on a GPU.
+  kernels = ('mosaic', 'triton')
+  return tokamax.ragged_dot(x_NA, w_EAB, size_E, implementation=kernels)
+
+
+def _ragged(x_NA, w_EAB, size_E):
+  """XLA's own, which only TPUs have a kernel for."""
+  if jax.default_backend() != 'tpu':
+    raise NotImplementedError('pays for every matrix on every row but on a TPU')
+  return jax.lax.ragged_dot(x_NA, w_EAB, size_E)
+
+
+def _blocked(x_NA, w_EAB, size_E):
+  """Each group is padded to whole blocks of rows, and a block has one matrix.
+
+  A loop over blocks on a CPU, which skips those that turn out to be empty; elsewhere
+  batches of blocks, each with a copy of its matrix.
+  """
+  rows = block_rows(len(x_NA), len(w_EAB))
+  return _by_blocks(x_NA, w_EAB, size_E, rows)
+
+
+def block_rows(n: int, groups: int) -> int:
+  """Rows of a block: half the mean group, so that padding adds half at most on average."""
+  return max(8, min(256, 1 << max(n // (2 * groups), 1).bit_length() - 1))
+
+
+def _blocks(size_E: jax.Array, n: int, rows: int):
+  """-> each block's group (E for an empty block) and its rows' numbers, n for none."""
+  blocks = n // rows + len(size_E)
+  count_E = -(-size_E // rows)
+  end_E = jnp.cumsum(count_E)
+  block_M = jnp.arange(blocks)
+  group_M = jnp.searchsorted(end_E, block_M, side='right')
+  safe_M = jnp.minimum(group_M, len(size_E) - 1)
+  nth_M = block_M - (end_E - count_E)[safe_M]
+  inside_MR = nth_M[:, None] * rows + jnp.arange(rows)[None]
+  row_MR = (jnp.cumsum(size_E) - size_E)[safe_M][:, None] + inside_MR
+  real_MR = (group_M < len(size_E))[:, None] & (inside_MR < size_E[safe_M][:, None])
+  return group_M, jnp.where(real_MR, row_MR, n)
+
+
+def _gathered(x_NA, row_MR):
+  """Rows by number, zeros for none -> x_MRA."""
+  return x_NA.at[row_MR].get(mode='fill', fill_value=0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _by_blocks(x_NA, w_EAB, size_E, rows):
+  group_M, row_MR = _blocks(size_E, len(x_NA), rows)
+  y_MRB = _products(_gathered(x_NA, row_MR), w_EAB, group_M)
+  # Each row stands in exactly one block.
+  y_NB = jnp.zeros((len(x_NA), w_EAB.shape[2]), x_NA.dtype)
+  flat = y_MRB.reshape(-1, w_EAB.shape[2])
+  return y_NB.at[row_MR.reshape(-1)].set(flat, mode='drop')
+
+
+def _by_blocks_forward(x_NA, w_EAB, size_E, rows):
+  return _by_blocks(x_NA, w_EAB, size_E, rows), (x_NA, w_EAB, size_E)
+
+
+def _by_blocks_backward(rows, kept, dy_NB):
+  x_NA, w_EAB, size_E = kept
+  dx_NA = _by_blocks(dy_NB, w_EAB.swapaxes(1, 2), size_E, rows)
+  group_M, row_MR = _blocks(size_E, len(x_NA), rows)
+  x_MRA, dy_MRB = _gathered(x_NA, row_MR), _gathered(dy_NB, row_MR)
+  dw_EAB = _outer_products(x_MRA, dy_MRB, group_M, len(w_EAB))
+  return dx_NA, dw_EAB.astype(w_EAB.dtype), None
+
+
+_by_blocks.defvjp(_by_blocks_forward, _by_blocks_backward)
+
+# Blocks that are multiplied at a time where batches pay: on a CPU they do not.
+_BATCH = 128
+
+
+def _products(x_MRA, w_EAB, group_M):
+  """Blocks times their groups' matrices -> y_MRB."""
+  M, R, _ = x_MRA.shape
+  E, _, B = w_EAB.shape
+  one = lambda at: at[0] @ w_EAB[jnp.minimum(at[1], E - 1)]
+  if jax.default_backend() != 'cpu':
+    return jax.lax.map(one, (x_MRA, group_M), batch_size=_BATCH)
+  put = lambda m, y: y.at[m].set(one((x_MRA[m], group_M[m])))
+  return jax.lax.fori_loop(0, (group_M < E).sum(), put, jnp.zeros((M, R, B), x_MRA.dtype))
+
+
+def _outer_products(x_MRA, dy_MRB, group_M, E):
+  """Sums of x^T dy over the blocks of each group -> dw_EAB, in float32."""
+  M, _, A = x_MRA.shape
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  start = jnp.zeros((E, A, dy_MRB.shape[2]), jnp.float32)
+  if jax.default_backend() == 'cpu':
+    outer = lambda m: product('ra,rb->ab', x_MRA[m], dy_MRB[m])
+    add = lambda m, dw_EAB: dw_EAB.at[group_M[m]].add(outer(m))
+    return jax.lax.fori_loop(0, (group_M < E).sum(), add, start)
+  fill = -M % _BATCH
+
+  def pieces(a, value):
+    a = jnp.pad(a, [(0, fill)] + [(0, 0)] * (a.ndim - 1), constant_values=value)
+    return a.reshape(-1, _BATCH, *a.shape[1:])
+
+  def add_batch(dw_EAB, at):
+    x, dy, group = at
+    return dw_EAB.at[group].add(product('mra,mrb->mab', x, dy), mode='drop'), None
+
+  batches = pieces(x_MRA, 0), pieces(dy_MRB, 0), pieces(group_M, E)
+  return jax.lax.scan(add_batch, start, batches)[0]
+
+
+# In the order in which 'auto' tries them.
+GROUPED: dict[str, Callable] = {
+  'tokamax': _tokamax,
+  'ragged': _ragged,
+  'blocked': _blocked,
+}
+
+
+def check_grouped(backend: str) -> None:
+  """Raises ValueError, naming the knob, for a backend that does not exist."""
+  config.one_of('config.model.moe.backend', backend, ('auto', *GROUPED))
