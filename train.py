@@ -35,6 +35,7 @@ MAY_CHANGE = (
   'config.eval.',
   'config.checkpoint.',
   'config.log.',
+  'config.paper.',
   'config.data.',
   # How a step is computed, which moves its last bits only, and what other devices need.
   'config.accum',
@@ -43,6 +44,7 @@ MAY_CHANGE = (
   'config.model.remat',
   'config.model.attn.backend',
   'config.model.attn.max_segments',
+  'config.model.moe.backend',
 )
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Recipe.', lock_config=True)

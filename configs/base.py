@@ -25,6 +25,9 @@ def get_config(arg: str = '') -> ConfigDict:
   c.loss = dict(
     z=0.0,  # weight of the squared log-partition; 1e-4 in PaLM, unpublished in the paper
     chunk=1024,  # tokens per device whose logits exist at a time
+    balance=0.008,  # of each layer's load-balancing loss; Table 4 of arXiv 2501.11873
+    balance_over='global',  # the batch; buffer: its micro-batches so far; micro: each
+    router_z=1e-3,  # of each layer's squared router log-partition; ST-MoE's
   )
   c.optim = optim()
   c.data = dict(
@@ -59,6 +62,14 @@ def get_config(arg: str = '') -> ConfigDict:
     profile_first=-1,  # first step of a profiler window; -1 for none
     profile_last=-1,  # its last step
   )
+  c.paper = dict(
+    table='',  # that the recipe is a row of; '' for one that is in no table
+    row='',
+    baseline='',  # RECIPE.py:ROW that its parameters are counted against
+    added=-1.0,  # million parameters over it, as printed; -1 where none is
+    published=dict(),  # what the paper measured, by name
+    assumed=(),  # what it leaves open, and what stands here instead
+  )
   return c
 
 
@@ -67,11 +78,16 @@ def model() -> dict:
     vocab=512,  # at least the tokenizer's; a multiple of config.mesh.tensor
     width=256,
     depth=4,
-    ffn=704,  # hidden size of SwiGLU
+    ffn=704,  # hidden size of SwiGLU; of each expert, where there are experts
     tied=True,  # one table embeds and unembeds
     mask_documents=True,  # the paper leaves open whether packed documents see each other
     layers='scan',  # compiles one layer; unroll compiles each, and runs faster
     remat='none',  # full or dots recompute in the backward pass to save memory
+    norm='rms',  # gated: a low-rank gate on each norm's output (arXiv 2601.22966)
+    norm_rank=16,  # of the gated norm
+    branch_norm='none',  # rms: sandwich norm, on what a branch adds to the residual
+    branch_clip=0.0,  # clips what a branch adds to (-c, c), appendix A.6; 0 for none
+    logit_cap=0.0,  # c tanh(logit / c) before the loss (arXiv 2408.00118); 0 for none
     numerics=dict(
       weights='float32',
       compute='bfloat16',
@@ -87,9 +103,35 @@ def model() -> dict:
       bias=False,
       out_bias=False,
       rope_base=10_000.0,
+      yarn=dict(
+        factor=1.0,  # by which the context is stretched (arXiv 2309.00071); 1 for none
+        original=4096,  # tokens of context before that
+        beta_fast=32.0,  # dims that turn more often over `original` stay as they are
+        beta_slow=1.0,  # dims that turn less often are stretched whole
+        attention=0.0,  # scales queries and keys; 0 for YaRN's own 0.1 ln(factor) + 1
+      ),
+      normalizer='softmax',  # off_by_one, sink_logit, sigmoid, softpick: other remedies
+      sink_tokens=0,  # learned keys and values that every token sees
+      sink_values='learned',  # zero: such a token takes attention and adds nothing
+      logit_cap=0.0,  # c tanh(score / c) on attention scores; 0 for none
+      output='none',  # rms_norm or silu on each head's output (Table 3)
+      switch=dict(
+        where='none',  # value or key_value: SwitchHead's experts (Table 6)
+        experts=1,
+        top_k=1,
+      ),
       backend='auto',
       max_segments=16,  # documents a packed row may hold; fused kernels pay for each
       gate=gate(),
+    ),
+    moe=dict(
+      experts=0,  # 0: one dense FFN
+      top_k=8,  # experts that a token goes to
+      norm_topk=True,  # their weights sum to 1; the paper does not say, Qwen3 does so
+      shared=0,  # experts that every token goes to, beside those
+      dispatch='dropless',  # capacity: an expert takes only so many tokens
+      capacity=1.25,  # times the mean load, for dispatch='capacity'
+      backend='auto',
     ),
   )
 
@@ -102,7 +144,7 @@ def gate() -> dict:
     mean='after',  # a shared gate averages scores; the paper does not say which side
     form='multiply',
     activation='sigmoid',
-    source='input',
+    source='input',  # parameter: the same for every token; value: from V, not from X
     init='normal',
     std=0.02,  # as any other weight in the authors' code
     lr=1.0,

@@ -1,18 +1,51 @@
 """Attention: projections, QK-norm, RoPE, the kernel, and five places for a gate.
 
-B batch  T tokens  D width  H heads  G KV heads  K head width
+The remedies that others have found for attention sinks stand here beside the gates: what
+shares the softmax's denominator (off-by-one, sink logits, sink tokens), what takes the
+softmax's place, what is done to each head's output.
+
+B batch  T tokens  D width  H heads  G KV heads  K head width  N sink tokens
+E SwitchHead's experts
 """
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from gated import config, gate, kernels, mesh
-from gated.layers import Dense, Numerics, RMSNorm, named, rope
+from gated.layers import Dense, Numerics, RMSNorm, Yarn, named, normal, recomputed, rope
 
 _NAME = 'config.model.attn'
+
+# Those of softmax differ in what their denominators hold beside the keys.
+OVER_SOFTMAX = ('softmax', 'off_by_one', 'sink_logit')
+NORMALIZERS = (*OVER_SOFTMAX, *(n for n in kernels.NORMALIZERS if n != 'softmax'))
+
+# What is done to each head's output, before its gate (Table 3).
+OUTPUTS = ('none', 'rms_norm', 'silu')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switch:
+  """Experts for values, or for keys too (SwitchHead, arXiv 2312.07987; Table 6)."""
+
+  where: str  # none, value, key_value
+  experts: int  # E projections of each KV head
+  top_k: int  # of which a token uses so many, weighted by their sigmoid scores
+
+  def __post_init__(self):
+    name = f'{_NAME}.switch'
+    config.one_of(f'{name}.where', self.where, ('none', 'value', 'key_value'))
+    config.at_least(f'{name}.experts', self.experts, 1)
+    config.at_least(f'{name}.top_k', self.top_k, 1)
+    if self.top_k > self.experts:
+      raise ValueError(
+        f'{name}.top_k={self.top_k}, but there are {name}.experts={self.experts}'
+      )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +59,15 @@ class Config:
   bias: bool  # on the query, key and value projections
   out_bias: bool  # on the output projection
   rope_base: float
+  yarn: Yarn
+  # softmax; off_by_one: 1 joins its denominator (Miller 2023); sink_logit: exp(s) of a
+  # learned s per head does (gpt-oss); sigmoid, softpick: as in kernels.NORMALIZERS
+  normalizer: str
+  sink_tokens: int  # N learned keys per KV head, without a position, that all tokens see
+  sink_values: str  # theirs: learned, or zero
+  logit_cap: float  # c tanh(score / c); 0 for none
+  output: str  # of OUTPUTS
+  switch: Switch
   backend: str  # of kernels.ATTENTION, or auto
   max_segments: int  # the most documents that a packed row may hold, for fused kernels
   gate: gate.Config
@@ -36,11 +78,30 @@ class Config:
     config.divides(f'{_NAME}.heads', self.heads, f'{_NAME}.kv_heads', self.kv_heads)
     config.at_least(f'{_NAME}.head_dim', self.head_dim, 2)
     config.divides(f'{_NAME}.head_dim', self.head_dim, 'the pairs of RoPE', 2)
-    config.at_least(f'{_NAME}.rope_base', self.rope_base, 1.0)
+    # YaRN divides by the logarithm of the base.
+    if not self.rope_base >= 1 or (self.rope_base == 1 and self.yarn.factor != 1):
+      raise ValueError(f'{_NAME}.rope_base={self.rope_base}, but it must be at least 1.0')
     config.at_least(f'{_NAME}.max_segments', self.max_segments, 2)
+    config.one_of(f'{_NAME}.normalizer', self.normalizer, NORMALIZERS)
+    config.at_least(f'{_NAME}.sink_tokens', self.sink_tokens, 0)
+    config.one_of(f'{_NAME}.sink_values', self.sink_values, ('learned', 'zero'))
+    config.at_least(f'{_NAME}.logit_cap', self.logit_cap, 0.0)
+    config.one_of(f'{_NAME}.output', self.output, OUTPUTS)
     kernels.check_backend(self.backend)
+    if self.sink_tokens and self.normalizer not in OVER_SOFTMAX:
+      raise ValueError(
+        f'{_NAME}.sink_tokens={self.sink_tokens} with {_NAME}.normalizer='
+        f'{self.normalizer!r}, but they share a softmax: allowed are '
+        f'{", ".join(map(repr, OVER_SOFTMAX))}'
+      )
     if self.qk_norm:
       self.gate.check_qk_norm()
+      if self.switch.where == 'key_value' and self.switch.top_k == 1:
+        raise ValueError(
+          f"{_NAME}.switch.top_k=1 with where='key_value': QK-norm divides the score of "
+          f'a single key out again, and its router learns nothing: take top_k >= 2, '
+          f"where='value', or {_NAME}.qk_norm=False"
+        )
 
 
 class Attention(nnx.Module):
@@ -56,14 +117,23 @@ class Attention(nnx.Module):
     query = ('embed', 'heads', 'head_dim')
     keys = ('embed', 'kv_heads', 'head_dim')
     self.query = inward(named(key, 'query'), (width,), (H, K), axes=query)
-    self.key = inward(named(key, 'key'), (width,), (G, K), axes=keys)
-    self.value = inward(named(key, 'value'), (width,), (G, K), axes=keys)
-    axes = ('heads', 'head_dim', 'embed')
-    outward = functools.partial(dense, std=std_out, bias=cfg.out_bias)
-    self.out = outward(named(key, 'out'), (H, K), (width,), axes=axes)
+    switched = {'none': '', 'value': 'value', 'key_value': 'key value'}[cfg.switch.where]
+
+    def project(name):
+      if name not in switched.split():
+        return inward(named(key, name), (width,), (G, K), axes=keys)
+      return Switched(cfg, named(key, name), width=width, numerics=numerics)
+
+    self.key, self.value = project('key'), project('value')
+    outward = dict(axes=('heads', 'head_dim', 'embed'), std=std_out, bias=cfg.out_bias)
+    self.out = dense(named(key, 'out'), (H, K), (width,), **outward)
     norm = lambda: RMSNorm(K, axes=('head_dim',), numerics=numerics)
     self.query_norm = norm() if cfg.qk_norm else None
     self.key_norm = norm() if cfg.qk_norm else None
+    # A softmax over the keys alone, or one of its replacements, has no sinks.
+    sinks = cfg.sink_tokens or cfg.normalizer in ('off_by_one', 'sink_logit')
+    self.sinks = Sinks(cfg, named(key, 'sinks'), numerics=numerics) if sinks else None
+    self.output_norm = HeadNorm(H, K, numerics) if cfg.output == 'rms_norm' else None
     heads = G if cfg.gate.position in ('key', 'value') else H
     make = functools.partial(gate.Gate, width=width, heads=heads, head_dim=K)
     gated = cfg.gate.position != 'none'
@@ -73,23 +143,28 @@ class Attention(nnx.Module):
   def __call__(
     self, x_BTD: jax.Array, angle_BTk: jax.Array, segment_BT: jax.Array | None
   ) -> jax.Array:
-    q_BTHK = self._normed('query', self.query(x_BTD), x_BTD, self.query_norm)
-    k_BTGK = self._normed('key', self.key(x_BTD), x_BTD, self.key_norm)
+    turn = lambda x: rope(x, angle_BTk, self.cfg.yarn.scale)
+    q_BTHK = turn(self._normed('query', self.query(x_BTD), x_BTD, self.query_norm))
+    k_BTGK = turn(self._normed('key', self.key(x_BTD), x_BTD, self.key_norm))
     v_BTGK = self._gated('value', self.value(x_BTD), x_BTD)
-    q_BTHK, k_BTGK = rope(q_BTHK, angle_BTk), rope(k_BTGK, angle_BTk)
     # Each device's queries meet the keys of the whole row.
     k_BTGK = mesh.constrain(k_BTGK, 'batch', None, 'kv_heads', None)
     v_BTGK = mesh.constrain(v_BTGK, 'batch', None, 'kv_heads', None)
-    y_BTHK = kernels.attend(
-      q_BTHK,
-      k_BTGK,
-      v_BTGK,
-      segment_BT,
-      backend=self.cfg.backend,
-      max_segments=self.cfg.max_segments,
-    )
+    y_BTHK = self._attend(q_BTHK, k_BTGK, v_BTGK, segment_BT)
+    if self.output_norm is not None:
+      y_BTHK = self.output_norm(y_BTHK)
+    elif self.cfg.output == 'silu':
+      y_BTHK = jax.nn.silu(y_BTHK)
     y_BTHK = self._gated('sdpa', y_BTHK, x_BTD)
     return self._gated('out', self.out(y_BTHK), x_BTD)
+
+  def _attend(self, q_BTHK, k_BTGK, v_BTGK, segment_BT) -> jax.Array:
+    cfg, qkvs = self.cfg, (q_BTHK, k_BTGK, v_BTGK, segment_BT)
+    opts: dict[str, Any] = dict(backend=cfg.backend, max_segments=cfg.max_segments)
+    opts |= dict(cap=cfg.logit_cap)
+    if self.sinks is None:
+      return kernels.attend(*qkvs, normalizer=cfg.normalizer, **opts)
+    return self.sinks(*kernels.attend_lse(*qkvs, **opts), q_BTHK)
 
   def _gated(self, position: str, y: jax.Array, x_BTD: jax.Array) -> jax.Array:
     """y, gated if the gate stands at this position."""
@@ -103,3 +178,117 @@ class Attention(nnx.Module):
     y = y if late else self._gated(position, y, x_BTD)
     y = y if norm is None else norm(y)
     return self._gated(position, y, x_BTD) if late else y
+
+
+class Sinks(nnx.Module):
+  """What shares the denominator of a softmax: (y_BTHK, lse_BTH, q_BTHK) -> y_BTHK.
+
+  Logits e_n with values u_n join the softmax over the keys: e = 0 for a 1 in the
+  denominator and e = s_h for a learned sink logit, both with u = 0, e = q k_n / sqrt(K)
+  for a sink token:
+
+    y' = y * p + u * (1 - p),    p = exp(lse) / (exp(lse) + sum(exp(e)))
+
+  outside of the kernel, which has only to tell its log-sum-exp.
+  """
+
+  def __init__(self, cfg: Config, key: jax.Array, *, numerics: Numerics):
+    self.cfg = cfg
+    shape, axes = (cfg.sink_tokens, cfg.kv_heads, cfg.head_dim), (None, 'kv_heads', None)
+    draw = lambda name: normal(
+      named(key, name), shape, axes, std=numerics.init_std, dtype=numerics.weights
+    )
+    self.key = draw('key') if cfg.sink_tokens else None
+    with_values = cfg.sink_tokens and cfg.sink_values == 'learned'
+    self.value = draw('value') if with_values else None
+    zeros = jnp.zeros(cfg.heads, numerics.weights)
+    learned = cfg.normalizer == 'sink_logit'
+    self.logit = nnx.Param(zeros, axes=('heads',)) if learned else None
+
+  def __call__(self, y_BTHK, lse_BTH, q_BTHK) -> jax.Array:
+    logit_BTHN = jnp.concatenate([*self._tokens(q_BTHK), *self._constants(q_BTHK)], -1)
+    extra_BTH = jax.nn.logsumexp(logit_BTHN, -1)
+    u_BTHK = None
+    if self.value is not None:
+      v_NHK = self._by_head(self.value)
+      share_BTHN = jnp.exp(logit_BTHN - extra_BTH[..., None])[..., : len(v_NHK)]
+      u_BTHK = jnp.einsum('bthn,nhk->bthk', share_BTHN, v_NHK)
+    return _merged(y_BTHK, lse_BTH, extra_BTH, u_BTHK)
+
+  def _by_head(self, parameter) -> jax.Array:
+    """(N, G, K) -> (N, H, K), in float32."""
+    repeat = self.cfg.heads // self.cfg.kv_heads
+    return jnp.repeat(parameter[...].astype(jnp.float32), repeat, 1)
+
+  def _tokens(self, q_BTHK) -> list[jax.Array]:
+    if self.key is None:
+      return []
+    q, k_NHK = q_BTHK.astype(jnp.float32), self._by_head(self.key)
+    score_BTHN = jnp.einsum('bthk,nhk->bthn', q, k_NHK) * q.shape[-1] ** -0.5
+    return [kernels.soft_cap(score_BTHN, self.cfg.logit_cap)]
+
+  def _constants(self, q_BTHK) -> list[jax.Array]:
+    if self.cfg.normalizer == 'softmax':
+      return []
+    H, zero = self.cfg.heads, jnp.float32(0)
+    s_H = jnp.full(H, zero) if self.logit is None else self.logit[...]
+    s_BTH1 = s_H.astype(jnp.float32)[None, None, :, None]
+    return [jnp.broadcast_to(s_BTH1, (*q_BTHK.shape[:-1], 1))]
+
+
+@recomputed
+def _merged(y_BTHK, lse_BTH, extra_BTH, u_BTHK) -> jax.Array:
+  p_BTH1 = jax.nn.sigmoid(lse_BTH - extra_BTH)[..., None]
+  merged = y_BTHK.astype(jnp.float32) * p_BTH1
+  if u_BTHK is not None:
+    merged = merged + u_BTHK * (1 - p_BTH1)
+  return merged.astype(y_BTHK.dtype)
+
+
+class HeadNorm(nnx.Module):
+  """RMSNorm of each head's output by itself, with a scale per channel (Table 3, row 5).
+
+  The paper calls it GroupNorm with "almost no additional parameters": H K of them here.
+  """
+
+  def __init__(self, heads: int, head_dim: int, numerics: Numerics):
+    self.eps = numerics.norm_eps
+    ones = jnp.ones((heads, head_dim), numerics.weights)
+    self.scale = nnx.Param(ones, axes=('heads', 'head_dim'))
+
+  def __call__(self, y_BTHK: jax.Array) -> jax.Array:
+    return _head_norm(y_BTHK, self.scale[...], self.eps)
+
+
+@functools.partial(recomputed, static_argnums=2)
+def _head_norm(y_BTHK, scale_HK, eps):
+  z = y_BTHK.astype(jnp.float32)
+  z *= jax.lax.rsqrt(jnp.mean(jnp.square(z), -1, keepdims=True) + eps)
+  return (z * scale_HK.astype(jnp.float32)[None, None]).astype(y_BTHK.dtype)
+
+
+class Switched(nnx.Module):
+  """E projections of each KV head, of which each token mixes its top k: x_BTD -> BTGK.
+
+    sum over the top k of sigmoid(x r_e) * (x W_e)
+
+  Every projection is computed, and those not chosen weigh nothing: they are few and
+  small. With one expert it is a headwise sigmoid gate after the projection, G2 or G3.
+  """
+
+  def __init__(self, cfg: Config, key: jax.Array, *, width: int, numerics: Numerics):
+    self.top_k = cfg.switch.top_k
+    E, G, K = cfg.switch.experts, cfg.kv_heads, cfg.head_dim
+    dense = functools.partial(Dense, std=numerics.init_std, numerics=numerics)
+    axes = ('embed', 'kv_heads', None, 'head_dim')
+    project, router = named(key, 'project'), named(key, 'router')
+    self.project = dense(project, (width,), (G, E, K), axes=axes, bias=cfg.bias)
+    self.router = dense(router, (width,), (G, E), axes=axes[:3], bias=False)
+
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    score_BTGE = jax.nn.sigmoid(self.router(x_BTD).astype(jnp.float32))
+    choice_BTGk = jax.lax.top_k(score_BTGE, self.top_k)[1]
+    weight_BTGE = score_BTGE * jax.nn.one_hot(choice_BTGk, score_BTGE.shape[-1]).sum(-2)
+    y_BTGEK = self.project(x_BTD)
+    mixed = jnp.einsum('btgek,btge->btgk', y_BTGEK, weight_BTGE.astype(y_BTGEK.dtype))
+    return mixed.astype(x_BTD.dtype)

@@ -56,6 +56,11 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
     return build(typing.cast(type, hint), value, name)
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     value = float(value)
+  if typing.get_origin(hint) is dict:
+    if not isinstance(value, Mapping):
+      raise ValueError(f'{name}={value!r}, but a group of knobs is expected')
+    element = typing.get_args(hint)[1]
+    return {k: _coerce(element, v, f'{name}.{k}') for k, v in value.items()}
   if isinstance(hint, types.GenericAlias):
     if not isinstance(value, (tuple, list)):
       raise ValueError(f'{name}={value!r}, but a tuple is expected')

@@ -55,7 +55,9 @@ class Config:
   mean: str  # a shared gate's mean is taken before or after the activation
   form: str  # multiply: y * score; add: y + score
   activation: str  # of ACTIVATIONS
-  source: str  # input: logits X W; parameter: logits learned and the same for every token
+  # input: logits X W; parameter: learned, and the same for every token; value: V W, from
+  # what it gates (value-state gate, arXiv 2510.09017).
+  source: str
   init: str  # normal: N(0, std^2); zero
   std: float  # of the normal init
   lr: float  # multiplies the learning rate of the gate's weight, and so its decay
@@ -69,7 +71,7 @@ class Config:
       'mean': ('before', 'after'),
       'form': FORMS,
       'activation': ACTIVATIONS,
-      'source': ('input', 'parameter'),
+      'source': ('input', 'parameter', 'value'),
       'init': ('normal', 'zero'),
       'place': ('before', 'after'),
     }
@@ -77,6 +79,11 @@ class Config:
       config.one_of(f'{_NAME}.{field}', getattr(self, field), values)
     config.at_least(f'{_NAME}.std', self.std, 0.0)
     config.at_least(f'{_NAME}.lr', self.lr, 0.0)
+    if self.source == 'value' and self.position not in ('none', 'value'):
+      raise ValueError(
+        f"{_NAME}.source='value' at position {self.position!r}, but a value-state gate "
+        "reads what it gates: its position is 'value'"
+      )
     if self.position == 'out':
       reason = 'but the output projection has mixed the heads: there are none to score'
       if self.granularity == 'headwise':
@@ -98,7 +105,8 @@ class Config:
 class Gate(nnx.Module):
   """The gate of one layer: (y, x_BTD) -> y gated.
 
-  Weight by source and granularity: (D, H, K), (D, H), (H, K) or (H,); at position 'out',
+  Weight by granularity, elementwise or headwise: (D, H, K) or (D, H) with source 'input',
+  (H, K) or (H,) with 'parameter', (H, K, K) or (H, K) with 'value'; at position 'out',
   where there are no heads, (D, D) or (D,).
   """
 
@@ -122,25 +130,35 @@ class Gate(nnx.Module):
       shape, axes = shape[:1], axes[:1]
     if cfg.source == 'input':
       shape, axes = (width, *shape), ('embed', *axes)
+    elif cfg.source == 'value':
+      wide = cfg.granularity == 'elementwise'
+      shape, axes = (heads, head_dim), (axes[0], 'head_dim')
+      shape, axes = (shape + (head_dim,), axes + (None,)) if wide else (shape, axes)
     std = cfg.std if cfg.init == 'normal' else 0.0
     self.weight = normal(key, shape, axes, std=std, dtype=numerics.weights)
 
-  def logit(self, x_BTD: jax.Array) -> jax.Array:
+  def logit(self, x: jax.Array) -> jax.Array:
     """What the activation is applied to: (B, T, H, K), (B, T, H, 1), or (B, T, D).
 
-    With source 'parameter' B and T are 1.
+    `x` is x_BTD, or v_BTHK with source 'value'. With source 'parameter' B and T are 1.
     """
-    w = self.weight[...].astype(self.compute)
-    by_input = self.cfg.source == 'input'
-    logit = jnp.tensordot(x_BTD, w, 1) if by_input else w[None, None]
+    logit = _LOGITS[self.cfg.source](x, self.weight[...].astype(self.compute))
     return logit[..., None] if self.cfg.granularity == 'headwise' else logit
 
-  def score(self, x_BTD: jax.Array) -> jax.Array:
+  def score(self, x: jax.Array) -> jax.Array:
     """The scores, in float32: as `logit`, but with one head for all if they share."""
-    return _score(self.logit(x_BTD), self.cfg)
+    return _score(self.logit(x), self.cfg)
 
   def __call__(self, y: jax.Array, x_BTD: jax.Array) -> jax.Array:
-    return _apply(y, self.logit(x_BTD), self.cfg)
+    logit = self.logit(y if self.cfg.source == 'value' else x_BTD)
+    return _apply(y, logit, self.cfg)
+
+
+_LOGITS = {
+  'input': lambda x_BTD, w: jnp.tensordot(x_BTD, w, 1),
+  'parameter': lambda _, w: w[None, None],
+  'value': lambda v_BTHK, w: jnp.einsum('bthk,hk...->bth...', v_BTHK, w),
+}
 
 
 def _score(logit: jax.Array, cfg: Config) -> jax.Array:

@@ -112,6 +112,37 @@ def _rms_norm(x, scale, eps):
   return (z * scale).astype(x.dtype)
 
 
+class GatedNorm(nnx.Module):
+  """y = RMSNorm(x) -> sigmoid(silu(y A) U) * y, of low rank R (arXiv 2601.22966).
+
+  The scores start near one half, as an attention gate's do.
+  """
+
+  def __init__(self, key: jax.Array, dim: int, rank: int, *, numerics: Numerics):
+    dense = functools.partial(Dense, bias=False, numerics=numerics)
+    down, up = named(key, 'down'), named(key, 'up')
+    self.rms = RMSNorm(dim, axes=(None,), numerics=numerics)
+    std = numerics.init_std
+    self.down = dense(down, (dim,), (rank,), axes=('embed', None), std=std)
+    self.up = dense(up, (rank,), (dim,), axes=(None, 'embed'), std=std)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = self.rms(x)
+    return _gated(y, self.up(jax.nn.silu(self.down(y))))
+
+
+@recomputed
+def _gated(y: jax.Array, logit: jax.Array) -> jax.Array:
+  return (y * jax.nn.sigmoid(logit.astype(jnp.float32))).astype(y.dtype)
+
+
+# Norms before a branch: (key, dim, rank, numerics) -> module.
+NORMS = {
+  'rms': lambda key, dim, rank, numerics: RMSNorm(dim, axes=(None,), numerics=numerics),
+  'gated': lambda key, dim, rank, numerics: GatedNorm(key, dim, rank, numerics=numerics),
+}
+
+
 class SwiGLU(nnx.Module):
   """x -> (silu(x A) * x U) O (arXiv 2002.05202), hidden size F."""
 
@@ -126,12 +157,13 @@ class SwiGLU(nnx.Module):
     self.down = narrow(named(key, 'down'), (hidden,), (width,))
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    return self.down(_swiglu(self.act(x_BTD), self.up(x_BTD)))
+    return self.down(swiglu(self.act(x_BTD), self.up(x_BTD)))
 
 
 @recomputed
-def _swiglu(act_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
-  return jax.nn.silu(act_BTF) * up_BTF
+def swiglu(act: jax.Array, up: jax.Array) -> jax.Array:
+  """silu(act) * up, elementwise."""
+  return jax.nn.silu(act) * up
 
 
 class Embed(nnx.Module):
@@ -169,15 +201,64 @@ def _look_up_backward(compute, kept, dx_BTD):
 _look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
-def rope_angles(position_BT: jax.Array, dim: int, base: float) -> jax.Array:
-  """Positions -> radians (B, T, K/2): position / base^(2i / K) (arXiv 2104.09864)."""
+@dataclass(frozen=True, kw_only=True)
+class Yarn:
+  """Stretches RoPE beyond the trained context, without training (arXiv 2309.00071)."""
+
+  factor: float  # new context / old context; 1 for none
+  original: int  # tokens of the old context
+  beta_fast: float  # turns over `original` above which a pair of dims stays as it is
+  beta_slow: float  # turns below which it is stretched by the whole factor
+  attention: float  # scales queries and keys; 0 for 0.1 ln(factor) + 1
+
+  def __post_init__(self):
+    name = 'config.model.attn.yarn'
+    config.at_least(f'{name}.factor', self.factor, 1.0)
+    config.at_least(f'{name}.original', self.original, 1)
+    config.at_least(f'{name}.attention', self.attention, 0.0)
+    if not self.beta_fast > self.beta_slow > 0:
+      slow, fast = self.beta_slow, self.beta_fast
+      raise ValueError(
+        f'{name}.beta_slow={slow} must be positive and below {name}.beta_fast={fast}'
+      )
+
+  @property
+  def scale(self) -> float:
+    """What queries and keys are multiplied by (section 3.4)."""
+    if self.factor == 1.0:
+      return 1.0
+    return self.attention or 0.1 * math.log(self.factor) + 1.0
+
+
+def rope_frequencies(dim: int, base: float, yarn: Yarn) -> jax.Array:
+  """Radians per token of each pair of dims, (K/2,): 1 / base^(2i / K), and YaRN's of it.
+
+  YaRN divides slow pairs by its factor and keeps fast ones, with a linear ramp between
+  the dims, rounded outwards, that turn beta_fast and beta_slow times (section 3.2).
+  """
   frequency = base ** -(jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
-  return position_BT[..., None].astype(jnp.float32) * frequency[None, None, :]
+  if yarn.factor == 1.0:
+    return frequency
+  pair = lambda turns: (
+    dim * math.log(yarn.original / (turns * 2 * math.pi)) / (2 * math.log(base))
+  )
+  low = max(math.floor(pair(yarn.beta_fast)), 0)
+  high = min(math.ceil(pair(yarn.beta_slow)), dim - 1)
+  ramp = (jnp.arange(dim // 2) - low) / max(high - low, 1e-3)
+  stretched = jnp.clip(ramp, 0, 1)
+  return frequency * (1 - stretched) + frequency / yarn.factor * stretched
 
 
-@recomputed
-def rope(x_BTHK: jax.Array, angle_BTk: jax.Array) -> jax.Array:
+def rope_angles(position_BT: jax.Array, frequency_k: jax.Array) -> jax.Array:
+  """Positions -> radians (B, T, K/2) (arXiv 2104.09864)."""
+  return position_BT[..., None].astype(jnp.float32) * frequency_k[None, None, :]
+
+
+@functools.partial(recomputed, static_argnums=2)
+def rope(x_BTHK: jax.Array, angle_BTk: jax.Array, scale: float) -> jax.Array:
   """Rotates the pairs (i, i + K/2) of each head by their angles, in float32."""
   cos, sin = jnp.cos(angle_BTk)[:, :, None, :], jnp.sin(angle_BTk)[:, :, None, :]
+  if scale != 1.0:
+    cos, sin = scale * cos, scale * sin
   a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHK.dtype)

@@ -27,6 +27,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
   'kv_heads': ('tensor',),
   'head_dim': (),
   'ffn': ('tensor',),
+  'experts': ('expert',),
   'layers': (),
   None: (),
 }
@@ -40,6 +41,7 @@ KNOBS = {
   'heads': 'config.model.attn.heads',
   'kv_heads': 'config.model.attn.kv_heads',
   'ffn': 'config.model.ffn',
+  'experts': 'config.model.moe.experts',
 }
 
 

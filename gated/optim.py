@@ -92,7 +92,7 @@ def make(
 ) -> optax.GradientTransformation:
   """AdamW with clipping and its schedule.
 
-  Weight decay spares norms and biases. `multipliers` maps a part of a parameter's name,
+  Weight decay spares norms, biases and sink logits. `multipliers` maps a part of a parameter's name,
   such as 'gate', to what multiplies its learning rate.
   """
   decay = cfg.weight_decay / (cfg.lr if cfg.decay_by == 'schedule' else 1.0)
@@ -115,7 +115,7 @@ def make(
 
 def decays(name: str) -> bool:
   """Whether weight decay applies to the parameter of this name."""
-  return name.split('.')[-1] not in ('scale', 'bias')
+  return name.split('.')[-1] not in ('scale', 'bias', 'logit')
 
 
 def multiplier(name: str, multipliers: dict[str, float]) -> float:

@@ -17,16 +17,6 @@ from gated import config, data, mesh, model, optim, step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loss:
-  z: float
-  chunk: int
-
-  def __post_init__(self):
-    config.at_least('config.loss.z', self.z, 0)
-    config.at_least('config.loss.chunk', self.chunk, 1)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Axes:
   data: int
   fsdp: int
@@ -75,6 +65,18 @@ class Records:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Paper:
+  """What a recipe reproduces; nothing of it acts on the run."""
+
+  table: str  # 'Table 1', or '' for a recipe of none
+  row: str  # as a recipe's argument names it
+  baseline: str  # the recipe that its parameters are counted against: FILE:ARGUMENT
+  added: float  # millions of parameters, as the paper prints them; -1 where it does not
+  published: dict[str, float]  # the row's numbers
+  assumed: tuple[str, ...]  # what the paper does not say, and is chosen here
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
   """`configs/base.py`, whole and checked."""
 
@@ -85,13 +87,14 @@ class Config:
   accum: int
   init_from: str
   model: model.Config
-  loss: Loss
+  loss: step.Loss
   optim: optim.Config
   data: data.Config
   mesh: Axes
   eval: Heldout
   checkpoint: Saves
   log: Records
+  paper: Paper
 
   def __post_init__(self):
     if not 0 <= self.seed < 2**31:
@@ -152,11 +155,10 @@ class Plan:
 
   def train_step(self) -> Any:
     """(state, batch) -> (state, metrics), lowered, not compiled; donates the state."""
-    loss = dict(z=self.cfg.loss.z, chunk=self.cfg.loss.chunk)
-    opts = dict(tx=self.tx, schedule=self.schedule, accum=self.cfg.accum) | loss
+    opts: dict[str, Any] = dict(tx=self.tx, schedule=self.schedule, loss=self.cfg.loss)
     replicated = NamedSharding(self.mesh, P())
     run = jax.jit(
-      exact(self.cfg.model, functools.partial(step.train, **opts)),
+      exact(self.cfg.model, functools.partial(step.train, accum=self.cfg.accum, **opts)),
       donate_argnums=0,
       out_shardings=(self.shardings, replicated),
     )
@@ -231,4 +233,6 @@ def _check_batch(cfg: Config, on: Mesh) -> None:
     mesh.check(axis, getattr(cfg.model.attn, axis), on)
   for axis, size in (('embed', cfg.model.width), ('ffn', cfg.model.ffn)):
     mesh.check(axis, size, on)
+  if cfg.model.moe.experts:
+    mesh.check('experts', cfg.model.moe.experts, on)
   mesh.check('vocab', cfg.model.vocab, on)

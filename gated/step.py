@@ -1,6 +1,6 @@
 """The train step and the evaluation step: pure functions of a state and a batch.
 
-B batch  T tokens
+B batch  T tokens  L layers  E experts
 """
 
 from collections.abc import Callable
@@ -11,7 +11,33 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gated import kernels
+from gated import config, kernels, moe
+
+
+# Whose choices a router is asked to balance, where a batch is read in micro-batches.
+BALANCE_OVER = (
+  'global',  # all of the batch's; they are counted by a forward pass of their own
+  'buffer',  # those of the micro-batches so far (arXiv 2501.11873, section 3)
+  'micro',  # the micro-batch's own
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+  """What is minimised: cross-entropy and, with their weights, what keeps it in bounds."""
+
+  z: float  # of ln(Z)^2, Z the softmax's denominator
+  chunk: int  # tokens per device whose logits exist at a time
+  balance: float  # of each layer's load-balancing loss
+  balance_over: str  # of BALANCE_OVER
+  router_z: float  # of each layer's router z-loss
+
+  def __post_init__(self):
+    config.at_least('config.loss.z', self.z, 0)
+    config.at_least('config.loss.chunk', self.chunk, 1)
+    config.at_least('config.loss.balance', self.balance, 0)
+    config.one_of('config.loss.balance_over', self.balance_over, BALANCE_OVER)
+    config.at_least('config.loss.router_z', self.router_z, 0)
 
 
 @jax.tree_util.register_dataclass
@@ -39,44 +65,71 @@ def train(
   tx: optax.GradientTransformation,
   schedule: optax.Schedule,
   accum: int,
-  z: float,
-  chunk: int,
+  loss: Loss,
 ) -> tuple[State, dict[str, Any]]:
   """One optimizer step on a batch: tokens, targets, weights, segments, positions (B, T).
 
   The batch is read in `accum` micro-batches; every token weighs the same whichever it is
-  in. Returns the next state and scalars: losses in nats per token, norms, tokens trained.
+  in. Returns the next state and scalars: losses in nats per token (those of routers: per
+  layer too), norms, tokens trained.
   """
   total = jnp.maximum(batch.weights.sum(), 1.0)
   batch = batch._replace(weights=batch.weights / total)
-  gradient = jax.value_and_grad(
-    lambda model, micro: _loss(model, micro, z=z, chunk=chunk), has_aux=True
-  )
+  routed = jnp.maximum((batch.segments > 0).sum(), 1).astype(jnp.float32)
+
+  def gradient(micro, asked):
+    run = lambda model: _loss(model, micro, asked, routed=routed, cfg=loss)
+    (_, sums), grads = jax.value_and_grad(run, has_aux=True)(state.model)
+    return grads, sums
+
   if accum == 1:
-    (_, losses), grads = gradient(state.model, batch)
+    grads, (losses, report) = gradient(batch, lambda own: own)
   else:
     # Micro-batch a takes rows a, a + accum, ...: each device then keeps the rows it has.
     split = lambda x: x.reshape(-1, accum, *x.shape[1:]).swapaxes(0, 1)
-    add = lambda a, b: jax.tree.map(jnp.add, a, b)
+    micros = jax.tree.map(split, batch)
+    every = _choices(state.model, micros) if loss.balance_over == 'global' else None
 
     def body(sums, micro):
-      (_, losses), grads = gradient(state.model, micro)
-      return add(sums, (grads, losses)), None
+      _, (_, so_far) = sums
+      asked = {
+        'global': lambda own: every,
+        'buffer': lambda own: so_far.load_E + own,
+        'micro': lambda own: own,
+      }
+      return _add(sums, gradient(micro, asked[loss.balance_over])), None
 
-    start = jax.tree.map(jnp.zeros_like, _wide(state.model)), jnp.zeros((2,))
-    (grads, losses), _ = jax.lax.scan(body, start, jax.tree.map(split, batch))
+    first = jax.tree.map(lambda x: x[0], micros)
+    like = jax.eval_shape(lambda: gradient(first, lambda own: own)[1])
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (state.model, like))
+    (grads, (losses, report)), _ = jax.lax.scan(body, start, micros)
   updates, opt = tx.update(_wide(grads), state.opt, _wide(state.model))
   model = optax.apply_updates(state.model, updates)
-  metrics = {
-    'loss': losses[0],
-    'z_loss': losses[1],
+  metrics = losses | {
     'grad_norm': optax.tree.norm(grads),
     'param_norm': optax.tree.norm(model),
     'update_norm': optax.tree.norm(updates),
     'lr': schedule(state.step),
     'tokens': total,
   }
+  if report is not None:
+    metrics |= moe.statistics(report)
   return State(state.step + 1, state.data_step + 1, model, opt), metrics
+
+
+def _add(a: Any, b: Any) -> Any:
+  return jax.tree.map(jnp.add, a, b)
+
+
+def _choices(model, micros) -> jax.Array | None:
+  """How many tokens of all micro-batches chose each expert: (L, E), or None."""
+
+  def body(_, micro):
+    _, report = model.hidden(micro.tokens, micro.segments, micro.positions)
+    return None, report and report.load_E
+
+  _, every = jax.lax.scan(body, None, micros)
+  return every if every is None else every.sum(0)
 
 
 def _wide(tree: Any) -> Any:
@@ -84,21 +137,46 @@ def _wide(tree: Any) -> Any:
   return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
-def _loss(model, batch, *, z: float, chunk: int) -> tuple[jax.Array, jax.Array]:
-  """-> (what is minimised, (cross-entropy, z-loss)), summed over weighted tokens."""
-  x_BTD = model.hidden(batch.tokens, batch.segments, batch.positions)
+def _loss(
+  model, batch, asked: Callable, *, routed: jax.Array, cfg: Loss
+) -> tuple[jax.Array, tuple]:
+  """-> (what is minimised, (losses by name, the routers' report)), for a part of a batch.
+
+  Weights and `routed`, the tokens that routers see, are of the whole batch, so that its
+  parts add up. `asked` maps the routers' own loads to those that they are to balance.
+  """
+  x_BTD, report = model.hidden(batch.tokens, batch.segments, batch.positions)
   total, nll_BT, lse_BT = kernels.vocab_loss(
-    x_BTD, model.unembedding(), batch.targets, batch.weights, z=z, chunk=chunk
+    x_BTD,
+    model.unembedding(),
+    batch.targets,
+    batch.weights,
+    z=cfg.z,
+    chunk=cfg.chunk,
+    cap=model.cfg.logit_cap,
   )
-  nll = jnp.sum(batch.weights * nll_BT)
-  z_loss = z * jnp.sum(batch.weights * jnp.square(lse_BT))
-  return total, jax.lax.stop_gradient(jnp.stack([nll, z_loss]))
+  losses = {
+    'loss': jnp.sum(batch.weights * nll_BT),
+    'z_loss': cfg.z * jnp.sum(batch.weights * jnp.square(lse_BT)),
+  }
+  if report is not None:
+    balance, z = moe.losses(report, asked(report.load_E), routed)
+    total += cfg.balance * balance + cfg.router_z * z
+    depth = len(report.load_E)
+    losses |= {'balance_loss': balance / depth, 'router_z_loss': z / depth}
+  return total, jax.lax.stop_gradient((losses, report))
 
 
 def evaluate(model: Any, batch: Any, *, chunk: int) -> tuple[jax.Array, jax.Array]:
   """A batch -> each row's weighted sum of nats, and its sum of weights: (B,), (B,)."""
-  x_BTD = model.hidden(batch.tokens, batch.segments, batch.positions)
+  x_BTD, _ = model.hidden(batch.tokens, batch.segments, batch.positions)
   _, nll_BT, _ = kernels.vocab_loss(
-    x_BTD, model.unembedding(), batch.targets, batch.weights, z=0.0, chunk=chunk
+    x_BTD,
+    model.unembedding(),
+    batch.targets,
+    batch.weights,
+    z=0.0,
+    chunk=chunk,
+    cap=model.cfg.logit_cap,
   )
   return jnp.sum(batch.weights * nll_BT, 1), jnp.sum(batch.weights, 1)

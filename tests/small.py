@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from configs import base
-from gated import attention, config, data, gate, model, optim, plan, trees
+from gated import attention, config, data, gate, layers, model, optim, plan, trees
 
 RECIPE = {
   'steps': 5,
@@ -107,6 +107,14 @@ def filled(shapes, seed: int = 0):
 def model_of(**changes) -> model.Transformer:
   """A model of `small.model_config(**changes)`, filled."""
   return filled(model.abstract(model_config(**changes)))
+
+
+def angles(positions, dim: int, base: float) -> jax.Array:
+  """RoPE's, without YaRN."""
+  c = recipe()['model']['attn']['yarn']
+  plain = config.build(layers.Yarn, c, 'config.model.attn.yarn')
+  frequency = layers.rope_frequencies(dim, base, plain)
+  return layers.rope_angles(jax.numpy.asarray(positions), frequency)
 
 
 def batch(rows: int, length: int, *, vocab: int = 40, seed: int = 0) -> data.Batch:

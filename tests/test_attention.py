@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import small
 
-from gated import attention, layers
+from gated import attention, layers, trees
 
 D, T = 16, 7
 NUMERICS = layers.Numerics(
@@ -24,9 +24,7 @@ def layer(**changes):
 
 
 def angles(built, positions):
-  return layers.rope_angles(
-    jnp.asarray(positions), built.cfg.head_dim, built.cfg.rope_base
-  )
+  return small.angles(positions, built.cfg.head_dim, built.cfg.rope_base)
 
 
 FORWARD = small.jit(lambda built, *args: built(*args))
@@ -153,5 +151,211 @@ def test_biases_are_added_where_asked():
   ],
 )
 def test_a_layer_that_cannot_be_is_refused_by_its_knob(changes, said):
+  with pytest.raises(ValueError, match=r'config\.model\.' + said):
+    small.attention_config(**changes)
+
+
+def parts(built):
+  """q and k as they meet, v, all float64: (T, H, K), each KV head repeated; and the scale."""
+  at = lambda part: np.asarray(part.weight[...], np.float64)
+  x, cfg = np.asarray(X[0], np.float64), built.cfg
+  q, k, v = (
+    np.einsum('td,dhk->thk', x, at(p)) for p in (built.query, built.key, built.value)
+  )
+
+  def turned(y, norm):
+    y = y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(norm.scale[...])
+    z = y[..., : cfg.head_dim // 2] + 1j * y[..., cfg.head_dim // 2 :]
+    z = z * np.exp(1j * np.asarray(angles(built, np.arange(T)[None]), float)[0][:, None])
+    return np.concatenate([z.real, z.imag], -1)
+
+  repeat = lambda a: np.repeat(a, cfg.heads // cfg.kv_heads, 1)
+  q, k = turned(q, built.query_norm), repeat(turned(k, built.key_norm))
+  return q, k, repeat(v), cfg.head_dim**-0.5
+
+
+def with_extra(built, logit_TN, value_N, head, cap=0.0):
+  """One head's softmax over its keys and N terms beside them -> y_TK."""
+  q, k, v, scale = (a if np.isscalar(a) else a[:, head] for a in parts(built))
+  score = scale * q @ k.T
+  score = cap * np.tanh(score / cap) if cap else score
+  weight = np.exp(np.where(np.tril(np.ones((T, T))) > 0, score, -np.inf))
+  extra = np.exp(logit_TN)
+  total = weight.sum(-1, keepdims=True) + extra.sum(-1, keepdims=True)
+  return (weight @ v + extra @ value_N) / total
+
+
+def projected(built, y_THK):
+  return np.einsum('thk,hkd->td', y_THK, np.asarray(built.out.weight[...], np.float64))
+
+
+@pytest.mark.parametrize('normalizer', ['off_by_one', 'sink_logit'])
+def test_a_sink_in_the_denominator_takes_its_share_and_adds_nothing(normalizer):
+  built = layer(normalizer=normalizer)
+  sinks = np.zeros(4)
+  if normalizer == 'sink_logit':
+    assert built.sinks.logit.shape == (4,)
+    built.sinks.logit[...] = jnp.asarray([-1.0, 0.5, 2.0, 4.0])
+    sinks = np.asarray(built.sinks.logit[...], float)
+  else:
+    assert not jax.tree.leaves(built.sinks)
+  heads = [
+    with_extra(built, np.full((T, 1), s), np.zeros((1, 8)), h)
+    for h, s in enumerate(sinks)
+  ]
+  exact = projected(built, np.stack(heads, 1))
+  np.testing.assert_allclose(run(built)[0], exact, atol=1e-4)
+
+
+@pytest.mark.parametrize('values', ['learned', 'zero'])
+@pytest.mark.parametrize('normalizer', ['softmax', 'sink_logit'])
+def test_sink_tokens_are_keys_without_a_position_that_all_tokens_see(values, normalizer):
+  cap = 3.0
+  built = layer(sink_tokens=3, sink_values=values, normalizer=normalizer, logit_cap=cap)
+  assert built.sinks.key.shape == (3, 2, 8)
+  assert (built.sinks.value is None) == (values == 'zero')
+  q, _, _, scale = parts(built)
+  key = np.repeat(np.asarray(built.sinks.key[...], float), 2, 1)
+  value = np.zeros_like(key)
+  if values == 'learned':
+    value = np.repeat(np.asarray(built.sinks.value[...], float), 2, 1)
+  heads = []
+  for h in range(4):
+    logit = cap * np.tanh(scale * q[:, h] @ key[:, h].T / cap)
+    value_h = value[:, h]
+    if normalizer == 'sink_logit':
+      s = float(built.sinks.logit[...][h])
+      logit = np.concatenate([logit, np.full((T, 1), s)], 1)
+      value_h = np.concatenate([value_h, np.zeros((1, 8))])
+    heads.append(with_extra(built, logit, value_h, h, cap))
+  np.testing.assert_allclose(
+    run(built)[0], projected(built, np.stack(heads, 1)), atol=1e-4
+  )
+
+
+def test_sinks_gradients_are_those_of_one_softmax_over_everything():
+  """No part of q, k or a sink's logit is left without its share of the gradient."""
+  built = layer(normalizer='sink_logit', sink_tokens=2, qk_norm=False)
+  cfg = built.cfg
+
+  def joint(net):
+    turn = lambda y: layers.rope(y, angles(net, np.arange(T)[None]), 1.0)
+    wide = lambda a, axis: jnp.repeat(a, cfg.heads // cfg.kv_heads, axis)
+    q, k, v = turn(net.query(X)), wide(turn(net.key(X)), 2), wide(net.value(X), 2)
+    scale = cfg.head_dim**-0.5
+    score = jnp.einsum('bthk,bshk->bths', q, k) * scale
+    causal = jnp.tril(jnp.ones((T, T), bool))[None, :, None]
+    score = jnp.where(causal, score, -1e30)
+    sink = jnp.einsum('bthk,nhk->bthn', q, wide(net.sinks.key[...], 1)) * scale
+    last = jnp.broadcast_to(net.sinks.logit[...][None, None, :, None], (1, T, 4, 1))
+    weight = jax.nn.softmax(jnp.concatenate([score, sink, last], -1), -1)
+    y = jnp.einsum('bths,bshk->bthk', weight[..., :T], v)
+    value = wide(net.sinks.value[...], 1)
+    y += jnp.einsum('bthn,nhk->bthk', weight[..., T : T + 2], value)
+    return jnp.sum(jnp.sin(net.out(y)))
+
+  angle = angles(built, np.arange(T)[None])
+  ours = small.jit(jax.grad(lambda net: jnp.sum(jnp.sin(net(X, angle, None)))))(built)
+  exact = trees.flatten(small.jit(jax.grad(joint))(built))
+  for name, grad in trees.flatten(ours).items():
+    assert np.abs(exact[name]).max() > 1e-4, name
+    np.testing.assert_allclose(grad, exact[name], atol=1e-5, err_msg=name)
+
+
+def test_each_heads_output_is_normalised_by_itself():
+  plain, normed = layer(), layer(output='rms_norm')
+  assert normed.output_norm.scale.shape == (4, 8)
+  for built in (plain, normed):
+    eye = jnp.eye(32, 16).reshape(4, 8, 16)
+    built.out.weight[...] = eye
+  y = np.asarray(run(plain), float)[0].reshape(T, 2, 8)
+  rms = np.sqrt((y**2).mean(-1, keepdims=True) + 1e-6)
+  scale = np.asarray(normed.output_norm.scale[...])[:2]
+  np.testing.assert_allclose(
+    np.asarray(run(normed))[0].reshape(T, 2, 8), y / rms * scale, atol=1e-4
+  )
+
+
+def test_silu_on_the_output_has_no_parameters_and_is_silu():
+  plain, silu = layer(), layer(output='silu')
+  assert trees.flatten(plain).keys() == trees.flatten(silu).keys()
+  eye = jnp.eye(32, 16).reshape(4, 8, 16)
+  plain.out.weight[...] = silu.out.weight[...] = eye
+  np.testing.assert_allclose(run(silu), jax.nn.silu(run(plain)), atol=1e-5)
+
+
+def test_switch_with_one_expert_is_a_headwise_gate_on_the_values():
+  """Table 6, row 6: v 1top1 is G2 headwise."""
+  switch = layer(switch__where='value')
+  gated = layer(gate__position='value', gate__granularity='headwise')
+  gated.value.weight[...] = switch.value.project.weight[...][:, :, 0]
+  gated.gate.weight[...] = switch.value.router.weight[...][..., 0]
+  np.testing.assert_allclose(run(switch), run(gated), atol=1e-5)
+
+
+def test_switch_mixes_the_top_k_of_its_experts_by_their_scores():
+  built = layer(switch__where='key_value', switch__experts=3, switch__top_k=2)
+  for part in (built.key, built.value):
+    assert part.project.weight.shape == (16, 2, 3, 8)
+    assert part.router.weight.shape == (16, 2, 3)
+  x = np.asarray(X[0], np.float64)
+  project, router = (
+    np.asarray(p.weight[...], np.float64)
+    for p in (built.value.project, built.value.router)
+  )
+  score = 1 / (1 + np.exp(-np.einsum('td,dge->tge', x, router)))
+  every = np.einsum('td,dgek->tgek', x, project)
+  exact = np.zeros((T, 2, 8))
+  for t in range(T):
+    for g in range(2):
+      for e in np.argsort(-score[t, g])[:2]:
+        exact[t, g] += score[t, g, e] * every[t, g, e]
+  np.testing.assert_allclose(built.value(X)[0], exact, atol=1e-4)
+
+
+def test_a_value_state_gate_reads_the_values_it_gates():
+  for granularity, shape in (('elementwise', (2, 8, 8)), ('headwise', (2, 8))):
+    gate = dict(position='value', source='value', granularity=granularity)
+    built, plain = layer(**{f'gate__{k}': v for k, v in gate.items()}), layer()
+    assert built.gate.weight.shape == shape
+    w = np.asarray(built.gate.weight[...], float)
+    v = np.asarray(plain.value(X), float)
+    logit = np.einsum('btgk,gk...->btg...', v, w)
+    logit = logit if granularity == 'elementwise' else logit[..., None]
+    np.testing.assert_allclose(
+      built.gate(plain.value(X), X), v / (1 + np.exp(-logit)), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+  ('changes', 'said'),
+  [
+    (dict(normalizer='relu'), r"attn\.normalizer='relu', but allowed are 'softmax'"),
+    (
+      dict(normalizer='softpick', sink_tokens=2),
+      r"attn\.sink_tokens=2 with .*normalizer='softpick'",
+    ),
+    (dict(sink_tokens=-1), r'attn\.sink_tokens=-1'),
+    (dict(sink_values='one'), r"attn\.sink_values='one'"),
+    (dict(logit_cap=-1.0), r'attn\.logit_cap=-1\.0'),
+    (dict(output='layer_norm'), r"attn\.output='layer_norm'"),
+    (dict(switch__where='query'), r"attn\.switch\.where='query'"),
+    (
+      dict(switch__experts=2, switch__top_k=3),
+      r'attn\.switch\.top_k=3, but there are .*attn\.switch\.experts=2',
+    ),
+    (
+      dict(switch__where='key_value', switch__experts=4, switch__top_k=1),
+      r"attn\.switch\.top_k=1 with where='key_value': QK-norm divides",
+    ),
+    (
+      dict(gate__position='sdpa', gate__source='value'),
+      r"attn\.gate\.source='value' at position 'sdpa'.*position is 'value'",
+    ),
+    (dict(yarn__factor=0.5), r'attn\.yarn\.factor=0\.5'),
+    (dict(yarn__beta_slow=40.0), r'attn\.yarn\.beta_slow=40\.0'),
+  ],
+)
+def test_a_remedy_that_cannot_be_is_refused_by_its_knob(changes, said):
   with pytest.raises(ValueError, match=r'config\.model\.' + said):
     small.attention_config(**changes)

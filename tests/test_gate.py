@@ -290,12 +290,12 @@ def forward(**fields):
   @jax.jit
   def run(net, tokens):
     positions = jnp.arange(tokens.shape[1])[None]
-    angles = layers.rope_angles(positions, cfg.attn.head_dim, cfg.attn.rope_base)
+    angles = small.angles(positions, cfg.attn.head_dim, cfg.attn.rope_base)
     x, scores = net.embed(tokens), []
     for block in model.unstack(net.blocks, cfg.depth):
       if block.attn.gate is not None:
         scores.append(block.attn.gate.score(block.attn_norm(x)))
-      x = block(x, angles, None)
+      x, _ = block(x, angles, None, None)
     return net(tokens), scores
 
   return lambda tokens: run(filled, tokens)
@@ -336,7 +336,7 @@ def followers(position, token, shut):
   )
   logits = jnp.full(layer.gate.weight.shape[1:], -200.0)
   layer.gate.weight[...] = jnp.tensordot(own(shut), logits, 0)
-  angles = layers.rope_angles(jnp.arange(T)[None], K, 10_000.0)
+  angles = small.angles(jnp.arange(T)[None], K, 10_000.0)
   x = jnp.asarray(X, jnp.float32)[None]
   before = layer(x, angles, None)
   layer.value.weight[...] += jnp.tensordot(own(token), jnp.ones((G, K)), 0)

@@ -104,14 +104,12 @@ def test_swiglu_is_its_formula():
 
 def test_rope_is_multiplication_of_complex_numbers():
   x, position = normal(2, 7, 3, 8), rng.integers(0, 5000, (2, 7))
-  y = layers.rope(jnp.asarray(x), layers.rope_angles(jnp.asarray(position), 8, 10_000.0))
+  y = layers.rope(jnp.asarray(x), small.angles(position, 8, 10_000.0), 1.0)
   turns = position[..., None, None] * 10_000.0 ** -(2 * np.arange(4) / 8)
   z = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * turns)
   # The angle itself is in float32: 5000 radians are known to 2^-11.
   np.testing.assert_allclose(y, np.concatenate([z.real, z.imag], -1), atol=2e-3)
-  near = layers.rope(
-    jnp.asarray(x), layers.rope_angles(jnp.asarray(position % 9), 8, 1e4)
-  )
+  near = layers.rope(jnp.asarray(x), small.angles(position % 9, 8, 1e4), 1.0)
   z = (x[..., :4] + 1j * x[..., 4:]) * np.exp(
     1j * (position % 9)[..., None, None] * 1e4 ** -(2 * np.arange(4) / 8)
   )
@@ -120,9 +118,7 @@ def test_rope_is_multiplication_of_complex_numbers():
 
 def test_rope_products_depend_on_the_distance_alone():
   q, k = normal(1, 1, 1, 16), normal(1, 1, 1, 16)
-  at = lambda x, p: layers.rope(
-    jnp.asarray(x), layers.rope_angles(jnp.full((1, 1), p), 16, 500.0)
-  )
+  at = lambda x, p: layers.rope(jnp.asarray(x), small.angles([[p]], 16, 500.0), 1.0)
   product = lambda i, j: float(jnp.sum(at(q, i) * at(k, j)))
   assert abs(product(3, 1) - product(103, 101)) < 1e-4
   assert abs(product(3, 1) - product(3, 2)) > 1e-2
@@ -131,9 +127,9 @@ def test_rope_products_depend_on_the_distance_alone():
 
 def test_rope_of_bfloat16_is_turned_in_float32():
   x, position = normal(1, 2, 1, 8), jnp.asarray([[300, 301]])
-  angle = layers.rope_angles(position, 8, 1e4)
-  low = layers.rope(jnp.asarray(x, jnp.bfloat16), angle)
-  high = layers.rope(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32), angle)
+  angle = small.angles(position, 8, 1e4)
+  low = layers.rope(jnp.asarray(x, jnp.bfloat16), angle, 1.0)
+  high = layers.rope(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32), angle, 1.0)
   assert low.dtype == jnp.bfloat16
   np.testing.assert_array_equal(low, high.astype(jnp.bfloat16))
 
@@ -217,3 +213,41 @@ def test_no_two_weights_start_alike():
 def test_bad_numerics_are_refused_by_name(change, said):
   with pytest.raises(ValueError, match=f'config.model.{said}='):
     small.model_config(**change)
+
+
+def yarn(**changes):
+  plain = dict(factor=4.0, original=32, beta_fast=4.0, beta_slow=1.0, attention=0.0)
+  return layers.Yarn(**plain | changes)
+
+
+def test_yarn_keeps_fast_pairs_stretches_slow_ones_and_ramps_between():
+  dim, base = 16, 100.0
+  plain = layers.rope_frequencies(dim, base, yarn(factor=1.0))
+  np.testing.assert_allclose(plain, base ** -(2 * np.arange(8) / dim), rtol=1e-6)
+  ratio = np.asarray(layers.rope_frequencies(dim, base, yarn()) / plain)
+  # Pairs turn 32 f / 2 pi times over the old context.
+  turns = 32 * np.asarray(plain) / (2 * np.pi)
+  np.testing.assert_allclose(ratio[turns > 4], 1, rtol=1e-6)
+  np.testing.assert_allclose(ratio[turns < 0.5], 0.25, rtol=1e-6)
+  assert (np.diff(ratio) <= 1e-6).all()
+  assert ((ratio > 0.26) & (ratio < 0.99)).any()
+
+
+def test_yarn_scales_queries_and_keys_by_its_rule_or_as_told():
+  assert yarn(factor=1.0).scale == 1
+  np.testing.assert_allclose(yarn().scale, 0.1 * np.log(4) + 1)
+  assert yarn(attention=1.5).scale == 1.5
+  x = jnp.asarray(normal(1, 3, 1, 8))
+  angle = small.angles([[0, 1, 2]], 8, 1e4)
+  scaled, plain = (layers.rope(x, angle, s) for s in (1.5, 1.0))
+  np.testing.assert_allclose(scaled, 1.5 * plain, rtol=1e-5)
+
+
+def test_the_gated_norm_is_its_formula():
+  norm = layers.GatedNorm(jax.random.key(0), 6, 3, numerics=F32)
+  assert (norm.down.weight.shape, norm.up.weight.shape) == ((6, 3), (3, 6))
+  x = normal(2, 4, 6)
+  y = x / np.sqrt((x**2).mean(-1, keepdims=True) + F32.norm_eps)
+  down, up = (np.asarray(m.weight[...], np.float64) for m in (norm.down, norm.up))
+  exact = y / (1 + np.exp(-silu(y @ down) @ up))
+  np.testing.assert_allclose(norm(jnp.asarray(x)), exact, rtol=1e-4, atol=1e-6)

@@ -83,7 +83,7 @@ def test_logits_are_float32_of_a_bfloat16_model():
   cfg = small.model_config(numerics__compute='bfloat16', **GATE)
   tokens = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)
   net = model.abstract(cfg)
-  assert jax.eval_shape(lambda n, t: n.hidden(t), net, tokens).dtype == jnp.bfloat16
+  assert jax.eval_shape(lambda n, t: n.hidden(t)[0], net, tokens).dtype == jnp.bfloat16
   out = jax.eval_shape(lambda n, t: n(t), net, tokens)
   assert (out.shape, out.dtype) == ((2, LENGTH, cfg.vocab), jnp.float32)
 
@@ -162,7 +162,7 @@ def test_positions_count_along_the_row_when_documents_are_not_masked():
 
 
 def train_loss(net):
-  x = net.hidden(BATCH.tokens, BATCH.segments, BATCH.positions)
+  x, _ = net.hidden(BATCH.tokens, BATCH.segments, BATCH.positions)
   return kernels.vocab_loss(
     x, net.unembedding(), BATCH.targets, BATCH.weights, z=1e-3, chunk=8
   )[0]
@@ -292,3 +292,83 @@ def test_flops_count_neither_norms_nor_biases_nor_a_second_table():
 def test_a_model_that_cannot_be_is_refused_by_its_knob(changes, said):
   with pytest.raises(ValueError, match=f'config.model.{said}'):
     small.model_config(**changes)
+
+
+def test_branches_are_normalised_before_they_are_added():
+  """Sandwich norm: with scales of zero a branch adds nothing."""
+  net = small.model_of(branch_norm='rms')
+  extra = set(trees.flatten(net)) - set(trees.flatten(small.model_of()))
+  assert extra == {'blocks.attn_branch_norm.scale', 'blocks.ffn_branch_norm.scale'}
+  assert np.abs(logits(net) - logits(small.model_of())).max() > 1e-2
+  for norm in (net.blocks.attn_branch_norm, net.blocks.ffn_branch_norm):
+    norm.scale[...] = jnp.zeros_like(norm.scale[...])
+  bare = net.norm(net.embed(BATCH.tokens)) @ net.unembedding().T
+  np.testing.assert_allclose(logits(net), bare, atol=1e-5)
+
+
+def test_branches_are_clipped_before_they_are_added():
+  clipped, free = small.model_of(branch_clip=0.05), small.model_of()
+  grown = lambda net: np.abs(
+    first_layer(net)(net.embed(BATCH.tokens)) - net.embed(BATCH.tokens)
+  )
+  assert grown(clipped).max() <= 2 * 0.05 + 1e-6 < grown(free).max()
+  np.testing.assert_array_equal(
+    logits(small.model_of(branch_clip=1e6)), logits(small.model_of())
+  )
+
+
+def first_layer(net):
+  """Of a model: x -> x."""
+  cfg = net.cfg
+  angle = small.angles([np.arange(LENGTH)], cfg.attn.head_dim, cfg.attn.rope_base)
+  return lambda x: model.unstack(net.blocks, cfg.depth)[0](x, angle, None, None)[0]
+
+
+def test_capped_logits_stay_below_the_cap_in_training_and_in_evaluation():
+  net, free = small.model_of(logit_cap=2.0), small.model_of()
+  np.testing.assert_allclose(logits(net), 2 * np.tanh(logits(free) / 2), atol=1e-5)
+  assert np.abs(logits(net)).max() < 2 < np.abs(logits(free)).max()
+
+
+def test_gated_norms_stand_at_every_norm_before_a_branch_and_at_the_end():
+  added = set(trees.flatten(small.model_of(norm='gated', norm_rank=4))) - set(
+    trees.flatten(small.model_of())
+  )
+  assert {n.rpartition('.down')[0] for n in added if '.down' in n} == {
+    'blocks.attn_norm', 'blocks.ffn_norm', 'norm'
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    dict(attn__normalizer='sink_logit', attn__sink_tokens=2),
+    dict(attn__normalizer='softpick', attn__output='rms_norm'),
+    dict(attn__switch__where='key_value', attn__switch__experts=3, attn__switch__top_k=2),
+    dict(norm='gated', branch_norm='rms', branch_clip=10.0, logit_cap=5.0),
+    dict(moe__experts=4, moe__top_k=2, moe__shared=1),
+  ],
+  ids=str,
+)
+@pytest.mark.slow
+def test_every_remedy_scans_as_it_unrolls_and_rematerialises(changes):
+  found = []
+  for layers, remat in (('scan', 'none'), ('unroll', 'dots'), ('scan', 'full')):
+    net = small.model_of(layers=layers, remat=remat, **changes)
+    found.append(small.jit(jax.value_and_grad(train_loss))(net))
+  for loss, grads in found[1:]:
+    np.testing.assert_allclose(loss, found[0][0], rtol=1e-6)
+    exact = trees.flatten(found[0][1])
+    for name, grad in trees.flatten(grads).items():
+      size = float(np.abs(exact[name]).max())
+      np.testing.assert_allclose(grad, exact[name], atol=1e-4 * size, err_msg=name)
+
+
+def test_parts_count_every_parameter_once():
+  cfg = small.model_config(attn__gate__position='sdpa', tied=False)
+  parts = model.parts(cfg)
+  assert parts['total'] == parts['active'] == model.count(model.abstract(cfg))
+  assert parts['embedding'] == 2 * 40 * 16
+  assert parts['gate'] == 2 * 16 * 4 * 8
+  assert parts['attention'] == 2 * (16 * 8 * (4 + 2 + 2 + 4) + 2 * 8)
+  assert parts['experts'] == 0

@@ -28,7 +28,7 @@ TX = optim.make(CFG.optim, steps=CFG.steps, multipliers={})
 def runner(accum=1):
   """(state, batch) -> (state, metrics), on one device and with nothing donated."""
   schedule = optim.schedule(CFG.optim, CFG.steps)
-  opts = dict(tx=TX, schedule=schedule, accum=accum, z=CFG.loss.z, chunk=CFG.loss.chunk)
+  opts = dict(tx=TX, schedule=schedule, accum=accum, loss=CFG.loss)
   return small.jit(functools.partial(step.train, **opts))
 
 

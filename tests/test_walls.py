@@ -26,7 +26,7 @@ FLOORS = {
   'gate': 2,
   'moe': 2,
   'data': 2,
-  'step': 2,
+  'step': 3,
   'attention': 3,
   'evals': 3,
   'model': 4,
