@@ -1,9 +1,11 @@
 # make demo    set up .venv, train the embedded default, evaluate it
 # make test    set up .venv, check format, lint and types, run all tests
 # make fast    the tests without those marked slow
+# make rows    train every row of the paper's tables at test scale, save and resume it
 # make clean   remove .venv and caches; runs/ stays
 #
-# PYTHON=python3.12 picks another interpreter, ARGS='-k gate' goes to pytest.
+# PYTHON=python3.12 picks another interpreter; ARGS='-k gate' goes to pytest, or
+# ARGS='--only table1' to make rows.
 
 PYTHON ?= python3
 WORKDIR ?= runs/demo
@@ -20,7 +22,7 @@ CREATE := $(PYTHON) -m venv .venv
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 endif
 
-.PHONY: demo test fast clean
+.PHONY: demo test fast rows clean
 .DELETE_ON_ERROR:
 
 demo: .venv/run
@@ -35,6 +37,9 @@ test: .venv/dev
 
 fast: .venv/dev
 	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+rows: .venv/run
+	$(BIN)/python scripts/train_rows.py $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

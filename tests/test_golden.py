@@ -19,20 +19,34 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
 import small
 
-from configs import base, dense_1b7, tiny
+from configs import base, dense_1b7, moe_15b, table1, table2, table3, table4, table6, tiny
 from gated import config, model, optim, plan, step
 
 FOLDER = Path(__file__).parent / 'golden'
 STALE = 'If this is meant, run `python tests/test_golden.py` and say why in the commit.'
+# A few of the tables' rows stand for all; tests/test_configs.py builds each.
+ROWS = {
+  table1: ('g1_headwise', 'k8,scale=proxy', 'plus4_experts,scale=test'),
+  table2: (
+    '28l_4e-3_elementwise',
+    '48l_8e-3_sandwich',
+    '48l_1t_8e-3_baseline,scale=proxy',
+  ),
+  table3: ('sdpa_rmsnorm',),
+  table4: ('input_independent',),
+  table6: ('switch_v_1top1',),
+  moe_15b: ('gate=none', 'gate=elementwise,scale=proxy'),
+  dense_1b7: [f'{s},gate={g}' for s in dense_1b7.SHAPES for g in base.GATES],
+}
 RECIPES = {
   'base': base.get_config,
   'tiny': tiny.get_config,
   **{
-    f'dense_1b7:{shape},gate={gate}': functools.partial(
-      dense_1b7.get_config, f'{shape},gate={gate}'
+    f'{recipe.__name__.removeprefix("configs.")}:{row}': functools.partial(
+      recipe.get_config, row
     )
-    for shape in dense_1b7.SHAPES
-    for gate in base.GATES
+    for recipe, rows in ROWS.items()
+    for row in rows
   },
 }
 
@@ -55,7 +69,7 @@ def losses(gate, accum):
   tx = optim.make(cfg.optim, steps=5, multipliers={})
   schedule = optim.schedule(cfg.optim, 5)
   run = functools.partial(step.train, tx=tx, schedule=schedule, accum=accum)
-  run = jax.jit(functools.partial(run, z=cfg.loss.z, chunk=cfg.loss.chunk))
+  run = jax.jit(functools.partial(run, loss=cfg.loss))
   build = functools.partial(model.Transformer, cfg.model)
   state = jax.jit(lambda: step.init(build, tx, 0))()
   found = []

@@ -1,0 +1,135 @@
+"""Trains every row of the paper's tables, at test scale, on one fixed batch.
+
+  python scripts/train_rows.py [--only table1] [--only table6:switch_v_1top1]
+
+20 steps must lower the loss by 0.1 nats (the mean of the last five below the first), and
+a run saved at step 10 and restored must end in the same bits. Prints a line a row; exit
+code 1 if a row fails.
+"""
+
+import argparse
+import functools
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configs import table1, table2, table3, table4, table6
+from gated import checkpoint, config, data, mesh, plan, trees
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLES = {m.__name__.split('.')[-1]: m for m in (table1, table2, table3, table4, table6)}
+STEPS, SAVED, DROP = 20, 10, 0.1  # DROP in nats
+
+# Most of LLVM's optimizing left out: compiling is nearly all of the time.
+HURRY = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
+
+
+class Result(NamedTuple):
+  losses: list[float]
+  exact: bool  # the restored run ended in the same bits
+  seconds: float
+
+  @property
+  def drop(self) -> float:
+    return self.losses[0] - float(np.mean(self.losses[-5:]))
+
+  @property
+  def passed(self) -> bool:
+    return self.drop >= DROP and self.exact
+
+
+def recipes(only: list[str]) -> dict[str, Callable]:
+  """Every row, 'table1:k8' -> what makes its recipe; or only those so named."""
+  found = {
+    f'{name}:{row}': functools.partial(table.get_config, f'{row},scale=test')
+    for name, table in TABLES.items()
+    for row in table.ROWS
+  }
+  for wanted in only:
+    if not any(_within(name, wanted) for name in found):
+      near = config.nearest(wanted, [*TABLES, *found])
+      raise ValueError(f'--only={wanted} is neither a table nor TABLE:ROW{near}')
+  return {k: v for k, v in found.items() if not only or any(_within(k, w) for w in only)}
+
+
+def _within(name: str, wanted: str) -> bool:
+  return wanted in (name, name.partition(':')[0])
+
+
+def train(c: dict, folder: str | Path) -> Result:
+  """A resolved recipe, trained and resumed; `folder` is for its checkpoint."""
+  begun = time.perf_counter()
+  cfg = config.build(plan.Config, c | {'steps': STEPS, 'accum': 1}, 'config')
+  the = plan.Plan(cfg)
+  hurry = HURRY if jax.default_backend() == 'cpu' else None
+  step = the.train_step().compile(compiler_options=hurry)
+  batch = mesh.place(text(cfg), the.mesh, cfg.batch)
+
+  def run(state, steps):
+    losses = []
+    for _ in range(steps):
+      state, values = step(state, batch)
+      losses.append(float(values['loss']))
+    return state, losses
+
+  with checkpoint.Checkpoints(folder, keep=1, keep_every=0) as saved:
+    state, losses = run(the.init(), SAVED)
+    saved.save(SAVED, state, dict(config=c, data={}, heldout_loss=losses[-1]))
+    state, rest = run(state, STEPS - SAVED)
+    saved.manager.wait_until_finished()
+    resumed, again = run(saved.restore(SAVED, the.state), STEPS - SAVED)
+  exact = rest == again and trees.digest(state) == trees.digest(resumed)
+  return Result(losses + rest, exact, time.perf_counter() - begun)
+
+
+def text(cfg: plan.Config) -> data.Batch:
+  """The license, byte by byte, as rows of one document each."""
+  B, T = cfg.batch, cfg.data.length
+  token = np.frombuffer((ROOT / 'LICENSE').read_bytes()[: B * (T + 1)], np.uint8)
+  token = token.astype(np.int32).reshape(B, T + 1)
+  ones = np.ones((B, T), np.int32)
+  position = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+  return data.Batch(token[:, :-1], token[:, 1:], ones.astype(np.float32), ones, position)
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--only', action='append', default=[], help='TABLE or TABLE:ROW')
+  try:
+    chosen = recipes(parser.parse_args().only)
+  except ValueError as error:
+    parser.error(str(error))
+  begun, failed = time.perf_counter(), []
+  print(f'{"row":38}{"first":>8}{"last":>8}{"drop":>8}  resume  seconds')
+  for name, recipe in chosen.items():
+    with tempfile.TemporaryDirectory() as folder:
+      try:
+        found = train(recipe().to_dict(), folder)
+      except (ValueError, NotImplementedError) as error:
+        failed.append(name)
+        print(f'{name:38}{error}', flush=True)
+        continue
+    failed += [] if found.passed else [name]
+    numbers = f'{found.losses[0]:8.3f}{found.losses[-1]:8.3f}{found.drop:8.3f}'
+    resume = 'exact' if found.exact else 'DIFFERS'
+    mark = '' if found.passed else '  FAILED'
+    print(f'{name:38}{numbers}  {resume:7}{found.seconds:8.1f}{mark}', flush=True)
+  minutes = (time.perf_counter() - begun) / 60
+  print(f'{len(chosen) - len(failed)} of {len(chosen)} rows passed in {minutes:.1f} min')
+  if failed:
+    print('failed: ' + ', '.join(failed))
+  return 1 if failed else 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
