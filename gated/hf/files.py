@@ -1,0 +1,179 @@
+"""Folders of safetensors: headers first, then a tensor, or a row of one, at a time.
+
+Nothing here is executed: a header is JSON, and a pickle is not read at all. A folder is
+written tensor by tensor, one file's tensors in memory, and config.json last: without it
+a folder is no checkpoint.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+CONFIG, INDEX, SINGLE = 'config.json', 'model.safetensors.index.json', 'model.safetensors'
+MAX_JSON = 1 << 26  # Bytes; the index of a mixture of 100,000 tensors takes about 10 MB.
+
+# Theirs -> ours.
+DTYPES = {'F32': 'float32', 'BF16': 'bfloat16'}
+
+
+class Tensor(NamedTuple):
+  """What a header says of a tensor."""
+
+  shape: tuple[int, ...]
+  dtype: str  # Theirs: F32, BF16, or another that is not read.
+
+
+def is_checkpoint(directory: str | Path) -> bool:
+  """Whether a folder holds config.json and weights in safetensors."""
+  folder = Path(directory)
+  return (folder / CONFIG).is_file() and any(folder.glob('*.safetensors'))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """A file -> its JSON object; ValueError names the path and the fault."""
+  if not path.is_file():
+    raise ValueError(f'{path}: no such file')
+  if path.stat().st_size > MAX_JSON:
+    raise ValueError(f'{path} is larger than {MAX_JSON} bytes')
+  try:
+    content = json.loads(path.read_text('utf-8'))
+  except ValueError as error:
+    raise ValueError(f'{path} is not JSON: {error}') from error
+  if not isinstance(content, dict):
+    raise ValueError(f'{path} is not a JSON object')
+  return content
+
+
+class Tensors:
+  """The tensors of a folder; opening it reads headers only.
+
+  Raises ValueError, naming the file, for a header that does not fit its file, an index
+  that its files do not bear out, or a file of the index outside the folder.
+  """
+
+  def __init__(self, directory: str | Path):
+    self.directory = Path(directory)
+    self.headers: dict[str, Tensor] = {}
+    self._files: dict[str, Any] = {}  # By tensor.
+    for path, names in _files(self.directory).items():
+      self._open(path, names)
+
+  def _open(self, path: Path, promised: set[str] | None) -> None:
+    if not path.is_file():
+      raise ValueError(f'{path}: no such file')
+    try:
+      file = safe_open(path, framework='numpy')
+      names = file.keys()
+      headers = {name: file.get_slice(name) for name in names}
+    except (SafetensorError, OSError) as error:
+      raise ValueError(f'{path} is no whole safetensors file: {error}') from error
+    if promised is not None and promised != headers.keys():
+      differ = ', '.join(sorted(promised ^ headers.keys()))
+      raise ValueError(f'{path} does not hold what {INDEX} says it does: {differ}')
+    for name, header in headers.items():
+      self.headers[name] = Tensor(tuple(header.get_shape()), header.get_dtype())
+      self._files[name] = file
+
+  def read(self, name: str, row: int | None = None) -> np.ndarray:
+    """A tensor, or one row of its leading dim, in its own dtype; copied to memory."""
+    file = self._files[name]
+    return file.get_tensor(name) if row is None else file.get_slice(name)[row]
+
+
+def _files(folder: Path) -> dict[Path, set[str] | None]:
+  """A folder -> its files, each with the tensors that an index promises, or None."""
+  if not (folder / INDEX).exists():
+    found = sorted(folder.glob('*.safetensors'))
+    if (folder / SINGLE).exists() or len(found) == 1:
+      return {folder / SINGLE if (folder / SINGLE).exists() else found[0]: None}
+    held = f'{len(found)} *.safetensors without {INDEX}' if found else 'no *.safetensors'
+    raise ValueError(
+      f'{folder} holds {held}; other formats, pickles above all, are not read'
+    )
+  where = read_json(folder / INDEX).get('weight_map')
+  if not isinstance(where, dict) or not where:
+    raise ValueError(f'{folder / INDEX} has no weight_map')
+  files: dict[Path, set[str]] = {}
+  for name, file in where.items():
+    path = PurePosixPath(file) if isinstance(file, str) else PurePosixPath('')
+    inside = not path.is_absolute() and '..' not in path.parts and '\\' not in str(path)
+    if not inside or path.suffix != '.safetensors':
+      raise ValueError(
+        f'{folder / INDEX}: {name} is said to lie in {file!r}, but only a .safetensors '
+        'file inside the folder is read'
+      )
+    files.setdefault(folder / path, set()).add(name)
+  return dict(files)
+
+
+def write(
+  directory: str | Path,
+  config: Mapping[str, Any],
+  headers: Mapping[str, Tensor],
+  arrays: Iterable[tuple[str, np.ndarray]],
+  shard_bytes: int,
+) -> None:
+  """Tensors, in the order of `headers`, -> a new folder, in files of about that size.
+
+  Raises ValueError if the folder exists and is not empty.
+  """
+  folder = Path(directory)
+  check_empty(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  shards = _shards(headers, shard_bytes)
+  stream, index = iter(arrays), {}
+  for i, names in enumerate(shards):
+    file = SINGLE if len(shards) == 1 else _name(i, len(shards))
+    # transformers reads a file only if it says of which framework it is.
+    save_file(_next(stream, names), folder / file, metadata={'format': 'pt'})
+    index |= dict.fromkeys(names, file)
+  if len(shards) > 1:
+    total = {'total_size': sum(map(size, headers.values()))}
+    _write_json(folder / INDEX, {'metadata': total, 'weight_map': index})
+  _write_json(folder / CONFIG, config)
+
+
+def check_empty(folder: Path) -> None:
+  """Raises ValueError unless the folder is empty, or not there yet."""
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ValueError(f'{folder} is not an empty folder, and nothing is overwritten')
+
+
+def size(tensor: Tensor) -> int:
+  """Bytes of a tensor's data."""
+  return math.prod(tensor.shape) * jnp.dtype(DTYPES[tensor.dtype]).itemsize
+
+
+def _next(stream: Iterator[tuple[str, np.ndarray]], names: list[str]) -> dict:
+  """The next tensors of a stream, which come in the order of `names`."""
+  found = dict(next(stream) for _ in names)
+  assert list(found) == names, (list(found), names)
+  # safetensors writes the memory of an array as it lies.
+  return {name: np.ascontiguousarray(array) for name, array in found.items()}
+
+
+def _shards(headers: Mapping[str, Tensor], limit: int) -> list[list[str]]:
+  """Names, in order, cut where a file would exceed the limit."""
+  shards, room = [], -1
+  for name, tensor in headers.items():
+    room -= size(tensor)
+    if room < 0:
+      shards.append([])
+      room = limit - size(tensor)
+    shards[-1].append(name)
+  return shards
+
+
+def _name(i: int, count: int) -> str:
+  return f'model-{i + 1:05d}-of-{count:05d}.safetensors'
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+  path.write_text(json.dumps(content, indent=2, sort_keys=True) + '\n', 'utf-8')

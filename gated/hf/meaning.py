@@ -1,0 +1,304 @@
+"""config.json -> model.Config: what each key means to us.
+
+A key that nobody here knows is refused by its name, for it may change what the model
+computes.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from gated import config, model
+from gated.hf.knobs import HARMLESS, MEANT, MEANT_BY_EXPERTS, MEANT_BY_GATE, SAME
+
+# model_type -> what transformers assumes where config.json does not say.
+_COMMON = {
+  'attention_bias': False,
+  'hidden_act': 'silu',
+  'initializer_range': 0.02,
+  'max_position_embeddings': 32768,
+  'max_window_layers': 28,
+  'partial_rotary_factor': 1.0,
+  'rms_norm_eps': 1e-6,
+  'rope_theta': 10_000.0,
+  'tie_word_embeddings': False,
+  'use_qk_norm': True,
+  'use_sliding_window': False,
+}
+_SPARSE = _COMMON | {'decoder_sparse_step': 1, 'mlp_only_layers': []}
+ASSUMED = {
+  'qwen3': _COMMON | {'head_dim': 128},
+  'qwen3_moe': _SPARSE | {'norm_topk_prob': False},
+  'qwen3_next': _SPARSE
+  | {'head_dim': 256, 'norm_topk_prob': True, 'partial_rotary_factor': 0.25},
+}
+
+# Knobs that config.json knows nothing of and no logit depends on: how a model is run,
+# how parameters start, and what is off above.
+UNSAID = MEANT_BY_GATE | {
+  'mask_documents': True,
+  'layers': 'scan',
+  'remat': 'none',
+  'norm_rank': 16,
+  'numerics.residual_init': 'plain',
+  'attn.sink_values': 'learned',
+  'attn.switch.experts': 1,
+  'attn.switch.top_k': 1,
+  'attn.backend': 'auto',
+  'attn.max_segments': 16,
+  'attn.yarn.original': 4096,
+  'attn.yarn.beta_fast': 32.0,
+  'attn.yarn.beta_slow': 1.0,
+  'attn.yarn.attention': 0.0,
+  'attn.gate.granularity': 'elementwise',
+  'attn.gate.mean': 'after',
+  'attn.gate.init': 'normal',
+  'attn.gate.std': 0.02,
+  'attn.gate.lr': 1.0,
+  'attn.gate.place': 'before',
+  'moe.top_k': 1,
+  'moe.norm_topk': True,
+  'moe.shared': 0,
+  'moe.dispatch': 'dropless',
+  'moe.capacity': 1.25,
+  'moe.backend': 'auto',
+}
+
+
+class Meaning(NamedTuple):
+  """What a config.json says."""
+
+  cfg: model.Config
+  groups: int  # Of names.Layout.
+  centred: bool  # Likewise.
+
+
+class _Keys:
+  """A config.json being read; what nobody took is refused in the end."""
+
+  def __init__(self, content: Mapping[str, Any]):
+    self.left = dict(content)
+    self.kind = self.left.pop('model_type', None)
+    if self.kind not in ASSUMED:
+      allowed = ', '.join(map(repr, ASSUMED))
+      raise ValueError(f'model_type={self.kind!r}, but what is read is {allowed}')
+
+  def take(self, key: str, of: type) -> Any:
+    """A key's value, or what transformers assumes; ValueError if there is neither."""
+    value = self.maybe(key, of)
+    if value is None and key not in ASSUMED[self.kind]:
+      raise ValueError(f'{key} is missing')
+    return ASSUMED[self.kind][key] if value is None else value
+
+  def maybe(self, key: str, of: type) -> Any:
+    """A key's value, or None where it is absent or null."""
+    value = self.left.pop(key, None)
+    return None if value is None else _typed(key, value, of)
+
+  def require(self, key: str, allowed: Any) -> None:
+    """Raises ValueError unless the key has, or is assumed to have, that value."""
+    value = self.take(key, type(allowed))
+    if value != allowed:
+      raise ValueError(f'{key}={value!r}, but only {allowed!r} is implemented')
+
+  def drop(self, *keys: str) -> None:
+    """Keys that have no effect beside others."""
+    for key in keys:
+      self.left.pop(key, None)
+
+  def end(self) -> None:
+    off = (None, False, [], {})
+    left = {k: v for k, v in self.left.items() if k not in HARMLESS and v not in off}
+    if left:
+      told = ', '.join(f'{k}={v!r}' for k, v in sorted(left.items()))
+      raise ValueError(
+        f'{told}: not known here, so it may change what the model computes'
+      )
+
+
+def _typed(key: str, value: Any, of: type) -> Any:
+  if of is float and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  if not isinstance(value, of) or (isinstance(value, bool) and of is not bool):
+    raise ValueError(f'{key}={value!r}, but a {of.__name__} is expected')
+  if of is float and not math.isfinite(value):
+    raise ValueError(f'{key}={value!r}, but a finite number is expected')
+  return value
+
+
+def read(content: Mapping[str, Any], base: Mapping[str, Any]) -> Meaning:
+  """A config.json, and knobs for what it does not say -> Meaning.
+
+  `base` is nested, and holds at least numerics.weights and numerics.compute. Raises
+  ValueError, naming the key, for what we cannot compute.
+  """
+  keys = _Keys(content)
+  knobs = {knob: keys.take(key, of) for key, (knob, of) in SAME.items()}
+  knobs |= MEANT | _head(keys, knobs) | _rope(keys) | _ffn(keys)
+  packing, gate = _gate(keys)
+  keys.require('hidden_act', 'silu')
+  _check_full_attention(keys, knobs['depth'])
+  keys.end()
+  flat = {k.removeprefix('model.'): v for k, v in config.flatten(base, 'model').items()}
+  cfg = config.build(model.Config, _nest(UNSAID | flat | knobs | gate), 'config.model')
+  groups = {'none': 0, 'grouped': cfg.attn.kv_heads, 'per_head': cfg.attn.heads}
+  return Meaning(cfg, groups[packing], keys.kind == 'qwen3_next')
+
+
+def _nest(flat: Mapping[str, Any]) -> dict:
+  nested: dict = {}
+  for knob, value in flat.items():
+    *path, last = knob.split('.')
+    group = nested
+    for part in path:
+      group = group.setdefault(part, {})
+    group[last] = value
+  return nested
+
+
+def _head(keys: _Keys, knobs: Mapping[str, Any]) -> dict[str, Any]:
+  width, heads = knobs['width'], knobs['attn.heads']
+  if keys.kind == 'qwen3_moe':
+    head_dim = keys.maybe('head_dim', int) or width // max(heads, 1)
+  else:
+    head_dim = keys.take('head_dim', int)
+  # The authors' flag, which in their code takes the place of attention_bias.
+  bias = keys.take('attention_bias', bool)
+  flag = keys.maybe('qkv_bias', bool)
+  bias = bias if flag is None else flag
+  qk_norm = keys.take('use_qk_norm', bool)
+  return {
+    'attn.head_dim': head_dim,
+    'attn.bias': bias,
+    'attn.out_bias': bias,
+    'attn.qk_norm': qk_norm,
+  }
+
+
+def _rope(keys: _Keys) -> dict[str, Any]:
+  """rope_scaling (transformers 4) or rope_parameters (5), which names the base too."""
+  scaling = keys.maybe('rope_scaling', dict)
+  parameters = keys.maybe('rope_parameters', dict)
+  left = dict(scaling or parameters or {})
+  base = keys.take('rope_theta', float)
+  part = keys.take('partial_rotary_factor', float)
+  length = keys.left.get('original_max_position_embeddings')
+  keys.drop('original_max_position_embeddings')
+  length = length or keys.take('max_position_embeddings', int)
+
+  def take(key, of, otherwise):
+    value = left.pop(key, None)
+    return otherwise if value is None else _typed(f'rope_parameters.{key}', value, of)
+
+  kind = take('rope_type', str, left.pop('type', None) or 'default')
+  base, part = take('rope_theta', float, base), take('partial_rotary_factor', float, part)
+  if part != 1:
+    raise ValueError(f'partial_rotary_factor={part}, but only 1.0 is implemented')
+  knobs = {'attn.rope_base': base, 'attn.yarn.factor': 1.0}
+  if kind == 'yarn':
+    original = take('original_max_position_embeddings', int, length)
+    factor = take('factor', float, length / original)
+    attention = take('attention_factor', float, 0.0)
+    mscale, over = take('mscale', float, 0.0), take('mscale_all_dim', float, 0.0)
+    if not attention and mscale and over:
+      scale = lambda m: 0.1 * m * math.log(factor) + 1
+      attention = scale(mscale) / scale(over)
+    if factor == 1 and attention not in (0, 1):
+      raise ValueError(f'rope_parameters.attention_factor={attention} with a factor of 1')
+    if not take('truncate', bool, True):
+      raise ValueError('rope_parameters.truncate=False, but only True is implemented')
+    knobs |= {
+      'attn.yarn.factor': factor,
+      'attn.yarn.original': original,
+      'attn.yarn.beta_fast': take('beta_fast', float, 0.0) or 32.0,
+      'attn.yarn.beta_slow': take('beta_slow', float, 0.0) or 1.0,
+      'attn.yarn.attention': attention,
+    }
+  elif kind != 'default':
+    allowed = "'default' and 'yarn'"
+    raise ValueError(f'rope_parameters.rope_type={kind!r}, but implemented are {allowed}')
+  left = {key: value for key, value in left.items() if value is not None}
+  if left:
+    told = ', '.join(f'rope_parameters.{k}={v!r}' for k, v in sorted(left.items()))
+    raise ValueError(f'{told}: unknown for rope_type={kind!r}')
+  return knobs
+
+
+def _ffn(keys: _Keys) -> dict[str, Any]:
+  """One FFN a layer, or experts in every layer."""
+  beside = ('decoder_sparse_step', 'mlp_only_layers', 'moe_intermediate_size')
+  beside += ('norm_topk_prob', 'num_experts_per_tok')
+  linear = ('conv_kernel_dim', 'key_head_dim', 'value_head_dim')
+  linear += ('num_key_heads', 'num_value_heads')
+  if keys.kind == 'qwen3_next':
+    keys.drop(*(f'linear_{key}' for key in linear))
+  experts = 0
+  if keys.kind != 'qwen3':
+    old, new = keys.maybe('num_local_experts', int), keys.maybe('num_experts', int)
+    if None not in (old, new) and old != new:
+      raise ValueError(f'num_local_experts={old}, but num_experts={new}')
+    experts = old if new is None else new
+    if experts is None:
+      raise ValueError('num_experts is missing')
+  if not experts:
+    keys.drop(*beside, *(['shared_expert_intermediate_size'] if experts == 0 else []))
+    return {'ffn': keys.take('intermediate_size', int), 'moe.experts': 0, 'moe.shared': 0}
+  if keys.kind == 'qwen3_next':
+    raise ValueError(
+      f'num_experts={experts} with model_type={keys.kind!r}, whose shared_expert has a '
+      'gate of its own, shared_expert_gate, but that is not implemented'
+    )
+  keys.require('decoder_sparse_step', 1)
+  keys.require('mlp_only_layers', [])
+  keys.drop('intermediate_size')  # Of dense layers, and there are none.
+  return {
+    'ffn': keys.take('moe_intermediate_size', int),
+    'moe.experts': experts,
+    'moe.top_k': keys.take('num_experts_per_tok', int),
+    'moe.norm_topk': keys.take('norm_topk_prob', bool),
+  } | MEANT_BY_EXPERTS
+
+
+def _gate(keys: _Keys) -> tuple[str, dict[str, Any]]:
+  """-> how the gate is packed into q_proj, and its knobs."""
+  flags = (
+    'headwise_attn_output_gate',
+    'elementwise_attn_output_gate',
+    'attn_output_gate',
+  )
+  on = {flag: keys.maybe(flag, bool) for flag in flags}
+  if keys.kind == 'qwen3_next':
+    if on['attn_output_gate'] is False:
+      raise ValueError("attn_output_gate=False, but model_type='qwen3_next' has a gate")
+    on['attn_output_gate'] = True
+  chosen = [flag for flag in flags if on[flag]]
+  if len(chosen) > 1:
+    raise ValueError(f'{chosen[0]} and {chosen[1]} are both on, but only one may be')
+  if not chosen:
+    return 'none', {'attn.gate.position': 'none'}
+  granularity = 'headwise' if chosen[0].startswith('headwise') else 'elementwise'
+  packing = 'per_head' if chosen[0] == 'attn_output_gate' else 'grouped'
+  return packing, MEANT_BY_GATE | {'attn.gate.granularity': granularity}
+
+
+def _check_full_attention(keys: _Keys, depth: int) -> None:
+  """Raises ValueError for a layer of linear attention or with a sliding window."""
+  types = keys.maybe('layer_types', list)
+  interval = keys.maybe('full_attention_interval', int)
+  sliding = keys.take('use_sliding_window', bool)
+  window = keys.left.pop('sliding_window', None)
+  below = keys.take('max_window_layers', int)
+  if types is not None:
+    if len(types) != depth or any(kind != 'full_attention' for kind in types):
+      raise ValueError(
+        f"layer_types={types!r}, but each of {depth} layers must be 'full_attention'"
+      )
+  elif keys.kind == 'qwen3_next' and interval != 1:
+    raise ValueError(
+      'layer_types is missing, without which Qwen3-Next has layers of linear attention'
+    )
+  every = keys.kind != 'qwen3'
+  if sliding and window is not None and (every or (types is None and below < depth)):
+    raise ValueError(
+      f'use_sliding_window=True, sliding_window={window!r}: not implemented'
+    )
