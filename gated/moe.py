@@ -226,7 +226,7 @@ _spread.defvjp(
 
 
 def _capacity(experts: Experts, x_BTD, weight_BTk, choice_BTk, live_BT, cfg: Config):
-  """Up to C tokens of each row per expert: (E, C) places, filled by first choices first."""
+  """An expert takes up to C tokens of each row, those that chose it first at first."""
   (B, T, D), k, E = x_BTD.shape, cfg.top_k, cfg.experts
   C = min(T, math.ceil(cfg.capacity * k * T / E))
   # Choices in the order in which they are served: the first ones of all tokens, then on.

@@ -92,8 +92,8 @@ def make(
 ) -> optax.GradientTransformation:
   """AdamW with clipping and its schedule.
 
-  Weight decay spares norms, biases and sink logits. `multipliers` maps a part of a parameter's name,
-  such as 'gate', to what multiplies its learning rate.
+  Weight decay spares norms, biases and sink logits. `multipliers` maps a part of a
+  parameter's name, such as 'gate', to what multiplies its learning rate.
   """
   decay = cfg.weight_decay / (cfg.lr if cfg.decay_by == 'schedule' else 1.0)
 

@@ -13,7 +13,6 @@ import optax
 
 from gated import config, kernels, moe
 
-
 # Whose choices a router is asked to balance, where a batch is read in micro-batches.
 BALANCE_OVER = (
   'global',  # all of the batch's; they are counted by a forward pass of their own

@@ -71,7 +71,7 @@ def _blocked(x_NA, w_EAB, size_E):
 
 
 def block_rows(n: int, groups: int) -> int:
-  """Rows of a block: half the mean group, so that padding adds half at most on average."""
+  """Rows of a block: about half the mean group, so that padding adds a half on average."""
   return max(8, min(256, 1 << max(n // (2 * groups), 1).bit_length() - 1))
 
 
