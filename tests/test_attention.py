@@ -156,7 +156,7 @@ def test_a_layer_that_cannot_be_is_refused_by_its_knob(changes, said):
 
 
 def parts(built):
-  """q and k as they meet, v, all float64: (T, H, K), each KV head repeated; and the scale."""
+  """q, k as they meet and v, (T, H, K) in float64, KV heads repeated; and the scale."""
   at = lambda part: np.asarray(part.weight[...], np.float64)
   x, cfg = np.asarray(X[0], np.float64), built.cfg
   q, k, v = (

@@ -450,7 +450,7 @@ SIZES = [
 GROUPED = [
   pytest.param('blocked', jnp.float32),
   pytest.param('blocked', jnp.bfloat16),
-  pytest.param('tokamax', jnp.bfloat16, marks=pytest.mark.accelerator),
+  pytest.param('pallas', jnp.bfloat16, marks=pytest.mark.accelerator),
   pytest.param('ragged', jnp.float32, marks=pytest.mark.accelerator),
 ]
 
@@ -465,7 +465,11 @@ def test_the_grouped_product_and_its_gradients_are_the_definition(backend, dtype
   if backend == 'ragged' and jax.default_backend() != 'tpu':
     pytest.skip('needs a TPU')
   rng = np.random.default_rng(0)
-  n, wide = sum(sizes), 1 if backend == 'blocked' else 16
+  # Kernels have blocks to fill.
+  wide = 1 if backend == 'blocked' else 16
+  sizes = [n * wide for n in sizes] if wide > 1 else sizes
+  sizes[-1] += 256 if wide > 1 and sum(sizes) < 256 else 0
+  n = sum(sizes)
   x, dy = (jnp.asarray(rng.normal(size=(n, w * wide)), dtype) for w in (8, 16))
   w = jnp.asarray(rng.normal(size=(len(sizes), 8 * wide, 16 * wide)), dtype)
 
@@ -485,6 +489,23 @@ def test_the_grouped_product_and_its_gradients_are_the_definition(backend, dtype
   for name, a, b in zip(('y', 'dx', 'dw'), ours, exact):
     limit = tolerance * max(1, np.abs(b).max())
     np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=limit, err_msg=name)
+
+
+@pytest.mark.parametrize(
+  'sizes', [[0, 100, 0, 30, 126], [512, 0, 0], [1, 0, 255]], ids=str
+)
+def test_the_gpus_kernels_are_the_definition_when_interpreted(sizes):
+  """Groups that start anywhere, end in the middle of a block, or are empty."""
+  rng = np.random.default_rng(0)
+  n, size = sum(sizes), jnp.asarray(sizes, jnp.int32)
+  x, dy = (jnp.asarray(rng.normal(size=(n, a)), jnp.float32) for a in (64, 128))
+  w = jnp.asarray(rng.normal(size=(len(sizes), 64, 128)), jnp.float32)
+  y, back = jax.vjp(lambda x, w: kernels.grouped_gpu.multiply(x, w, size, True), x, w)
+  exact, exact_back = jax.vjp(
+    lambda x, w: kernels.grouped_matmul(x, w, size, backend='blocked'), x, w
+  )
+  for a, b in zip((y, *back(dy)), (exact, *exact_back(dy))):
+    np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_blocks_cost_half_as_much_again_at_most_on_average():

@@ -165,6 +165,9 @@ def _cudnn(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
   run = functools.partial(_cudnn_call, segment_BT=segment_BT, limit=case.max_segments)
   if not case.lse:
     return run(q_BTHK, k_BSGK, v_BSGK)
+  if segment_BT is not None and not abstract.empty and abstract.size > 1:
+    # Each device would number its own segments.
+    raise NotImplementedError('has no log-sum-exp of packed rows on several devices')
   y_BTHK, lse_BTH = run(q_BTHK, k_BSGK, v_BSGK, residual=True)
   return y_BTHK, with_lse_gradient(run, q_BTHK, k_BSGK, lse_BTH)
 
@@ -191,19 +194,28 @@ def _cudnn_call(q_BTHK, k_BSGK, v_BSGK, *, segment_BT, limit, residual=False):
   call = functools.partial(call, scale=scale, return_residual=residual)
   if segment_BT is None:
     out = call(mask_type=cudnn.MaskType.CAUSAL)
-  else:
-    start_BM, size_BM = segment_runs(segment_BT, limit)
-    # One more offset than segments; -1 where there is none, in the last column always.
-    offset_BM1 = jnp.pad(start_BM, ((0, 0), (0, 1)), constant_values=-1)
-    out = call(
-      q_seqlen=size_BM,
-      kv_seqlen=size_BM,
-      q_offsets=offset_BM1,
-      kv_offsets=offset_BM1,
-      mask_type=cudnn.MaskType.PADDING_CAUSAL,
-    )
-  # The log-sum-exp comes as (B, H, T).
-  return (out[0], out[1].transpose(0, 2, 1)) if residual else out
+    return (out[0], out[1].transpose(0, 2, 1)) if residual else out
+  start_BM, size_BM = segment_runs(segment_BT, limit)
+  # One more offset than segments; -1 where there is none, in the last column always.
+  offset_BM1 = jnp.pad(start_BM, ((0, 0), (0, 1)), constant_values=-1)
+  out = call(
+    q_seqlen=size_BM,
+    kv_seqlen=size_BM,
+    q_offsets=offset_BM1,
+    kv_offsets=offset_BM1,
+    mask_type=cudnn.MaskType.PADDING_CAUSAL,
+  )
+  if not residual:
+    return out
+  # It comes by segment, those of all rows in one sequence, each from its own start.
+  lse_SHT = out[1]
+  count_B1 = (start_BM >= 0).sum(1, keepdims=True)
+  first_BT = segment_BT != jnp.pad(segment_BT, ((0, 0), (1, 0)))[:, :-1]
+  run_BT = jnp.cumsum(first_BT.at[:, 0].set(True), 1) - 1
+  within_BT = jnp.arange(segment_BT.shape[1])[None] - jnp.take_along_axis(
+    start_BM, run_BT, 1
+  )
+  return out[0], lse_SHT[jnp.cumsum(count_B1, 0) - count_B1 + run_BT, :, within_BT]
 
 
 def segment_runs(segment_BT: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:

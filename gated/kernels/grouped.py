@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gated import config
+from gated.kernels import grouped_gpu
 from gated.kernels.attention import log_choice
 
 
@@ -38,19 +39,18 @@ def grouped_matmul(
   raise NotImplementedError('no grouped matmul can do this: ' + '; '.join(lacks))
 
 
-def _tokamax(x_NA, w_EAB, size_E):
-  """The kernels of tokamax for Hopper (Mosaic) and other GPUs (Triton)."""
+def _pallas(x_NA, w_EAB, size_E):
+  """Our own kernels, for bfloat16 on GPUs."""
   if jax.default_backend() != 'gpu':
     raise NotImplementedError('needs a GPU')
   if x_NA.dtype != jnp.bfloat16:
     raise NotImplementedError(f'computes in bfloat16, not {x_NA.dtype}')
-  try:
-    import tokamax
-  except ImportError as error:
-    raise NotImplementedError(f'cannot be imported ({error})') from error
-  # Its own fallback, XLA's, pays for every matrix on every row on a GPU.
-  kernels = ('mosaic', 'triton')
-  return tokamax.ragged_dot(x_NA, w_EAB, size_E, implementation=kernels)
+  N, A, B = len(x_NA), *w_EAB.shape[1:]
+  if A % 64 or B % 64:
+    raise NotImplementedError(f'has widths of a multiple of 64, not {A} and {B}')
+  if N < 256:
+    raise NotImplementedError(f'takes 256 rows at least, not {N}')
+  return grouped_gpu.multiply(x_NA, w_EAB, size_E)
 
 
 def _ragged(x_NA, w_EAB, size_E):
@@ -64,14 +64,14 @@ def _blocked(x_NA, w_EAB, size_E):
   """Each group is padded to whole blocks of rows, and a block has one matrix.
 
   A loop over blocks on a CPU, which skips those that turn out to be empty; elsewhere
-  batches of blocks, each with a copy of its matrix.
+  batches of blocks, each with a copy of its matrix: right anywhere, and slow.
   """
   rows = block_rows(len(x_NA), len(w_EAB))
   return _by_blocks(x_NA, w_EAB, size_E, rows)
 
 
 def block_rows(n: int, groups: int) -> int:
-  """Rows of a block: about half the mean group, so that padding adds a half on average."""
+  """Rows of a block: half the mean group, so that padding adds a half on average."""
   return max(8, min(256, 1 << max(n // (2 * groups), 1).bit_length() - 1))
 
 
@@ -160,7 +160,7 @@ def _outer_products(x_MRA, dy_MRB, group_M, E):
 
 # In the order in which 'auto' tries them.
 GROUPED: dict[str, Callable] = {
-  'tokamax': _tokamax,
+  'pallas': _pallas,
   'ragged': _ragged,
   'blocked': _blocked,
 }
