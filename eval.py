@@ -1,10 +1,12 @@
-"""The story of an evaluation: restore, measure, report.
+"""The story of an evaluation: restore or import, measure, report.
 
   python eval.py --workdir=runs/tiny-elementwise-1a2b3c4d --step=best
+  python eval.py --workdir=Qwen3-0.6B --data=DIR --length=4096
 
 Prints a table by domain of held-out text, beside two yardsticks on the same text, and as
-its last line the report as JSON, which it also writes to WORKDIR/eval/STEP.json. Exit
-code 2: refused.
+its last line the report as JSON, which it also writes to WORKDIR/eval/STEP.json. In place
+of a workdir may stand a folder of Hugging Face's, to which nothing is written. Exit code
+2: refused.
 """
 
 import dataclasses
@@ -12,18 +14,42 @@ import itertools
 import logging
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import app, flags
+from jax.sharding import Mesh
 
-from gated import checkpoint, config, data, evals, mesh, metrics, model, plan
+from configs import base
+from gated import (
+  checkpoint,
+  config,
+  data,
+  evals,
+  hf,
+  mesh,
+  metrics,
+  model,
+  plan,
+  tokenizer,
+)
 
 REFUSED = 2
 
-_WORKDIR = flags.DEFINE_string('workdir', '', 'Of a run of train.py.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', '', "Of a run of train.py, or a Hugging Face checkpoint's folder."
+)
 _STEP = flags.DEFINE_string('step', 'latest', 'latest, best (held-out), or a number.')
-_DATA = flags.DEFINE_string('data', '', "Another mixture; '' is the run's own.")
+_DATA = flags.DEFINE_string(
+  'data', '', "Another mixture; '' is the run's own, stdlib for a Hugging Face folder."
+)
+_LENGTH = flags.DEFINE_integer(
+  'length', 256, 'Tokens in a row, for a Hugging Face folder.'
+)
+_TOKENIZER = flags.DEFINE_string(
+  'tokenizer', 'bytes', 'Of the embedded corpus, for a Hugging Face folder.'
+)
 _CACHE = flags.DEFINE_string('cache', '', "Where the embedded corpus is; '' as usual.")
 _ROWS = flags.DEFINE_integer('rows', 0, 'Held-out rows read per domain; 0 for all.')
 _BATCH = flags.DEFINE_integer('batch', 8, 'Rows per device at a time.')
@@ -38,46 +64,103 @@ _PROCESSES = flags.DEFINE_integer('processes', 1, 'How many processes evaluate.'
 _PROCESS = flags.DEFINE_integer('process', 0, 'Which of them this is.')
 
 
+class Subject(NamedTuple):
+  """What is evaluated, and on what."""
+
+  cfg: model.Config
+  params: model.Transformer
+  on: Mesh
+  corpus: data.Corpus
+  chunk: int  # Tokens per device whose logits exist at a time.
+  step: int | None  # Of a run; None for imported weights.
+  about: dict | None  # What the run saved with the step.
+
+
 def run(workdir: Path) -> dict:
-  """A workdir -> the report; ValueError for what cannot be evaluated."""
-  directory = workdir / 'checkpoints'
-  if not directory.is_dir():
-    raise ValueError(f'--workdir={workdir}: it holds no checkpoints')
-  for flag, low in ((_ROWS, 0), (_XZ_BYTES, 0), (_BATCH, 1), (_BIGRAM_ROWS, 1)):
+  """A workdir, or a folder of Hugging Face's -> the report.
+
+  ValueError for what cannot be evaluated.
+  """
+  for flag, low in (
+    (_ROWS, 0), (_XZ_BYTES, 0), (_BATCH, 1), (_BIGRAM_ROWS, 1), (_LENGTH, 1)
+  ):  # fmt: skip
     config.at_least(f'--{flag.name}', flag.value, low)
-  with checkpoint.reading(directory) as saved:
-    step = saved.pick(_STEP.value, '--step')
-    about = saved.about(step)
-    corpus = _open(about, _DATA.value)
-    c = about['config']['model']
-    # Only a bound for kernels: other data may have more documents in a row.
-    most = max(c['attn']['max_segments'], corpus.max_segments)
-    cfg = config.build(model.Config, c, 'config.model')
-    attn = dataclasses.replace(cfg.attn, max_segments=most)
-    cfg, on = dataclasses.replace(cfg, attn=attn), _mesh(cfg.width)
-    shapes = model.abstract(cfg)
-    params = saved.restore_model(step, plan.placed(shapes, mesh.shardings(shapes, on)))
+  subject = (_imported if hf.is_checkpoint(workdir) else _restored)(workdir)
+  cfg, params, on, corpus, chunk, step, about = subject
   batch = _BATCH.value * mesh.ways('batch', on)
-  evaluate = plan.evaluate_step(cfg, on, about['config']['loss']['chunk'])
+  evaluate = plan.evaluate_step(cfg, on, chunk)
   limit = _ROWS.value
-  report = {'step': step} | evals.perplexity(
+  report: dict[str, Any] = {'step': step} | evals.perplexity(
     evaluate, params, corpus, on=on, batch=batch, limit=limit
   )
   if not report['domains']:
     raise ValueError(f'--data={_DATA.value!r}: nothing is held out there to evaluate on')
   if jax.process_index() == 0:
-    yardsticks = _yardsticks(corpus, about, step)
+    yardsticks = _yardsticks(subject)
     for domain, summary in report['domains'].items():
       summary |= yardsticks[domain]
     report |= {'data': corpus.fingerprint['sha256'], 'rows_limit': limit}
-    metrics.write_json(_path(workdir, step, corpus, about), report)
+    if step is not None and about is not None:
+      metrics.write_json(_path(workdir, step, corpus, about), report)
   return report
 
 
-def _mesh(width: int):
+def _restored(workdir: Path) -> Subject:
+  """A step of a run, on the run's own data or on others."""
+  directory = workdir / 'checkpoints'
+  if not directory.is_dir():
+    raise ValueError(
+      f'--workdir={workdir}: it holds no checkpoints, nor config.json and *.safetensors'
+    )
+  with checkpoint.reading(directory) as saved:
+    step = saved.pick(_STEP.value, '--step')
+    about = saved.about(step)
+    corpus = _open(about, _DATA.value)
+    c = about['config']['model']
+    cfg = _fitting(config.build(model.Config, c, 'config.model'), corpus)
+    on = _mesh(cfg)
+    params = saved.restore_model(step, _placed(cfg, on))
+  return Subject(cfg, params, on, corpus, about['config']['loss']['chunk'], step, about)
+
+
+def _imported(folder: Path) -> Subject:
+  """Hugging Face's weights, on data of the same tokenizer."""
+  if _STEP.value != 'latest':
+    raise ValueError(f'--step={_STEP.value!r}, but {folder} has no steps')
+  cfg, c = hf.config(folder), base.get_config().to_dict()
+  knobs = dict(mixture=_DATA.value or c['data']['mixture'], length=_LENGTH.value)
+  knobs |= dict(tokenizer=_TOKENIZER.value, cache=_CACHE.value)
+  data_cfg = config.build(data.Config, c['data'] | knobs, 'config.data')
+  corpus = data.open(data_cfg, vocab=cfg.vocab, batch=1, seed=c['seed'], max_segments=0)
+  theirs, ours = folder / 'tokenizer.json', corpus.tokenizer
+  if theirs.is_file():
+    wanted = tokenizer.load(str(theirs), eos=ours.eos_token if ours.path else '')
+    if wanted.fingerprint != ours.fingerprint:
+      raise ValueError(
+        f'--data={data_cfg.mixture!r} is of the tokenizer {ours.name!r}, not of '
+        f'{theirs}: python scripts/prepare_data.py --tokenizer={theirs} ...'
+      )
+  cfg = _fitting(cfg, corpus)
+  on = _mesh(cfg)
+  params = hf.read(folder, _placed(cfg, on))
+  return Subject(cfg, params, on, corpus, c['loss']['chunk'], None, None)
+
+
+def _fitting(cfg: model.Config, corpus: data.Corpus) -> model.Config:
+  """A model that takes the data's rows: more documents only cost a kernel more."""
+  most = max(cfg.attn.max_segments, corpus.max_segments)
+  return dataclasses.replace(cfg, attn=dataclasses.replace(cfg.attn, max_segments=most))
+
+
+def _placed(cfg: model.Config, on: Mesh) -> model.Transformer:
+  shapes = model.abstract(cfg)
+  return plan.placed(shapes, mesh.shardings(shapes, on))
+
+
+def _mesh(cfg: model.Config) -> Mesh:
   """All devices, with the weights split over as many as divide the model's width."""
   count = jax.device_count()
-  fsdp = next(n for n in range(count, 0, -1) if width % n == 0 == count % n)
+  fsdp = next(n for n in range(count, 0, -1) if cfg.width % n == 0 == count % n)
   return mesh.make(data=count // fsdp, fsdp=fsdp, expert=1, tensor=1, context=1)
 
 
@@ -101,10 +184,17 @@ def _open(about: dict, mixture: str) -> data.Corpus:
   return corpus
 
 
-def _yardsticks(corpus: data.Corpus, about: dict, step: int) -> dict[str, dict]:
-  """By domain: bits per byte of a bigram model of the rows trained on, and of xz."""
-  seen = min(step * about['config']['batch'], _BIGRAM_ROWS.value)
-  trained = _open(about, '') if _DATA.value else corpus
+def _yardsticks(subject: Subject) -> dict[str, dict]:
+  """By domain: bits per byte of a bigram model, and of xz.
+
+  The bigram model is fitted to the rows that the run has trained on; for imported
+  weights, to the rows that there are.
+  """
+  corpus, about, seen = subject.corpus, subject.about, subject.corpus.rows
+  if about is not None and subject.step is not None:
+    seen = subject.step * about['config']['batch']
+  seen = min(seen, _BIGRAM_ROWS.value)
+  trained = _open(about, '') if _DATA.value and about else corpus
   rows = itertools.islice(trained.train(0, [0]), seen)
   pairs = ((row.tokens, row.targets, row.weights) for row in rows)
   bigram = evals.Bigram.fit(pairs, vocab=corpus.vocab)

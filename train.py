@@ -11,7 +11,6 @@ import dataclasses
 import json
 import logging
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from configs import base
-from gated import checkpoint, config, data, evals, mesh, metrics, plan
+from gated import checkpoint, config, data, evals, hf, mesh, metrics, plan
 
 REFUSED, NOT_FINITE = 2, 3
 
@@ -65,7 +64,7 @@ class Run(NamedTuple):
   plan: plan.Plan
   corpus: data.Corpus
   step: jax.stages.Lowered
-  weights: tuple[Path, int] | None  # Checkpoints and step to start from.
+  weights: tuple[Path, int | None] | None  # What to start from: _find_weights.
   changed: dict[str, Any]  # Knobs that differ from the session before.
 
 
@@ -81,7 +80,9 @@ def prepare(c: dict, workdir: Path) -> Run:
   weights = None
   if cfg.init_from and latest is None:
     weights = _find_weights(cfg.init_from, the)
-    changed['config.init_from'] = cfg.init_from, f'{weights[0].parent}:{weights[1]}'
+    folder, step = weights
+    found = f'{folder}' if step is None else f'{folder.parent}:{step}'
+    changed['config.init_from'] = cfg.init_from, found
   told = {'config': c, 'data': corpus.fingerprint['sha256'], 'step': latest}
   mesh.agree('the recipe, the data or the checkpoints', config.digest(told))
   _log.info('%s', the)
@@ -224,26 +225,39 @@ def _start(run: Run, saved: checkpoint.Checkpoints):
   state = run.plan.init()
   if run.weights:
     folder, step = run.weights
-    _log.info('starting from the weights of %s, step %d', folder.parent, step)
-    with checkpoint.reading(folder) as source:
-      model = source.restore_model(step, run.plan.state.model)
+    if step is None:
+      _log.info('starting from the weights in %s', folder)
+      model = hf.read(folder, run.plan.state.model, fresh=state.model)
+    else:
+      _log.info('starting from the weights of %s, step %d', folder.parent, step)
+      with checkpoint.reading(folder) as source:
+        like = run.plan.state.model
+        model = source.restore_model(step, like, fresh=state.model)
     state = dataclasses.replace(state, model=model)
   return state
 
 
-def _find_weights(init_from: str, the: plan.Plan) -> tuple[Path, int]:
-  """'WORKDIR[:STEP]' -> its checkpoints and the step; ValueError if they do not fit."""
+def _find_weights(init_from: str, the: plan.Plan) -> tuple[Path, int | None]:
+  """'WORKDIR[:STEP]' -> its checkpoints and the step; ValueError if they do not fit.
+
+  A folder of Hugging Face's -> the folder, and no step. A gate that the weights lack is
+  no fault: it stays as it is made.
+  """
+  like, folder = the.state.model, Path(init_from)
   workdir, _, step = init_from.partition(':')
-  folder = Path(workdir) / 'checkpoints'
-  if not folder.is_dir():
-    raise ValueError(f'config.init_from={init_from!r}: there is no {folder}')
-  with checkpoint.reading(folder) as source:
-    try:
+  saves, at = Path(workdir) / 'checkpoints', None
+  try:
+    if hf.is_checkpoint(folder):
+      hf.check(folder, like, fresh=True)
+      return folder, at
+    if not saves.is_dir():
+      raise ValueError(f'there is neither {saves} nor a config.json with *.safetensors')
+    with checkpoint.reading(saves) as source:
       at = source.pick(step or 'latest', 'step')
-      source.check_model(at, the.state.model)
-    except ValueError as error:
-      raise ValueError(f'config.init_from={init_from!r}: {error}') from error
-  return folder, at
+      source.check_model(at, like, fresh=True)
+  except ValueError as error:
+    raise ValueError(f'config.init_from={init_from!r}: {error}') from error
+  return saves, at
 
 
 def _check_owner(
@@ -292,14 +306,7 @@ def _check_owner(
 def parse(argv: list[str]) -> list[str]:
   """Parses the command line; a mistake in it is told in one line, naming the knob."""
   try:
-    known = config.flatten(base.get_config().to_dict())
-    for typed in re.findall(r'(?m)^--?(config\.[^=\s]*)', '\n'.join(argv)):
-      if not any(f'{knob}.'.startswith(f'{typed}.') for knob in known):
-        raise ValueError(f'{typed} is no knob{config.nearest(typed, known)}')
-    recipe = re.search(r'(?m)^--?config=([^:\n]+)', '\n'.join(argv))
-    if recipe and not Path(recipe[1]).is_file():
-      here = ', '.join(map(str, sorted(Path('configs').glob('*.py'))))
-      raise ValueError(f'--config={recipe[1]!r} is no file; recipes here: {here}')
+    config.check_command(argv, config.flatten(base.get_config().to_dict()))
     left = flags.FLAGS(argv)
     if len(left) > 1:
       raise ValueError(f'unknown argument {left[1]!r}')
@@ -307,9 +314,7 @@ def parse(argv: list[str]) -> list[str]:
       raise ValueError('--config=configs/RECIPE.py is missing')
     return left
   except Exception as error:
-    # A recipe's own error arrives wrapped in its traceback.
-    told = str(error).split('Error: ')[-1] if 'Traceback' in str(error) else str(error)
-    print(f'train.py: {" ".join(told.split())}', file=sys.stderr)
+    print(f'train.py: {config.plain(error)}', file=sys.stderr)
     sys.exit(REFUSED)
 
 

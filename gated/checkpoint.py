@@ -14,6 +14,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from gated import trees
 
+_log = logging.getLogger('gated')
+
 
 def reading(directory: str | Path) -> 'Checkpoints':
   """The checkpoints of a run that is another's, or has ended."""
@@ -124,13 +126,36 @@ class Checkpoints:
     restored = self.read(step, {'model': model, 'rest': rest})
     return trees.unflatten(like, restored['rest'] | _under('model', restored['model']))
 
-  def check_model(self, step: int, like: Any) -> None:
-    """Raises ValueError unless `restore_model` can read the step."""
-    self._check(step, 'model', trees.flatten(like))
+  def check_model(self, step: int, like: Any, *, fresh: bool = False) -> None:
+    """Raises ValueError unless `restore_model` can read the step.
 
-  def restore_model(self, step: int, like: Any) -> Any:
-    """A step -> the model alone, placed as the abstract model `like` says."""
-    return trees.unflatten(like, self.read(step, {'model': trees.flatten(like)})['model'])
+    With `fresh`, a gate that the step lacks is no fault.
+    """
+    self._check(step, 'model', self._saved(step, like, fresh))
+
+  def restore_model(self, step: int, like: Any, *, fresh: Any = None) -> Any:
+    """A step -> the model alone, placed as the abstract model `like` says.
+
+    A gate that the step lacks is taken from the model `fresh`, if there is one.
+    """
+    leaves = self._saved(step, like, fresh is not None)
+    found = self.read(step, {'model': leaves})['model']
+    kept = trees.flatten(like).keys() - found.keys()
+    if kept:
+      start = trees.flatten(fresh)
+      found |= {name: start[name] for name in kept}
+      told = ', '.join(sorted(kept))
+      _log.info('%s lacks %s, which starts afresh', self.directory / str(step), told)
+    return trees.unflatten(like, found)
+
+  def _saved(self, step: int, like: Any, fresh: bool) -> dict[str, Any]:
+    """The leaves that are wanted of a step: all, or all but a gate that it lacks."""
+    leaves = trees.flatten(like)
+    saved = self.manager.item_metadata(step)['model'] if fresh else None
+    if saved is None:
+      return leaves
+    lacks = lambda name: '.gate.' in name and name not in saved
+    return {name: leaf for name, leaf in leaves.items() if not lacks(name)}
 
   def read(self, step: int, items: dict[str, dict[str, Any]]) -> dict[str, dict]:
     """A step and, by item, {leaf's name: shape with sharding} -> the same of arrays."""

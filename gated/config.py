@@ -9,6 +9,8 @@ import difflib
 import hashlib
 import json
 import math
+import pathlib
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -47,6 +49,31 @@ def nearest(knob: str, known: Iterable[str], prefix: str = '') -> str:
   if close:
     return f'; did you mean {close[0]}?'
   return f'; known are {", ".join(siblings.values() or names)}'
+
+
+def check_command(argv: Iterable[str], known: Iterable[str]) -> None:
+  """Raises ValueError for a knob or a recipe on a command line that is not there.
+
+  `known` are the full names of all knobs. A recipe is a file with a `get_config`.
+  """
+  lines, known = '\n'.join(argv), list(known)
+  for typed in re.findall(r'(?m)^--?(config\.[^=\s]*)', lines):
+    if not any(f'{knob}.'.startswith(f'{typed}.') for knob in known):
+      raise ValueError(f'{typed} is no knob{nearest(typed, known)}')
+  recipe = re.search(r'(?m)^--?config=([^:\n]+)', lines)
+  if not recipe:
+    return
+  is_recipe = lambda path: path.is_file() and 'def get_config' in path.read_text()
+  if not is_recipe(pathlib.Path(recipe[1])):
+    files = sorted(pathlib.Path('configs').glob('*.py'))
+    here = ', '.join(str(path) for path in files if is_recipe(path))
+    raise ValueError(f'--config={recipe[1]!r} is no recipe; recipes here: {here}')
+
+
+def plain(error: Exception) -> str:
+  """What an error says, in one line; a recipe's own arrives wrapped in its traceback."""
+  told = str(error).split('Error: ')[-1] if 'Traceback' in str(error) else str(error)
+  return ' '.join(told.split())
 
 
 def _coerce(hint: Any, value: Any, name: str) -> Any:

@@ -200,11 +200,12 @@ COLUMNS = (
 
 
 def table(report: Mapping[str, Any]) -> str:
-  """{'step': int, 'domains': {name: summary + yardsticks}, ...} -> text, a line a domain.
+  """{'step': int or None, 'domains': {name: summary + yardsticks}} -> a line a domain.
 
   A yardstick that a domain lacks, and an error of one row, is a dash.
   """
-  lines = [[f'step {report["step"]}', *(heading for heading, _, _ in COLUMNS)]]
+  step = 'imported' if report['step'] is None else f'step {report["step"]}'
+  lines = [[step, *(heading for heading, _, _ in COLUMNS)]]
   for name, domain in report['domains'].items():
     known = {k: v for k, v in domain.items() if v is not None}
     cells = [

@@ -8,7 +8,6 @@ stands in its file. Exit code 2: refused.
 """
 
 import importlib
-import re
 import sys
 from pathlib import Path
 
@@ -70,14 +69,7 @@ def table(c: dict, counts: dict) -> str:
 def parse(argv: list[str]) -> list[str]:
   """Parses the command line; a mistake in it is told in one line, naming the knob."""
   try:
-    known = config.flatten(base.get_config().to_dict())
-    for typed in re.findall(r'(?m)^--?(config\.[^=\s]*)', '\n'.join(argv)):
-      if not any(f'{knob}.'.startswith(f'{typed}.') for knob in known):
-        raise ValueError(f'{typed} is no knob{config.nearest(typed, known)}')
-    recipe = re.search(r'(?m)^--?config=([^:\n]+)', '\n'.join(argv))
-    if recipe and not Path(recipe[1]).is_file():
-      here = ', '.join(map(str, sorted(Path('configs').glob('*.py'))))
-      raise ValueError(f'--config={recipe[1]!r} is no file; recipes here: {here}')
+    config.check_command(argv, config.flatten(base.get_config().to_dict()))
     left = flags.FLAGS(argv)
     if len(left) > 1:
       raise ValueError(f'unknown argument {left[1]!r}')
@@ -87,9 +79,7 @@ def parse(argv: list[str]) -> list[str]:
       raise ValueError('--count is missing; compiling for a topology is not here yet')
     return left
   except Exception as error:
-    # A recipe's own error arrives wrapped in its traceback.
-    told = str(error).split('Error: ')[-1] if 'Traceback' in str(error) else str(error)
-    print(f'preflight.py: {" ".join(told.split())}', file=sys.stderr)
+    print(f'preflight.py: {config.plain(error)}', file=sys.stderr)
     sys.exit(REFUSED)
 
 

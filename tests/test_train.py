@@ -300,3 +300,83 @@ def test_a_recipe_argument_that_does_not_exist_lists_those_that_do(run_python):
 def test_the_dense_model_of_table_7_reports_its_parameters(run_python):
   done = ok(run_python(['train.py', '--config=configs/dense_1b7.py:28l', '--dry_run']))
   assert '1.72B parameters' in done.stderr
+
+
+@pytest.fixture(scope='module')
+def ungated(tmp_path_factory, run_python):
+  """The workdir of an ungated run, and the same weights as Hugging Face has them."""
+  folder = tmp_path_factory.mktemp('ungated')
+  ok(run_python(command(folder / 'run', recipe='configs/tiny.py:gate=none', steps=6)))
+  script = ['scripts/convert_hf.py', f'--from={folder}/run', f'--to={folder}/hf']
+  ok(run_python(script))
+  return folder / 'run', folder / 'hf'
+
+
+@pytest.mark.slow
+def test_an_imported_checkpoint_is_evaluated_as_the_run_is(ungated, run_python):
+  reports = []
+  for workdir, more in zip(ungated, ([], ['--data=stdlib', '--length=64'])):
+    before = sorted(workdir.iterdir())
+    done = ok(run_python(['eval.py', f'--workdir={workdir}', '--rows=8', *more]))
+    reports.append(json.loads(done.stdout.splitlines()[-1]))
+  assert sorted(workdir.iterdir()) == before
+  assert reports[1]['step'] is None
+  assert reports[0]['domains'].keys() == reports[1]['domains'].keys()
+  np.testing.assert_allclose(reports[0]['loss'], reports[1]['loss'], rtol=1e-6)
+  refused = run_python(['eval.py', f'--workdir={workdir}', '--step=6'])
+  assert refused.returncode == 2 and 'has no steps' in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_gate_is_added_to_ungated_weights_without_changing_the_first_step(
+  ungated, tmp_path, run_python
+):
+  """From a workdir and from Hugging Face: zero logits, twice their sigmoid is 1."""
+  gate = {
+    f'model.attn.gate.{k}': v
+    for k, v in dict(position='sdpa', activation='2sigmoid', init='zero').items()
+  }
+  first = {}
+  for source in ungated:
+    for name, changes in (('plain', {}), ('gated', gate)):
+      workdir = tmp_path / f'{source.name}-{name}'
+      knobs = changes | dict(steps=2, init_from=str(source))
+      done = run_python(command(workdir, recipe='configs/tiny.py:gate=none', **knobs))
+      ok(done)
+      assert ('gate.weight, which starts afresh' in done.stderr) == (name == 'gated')
+      first[workdir.name] = losses(workdir)
+  exact = first['run-plain'][0][1]
+  for values in first.values():
+    np.testing.assert_allclose(values[0][1], exact, rtol=1e-6)
+  # From there on the gate learns.
+  assert first['hf-gated'][1][1] != first['hf-plain'][1][1]
+
+
+@pytest.mark.slow
+def test_weights_of_another_model_are_refused_by_their_knobs(
+  ungated, tmp_path, run_python
+):
+  for knobs, told in (
+    (dict(model__ffn=96), 'config.model.ffn=96, but 64 there'),
+    (dict(model__attn__qk_norm=False), 'config.model.attn.qk_norm=False, but True there'),
+  ):
+    knobs |= dict(init_from=str(ungated[1]))
+    recipe = 'configs/tiny.py:gate=none'
+    done = run_python(command(tmp_path / 'run', recipe=recipe, **knobs))
+    assert done.returncode == 2 and told in done.stderr, done.stderr
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.slow
+def test_experts_train_and_report_their_load(tmp_path, run_python):
+  workdir = tmp_path / 'run'
+  recipe = 'configs/moe_15b.py:gate=headwise,scale=test'
+  args = ['train.py', f'--config={recipe}', f'--workdir={workdir}', '--config.accum=2']
+  ok(run_python([*args, '--config.log.tensorboard=False', '--config.mesh.fsdp=1']))
+  records = [r for r in metrics.read(workdir / 'metrics.jsonl') if r['kind'] == 'train']
+  assert len(records) == 20 and records[-1]['loss'] < records[0]['loss'] - 0.1
+  for record in records:
+    assert 1 <= record['load_max'] <= 16
+    assert 0 < record['load_entropy'] <= np.log(16) + 1e-6
+    assert record['dropped'] == 0 and record['balance_loss'] >= 1 - 1e-3
+    assert record['router_z_loss'] > 0

@@ -45,6 +45,7 @@ class Corpus:
     self._records = self._open_records()
     self._heldout = mixture.heldout_domains(parts)
     self.domains = tuple(self._heldout)
+    self.rows = sum(part.rows('train') for part in parts)  # To train on.
     self.max_segments = max(part.segments() for part in parts)  # In one row.
     self.fingerprint = mixture.fingerprint(parts)
 
