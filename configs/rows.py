@@ -5,8 +5,9 @@ each with its value, or with a function of the value that stands there: so one t
 at every scale. None is printed where the paper prints nothing.
 
 Scales: `paper` is the paper's own. `proxy` keeps Table 7's ratios of shapes, in a model
-for one GPU. It reads the embedded corpus, whose 3.5M tokens it sees some 90 times: name
-more text before believing a difference. `test` trains in seconds on a CPU.
+for one GPU. It reads the embedded corpus, whose 3.5M tokens it sees some 23 times, in
+batches that 2 CPU cores can bear: name more text and a larger batch before believing a
+difference. `test` trains in seconds on a CPU.
 """
 
 from configs import base
@@ -21,7 +22,7 @@ SCALES = {
   ),
   'proxy': dict(
     steps=20_000,
-    batch=32,
+    batch=8,
     model=dict(vocab=2048, layers='unroll'),
     optim=dict(warmup=200),
     data=dict(length=512, tokenizer='bpe:2048'),

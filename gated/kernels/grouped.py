@@ -66,8 +66,11 @@ def _blocked(x_NA, w_EAB, size_E):
   A loop over blocks on a CPU, which skips those that turn out to be empty; elsewhere
   batches of blocks, each with a copy of its matrix: right anywhere, and slow.
   """
-  rows = block_rows(len(x_NA), len(w_EAB))
-  return _by_blocks(x_NA, w_EAB, size_E, rows)
+  rows, dtype = block_rows(len(x_NA), len(w_EAB)), x_NA.dtype
+  if jax.default_backend() == 'cpu':
+    # Which has no products in bfloat16; those of float32 are as exact, and faster.
+    x_NA, w_EAB = x_NA.astype(jnp.float32), w_EAB.astype(jnp.float32)
+  return _by_blocks(x_NA, w_EAB, size_E, rows).astype(dtype)
 
 
 def block_rows(n: int, groups: int) -> int:
