@@ -32,7 +32,6 @@ from gated import (
   metrics,
   model,
   plan,
-  tokenizer,
 )
 
 REFUSED = 2
@@ -45,10 +44,10 @@ _DATA = flags.DEFINE_string(
   'data', '', "Another mixture; '' is the run's own, stdlib for a Hugging Face folder."
 )
 _LENGTH = flags.DEFINE_integer(
-  'length', 256, 'Tokens in a row, for a Hugging Face folder.'
+  'length', 0, "Tokens in a row, for a Hugging Face folder; 0 is base.py's."
 )
 _TOKENIZER = flags.DEFINE_string(
-  'tokenizer', 'bytes', 'Of the embedded corpus, for a Hugging Face folder.'
+  'tokenizer', '', "Of stdlib, for a Hugging Face folder; '' is base.py's."
 )
 _CACHE = flags.DEFINE_string('cache', '', "Where the embedded corpus is; '' as usual.")
 _ROWS = flags.DEFINE_integer('rows', 0, 'Held-out rows read per domain; 0 for all.')
@@ -82,7 +81,7 @@ def run(workdir: Path) -> dict:
   ValueError for what cannot be evaluated.
   """
   for flag, low in (
-    (_ROWS, 0), (_XZ_BYTES, 0), (_BATCH, 1), (_BIGRAM_ROWS, 1), (_LENGTH, 1)
+    (_ROWS, 0), (_XZ_BYTES, 0), (_BATCH, 1), (_BIGRAM_ROWS, 1), (_LENGTH, 0)
   ):  # fmt: skip
     config.at_least(f'--{flag.name}', flag.value, low)
   subject = (_imported if hf.is_checkpoint(workdir) else _restored)(workdir)
@@ -112,6 +111,9 @@ def _restored(workdir: Path) -> Subject:
     raise ValueError(
       f'--workdir={workdir}: it holds no checkpoints, nor config.json and *.safetensors'
     )
+  for flag in (_LENGTH, _TOKENIZER):
+    if flag.value:
+      raise ValueError(f'--{flag.name}={flag.value}, but {workdir} is a run with its own')
   with checkpoint.reading(directory) as saved:
     step = saved.pick(_STEP.value, '--step')
     about = saved.about(step)
@@ -128,18 +130,15 @@ def _imported(folder: Path) -> Subject:
   if _STEP.value != 'latest':
     raise ValueError(f'--step={_STEP.value!r}, but {folder} has no steps')
   cfg, c = hf.config(folder), base.get_config().to_dict()
-  knobs = dict(mixture=_DATA.value or c['data']['mixture'], length=_LENGTH.value)
-  knobs |= dict(tokenizer=_TOKENIZER.value, cache=_CACHE.value)
+  told = dict(mixture=_DATA.value, length=_LENGTH.value, tokenizer=_TOKENIZER.value)
+  knobs = {k: v for k, v in (told | dict(cache=_CACHE.value)).items() if v}
   data_cfg = config.build(data.Config, c['data'] | knobs, 'config.data')
   corpus = data.open(data_cfg, vocab=cfg.vocab, batch=1, seed=c['seed'], max_segments=0)
-  theirs, ours = folder / 'tokenizer.json', corpus.tokenizer
+  theirs = folder / 'tokenizer.json'
   if theirs.is_file():
-    wanted = tokenizer.load(str(theirs), eos=ours.eos_token if ours.path else '')
-    if wanted.fingerprint != ours.fingerprint:
-      raise ValueError(
-        f'--data={data_cfg.mixture!r} is of the tokenizer {ours.name!r}, not of '
-        f'{theirs}: python scripts/prepare_data.py --tokenizer={theirs} ...'
-      )
+    corpus.check_tokenizer(theirs)
+  else:
+    print(f'eval.py: {theirs} is not there: the data may be of another', file=sys.stderr)
   cfg = _fitting(cfg, corpus)
   on = _mesh(cfg)
   params = hf.read(folder, _placed(cfg, on))

@@ -22,7 +22,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from configs import base
-from gated import checkpoint, config, data, evals, hf, mesh, metrics, plan
+from gated import checkpoint, config, data, evals, mesh, metrics, plan, weights
 
 REFUSED, NOT_FINITE = 2, 3
 
@@ -64,7 +64,7 @@ class Run(NamedTuple):
   plan: plan.Plan
   corpus: data.Corpus
   step: jax.stages.Lowered
-  weights: tuple[Path, int | None] | None  # What to start from: _find_weights.
+  weights: weights.Source | None  # What to start from.
   changed: dict[str, Any]  # Knobs that differ from the session before.
 
 
@@ -77,18 +77,17 @@ def prepare(c: dict, workdir: Path) -> Run:
   changed, latest = _check_owner(workdir, c, corpus.fingerprint)
   if latest is not None and latest > cfg.steps:
     raise ValueError(f'config.steps={cfg.steps}, but {workdir} is at step {latest}')
-  weights = None
+  start = None
   if cfg.init_from and latest is None:
-    weights = _find_weights(cfg.init_from, the)
-    folder, step = weights
-    found = f'{folder}' if step is None else f'{folder.parent}:{step}'
-    changed['config.init_from'] = cfg.init_from, found
+    start = weights.find(cfg.init_from, the.state.model, corpus)
+    changed['config.init_from'] = cfg.init_from, str(start)
+    changed |= {f'{knob} since config.init_from': v for knob, v in start.differs.items()}
   told = {'config': c, 'data': corpus.fingerprint['sha256'], 'step': latest}
   mesh.agree('the recipe, the data or the checkpoints', config.digest(told))
   _log.info('%s', the)
   if not corpus.domains:
     _log.info('the data holds nothing out: there is no held-out loss, and no best step')
-  return Run(c, workdir, the, corpus, the.train_step(), weights, changed)
+  return Run(c, workdir, the, corpus, the.train_step(), start, changed)
 
 
 def train(run: Run) -> None:
@@ -224,40 +223,9 @@ def _start(run: Run, saved: checkpoint.Checkpoints):
     return saved.restore(latest, run.plan.state)
   state = run.plan.init()
   if run.weights:
-    folder, step = run.weights
-    if step is None:
-      _log.info('starting from the weights in %s', folder)
-      model = hf.read(folder, run.plan.state.model, fresh=state.model)
-    else:
-      _log.info('starting from the weights of %s, step %d', folder.parent, step)
-      with checkpoint.reading(folder) as source:
-        like = run.plan.state.model
-        model = source.restore_model(step, like, fresh=state.model)
+    model = weights.read(run.weights, run.plan.state.model, state.model)
     state = dataclasses.replace(state, model=model)
   return state
-
-
-def _find_weights(init_from: str, the: plan.Plan) -> tuple[Path, int | None]:
-  """'WORKDIR[:STEP]' -> its checkpoints and the step; ValueError if they do not fit.
-
-  A folder of Hugging Face's -> the folder, and no step. A gate that the weights lack is
-  no fault: it stays as it is made.
-  """
-  like, folder = the.state.model, Path(init_from)
-  workdir, _, step = init_from.partition(':')
-  saves, at = Path(workdir) / 'checkpoints', None
-  try:
-    if hf.is_checkpoint(folder):
-      hf.check(folder, like, fresh=True)
-      return folder, at
-    if not saves.is_dir():
-      raise ValueError(f'there is neither {saves} nor a config.json with *.safetensors')
-    with checkpoint.reading(saves) as source:
-      at = source.pick(step or 'latest', 'step')
-      source.check_model(at, like, fresh=True)
-  except ValueError as error:
-    raise ValueError(f'config.init_from={init_from!r}: {error}') from error
-  return saves, at
 
 
 def _check_owner(
@@ -290,8 +258,10 @@ def _check_owner(
     return {}, None
   changed = config.differences(old['config'], c)
   refused = {k: v for k, v in changed.items() if not k.startswith(MAY_CHANGE)}
-  length = 'config.data.length'
-  refused |= {length: changed[length]} if length in changed else {}
+  never = ['config.data.length']
+  if c['model']['moe']['experts'] and c['loss']['balance_over'] != 'global':
+    never.append('config.accum')  # Routers are asked to balance by micro-batch.
+  refused |= {knob: changed[knob] for knob in never if knob in changed}
   if old['data']['sha256'] != fingerprint['sha256']:
     refused['data'] = old['data']['sha256'][:12], fingerprint['sha256'][:12]
   if refused:
@@ -301,6 +271,11 @@ def _check_owner(
       'Name another workdir, or start from its weights with --config.init_from'
     )
   return changed, latest
+
+
+def _digest(c: dict) -> str:
+  """What names a run's default folder: all of its recipe but what the paper says."""
+  return config.digest({knob: c[knob] for knob in c if knob != 'paper'})[:8]
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -325,7 +300,7 @@ def main(argv: list[str]) -> int:
   c = _CONFIG.value.to_dict()
   try:
     config.build(plan.Config, c, 'config')
-    workdir = Path(_WORKDIR.value or f'runs/{c["name"]}-{config.digest(c)[:8]}')
+    workdir = Path(_WORKDIR.value or f'runs/{c["name"]}-{_digest(c)}')
     mesh.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     run = prepare(c, workdir)
   except (ValueError, NotImplementedError) as error:

@@ -71,4 +71,5 @@ def at(shape: str, scale: str):
   c.update(rows.SCALES[scale])
   c.update(SCALES[scale])
   c.model.update(SHAPES[shape][scale])
+  c.paper.assumed = ASSUMED
   return c

@@ -94,6 +94,13 @@ class Config:
         f'{self.normalizer!r}, but they share a softmax: allowed are '
         f'{", ".join(map(repr, OVER_SOFTMAX))}'
       )
+    valued = self.sink_tokens and self.sink_values == 'learned'
+    if self._has_sinks and not valued and self.output == 'rms_norm':
+      raise ValueError(
+        f"{_NAME}.output='rms_norm' with sinks that add nothing ({_NAME}.normalizer="
+        f'{self.normalizer!r}, {_NAME}.sink_tokens={self.sink_tokens}): they only scale '
+        'the output, and the norm divides that out again'
+      )
     if self.qk_norm:
       self.gate.check_qk_norm()
       if self.switch.where == 'key_value' and self.switch.top_k == 1:
@@ -102,6 +109,11 @@ class Config:
           f'a single key out again, and its router learns nothing: take top_k >= 2, '
           f"where='value', or {_NAME}.qk_norm=False"
         )
+
+  @property
+  def _has_sinks(self) -> bool:
+    """Whether something shares the softmax's denominator with the keys."""
+    return bool(self.sink_tokens) or self.normalizer in ('off_by_one', 'sink_logit')
 
 
 class Attention(nnx.Module):
@@ -131,8 +143,8 @@ class Attention(nnx.Module):
     self.query_norm = norm() if cfg.qk_norm else None
     self.key_norm = norm() if cfg.qk_norm else None
     # A softmax over the keys alone, or one of its replacements, has no sinks.
-    sinks = cfg.sink_tokens or cfg.normalizer in ('off_by_one', 'sink_logit')
-    self.sinks = Sinks(cfg, named(key, 'sinks'), numerics=numerics) if sinks else None
+    make_sinks = functools.partial(Sinks, cfg, named(key, 'sinks'), numerics=numerics)
+    self.sinks = make_sinks() if cfg._has_sinks else None
     self.output_norm = HeadNorm(H, K, numerics) if cfg.output == 'rms_norm' else None
     heads = G if cfg.gate.position in ('key', 'value') else H
     make = functools.partial(gate.Gate, width=width, heads=heads, head_dim=K)
@@ -144,13 +156,13 @@ class Attention(nnx.Module):
     self, x_BTD: jax.Array, angle_BTk: jax.Array, segment_BT: jax.Array | None
   ) -> jax.Array:
     turn = lambda x: rope(x, angle_BTk, self.cfg.yarn.scale)
-    q_BTHK = turn(self._normed('query', self.query(x_BTD), x_BTD, self.query_norm))
+    q_BTHK = self._normed('query', self.query(x_BTD), x_BTD, self.query_norm)
     k_BTGK = turn(self._normed('key', self.key(x_BTD), x_BTD, self.key_norm))
     v_BTGK = self._gated('value', self.value(x_BTD), x_BTD)
     # Each device's queries meet the keys of the whole row.
     k_BTGK = mesh.constrain(k_BTGK, 'batch', None, 'kv_heads', None)
     v_BTGK = mesh.constrain(v_BTGK, 'batch', None, 'kv_heads', None)
-    y_BTHK = self._attend(q_BTHK, k_BTGK, v_BTGK, segment_BT)
+    y_BTHK = self._attend(q_BTHK, turn(q_BTHK), k_BTGK, v_BTGK, segment_BT)
     if self.output_norm is not None:
       y_BTHK = self.output_norm(y_BTHK)
     elif self.cfg.output == 'silu':
@@ -158,13 +170,14 @@ class Attention(nnx.Module):
     y_BTHK = self._gated('sdpa', y_BTHK, x_BTD)
     return self._gated('out', self.out(y_BTHK), x_BTD)
 
-  def _attend(self, q_BTHK, k_BTGK, v_BTGK, segment_BT) -> jax.Array:
+  def _attend(self, still_BTHK, q_BTHK, k_BTGK, v_BTGK, segment_BT) -> jax.Array:
+    """Attention, with sinks if there are any: they meet queries before RoPE."""
     cfg, qkvs = self.cfg, (q_BTHK, k_BTGK, v_BTGK, segment_BT)
     opts: dict[str, Any] = dict(backend=cfg.backend, max_segments=cfg.max_segments)
     opts |= dict(cap=cfg.logit_cap)
     if self.sinks is None:
       return kernels.attend(*qkvs, normalizer=cfg.normalizer, **opts)
-    return self.sinks(*kernels.attend_lse(*qkvs, **opts), q_BTHK)
+    return self.sinks(*kernels.attend_lse(*qkvs, **opts), still_BTHK)
 
   def _gated(self, position: str, y: jax.Array, x_BTD: jax.Array) -> jax.Array:
     """y, gated if the gate stands at this position."""
@@ -189,7 +202,8 @@ class Sinks(nnx.Module):
 
     y' = y * p + u * (1 - p),    p = exp(lse) / (exp(lse) + sum(exp(e)))
 
-  outside of the kernel, which has only to tell its log-sum-exp.
+  outside of the kernel, which has only to tell its log-sum-exp. q is the query before
+  RoPE, so that a sink token stands at no position.
   """
 
   def __init__(self, cfg: Config, key: jax.Array, *, numerics: Numerics):
@@ -224,7 +238,9 @@ class Sinks(nnx.Module):
     if self.key is None:
       return []
     q, k_NHK = q_BTHK.astype(jnp.float32), self._by_head(self.key)
-    score_BTHN = jnp.einsum('bthk,nhk->bthn', q, k_NHK) * q.shape[-1] ** -0.5
+    # YaRN scales the queries and the keys of all others.
+    scale = q.shape[-1] ** -0.5 * self.cfg.yarn.scale**2
+    score_BTHN = scale * jnp.einsum('bthk,nhk->bthn', q, k_NHK)
     return [kernels.soft_cap(score_BTHN, self.cfg.logit_cap)]
 
   def _constants(self, q_BTHK) -> list[jax.Array]:

@@ -45,6 +45,11 @@ class Config:
     kernels.check_grouped(self.backend)
     if not self.capacity > 0:
       raise ValueError(f'{_NAME}.capacity={self.capacity}, but it must be positive')
+    if self.dispatch == 'capacity' and self.backend != 'auto':
+      raise ValueError(
+        f"{_NAME}.backend={self.backend!r} with {_NAME}.dispatch='capacity', which "
+        "multiplies no groups: allowed is 'auto'"
+      )
     if self.experts and self.top_k > self.experts:
       raise ValueError(
         f'{_NAME}.top_k={self.top_k}, but there are {_NAME}.experts={self.experts}'
@@ -56,11 +61,12 @@ class Config:
 class Report(NamedTuple):
   """What a layer's router did, summed over the tokens that are not padding.
 
-  Sums of several batches add up to the sums of one batch of them all.
+  Sums of several batches add up to the sums of one batch of them all. The probabilities
+  and the squares have a gradient, the counts have none.
   """
 
   load_E: jax.Array  # how many tokens chose each expert
-  prob_E: jax.Array  # the probability of each expert; it alone has a gradient, and
+  prob_E: jax.Array  # the probability of each expert
   square: jax.Array  # the squared log of the router's softmax denominator
   dropped: jax.Array  # choices without a place
 

@@ -8,6 +8,7 @@ overwritten. Exit code 2: refused.
 """
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -50,7 +51,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
   )
   add('--to', required=True, type=Path, help='the new folder')
   add(
-    '--dtype', choices=('float32', 'bfloat16'), help='of the files; default: as they are'
+    '--dtype',
+    choices=('float32', 'bfloat16'),
+    help='of the files; default: as they are, but float32 for what was Qwen3-Next',
   )
   add('--shard_gib', default=2.0, type=float, help='GiB in a file')
   add(
@@ -65,16 +68,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> Path:
   """The arguments -> the folder written; ValueError for what cannot be."""
-  if not args.shard_gib > 0:
-    raise ValueError(f'--shard_gib={args.shard_gib}, but it must be positive')
-  if args.to.exists() and (not args.to.is_dir() or any(args.to.iterdir())):
-    raise ValueError(f'--to={args.to} is not an empty folder')
+  size = args.shard_gib * 2**30
+  if not (size > 0 and math.isfinite(size)):
+    raise ValueError(
+      f'--shard_gib={args.shard_gib}, but a positive, finite number is expected'
+    )
+  try:
+    hf.files.check_new(args.to)
+  except ValueError as error:
+    raise ValueError(f'--to={error}') from error
   source = _open(args.source, args.packing)
   hf.save(
     source.params,
     args.to,
     dtype=args.dtype,
-    shard_bytes=int(args.shard_gib * 2**30),
+    shard_bytes=int(size),
     packing=args.packing,
     also=source.also,
   )
@@ -150,7 +158,7 @@ def main(argv: list[str]) -> int:
   args = parse(argv)
   try:
     print(run(args))
-  except (ValueError, NotImplementedError) as error:
+  except (ValueError, NotImplementedError, OSError) as error:
     print(f'convert_hf.py: {error}', file=sys.stderr)
     return REFUSED
   return 0

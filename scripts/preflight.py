@@ -40,6 +40,9 @@ def count(c: dict) -> dict:
 def _total(recipe: str) -> int:
   """'table1.py:baseline,scale=proxy', in configs/ -> its model's parameters."""
   name, _, arg = recipe.partition('.py:')
+  folder = Path(__file__).resolve().parents[1] / 'configs'
+  if name not in {path.stem for path in folder.glob('*.py')}:
+    raise ValueError(f'config.paper.baseline={recipe!r}, but {folder} has no {name}.py')
   c = importlib.import_module(f'configs.{name}').get_config(arg).to_dict()
   return model.count(
     model.abstract(config.build(model.Config, c['model'], 'config.model'))

@@ -174,6 +174,14 @@ def parts(built):
   return q, k, repeat(v), cfg.head_dim**-0.5
 
 
+def still_query(built):
+  """q before RoPE."""
+  weight = np.asarray(built.query.weight[...], np.float64)
+  q = np.einsum('td,dhk->thk', np.asarray(X[0], np.float64), weight)
+  q = q / np.sqrt((q**2).mean(-1, keepdims=True) + 1e-6)
+  return q * np.asarray(built.query_norm.scale[...])
+
+
 def with_extra(built, logit_TN, value_N, head, cap=0.0):
   """One head's softmax over its keys and N terms beside them -> y_TK."""
   q, k, v, scale = (a if np.isscalar(a) else a[:, head] for a in parts(built))
@@ -214,7 +222,7 @@ def test_sink_tokens_are_keys_without_a_position_that_all_tokens_see(values, nor
   built = layer(sink_tokens=3, sink_values=values, normalizer=normalizer, logit_cap=cap)
   assert built.sinks.key.shape == (3, 2, 8)
   assert (built.sinks.value is None) == (values == 'zero')
-  q, _, _, scale = parts(built)
+  q, scale = still_query(built), built.cfg.head_dim**-0.5
   key = np.repeat(np.asarray(built.sinks.key[...], float), 2, 1)
   value = np.zeros_like(key)
   if values == 'learned':
@@ -233,6 +241,18 @@ def test_sink_tokens_are_keys_without_a_position_that_all_tokens_see(values, nor
   )
 
 
+def test_a_sink_tokens_share_does_not_depend_on_the_position():
+  """Nor does YaRN's scale on queries and keys leave the sinks behind."""
+  built = layer(sink_tokens=2)
+  far = run(built, positions=np.arange(T)[None] + 4000)
+  np.testing.assert_allclose(run(built), far, atol=2e-3)
+  yarn = dict(yarn__factor=4.0, yarn__attention=1.3, yarn__original=10**9)
+  stretched = layer(sink_tokens=2, **yarn)
+  for part in (built.query_norm.scale, built.key_norm.scale, built.sinks.key):
+    part[...] = 1.3 * part[...]
+  np.testing.assert_allclose(run(stretched), run(built), atol=1e-4)
+
+
 def test_sinks_gradients_are_those_of_one_softmax_over_everything():
   """No part of q, k or a sink's logit is left without its share of the gradient."""
   built = layer(normalizer='sink_logit', sink_tokens=2, qk_norm=False)
@@ -246,7 +266,8 @@ def test_sinks_gradients_are_those_of_one_softmax_over_everything():
     score = jnp.einsum('bthk,bshk->bths', q, k) * scale
     causal = jnp.tril(jnp.ones((T, T), bool))[None, :, None]
     score = jnp.where(causal, score, -1e30)
-    sink = jnp.einsum('bthk,nhk->bthn', q, wide(net.sinks.key[...], 1)) * scale
+    key = wide(net.sinks.key[...], 1)
+    sink = jnp.einsum('bthk,nhk->bthn', net.query(X), key) * scale
     last = jnp.broadcast_to(net.sinks.logit[...][None, None, :, None], (1, T, 4, 1))
     weight = jax.nn.softmax(jnp.concatenate([score, sink, last], -1), -1)
     y = jnp.einsum('bths,bshk->bthk', weight[..., :T], v)
@@ -334,6 +355,14 @@ def test_a_value_state_gate_reads_the_values_it_gates():
     (
       dict(normalizer='softpick', sink_tokens=2),
       r"attn\.sink_tokens=2 with .*normalizer='softpick'",
+    ),
+    (
+      dict(normalizer='sink_logit', output='rms_norm'),
+      r"attn\.output='rms_norm' with sinks that add nothing",
+    ),
+    (
+      dict(sink_tokens=2, sink_values='zero', output='rms_norm'),
+      r"attn\.output='rms_norm' with sinks that add nothing",
     ),
     (dict(sink_tokens=-1), r'attn\.sink_tokens=-1'),
     (dict(sink_values='one'), r"attn\.sink_values='one'"),

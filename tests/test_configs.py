@@ -181,7 +181,7 @@ def test_table_2_trains_as_long_and_as_fast_as_the_paper():
   }
   # A smaller model has the same rates, and batches and steps in the same proportion.
   small = recipe('table2:48l_1t_5.3e-3_baseline', 'proxy')
-  assert (small['optim']['lr'], small['batch'], small['steps']) == (5.3e-3, 128, 12_500)
+  assert (small['optim']['lr'], small['batch'], small['steps']) == (5.3e-3, 32, 12_500)
   for row in table2.ROWS:
     assert (
       recipe(f'table2:{row}', 'test')['optim']['lr']

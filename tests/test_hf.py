@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -88,6 +89,54 @@ def test_weights_are_kept_as_in_the_files_and_computed_with_in_kind():
   params = hf.load(golden('qwen3_yarn'), compute='float32')
   assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {'bfloat16'}
   assert distance(params, 'qwen3_yarn') < 1e-4
+
+
+def test_norms_of_qwen3_next_lose_nothing_in_bfloat16(copy, tmp_path):
+  """In the files they are w, and the model scales by 1 + w."""
+  rng = np.random.default_rng(0)
+
+  def halved(held):
+    drawn = lambda v: 0.03 * rng.standard_normal(v.shape) if v.ndim == 1 else v
+    return {name: drawn(v).astype('bfloat16') for name, v in held.items()}
+
+  folder = copy('qwen3_next', tensors=halved)
+  theirs = load_file(folder / files.SINGLE)
+  norms = {name: w for name, w in theirs.items() if w.ndim == 1}
+  params = hf.load(folder)
+  numerics = params.cfg.numerics
+  assert (numerics.weights, numerics.compute) == ('float32', 'bfloat16')
+  leaves = {name: np.asarray(leaf) for name, leaf in trees.flatten(params).items()}
+  for i in range(params.cfg.depth):
+    for name, ours in (
+      ('input_layernorm', 'attn_norm'),
+      ('post_attention_layernorm', 'ffn_norm'),
+      ('self_attn.q_norm', 'attn.query_norm'),
+      ('self_attn.k_norm', 'attn.key_norm'),
+    ):
+      w = norms[f'model.layers.{i}.{name}.weight'].astype(np.float32)
+      np.testing.assert_array_equal(leaves[f'blocks.{ours}.scale'][i], 1 + w)
+  w = norms['model.norm.weight'].astype(np.float32)
+  np.testing.assert_array_equal(leaves['norm.scale'], 1 + w)
+  assert len(norms) == 4 * params.cfg.depth + 1
+
+  hf.save(params, tmp_path / 'out', packing='per_head', dtype='bfloat16')
+  again = load_file(tmp_path / 'out' / files.SINGLE)
+  for name, tensor in theirs.items():
+    np.testing.assert_array_equal(again[name], tensor)
+  assert same(hf.load(tmp_path / 'out'), params)
+
+
+def test_norms_of_qwen3_next_are_refused_in_bfloat16():
+  with pytest.raises(ValueError, match=r"dtype='bfloat16', but norms .* float32"):
+    hf.load(golden('qwen3_next'), dtype='bfloat16')
+  cfg = hf.config(golden('qwen3_next'))
+  numerics = dataclasses.replace(cfg.numerics, weights='bfloat16')
+  like = model.abstract(dataclasses.replace(cfg, numerics=numerics))
+  for refuse in (hf.check, hf.read):
+    with pytest.raises(
+      ValueError, match=r'blocks\.attn_norm\.scale .* bfloat16, but norms'
+    ):
+      refuse(golden('qwen3_next'), like)
 
 
 def rows(held, change):
@@ -271,6 +320,14 @@ def test_transformers_opens_what_is_saved(name, tmp_path):
 # config.json.
 
 
+def test_what_config_json_does_not_say_is_as_in_base():
+  """But for what the tables say, and top_k, which must not exceed the experts."""
+  default = config.flatten(base.model(), '')
+  default = {knob.removeprefix('.'): value for knob, value in default.items()}
+  differ = {k for k, value in hf.meaning.UNSAID.items() if value != default[k]}
+  assert differ == {'attn.gate.position', 'moe.top_k'}
+
+
 def test_both_spellings_of_rope_mean_the_same(copy):
   new = hf.config(golden('qwen3_yarn'))
   content = json.loads((golden('qwen3_yarn') / files.CONFIG).read_text())
@@ -297,6 +354,10 @@ def test_what_config_json_does_not_say_is_what_transformers_assumes(copy):
 
 
 YARN = dict(rope_type='yarn', factor=2.0, original_max_position_embeddings=64)
+ORIGINAL = 'original_max_position_embeddings'
+# 0.1 m ln(e) + 1 is 0.
+NO_SCALE = dict(factor=math.e, mscale=1.0, mscale_all_dim=-10.0)
+DEEP = functools.reduce(lambda inner, _: [inner], range(100), [])
 
 
 @pytest.mark.parametrize(
@@ -342,6 +403,29 @@ YARN = dict(rope_type='yarn', factor=2.0, original_max_position_embeddings=64)
     ('qwen3', dict(quantization_config=dict(bits=4)), 'quantization_config='),
     ('qwen3', dict(final_logit_softcapping=30.0), 'final_logit_softcapping=30.0'),
     ('qwen3', dict(attention_sinks=True), 'attention_sinks=True'),
+    ('qwen3', dict(logits_scale=0), 'logits_scale=0: not known'),
+    ('qwen3', dict(logits_scale=0.0), r'logits_scale=0\.0: not known'),
+    ('qwen3', dict(model_type=[]), r'model_type=\[\]'),
+    ('qwen3', dict(model_type={}), r'model_type=\{\}'),
+    ('qwen3', dict(rms_norm_eps=10**400), 'rms_norm_eps is a number of 401 digits'),
+    ('qwen3', dict(hidden_size=10**400), 'hidden_size is a number of 401 digits'),
+    ('qwen3', dict(some_list=DEEP), 'some_list nests deeper than 32 levels'),
+    ('qwen3', dict(rope_scaling=YARN | {ORIGINAL: 0}), f'{ORIGINAL}=0'),
+    ('qwen3', dict(rope_scaling=YARN | {ORIGINAL: 0, 'factor': None}), f'{ORIGINAL}=0'),
+    ('qwen3', {'rope_scaling': YARN, ORIGINAL: 0}, f'{ORIGINAL}=0'),
+    ('qwen3', {'rope_scaling': YARN, ORIGINAL: '64'}, f"{ORIGINAL}='64', but a int"),
+    ('qwen3', {ORIGINAL: '64'}, f"{ORIGINAL}='64', but a int"),
+    ('qwen3', dict(rope_scaling=YARN | NO_SCALE), r'rope_parameters\.mscale=1\.0 and'),
+    (
+      'qwen3',
+      dict(rope_scaling=YARN | dict(mscale=1e308, mscale_all_dim=-1e308, factor=1e300)),
+      r'rope_parameters\.mscale=1e\+308 and',
+    ),
+    (
+      'qwen3',
+      dict(rope_scaling=YARN | dict(factor=-2.0, mscale=1.0, mscale_all_dim=0.5)),
+      r'rope_parameters\.factor=-2\.0',
+    ),
     ('authors_headwise', dict(elementwise_attn_output_gate=True), 'are both on'),
   ],
 )
@@ -462,9 +546,9 @@ def test_pickles_and_broken_json_are_refused(copy, tmp_path):
   with pytest.raises(ValueError, match=r'no \*\.safetensors; other formats, pickles'):
     hf.load(folder)
   folder = copy('qwen3')
-  for content in ('{', '[]'):
+  for content in ('{', '[]', '{"a": ' + '[' * 100_000 + ']' * 100_000 + '}'):
     (folder / files.CONFIG).write_text(content)
-    with pytest.raises(ValueError, match=r'config\.json is not'):
+    with pytest.raises(ValueError, match=r'config\.json (is not|nests)'):
       hf.load(folder)
   with pytest.raises(ValueError, match=r'nothing holds no'):
     hf.load(tmp_path / 'nothing')
@@ -580,6 +664,14 @@ def test_the_script_refuses_in_one_line(workdir, tmp_path, capsys):
     ('has no steps', ('from', f'{golden("qwen3")}:4'), to),
     ('not an empty folder', ('from', source), ('to', tmp_path / 'full')),
     ('--shard_gib=0.0', ('from', source), to, ('shard_gib', 0)),
+    ('--shard_gib=inf', ('from', source), to, ('shard_gib', 'inf')),
+    ('--shard_gib=1e+308', ('from', source), to, ('shard_gib', '1e308')),
+    ('--shard_gib=nan', ('from', source), to, ('shard_gib', 'nan')),
+    (
+      'notes is not a folder',
+      ('from', source),
+      ('to', tmp_path / 'full' / 'notes' / 'x' / 'y'),
+    ),
     (
       'gate.granularity',
       ('from', golden('authors_headwise')),
@@ -591,3 +683,16 @@ def test_the_script_refuses_in_one_line(workdir, tmp_path, capsys):
     err = capsys.readouterr().err
     assert told in err and err.count('\n') == 1
   assert not (tmp_path / 'out').exists()
+
+
+def test_a_folder_that_allows_no_writing_is_refused_before_weights_are_read(
+  tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setattr(files.Tensors, 'read', lambda *_: pytest.fail('a tensor was read'))
+  (tmp_path / 'shut').mkdir()
+  # Root may write anywhere, whatever the mode.
+  monkeypatch.setattr(files.os, 'access', lambda path, _: path != tmp_path / 'shut')
+  args = ('from', golden('qwen3')), ('to', tmp_path / 'shut' / 'out')
+  assert convert(*args) == convert_hf.REFUSED
+  err = capsys.readouterr().err
+  assert 'allows no writing' in err and err.count('\n') == 1

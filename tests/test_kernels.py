@@ -289,7 +289,7 @@ def test_vocab_loss_on_a_mesh_is_the_same(sizes):
 def variant(score, seen, normalizer):
   """Scores (T, S) of a head and which count -> weights, as their papers write them."""
   if normalizer == 'sigmoid':
-    weight = 1 / (1 + np.exp(-(score - np.log(score.shape[-1]))))
+    weight = 1 / (1 + np.exp(-(score - np.log(seen.sum(-1, keepdims=True)))))
     return np.where(seen, weight, 0)
   if normalizer == 'softpick':
     e = np.where(seen, np.exp(score) - 1, 0)

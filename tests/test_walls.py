@@ -32,6 +32,7 @@ FLOORS = {
   'model': 4,
   'plan': 5,
   'hf': 5,
+  'weights': 6,
 }
 
 STORIES = {'train', 'eval'}

@@ -12,10 +12,12 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gated import tokenizer
 from gated.data import mixture, shards
 from gated.data.shards import Batch
 
@@ -48,6 +50,16 @@ class Corpus:
     self.rows = sum(part.rows('train') for part in parts)  # To train on.
     self.max_segments = max(part.segments() for part in parts)  # In one row.
     self.fingerprint = mixture.fingerprint(parts)
+
+  def check_tokenizer(self, path: Path) -> None:
+    """Raises ValueError unless the rows are of the tokenizer in that file."""
+    ours = self.tokenizer
+    theirs = tokenizer.load(str(path), eos=ours.eos_token if ours.path else '')
+    if theirs.fingerprint != ours.fingerprint:
+      raise ValueError(
+        f'the data is of the tokenizer {ours.name!r}, not of {path}: make it with python '
+        f'scripts/prepare_data.py --tokenizer={path} ...'
+      )
 
   def train(self, data_step: int, rows: Sequence[int]) -> Iterator[Batch]:
     """Batches from data_step on, for ever: of each, the in-batch indices `rows`.

@@ -30,6 +30,10 @@ MAY_DIFFER = (
   'config.model.numerics.init_std',
 )
 SHARD_BYTES = 2 << 30
+CENTRED = (
+  'norms are kept less one there, and 1 + w loses most of a small w unless weights are '
+  'kept in float32 (config.model.numerics.weights)'
+)
 
 _log = logging.getLogger('gated')
 
@@ -40,7 +44,8 @@ def load(
   """A folder -> the model, `model(tokens) -> logits`, on the default device.
 
   Weights are kept in `dtype`, by default as the embedding is in the files, and compute is
-  in the same unless told otherwise. ValueError names what cannot be read.
+  in the same unless told otherwise. Those of Qwen3-Next are kept in float32, for its
+  norms add 1 to what is in the files. ValueError names what cannot be read.
   """
   cfg = config(directory, dtype=dtype, compute=compute)
   return read(directory, model.abstract(cfg))
@@ -51,12 +56,16 @@ def config(
 ) -> model.Config:
   """A folder -> the config of its model; `dtype` and `compute` as in `load`."""
   source = files.Tensors(directory)
-  if dtype is None:
-    dtype = _dtype(source)
-  for name, value in (('dtype', dtype), ('compute', compute or dtype)):
+  kept = dtype or _dtype(source)
+  for name, value in (('dtype', kept), ('compute', compute or kept)):
     one_of(name, value, DTYPES)
-  numerics = {'weights': dtype, 'compute': compute or dtype}
-  return _meaning(source, {'numerics': numerics}).cfg
+  numerics = {'weights': kept, 'compute': compute or kept}
+  there = _meaning(source, {'numerics': numerics})
+  if not there.centred or kept == 'float32':
+    return there.cfg
+  if dtype:
+    raise ValueError(f'{source.directory}: dtype={dtype!r}, but {CENTRED}')
+  return _meaning(source, {'numerics': numerics | {'weights': 'float32'}}).cfg
 
 
 def check(directory: str | Path, like: model.Transformer, *, fresh: bool = False) -> None:
@@ -73,16 +82,20 @@ def read(
   """A folder -> the model, placed as the abstract model `like` says.
 
   Leaves of `like` are `jax.ShapeDtypeStruct`, with shardings or without. A gate that the
-  checkpoint lacks is taken from `fresh`. One leaf at a time is whole in host memory. The
-  ValueError of a checkpoint that does not fit names each of its tensors that does not.
+  checkpoint lacks is taken from `fresh`. Host memory holds one leaf at a time, and one
+  tensor of theirs. The ValueError of a checkpoint that does not fit names each of its
+  tensors that does not.
   """
   source = files.Tensors(directory)
   entries = _matched(source, like, fresh is not None)
   leaves = trees.flatten(like)
   filled = {}
   for entry in entries:
-    for name, array in _gather(source, entry, leaves).items():
-      filled[name] = _place(array, leaves[name].sharding)
+    for name in entry.ours:
+      if name in leaves:
+        filled[name] = _place(_gather(source, entry, name, leaves[name]), leaves[name])
+      else:
+        _check_zero(source, entry, name)
   kept = leaves.keys() - filled.keys()
   if kept:
     start = trees.flatten(fresh)
@@ -169,6 +182,12 @@ def _matched(
   ]
   wanted = {name: entry.shape for entry in entries for name in entry.names()}
   faults += _faults(source, wanted, tied=like.cfg.tied)
+  faults += [
+    f'{name} of ours is {leaves[name].dtype}, but {CENTRED}'
+    for entry in entries
+    for name in entry.ours
+    if entry.form is names.FORMS['centred'] and leaves[name].dtype != jnp.float32
+  ]
   if faults:
     told = '; '.join(sorted(faults))
     raise ValueError(f'{source.directory} has {len(faults)} faults: {told}')
@@ -216,26 +235,34 @@ def _repeats_embedding(source: files.Tensors, name: str) -> bool:
   return all(map(same, rows))
 
 
-def _gather(source: files.Tensors, entry: names.Entry, leaves) -> dict[str, np.ndarray]:
-  """The arrays of ours that a line of the table holds, all layers, in our dtypes."""
-  arrays = {
-    name: np.empty(leaves[name].shape, leaves[name].dtype)
-    for name in entry.ours
-    if name in leaves
-  }
-  for name, index, row in entry.places():
-    for ours, part in zip(entry.ours, entry.unpack(source.read(name, row))):
-      if ours in arrays:
-        arrays[ours][index] = part
-      elif part.any():
-        raise ValueError(f'{name}: the gate has a bias, but only 0 is implemented')
-  return arrays
+def _gather(source: files.Tensors, entry: names.Entry, name: str, like) -> np.ndarray:
+  """One leaf of ours, all its layers, in its dtype.
+
+  Where leaves share a tensor, it is read for each: one pass would hold them all.
+  """
+  array = np.empty(like.shape, like.dtype)
+  at = entry.ours.index(name)
+  for theirs, index, row in entry.places():
+    array[index] = entry.unpack(source.read(theirs, row))[at]
+  return array
 
 
-def _place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
-  if sharding is None:
-    return jax.device_put(array)
-  return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+def _check_zero(source: files.Tensors, entry: names.Entry, name: str) -> None:
+  """Raises ValueError unless the rows of a leaf that ours lack are zero."""
+  at = entry.ours.index(name)
+  for theirs, _, row in entry.places():
+    if entry.unpack(source.read(theirs, row))[at].any():
+      raise ValueError(f'{theirs}: the gate has a bias, but only 0 is implemented')
+
+
+def _place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+  if like.sharding is None:
+    placed = jax.device_put(array)
+  else:
+    take = lambda index: array[index]
+    placed = jax.make_array_from_callback(array.shape, like.sharding, take)
+  # A transfer under way would keep its leaf in host memory beside the next one.
+  return jax.block_until_ready(placed)
 
 
 def _pieces(entries: list[names.Entry]) -> Iterator[tuple[names.Entry, str, tuple]]:

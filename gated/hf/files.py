@@ -7,6 +7,7 @@ a folder is no checkpoint.
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from safetensors.numpy import save_file
 
 CONFIG, INDEX, SINGLE = 'config.json', 'model.safetensors.index.json', 'model.safetensors'
 MAX_JSON = 1 << 26  # Bytes; the index of a mixture of 100,000 tensors takes about 10 MB.
+MAX_DEPTH = 32  # Of lists and objects in each other.
 
 # Theirs -> ours.
 DTYPES = {'F32': 'float32', 'BF16': 'bfloat16'}
@@ -46,9 +48,22 @@ def read_json(path: Path) -> dict[str, Any]:
     content = json.loads(path.read_text('utf-8'))
   except ValueError as error:
     raise ValueError(f'{path} is not JSON: {error}') from error
+  except RecursionError as error:
+    raise ValueError(f'{path} nests deeper than {MAX_DEPTH} levels') from error
   if not isinstance(content, dict):
     raise ValueError(f'{path} is not a JSON object')
+  for key, value in content.items():
+    if _deeper(value, MAX_DEPTH):
+      raise ValueError(f'{path}: {key} nests deeper than {MAX_DEPTH} levels')
   return content
+
+
+def _deeper(value: Any, levels: int) -> bool:
+  """Whether lists and objects lie in each other more often than that."""
+  if not isinstance(value, (list, dict)):
+    return False
+  inner = value.values() if isinstance(value, dict) else value
+  return levels == 0 or any(_deeper(each, levels - 1) for each in inner)
 
 
 class Tensors:
@@ -122,10 +137,10 @@ def write(
 ) -> None:
   """Tensors, in the order of `headers`, -> a new folder, in files of about that size.
 
-  Raises ValueError if the folder exists and is not empty.
+  Raises ValueError if the folder exists and is not empty, or cannot be made.
   """
   folder = Path(directory)
-  check_empty(folder)
+  check_new(folder)
   folder.mkdir(parents=True, exist_ok=True)
   shards = _shards(headers, shard_bytes)
   stream, index = iter(arrays), {}
@@ -140,9 +155,14 @@ def write(
   _write_json(folder / CONFIG, config)
 
 
-def check_empty(folder: Path) -> None:
-  """Raises ValueError unless the folder is empty, or not there yet."""
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+def check_new(folder: Path) -> None:
+  """Raises ValueError unless the folder is empty, or can be made; and be written to."""
+  there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+  if there != folder and not os.path.isdir(there):
+    raise ValueError(f'{folder} cannot be made: {there} is not a folder')
+  if os.path.isdir(there) and not os.access(there, os.R_OK | os.W_OK | os.X_OK):
+    raise ValueError(f'{folder} cannot be written: {there} allows no writing')
+  if there == folder and (not os.path.isdir(folder) or any(folder.iterdir())):
     raise ValueError(f'{folder} is not an empty folder, and nothing is overwritten')
 
 

@@ -118,8 +118,8 @@ def write(
     out |= {'use_sliding_window': False, 'sliding_window': None}
   if gated and not next_:
     out |= {'qkv_bias': attn.bias, 'use_qk_norm': attn.qk_norm}
-    for kind in ('headwise', 'elementwise'):
-      out[f'{kind}_attn_output_gate'] = gate.granularity == kind
+    for granularity in ('headwise', 'elementwise'):
+      out[f'{granularity}_attn_output_gate'] = gate.granularity == granularity
   _check_harmless(also)
   groups = (attn.heads if next_ else attn.kv_heads) if gated else 0
   return out | dict(also), groups, next_

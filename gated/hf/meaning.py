@@ -65,6 +65,9 @@ UNSAID = MEANT_BY_GATE | {
 }
 
 
+MAX_WHOLE = 2**62  # Arrays have no longer dims.
+
+
 class Meaning(NamedTuple):
   """What a config.json says."""
 
@@ -79,7 +82,7 @@ class _Keys:
   def __init__(self, content: Mapping[str, Any]):
     self.left = dict(content)
     self.kind = self.left.pop('model_type', None)
-    if self.kind not in ASSUMED:
+    if not isinstance(self.kind, str) or self.kind not in ASSUMED:
       allowed = ', '.join(map(repr, ASSUMED))
       raise ValueError(f'model_type={self.kind!r}, but what is read is {allowed}')
 
@@ -107,8 +110,13 @@ class _Keys:
       self.left.pop(key, None)
 
   def end(self) -> None:
-    off = (None, False, [], {})
-    left = {k: v for k, v in self.left.items() if k not in HARMLESS and v not in off}
+    """Raises ValueError, naming them, for keys that nobody took.
+
+    HARMLESS ones pass, and so do unknown ones that are off: null, false, [] or {}. A
+    number is never off: a scale of 0 is one.
+    """
+    off = lambda v: v is None or v is False or v == [] or v == {}
+    left = {k: v for k, v in self.left.items() if k not in HARMLESS and not off(v)}
     if left:
       told = ', '.join(f'{k}={v!r}' for k, v in sorted(left.items()))
       raise ValueError(
@@ -117,7 +125,10 @@ class _Keys:
 
 
 def _typed(key: str, value: Any, of: type) -> Any:
-  if of is float and isinstance(value, int) and not isinstance(value, bool):
+  whole = isinstance(value, int) and not isinstance(value, bool)
+  if whole and abs(value) > MAX_WHOLE:
+    raise ValueError(f'{key} is a number of {len(str(value))} digits')
+  if of is float and whole:
     value = float(value)
   if not isinstance(value, of) or (isinstance(value, bool) and of is not bool):
     raise ValueError(f'{key}={value!r}, but a {of.__name__} is expected')
@@ -182,9 +193,9 @@ def _rope(keys: _Keys) -> dict[str, Any]:
   left = dict(scaling or parameters or {})
   base = keys.take('rope_theta', float)
   part = keys.take('partial_rotary_factor', float)
-  length = keys.left.get('original_max_position_embeddings')
-  keys.drop('original_max_position_embeddings')
-  length = length or keys.take('max_position_embeddings', int)
+  length = keys.maybe('original_max_position_embeddings', int)
+  if length is None:
+    length = keys.take('max_position_embeddings', int)
 
   def take(key, of, otherwise):
     value = left.pop(key, None)
@@ -196,24 +207,7 @@ def _rope(keys: _Keys) -> dict[str, Any]:
     raise ValueError(f'partial_rotary_factor={part}, but only 1.0 is implemented')
   knobs = {'attn.rope_base': base, 'attn.yarn.factor': 1.0}
   if kind == 'yarn':
-    original = take('original_max_position_embeddings', int, length)
-    factor = take('factor', float, length / original)
-    attention = take('attention_factor', float, 0.0)
-    mscale, over = take('mscale', float, 0.0), take('mscale_all_dim', float, 0.0)
-    if not attention and mscale and over:
-      scale = lambda m: 0.1 * m * math.log(factor) + 1
-      attention = scale(mscale) / scale(over)
-    if factor == 1 and attention not in (0, 1):
-      raise ValueError(f'rope_parameters.attention_factor={attention} with a factor of 1')
-    if not take('truncate', bool, True):
-      raise ValueError('rope_parameters.truncate=False, but only True is implemented')
-    knobs |= {
-      'attn.yarn.factor': factor,
-      'attn.yarn.original': original,
-      'attn.yarn.beta_fast': take('beta_fast', float, 0.0) or 32.0,
-      'attn.yarn.beta_slow': take('beta_slow', float, 0.0) or 1.0,
-      'attn.yarn.attention': attention,
-    }
+    knobs |= _yarn(take, length)
   elif kind != 'default':
     allowed = "'default' and 'yarn'"
     raise ValueError(f'rope_parameters.rope_type={kind!r}, but implemented are {allowed}')
@@ -222,6 +216,47 @@ def _rope(keys: _Keys) -> dict[str, Any]:
     told = ', '.join(f'rope_parameters.{k}={v!r}' for k, v in sorted(left.items()))
     raise ValueError(f'{told}: unknown for rope_type={kind!r}')
   return knobs
+
+
+def _yarn(take, length: int) -> dict[str, Any]:
+  """The knobs of YaRN; `length` is the context that the other keys state."""
+  original = take('original_max_position_embeddings', int, length)
+  for tokens in (original, length):
+    if tokens < 1:
+      raise ValueError(
+        f'original_max_position_embeddings={tokens}, or max_position_embeddings in its '
+        'place, but at least 1 is expected'
+      )
+  factor = take('factor', float, length / original)
+  if factor < 1:
+    raise ValueError(f'rope_parameters.factor={factor}, but at least 1 is expected')
+  attention = take('attention_factor', float, 0.0)
+  mscale, over = take('mscale', float, 0.0), take('mscale_all_dim', float, 0.0)
+  if not attention and mscale and over:
+    attention = _attention(factor, mscale, over)
+  if factor == 1 and attention not in (0, 1):
+    raise ValueError(f'rope_parameters.attention_factor={attention} with a factor of 1')
+  if not take('truncate', bool, True):
+    raise ValueError('rope_parameters.truncate=False, but only True is implemented')
+  return {
+    'attn.yarn.factor': factor,
+    'attn.yarn.original': original,
+    'attn.yarn.beta_fast': take('beta_fast', float, 0.0) or 32.0,
+    'attn.yarn.beta_slow': take('beta_slow', float, 0.0) or 1.0,
+    'attn.yarn.attention': attention,
+  }
+
+
+def _attention(factor: float, mscale: float, over: float) -> float:
+  """What a pair of mscale makes of attention_factor, as in transformers."""
+  scale = lambda m: 0.1 * m * math.log(factor) + 1
+  above, below = scale(mscale), scale(over)
+  if not below or not math.isfinite(above / below) or above / below <= 0:
+    raise ValueError(
+      f'rope_parameters.mscale={mscale} and mscale_all_dim={over} with factor={factor} '
+      f'make {above} / {below} of attention, but a positive number is expected'
+    )
+  return above / below
 
 
 def _ffn(keys: _Keys) -> dict[str, Any]:

@@ -88,7 +88,9 @@ FORMS = {
     lambda t, s: t.T.reshape(s),
     lambda s: _columns(s)[::-1],
   ),
-  # Qwen3-Next keeps a norm's scale less one. That is exact for scales in [1/2, 2].
+  # Qwen3-Next keeps a norm's scale less one, w. The difference is exact for scales of
+  # at least 1/2, and so is 1 + w in float32 where w comes from bfloat16 and is 0 or at
+  # least 2**-16. In bfloat16, 1 + w would lose most of a small w, so ours are float32.
   'centred': Form(
     lambda w: w.astype(np.float32) - 1,
     lambda t, s: t.astype(np.float32) + 1,

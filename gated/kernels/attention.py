@@ -25,8 +25,10 @@ def soft_cap(x: jax.Array, cap: float) -> jax.Array:
 
 
 def _sigmoid(score, mask):
-  # The bias keeps the sum of weights near 1 at the start: n is the row's keys.
-  return jnp.where(mask, jax.nn.sigmoid(score - jnp.log(score.shape[-1])), 0)
+  # The bias keeps the sum of weights near 1 at the start. n is the keys that the query
+  # sees, so that neither what follows nor another document in the row matters.
+  count = jnp.broadcast_to(mask.sum(-1, keepdims=True), (*score.shape[:-1], 1))
+  return jnp.where(mask, jax.nn.sigmoid(score - jnp.log(count)), 0)
 
 
 def _softpick(score, mask):

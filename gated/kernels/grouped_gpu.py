@@ -22,7 +22,7 @@ OUTER_TILE = dict(rows=128, columns=256, terms=32, warps=8, stages=4)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def multiply(x_NA, w_EAB, size_E, interpret: bool = False):
-  """As `grouped_matmul`: widths are multiples of 64, N of 16 and at least one block."""
+  """As `grouped_matmul`: widths are multiples of 64, and N is at least a block."""
   return _products(x_NA, w_EAB, size_E, transposed=False, interpret=interpret)
 
 
