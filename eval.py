@@ -120,8 +120,8 @@ def _restored(workdir: Path) -> Subject:
     corpus = _open(about, _DATA.value)
     c = about['config']['model']
     cfg = _fitting(config.build(model.Config, c, 'config.model'), corpus)
-    on = _mesh(cfg)
-    params = saved.restore_model(step, _placed(cfg, on))
+    on, like = plan.reading(cfg)
+    params = saved.restore_model(step, like)
   return Subject(cfg, params, on, corpus, about['config']['loss']['chunk'], step, about)
 
 
@@ -140,8 +140,8 @@ def _imported(folder: Path) -> Subject:
   else:
     print(f'eval.py: {theirs} is not there: the data may be of another', file=sys.stderr)
   cfg = _fitting(cfg, corpus)
-  on = _mesh(cfg)
-  params = hf.read(folder, _placed(cfg, on))
+  on, like = plan.reading(cfg)
+  params = hf.read(folder, like)
   return Subject(cfg, params, on, corpus, c['loss']['chunk'], None, None)
 
 
@@ -149,18 +149,6 @@ def _fitting(cfg: model.Config, corpus: data.Corpus) -> model.Config:
   """A model that takes the data's rows: more documents only cost a kernel more."""
   most = max(cfg.attn.max_segments, corpus.max_segments)
   return dataclasses.replace(cfg, attn=dataclasses.replace(cfg.attn, max_segments=most))
-
-
-def _placed(cfg: model.Config, on: Mesh) -> model.Transformer:
-  shapes = model.abstract(cfg)
-  return plan.placed(shapes, mesh.shardings(shapes, on))
-
-
-def _mesh(cfg: model.Config) -> Mesh:
-  """All devices, with the weights split over as many as divide the model's width."""
-  count = jax.device_count()
-  fsdp = next(n for n in range(count, 0, -1) if cfg.width % n == 0 == count % n)
-  return mesh.make(data=count // fsdp, fsdp=fsdp, expert=1, tensor=1, context=1)
 
 
 def _open(about: dict, mixture: str) -> data.Corpus:

@@ -220,6 +220,18 @@ def placed(shapes: Any, shardings: Any) -> Any:
   )
 
 
+def reading(cfg: model.Config) -> tuple[Mesh, model.Transformer]:
+  """-> all devices and the abstract model, its weights split over them, to be read.
+
+  They are split over as many devices as divide the model's width.
+  """
+  count = jax.device_count()
+  fsdp = next(n for n in range(count, 0, -1) if cfg.width % n == 0 == count % n)
+  on = mesh.make(data=count // fsdp, fsdp=fsdp, expert=1, tensor=1, context=1)
+  shapes = model.abstract(cfg)
+  return on, placed(shapes, mesh.shardings(shapes, on))
+
+
 def _check_batch(cfg: Config, on: Mesh) -> None:
   """Raises ValueError unless the mesh splits every micro-batch and row evenly."""
   ways = mesh.ways('batch', on)

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 # This script is run from a checkout, without an installation.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import jax
 
-from gated import checkpoint, config, hf, mesh, model, plan
+from gated import checkpoint, config, hf, model, plan
 from gated.data import mixture, shards
 
 REFUSED = 2
@@ -120,8 +119,7 @@ def _from_run(workdir: Path, step: str, packing: str) -> Source:
     about = saved.about(at)
     cfg = config.build(model.Config, about['config']['model'], 'config.model')
     hf.knobs.write(cfg, packing, cfg.numerics.weights, {})  # Refuses before it reads.
-    shapes, on = model.abstract(cfg), _mesh(cfg)
-    params = saved.restore_model(at, plan.placed(shapes, mesh.shardings(shapes, on)))
+    params = saved.restore_model(at, plan.reading(cfg)[1])
   length = {'max_position_embeddings': about['config']['data']['length']}
   stated, file = _tokenizer(about)
   return Source(params, _unstretched(cfg, stated | length), file)
@@ -131,13 +129,6 @@ def _unstretched(cfg: model.Config, also: dict[str, Any]) -> dict[str, Any]:
   """Without the length, where YaRN has set it."""
   plain = cfg.attn.yarn.factor == 1
   return {k: v for k, v in also.items() if plain or k != 'max_position_embeddings'}
-
-
-def _mesh(cfg: model.Config):
-  """All devices, with the weights split over as many as divide the model's width."""
-  count = jax.device_count()
-  fsdp = next(n for n in range(count, 0, -1) if cfg.width % n == 0 == count % n)
-  return mesh.make(data=count // fsdp, fsdp=fsdp, expert=1, tensor=1, context=1)
 
 
 def _tokenizer(about: dict) -> tuple[dict[str, Any], Path | None]:
