@@ -85,7 +85,7 @@ def test_a_recipe_resolves_as_it_did(name):
   assert resolved(name) == golden[name], STALE
 
 
-@pytest.mark.parametrize('accum', [1, 2])
+@pytest.mark.parametrize('accum', [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('gate', base.GATES)
 def test_the_first_losses_are_what_they_were(gate, accum):
   """To 1e-5 of a loss, as versions and processors differ in the last bits."""
