@@ -8,12 +8,11 @@ smaller input; times are medians in milliseconds of forward, and forward and bac
 """
 
 import argparse
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import milliseconds
 
 from gated import kernels
 
@@ -56,18 +55,6 @@ def both(f):
     return jax.grad(loss, (0, 1, 2))(q, k, v)
 
   return jax.jit(run)
-
-
-def milliseconds(f, *args):
-  jax.block_until_ready(f(*args))
-  times = []
-  for _ in range(10):
-    start = time.perf_counter()
-    for _ in range(5):
-      out = f(*args)
-    jax.block_until_ready(out)
-    times.append((time.perf_counter() - start) / 5)
-  return 1e3 * statistics.median(times)
 
 
 def error(f, reference, arrays, segment_BT):

@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import milliseconds
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -57,19 +58,6 @@ def functions(E, ragged):
   if ragged:
     found['peer jax.lax.ragged_dot'] = jax.lax.ragged_dot
   return found
-
-
-def milliseconds(f, *args):
-  f = jax.jit(f)
-  jax.block_until_ready(f(*args))
-  times = []
-  for _ in range(10):
-    start = time.perf_counter()
-    for _ in range(3):
-      out = f(*args)
-    jax.block_until_ready(out)
-    times.append((time.perf_counter() - start) / 3)
-  return 1e3 * statistics.median(times)
 
 
 def reference(x, w, dy, size):

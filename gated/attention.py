@@ -95,7 +95,7 @@ class Config:
         f'{", ".join(map(repr, OVER_SOFTMAX))}'
       )
     valued = self.sink_tokens and self.sink_values == 'learned'
-    if self._has_sinks and not valued and self.output == 'rms_norm':
+    if self.has_sinks and not valued and self.output == 'rms_norm':
       raise ValueError(
         f"{_NAME}.output='rms_norm' with sinks that add nothing ({_NAME}.normalizer="
         f'{self.normalizer!r}, {_NAME}.sink_tokens={self.sink_tokens}): they only scale '
@@ -111,7 +111,7 @@ class Config:
         )
 
   @property
-  def _has_sinks(self) -> bool:
+  def has_sinks(self) -> bool:
     """Whether something shares the softmax's denominator with the keys."""
     return bool(self.sink_tokens) or self.normalizer in ('off_by_one', 'sink_logit')
 
@@ -144,8 +144,11 @@ class Attention(nnx.Module):
     self.key_norm = norm() if cfg.qk_norm else None
     # A softmax over the keys alone, or one of its replacements, has no sinks.
     make_sinks = functools.partial(Sinks, cfg, named(key, 'sinks'), numerics=numerics)
-    self.sinks = make_sinks() if cfg._has_sinks else None
-    self.output_norm = HeadNorm(H, K, numerics) if cfg.output == 'rms_norm' else None
+    self.sinks = make_sinks() if cfg.has_sinks else None
+    # The paper calls it GroupNorm, of "almost no additional parameters": H K of them.
+    by_head = functools.partial(RMSNorm, (H, K), axes=('heads', 'head_dim'))
+    normed = cfg.output == 'rms_norm'
+    self.output_norm = by_head(numerics=numerics) if normed else None
     heads = G if cfg.gate.position in ('key', 'value') else H
     make = functools.partial(gate.Gate, width=width, heads=heads, head_dim=K)
     gated = cfg.gate.position != 'none'
@@ -259,28 +262,6 @@ def _merged(y_BTHK, lse_BTH, extra_BTH, u_BTHK) -> jax.Array:
   if u_BTHK is not None:
     merged = merged + u_BTHK * (1 - p_BTH1)
   return merged.astype(y_BTHK.dtype)
-
-
-class HeadNorm(nnx.Module):
-  """RMSNorm of each head's output by itself, with a scale per channel (Table 3, row 5).
-
-  The paper calls it GroupNorm with "almost no additional parameters": H K of them here.
-  """
-
-  def __init__(self, heads: int, head_dim: int, numerics: Numerics):
-    self.eps = numerics.norm_eps
-    ones = jnp.ones((heads, head_dim), numerics.weights)
-    self.scale = nnx.Param(ones, axes=('heads', 'head_dim'))
-
-  def __call__(self, y_BTHK: jax.Array) -> jax.Array:
-    return _head_norm(y_BTHK, self.scale[...], self.eps)
-
-
-@functools.partial(recomputed, static_argnums=2)
-def _head_norm(y_BTHK, scale_HK, eps):
-  z = y_BTHK.astype(jnp.float32)
-  z *= jax.lax.rsqrt(jnp.mean(jnp.square(z), -1, keepdims=True) + eps)
-  return (z * scale_HK.astype(jnp.float32)[None, None]).astype(y_BTHK.dtype)
 
 
 class Switched(nnx.Module):

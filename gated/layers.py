@@ -96,9 +96,10 @@ class Dense(nnx.Module):
 class RMSNorm(nnx.Module):
   """x -> scale * x / sqrt(mean(x^2) + eps), in float32 (arXiv 1910.07467)."""
 
-  def __init__(self, dim: int, *, axes: Axes, numerics: Numerics):
+  def __init__(self, dims: int | tuple[int, ...], *, axes: Axes, numerics: Numerics):
+    """The mean is over the last of `dims`; dims before it have scales of their own."""
     self.eps = numerics.norm_eps
-    self.scale = nnx.Param(jnp.ones((dim,), numerics.weights), axes=tuple(axes))
+    self.scale = nnx.Param(jnp.ones(dims, numerics.weights), axes=tuple(axes))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return _rms_norm(x, self.scale[...], self.eps)
@@ -108,7 +109,7 @@ class RMSNorm(nnx.Module):
 def _rms_norm(x, scale, eps):
   z = x.astype(jnp.float32)
   z *= jax.lax.rsqrt(jnp.mean(jnp.square(z), -1, keepdims=True) + eps)
-  scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + scale.shape)
+  scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
   return (z * scale).astype(x.dtype)
 
 

@@ -9,6 +9,7 @@ B batch  T tokens  D width  F ffn of an expert  E experts  k experts of a token
 N = B * T  M = N * k selections  C capacity
 """
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -84,15 +85,9 @@ class MoE(nnx.Module):
     std_out: float,
     numerics: Numerics,
   ):
-    self.cfg, self.compute = cfg, numerics.compute
+    self.cfg = cfg
     # Router weights and logits are float32 throughout.
-    wide = Numerics(
-      weights='float32',
-      compute='float32',
-      init_std=numerics.init_std,
-      residual_init=numerics.residual_init,
-      norm_eps=numerics.norm_eps,
-    )
+    wide = dataclasses.replace(numerics, weights='float32', compute='float32')
     self.router = Dense(
       named(key, 'router'),
       (width,),
@@ -114,8 +109,11 @@ class MoE(nnx.Module):
     weight_BTk, choice_BTk, prob_BTE = route(logit_BTE, cfg)
     live = live_BT.astype(jnp.float32)
     chosen_BTE = jax.nn.one_hot(choice_BTk, E).sum(2)
-    dispatch = _capacity if cfg.dispatch == 'capacity' else _dropless
-    y_BTD, dropped = dispatch(self.experts, x_BTD, weight_BTk, choice_BTk, live_BT, cfg)
+    routed = x_BTD, weight_BTk, choice_BTk
+    if cfg.dispatch == 'dropless':
+      y_BTD, dropped = _dropless(self.experts, *routed, backend=cfg.backend), 0.0
+    else:
+      y_BTD, dropped = _capacity(self.experts, *routed, live_BT=live_BT, cfg=cfg)
     if self.shared is not None:
       y_BTD = y_BTD + self.shared(x_BTD)
     lse_BT = jax.nn.logsumexp(logit_BTE, -1)
@@ -123,7 +121,7 @@ class MoE(nnx.Module):
       load_E=jax.lax.stop_gradient(jnp.einsum('bt,bte->e', live, chosen_BTE)),
       prob_E=jnp.einsum('bt,bte->e', live, prob_BTE),
       square=jnp.sum(live * jnp.square(lse_BT)),
-      dropped=dropped,
+      dropped=jnp.float32(dropped),
     )
 
 
@@ -159,13 +157,12 @@ def route(logit_BTE: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array, jax.
   return weight_BTk, choice_BTk, prob_BTE
 
 
-def _dropless(experts: Experts, x_BTD, weight_BTk, choice_BTk, live_BT, cfg: Config):
+def _dropless(experts: Experts, x_BTD, weight_BTk, choice_BTk, *, backend: str):
   abstract = jax.sharding.get_abstract_mesh()
-  local = functools.partial(_local_experts, backend=cfg.backend)
+  local = functools.partial(_local_experts, backend=backend)
   args = x_BTD, weight_BTk, choice_BTk, *experts.weights()
-  zero = jnp.zeros((), jnp.float32)
   if abstract.empty or abstract.size == 1:
-    return local(*args)[0], zero
+    return local(*args)[0]
   BT = mesh.spec(('batch', 'tokens'), abstract)
   F = mesh.spec(('ffn',), abstract)[0]
   rows = P(*BT, None)
@@ -177,7 +174,7 @@ def _dropless(experts: Experts, x_BTD, weight_BTk, choice_BTk, live_BT, cfg: Con
     out_specs=P(F, *BT, None),
     check_vma=False,
   )(*args)
-  return parts.sum(0) if F else parts[0], zero
+  return parts.sum(0) if F else parts[0]
 
 
 def _local_experts(x_BTD, weight_BTk, choice_BTk, act_EDF, up_EDF, down_EFD, *, backend):
@@ -231,7 +228,9 @@ _spread.defvjp(
 )
 
 
-def _capacity(experts: Experts, x_BTD, weight_BTk, choice_BTk, live_BT, cfg: Config):
+def _capacity(
+  experts: Experts, x_BTD, weight_BTk, choice_BTk, *, live_BT, cfg: Config
+) -> tuple[jax.Array, jax.Array]:
   """An expert takes up to C tokens of each row, those that chose it first at first."""
   (B, T, D), k, E = x_BTD.shape, cfg.top_k, cfg.experts
   C = min(T, math.ceil(cfg.capacity * k * T / E))

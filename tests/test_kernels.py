@@ -108,7 +108,7 @@ def test_auto_does_not_take_the_reference_for_a_long_row():
 
 
 def test_auto_takes_the_reference_for_a_short_row_and_says_so_once(caplog):
-  kernels.log_choice.cache_clear()
+  kernels.choice.log.cache_clear()
   q = jnp.ones((1, 4096, 1, 2))
   with caplog.at_level('INFO', logger='gated'):
     for _ in range(2):
@@ -408,7 +408,7 @@ def test_what_no_fused_kernel_can_do_runs_on_the_reference_and_says_so(caplog):
     (dict(normalizer='softpick'), 'has no softpick attention'),
     (dict(cap=2.0), 'has no soft cap'),
   ):
-    kernels.log_choice.cache_clear()
+    kernels.choice.log.cache_clear()
     with caplog.at_level('INFO', logger='gated'):
       kernels.attend(q, q, q, None, backend='auto', max_segments=8, **opts)
     assert f'reference backend (cudnn {said})' in caplog.records[-1].message

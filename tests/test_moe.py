@@ -341,6 +341,9 @@ def test_a_step_with_experts_makes_no_transfer():
     batch = mesh.place(small.batch(16, 16), the.mesh, 16)
   state, metrics = run(state, batch)
   jax.block_until_ready(metrics)
+  with jax.transfer_guard('allow'):
+    assert int(state.step) == 1
+    assert np.isfinite(float(metrics['loss'])) and float(metrics['balance_loss']) > 0
 
 
 @pytest.mark.parametrize(

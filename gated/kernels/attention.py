@@ -4,7 +4,6 @@ B batch  T tokens  S keys' tokens  H heads  G KV heads  K head width  M segments
 """
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gated import config
+from gated.kernels import choice
 
 # Above this many tokens the quadratic reference runs only where it is named.
 REFERENCE_LIMIT = 4096
@@ -101,33 +101,18 @@ def attend_lse(
 
 
 def _run(backend: str, q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case) -> Any:
-  if backend != 'auto':
-    try:
-      return ATTENTION[backend](q_BTHK, k_BSGK, v_BSGK, segment_BT, case)
-    except NotImplementedError as error:
-      knob = f'config.model.attn.backend={backend!r}'
-      raise NotImplementedError(f'{knob}, but {backend} {error}') from error
-  lacks = []
-  for name, run in ATTENTION.items():
-    try:
-      if name == 'reference' and q_BTHK.shape[1] > REFERENCE_LIMIT:
-        raise NotImplementedError(
-          f'is quadratic in memory and not taken above {REFERENCE_LIMIT} tokens unless '
-          "named: config.model.attn.backend='reference'"
-        )
-      y = run(q_BTHK, k_BSGK, v_BSGK, segment_BT, case)
-      log_choice('attention', name, '; '.join(lacks))
-      return y
-    except NotImplementedError as error:
-      lacks.append(f'{name} {error}')
-  raise NotImplementedError('no attention backend can do this: ' + '; '.join(lacks))
+  table = ATTENTION
+  if backend == 'auto' and q_BTHK.shape[1] > REFERENCE_LIMIT:
+    table = ATTENTION | {'reference': _too_long}
+  args = q_BTHK, k_BSGK, v_BSGK, segment_BT, case
+  return choice.run('attention', 'config.model.attn.backend', backend, table, *args)
 
 
-@functools.cache
-def log_choice(what: str, name: str, lacks: str) -> None:
-  """Says once which backend was chosen, and what those before it lack."""
-  reason = f' ({lacks})' if lacks else ''
-  logging.getLogger('gated').info('%s runs on the %s backend%s', what, name, reason)
+def _too_long(*_):
+  raise NotImplementedError(
+    f'is quadratic in memory and not taken above {REFERENCE_LIMIT} tokens unless named: '
+    "config.model.attn.backend='reference'"
+  )
 
 
 def _reference(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):

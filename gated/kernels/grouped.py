@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gated import config
-from gated.kernels import grouped_gpu
-from gated.kernels.attention import log_choice
+from gated.kernels import choice, grouped_gpu
 
 
 def grouped_matmul(
@@ -22,21 +21,9 @@ def grouped_matmul(
   The sizes are integers that sum to N; a group may be empty. No backend pays for every
   matrix on every row. Raises NotImplementedError if none can.
   """
-  if backend != 'auto':
-    try:
-      return GROUPED[backend](x_NA, w_EAB, size_E)
-    except NotImplementedError as error:
-      knob = f'config.model.moe.backend={backend!r}'
-      raise NotImplementedError(f'{knob}, but {backend} {error}') from error
-  lacks = []
-  for name, run in GROUPED.items():
-    try:
-      y_NB = run(x_NA, w_EAB, size_E)
-      log_choice('the grouped matmul', name, '; '.join(lacks))
-      return y_NB
-    except NotImplementedError as error:
-      lacks.append(f'{name} {error}')
-  raise NotImplementedError('no grouped matmul can do this: ' + '; '.join(lacks))
+  knob = 'config.model.moe.backend'
+  args = x_NA, w_EAB, size_E
+  return choice.run('the grouped matmul', knob, backend, GROUPED, *args)
 
 
 def _pallas(x_NA, w_EAB, size_E):
