@@ -4,9 +4,14 @@ Set GATED_TEST_PLATFORM=cuda (or tpu) to run on an accelerator; tests marked
 `accelerator` run only then.
 """
 
+import contextlib
+import importlib.util
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,6 +25,12 @@ os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 os.environ['OMP_NUM_THREADS'] = os.environ['OPENBLAS_NUM_THREADS'] = '1'
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
 sys.path.insert(0, str(ROOT))
+# What says where stores are, and who we are to them. Whatever this machine may write to,
+# tests know servers of their own alone.
+STORES = ('AWS_', 'GOOGLE_', 'GCE_', 'GCSFS_', 'NO_GCE_', 'STORAGE_', 'TENSORSTORE_')
+for name in [name for name in os.environ if name.startswith(STORES)]:
+  del os.environ[name]
+os.environ['GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT'] = 'false'  # It asks a server at Google.
 
 import jax
 import pytest
@@ -62,6 +73,7 @@ def spawn_python(tmp_path_factory):
 
   def spawn(args, *, env=None, devices=1):
     clean = {name: os.environ[name] for name in KEPT if name in os.environ}
+    clean |= {k: v for k, v in os.environ.items() if k.startswith(STORES)}
     clean |= {
       'JAX_PLATFORMS': PLATFORM,
       'JAX_COMPILATION_CACHE_DIR': str(cache),
@@ -106,3 +118,83 @@ def run_python(spawn_python):
     return subprocess.CompletedProcess(child.args, child.returncode, out, err)
 
   return run
+
+
+@pytest.fixture(scope='session')
+def s3():
+  """A server that speaks S3, on this machine alone -> the URL of a bucket in it.
+
+  The environment names it, of this process and of every child, while the session lasts.
+  """
+  environment = {
+    'AWS_ACCESS_KEY_ID': 'nobody',
+    'AWS_SECRET_ACCESS_KEY': 'nothing',
+    'AWS_DEFAULT_REGION': 'us-east-1',
+    'AWS_CONFIG_FILE': os.devnull,
+    'AWS_SHARED_CREDENTIALS_FILE': os.devnull,
+    'AWS_EC2_METADATA_DISABLED': 'true',
+  }
+  command = ['moto.server', '-H', '127.0.0.1', '-p']
+  with _server(('moto', 's3fs'), command, ['AWS_ENDPOINT_URL'], environment) as url:
+    urllib.request.urlopen(urllib.request.Request(f'{url}/bucket', method='PUT')).close()
+    yield 's3://bucket'
+
+
+@pytest.fixture(scope='session')
+def gs():
+  """As `s3`, a server that speaks Google's: for gcsfs, and for TensorStore itself."""
+  environment = {
+    'GOOGLE_CLOUD_PROJECT': 'nobody',
+    'NO_GCE_CHECK': 'true',
+    'GCE_METADATA_HOST': '127.0.0.1:1',  # TensorStore then needs no credentials.
+  }
+  names = ['STORAGE_EMULATOR_HOST', 'TENSORSTORE_GCS_HTTP_URL']
+  command = ['gcp_storage_emulator', 'start', '--in-memory', '--default-bucket=bucket']
+  command += ['--host=127.0.0.1', '--port']
+  with _server(('gcp_storage_emulator', 'gcsfs'), command, names, environment):
+    yield 'gs://bucket'
+
+
+@contextlib.contextmanager
+def _server(packages, command, names, environment):
+  """Runs `python -m COMMAND PORT` until the end -> its URL, once it answers.
+
+  The variables `names` say the URL, and `environment` stands beside them.
+  """
+  for package in packages:
+    if not importlib.util.find_spec(package):
+      pytest.skip(f'needs {package}: pip install -r requirements-dev.txt')
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  url = f'http://127.0.0.1:{port}'
+  with pytest.MonkeyPatch.context() as patch:
+    for name in ('no_proxy', 'NO_PROXY'):
+      patch.setenv(name, '127.0.0.1', prepend=',')
+    for name, value in (environment | dict.fromkeys(names, url)).items():
+      patch.setenv(name, value)
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with subprocess.Popen([sys.executable, '-m', *command, str(port)], **quiet) as server:
+      try:
+        until = time.monotonic() + 60
+        while not _answers(port):
+          assert server.poll() is None, f'{command[0]} ended with {server.returncode}'
+          assert time.monotonic() < until, f'{command[0]} does not answer'
+          time.sleep(0.05)
+        yield url
+      finally:
+        server.kill()
+
+
+def _answers(port):
+  try:
+    socket.create_connection(('127.0.0.1', port), timeout=5).close()
+    return True
+  except OSError:
+    return False
+
+
+@pytest.fixture
+def remote(s3, tmp_path):
+  """A folder in a bucket that is this test's own -> its URL, as tmp_path is on disk."""
+  return f'{s3}/{tmp_path.name}'

@@ -9,6 +9,7 @@ import os
 import pathlib
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from gated import data, tokenizer
+from gated import data, storage, tokenizer
 from gated.data import embedded, mixture, prepare, shards
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -78,8 +79,6 @@ def built(tmp_path_factory):
 @pytest.fixture
 def copy(built, tmp_path):
   """A dataset to be damaged."""
-  import shutil
-
   return pathlib.Path(shutil.copytree(built[0], tmp_path / 'copy'))
 
 
@@ -509,6 +508,145 @@ def test_the_whole_library_is_worth_training_on(tmp_path):
   assert sum(portion.bytes for portion in splits['heldout'].values()) > 3e5
   assert not [n for n in embedded.files() if {'test', 'tests'} & set(n.split('/'))]
   assert all(splits['heldout'][domain].bytes > 1e5 for domain in corpus.domains)
+
+
+@pytest.fixture(name='url')
+def stored(built, remote):
+  """The first dataset in an object store."""
+  storage.upload(built[0], f'{remote}/one', storage.sizes(built[0]))
+  return f'{remote}/one'
+
+
+def test_a_dataset_in_a_store_is_the_same_data(built, url, tmp_path, caplog):
+  cache = str(tmp_path / 'cache')
+  here = open_(f'{built[0]}=2,{built[1]}@code=1', batch=6)
+  with caplog.at_level(logging.INFO):
+    there = open_(f'{url}/=2,{built[1]}@code=1', batch=6, cache=cache)
+  assert there.fingerprint == here.fingerprint and there.domains == here.domains
+  batches = [take(corpus.train(3, range(6)), 4) for corpus in (here, there)]
+  assert all(same(a, b) for a, b in zip(*batches))
+  assert {row[0] for row in there.record_ids(0)} == {f'{url}/', f'{built[1]}@code'}
+  size = sum(n for name, n in storage.sizes(url).items() if name != 'manifest.json')
+  assert f'copying {url}: ' in caplog.text and f'{size / 1e9:.3f} GB' in caplog.text
+  caplog.clear()
+  with caplog.at_level(logging.INFO):
+    open_(f'{url}@prose', cache=cache)
+  assert 'copying' not in caplog.text
+  (copy,) = [name for name in storage.names(cache) if name[0] != '.']
+  assert copy == f'data-{shards.read_manifest(built[0]).digest[:32]}'
+  damaged(tmp_path / 'cache' / copy, how='flip')
+  with pytest.raises(ValueError, match='delete that folder, and it will be built again'):
+    open_(url, cache=cache)
+  storage.remove(f'{cache}/{copy}/manifest.json')
+  assert same(next(open_(url, batch=4, cache=cache).train(0, range(4))),
+              next(open_(built[0], batch=4).train(0, range(4))))  # fmt: skip
+
+
+def test_a_dataset_in_a_store_brings_its_tokenizer(remote, tmp_path):
+  out = make(tmp_path / 'out', 3, tokenizer='bpe:258')
+  storage.upload(out, f'{remote}/bpe', storage.sizes(out))
+  cache = str(tmp_path / 'cache')
+  corpus = open_(f'{remote}/bpe', cache=cache)
+  assert corpus.tokenizer.fingerprint == open_(out).tokenizer.fingerprint
+  storage.remove(cache)
+  text = storage.read(out / 'tokenizer.json', 1 << 20)
+  storage.write(f'{remote}/bpe/tokenizer.json', text + b' ')
+  told = f'{remote}/bpe: tokenizer.json is not the tokenizer'
+  for _ in range(2):
+    with pytest.raises(ValueError, match=told):
+      open_(f'{remote}/bpe', cache=cache)
+  storage.remove(f'{remote}/bpe/tokenizer.json')
+  with pytest.raises(ValueError, match=r'tokenizer\.json has 0 bytes'):
+    open_(f'{remote}/bpe', cache=cache)
+
+
+def test_damage_in_a_store_is_told_by_its_url_and_only_that_is_copied_again(
+  built, url, tmp_path, caplog, monkeypatch
+):
+  cache = str(tmp_path / 'cache')
+  shard = max(shards.read_manifest(built[0]).shards, key=lambda shard: shard.size)
+  good = storage.read(f'{url}/{shard.file}', 1 << 30)
+  storage.write(f'{url}/{shard.file}', bytes(len(good)))
+  with pytest.raises(ValueError, match=f'{url}/{shard.file} is damaged: its SHA-256'):
+    open_(url, cache=cache)
+  for bad, told in ((good[:-1], f'has {shard.size - 1} bytes'), (None, 'is missing')):
+    storage.remove(f'{url}/{shard.file}')
+    if bad:
+      storage.write(f'{url}/{shard.file}', bad)
+    with pytest.raises(ValueError, match=f'config.data.mixture=.*{shard.file} {told}'):
+      open_(url, cache=cache)
+  assert not [name for name in storage.names(cache) if name[0] != '.']
+  storage.write(f'{url}/{shard.file}', good)
+  with caplog.at_level(logging.INFO):
+    corpus = open_(url, cache=cache)
+  assert f'copying {url}: 1 files' in caplog.text
+  assert corpus.fingerprint == open_(built[0]).fingerprint
+
+
+def test_a_dataset_that_is_not_in_the_store_is_told_by_its_url(remote, tmp_path, built):
+  def refused(mix, told, **changes):
+    with pytest.raises(ValueError, match=f'config.data.mixture=.*{told}'):
+      open_(mix, cache=str(tmp_path), **changes)
+
+  refused(f'{remote}/no', f"no such dataset '{remote}/no'")
+  refused('s3://nobucket/x', "no such dataset 's3://nobucket/x'")
+  refused('http://host/x', r'gs:// and s3://')
+  storage.write(f'{remote}/odd/manifest.json', b'{"format": 1, ')
+  refused(f'{remote}/odd', f'{remote}/odd/manifest.json is not JSON')
+  manifest = json.loads((built[0] / 'manifest.json').read_text())
+  manifest['splits']['train']['code']['shards'][0]['file'] = '../x'
+  storage.write(f'{remote}/odd/manifest.json', json.dumps(manifest).encode())
+  refused(f'{remote}/odd', 'outside of it')
+  assert not storage.exists(tmp_path / 'x')
+
+
+def test_a_dataset_without_room_is_refused_before_it_is_copied(
+  url, tmp_path, monkeypatch
+):
+  usage = shutil.disk_usage(tmp_path)._replace(free=10)
+  monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
+  told = f'{url}: 0.0.. GB are to be copied.*0.000 GB left.*config.data.cache.*mount'
+  with pytest.raises(ValueError, match=told):
+    open_(url, cache=str(tmp_path / 'cache'))
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ValueError, match=r"config\.data\.cache='.*/file'"):
+    open_(url, cache=str(tmp_path / 'file'))
+
+
+COPY = """
+import sys, time
+from gated.data import remote
+while time.time() < float(sys.argv[3]): pass
+print(remote.directory(sys.argv[1], sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize('locks', [True, False])
+def test_several_processes_copy_one_dataset(url, built, tmp_path, spawn_python, locks):
+  cache = tmp_path / 'cache'
+  story = COPY
+  if not locks:  # As on a file system that has none.
+    refuse = 'def refuse(*_): raise OSError\nremote.fcntl.flock = refuse\n'
+    story = COPY.replace('while', f'{refuse}while', 1)
+  start = time.time() + 1.5
+  children = [spawn_python(['-c', story, url, cache, start]) for _ in range(3)]
+  told = [child.communicate(timeout=60) for child in children]
+  assert not any(child.returncode for child in children), told
+  assert len({out for out, _ in told}) == 1
+  (folder,) = [path for path in cache.iterdir() if path.name[0] != '.']
+  shards.verify(folder, shards.read_manifest(folder).shards, 'sha256')
+  assert shards.read_manifest(folder).digest == shards.read_manifest(built[0]).digest
+
+
+@pytest.mark.parametrize('scheme', ['gs', 's3'])
+def test_a_url_is_a_place_in_a_mixture(scheme):
+  url = f'{scheme}://bucket.a-b/books_1'
+  terms = mixture.terms(f'{url}@code=0.7,{url}=2, {url}/sub@prose')
+  assert [tuple(term) for term in terms] == [
+    (url, 'code', Fraction(7, 10)),
+    (url, '', Fraction(2)),
+    (f'{url}/sub', 'prose', Fraction(1)),
+  ]
 
 
 WORKERS = """

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gated import metrics
+from gated import metrics, storage
+from gated.metrics import provenance
+from gated.metrics import records as lines
 
 OFF = {'tensorboard': False, 'wandb': ''}
 
@@ -269,3 +271,230 @@ def test_a_manifest_names_its_versions_and_keeps_its_sessions(tmp_path, monkeypa
   assert last['devices'] == jax.device_count()
   assert last['environment']['XLA_FLAGS'] == '--xla_some_flag'
   assert [p.name for p in path.parent.iterdir()] == ['run.json']
+
+
+def test_what_may_be_a_credential_is_not_recorded(tmp_path, monkeypatch):
+  for name in ('SECRET', 'API_KEY', 'ACCESS_TOKEN', 'PASSWORD', 'CREDENTIALS', 'x_Key'):
+    monkeypatch.setenv(f'JAX_{name}', 'hush')
+  monkeypatch.setenv('JAX_PROXY', 'http://me:hush@proxy:80/x')
+  words = ['--wandb_api_key=hush', '--token', 'hush', '--config.x.password=hush']
+  words += [
+    's3://me:hush@host/b',
+    '--on=s3://bucket@code,s3://b/c@d',
+    '--tokenizer=bpe:9',
+  ]
+  monkeypatch.setattr(sys, 'argv', ['train.py', *words, '--secret', '--steps', '3'])
+  metrics.manifest(tmp_path / 'run.json', config={}, data={}, step=-1, changed={})
+  text = (tmp_path / 'run.json').read_text()
+  assert 'hush' not in text
+  (session,) = json.loads(text)['sessions']
+  assert session['environment']['JAX_PROXY'] == 'http://***@proxy:80/x'
+  assert session['command'] == [
+    'train.py',
+    '--wandb_api_key=***',
+    '--token',
+    '***',
+    '--config.x.password=***',
+    's3://***@host/b',
+    '--on=s3://bucket@code,s3://b/c@d',
+    '--tokenizer=bpe:9',
+    '--secret',
+    '--steps',
+    '3',
+  ]
+
+
+@pytest.mark.parametrize(
+  'flag, hidden',
+  [
+    ('--hf_token', True),
+    ('-TOKEN', True),
+    ('--aws_access_key_id', True),
+    ('--credentials', True),
+    ('--db-passwd', True),
+    ('--config.data.tokenizer', False),
+    ('--tokens_per_step', False),
+    ('--config.model.attn.heads', False),
+    ('--' + '_key' * 5000 + '!x', True),
+  ],
+)
+def test_a_flag_is_judged_by_its_words(flag, hidden):
+  assert (provenance.command([f'{flag}=7'])[0] == f'{flag}=***') == hidden
+
+
+def on(store, seconds=3600.0, part=5):
+  """A workdir in the store, whose parts hold few records."""
+  store.setattr(lines, 'SECONDS', seconds)
+  store.setattr(lines, 'PART', part)
+
+
+def steps(workdir):
+  return [record['step'] for record in metrics.read(f'{workdir}/metrics.jsonl')]
+
+
+def test_records_in_a_store_come_back_in_order_and_to_the_last_bit(remote, monkeypatch):
+  on(monkeypatch)
+  values = [0.1, 1 / 3, 5e-324, math.inf, -0.0, 1e308] * 4
+  with metrics.Log(remote, step=-1, enabled=True, **OFF) as log:
+    for step, value in enumerate(values):
+      log.write(step, 'train', {'loss': value})
+      if step % 7 == 0:
+        log.sync()
+  records = metrics.read(f'{remote}/metrics.jsonl')
+  assert [r['loss'].hex() for r in records] == [v.hex() for v in values]
+  assert steps(remote) == list(range(24))
+  parts = storage.names(f'{remote}/metrics.jsonl.parts')
+  assert 2 <= len(parts) <= 5 and metrics.exists(f'{remote}/metrics.jsonl')
+
+
+def test_a_record_in_a_store_is_there_after_sync_and_after_a_while(remote, monkeypatch):
+  on(monkeypatch)
+  log = metrics.Log(remote, step=-1, enabled=True, **OFF)
+  log.write(1, 'train', {'loss': 1.0})
+  assert not metrics.exists(log.path)
+  with pytest.raises(FileNotFoundError, match=r'metrics\.jsonl'):
+    metrics.read(log.path)
+  log.sync()
+  assert steps(remote) == [1]
+  log.close()
+  on(monkeypatch, seconds=0.05)
+  with metrics.Log(remote, step=1, enabled=True, **OFF) as log:
+    log.write(2, 'train', {'loss': 1.0})
+    until = time.monotonic() + 10
+    while steps(remote) != [1, 2]:
+      assert time.monotonic() < until
+      time.sleep(0.02)
+
+
+def test_a_part_that_is_full_does_not_wait(remote, monkeypatch):
+  on(monkeypatch, part=3)
+  with metrics.Log(remote, step=-1, enabled=True, **OFF) as log:
+    for step in range(4):
+      log.write(step, 'train', {})
+    until = time.monotonic() + 10
+    while len(storage.names(f'{remote}/metrics.jsonl.parts')) < 1:
+      assert time.monotonic() < until
+      time.sleep(0.02)
+  assert steps(remote) == [0, 1, 2, 3]
+
+
+def test_reopening_in_a_store_drops_what_lies_past_the_restored_step(remote, monkeypatch):
+  on(monkeypatch)
+  for step, count in ((-1, 12), (6, 3), (8, 0)):
+    with metrics.Log(remote, step=step, enabled=True, **OFF) as log:
+      for s in range(step + 1, step + 1 + count):
+        log.write(s, 'train', {'from': step})
+        log.sync()
+  records = metrics.read(f'{remote}/metrics.jsonl')
+  assert [(r['step'], r['from']) for r in records] == [
+    *((s, -1) for s in range(7)),
+    (7, 6),
+    (8, 6),
+  ]
+  assert metrics.truncate(f'{remote}/metrics.jsonl', 3) > 0
+  assert steps(remote) == [0, 1, 2, 3]
+  metrics.truncate(f'{remote}/metrics.jsonl', -1)
+  assert storage.names(remote) == []
+
+
+def test_a_store_that_does_not_answer_delays_records_but_not_the_run(
+  remote, monkeypatch, caplog
+):
+  on(monkeypatch, seconds=0.02)
+  faults = []
+
+  def refuse(*_):
+    faults.append(1)
+    raise OSError('the network is down')
+
+  with metrics.Log(remote, step=-1, enabled=True, **OFF) as log:
+    with monkeypatch.context() as patch:
+      patch.setattr(storage, 'write', refuse)
+      for step in range(20):
+        log.write(step, 'train', {})
+      while len(faults) < 3:
+        time.sleep(0.01)
+      with pytest.raises(OSError, match='network is down'):
+        log.sync()
+    log.sync()
+    assert steps(remote) == list(range(20))
+  assert caplog.text.count('the network is down') == 1
+
+
+def test_a_workdir_may_be_copied_to_a_store_and_back(remote, tmp_path, monkeypatch):
+  on(monkeypatch)
+  here = tmp_path / 'run'
+
+  def more(workdir, step):
+    with metrics.Log(workdir, step=step, enabled=True, **OFF) as log:
+      for s in range(step + 1, step + 8):
+        log.write(s, 'train', {})
+    return steps(workdir)
+
+  assert more(here, -1) == list(range(7))
+  storage.upload(here, remote, storage.sizes(here))
+  assert more(remote, 6) == list(range(14))
+  storage.download(remote, tmp_path / 'back', storage.sizes(remote))
+  assert steps(tmp_path / 'back') == list(range(14))
+  assert more(tmp_path / 'back', 13) == list(range(21))
+  assert storage.names(tmp_path / 'back') == ['metrics.jsonl']
+
+
+@pytest.mark.parametrize('where', ['local', 's3'])
+def test_a_ledger_grows_by_whole_records(where, request, tmp_path):
+  folder = tmp_path if where == 'local' else request.getfixturevalue('remote')
+  path = f'{folder}/deep/spikes.jsonl'
+  metrics.append(path, {'step': 3, 'loss': math.nan})
+  whole = storage.read(path, 1 << 20)
+  metrics.append(path, {'step': 4, 'loss': np.float32(0.1)})
+  records = metrics.read(path)
+  assert math.isnan(records[0]['loss'])
+  assert records[1] == {'step': 4, 'loss': float(np.float32(0.1))}
+  storage.write(path, whole + b'{"step": 4, "lo')
+  metrics.append(path, {'step': 5})
+  assert [r['step'] for r in metrics.read(path)] == [3, 5]
+  assert storage.names(f'{folder}/deep') == ['spikes.jsonl']
+
+
+def test_a_store_takes_no_event_files_and_says_so(remote, caplog):
+  with metrics.Log(remote, step=-1, enabled=True, tensorboard=True, wandb='') as log:
+    log.write(1, 'train', {'loss': 1.0})
+  assert caplog.text.count('TensorBoard needs a local workdir') == 1
+  assert storage.names(remote) == ['metrics.jsonl.parts']
+
+
+def test_a_trace_into_a_store_is_refused_by_its_knob(remote, tmp_path):
+  for refuse in (
+    lambda: metrics.check_remote(remote, profile_first=3),
+    lambda: metrics.Profile(remote, 3, 5, enabled=True),
+  ):
+    with pytest.raises(ValueError, match=rf'config\.log\.profile_first=3.*{remote}'):
+      refuse()
+  metrics.check_remote(remote, profile_first=-1)
+  metrics.check_remote(tmp_path, profile_first=3)
+
+
+def test_wandb_keeps_its_id_in_the_store_and_its_files_here(remote, monkeypatch):
+  seen = []
+
+  class Wandb:
+    def init(self, **words):
+      seen.append(words)
+      return self
+
+    def finish(self):
+      pass
+
+  monkeypatch.setitem(sys.modules, 'wandb', Wandb())
+  for _ in range(2):
+    metrics.Log(remote, step=-1, enabled=True, tensorboard=False, wandb='mine').close()
+  assert seen[0]['id'] == seen[1]['id'] and len(seen[0]['id']) == 8
+  assert not storage.is_remote(seen[0]['dir']) and seen[0]['name'] in remote
+
+
+def test_a_manifest_in_a_store_keeps_its_sessions(remote):
+  path = f'{remote}/run.json'
+  for step in (-1, 10):
+    metrics.manifest(path, config={'seed': 1}, data={}, step=step, changed={})
+  run = json.loads(storage.read(path, 1 << 20))
+  assert [s['restored_step'] for s in run['sessions']] == [-1, 10]

@@ -246,6 +246,7 @@ def test_a_killed_try_is_taken_up_and_damage_is_not(tmp_path, monkeypatch):
   assert not (out / 'manifest.json').exists()
   damage(shard)
   (out / 'd-train-00000-of-00099.array_record').write_bytes(b'of other options')
+  (out / '.manifest.json.0a1b2c3d.partial').write_bytes(b'of a try that was killed')
   units, rest = run(units=99, shard_files=99)
   assert not units and shard in rest and another not in rest
   assert content(out) == content(tmp_path / 'straight')
@@ -408,6 +409,9 @@ def test_the_command_tells_what_it_made_and_what_is_wrong(tmp_path):
   good = run(f'--domain=d={tmp_path}', '--heldout=0')
   assert good.returncode == 0, good.stderr
   assert 'train d: 9 rows, 1 documents, 280 tokens, 279 bytes' in good.stdout
+  away = run(f'--domain=d={tmp_path}', '--out=s3://bucket/out')
+  assert away.returncode != 0
+  assert '--out=s3://bucket/out, but it must be a local folder' in away.stderr
   bad = run('--domain=d')
   assert bad.returncode != 0 and '--domain=d, but it must be NAME=PATH' in bad.stderr
   assert 'Traceback' not in bad.stderr

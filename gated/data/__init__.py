@@ -1,7 +1,8 @@
 """Packed rows -> batches, by arithmetic on (seed, data_step).
 
-A dataset is a directory made by scripts/prepare_data.py, or 'stdlib', the corpus that
-every machine has. A run's data is a mixture of them. The row with global index
+A dataset is a directory made by scripts/prepare_data.py, here or on gs:// or s3://, or
+'stdlib', the corpus that every machine has. A run's data is a mixture of them. The row
+with global index
 
   g = data_step * batch + index in the batch
 
@@ -15,8 +16,8 @@ import dataclasses
 import logging
 import re
 
-from gated import config
-from gated.data import embedded, mixture, shards
+from gated import config, storage
+from gated.data import embedded, mixture, remote, shards
 from gated.data.corpus import Corpus
 from gated.data.shards import Batch
 
@@ -32,12 +33,14 @@ STDLIB = 'stdlib'
 class Config:
   """What to read, and how."""
 
-  # 'stdlib' or 'DIR[@DOMAIN][=WEIGHT],...'. A part without a weight weighs 1; without a
-  # domain, the rows of all its domains are pooled.
+  # 'stdlib' or 'DIR[@DOMAIN][=WEIGHT],...'; a DIR may be gs://... or s3://... A part
+  # without a weight weighs 1; without a domain, the rows of all its domains are pooled.
   mixture: str
   length: int  # T; what the datasets were packed for.
   tokenizer: str  # Of 'stdlib': 'bytes' or 'bpe:2048'. Other datasets bring their own.
-  cache: str  # Where 'stdlib' is built; '' is the platform's cache folder.
+  # Where 'stdlib' is built, and gs:// and s3:// are copied to; '' is the platform's cache
+  # folder.
+  cache: str
   verify: str  # What of a shard is held against the manifest: 'sha256' or 'size'.
   # Processes that read ahead; 0 reads in threads of this one. Others need absl's flags
   # parsed and a main module that can be imported, as train.py is.
@@ -66,7 +69,8 @@ def open(cfg: Config, *, vocab: int, batch: int, seed: int, max_segments: int) -
   length, of a vocabulary that the model lacks, or shorter than a batch.
   """
   knob = f'config.data.mixture={cfg.mixture!r}'
-  parts = [_part(term, cfg, knob) for term in mixture.terms(cfg.mixture)]
+  terms = mixture.terms(cfg.mixture)
+  parts = [_part(term, cfg, knob) for term in terms]
   for part in parts:
     _check(part, parts[0], cfg, knob)
   data_vocab = parts[0].manifest.tokenizer['vocab']
@@ -94,19 +98,13 @@ def open(cfg: Config, *, vocab: int, batch: int, seed: int, max_segments: int) -
       parts, batch=batch, seed=seed, workers=cfg.workers, prefetch=cfg.prefetch
     )
   except ValueError as error:
-    hint = '; delete that folder, and it will be built again' if STDLIB in knob else ''
+    made = any(term.directory == STDLIB or '://' in term.directory for term in terms)
+    hint = '; delete that folder, and it will be built again' if made else ''
     raise ValueError(f'{knob}: {error}{hint}') from error
 
 
 def _part(term: mixture.Term, cfg: Config, knob: str) -> mixture.Part:
-  directory = term.directory
-  if directory == STDLIB:
-    try:
-      directory = embedded.directory(cfg.length, cfg.tokenizer, cfg.cache)
-    except ValueError as error:
-      raise ValueError(f'config.data.tokenizer={cfg.tokenizer!r}: {error}') from error
-    except OSError as error:
-      raise ValueError(f'config.data.cache={cfg.cache!r}: {error}') from error
+  directory = _directory(term.directory, cfg, knob)
   try:
     manifest = shards.read_manifest(directory)
   except ValueError as error:
@@ -125,17 +123,39 @@ def _part(term: mixture.Term, cfg: Config, knob: str) -> mixture.Part:
   )
 
 
+def _directory(place: str, cfg: Config, knob: str) -> str:
+  """Where the dataset lies on this machine, once it was built or copied."""
+  cache = cfg.cache or embedded.default_cache()
+  if place == STDLIB:
+    try:
+      return embedded.directory(cfg.length, cfg.tokenizer, cfg.cache)
+    except ValueError as error:
+      raise ValueError(f'config.data.tokenizer={cfg.tokenizer!r}: {error}') from error
+    except OSError as error:
+      raise ValueError(f'config.data.cache={cfg.cache!r}: {error}') from error
+  try:
+    if storage.is_remote(storage.path(place)):
+      return remote.directory(place.rstrip('/'), cache)
+    return place
+  except FileNotFoundError as error:
+    raise ValueError(f'{knob}: no such dataset {place!r}: {error}') from error
+  except (ValueError, OSError) as error:
+    raise ValueError(
+      f'{knob}: {place!r} (config.data.cache={cache!r}): {error}'
+    ) from error
+
+
 def _check(part: mixture.Part, first: mixture.Part, cfg: Config, knob: str) -> None:
   stated, wanted = part.manifest.tokenizer, first.manifest.tokenizer
   if part.manifest.length != cfg.length:
     raise ValueError(
-      f'config.data.length={cfg.length}, but {part.directory} was packed with --length='
+      f'config.data.length={cfg.length}, but {part.place} was packed with --length='
       f'{part.manifest.length} ({knob})'
     )
   if stated['sha256'] != wanted['sha256']:
     raise ValueError(
-      f'{knob}: {part.directory} was made with the tokenizer {stated["name"]!r} '
-      f'({stated["sha256"][:8]}), but {first.directory} with {wanted["name"]!r} '
+      f'{knob}: {part.place} was made with the tokenizer {stated["name"]!r} '
+      f'({stated["sha256"][:8]}), but {first.place} with {wanted["name"]!r} '
       f'({wanted["sha256"][:8]})'
     )
   domains = sorted(part.manifest.splits['train'])

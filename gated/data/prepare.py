@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 WORK = 'work'  # Where a try keeps what is not the dataset; it goes when that is complete.
 SAMPLE = 1 << 26  # Bytes of text that a BPE is trained on, spread over all units.
 BPE = re.compile(r'bpe:(\d+)')
-DRAFT = r'(manifest\.json|tokenizer\.(json|model))\.\d+'
+DRAFT = r'\.manifest\.json\.[0-9a-f]+\.partial|tokenizer\.(json|model)\.\d+'
 LEFT = re.compile(rf'{DRAFT}|.+-(train|heldout)-\d+-of-\d+\.array_record(\.\d+)?')
 
 
@@ -72,6 +72,11 @@ def run(
   """
   if processes < 1:
     raise ValueError(f'--processes={processes}, but 1 is the least')
+  if '://' in out:
+    raise ValueError(
+      f'--out={out}, but it must be a local folder: copy it from there, manifest.json '
+      'last, by gcloud storage cp -r or aws s3 cp --recursive'
+    )
   units = _survey(domains, options)
   fixed = None if BPE.fullmatch(options.tokenizer) else _load(options)
   made = dataclasses.asdict(options) | {'suffixes': sorted(options.suffixes)}
@@ -116,15 +121,10 @@ def run(
 def _sweep(out: str, manifest: shards.Manifest) -> None:
   """Removes what tries that were killed, or had other options, have left behind."""
   shutil.rmtree(os.path.join(out, WORK))
-  kept = {shard.file for shard in _shards(manifest)} | {manifest.tokenizer['name']}
+  kept = {shard.file for shard in manifest.shards} | {manifest.tokenizer['name']}
   for name in os.listdir(out):
     if name not in kept and LEFT.fullmatch(name):
       os.remove(os.path.join(out, name))
-
-
-def _shards(manifest: shards.Manifest) -> list[shards.Shard]:
-  portions = (portion for split in manifest.splits.values() for portion in split.values())
-  return [shard for portion in portions for shard in portion.shards]
 
 
 def _survey(domains: dict[str, list[str]], options: Options) -> dict[str, list]:
@@ -170,7 +170,7 @@ def _same_input(
   names = sorted(was.keys() | made['input'].keys())
   changes = {f'domain={name}': (was.get(name), made['input'].get(name)) for name in names}
   _refuse(out, changes)
-  shards.verify(out, _shards(manifest), 'sha256')
+  shards.verify(out, manifest.shards, 'sha256')
   log.info('%s is complete already', out)
   return manifest
 

@@ -15,14 +15,13 @@ import dataclasses
 import hashlib
 import json
 import os
-import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gated import tokenizer
+from gated import storage, tokenizer
 
 FORMAT = 1
 MANIFEST = 'manifest.json'
@@ -132,6 +131,12 @@ class Manifest:
     return hashlib.sha256(canonical(dataclasses.asdict(self)).encode()).hexdigest()
 
   @property
+  def shards(self) -> list[Shard]:
+    """Those of all splits and domains."""
+    portions = (portion for split in self.splits.values() for portion in split.values())
+    return [shard for portion in portions for shard in portion.shards]
+
+  @property
   def row(self) -> np.dtype:
     return layout(self.length, self.tokenizer['vocab'])
 
@@ -164,14 +169,9 @@ def write_shard(path: str, chunks: Iterable[np.ndarray]) -> Shard:
 
 
 def write_json(path: str, content: Any) -> None:
-  """Writes to a draft, flushes it to the disk, and puts it in place in one step."""
-  draft = f'{path}.{os.getpid()}'
-  with open(draft, 'w', encoding='utf-8') as file:
-    json.dump(content, file, indent=1, sort_keys=True)
-    file.write('\n')
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(draft, path)
+  """A tree -> a JSON file that is there whole or not at all."""
+  text = json.dumps(content, indent=1, sort_keys=True) + '\n'
+  storage.write(path, text.encode())
 
 
 def write_manifest(directory: str, manifest: Manifest) -> None:
@@ -185,13 +185,10 @@ def sha256(path: str) -> str:
 
 def inside(directory: str, name: str) -> str:
   """A name from a manifest -> its path, which lies in the directory, links followed."""
-  path = os.path.join(directory, name)
-  root = os.path.realpath(directory)
-  pure = pathlib.PurePosixPath(name)
-  outside = not name or '\0' in name or pure.is_absolute() or '..' in pure.parts
-  if outside or not os.path.realpath(path).startswith(root + os.sep):
-    raise ValueError(f'{directory}: the manifest names {name!r}, which is outside of it')
-  return path
+  try:
+    return os.fspath(storage.inside(directory, name))
+  except ValueError as error:
+    raise ValueError(f'a manifest names a file elsewhere: {error}') from error
 
 
 def read_manifest(directory: str) -> Manifest:
@@ -199,15 +196,17 @@ def read_manifest(directory: str) -> Manifest:
 
   FileNotFoundError where there is none; ValueError names the directory and the field.
   """
+  content = storage.read(os.path.join(directory, MANIFEST), MAX_MANIFEST)
+  return parse_manifest(content, directory)
+
+
+def parse_manifest(content: bytes, directory: str) -> Manifest:
+  """The bytes of a manifest.json, and where it lies -> Manifest, every field checked."""
   path = os.path.join(directory, MANIFEST)
-  if os.path.getsize(path) > MAX_MANIFEST:
-    raise ValueError(f'{path} is larger than {MAX_MANIFEST} bytes')
   try:
-    content = json.loads(pathlib.Path(path).read_bytes())
+    return _manifest(json.loads(content))
   except (ValueError, RecursionError) as error:
     raise ValueError(f'{path} is not JSON: {error}') from error
-  try:
-    return _manifest(content)
   except _Malformed as error:
     raise ValueError(f'{path}: {error}') from error
 
@@ -285,13 +284,20 @@ def open_tokenizer(directory: str, manifest: Manifest) -> tokenizer.Tokenizer:
   return found
 
 
-def verify(directory: str, shards: Iterable[Shard], how: str) -> None:
-  """ValueError names the first shard that is missing or not what the manifest says."""
+def faults(
+  directory: str, shards: Iterable[Shard], how: str
+) -> Iterator[tuple[Shard, str]]:
+  """-> the shards that are missing or not what the manifest says, and what is wrong."""
   shards = list(shards)
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
-    for fault in pool.map(lambda shard: CHECKS[how](directory, shard), shards):
-      if fault:
-        raise ValueError(fault)
+    found = pool.map(lambda shard: CHECKS[how](directory, shard), shards)
+    yield from ((shard, fault) for shard, fault in zip(shards, found) if fault)
+
+
+def verify(directory: str, shards: Iterable[Shard], how: str) -> None:
+  """ValueError names the first shard that is missing or not what the manifest says."""
+  for _, fault in faults(directory, shards, how):
+    raise ValueError(fault)
 
 
 def _check_size(directory: str, shard: Shard) -> str:

@@ -4,17 +4,10 @@ Everything here runs on the host. Files are written by process 0 alone: the writ
 `enabled`.
 """
 
-from gated.metrics.log import (
-  Log,
-  Progress,
-  check_wandb,
-  dumps,
-  read,
-  truncate,
-  write_json,
-)
+from gated.metrics.log import Log, Progress, check_wandb
 from gated.metrics.provenance import manifest
-from gated.metrics.speed import PEAK, Profile, Timer, memory, peak
+from gated.metrics.records import append, dumps, exists, read, truncate, write_json
+from gated.metrics.speed import PEAK, Profile, Timer, check_remote, memory, peak
 
 __all__ = [
   'PEAK',
@@ -22,8 +15,11 @@ __all__ = [
   'Profile',
   'Progress',
   'Timer',
+  'append',
+  'check_remote',
   'check_wandb',
   'dumps',
+  'exists',
   'manifest',
   'memory',
   'peak',

@@ -1,77 +1,25 @@
 """metrics.jsonl and its views: TensorBoard, wandb, the live line.
 
-`metrics.jsonl` is the truth: one JSON object a line, flushed as it is written, floats by
-`repr` so that they come back to the last bit. JSON has no NaN, so the three values that
-it lacks are the strings 'NaN', 'Infinity' and '-Infinity', which `read` turns back into
-floats. A record of step s tells of the update that made state s, so a run restored at
-step s keeps the records up to and with s.
+`metrics.jsonl` is the truth: one record a line, flushed as it is written; on an object
+store it waits a while (gated/metrics/records.py). A record of step s tells of the update
+that made state s, so a run restored at step s keeps the records up to and with s.
 """
 
-import json
+import logging
 import math
-import os
 import secrets
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Self
 
-import jax
-import numpy as np
 import tqdm
 
-ABSENT = {'NaN': math.nan, 'Infinity': math.inf, '-Infinity': -math.inf}
+from gated import storage
+from gated.metrics import records
 
-
-def plain(value: Any) -> Any:
-  """Tree of Python, numpy and JAX values -> the same tree in what JSON can hold."""
-  if isinstance(value, Mapping):
-    return {str(k): plain(v) for k, v in value.items()}
-  if isinstance(value, (list, tuple)):
-    return [plain(v) for v in value]
-  if isinstance(value, jax.Array):
-    value = jax.device_get(value)
-  if isinstance(value, (np.ndarray, np.generic)):
-    # A bf16 scalar has no Python twin; float64 holds every bit of it.
-    exact = value.dtype.kind in 'biuf' or value.dtype.kind == 'U'
-    return plain((value if exact else value.astype(np.float64)).tolist())
-  if isinstance(value, float) and not math.isfinite(value):
-    return 'NaN' if math.isnan(value) else 'Infinity' if value > 0 else '-Infinity'
-  if isinstance(value, Path):
-    return str(value)
-  return value
-
-
-def dumps(value: Any, *, indent: int | None) -> str:
-  """Tree -> JSON that every parser takes and that loses no bit of a float."""
-  return json.dumps(plain(value), indent=indent, allow_nan=False)
-
-
-def write_json(path: str | os.PathLike, value: Any) -> None:
-  """Tree -> a JSON file that is there whole or not at all, whenever the power fails."""
-  _replace(Path(path), (dumps(value, indent=2) + '\n').encode())
-
-
-def read(path: str | os.PathLike) -> list[dict]:
-  """metrics.jsonl -> its records; a last line torn by a kill is left out."""
-  return [_decode(line) for line in _whole_lines(Path(path))]
-
-
-def truncate(path: str | os.PathLike, step: int) -> int:
-  """Drops every record past `step`, and a torn last line -> how many bytes went.
-
-  `step` -1 empties the file; a file that is not there is as good as empty.
-  """
-  path = Path(path)
-  if not path.exists():
-    return 0
-  lines = _whole_lines(path)
-  kept = b''.join(line for line in lines if _decode(line)['step'] <= step)
-  dropped = path.stat().st_size - len(kept)
-  if dropped:
-    _replace(path, kept)
-  return dropped
+_log = logging.getLogger('gated')
 
 
 class Log:
@@ -84,21 +32,23 @@ class Log:
 
   def __init__(
     self,
-    workdir: str | os.PathLike,
+    workdir: storage.PathLike,
     *,
     step: int,
     enabled: bool,
     tensorboard: bool,
     wandb: str,
   ):
-    self.path = Path(workdir) / 'metrics.jsonl'
-    self._file = self._board = self._wandb = None
+    self.path = storage.Path(workdir) / 'metrics.jsonl'
+    self._sink = self._board = self._wandb = None
     if not enabled:
       return
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-    truncate(self.path, step)
-    self._file = self.path.open('ab')
-    if tensorboard:
+    storage.make(self.path.parent)
+    records.truncate(self.path, step)
+    self._sink = records.sink(self.path)
+    if tensorboard and storage.is_remote(workdir):
+      _log.warning('TensorBoard needs a local workdir: there are no event files')
+    elif tensorboard:
       from tensorboardX import SummaryWriter
 
       folder = str(self.path.parent / 'tensorboard')
@@ -111,14 +61,13 @@ class Log:
 
     'time' is in seconds since 1970. TensorBoard and wandb get the numbers as kind/name.
     """
-    if self._file is None:
+    if self._sink is None:
       return
     stamp = {'step': int(step), 'kind': kind, 'time': time.time()}
     clash = stamp.keys() & values.keys()
     assert not clash, f'a record has its own {sorted(clash)}'
-    record = stamp | plain(values)
-    self._file.write((dumps(record, indent=None) + '\n').encode())
-    self._file.flush()
+    record = stamp | records.plain(values)
+    self._sink.write(records.line(record))
     numbers = {
       f'{kind}/{name}': float(value)
       for name, value in record.items()
@@ -131,19 +80,19 @@ class Log:
       self._wandb.log(numbers, step=step)
 
   def sync(self) -> None:
-    """Forces what was written to the disk: call it before a checkpoint is committed."""
-    if self._file is not None:
-      os.fsync(self._file.fileno())
+    """Makes what was written safe: call it before a checkpoint is committed."""
+    if self._sink is not None:
+      self._sink.sync()
 
   def close(self) -> None:
     """Closes the file and the views; a second call does nothing."""
-    if self._file is not None:
-      self._file.close()
+    if self._sink is not None:
+      self._sink.close()
     if self._board is not None:
       self._board.close()
     if self._wandb is not None:
       self._wandb.finish()
-    self._file = self._board = self._wandb = None
+    self._sink = self._board = self._wandb = None
 
   def __enter__(self) -> Self:
     return self
@@ -210,27 +159,6 @@ SHOWN = {
 }
 
 
-def _whole_lines(path: Path) -> list[bytes]:
-  """Lines that end in a newline: what follows the last one was torn by a kill."""
-  return [line for line in path.read_bytes().splitlines(True) if line.endswith(b'\n')]
-
-
-def _decode(line: bytes) -> dict:
-  def number(value: Any) -> Any:
-    return ABSENT[value] if isinstance(value, str) and value in ABSENT else value
-
-  return {name: number(value) for name, value in json.loads(line).items()}
-
-
-def _replace(path: Path, content: bytes) -> None:
-  partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
-  with partial.open('wb') as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
-
-
 def check_wandb(project: str) -> None:
   """Raises ValueError if metrics are to go to wandb and it is not installed."""
   if not project:
@@ -244,18 +172,19 @@ def check_wandb(project: str) -> None:
     ) from error
 
 
-def _start_wandb(workdir: Path, *, project: str) -> Any:
+def _start_wandb(workdir: storage.Path, *, project: str) -> Any:
   check_wandb(project)
   import wandb
 
   # The run's id stays in the workdir, so that a resumed run goes on with its curve.
   note = workdir / 'wandb_id'
-  if not note.exists():
-    note.write_text(secrets.token_hex(4))
+  if not storage.exists(note):
+    storage.write(note, secrets.token_hex(4).encode())
+  local = not storage.is_remote(workdir)
   return wandb.init(
     project=project,
     name=workdir.name,
-    id=note.read_text(),
+    id=storage.read(note, 1 << 10).decode(),
     resume='allow',
-    dir=str(workdir),
+    dir=str(workdir) if local else tempfile.mkdtemp(prefix='wandb-'),
   )

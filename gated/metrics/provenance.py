@@ -9,16 +9,18 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from gated.metrics.log import write_json
+from gated import storage
+from gated.metrics.records import write_json
 
 PACKAGES = (
   'jax',
@@ -36,9 +38,18 @@ PACKAGES = (
 # What steers the compiler and the collectives, and so can change numbers.
 ENVIRONMENT = ('XLA_', 'LIBTPU_', 'JAX_', 'NCCL_')
 
+MAX_BYTES = 1 << 28  # Of a run.json.
+# Names of what must not be told. A flag's are whole words: a tokenizer is no token.
+HIDDEN = re.compile('KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL', re.IGNORECASE)
+HIDDEN_FLAG = re.compile(
+  r'(key|token|(secret|passw(or)?d|credential)s?)(?![a-z0-9])', re.IGNORECASE
+)
+LOGIN = re.compile(r'(\w://)[^/\s]*:[^/\s]*@')
+MASK = '***'
+
 
 def manifest(
-  path: str | os.PathLike,
+  path: storage.PathLike,
   *,
   config: Mapping[str, Any],
   data: Mapping[str, Any],
@@ -49,11 +60,11 @@ def manifest(
 
   A run.json that is there keeps its sessions. Call it on process 0 alone.
   """
-  path = Path(path)
-  sessions = json.loads(path.read_text())['sessions'] if path.exists() else []
+  sessions = []
+  if storage.exists(path):
+    sessions = json.loads(storage.read(path, MAX_BYTES))['sessions']
   entry = {'restored_step': step, 'changed': changed} | session()
   run = {'config': config, 'data': data, 'sessions': [*sessions, entry]}
-  path.parent.mkdir(parents=True, exist_ok=True)
   write_json(path, run)
   return run
 
@@ -63,7 +74,7 @@ def session() -> dict:
   devices = jax.devices()
   return {
     'time': datetime.now(UTC).isoformat(timespec='seconds'),
-    'command': sys.argv,
+    'command': command(sys.argv),
     'git': git(Path(__file__).resolve().parents[2]),
     'versions': versions(),
     'python': platform.python_version(),
@@ -72,8 +83,33 @@ def session() -> dict:
     'device_kind': devices[0].device_kind,
     'devices': len(devices),
     'processes': jax.process_count(),
-    'environment': {k: v for k, v in os.environ.items() if k.startswith(ENVIRONMENT)},
+    'environment': environment(os.environ),
   }
+
+
+def environment(every: Mapping[str, str]) -> dict[str, str]:
+  """Environment -> what steers the numbers; what may be a credential is left out."""
+  told = {k: v for k, v in every.items() if k.startswith(ENVIRONMENT)}
+  return {k: _without_login(v) for k, v in told.items() if not HIDDEN.search(k)}
+
+
+def command(argv: Sequence[str]) -> list[str]:
+  """Command line -> the same, with *** for what its flags' names or a login give away."""
+  told, mask_next = [], False
+  for word in argv:
+    name, equals, _ = word.partition('=')
+    hidden = bool(HIDDEN_FLAG.search(name))
+    if mask_next and not word.startswith('-'):
+      told.append(MASK)
+    else:
+      told.append(name + equals + MASK if hidden and equals else _without_login(word))
+    mask_next = hidden and not equals and word.startswith('-')
+  return told
+
+
+def _without_login(text: str) -> str:
+  """Text -> the same, with *** for the user and the password of a URL."""
+  return LOGIN.sub(rf'\1{MASK}@', text)
 
 
 def versions() -> dict[str, str | None]:

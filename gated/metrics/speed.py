@@ -3,10 +3,11 @@
 import contextlib
 import time
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any, Self
 
 import jax
+
+from gated import storage
 
 # Dense bf16 FLOP/s of what JAX calls one device, by `jax.Device.device_kind`. NVIDIA's
 # data sheets (A100, L4, L40S, H100, H200, GH200, HGX B200) print most figures with 2:4
@@ -135,6 +136,15 @@ def memory() -> dict[str, int]:
   }
 
 
+def check_remote(workdir: storage.PathLike, *, profile_first: int) -> None:
+  """ValueError if steps are to be traced and the workdir lies in an object store."""
+  if profile_first >= 0 and storage.is_remote(workdir):
+    raise ValueError(
+      f'config.log.profile_first={profile_first}, but traces need a local --workdir, and '
+      f'{workdir} is none: let it be -1'
+    )
+
+
 class Profile:
   """Traces steps `first` to `last` into WORKDIR/profile, for XProf or Perfetto.
 
@@ -142,10 +152,11 @@ class Profile:
   the window traces the rest of it; one that ends inside leaves what it has.
   """
 
-  def __init__(self, workdir: str | Path, first: int, last: int, *, enabled: bool):
+  def __init__(self, workdir: storage.PathLike, first: int, last: int, *, enabled: bool):
     if first >= 0 and last < first:
       raise ValueError(f'the profiler window {first} to {last} ends before it starts')
-    self._folder = str(Path(workdir) / 'profile')
+    check_remote(workdir, profile_first=first)
+    self._folder = str(storage.Path(workdir) / 'profile')
     self._first, self._last = first, last
     self._wanted = enabled and first >= 0
     self._tracing = False
