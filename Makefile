@@ -2,16 +2,23 @@
 # make test    set up .venv, check format, lint and types, run all tests
 # make fast    the tests without those marked slow
 # make rows    train every row of the paper's tables at test scale, save and resume it
+# make lock    write the requirements*.lock: every package with its version and hashes
+# make audit   look the locked packages up among known vulnerabilities
 # make clean   remove .venv and caches; runs/ stays
 #
-# PYTHON=python3.12 picks another interpreter; ARGS='-k gate' goes to pytest, or
-# ARGS='--only table1' to make rows.
+# PYTHON=python3.12 picks another interpreter; LOCKED=1 installs what the lock files name,
+# and nothing else. ARGS='-k gate' goes to pytest, ARGS='--only table1' to make rows,
+# ARGS=--upgrade to make lock, ARGS='--advisories=FILE' to make audit, which needs no
+# network then.
 
 PYTHON ?= python3
 WORKDIR ?= runs/demo
 ARGS ?=
 BIN := .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
+
+TOOLS := .venv/tools
+FROM := $(if $(LOCKED),lock,txt)
 
 # uv when it is there, pip otherwise.
 ifneq ($(UV),)
@@ -22,31 +29,42 @@ CREATE := $(PYTHON) -m venv .venv
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 endif
 
-.PHONY: demo test fast rows clean
+INSTALL += $(if $(LOCKED),--require-hashes)
+
+.PHONY: demo test fast rows lock audit clean
 .DELETE_ON_ERROR:
 
-demo: .venv/run
+demo: .venv/run-$(FROM)
 	$(BIN)/python train.py --config=configs/tiny.py --workdir=$(WORKDIR)
 	$(BIN)/python eval.py --workdir=$(WORKDIR)
 
-test: .venv/dev
+test: .venv/dev-$(FROM)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/ty check --python .venv
 	$(BIN)/python -m pytest $(ARGS)
 
-fast: .venv/dev
+fast: .venv/dev-$(FROM)
 	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
 
-rows: .venv/run
+rows: .venv/run-$(FROM)
 	$(BIN)/python scripts/train_rows.py $(ARGS)
+
+lock: $(TOOLS)/made
+	PATH=$(TOOLS)/bin:$$PATH $(TOOLS)/bin/python scripts/lock.py $(ARGS)
+
+# Without a network there may be no tools; then the audit says that it was skipped.
+audit:
+	@$(MAKE) --silent $(TOOLS)/made || true
+	@python=$(TOOLS)/bin/python; test -e $(TOOLS)/made || python=$(PYTHON); \
+	  $$python scripts/audit.py $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Empty files that say when the environment was last made to follow the requirements.
-.venv/run: requirements.txt
+.venv/run-$(FROM): requirements.$(FROM)
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo 'gated needs Python 3.11 or 3.12, and $(PYTHON) is not there:' \
 	    'make PYTHON=/path/to/python3.12' >&2; exit 1; }
@@ -54,9 +72,15 @@ clean:
 	  sys.exit(0 if (3, 11) <= v < (3, 14) else "gated needs Python 3.11 or 3.12 (3.13 is" \
 	  " untried), and $(PYTHON) is %d.%d: make PYTHON=/path/to/python3.12" % v)'
 	$(CREATE)
-	$(INSTALL) -r requirements.txt
+	$(INSTALL) -r requirements.$(FROM)
 	@: > $@
 
-.venv/dev: requirements-dev.txt .venv/run
-	$(INSTALL) -r requirements-dev.txt
+.venv/dev-$(FROM): requirements-dev.$(FROM) .venv/run-$(FROM)
+	$(INSTALL) -r requirements-dev.$(FROM)
+	@: > $@
+
+$(TOOLS)/made: requirements-tools.lock
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --require-hashes -r requirements-tools.lock
 	@: > $@

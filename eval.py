@@ -114,7 +114,7 @@ def _restored(workdir: Path) -> Subject:
   for flag in (_LENGTH, _TOKENIZER):
     if flag.value:
       raise ValueError(f'--{flag.name}={flag.value}, but {workdir} is a run with its own')
-  with checkpoint.reading(directory) as saved:
+  with checkpoint.Reader(directory) as saved:
     step = saved.pick(_STEP.value, '--step')
     about = saved.about(step)
     corpus = _open(about, _DATA.value)
@@ -227,7 +227,8 @@ def parse(argv: list[str]) -> list[str]:
 def main(argv: list[str]) -> int:
   logging.basicConfig(format='%(message)s', level=logging.WARNING, force=True)
   try:
-    mesh.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    where = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+    mesh.start(*where, peer_timeout=base.get_config().stability.peer_timeout)
     report = run(Path(_WORKDIR.value))
   except (ValueError, NotImplementedError) as error:
     print(f'eval.py: {error}', file=sys.stderr)

@@ -3,16 +3,23 @@
   python train.py --config=configs/tiny.py
   python train.py --config=configs/dense_1b7.py:48l,gate=headwise --config.optim.lr=8e-3
 
-The same command again resumes. Exit codes: 0 done, 2 refused (bad input, nothing was
-touched), 3 the loss or the gradient is not finite.
+The same command again resumes. Exit codes:
+
+  0  done
+  2  refused: bad input or a workdir of another run; nothing was touched
+  3  the loss, the gradient or the parameters are not finite, or too many steps were bad
+  4  told to leave by SIGTERM: saved, and the same command goes on
+  5  another process of the run is lost
+  6  no step came for config.stability.stuck_after seconds; the stacks are on stderr
+  7  a checkpoint could not be written; those before it are whole
+  8  another run took the workdir over
 """
 
 import dataclasses
-import json
 import logging
 import os
 import sys
-from pathlib import Path
+import time
 from typing import Any, NamedTuple
 
 import absl.logging
@@ -22,32 +29,40 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from configs import base
-from gated import checkpoint, config, data, evals, mesh, metrics, plan, weights
-
-REFUSED, NOT_FINITE = 2, 3
-
-# What may differ between a run and its resumption; the data are held by fingerprint.
-MAY_CHANGE = (
-  'config.name',
-  'config.steps',
-  'config.mesh.',
-  'config.eval.',
-  'config.checkpoint.',
-  'config.log.',
-  'config.paper.',
-  'config.data.',
-  # How a step is computed, which moves its last bits only, and what other devices need.
-  'config.accum',
-  'config.loss.chunk',
-  'config.model.layers',
-  'config.model.remat',
-  'config.model.attn.backend',
-  'config.model.attn.max_segments',
-  'config.model.moe.backend',
+from gated import (
+  checkpoint,
+  config,
+  data,
+  evals,
+  ledger,
+  mesh,
+  metrics,
+  plan,
+  recorder,
+  stability,
+  storage,
+  weights,
 )
+from gated import workdir as workdirs
+from gated.lock import Lock
+
+REFUSED, UNSTABLE, TOLD_TO_LEAVE, LOST_PEER, STUCK, NOT_SAVED, TAKEN = range(2, 9)
+
+CODES: dict[type[Exception], int] = {
+  workdirs.InUse: REFUSED,
+  FloatingPointError: UNSTABLE,
+  checkpoint.SaveFailed: NOT_SAVED,
+  workdirs.Taken: TAKEN,
+}
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Recipe.', lock_config=True)
 _WORKDIR = flags.DEFINE_string('workdir', '', "Default: runs/<recipe>-<config's hash>.")
+_RESTORE_STEP = flags.DEFINE_string(
+  'restore_step', '', 'Go on from this saved step, or fail; the newest otherwise.'
+)
+_ALLOW = flags.DEFINE_list(
+  'allow_change', [], "Knobs, groups of them or 'data' that may differ on resumption."
+)
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Check everything, count, and leave.')
 _COORDINATOR = flags.DEFINE_string('coordinator', '', "'auto' or HOST:PORT of process 0.")
 _PROCESSES = flags.DEFINE_integer('processes', 1, 'How many processes form the run.')
@@ -60,110 +75,138 @@ class Run(NamedTuple):
   """A run that is sure to be allowed, before it costs anything."""
 
   config: dict  # The resolved recipe.
-  workdir: Path
+  workdir: storage.Path
   plan: plan.Plan
   corpus: data.Corpus
-  step: jax.stages.Lowered
+  step: Any  # The train step: lowered, and compiled once the run begins.
   weights: weights.Source | None  # What to start from.
-  changed: dict[str, Any]  # Knobs that differ from the session before.
+  found: workdirs.Found  # What the workdir holds: the step to go on from.
 
 
-def prepare(c: dict, workdir: Path) -> Run:
+def prepare(c: dict, workdir: storage.Path) -> Run:
   """A resolved recipe -> Run; ValueError if it or the workdir cannot be used."""
   cfg = config.build(plan.Config, c, 'config')
   metrics.check_wandb(cfg.log.wandb)
+  metrics.check_remote(workdir, profile_first=cfg.log.profile_first)
   the = plan.Plan(cfg)
   corpus = data.open(cfg.data, **the.reads)
-  changed, latest = _check_owner(workdir, c, corpus.fingerprint)
-  if latest is not None and latest > cfg.steps:
-    raise ValueError(f'config.steps={cfg.steps}, but {workdir} is at step {latest}')
-  start = None
-  if cfg.init_from and latest is None:
+  fingerprint = corpus.fingerprint
+  found = workdirs.check(
+    workdir,
+    c,
+    fingerprint,
+    allowed=_ALLOW.value or [],
+    restore_step=_RESTORE_STEP.value or '',
+  )
+  start, changed = None, found.changed
+  if cfg.init_from and found.step is None and changed is not None:
     start = weights.find(cfg.init_from, the.state.model, corpus)
     changed['config.init_from'] = cfg.init_from, str(start)
     changed |= {f'{knob} since config.init_from': v for knob, v in start.differs.items()}
-  told = {'config': c, 'data': corpus.fingerprint['sha256'], 'step': latest}
+  told = {'config': c, 'data': fingerprint['sha256'], 'step': found.step}
   mesh.agree('the recipe, the data or the checkpoints', config.digest(told))
   _log.info('%s', the)
   if not corpus.domains:
     _log.info('the data holds nothing out: there is no held-out loss, and no best step')
-  return Run(c, workdir, the, corpus, the.train_step(), start, changed)
+  return Run(c, workdir, the, corpus, the.train_step(), start, found)
 
 
-def train(run: Run) -> None:
-  """Prepared -> trained and saved in its workdir."""
-  cfg = run.plan.cfg
-  run.workdir.mkdir(parents=True, exist_ok=True)
+def train(run: Run) -> int:
+  """Prepared -> trained and saved in its workdir -> the exit code."""
+  cfg, folder = run.plan.cfg, run.workdir / 'checkpoints'
   kept = dict(keep=cfg.checkpoint.keep, keep_every=cfg.checkpoint.keep_every)
-  with checkpoint.Checkpoints(run.workdir / 'checkpoints', **kept) as saved:
-    state = _start(run, saved)
-    begun = int(state.step)
-    first = jax.process_index() == 0
-    restored = begun or -1
-    if begun:
-      _log.info('resumed at step %d of %d', begun, cfg.steps)
-    if first:
-      metrics.manifest(
-        run.workdir / 'run.json',
-        config=run.config,
-        data=run.corpus.fingerprint,
-        step=restored,
-        changed=run.changed,
-      )
-    if begun == cfg.steps:
-      return
-    window = cfg.log.profile_first, cfg.log.profile_last
-    with (
-      metrics.Log(
-        run.workdir,
-        step=restored,
-        enabled=first,
-        tensorboard=cfg.log.tensorboard,
-        wandb=cfg.log.wandb,
-      ) as log,
-      metrics.Profile(run.workdir, *window, enabled=first) as profile,
-      metrics.Progress(cfg.steps, start=begun, seconds=10, enabled=first) as progress,
-    ):
-      timer = metrics.Timer(
-        tokens_per_step=run.plan.tokens_per_step,
-        flops_per_token=run.plan.flops_per_token,
-        peak=metrics.peak(jax.devices()[0]),
-        devices=jax.device_count(),
-      )
-      _loop(run, state, Outlets(saved, log, profile, progress, timer))
+  told = lambda: f'This was process {jax.process_index()} of {jax.process_count()}.'
+  with (
+    workdirs.held(run.workdir) as lock,
+    stability.Leaving() as leaving,
+    checkpoint.Checkpoints(folder, **kept) as saved,
+  ):
+    _check_unmoved(run, saved)
+    run = run._replace(step=run.step.compile())
+    pulse = stability.Pulse(cfg.stability.stuck_after, code=STUCK, told=told)
+    with pulse:
+      hands = Hands(saved, lock, leaving, pulse)
+      while True:
+        try:
+          return _session(run, hands)
+        except recorder.GoBack as back:
+          good = saved.newest_good()
+          _log.warning('going back to step %s, and past the data of this one', good)
+          saved.go_back(good, data_step=back.data_step)
+          run = run._replace(found=run.found._replace(step=good, changed=None))
+        except FloatingPointError as error:
+          last = saved.latest()
+          told = f'{error}; it was not saved, the last that was is {last}'
+          raise FloatingPointError(told) from error
+        except Exception as error:
+          if jax.process_count() > 1 and type(error) not in CODES:
+            _lost(error)
+          raise
 
 
-class Outlets(NamedTuple):
-  """What the loop writes to."""
+class Hands(NamedTuple):
+  """What a run holds from its first session to its last."""
 
   saved: checkpoint.Checkpoints
-  log: metrics.Log
-  profile: metrics.Profile
-  progress: metrics.Progress
-  timer: metrics.Timer
+  lock: Lock
+  leaving: stability.Leaving
+  pulse: stability.Pulse
 
 
-def _loop(run: Run, state, out: Outlets) -> None:
+def _session(run: Run, hands: Hands) -> int:
+  """From where the checkpoints stand to the end of the run, or until it has to leave."""
+  cfg = run.plan.cfg
+  state = _start(run, hands.saved)
+  step, data_step = int(state.step), int(state.data_step)
+  if step:
+    _log.info('resumed at step %d of %d', step, cfg.steps)
+  if run.found.changed is not None and jax.process_index() == 0:
+    fingerprint = run.corpus.fingerprint
+    about = dict(config=run.config, data=fingerprint, changed=run.found.changed)
+    metrics.manifest(run.workdir / 'run.json', step=step or -1, **about)
+  if step == cfg.steps:
+    return 0
+  with recorder.Recorder(
+    run.plan,
+    run.corpus,
+    run.workdir,
+    step=step,
+    data_step=data_step,
+    beat=hands.pulse.beat,
+  ) as record:
+    if run.found.step is None and cfg.stability.on_spike == 'rollback':
+      _save(run, state, hands, record, None)  # Something to go back to from the start.
+    code = _loop(run, state, hands, record)
+  if jax.process_index() == 0 and record.ledger.events:
+    told = ', '.join(f'{n} {what}' for what, n in record.ledger.report().items())
+    print(f'not undisturbed: {told} ({ledger.NAME})', file=sys.stderr)
+  return code
+
+
+def _loop(run: Run, state, hands: Hands, record: recorder.Recorder) -> int:
   """Steps from where the state is to the end; metrics are read one step late."""
   cfg, on, corpus = run.plan.cfg, run.plan.mesh, run.corpus
-  train_step = run.step.compile()
   evaluate = plan.evaluate_step(cfg.model, on, cfg.loss.chunk)
   batches = corpus.train(int(state.data_step), mesh.rows(on, cfg.batch))
-  late = None
+  owed = False  # Whether a save was due at a step that was not finite.
   for step in range(int(state.step) + 1, cfg.steps + 1):
-    with out.timer.data():
+    with record.timer.data():
       batch = mesh.place(next(batches), on, cfg.batch)
-    out.profile.before(step)
-    state, values = train_step(state, batch)
-    out.profile.after(step, values)
-    if late:
-      _record(cfg, *late, out)
-    late = step, values
-    save = step % cfg.checkpoint.every == 0 or step == cfg.steps
-    if save or step % cfg.eval.every == 0:
-      _record(cfg, *late, out)
-      late = None
-      with out.timer.pause():
+    record.profile.before(step)
+    state, values = run.step(state, batch)
+    record.profile.after(step, values)
+    record.take(step, values)
+    hands.saved.check()
+    workdirs.check_held(hands.lock)
+    leave = hands.leaving.now(step)
+    due = step % cfg.checkpoint.every == 0 or step == cfg.steps
+    look = due or step % cfg.eval.every == 0
+    owed |= due or leave
+    if not (look or owed):
+      continue
+    finite, loss = record.settle(), None
+    if look:
+      with record.timer.pause():
         heldout = evals.perplexity(
           evaluate,
           state.model,
@@ -172,55 +215,45 @@ def _loop(run: Run, state, out: Outlets) -> None:
           batch=run.plan.micro,
           limit=cfg.eval.rows,
         )
-        _tell(step, heldout, out)
-        if save:
-          out.log.sync()
-          about = dict(config=run.config, data=corpus.fingerprint)
-          out.saved.save(step, state, about | dict(heldout_loss=heldout['loss']))
+        loss = record.heldout(step, heldout)
+    if owed and finite:
+      with record.timer.pause():
+        _save(run, state, hands, record, loss)
+      owed = False
+    if leave and not owed:
+      record.say(f'told to leave at step {step}, which is saved')
+      return 0 if step == cfg.steps else TOLD_TO_LEAVE
+  if owed:
+    raise FloatingPointError(f'step {cfg.steps}, the last, is not finite')
+  return 0
 
 
-def _record(cfg: plan.Config, step: int, values, out: Outlets) -> None:
-  """Reads a step's metrics and writes them where due; ends a run that is not finite."""
-  values = {name: float(value) for name, value in jax.device_get(values).items()}
-  out.timer.tick()
-  norms = {k: values[k] for k in ('loss', 'grad_norm', 'param_norm')}
-  finite = np.isfinite(list(norms.values())).all()
-  if step % cfg.log.every == 0 or step == cfg.steps or not finite:
-    values |= out.timer.read() | metrics.memory()
-    out.log.write(step, 'train', values)
-    out.progress.update(step, values)
-  if not finite:
-    _stop(step, norms, out)
+def _save(run: Run, state, hands: Hands, record: recorder.Recorder, heldout_loss) -> None:
+  """Starts to save a state that was seen to be finite."""
+  record.sync()
+  about = dict(config=run.config, data=run.corpus.fingerprint)
+  about |= dict(heldout_loss=heldout_loss, stability=record.ledger.report())
+  hands.saved.save(int(state.step), state, about)
+  hands.pulse.beat(int(state.step))
 
 
-def _tell(step: int, heldout: dict, out: Outlets) -> None:
-  """Writes a held-out loss; ends a run where it is not finite."""
-  if heldout['loss'] is None:
-    return
-  flat = {'loss': heldout['loss']}
-  for domain, summary in heldout['domains'].items():
-    flat |= {f'{domain}/{k}': summary[k] for k in ('nats_per_token', 'bits_per_byte')}
-  out.log.write(step, 'heldout', flat)
-  bits = [f'{d} {s["bits_per_byte"]:.4f}' for d, s in heldout['domains'].items()]
-  out.progress.say(f'step {step}: held-out bits per byte: {", ".join(bits)}')
-  if not np.isfinite(heldout['loss']):
-    _stop(step, {'held-out loss': heldout['loss']}, out)
-
-
-def _stop(step: int, numbers: dict[str, float], out: Outlets) -> None:
-  told = ', '.join(f'{name} {value}' for name, value in numbers.items())
-  last = out.saved.latest()
-  raise FloatingPointError(
-    f'step {step} is not finite ({told}) and was not saved; '
-    f'the last that was is {"none" if last is None else last}'
-  )
+def _check_unmoved(run: Run, saved: checkpoint.Checkpoints) -> None:
+  """InUse if the run that had the workdir has gone on since it was looked at."""
+  if saved.steps() != run.found.steps:
+    raise workdirs.InUse(f'--workdir={run.workdir} has moved on meanwhile: start again')
 
 
 def _start(run: Run, saved: checkpoint.Checkpoints):
-  """The state to go on from: the latest step, other weights, or a fresh start."""
-  latest = saved.latest()
-  if latest is not None:
-    return saved.restore(latest, run.plan.state)
+  """The state to go on from: a saved step, other weights, or a fresh start."""
+  if run.found.step is not None:
+    state = saved.restore(run.found.step, run.plan.state)
+    data_step = saved.go_back(run.found.step)
+    if data_step is not None:
+      where = state.data_step.sharding
+      state = dataclasses.replace(
+        state, data_step=jax.device_put(np.int32(data_step), where)
+      )
+    return state
   state = run.plan.init()
   if run.weights:
     model = weights.read(run.weights, run.plan.state.model, state.model)
@@ -228,49 +261,14 @@ def _start(run: Run, saved: checkpoint.Checkpoints):
   return state
 
 
-def _check_owner(
-  workdir: Path, c: dict, fingerprint: dict
-) -> tuple[dict[str, Any], int | None]:
-  """-> (knobs that differ from those of the run in `workdir`, its latest step if any).
-
-  ValueError if they may not differ, or if nothing can be written there.
-  """
-  saves, old, latest = workdir / 'checkpoints', None, None
-  parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-  if not parent.is_dir() or not os.access(parent, os.W_OK):
-    raise ValueError(f'--workdir={workdir}: {parent} is no folder that can be written to')
-  if saves.is_dir():
-    with checkpoint.reading(saves) as saved:
-      latest = saved.latest()
-      old = saved.about(latest) if latest is not None else None
-  manifest = workdir / 'run.json'
-  if manifest.exists():
-    try:
-      old = json.loads(manifest.read_text())
-      old = {'config': dict(old['config']), 'data': dict(old['data'])}
-    except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(
-        f'--workdir={workdir}: {manifest} is damaged: {error!r}'
-      ) from error
-  elif old is None and (workdir / 'metrics.jsonl').exists():
-    raise ValueError(f'--workdir={workdir} has a metrics.jsonl, but no run that made it')
-  if old is None:
-    return {}, None
-  changed = config.differences(old['config'], c)
-  refused = {k: v for k, v in changed.items() if not k.startswith(MAY_CHANGE)}
-  never = ['config.data.length']
-  if c['model']['moe']['experts'] and c['loss']['balance_over'] != 'global':
-    never.append('config.accum')  # Routers are asked to balance by micro-batch.
-  refused |= {knob: changed[knob] for knob in never if knob in changed}
-  if old['data']['sha256'] != fingerprint['sha256']:
-    refused['data'] = old['data']['sha256'][:12], fingerprint['sha256'][:12]
-  if refused:
-    listed = '\n'.join(f'  {k}: {a!r} there, {b!r} here' for k, (a, b) in refused.items())
-    raise ValueError(
-      f'--workdir={workdir} belongs to a run that differs in\n{listed}\n'
-      'Name another workdir, or start from its weights with --config.init_from'
-    )
-  return changed, latest
+def _lost(error: Exception) -> None:
+  """A collective broke: says so, and leaves once JAX's runtime has named who is gone."""
+  this = f'process {jax.process_index()} of {jax.process_count()}'
+  told = str(error).partition('\n')[0]
+  print(f'train.py: {this} lost another one: {told}', file=sys.stderr, flush=True)
+  # It ends the process itself, with the number of who is gone.
+  time.sleep(_CONFIG.value.stability.peer_timeout + 10)
+  os._exit(LOST_PEER)
 
 
 def _digest(c: dict) -> str:
@@ -299,9 +297,10 @@ def main(argv: list[str]) -> int:
   logging.getLogger('gated').setLevel(logging.INFO)
   c = _CONFIG.value.to_dict()
   try:
-    config.build(plan.Config, c, 'config')
-    workdir = Path(_WORKDIR.value or f'runs/{c["name"]}-{_digest(c)}')
-    mesh.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    cfg = config.build(plan.Config, c, 'config')
+    workdir = storage.path(_WORKDIR.value or f'runs/{c["name"]}-{_digest(c)}')
+    where = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+    mesh.start(*where, peer_timeout=cfg.stability.peer_timeout)
     run = prepare(c, workdir)
   except (ValueError, NotImplementedError) as error:
     print(f'train.py: {error}', file=sys.stderr)
@@ -309,13 +308,15 @@ def main(argv: list[str]) -> int:
   if _DRY_RUN.value:
     return 0
   try:
-    train(run)
-  except FloatingPointError as error:
-    print(f'train.py: {error}', file=sys.stderr)
-    return NOT_FINITE
-  if jax.process_index() == 0:
+    code = train(run)
+  except tuple(CODES) as error:
+    print(f'train.py: {error}', file=sys.stderr, flush=True)
+    code = CODES[type(error)]
+    if code in (NOT_SAVED, TAKEN) and jax.process_count() > 1:
+      os._exit(code)  # The others would be waited for.
+  if code == 0 and jax.process_index() == 0:
     print(f'done: {workdir}')
-  return 0
+  return code
 
 
 if __name__ == '__main__':

@@ -55,6 +55,15 @@ def get_config(arg: str = '') -> ConfigDict:
     keep=2,  # the newest so many are kept, and the best
     keep_every=0,  # every multiple is kept for good; 0 for none
   )
+  c.stability = dict(
+    on_spike='none',  # recorded; skip: its update is; rollback: also goes back, and past
+    threshold=6.0,  # of a spike: deviations above the mean, of the loss or gradient norm
+    window=128,  # steps that mean and deviation are of; no spike before half of them
+    max_bad_steps=8,  # skipped in a row (what is not finite always is): back, or stop
+    max_rollbacks=8,  # of a whole run, then it stops
+    stuck_after=1800.0,  # seconds without a step, and a process dumps stacks and leaves
+    peer_timeout=100,  # seconds without a sign of life, and a process counts as lost
+  )
   c.log = dict(
     every=1,  # steps between records in metrics.jsonl
     tensorboard=True,

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gated import config, data, mesh, model, optim, step
+from gated import config, data, mesh, model, optim, stability, step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +93,7 @@ class Config:
   mesh: Axes
   eval: Heldout
   checkpoint: Saves
+  stability: stability.Config
   log: Records
   paper: Paper
 
@@ -121,7 +122,8 @@ class Plan:
     gate = cfg.model.attn.gate
     multipliers = {} if gate.lr == 1.0 else {'gate': gate.lr}
     self.schedule = optim.schedule(cfg.optim, cfg.steps)
-    self.tx = optim.make(cfg.optim, steps=cfg.steps, multipliers=multipliers)
+    tx = optim.make(cfg.optim, steps=cfg.steps, multipliers=multipliers)
+    self.tx = stability.guard(tx, cfg.stability)
     self.flops_per_token = model.flops_per_token(cfg.model, cfg.data.length)
     shapes = jax.eval_shape(self._init)
     self.parameters = model.count(shapes.model)

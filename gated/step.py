@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gated import config, kernels, moe
+from gated import config, kernels, moe, stability
 
 # Whose choices a router is asked to balance, where a batch is read in micro-batches.
 BALANCE_OVER = (
@@ -44,8 +44,8 @@ class Loss:
 class State:
   """All that a run carries from step to step."""
 
-  step: jax.Array  # updates done
-  data_step: jax.Array  # batches read: the step, and what a rollback skipped
+  step: jax.Array  # steps done, those whose update was skipped included
+  data_step: jax.Array  # batches read: the step, and what a rollback passed over
   model: Any
   opt: optax.OptState
 
@@ -102,7 +102,9 @@ def train(
     like = jax.eval_shape(lambda: gradient(first, lambda own: own)[1])
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (state.model, like))
     (grads, (losses, report)), _ = jax.lax.scan(body, start, micros)
-  updates, opt = tx.update(_wide(grads), state.opt, _wide(state.model))
+  guarded = optax.with_extra_args_support(tx)
+  given = _wide(grads), state.opt, _wide(state.model)
+  updates, opt = guarded.update(*given, loss=losses['loss'])
   model = optax.apply_updates(state.model, updates)
   metrics = losses | {
     'grad_norm': optax.tree.norm(grads),
@@ -111,6 +113,10 @@ def train(
     'lr': schedule(state.step),
     'tokens': total,
   }
+  if isinstance(state.opt, stability.Guarded) and isinstance(opt, stability.Guarded):
+    # A skipped update leaves the schedule where it was, as all of the optimizer.
+    metrics['lr'] = schedule(state.step - state.opt.skipped)
+    metrics |= stability.report(opt)
   if report is not None:
     metrics |= moe.statistics(report)
   return State(state.step + 1, state.data_step + 1, model, opt), metrics

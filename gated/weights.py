@@ -56,7 +56,7 @@ def _imported(folder: Path, like: model.Transformer, corpus: data.Corpus) -> Sou
 
 
 def _saved(saves: Path, step: str, like: model.Transformer, corpus) -> Source:
-  with checkpoint.reading(saves) as source:
+  with checkpoint.Reader(saves) as source:
     at = source.pick(step, 'step')
     source.check_model(at, like, fresh=True)
     about = source.about(at)
@@ -74,5 +74,5 @@ def read(source: Source, like: model.Transformer, fresh: model.Transformer) -> A
   _log.info('starting from the weights of %s', source)
   if source.step is None:
     return hf.read(source.folder, like, fresh=fresh)
-  with checkpoint.reading(source.folder) as saved:
+  with checkpoint.Reader(source.folder) as saved:
     return saved.restore_model(source.step, like, fresh=fresh)

@@ -108,13 +108,13 @@ def _open(text: str, packing: str) -> Source:
     raise ValueError(f'--from={text}: {place} is no workdir, so it has no steps')
   said = hf.files.read_json(folder / hf.files.CONFIG)
   also = {key: said[key] for key in KEPT if key in said and said[key] is not None}
-  beside, params = folder / TOKENIZER, hf.load(folder)
+  beside, params = hf.files.inside(folder, TOKENIZER), hf.load(folder)
   also = _unstretched(params.cfg, also)
   return Source(params, also, beside if beside.is_file() else None)
 
 
 def _from_run(workdir: Path, step: str, packing: str) -> Source:
-  with checkpoint.reading(workdir / 'checkpoints') as saved:
+  with checkpoint.Reader(workdir / 'checkpoints') as saved:
     at = saved.pick(step or 'latest', '--from=DIR:STEP')
     about = saved.about(at)
     cfg = config.build(model.Config, about['config']['model'], 'config.model')
@@ -140,7 +140,7 @@ def _tokenizer(about: dict) -> tuple[dict[str, Any], Path | None]:
     return {}, None
   if stated['sha256'] != about['data']['tokenizer']:
     return {}, None
-  file = Path(folder) / stated['name']
+  file = Path(shards.inside(folder, stated['name']))
   known = {'eos_token_id': stated['eos']}
   return known, file if stated['name'].endswith('.json') else None
 

@@ -84,7 +84,7 @@ def train(c: dict, folder: str | Path) -> Result:
     state, losses = run(the.init(), SAVED)
     saved.save(SAVED, state, dict(config=c, data={}, heldout_loss=losses[-1]))
     state, rest = run(state, STEPS - SAVED)
-    saved.manager.wait_until_finished()
+    saved.wait()
     resumed, again = run(saved.restore(SAVED, the.state), STEPS - SAVED)
   exact = rest == again and trees.digest(state) == trees.digest(resumed)
   return Result(losses + rest, exact, time.perf_counter() - begun)

@@ -22,7 +22,7 @@ def make(**sizes):
 )
 def test_a_process_that_would_run_alone_by_mistake_is_refused(processes, process, said):
   with pytest.raises(ValueError, match=said):
-    mesh.start('', processes, process)
+    mesh.start('', processes, process, peer_timeout=9)
 
 
 def test_minus_one_is_all_the_devices_left():
@@ -155,5 +155,5 @@ def test_constrain_does_nothing_without_a_mesh_and_splits_with_one():
 
 
 def test_start_leaves_a_single_process_alone():
-  mesh.start('', 1, 0)
+  mesh.start('', 1, 0, peer_timeout=9)
   assert not jax.distributed.is_initialized()

@@ -106,7 +106,7 @@ def test_a_plan_knows_what_a_run_will_be_without_running_it():
   # Adam's moments lie beside their weights.
   spec = jax.P(None, 'fsdp', None, None)
   assert table['model.blocks.attn.gate.weight'].sharding.spec == spec
-  assert table['opt.1.nu.blocks.attn.gate.weight'].sharding.spec == spec
+  assert table['opt.inner.1.nu.blocks.attn.gate.weight'].sharding.spec == spec
   assert table['step'].sharding.spec == jax.P()
 
 

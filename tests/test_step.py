@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import small
 
-from gated import mesh, optim, plan, step, trees
+from gated import mesh, optim, plan, stability, step, trees
 
 GATE = dict(model__attn__gate__position='sdpa')
 KNOBS = dict(loss__z=1e-3, optim__lr=1e-3, optim__floor=1e-4, **GATE)
@@ -21,7 +21,9 @@ def batches(count=5, rows=8):
 
 
 CFG = small.whole(**KNOBS)
-TX = optim.make(CFG.optim, steps=CFG.steps, multipliers={})
+TX = stability.guard(
+  optim.make(CFG.optim, steps=CFG.steps, multipliers={}), CFG.stability
+)
 
 
 @functools.cache
@@ -61,7 +63,8 @@ def test_metrics_are_what_they_are_called(single):
   first, after = single
   batch, (state, metrics) = batches()[0], after[0]
   assert set(metrics) == {
-    'loss', 'z_loss', 'grad_norm', 'param_norm', 'update_norm', 'lr', 'tokens'
+    'loss', 'z_loss', 'grad_norm', 'param_norm', 'update_norm', 'lr', 'tokens',
+    'skipped', 'spikes', 'bad_in_row', 'verdict', 'loss_zscore', 'grad_norm_zscore',
   }  # fmt: skip
   assert all(np.shape(v) == () for v in metrics.values())
   run = small.jit(lambda net, *batch: net(*batch))
@@ -86,7 +89,7 @@ def test_the_gradient_norm_is_told_before_clipping_to_1(single):
   state, metrics = single[1][0]
   assert metrics['grad_norm'] > 1.1
   # Adam's first moment is the gradient that it was given, times 0.1.
-  given = 10 * norm(jax.tree.leaves(state.opt[1].mu))
+  given = 10 * norm(jax.tree.leaves(state.opt.inner[1].mu))
   np.testing.assert_allclose(given, 1.0, rtol=1e-4)
 
 
@@ -100,7 +103,7 @@ def test_accumulation_with_uneven_weights_is_one_batch(single):
   for name, value in metrics.items():
     np.testing.assert_allclose(value, after[0][1][name], rtol=2e-5, err_msg=name)
   # Adam's first moment is the gradient itself, times 0.1.
-  ours, exact = (trees.flatten(s.opt[1].mu) for s in (state, after[0][0]))
+  ours, exact = (trees.flatten(s.opt.inner[1].mu) for s in (state, after[0][0]))
   for name in exact:
     size = float(np.abs(exact[name]).max())
     np.testing.assert_allclose(ours[name], exact[name], atol=2e-5 * size, err_msg=name)

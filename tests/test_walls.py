@@ -15,14 +15,18 @@ FLOORS = {
   'config': 0,
   'trees': 0,
   'mesh': 0,
+  'storage': 0,
   'layers': 1,
   'kernels': 1,
   'tokenizer': 1,
   'optim': 1,
   'stability': 1,
   'checkpoint': 1,
+  'lock': 1,
   'metrics': 1,
   'probes': 1,
+  'ledger': 2,
+  'workdir': 2,
   'gate': 2,
   'moe': 2,
   'data': 2,
@@ -33,6 +37,7 @@ FLOORS = {
   'plan': 5,
   'hf': 5,
   'weights': 6,
+  'recorder': 6,
 }
 
 STORIES = {'train', 'eval'}

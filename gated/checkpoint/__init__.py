@@ -1,197 +1,198 @@
-"""Step-numbered checkpoints through Orbax: state, config and data fingerprint together.
+"""Step-numbered checkpoints that are whole or not there: arrays by Orbax, trust by us.
 
-A step holds three items: `model` and `rest` (optimizer state and counters), each a flat
-mapping from a leaf's name to its array, and `about`, JSON. Reading one runs no code.
+A step is a folder: `model` and `rest` (optimizer state and counters), each a flat mapping
+from a leaf's name to its array, and manifest.json, written last. Reading runs no code.
 """
 
+import dataclasses
+import json
 import logging
-from pathlib import Path
+import re
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from gated import trees
+from gated import mesh, storage
+from gated.checkpoint import head, manifest, reader, retention
+from gated.checkpoint.head import Head
+from gated.checkpoint.manifest import Damaged
+from gated.checkpoint.reader import Reader, split
+
+__all__ = ['Checkpoints', 'Damaged', 'Reader', 'SaveFailed', 'split']
+
+LEFTOVER = re.compile(r'\d+\.(removed|orbax-checkpoint-tmp.*)')
 
 _log = logging.getLogger('gated')
 
 
-def reading(directory: str | Path) -> 'Checkpoints':
-  """The checkpoints of a run that is another's, or has ended."""
-  # Orbax warns of what it does with a folder that it may only read.
-  log = logging.getLogger('absl')
-  level = log.level
-  log.setLevel(logging.ERROR)
-  try:
-    return Checkpoints(directory, keep=0, keep_every=0)
-  finally:
-    log.setLevel(level)
+class SaveFailed(RuntimeError):
+  """A checkpoint could not be written; those before it are as they were."""
 
 
-class Checkpoints:
-  """The checkpoints of one workdir; close it, or use it in a `with`, to end saves."""
+class Checkpoints(Reader):
+  """The checkpoints of a run that goes on; closing ends a save under way."""
 
-  def __init__(self, directory: str | Path, *, keep: int, keep_every: int):
-    """Keeps the last `keep` steps, the best one, and every multiple of `keep_every`.
+  def __init__(self, directory: storage.PathLike, *, keep: int, keep_every: int):
+    """Keeps the last `keep` steps, the best one, and every multiple of `keep_every`."""
+    super().__init__(directory)
+    if self._staging:
+      mesh.same_host('s3:// checkpoints')
+    self._keep, self._keep_every = keep, keep_every
+    self._thread: threading.Thread | None = None
+    self._error: tuple[int, BaseException] | None = None
+    if jax.process_index() == 0:
+      for name in filter(LEFTOVER.fullmatch, storage.names(self.directory)):
+        storage.remove(self.directory / name)
 
-    With `keep` 0 it only reads, beside a run that may be saving, and changes nothing.
-    """
-    best = policy.BestN(
-      get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
-    )
-    policies: list = [policy.LatestN(keep), best]
-    if keep_every:
-      policies.append(policy.EveryNSteps(keep_every))
-    reads = keep == 0
-    handlers = {name: ocp.StandardCheckpointHandler() for name in ('model', 'rest')}
-    self.directory = Path(directory).absolute()
-    self.manager = ocp.CheckpointManager(
-      self.directory,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=policy.AnyPreservationPolicy(policies),
-        # Orbax writes metrics down only where it is told how to rank them.
-        best_fn=_loss,
-        best_mode='min',
-        enable_async_checkpointing=True,
-        cleanup_tmp_directories=not reads and jax.process_index() == 0,
-        read_only=reads,
-      ),
-      item_handlers=handlers | {'about': ocp.JsonCheckpointHandler()},
-    )
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *exception):
-    self.close()
-
-  def close(self) -> None:
-    """Waits for a save under way; raises if it failed."""
-    self.manager.wait_until_finished()
-    self.manager.close()
-
-  def steps(self) -> list[int]:
-    """The steps on disk, ascending."""
-    return sorted(self.manager.all_steps())
-
-  def latest(self) -> int | None:
-    """The last step on disk, or None."""
-    return max(self.steps(), default=None)
-
-  def best(self) -> int | None:
-    """The step on disk with the lowest held-out loss, or the last if none has one."""
-    losses = {step: self.about(step)['heldout_loss'] for step in self.steps()}
-    losses = {step: loss for step, loss in losses.items() if loss is not None}
-    return min(losses, key=losses.__getitem__) if losses else self.latest()
-
-  def pick(self, which: str, knob: str) -> int:
-    """'latest', 'best' or a number -> a step on disk; ValueError if it is not."""
-    if not self.steps():
-      raise ValueError(f'{knob}={which!r}: {self.directory} holds no checkpoint')
-    named = {'latest': self.latest, 'best': self.best}
-    if which not in named and not which.isdecimal():
-      raise ValueError(f'{knob}={which!r}, but allowed are latest, best, or a step')
-    step = named[which]() if which in named else int(which)
-    if step not in self.steps():
-      have = ', '.join(map(str, self.steps()))
-      raise ValueError(f'{knob}={which!r}: {self.directory} has the steps {have}')
-    return step
+  def close(self, *, failing: bool = False) -> None:
+    """Waits for a save under way; raises SaveFailed if it failed, unless `failing`."""
+    try:
+      self.wait()
+    except SaveFailed as error:
+      if not failing:
+        raise
+      _log.error('%s', error)
+    finally:
+      super().close()
 
   def save(self, step: int, state: Any, about: dict) -> None:
-    """Starts to save; `about` has 'config', 'data' (its fingerprint), 'heldout_loss'."""
+    """Starts to save; `about` has 'config', 'data' (its fingerprint), 'heldout_loss'.
+
+    Waits for the save before. Raises SaveFailed if that one, or this one's start, failed.
+    """
+    self.wait()
     model, rest = split(state)
-    args = ocp.args.Composite(
-      model=ocp.args.StandardSave(model),
-      rest=ocp.args.StandardSave(rest),
-      about=ocp.args.JsonSave(about),
+    leaves = {
+      item: {name: reader.described(leaf) for name, leaf in tree.items()}
+      for item, tree in (('model', model), ('rest', rest))
+    }
+    found = manifest.Manifest(step=step, about=about, leaves=leaves, files={})
+    try:
+      self._make_way(step)
+      folder = self.directory / str(step)
+      if self._staging:
+        folder = storage.path(self._staging.name) / f'write-{step}'
+      args = ocp.args.Composite(
+        model=ocp.args.StandardSave(model), rest=ocp.args.StandardSave(rest)
+      )
+      self._orbax.save(folder, args=args, force=True)
+    except Exception as error:
+      raise self._failure(step, error) from error
+    run = lambda: self._commit(folder, found)
+    self._thread = threading.Thread(target=run, name='commit')
+    self._thread.start()
+
+  def check(self) -> None:
+    """Raises SaveFailed if a save in the background has failed; waits for nothing."""
+    if self._error:
+      (step, error), self._error = self._error, None
+      raise self._failure(step, error) from error
+
+  def wait(self) -> None:
+    """Waits until what was saved is committed; SaveFailed if it was not."""
+    if self._thread:
+      self._thread.join()
+      self._thread = None
+    self.check()
+
+  def newest_good(self) -> int | None:
+    self.wait()
+    mesh.gather('')  # What process 0 has committed, the others are to see.
+    return super().newest_good()
+
+  def go_back(self, step: int, *, data_step: int | None = None) -> int | None:
+    """Says for good that the run goes on from `step`, whatever was saved past it.
+
+    What is past it stays on disk until a newer step is committed, or it is saved anew.
+    `data_step` is where the data goes on, if not where the step left it, and is kept for
+    who goes on from the same step again. Returns that, or None.
+    """
+    self.wait()
+    was = head.read(self.directory)
+    if data_step is None and was.step == step:
+      data_step = was.data_step
+    past = {*was.discarded, *(s for s in self.steps() if s > step)}
+    now = Head(step=step, discarded=tuple(sorted(past)), data_step=data_step)
+    if now != was and jax.process_index() == 0:
+      head.write(self.directory, now)
+    mesh.gather('')
+    return data_step
+
+  def _make_way(self, step: int) -> None:
+    """Removes what lies where a step is to be saved: damaged, or gone back from."""
+    self._manifests.pop(step, None)
+    self._local.pop(step, None)
+    if jax.process_index() == 0 and str(step) in storage.names(self.directory):
+      retention.remove(self.directory, step)
+      was = head.read(self.directory)
+      if step in was.discarded:
+        rest = tuple(s for s in was.discarded if s != step)
+        head.write(self.directory, dataclasses.replace(was, discarded=rest))
+
+  def _failure(self, step: int, error: BaseException) -> SaveFailed:
+    told = f'{type(error).__name__}: {error}'.partition('\n')[0]
+    return SaveFailed(
+      f'{self.directory}: step {step} could not be saved ({told}); '
+      f'the last that was is {reader.or_none(self.latest())}'
     )
-    loss = about['heldout_loss']
-    metrics = None if loss is None else {'heldout_loss': loss}
-    if not self.manager.save(step, args=args, metrics=metrics, force=True):
-      raise RuntimeError(f'{self.directory}: step {step} was not saved')
 
-  def about(self, step: int) -> dict:
-    """The JSON saved with a step."""
-    args = ocp.args.Composite(about=ocp.args.JsonRestore())
-    return self.manager.restore(step, args=args)['about']
+  def _commit(self, folder: storage.Path, found: manifest.Manifest) -> None:
+    """In the background: waits for the arrays, writes the manifest, removes old steps."""
+    try:
+      self._orbax.wait_until_finished()
+      files = self._survey(folder, found.step)
+      if jax.process_index() > 0:
+        return
+      whole = dataclasses.replace(found, files=files)
+      home = self.directory / str(found.step)
+      if self._staging:
+        storage.upload(folder, home, sorted(files))
+        storage.remove(folder)
+      manifest.write(home, whole)
+      self._manifests[found.step] = whole
+      gone = head.read(self.directory).discarded
+      head.write(self.directory, Head(step=found.step, discarded=gone))
+      losses = {step: self._loss(step) for step in self.steps()}
+      stay = retention.kept(losses, keep=self._keep, keep_every=self._keep_every)
+      for step in sorted({*gone, *losses} - stay):
+        retention.remove(self.directory, step)
+      if gone:
+        head.write(self.directory, Head(step=found.step))
+    except BaseException as error:
+      self._error = found.step, error
 
-  def restore(self, step: int, like: Any) -> Any:
-    """A step -> the state, placed as the abstract state `like` says.
+  def _loss(self, step: int) -> float | None:
+    try:
+      return self.about(step)['heldout_loss']
+    except Damaged:
+      return None
 
-    `like` is a tree of `jax.ShapeDtypeStruct` with shardings. Raises ValueError, naming
-    the leaf, for one that is missing or has another shape or dtype.
-    """
-    model, rest = split(like)
-    restored = self.read(step, {'model': model, 'rest': rest})
-    return trees.unflatten(like, restored['rest'] | _under('model', restored['model']))
-
-  def check_model(self, step: int, like: Any, *, fresh: bool = False) -> None:
-    """Raises ValueError unless `restore_model` can read the step.
-
-    With `fresh`, a gate that the step lacks is no fault.
-    """
-    self._check(step, 'model', self._saved(step, like, fresh))
-
-  def restore_model(self, step: int, like: Any, *, fresh: Any = None) -> Any:
-    """A step -> the model alone, placed as the abstract model `like` says.
-
-    A gate that the step lacks is taken from the model `fresh`, if there is one.
-    """
-    leaves = self._saved(step, like, fresh is not None)
-    found = self.read(step, {'model': leaves})['model']
-    kept = trees.flatten(like).keys() - found.keys()
-    if kept:
-      start = trees.flatten(fresh)
-      found |= {name: start[name] for name in kept}
-      told = ', '.join(sorted(kept))
-      _log.info('%s lacks %s, which starts afresh', self.directory / str(step), told)
-    return trees.unflatten(like, found)
-
-  def _saved(self, step: int, like: Any, fresh: bool) -> dict[str, Any]:
-    """The leaves that are wanted of a step: all, or all but a gate that it lacks."""
-    leaves = trees.flatten(like)
-    saved = self.manager.item_metadata(step)['model'] if fresh else None
-    if saved is None:
-      return leaves
-    lacks = lambda name: '.gate.' in name and name not in saved
-    return {name: leaf for name, leaf in leaves.items() if not lacks(name)}
-
-  def read(self, step: int, items: dict[str, dict[str, Any]]) -> dict[str, dict]:
-    """A step and, by item, {leaf's name: shape with sharding} -> the same of arrays."""
-    for item, leaves in items.items():
-      self._check(step, item, leaves)
-    args = {item: ocp.args.StandardRestore(leaves) for item, leaves in items.items()}
-    return dict(self.manager.restore(step, args=ocp.args.Composite(**args)).items())
-
-  def _check(self, step: int, item: str, wanted: dict[str, Any]) -> None:
-    """Raises ValueError unless what is saved has the names, shapes and dtypes wanted."""
-    where, saved = (
-      self.directory / str(step) / item,
-      self.manager.item_metadata(step)[item],
-    )
-    if saved is None:
-      raise ValueError(f'{where} is not there')
-    for name in sorted(wanted.keys() ^ saved.keys()):
-      there = 'is in the checkpoint only' if name in saved else 'is not in the checkpoint'
-      raise ValueError(f'{where}: {name} {there}')
-    for name, leaf in wanted.items():
-      have = (tuple(saved[name].shape), str(saved[name].dtype))
-      want = (tuple(leaf.shape), str(leaf.dtype))
-      if have != want:
-        raise ValueError(f'{where}: {name} is {have} there, but {want} is wanted')
+  def _survey(self, folder: storage.Path, step: int) -> dict[str, list]:
+    """The digests of a step's files; the processes of a run share the work."""
+    names, n, i = manifest.files(folder), jax.process_count(), jax.process_index()
+    mine = manifest.survey(folder, names[i::n])
+    if n == 1:
+      return mine
+    # Notes on the storage that they share; collectives are not for a background thread.
+    note = lambda process: folder / 'digests' / f'{process}.json'
+    storage.write(note(i), json.dumps(mine).encode())
+    every = {}
+    for process in range(n) if i == 0 else ():
+      every |= json.loads(_awaited(lambda: storage.read(note(process), 1 << 28)))  # noqa: B023
+    return every
 
 
-def _loss(metrics: dict) -> float:
-  return metrics['heldout_loss']
-
-
-def split(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-  """A State -> (the model's leaves by name, all others by name)."""
-  leaves = trees.flatten(state)
-  rest = {k: v for k, v in leaves.items() if not k.startswith('model.')}
-  return trees.flatten(state.model), rest
-
-
-def _under(prefix: str, leaves: dict[str, Any]) -> dict[str, Any]:
-  return {f'{prefix}.{name}': leaf for name, leaf in leaves.items()}
+def _awaited(read: Callable[[], bytes]) -> bytes:
+  """What another process is about to write."""
+  end = time.monotonic() + reader.PATIENCE
+  while True:
+    try:
+      return read()
+    except FileNotFoundError:
+      if time.monotonic() > end:
+        raise
+      time.sleep(0.05)

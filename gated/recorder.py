@@ -1,0 +1,130 @@
+"""What is done with a step's numbers: read one step late, written, shown, and judged."""
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax
+
+from gated import data, metrics, plan, stability, storage
+from gated.ledger import Ledger
+
+
+class GoBack(Exception):
+  """The run is to go back to a good step; its data goes on at `data_step`."""
+
+  def __init__(self, data_step: int, why: str):
+    super().__init__(why)
+    self.data_step = data_step
+
+
+class Recorder:
+  """The recorder of one session, from a restored state to the end; use it in a `with`."""
+
+  def __init__(
+    self,
+    the: plan.Plan,
+    corpus: data.Corpus,
+    workdir: storage.Path,
+    *,
+    step: int,
+    data_step: int,
+    beat: Callable[[int], None],
+  ):
+    """Begins after `step` and `data_step` batches; `beat` is told of each step."""
+    self._cfg, self._corpus, self._beat = the.cfg, corpus, beat
+    self._ahead = data_step - step
+    self._late: tuple[int, Any] | None = None
+    self._finite = True
+    writes = jax.process_index() == 0
+    log = the.cfg.log
+    window = log.profile_first, log.profile_last
+    self._open = contextlib.ExitStack()
+    enter = self._open.enter_context
+    self.ledger = Ledger(workdir, data_step=data_step, enabled=writes)
+    self._log = enter(
+      metrics.Log(
+        workdir,
+        step=step or -1,
+        enabled=writes,
+        tensorboard=log.tensorboard,
+        wandb=log.wandb,
+      )
+    )
+    self.profile = enter(metrics.Profile(workdir, *window, enabled=writes))
+    self._progress = enter(
+      metrics.Progress(the.cfg.steps, start=step, seconds=10, enabled=writes)
+    )
+    self.timer = metrics.Timer(
+      tokens_per_step=the.tokens_per_step,
+      flops_per_token=the.flops_per_token,
+      peak=metrics.peak(jax.devices()[0]),
+      devices=jax.device_count(),
+    )
+    rollbacks = self.ledger.report()['rollbacks']
+    self._watchdog = stability.Watchdog(the.cfg.stability, rollbacks=rollbacks)
+    self.say, self.sync = self._progress.say, self._log.sync
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self._open.__exit__(*exception)
+
+  def take(self, step: int, values: Any) -> None:
+    """A step's metrics, still on the device: reads those of the step before."""
+    self.settle()
+    self._late = step, values
+
+  def settle(self) -> bool:
+    """Reads what was taken last, if that is still to be done -> whether it is finite.
+
+    Raises GoBack where the run is to go back, FloatingPointError where it is to stop.
+    """
+    if self._late:
+      late, self._late = self._late, None
+      self._finite = self._read(*late)
+    return self._finite
+
+  def _read(self, step: int, values: Any) -> bool:
+    values = {name: float(value) for name, value in jax.device_get(values).items()}
+    self.timer.tick()
+    self._beat(step)
+    action, why = self._watchdog.judge(values)
+    if step % self._cfg.log.every == 0 or step == self._cfg.steps or action != 'go':
+      told = values | self.timer.read() | metrics.memory()
+      self._log.write(step, 'train', told)
+      self._progress.update(step, told)
+    if action != 'go':
+      self.say(f'step {step}: {why}')
+      data_step = step - 1 + self._ahead
+      records = self._corpus.record_ids(data_step)
+      self.ledger.write(
+        step, data_step, action=action, why=why, values=values, records=records
+      )
+      if action == 'rollback':
+        raise GoBack(data_step + 1, why)
+      if action == 'stop':
+        raise FloatingPointError(f'step {step}: {why}')
+    finite = [values['loss'], values['grad_norm'], values['param_norm']]
+    broken = stability.VERDICTS[int(values['verdict'])] == 'not finite'
+    return not broken and all(map(math.isfinite, finite))
+
+  def heldout(self, step: int, found: dict) -> float | None:
+    """A held-out evaluation -> its loss in nats, written; None where nothing is held out.
+
+    FloatingPointError where it is not finite.
+    """
+    self._beat(step)
+    if found['loss'] is None:
+      return None
+    flat = {'loss': found['loss']}
+    for domain, summary in found['domains'].items():
+      flat |= {f'{domain}/{k}': summary[k] for k in ('nats_per_token', 'bits_per_byte')}
+    self._log.write(step, 'heldout', flat)
+    bits = [f'{d} {s["bits_per_byte"]:.4f}' for d, s in found['domains'].items()]
+    self.say(f'step {step}: held-out bits per byte: {", ".join(bits)}')
+    if not math.isfinite(found['loss']):
+      raise FloatingPointError(f'step {step}: the held-out loss is {found["loss"]}')
+    return found['loss']
