@@ -32,6 +32,7 @@ from gated import (
   metrics,
   model,
   plan,
+  storage,
 )
 
 REFUSED = 2
@@ -75,7 +76,7 @@ class Subject(NamedTuple):
   about: dict | None  # What the run saved with the step.
 
 
-def run(workdir: Path) -> dict:
+def run(workdir: storage.Path) -> dict:
   """A workdir, or a folder of Hugging Face's -> the report.
 
   ValueError for what cannot be evaluated.
@@ -84,7 +85,11 @@ def run(workdir: Path) -> dict:
     (_ROWS, 0), (_XZ_BYTES, 0), (_BATCH, 1), (_BIGRAM_ROWS, 1), (_LENGTH, 0)
   ):  # fmt: skip
     config.at_least(f'--{flag.name}', flag.value, low)
-  subject = (_imported if hf.is_checkpoint(workdir) else _restored)(workdir)
+  folder = Path(workdir)
+  if not storage.is_remote(workdir) and hf.is_checkpoint(folder):
+    subject = _imported(folder)
+  else:
+    subject = _restored(workdir)
   cfg, params, on, corpus, chunk, step, about = subject
   batch = _BATCH.value * mesh.ways('batch', on)
   evaluate = plan.evaluate_step(cfg, on, chunk)
@@ -100,14 +105,15 @@ def run(workdir: Path) -> dict:
       summary |= yardsticks[domain]
     report |= {'data': corpus.fingerprint['sha256'], 'rows_limit': limit}
     if step is not None and about is not None:
+      report['stability'] = about['stability']
       metrics.write_json(_path(workdir, step, corpus, about), report)
   return report
 
 
-def _restored(workdir: Path) -> Subject:
+def _restored(workdir: storage.Path) -> Subject:
   """A step of a run, on the run's own data or on others."""
   directory = workdir / 'checkpoints'
-  if not directory.is_dir():
+  if not storage.names(directory):
     raise ValueError(
       f'--workdir={workdir}: it holds no checkpoints, nor config.json and *.safetensors'
     )
@@ -204,10 +210,11 @@ def _beside(corpus: data.Corpus, domain: str, bigram: evals.Bigram) -> dict[str,
   }
 
 
-def _path(workdir: Path, step: int, corpus: data.Corpus, about: dict) -> Path:
+def _path(
+  workdir: storage.Path, step: int, corpus: data.Corpus, about: dict
+) -> storage.Path:
   """WORKDIR/eval/STEP.json; on other data than the run's own, with their name added."""
   folder, digest = workdir / 'eval', corpus.fingerprint['sha256']
-  folder.mkdir(exist_ok=True)
   own = digest == about['data']['sha256']
   return folder / (f'{step}.json' if own else f'{step}-{digest[:8]}.json')
 
@@ -229,12 +236,16 @@ def main(argv: list[str]) -> int:
   try:
     where = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
     mesh.start(*where, peer_timeout=base.get_config().stability.peer_timeout)
-    report = run(Path(_WORKDIR.value))
+    report = run(storage.path(_WORKDIR.value))
   except (ValueError, NotImplementedError) as error:
     print(f'eval.py: {error}', file=sys.stderr)
     return REFUSED
   if jax.process_index() == 0:
     print(evals.table(report))
+    disturbed = {k: n for k, n in (report.get('stability') or {}).items() if n}
+    if disturbed:
+      told = ', '.join(f'{n} {what}' for what, n in disturbed.items())
+      print(f'the run was not undisturbed up to this step: {told}')
     print(metrics.dumps(report, indent=None))
   return 0
 

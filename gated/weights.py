@@ -6,10 +6,11 @@ and twice their sigmoid, the first step is then that of the ungated model.
 
 import dataclasses
 import logging
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gated import checkpoint, config, data, hf, model
+from gated import checkpoint, config, data, hf, model, storage
 
 _log = logging.getLogger('gated')
 
@@ -17,7 +18,7 @@ _log = logging.getLogger('gated')
 class Source(NamedTuple):
   """Where weights are, and what of the model that had them is another now."""
 
-  folder: Path  # a workdir's checkpoints, or Hugging Face's folder
+  folder: Path | storage.Path  # a workdir's checkpoints, or Hugging Face's folder
   step: int | None  # None for Hugging Face's
   differs: dict[str, tuple[Any, Any]]  # knob: (there, here)
 
@@ -33,12 +34,14 @@ def find(init_from: str, like: model.Transformer, corpus: data.Corpus) -> Source
   the data are of another tokenizer than theirs. What fits, but computes otherwise (other
   knobs than the gate's, of the same shapes), is told, and is for the caller to record.
   """
-  workdir, _, step = init_from.partition(':')
-  saves = Path(workdir) / 'checkpoints'
+  match = re.fullmatch(r'(.*?)(?::(\d+|latest|best))?', init_from, re.S)
+  assert match  # Anything does.
+  workdir, step = match.groups()
   try:
-    if hf.is_checkpoint(init_from):
+    saves = storage.path(workdir) / 'checkpoints'
+    if not storage.is_remote(saves) and hf.is_checkpoint(init_from):
       return _imported(Path(init_from), like, corpus)
-    if not saves.is_dir():
+    if not storage.names(saves):
       raise ValueError(f'there is neither {saves} nor a config.json with *.safetensors')
     return _saved(saves, step or 'latest', like, corpus)
   except ValueError as error:
@@ -55,7 +58,7 @@ def _imported(folder: Path, like: model.Transformer, corpus: data.Corpus) -> Sou
   return Source(folder, None, {})
 
 
-def _saved(saves: Path, step: str, like: model.Transformer, corpus) -> Source:
+def _saved(saves: storage.Path, step: str, like: model.Transformer, corpus) -> Source:
   with checkpoint.Reader(saves) as source:
     at = source.pick(step, 'step')
     source.check_model(at, like, fresh=True)
@@ -73,6 +76,6 @@ def read(source: Source, like: model.Transformer, fresh: model.Transformer) -> A
   """The model, placed as `like` says; a gate that the weights lack is that of `fresh`."""
   _log.info('starting from the weights of %s', source)
   if source.step is None:
-    return hf.read(source.folder, like, fresh=fresh)
+    return hf.read(Path(source.folder), like, fresh=fresh)
   with checkpoint.Reader(source.folder) as saved:
     return saved.restore_model(source.step, like, fresh=fresh)
