@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import small
 
-from gated import checkpoint, mesh, model, optim, plan, step, trees
+from gated import checkpoint, mesh, model, optim, plan, step, storage, trees
 
 ONES = dict(data=1, fsdp=1, expert=1, tensor=1, context=1)
 CFG = small.model_config(attn__gate__position='value')
@@ -248,3 +249,202 @@ def test_a_step_is_nothing_but_arrays_and_json(saved):
   written = json.loads((saved / '7' / 'manifest.json').read_text())
   assert written['about'] == ABOUT
   assert not [p for p in saved.rglob('*') if p.suffix in ('.pkl', '.pickle', '.npy')]
+
+
+# Damage, and what is done about it.
+
+
+@pytest.fixture
+def three(tmp_path):
+  """Steps 1, 2 and 3, whole."""
+  with checkpoint.Checkpoints(tmp_path, keep=3, keep_every=0) as out:
+    for number in (1, 2, 3):
+      out.save(number, tiny_state(float(number)), ABOUT)
+  return tmp_path
+
+
+def newest(directory):
+  with checkpoint.Reader(directory) as source:
+    step = source.newest_good()
+    back = source.restore(step, like(tiny_state(0.0)))
+  assert float(back.model['w'].max()) == float(back.model['w'].min()) == step
+  return step
+
+
+def truncate(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path):
+  path.write_bytes(b'')
+
+
+def flip(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 0x10
+  path.write_bytes(content)
+
+
+@pytest.mark.parametrize('damage', [truncate, empty, flip, lambda path: path.unlink()])
+def test_a_step_with_any_file_damaged_is_passed_over_and_named(damage, three, caplog):
+  files = [path for path in (three / '3').rglob('*') if path.is_file()]
+  assert len(files) > 10
+  for path in files:
+    before = path.read_bytes()
+    if damage is truncate and len(before) < 2:
+      continue
+    if damage is empty and not before:
+      continue
+    caplog.clear()
+    damage(path)
+    assert newest(three) == 2
+    assert str(path) in caplog.text and 'going back to step 2' in caplog.text
+    path.write_bytes(before)
+  assert newest(three) == 3
+
+
+def test_a_run_never_starts_afresh_over_damaged_steps(three):
+  for number in (1, 2, 3):
+    files = [path for path in (three / str(number)).rglob('*') if path.is_file()]
+    flip(max(files, key=lambda path: path.stat().st_size))
+  with (
+    checkpoint.Reader(three) as source,
+    pytest.raises(ValueError, match=r'no checkpoint is left.*3.*2.*1.*delete it'),
+  ):
+    source.newest_good()
+
+
+def test_a_step_whose_mark_is_gone_was_still_saved(three):
+  """Only a folder that nothing was ever committed to is a fresh start."""
+  for number in (1, 2, 3):
+    (three / str(number) / 'manifest.json').unlink()
+  with (
+    checkpoint.Reader(three) as source,
+    pytest.raises(ValueError, match=r'3/manifest.json is missing, and the step was saved'),
+  ):
+    source.newest_good()
+  (three / 'head.json').unlink()
+  with checkpoint.Reader(three) as source:
+    assert source.newest_good() is None
+
+
+@pytest.mark.parametrize(
+  'content', ['', 'null', '[]', '{"step": -1}', '{"step": 2}', '[' * 10**5]
+)
+def test_a_damaged_head_is_passed_over(content, three):
+  (three / 'head.json').write_text(content)
+  assert newest(three) == 3
+
+
+def test_pick_is_that_step_or_an_error(three):
+  flip(three / '2' / 'manifest.json')
+  with checkpoint.Reader(three) as source:
+    assert [source.pick(which, '--step') for which in ('1', 'latest')] == [1, 3]
+    with pytest.raises(ValueError, match=r"--step='2': .*2/manifest.json .*damaged"):
+      source.pick('2', '--step')
+
+
+def test_a_run_that_went_back_leaves_what_it_had_saved_past_that(three):
+  with checkpoint.Checkpoints(three, keep=3, keep_every=0) as out:
+    assert out.go_back(1, data_step=7) == 7
+    assert out.steps() == [1]
+  with checkpoint.Checkpoints(three, keep=3, keep_every=0) as out:
+    # Asked again from the same step, the data still goes on past what did the harm.
+    assert out.go_back(1) == 7
+    assert {p.name for p in three.iterdir()} >= {'1', '2', '3'}
+    out.save(2, tiny_state(2.5), ABOUT)
+    out.wait()
+    assert out.steps() == [1, 2]
+    assert not (three / '3').exists()
+    back = out.restore(2, like(tiny_state(0.0)))
+    assert float(back.model['w'][0]) == 2.5
+    assert out.go_back(2) is None
+
+
+def test_old_steps_go_only_once_a_newer_one_is_committed(tmp_path, monkeypatch):
+  seen = []
+  write = checkpoint.manifest.write
+
+  def watch(folder, manifest):
+    seen.append(sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()))
+    write(folder, manifest)
+
+  monkeypatch.setattr(checkpoint.manifest, 'write', watch)
+  with checkpoint.Checkpoints(tmp_path, keep=1, keep_every=0) as out:
+    for number in (1, 2, 3):
+      about = ABOUT | {'heldout_loss': -float(number)}
+      out.save(number, tiny_state(float(number)), about)
+    out.wait()
+    assert out.steps() == [3]
+  assert seen == [['1'], ['1', '2'], ['2', '3']]
+
+
+@pytest.mark.parametrize('where', ['write', 'survey'])
+def test_a_save_that_failed_is_known_at_the_next_step(where, three, monkeypatch):
+  def full(*_):
+    raise OSError(28, 'No space left on device')
+
+  with checkpoint.Checkpoints(three, keep=1, keep_every=0) as out:
+    monkeypatch.setattr(checkpoint.manifest, where, full)
+    out.save(4, tiny_state(4.0), ABOUT)
+    out._thread.join()
+    with pytest.raises(checkpoint.SaveFailed, match=r'step 4 .*No space left.* is 3'):
+      out.check()
+    monkeypatch.undo()
+    assert out.steps() == [1, 2, 3]
+    # The same step can be saved once there is room.
+    out.save(4, tiny_state(4.0), ABOUT)
+  assert newest(three) == 4
+
+
+def test_closing_tells_of_a_save_that_failed(three, monkeypatch):
+  def full(*_):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(checkpoint.manifest, 'write', full)
+  with (
+    pytest.raises(checkpoint.SaveFailed, match='No space left'),
+    checkpoint.Checkpoints(three, keep=1, keep_every=0) as out,
+  ):
+    out.save(4, tiny_state(4.0), ABOUT)
+
+
+def test_foreign_names_are_no_steps(three):
+  for name in ('007', '4', '5.removed', '٣', 'x', '-1', '3 '):
+    (three / name).mkdir()
+    (three / name / 'anything').write_text('x')
+  with checkpoint.Reader(three) as source:
+    assert source.steps() == [1, 2, 3]
+  with checkpoint.Checkpoints(three, keep=3, keep_every=0) as out:
+    assert out.steps() == [1, 2, 3]
+  left = {p.name for p in three.iterdir()}
+  assert '5.removed' not in left and left >= {'007', '4', 'x'}
+
+
+def test_a_step_is_what_its_number_says(three):
+  shutil.copytree(three / '2', three / '9')
+  assert newest(three) == 3
+
+
+@pytest.mark.parametrize('store', ['s3', 'gs'])
+def test_a_store_is_as_good_as_a_disk(store, request, tmp_path, caplog):
+  where = storage.path(f'{request.getfixturevalue(store)}/{tmp_path.name}/checkpoints')
+  with checkpoint.Checkpoints(where, keep=2, keep_every=0) as out:
+    for number in (1, 2, 3):
+      about = ABOUT | {'heldout_loss': -float(number)}
+      out.save(number, tiny_state(float(number)), about)
+  assert newest(where) == 3
+  with checkpoint.Reader(where) as source:
+    assert source.steps() == [2, 3] and source.about(3) == about
+  size, name = max((n, name) for name, n in storage.sizes(where / '3').items())
+  whole = storage.read(where / '3' / name, size)
+  for damage in (whole[:-1], whole[: size // 2] + b'x' + whole[size // 2 + 1 :], None):
+    caplog.clear()
+    if damage is None:
+      storage.remove(where / '3' / name)
+    else:
+      storage.write(where / '3' / name, damage)
+    assert newest(where) == 2
+    assert name in caplog.text
+  storage.write(where / '3' / name, whole)
+  assert newest(where) == 3

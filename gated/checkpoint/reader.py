@@ -81,7 +81,8 @@ class Reader:
     steps, last = self.steps(), head.read(self.directory).step
     faults = []
     if last is not None and last not in steps:
-      faults.append(f'{self.directory / str(last)} was saved, and has no {manifest.NAME}')
+      mark = self.directory / str(last) / manifest.NAME
+      faults.append(f'{mark} is missing, and the step was saved')
     for step in reversed(steps):
       try:
         self.verify(step)
