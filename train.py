@@ -115,7 +115,7 @@ def train(run: Run) -> int:
   """Prepared -> trained and saved in its workdir -> the exit code."""
   cfg, folder = run.plan.cfg, run.workdir / 'checkpoints'
   kept = dict(keep=cfg.checkpoint.keep, keep_every=cfg.checkpoint.keep_every)
-  told = lambda: f'This was process {jax.process_index()} of {jax.process_count()}.'
+  which = lambda: f'This was process {jax.process_index()} of {jax.process_count()}.'
   with (
     workdirs.held(run.workdir) as lock,
     stability.Leaving() as leaving,
@@ -123,7 +123,7 @@ def train(run: Run) -> int:
   ):
     _check_unmoved(run, saved)
     run = run._replace(step=run.step.compile())
-    pulse = stability.Pulse(cfg.stability.stuck_after, code=STUCK, told=told)
+    pulse = stability.Pulse(cfg.stability.stuck_after, code=STUCK, told=which)
     with pulse:
       hands = Hands(saved, lock, leaving, pulse)
       while True:

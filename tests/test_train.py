@@ -93,6 +93,23 @@ def test_a_killed_run_goes_on_to_the_last_bit(
   assert [s['restored_step'] for s in sessions] in ([-1, 6], [-1, 12])
 
 
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_is_never_saved(tmp_path, run_python):
+  """Its save is put off to the next step that is."""
+  workdir = tmp_path / 'run'
+  fault = json.dumps({'do': 'nan', 'what': 'loss', 'steps': [SAVES, SAVES + 1]})
+  _, *args = command(workdir, steps=SAVES + 3)
+  ok(run_python(['tests/faults/faulty.py', *args], env={'GATED_FAULT': fault}))
+  with checkpoint.Reader(workdir / 'checkpoints') as saved:
+    assert saved.steps() == [SAVES + 2, SAVES + 3]
+  records = metrics.read(workdir / 'metrics.jsonl')
+  by_step = {r['step']: r['skipped'] for r in records if r['kind'] == 'train'}
+  assert [by_step[SAVES + i] for i in (-1, 0, 1, 2)] == [0, 1, 2, 2]
+  events = metrics.read(workdir / 'spikes.jsonl')
+  assert [event['step'] for event in events] == [SAVES, SAVES + 1]
+  assert all(len(event['records']) == 8 for event in events)
+
+
 def free_port():
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
