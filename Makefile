@@ -6,10 +6,9 @@
 # make audit   look the locked packages up among known vulnerabilities
 # make clean   remove .venv and caches; runs/ stays
 #
-# PYTHON=python3.12 picks another interpreter; LOCKED=1 installs what the lock files name,
-# and nothing else. ARGS='-k gate' goes to pytest, ARGS='--only table1' to make rows,
-# ARGS=--upgrade to make lock, ARGS='--advisories=FILE' to make audit, which needs no
-# network then.
+# PYTHON=python3.12 picks another interpreter; LOCKED=1 installs what the lock files name.
+# ARGS='-k gate' goes to pytest, ARGS='--only table1' to make rows, ARGS=--upgrade to make
+# lock, ARGS=--advisories=FILE to make audit, which then needs no network.
 
 PYTHON ?= python3
 WORKDIR ?= runs/demo
@@ -55,7 +54,7 @@ lock: $(TOOLS)/made
 
 # Without a network there may be no tools; then the audit says that it was skipped.
 audit:
-	@$(MAKE) --silent $(TOOLS)/made || true
+	@$(MAKE) --silent $(TOOLS)/made >/dev/null 2>&1 || true
 	@python=$(TOOLS)/bin/python; test -e $(TOOLS)/made || python=$(PYTHON); \
 	  $$python scripts/audit.py $(ARGS)
 
@@ -81,6 +80,6 @@ clean:
 
 $(TOOLS)/made: requirements-tools.lock
 	$(PYTHON) -m venv $(TOOLS)
-	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check --retries 1 \
 	  --require-hashes -r requirements-tools.lock
 	@: > $@
