@@ -37,6 +37,17 @@ from gated import (
 
 REFUSED = 2
 
+# Of what a checkpoint says about itself.
+NEEDED = (
+  'config.model',
+  'config.data',
+  'config.loss.chunk',
+  'config.seed',
+  'config.batch',
+  'data.sha256',
+  'data.tokenizer',
+)
+
 _WORKDIR = flags.DEFINE_string(
   'workdir', '', "Of a run of train.py, or a Hugging Face checkpoint's folder."
 )
@@ -123,6 +134,11 @@ def _restored(workdir: storage.Path) -> Subject:
   with checkpoint.Reader(directory) as saved:
     step = saved.pick(_STEP.value, '--step')
     about = saved.about(step)
+    try:
+      for knob in NEEDED:
+        config.dig(about, knob)
+    except ValueError as error:
+      raise ValueError(f'{directory / str(step)}: {error}') from error
     corpus = _open(about, _DATA.value)
     c = about['config']['model']
     cfg = _fitting(config.build(model.Config, c, 'config.model'), corpus)
@@ -160,7 +176,8 @@ def _fitting(cfg: model.Config, corpus: data.Corpus) -> model.Config:
 def _open(about: dict, mixture: str) -> data.Corpus:
   """The run's own data, checked to be the same ('' for `mixture`), or another mixture."""
   c, fingerprint = about['config'], about['data']
-  knobs = c['data'] | {'cache': _CACHE.value or c['data']['cache']}
+  # Where something is built is for who evaluates to say, not for a checkpoint.
+  knobs = c['data'] | {'cache': _CACHE.value}
   knobs |= {'mixture': mixture} if mixture else {}
   cfg = config.build(data.Config, knobs, 'config.data')
   # A corpus opened with a batch of one row reads what the run read, row by row.

@@ -20,6 +20,7 @@ from gated import config, gate, kernels, mesh
 from gated.layers import Dense, Numerics, RMSNorm, Yarn, named, normal, recomputed, rope
 
 _NAME = 'config.model.attn'
+MOST = 1 << 16  # Of heads, channels, sinks or experts; see model.LIMITS.
 
 # Those of softmax differ in what their denominators hold beside the keys.
 OVER_SOFTMAX = ('softmax', 'off_by_one', 'sink_logit')
@@ -40,7 +41,7 @@ class Switch:
   def __post_init__(self):
     name = f'{_NAME}.switch'
     config.one_of(f'{name}.where', self.where, ('none', 'value', 'key_value'))
-    config.at_least(f'{name}.experts', self.experts, 1)
+    config.within(f'{name}.experts', self.experts, 1, MOST)
     config.at_least(f'{name}.top_k', self.top_k, 1)
     if self.top_k > self.experts:
       raise ValueError(
@@ -73,17 +74,17 @@ class Config:
   gate: gate.Config
 
   def __post_init__(self):
-    config.at_least(f'{_NAME}.kv_heads', self.kv_heads, 1)
-    config.at_least(f'{_NAME}.heads', self.heads, 1)
+    config.within(f'{_NAME}.kv_heads', self.kv_heads, 1, MOST)
+    config.within(f'{_NAME}.heads', self.heads, 1, MOST)
     config.divides(f'{_NAME}.heads', self.heads, f'{_NAME}.kv_heads', self.kv_heads)
-    config.at_least(f'{_NAME}.head_dim', self.head_dim, 2)
+    config.within(f'{_NAME}.head_dim', self.head_dim, 2, MOST)
     config.divides(f'{_NAME}.head_dim', self.head_dim, 'the pairs of RoPE', 2)
     # YaRN divides by the logarithm of the base.
     if not self.rope_base >= 1 or (self.rope_base == 1 and self.yarn.factor != 1):
       raise ValueError(f'{_NAME}.rope_base={self.rope_base}, but it must be at least 1.0')
-    config.at_least(f'{_NAME}.max_segments', self.max_segments, 2)
+    config.within(f'{_NAME}.max_segments', self.max_segments, 2, 1 << 24)
     config.one_of(f'{_NAME}.normalizer', self.normalizer, NORMALIZERS)
-    config.at_least(f'{_NAME}.sink_tokens', self.sink_tokens, 0)
+    config.within(f'{_NAME}.sink_tokens', self.sink_tokens, 0, MOST)
     config.one_of(f'{_NAME}.sink_values', self.sink_values, ('learned', 'zero'))
     config.at_least(f'{_NAME}.logit_cap', self.logit_cap, 0.0)
     config.one_of(f'{_NAME}.output', self.output, OUTPUTS)

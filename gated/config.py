@@ -112,6 +112,21 @@ def at_least(name: str, value: float, low: float) -> None:
     raise ValueError(f'{name}={value!r}, but it must be at least {low}')
 
 
+def within(name: str, value: float, low: float, high: float) -> None:
+  """Raises ValueError, naming the knob, unless `low <= value <= high`."""
+  at_least(name, value, low)
+  if value > high:
+    raise ValueError(f'{name}={value!r}, but {high} is the most')
+
+
+def nests(value: Any, levels: int) -> bool:
+  """Whether lists and mappings lie in each other more often than that."""
+  if not isinstance(value, (list, dict)):
+    return False
+  inner = value.values() if isinstance(value, dict) else value
+  return levels == 0 or any(nests(each, levels - 1) for each in inner)
+
+
 def divides(name: str, value: int, by: str, divisor: int) -> None:
   """Raises ValueError, naming both knobs, unless `divisor` divides `value`."""
   if divisor < 1 or value % divisor:
@@ -127,6 +142,16 @@ def flatten(mapping: Mapping, name: str = 'config') -> dict[str, Any]:
     else:
       flat[f'{name}.{key}'] = list(value) if isinstance(value, tuple) else value
   return flat
+
+
+def dig(mapping: Mapping, knob: str) -> Any:
+  """A nested mapping and a dotted name in it -> the value; ValueError if there is none."""
+  value: Any = mapping
+  for key in knob.split('.'):
+    if not isinstance(value, Mapping) or key not in value:
+      raise ValueError(f'{knob} is missing')
+    value = value[key]
+  return value
 
 
 def differences(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:

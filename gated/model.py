@@ -28,6 +28,10 @@ from gated.layers import (
 
 _POLICIES = jax.checkpoint_policies
 
+# The most that a knob may ask for: far beyond every model there is. A larger number is a
+# slip of the hand, or a stranger's, and would take the memory or the time of the machine.
+LIMITS = {'vocab': 1 << 24, 'width': 1 << 20, 'depth': 1 << 12, 'ffn': 1 << 22}
+
 # What the forward pass keeps for the backward pass; the rest is computed again.
 REMAT = {
   'none': None,  # keep everything: fastest, most memory
@@ -58,12 +62,12 @@ class Config:
   moe: moe.Config
 
   def __post_init__(self):
-    for name in ('vocab', 'width', 'depth', 'ffn'):
-      config.at_least(f'config.model.{name}', getattr(self, name), 1)
+    for name, most in LIMITS.items():
+      config.within(f'config.model.{name}', getattr(self, name), 1, most)
     config.one_of('config.model.layers', self.layers, ('scan', 'unroll'))
     config.one_of('config.model.remat', self.remat, REMAT)
     config.one_of('config.model.norm', self.norm, NORMS)
-    config.at_least('config.model.norm_rank', self.norm_rank, 1)
+    config.within('config.model.norm_rank', self.norm_rank, 1, LIMITS['width'])
     config.one_of('config.model.branch_norm', self.branch_norm, ('none', 'rms'))
     config.at_least('config.model.branch_clip', self.branch_clip, 0.0)
     config.at_least('config.model.logit_cap', self.logit_cap, 0.0)

@@ -24,6 +24,7 @@ from gated import config, kernels, mesh
 from gated.layers import Dense, Numerics, SwiGLU, named, normal, recomputed, swiglu
 
 _NAME = 'config.model.moe'
+MOST = 1 << 16  # Of experts; see model.LIMITS.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +40,9 @@ class Config:
   backend: str  # of kernels.GROUPED, or auto
 
   def __post_init__(self):
-    config.at_least(f'{_NAME}.experts', self.experts, 0)
+    config.within(f'{_NAME}.experts', self.experts, 0, MOST)
     config.at_least(f'{_NAME}.top_k', self.top_k, 1)
-    config.at_least(f'{_NAME}.shared', self.shared, 0)
+    config.within(f'{_NAME}.shared', self.shared, 0, MOST)
     config.one_of(f'{_NAME}.dispatch', self.dispatch, ('dropless', 'capacity'))
     kernels.check_grouped(self.backend)
     if not self.capacity > 0:

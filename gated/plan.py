@@ -5,6 +5,7 @@ its own way.
 """
 
 import functools
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gated import config, data, mesh, model, optim, stability, step
+
+NAME = re.compile(r'[A-Za-z0-9_][\w.+=,-]{0,99}', re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +108,11 @@ class Config:
     if self.steps >= 2**31:
       raise ValueError(f'config.steps={self.steps}, but it must be below 2**31')
     config.divides('config.batch', self.batch, 'config.accum', self.accum)
-    if not self.name or set(self.name) & set('/\\'):
-      raise ValueError(f'config.name={self.name!r}, but it is to name a folder')
+    if not NAME.fullmatch(self.name):
+      raise ValueError(
+        f'config.name={self.name[:100]!r}, but it is to name a folder: letters, digits '
+        'and _.-+=, of them at most 100'
+      )
 
 
 class Plan:

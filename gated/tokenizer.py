@@ -7,16 +7,21 @@ No text can forge a control token. A document that happens to contain '<|endofte
 spelled out in ordinary tokens, and a tokenizer that cannot do that is refused when it
 meets such a document.
 
+A tokenizer's file is a stranger's: what it may ask for is bounded, and whatever its
+library makes of it, panics of Rust included, is a ValueError here.
+
 N tokens of one text.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
 import json
+import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +30,9 @@ END = '<|endoftext|>'
 # Looked for in this order when the caller names no end-of-text token.
 ENDS = (END, '</s>', '<|end_of_text|>', '<eos>', '<|im_end|>', '[SEP]')
 BEGINNINGS = ('<|begin_of_text|>', '<s>', '<bos>', '[CLS]')
-MAX_FILE = 1 << 28  # Bytes; the largest published vocabularies take about 30 MB.
+MAX_FILE = 1 << 26  # Bytes; the largest published vocabularies take about 30 MB.
+MAX_VOCAB = 1 << 22  # An array is as long as the largest id.
+MAX_GROWTH = 64  # By which the rules of a tokenizer.json may lengthen a text.
 
 Encoded = tuple[np.ndarray, np.ndarray]
 
@@ -79,8 +86,11 @@ def train_bpe(texts: Iterable[str], vocab: int, path: str) -> Tokenizer:
   texts in the same order give the same file.
   """
   tokenizers = _need('tokenizers')
-  if vocab < 257:
-    raise ValueError(f'a byte-level BPE of {vocab} tokens, but 257 are the least')
+  if not 257 <= vocab <= MAX_VOCAB:
+    least, most = '257 are the least', f'{MAX_VOCAB} are the most'
+    raise ValueError(
+      f'a byte-level BPE of {vocab} tokens, but {least if vocab < 257 else most}'
+    )
   byte_level = tokenizers.pre_tokenizers.ByteLevel
   bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
   bpe.pre_tokenizer = byte_level(add_prefix_space=False)
@@ -127,11 +137,13 @@ def _bytes() -> Tokenizer:
 
 def _hugging_face(path: str, content: bytes, eos: str) -> Tokenizer:
   tokenizers = _need('tokenizers')
-  try:
+  with _faults(path, 'is not a tokenizer.json'):
     model = tokenizers.Tokenizer.from_buffer(content)
-    kind = (json.loads(content).get('decoder') or {}).get('type')
-  except Exception as error:
-    raise ValueError(f'tokenizer {path!r} is not a tokenizer.json: {error}') from error
+    said = json.loads(content)
+    kind = (said.get('decoder') or {}).get('type')
+  with _faults(path, 'is refused'):
+    _check_rules(said)
+    _check_ids(model.get_vocab(with_added_tokens=True))
   model.no_truncation()
   model.no_padding()
   model.encode_special_tokens = True  # Control tokens in a text are spelled out.
@@ -143,7 +155,8 @@ def _hugging_face(path: str, content: bytes, eos: str) -> Tokenizer:
   bytes_V[list(spelled)] = [len(spelling) for spelling in spelled.values()]
 
   def encode(text):
-    pieces = model.encode(text, add_special_tokens=False)
+    with _faults(path, 'cannot encode a text'):
+      pieces = model.encode(text, add_special_tokens=False)
     ids_N = np.array(pieces.ids, np.int32)
     bytes_N = bytes_V[ids_N]
     # A byte-level vocabulary says itself what a token covers, inside characters too,
@@ -164,26 +177,23 @@ def _hugging_face(path: str, content: bytes, eos: str) -> Tokenizer:
     path=path,
     fingerprint=_digest(content, eos_token),
     encode=encode,
-    decode=decode if spelled else _decode(model.decode),
+    decode=decode if spelled else _decode(model.decode, path),
   )
 
 
 def _sentencepiece(path: str, content: bytes, eos: str) -> Tokenizer:
   sentencepiece = _need('sentencepiece')
   model = sentencepiece.SentencePieceProcessor()
-  try:
+  with _faults(path, 'is not a SentencePiece model'):
     model.LoadFromSerializedProto(content)
-  except Exception as error:
-    raise ValueError(
-      f'tokenizer {path!r} is not a SentencePiece model: {error}'
-    ) from error
   if not eos and model.eos_id() >= 0:
     eos = model.id_to_piece(model.eos_id())
   known = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
   eos_token, eos_id = _control(known.get, eos, path)
 
   def encode(text):
-    pieces = model.encode(text, return_type='offset_mapping')
+    with _faults(path, 'cannot encode a text'):
+      pieces = model.encode(text, return_type='offset_mapping')
     return _covered(pieces['ids'], pieces['offsets'], text, eos=eos_token, eos_id=eos_id)
 
   return Tokenizer(
@@ -195,7 +205,7 @@ def _sentencepiece(path: str, content: bytes, eos: str) -> Tokenizer:
     path=path,
     fingerprint=_digest(content, eos_token),
     encode=encode,
-    decode=_decode(model.decode),
+    decode=_decode(model.decode, path),
   )
 
 
@@ -235,8 +245,55 @@ def _control(find: Callable[[str], int | None], eos: str, path: str) -> tuple[st
   raise ValueError(f'tokenizer {path!r} has no end-of-text token {wanted}')
 
 
-def _decode(decode: Callable[[list[int]], str]) -> Callable[..., bytes]:
-  return lambda ids: decode([int(i) for i in ids]).encode()
+def _decode(decode: Callable[[list[int]], str], path: str) -> Callable[..., bytes]:
+  def run(ids):
+    with _faults(path, 'cannot decode'):
+      return decode([int(i) for i in ids]).encode()
+
+  return run
+
+
+@contextlib.contextmanager
+def _faults(path: str, fault: str) -> Generator[None, None, None]:
+  """Turns what a library raises into ValueError; a panic of Rust is no Exception."""
+  try:
+    yield
+  except BaseException as error:
+    if not isinstance(error, Exception) and type(error).__name__ != 'PanicException':
+      raise
+    raise ValueError(f'tokenizer {path!r} {fault}: {error}'[:500]) from error
+
+
+def _check_ids(vocab: dict[str, int]) -> None:
+  """Raises ValueError for an id that is too large, or that two tokens share."""
+  if max(vocab.values(), default=0) >= MAX_VOCAB:
+    raise ValueError(f'the id {max(vocab.values())}, but {MAX_VOCAB - 1} is the largest')
+  if len(set(vocab.values())) < len(vocab):
+    raise ValueError('two of its tokens have the same id')
+
+
+def _check_rules(said: dict[str, Any]) -> None:
+  """Raises ValueError for rules that blow a text up, or that throw dice."""
+  for group in ('normalizer', 'pre_tokenizer', 'decoder'):
+    if (times := _growth(said.get(group))) > MAX_GROWTH:
+      raise ValueError(
+        f'its {group} may make a text {times} times as long, but {MAX_GROWTH} is allowed'
+      )
+  if said['model'].get('dropout'):
+    raise ValueError('its BPE leaves merges out at random (dropout)')
+
+
+def _growth(rule: Any) -> int:
+  """How many times as long the replacements in a rule and those within it make a text."""
+  inner = rule.values() if isinstance(rule, dict) else rule
+  if not isinstance(rule, (dict, list)):
+    return 1
+  own = 1
+  if isinstance(rule, dict) and rule.get('type') in ('Replace', 'Prepend'):
+    # A regular expression may match between all characters, and a part may be short.
+    own = max(1, len(rule.get('content', '')) + ('Regex' in rule.get('pattern', {})))
+    own += len(rule.get('prepend', ''))
+  return own * math.prod(map(_growth, inner))
 
 
 def _spellings(model: Any) -> dict[int, bytes]:

@@ -305,7 +305,7 @@ def test_a_step_with_any_file_damaged_is_passed_over_and_named(damage, three, ca
 
 def test_a_run_never_starts_afresh_over_damaged_steps(three):
   for number in (1, 2, 3):
-    files = [path for path in (three / str(number)).rglob('*') if path.is_file()]
+    files = [p for p in (three / str(number)).rglob('*') if p.is_file()]
     flip(max(files, key=lambda path: path.stat().st_size))
   with (
     checkpoint.Reader(three) as source,

@@ -98,6 +98,21 @@ def test_at_least_refuses_what_is_lower_or_no_number(value):
     config.at_least('config.a', value, 1)
 
 
+def test_within_refuses_what_is_lower_or_higher():
+  config.within('config.a', 1, 1, 2)
+  config.within('config.a', 2, 1, 2)
+  with pytest.raises(ValueError, match=r'config\.a=0, but it must be at least 1'):
+    config.within('config.a', 0, 1, 2)
+  with pytest.raises(ValueError, match=r'config\.a=3, but 2 is the most'):
+    config.within('config.a', 3, 1, 2)
+
+
+def test_nests_counts_the_deepest_way_down():
+  for value, depth in ((1, 0), ([], 1), ({'a': 1, 'b': [2, {'c': 3}]}, 3)):
+    assert not config.nests(value, depth)
+    assert depth == 0 or config.nests(value, depth - 1)
+
+
 @pytest.mark.parametrize('divisor', [4, 0, -3])
 def test_divides_names_both_knobs(divisor):
   config.divides('config.a', 6, 'config.b', 3)

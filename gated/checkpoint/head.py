@@ -29,7 +29,9 @@ def read(directory: storage.Path) -> Head:
     return _checked(found)
   except (FileNotFoundError, NotADirectoryError):
     return Head()
-  except (ValueError, KeyError, TypeError, RecursionError) as error:
+  except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+    if isinstance(error, OSError) and storage.is_remote(path):
+      raise
     _log.warning('%s is damaged, and passed over: %s', path, error)
     return Head()
 

@@ -21,6 +21,7 @@ from gated import config, storage
 FORMAT = 1
 NAME = 'manifest.json'
 LIMIT = 1 << 28  # Bytes of a manifest.
+DEPTH = 32  # Of lists and objects in each other.
 PIECE = 1 << 22  # Bytes read at a time.
 THREADS = 4
 
@@ -72,17 +73,23 @@ def read(folder: storage.Path) -> Manifest:
     content = json.loads(storage.read(path, LIMIT))
   except (FileNotFoundError, NotADirectoryError) as error:
     raise Damaged(f'{path} is not there: the step was not saved to its end') from error
-  except (ValueError, RecursionError) as error:
+  except (ValueError, RecursionError, OSError) as error:
+    if isinstance(error, OSError) and storage.is_remote(path):
+      raise  # The network's fault, and not the step's.
     raise Damaged(f'{path} is not to be read: {error}'[:300]) from error
   if not isinstance(content, dict) or content.get('format') != FORMAT:
     found = content.get('format') if isinstance(content, dict) else content
     raise Damaged(f'{path}: format={found!r}, but this code reads {FORMAT}'[:300])
+  if config.nests(content, DEPTH):
+    raise Damaged(f'{path} nests deeper than {DEPTH} levels')
   sha256 = content.pop('sha256', None)
   try:
     if sha256 != config.digest(content):
       raise Damaged(f'{path} is damaged: its SHA-256 is not what it says')
     return _checked(folder, content)
-  except (RecursionError, KeyError, TypeError, AttributeError) as error:
+  except Damaged:
+    raise
+  except (KeyError, TypeError, AttributeError, ValueError) as error:
     raise Damaged(f'{path} is no manifest of a step: {error!r}'[:300]) from error
 
 

@@ -6,6 +6,7 @@ Opening one changes nothing, beside a run that may be saving.
 import logging
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,13 @@ class Reader:
       self._check(step, item, leaves)
     args = {item: ocp.args.StandardRestore(leaves) for item, leaves in items.items()}
     folder = self._fetched(step)
-    found = dict(self._orbax.restore(folder, args=ocp.args.Composite(**args)).items())
+    try:
+      self._check_chunks(folder, items)
+      found = dict(self._orbax.restore(folder, args=ocp.args.Composite(**args)).items())
+    except (OSError, ValueError):
+      raise
+    except Exception as error:  # Orbax raises of every kind.
+      raise Damaged(f'{folder} cannot be read: {error!r}'[:1000]) from error
     for item, leaves in items.items():
       for name, wanted in leaves.items():
         have = found[item][name]
@@ -238,6 +245,17 @@ class Reader:
         if not same or not placed:
           raise ValueError(f'{folder / item}: {name} was read as {have.aval}')
     return found
+
+  def _check_chunks(self, folder: storage.Path, items: Iterable[str]) -> None:
+    """Raises Damaged for a chunk larger than its array: it would take any memory."""
+    found: Any = self._orbax.metadata(folder).item_metadata
+    for item in items:
+      for name, array in found[item].tree.items():
+        chunk = array.storage.chunk_shape if array.storage else ()
+        if any(c > max(s, 1) for c, s in zip(chunk, array.shape)):
+          raise Damaged(
+            f'{folder / item}: {name} of shape {array.shape} has chunks of {chunk}'
+          )
 
   def _check(self, step: int, item: str, wanted: dict[str, Any]) -> None:
     """Raises ValueError unless what is saved has the names, shapes and dtypes wanted."""

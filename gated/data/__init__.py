@@ -54,9 +54,9 @@ class Config:
       raise ValueError(
         f'config.data.tokenizer={self.tokenizer!r}, but allowed are {allowed}'
       )
-    config.at_least('config.data.length', self.length, 1)
-    config.at_least('config.data.workers', self.workers, 0)
-    config.at_least('config.data.prefetch', self.prefetch, 1)
+    config.within('config.data.length', self.length, 1, shards.MAX_LENGTH)
+    config.within('config.data.workers', self.workers, 0, 1 << 10)
+    config.within('config.data.prefetch', self.prefetch, 1, 1 << 16)
     mixture.terms(self.mixture)
 
 

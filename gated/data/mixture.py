@@ -56,6 +56,11 @@ class Part:
   weight: fractions.Fraction
   manifest: shards.Manifest
 
+  @property
+  def place(self) -> str:
+    """Its directory or URL, as the mixture spells it."""
+    return self.label.removesuffix(f'@{self.domain}') if self.domain else self.label
+
   def portions(self, split: str) -> dict[str, shards.Portion]:
     everything = self.manifest.splits[split]
     chosen = [self.domain] if self.domain else sorted(everything)
@@ -102,7 +107,7 @@ def heldout_domains(parts: Sequence[Part]) -> dict[str, tuple[Part, str]]:
   names = [name for _, name in found]
   domains = {}
   for part, name in found:
-    folder = os.path.basename(os.path.normpath(part.label.partition('@')[0]))
+    folder = os.path.basename(os.path.normpath(part.place))
     key = name if names.count(name) == 1 else f'{folder}.{name}'
     if key in domains:
       raise ValueError(

@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gated import storage, tokenizer
+from gated import config, storage, tokenizer
 
 FORMAT = 1
 MANIFEST = 'manifest.json'
 SPLITS = ('train', 'heldout')
 MAX_MANIFEST = 1 << 26  # Bytes.
+MAX_DEPTH = 32  # Of lists and objects in each other.
 MAX_LENGTH = 1 << 24  # Tokens.
 MAX_COUNT = 1 << 62
 COUNTS = ('rows', 'documents', 'tokens', 'bytes', 'segments')
@@ -237,6 +238,8 @@ def _manifest(content: Any) -> Manifest:
   vocab = _field(token, 'vocab', int, (1, 1 << 31))
   kinds = dict(name=str, eos=int, eos_token=str, sha256=str)
   splits = _field(content, 'splits', dict)
+  if config.nests(content, MAX_DEPTH):
+    raise _Malformed(f'nests deeper than {MAX_DEPTH} levels')
   return Manifest(
     format=version,
     length=_field(content, 'length', int, (1, MAX_LENGTH)),

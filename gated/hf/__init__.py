@@ -152,7 +152,7 @@ def _meaning(source: files.Tensors, base: Mapping[str, Any]) -> meaning.Meaning:
         raise ValueError(f'{count} {name}, but there are {len(source.headers)} tensors')
     return found
   except ValueError as error:
-    raise ValueError(f'{path}: {error}') from error
+    raise ValueError(f'{path}: {error}'[:1000]) from error
 
 
 def _fused(source: files.Tensors) -> bool:
@@ -189,7 +189,7 @@ def _matched(
     if entry.form is names.FORMS['centred'] and leaves[name].dtype != jnp.float32
   ]
   if faults:
-    told = '; '.join(sorted(faults))
+    told = '; '.join(sorted(faults)[:20])
     raise ValueError(f'{source.directory} has {len(faults)} faults: {told}')
   return entries
 

@@ -17,6 +17,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from gated.config import nests
+
 CONFIG, INDEX, SINGLE = 'config.json', 'model.safetensors.index.json', 'model.safetensors'
 MAX_JSON = 1 << 26  # Bytes; the index of a mixture of 100,000 tensors takes about 10 MB.
 MAX_DEPTH = 32  # Of lists and objects in each other.
@@ -40,6 +42,7 @@ def is_checkpoint(directory: str | Path) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
   """A file -> its JSON object; ValueError names the path and the fault."""
+  inside(path.parent, path.name)
   if not path.is_file():
     raise ValueError(f'{path}: no such file')
   if path.stat().st_size > MAX_JSON:
@@ -53,17 +56,22 @@ def read_json(path: Path) -> dict[str, Any]:
   if not isinstance(content, dict):
     raise ValueError(f'{path} is not a JSON object')
   for key, value in content.items():
-    if _deeper(value, MAX_DEPTH):
+    if nests(value, MAX_DEPTH):
       raise ValueError(f'{path}: {key} nests deeper than {MAX_DEPTH} levels')
   return content
 
 
-def _deeper(value: Any, levels: int) -> bool:
-  """Whether lists and objects lie in each other more often than that."""
-  if not isinstance(value, (list, dict)):
-    return False
-  inner = value.values() if isinstance(value, dict) else value
-  return levels == 0 or any(_deeper(each, levels - 1) for each in inner)
+def inside(folder: Path, name: str) -> Path:
+  """A name in a folder -> its path; ValueError where links lead out of the folder.
+
+  The hub's cache is made of links: snapshots/REVISION/NAME leads to ../../blobs/HASH.
+  """
+  root, real = os.path.realpath(folder), os.path.realpath(folder / name)
+  home = Path(root).parent
+  roots = [root, str(home.parent / 'blobs')] if home.name == 'snapshots' else [root]
+  if not any(real.startswith(each + os.sep) for each in roots):
+    raise ValueError(f'{folder / name} is a link out of the folder')
+  return folder / name
 
 
 class Tensors:
@@ -81,6 +89,7 @@ class Tensors:
       self._open(path, names)
 
   def _open(self, path: Path, promised: set[str] | None) -> None:
+    inside(self.directory, str(path.relative_to(self.directory)))
     if not path.is_file():
       raise ValueError(f'{path}: no such file')
     try:
@@ -90,7 +99,7 @@ class Tensors:
     except (SafetensorError, OSError) as error:
       raise ValueError(f'{path} is no whole safetensors file: {error}') from error
     if promised is not None and promised != headers.keys():
-      differ = ', '.join(sorted(promised ^ headers.keys()))
+      differ = ', '.join(sorted(promised ^ headers.keys())[:20])
       raise ValueError(f'{path} does not hold what {INDEX} says it does: {differ}')
     for name, header in headers.items():
       self.headers[name] = Tensor(tuple(header.get_shape()), header.get_dtype())
