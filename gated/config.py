@@ -145,7 +145,7 @@ def flatten(mapping: Mapping, name: str = 'config') -> dict[str, Any]:
 
 
 def dig(mapping: Mapping, knob: str) -> Any:
-  """A nested mapping and a dotted name in it -> the value; ValueError if there is none."""
+  """A nested mapping and a dotted name in it -> the value; ValueError if it is not."""
   value: Any = mapping
   for key in knob.split('.'):
     if not isinstance(value, Mapping) or key not in value:
