@@ -2,17 +2,20 @@
 # make test    set up .venv, check format, lint and types, run all tests
 # make fast    the tests without those marked slow
 # make rows    train every row of the paper's tables at test scale, save and resume it
+# make faults  inject every fault of docs/reliability.md into real runs, print the table
 # make lock    write the requirements*.lock: every package with its version and hashes
 # make audit   look the locked packages up among known vulnerabilities
 # make clean   remove .venv and caches; runs/ stays
 #
 # PYTHON=python3.12 picks another interpreter; LOCKED=1 installs what the lock files name.
-# ARGS='-k gate' goes to pytest, ARGS='--only table1' to make rows, ARGS=--upgrade to make
-# lock, ARGS=--advisories=FILE to make audit, which then needs no network.
+# ARGS='-k gate' goes to pytest, which has JOBS=2 workers, ARGS='--only table1' to make
+# rows, ARGS='--only 7' to make faults, ARGS=--upgrade to make lock, ARGS=--advisories=FILE
+# to make audit, which then needs no network.
 
 PYTHON ?= python3
 WORKDIR ?= runs/demo
 ARGS ?=
+JOBS ?= 2
 BIN := .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 
@@ -30,7 +33,7 @@ endif
 
 INSTALL += $(if $(LOCKED),--require-hashes)
 
-.PHONY: demo test fast rows lock audit clean
+.PHONY: demo test fast rows faults lock audit clean
 .DELETE_ON_ERROR:
 
 demo: .venv/run-$(FROM)
@@ -41,13 +44,16 @@ test: .venv/dev-$(FROM)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/ty check --python .venv
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 fast: .venv/dev-$(FROM)
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow' $(ARGS)
 
 rows: .venv/run-$(FROM)
 	$(BIN)/python scripts/train_rows.py $(ARGS)
+
+faults: .venv/dev-$(FROM)
+	$(BIN)/python tests/faults $(ARGS)
 
 lock: $(TOOLS)/made
 	PATH=$(TOOLS)/bin:$$PATH $(TOOLS)/bin/python scripts/lock.py $(ARGS)
