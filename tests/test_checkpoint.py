@@ -426,7 +426,7 @@ def test_a_step_is_what_its_number_says(three):
   assert newest(three) == 3
 
 
-@pytest.mark.parametrize('store', ['s3', 'gs'])
+@pytest.mark.parametrize('store', ['s3', pytest.param('gs', marks=pytest.mark.slow)])
 def test_a_store_is_as_good_as_a_disk(store, request, tmp_path, caplog):
   where = storage.path(f'{request.getfixturevalue(store)}/{tmp_path.name}/checkpoints')
   with checkpoint.Checkpoints(where, keep=2, keep_every=0) as out:
