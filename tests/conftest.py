@@ -5,13 +5,9 @@ Set GATED_TEST_PLATFORM=cuda (or tpu) to run on an accelerator; tests marked
 """
 
 import contextlib
-import importlib.util
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +30,7 @@ os.environ['GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT'] = 'false'  # It asks a server at
 
 import jax
 import pytest
+import servers
 
 # What a child process keeps of ours. HOME and XDG_CACHE_HOME keep the real cache, where
 # the embedded corpus was built once; nothing that JAX or a logger reads comes along.
@@ -132,72 +129,23 @@ def s3():
 
   The environment names it, of this process and of every child, while the session lasts.
   """
-  environment = {
-    'AWS_ACCESS_KEY_ID': 'nobody',
-    'AWS_SECRET_ACCESS_KEY': 'nothing',
-    'AWS_DEFAULT_REGION': 'us-east-1',
-    'AWS_CONFIG_FILE': os.devnull,
-    'AWS_SHARED_CREDENTIALS_FILE': os.devnull,
-    'AWS_EC2_METADATA_DISABLED': 'true',
-  }
-  command = ['moto.server', '-H', '127.0.0.1', '-p']
-  with _server(('moto', 's3fs'), command, ['AWS_ENDPOINT_URL'], environment) as url:
-    urllib.request.urlopen(urllib.request.Request(f'{url}/bucket', method='PUT')).close()
-    yield 's3://bucket'
+  with _unless_missing(), servers.s3() as bucket:
+    yield bucket
 
 
 @pytest.fixture(scope='session')
 def gs():
   """As `s3`, a server that speaks Google's: for gcsfs, and for TensorStore itself."""
-  environment = {
-    'GOOGLE_CLOUD_PROJECT': 'nobody',
-    'NO_GCE_CHECK': 'true',
-    'GCE_METADATA_HOST': '127.0.0.1:1',  # TensorStore then needs no credentials.
-  }
-  names = ['STORAGE_EMULATOR_HOST', 'TENSORSTORE_GCS_HTTP_URL']
-  command = ['gcp_storage_emulator', 'start', '--in-memory', '--default-bucket=bucket']
-  command += ['--host=127.0.0.1', '--port']
-  with _server(('gcp_storage_emulator', 'gcsfs'), command, names, environment):
-    yield 'gs://bucket'
+  with _unless_missing(), servers.gs() as bucket:
+    yield bucket
 
 
 @contextlib.contextmanager
-def _server(packages, command, names, environment):
-  """Runs `python -m COMMAND PORT` until the end -> its URL, once it answers.
-
-  The variables `names` say the URL, and `environment` stands beside them.
-  """
-  for package in packages:
-    if not importlib.util.find_spec(package):
-      pytest.skip(f'needs {package}: pip install -r requirements-dev.txt')
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
-  url = f'http://127.0.0.1:{port}'
-  with pytest.MonkeyPatch.context() as patch:
-    for name in ('no_proxy', 'NO_PROXY'):
-      patch.setenv(name, '127.0.0.1', prepend=',')
-    for name, value in (environment | dict.fromkeys(names, url)).items():
-      patch.setenv(name, value)
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    with subprocess.Popen([sys.executable, '-m', *command, str(port)], **quiet) as server:
-      try:
-        until = time.monotonic() + 60
-        while not _answers(port):
-          assert server.poll() is None, f'{command[0]} ended with {server.returncode}'
-          assert time.monotonic() < until, f'{command[0]} does not answer'
-          time.sleep(0.05)
-        yield url
-      finally:
-        server.kill()
-
-
-def _answers(port):
+def _unless_missing():
   try:
-    socket.create_connection(('127.0.0.1', port), timeout=5).close()
-    return True
-  except OSError:
-    return False
+    yield
+  except servers.Missing as missing:
+    pytest.skip(str(missing))
 
 
 @pytest.fixture

@@ -1,0 +1,64 @@
+"""What a run leaves behind: its records, its steps, its files, and what it said."""
+
+import contextlib
+import json
+import logging
+import threading
+from collections.abc import Generator
+from pathlib import Path
+
+from gated import metrics
+
+
+def losses(workdir: Path, kind: str = 'train') -> list[tuple[int, float]]:
+  """(step, loss) of every record, in the order of the file."""
+  records = metrics.read(workdir / 'metrics.jsonl')
+  return [(r['step'], r['loss']) for r in records if r['kind'] == kind]
+
+
+def last_step(workdir: Path) -> int:
+  """The last step in metrics.jsonl, 0 where there is none; also of a run that goes on."""
+  path = workdir / 'metrics.jsonl'
+  return max((s for s, _ in losses(workdir)), default=0) if path.exists() else 0
+
+
+def names(folder: Path) -> list[str]:
+  return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+
+
+def saved(workdir: Path) -> list[int]:
+  """The steps that are committed, in order; nothing of them is verified."""
+  folder = workdir / 'checkpoints'
+  found = [int(n) for n in names(folder) if n.isdecimal() and n == str(int(n))]
+  return sorted(s for s in found if (folder / str(s) / 'manifest.json').exists())
+
+
+def sessions(workdir: Path) -> list[dict]:
+  """What run.json says of each start of a run."""
+  return json.loads((workdir / 'run.json').read_text())['sessions']
+
+
+def committed(workdir: Path, step: int) -> Path:
+  """The folder of a saved step."""
+  return workdir / 'checkpoints' / str(step)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+  """Every file below a folder -> its bytes, by its relative name."""
+  files = (p for p in sorted(folder.rglob('*')) if p.is_file())
+  return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+@contextlib.contextmanager
+def warnings() -> Generator[list[str]]:
+  """What this thread logs for `gated` meanwhile."""
+  told: list[str] = []
+  handler = logging.Handler()
+  handler.emit = lambda record: told.append(record.getMessage())
+  handler.addFilter(lambda record: record.thread == threading.get_ident())
+  log = logging.getLogger('gated')
+  log.addHandler(handler)
+  try:
+    yield told
+  finally:
+    log.removeHandler(handler)

@@ -1,0 +1,75 @@
+"""What a run's numbers are held to: its checkpoints, its ledger, and other histories."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from faults import evidence
+from faults.world import SMALL, World
+
+from configs import tiny
+from gated import config, data, ledger, metrics, plan, trees
+from gated.checkpoint import head
+
+# What a skipped update changes, of all that is saved.
+COUNTERS = ('in_row', 'skipped', 'spikes', 'verdict', 'loss_zscore', 'grad_norm_zscore')
+RINGS = ('losses', 'norms', 'filled')
+
+
+def leaves(world: World, workdir: Path, step: int) -> dict[str, np.ndarray]:
+  """All arrays of a saved step by name, on the host."""
+  found = trees.flatten(world.read(workdir, step))
+  return {name: np.asarray(leaf) for name, leaf in found.items()}
+
+
+def trained(world: World, workdir: Path, step: int, *, rings: bool = True) -> str:
+  """A digest of what a step trains: not of what only counts the bad steps.
+
+  With `rings`, also of the statistics that tell a spike.
+  """
+  left_out = COUNTERS + (() if rings else RINGS)
+  every = leaves(world, workdir, step)
+  assert {f'rest.opt.{name}' for name in COUNTERS + RINGS} < every.keys()
+  names = {f'rest.opt.{name}' for name in left_out}
+  return trees.digest({k: v for k, v in every.items() if k not in names})
+
+
+def check_finite(world: World, workdir: Path) -> None:
+  """AssertionError if any leaf of any step on disk is not finite."""
+  for step in evidence.saved(workdir):
+    for name, leaf in leaves(world, workdir, step).items():
+      assert np.isfinite(leaf).all(), f'step {step}: {name} is not finite'
+
+
+def corpus(**knobs) -> data.Corpus:
+  """What a small run reads."""
+  c = tiny.get_config()
+  c.update_from_flattened_dict(SMALL | {k.replace('__', '.'): knobs[k] for k in knobs})
+  cfg = config.build(plan.Config, c.to_dict(), 'config')
+  sizes = dict(vocab=cfg.model.vocab, batch=cfg.batch, seed=cfg.seed, max_segments=0)
+  return data.open(cfg.data, **sizes)
+
+
+def events(workdir: Path) -> list[tuple[int, int, str]]:
+  """(step, data_step, action) of every line of the ledger."""
+  return [(e['step'], e['data_step'], e['action']) for e in ledger.read(workdir)]
+
+
+def values(workdir: Path) -> dict[int, dict]:
+  """What metrics.jsonl says of each step that was trained; AssertionError for two."""
+  found = [r for r in metrics.read(workdir / 'metrics.jsonl') if r['kind'] == 'train']
+  by_step = {r['step']: r for r in found}
+  assert len(by_step) == len(found), 'a step has two records'
+  return by_step
+
+
+def from_there(world: World, source: Path, step: int, data_step: int, **how) -> Path:
+  """Another history: `source` from a step that it saved on, with data from elsewhere."""
+  workdir = world.path('reference')
+  shutil.copytree(source, workdir)
+  for later in evidence.saved(workdir):
+    if later > step:
+      shutil.rmtree(evidence.committed(workdir, later))
+  head.write(workdir / 'checkpoints', head.Head(step=step, data_step=data_step))
+  world.finish(workdir, **how)
+  return workdir

@@ -1,0 +1,122 @@
+"""Processes that are started, watched, told to leave, killed, and waited for."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+NOT_SAVED = 7  # The exit code of a run that could not write.
+PATIENCE = 240.0  # Seconds after which a process that does not end has failed.
+
+# What a child keeps of our environment, as in conftest. Stores are those of a test.
+KEPT = ('PATH', 'HOME', 'XDG_CACHE_HOME', 'TMPDIR', 'LANG', 'LC_ALL', 'LD_LIBRARY_PATH')
+STORES = ('AWS_', 'GOOGLE_', 'GCE_', 'GCSFS_', 'NO_GCE_', 'STORAGE_', 'TENSORSTORE_')
+PROXY = ('no_proxy', 'NO_PROXY')
+
+
+class Done(NamedTuple):
+  """A process that has ended."""
+
+  code: int  # Its exit code; -9 for one that was killed by signal 9.
+  out: str
+  err: str
+
+  def expect(self, code: int, *told: str) -> 'Done':
+    """Itself; AssertionError unless it left with that code and told all of that."""
+    assert self.code == code, f'exit code {self.code}, not {code}: {self.tail()}'
+    for text in told:
+      assert text in self.err, f'{text!r} was not told: {self.tail()}'
+    if code == NOT_SAVED:  # Orbax tells of it at length, before and after.
+      assert re.search(r'^train\.py: ', self.err, re.M), f'no sentence: {self.tail()}'
+    elif code not in (0, 4):
+      assert 'Traceback' not in self.err, f'a traceback: {self.tail()}'
+    return self
+
+  def tail(self) -> str:
+    """What it said last, but for tracebacks."""
+    lines = [x for x in self.err.splitlines() if not re.match(r'\s|Traceback', x)]
+    return self.out[-300:] + '\n'.join(line[:300] for line in lines[-6:])
+
+
+class Child:
+  """A process that was started. Its output goes to files: a pipe could fill up."""
+
+  def __init__(self, command: Sequence[str], env: Mapping[str, str], stem: Path):
+    self._out, self._err = stem.with_suffix('.out'), stem.with_suffix('.err')
+    self.begun = time.monotonic()
+    with self._out.open('wb') as out, self._err.open('wb') as err:
+      self.process = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err
+      )
+    self.pid = self.process.pid
+
+  @property
+  def err(self) -> str:
+    return self._err.read_text(errors='replace')
+
+  @property
+  def out(self) -> str:
+    return self._out.read_text(errors='replace')
+
+  def lives(self) -> bool:
+    return self.process.poll() is None
+
+  def signal(self, number: int) -> None:
+    self.process.send_signal(number)
+
+  def kill(self) -> Done:
+    """SIGKILL, and the end of it."""
+    self.process.kill()
+    return self.wait()
+
+  def wait(self, seconds: float = PATIENCE) -> Done:
+    """Its end; AssertionError, and SIGKILL, if that does not come in time."""
+    try:
+      code = self.process.wait(seconds)
+    except subprocess.TimeoutExpired:
+      self.process.kill()
+      self.process.wait()
+      raise AssertionError(
+        f'it did not end in {seconds} s: {Done(-9, "", self.err).tail()}'
+      ) from None
+    return Done(code, self.out, self.err)
+
+  def until(self, seen: Callable[[], Any], seconds: float = PATIENCE) -> Any:
+    """What `seen` returns once that is true; None if the process ended before."""
+    end = time.monotonic() + seconds
+    while not (found := seen()):
+      if not self.lives():
+        return seen() or None
+      assert time.monotonic() < end, f'nothing in {seconds} s: {self.err[-1500:]}'
+      time.sleep(0.003)
+    return found
+
+
+def environment(cache: Path, devices: int) -> dict[str, str]:
+  """What a child knows of the world, with a compilation cache and so many devices."""
+  clean = {name: os.environ[name] for name in KEPT + PROXY if name in os.environ}
+  clean |= {k: v for k, v in os.environ.items() if k.startswith(STORES)}
+  return clean | {
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_COMPILATION_CACHE_DIR': str(cache),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'PYTHONPATH': str(ROOT),
+  }
+
+
+def start(args: Sequence[Any], env: Mapping[str, str], stem: Path) -> Child:
+  """Starts `python ARGS` from the checkout's root; its output goes to STEM.out, .err."""
+  return Child([sys.executable, *map(str, args)], env, stem)
+
+
+def free_port() -> int:
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    return free.getsockname()[1]

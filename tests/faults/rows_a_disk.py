@@ -1,0 +1,291 @@
+"""Rows of the fault table: the disk is full, cannot be written to, or goes away."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+from faults import evidence
+from faults.process import Child
+from faults.rows_a import leave
+from faults.world import SAVES, STEPS, Outcome, Row, Skip, Straight, Tally, World
+
+from gated import checkpoint
+
+PAGE = 4096  # Bytes that a file takes at least, on a tmpfs.
+ROOM = 1 << 28  # Bytes of a tmpfs that nothing here fills.
+
+
+def _mount(*args: object) -> None:
+  """mount(8); Skip where this machine does not let us."""
+  try:
+    command = ['mount', *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+  except OSError as error:
+    raise Skip(f'mount(8) cannot be run: {error}') from error
+  if done.returncode:
+    raise Skip(f'mounting is not permitted: {done.stderr.strip()}')
+
+
+@contextlib.contextmanager
+def _mounted(folder: Path, *args: object) -> Generator[Path]:
+  """A folder with something mounted on it, until the end."""
+  folder.mkdir(parents=True, exist_ok=True)
+  _mount(*args, folder)
+  try:
+    yield folder
+  finally:
+    subprocess.run(['umount', '--lazy', str(folder)], check=True, timeout=60)
+
+
+def _tmpfs(folder: Path, size: int) -> contextlib.AbstractContextManager[Path]:
+  return _mounted(folder, '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs')
+
+
+def _room(folder: Path, size: int) -> None:
+  _mount('-o', f'remount,size={size}', folder)
+
+
+def _fill(folder: Path) -> Path:
+  """Writes a file until nothing more can be written there."""
+  path = folder / 'filler'
+  with contextlib.suppress(OSError), path.open('wb', buffering=0) as file:
+    while file.write(bytes(PAGE)):
+      pass
+  return path
+
+
+def _pages(folder: Path) -> int:
+  """Bytes that a folder's files take on a tmpfs."""
+  sizes = (p.stat().st_size for p in folder.rglob('*') if p.is_file())
+  return sum(-(-size // PAGE) * PAGE for size in sizes)
+
+
+def _whole(workdir: Path) -> None:
+  """AssertionError unless every committed step is what was saved."""
+  with checkpoint.Reader(workdir / 'checkpoints') as saved:
+    for step in evidence.saved(workdir):
+      saved.verify(step)
+
+
+# 8
+
+
+def disk_full(world: World, times: int) -> Outcome:
+  straight, tally, late = world.straight(), Tally(), dict(checkpoint__every=STEPS)
+  one = _pages(evidence.committed(straight.workdir, straight.step))
+  for at in ('arrays', 'renamed')[:times]:
+    with tally.one(f'No space left on device, said to who writes at {at} of step 8'):
+      _save_is_told(world, at, straight)
+  for number in range(max(times - 5, 0)):
+    fits = number % 3  # Steps; the next one does not fit, and three are the most kept.
+    size = int((fits + world.random.uniform(0.2, 0.9)) * one) + 16 * PAGE
+    with tally.one(f'no room for more than {size} bytes, with one step of {one}'):
+      _save_fails(world, size, (fits + 1) * SAVES, number % 2 == 0, straight)
+  with tally.one('no room from step 5 on, for metrics.jsonl and for steps'):
+    _record_fails(world, straight)
+  with tally.one('no room from step 5 on, for metrics.jsonl alone'):
+    _record_fails(world, world.straight(**late), **late)
+  with tally.one('no room from the start'):
+    _start_fails(world, straight)
+  return tally.outcome()
+
+
+def _save_is_told(world: World, at: str, straight: Straight) -> None:
+  workdir, step = world.path('told'), 2 * SAVES
+  fault = {'do': 'raise', 'errno': 'ENOSPC', 'at': at, 'step': step}
+  done = world.train(workdir, fault=fault).wait(90)
+  done.expect(7, f'step {step} could not be saved', 'No space left on device')
+  assert evidence.saved(workdir) == [SAVES], done.tail()
+  world.finish(workdir)
+  world.check(workdir, straight)
+
+
+def _save_fails(
+  world: World, size: int, step: int, everything: bool, straight: Straight
+) -> None:
+  """The save of `step` does not fit; what is full is all of the workdir, or the steps."""
+  workdir = world.path('full')
+  folder = workdir if everything else workdir / 'checkpoints'
+  with _tmpfs(folder, size):
+    done = world.train(workdir).wait().expect(7, f'step {step} could not be saved')
+    last = evidence.last_step(workdir)
+    assert last < step + SAVES, f'it was told at step {last} only'
+    assert evidence.saved(workdir) == list(range(SAVES, step, SAVES)), done.tail()
+    _whole(workdir)
+    _room(folder, ROOM)
+    world.finish(workdir)
+    world.check(workdir, straight)
+
+
+def _record_fails(world: World, straight: Straight, **how) -> None:
+  folder = world.path('full')
+  workdir = folder / 'run'
+  with _tmpfs(folder, ROOM):
+    child = world.train(workdir, **how)
+    assert _reached(child, workdir, 5), child.err
+    filler = _fill(folder)
+    done = child.wait()
+    _whole(workdir)
+    filler.unlink()
+    world.finish(workdir, **how)
+    world.check(workdir, straight)
+    done.expect(7, 'No space left on device')
+
+
+def _start_fails(world: World, straight: Straight) -> None:
+  folder = world.path('full')
+  workdir = folder / 'run'
+  with _tmpfs(folder, 64 * PAGE):
+    filler = _fill(folder)
+    world.train(workdir).wait().expect(2, 'No space left on device', '--workdir')
+    filler.unlink()
+    _room(folder, ROOM)
+    world.finish(workdir)
+    world.check(workdir, straight)
+
+
+# 9
+
+
+def unwritable(world: World, times: int) -> Outcome:
+  straight, tally = world.straight(), Tally()
+  for case in CASES[:times]:
+    with tally.one(str(case.__doc__)):
+      case(world, straight)
+  return tally.outcome()
+
+
+def _read_only_parent(world: World, straight: Straight) -> None:
+  """the folder above the workdir is read-only"""
+  folder = world.path('read-only')
+  with _mounted(folder, '--bind', folder.parent), _read_only(folder):
+    refused = world.train(folder / 'run').wait()
+    refused.expect(2, '--workdir', 'no folder that can be written to')
+
+
+def _read_only_workdir(world: World, straight: Straight) -> None:
+  """the workdir became read-only between two sessions"""
+  workdir = world.path('left')
+  leave(world, workdir, 6)
+  before = evidence.contents(workdir)
+  with _mounted(workdir, '--bind', workdir), _read_only(workdir):
+    refused = world.train(workdir).wait()
+    refused.expect(2, '--workdir', 'no folder that can be written to')
+  assert evidence.contents(workdir) == before
+  world.finish(workdir)
+  world.check(workdir, straight)
+
+
+@contextlib.contextmanager
+def _read_only(folder: Path) -> Generator[None]:
+  _mount('-o', 'remount,ro,bind', folder)
+  yield
+  _mount('-o', 'remount,rw,bind', folder)
+
+
+def _file_as_workdir(world: World, straight: Straight) -> None:
+  """a plain file stands where the workdir is to be"""
+  workdir = world.path('file')
+  workdir.write_text('in the way\n')
+  world.train(workdir).wait().expect(2, '--workdir', 'no folder that can be written to')
+  assert workdir.read_text() == 'in the way\n'
+
+
+def _file_as_checkpoints(world: World, straight: Straight) -> None:
+  """a plain file stands where checkpoints/ is to be"""
+  workdir = world.path('file')
+  workdir.mkdir()
+  (workdir / 'checkpoints').write_text('in the way\n')
+  stopped = world.train(workdir).wait(90)
+  assert stopped.code in (2, 7), f'exit code {stopped.code}: {stopped.tail()}'
+  stopped.expect(stopped.code, 'checkpoints')
+  assert (workdir / 'checkpoints').read_text() == 'in the way\n'
+  (workdir / 'checkpoints').unlink()
+  world.finish(workdir)
+  world.check(workdir, straight)
+
+
+def _while_it_runs(
+  world: World, straight: Straight, harm: Callable[[Path], None]
+) -> None:
+  """Harm comes at some step past the second save: it saves again, or leaves with 7."""
+  workdir = world.path('vanishing')
+  child = world.train(workdir)
+  assert _reached(child, workdir, 2 * SAVES + 1), child.err
+  harm(workdir)
+  done = child.wait()
+  assert done.code in (0, 7), f'exit code {done.code}: {done.tail()}'
+  done.expect(done.code)
+  if done.code:
+    world.finish(workdir)
+  world.check(workdir, straight)
+
+
+def _reached(child: Child, workdir: Path, step: int) -> bool:
+  return bool(child.until(lambda: evidence.last_step(workdir) >= step))
+
+
+def _checkpoints_removed(world: World, straight: Straight) -> None:
+  """checkpoints/ was removed while the run went on"""
+
+  def harm(workdir: Path) -> None:
+    gone = world.path('gone')
+    os.rename(workdir / 'checkpoints', gone)  # At once: a save may be under way.
+    shutil.rmtree(gone)
+
+  _while_it_runs(world, straight, harm)
+
+
+def _checkpoints_replaced(world: World, straight: Straight) -> None:
+  """checkpoints/ became a file while the run went on"""
+
+  def harm(workdir: Path) -> None:
+    os.rename(workdir / 'checkpoints', workdir / 'aside')
+    (workdir / 'checkpoints').write_text('in the way\n')
+
+  workdir = world.path('vanishing')
+  child = world.train(workdir)
+  assert _reached(child, workdir, 2 * SAVES + 1), child.err
+  harm(workdir)
+  child.wait(90).expect(7, 'could not be saved')
+  (workdir / 'checkpoints').unlink()
+  os.rename(workdir / 'aside', workdir / 'checkpoints')
+  world.finish(workdir)
+  world.check(workdir, straight)
+
+
+def _workdir_moved(world: World, straight: Straight) -> None:
+  """the workdir was moved away while the run went on, and back once it had ended"""
+  workdir, away = world.path('vanishing'), world.path('away')
+  child = world.train(workdir)
+  assert _reached(child, workdir, 2 * SAVES + 1), child.err
+  os.rename(workdir, away)
+  done = child.wait()
+  assert done.code in (0, 7, 8), f'exit code {done.code}: {done.tail()}'
+  done.expect(done.code)
+  left = evidence.contents(workdir) if workdir.exists() else {}
+  shutil.rmtree(workdir, ignore_errors=True)
+  os.rename(away, workdir)
+  _whole(workdir)
+  world.finish(workdir)
+  world.check(workdir, straight)
+  assert done.code, f'it ended as if nothing had happened, and left {sorted(left)}'
+
+
+CASES = (
+  _read_only_parent,
+  _read_only_workdir,
+  _file_as_workdir,
+  _file_as_checkpoints,
+  _checkpoints_removed,
+  _checkpoints_replaced,
+  _workdir_moved,
+)
+
+ROWS_A = [
+  Row('8', 'the disk is full', disk_full, 11, 0),
+  Row('9', 'a folder is read-only, a file, or gone', unwritable, len(CASES), 0),
+]

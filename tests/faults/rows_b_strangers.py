@@ -1,0 +1,273 @@
+"""Rows of the fault table: somebody else is in the workdir, or made what lies there."""
+
+import contextlib
+import functools
+import json
+import os
+import platform
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from faults import evidence
+from faults.process import Child
+from faults.rows_a import leave
+from faults.rows_b import slowly
+from faults.world import Outcome, Row, Straight, Tally, World
+
+from gated import config
+
+# 17
+
+REFUSED, TAKEN = 2, 8
+
+
+def writers(world: World, times: int) -> Outcome:
+  straight, tally = world.straight(), Tally()
+  for case in WRITERS[:times]:
+    with tally.one(case.__name__.replace('_', ' ')):
+      case(world, straight)
+  return tally.outcome()
+
+
+def _begun(world: World, workdir: Path, *more: dict) -> Child:
+  """A run that takes its time, and has taken its workdir."""
+  child = world.train(workdir, fault=[*slowly(), *more])
+  assert child.until(lambda: evidence.last_step(workdir) >= 5), child.err
+  return child
+
+
+def second_is_refused(world: World, straight: Straight) -> None:
+  workdir = world.path('two')
+  first = _begun(world, workdir)
+  told = f'in use by process {first.pid} on {platform.node()} since 20'
+  world.train(workdir).wait().expect(REFUSED, told)
+  first.wait().expect(0)
+  world.check(workdir, straight)
+
+
+def killed_leaves_no_lock(world: World, straight: Straight) -> None:
+  workdir = world.path('stale')
+  killed = _begun(world, workdir)
+  killed.signal(signal.SIGKILL)
+  killed.wait()
+  told = f'was left locked by process {killed.pid} on {platform.node()}'
+  world.finish(workdir).expect(0, told, 'taking it over')
+  world.check(workdir, straight)
+
+
+def _note(workdir: Path, **changes: Any) -> bytes:
+  """Another machine's lock, fresh unless changed, put in place at once."""
+  now = time.time()
+  note = dict(host='far', machine='far', pid=7, started=1, since=now, beat=now)
+  content = json.dumps(note | dict(period=0.2, token='theirs') | changes).encode()
+  workdir.mkdir(exist_ok=True)
+  (workdir / 'draft').write_bytes(content)
+  os.replace(workdir / 'draft', workdir / 'lock.json')
+  return content
+
+
+def far_and_fresh_refuses(world: World, straight: Straight) -> None:
+  workdir = world.path('far')
+  note = _note(workdir)
+  told = 'in use by process 7 on far since 20', 'remove', 'lock.json'
+  world.train(workdir).wait().expect(REFUSED, *told)
+  assert evidence.contents(workdir) == {'lock.json': note}
+  (workdir / 'lock.json').unlink()  # As it is told.
+  world.finish(workdir)
+  world.check(workdir, straight)
+
+
+def far_and_old_is_taken_over(world: World, straight: Straight) -> None:
+  workdir = world.path('far')
+  _note(workdir, beat=time.time() - 601)
+  world.finish(workdir).expect(0, 'was left locked by process 7 on far', 'taking it over')
+  world.check(workdir, straight)
+
+
+def two_at_once(world: World, straight: Straight) -> None:
+  workdir = world.path('both')
+  children = [world.train(workdir, fault=slowly()) for _ in range(2)]
+  ended = sorted((child.wait() for child in children), key=lambda done: done.code)
+  assert [done.code for done in ended] == [0, REFUSED], [done.tail() for done in ended]
+  told = ended[1].expect(REFUSED).err
+  assert any(t in told for t in ('taken at the same time by', 'is in use by')), told
+  world.check(workdir, straight)
+
+
+def robbed_leaves(world: World, straight: Straight) -> None:
+  workdir = world.path('robbed')
+  beats = {'set': 'gated.lock.MAX_PERIOD', 'to': 0.2}
+  robbed = _begun(world, workdir, beats)
+  note = _note(workdir, beat=1e9)
+  robbed.wait().expect(TAKEN, 'was taken over by process 7 on far')
+  assert (workdir / 'lock.json').read_bytes() == note, 'its lock was touched'
+  world.finish(workdir).expect(0, 'was left locked by process 7 on far')
+  world.check(workdir, straight)
+
+
+WRITERS = (
+  second_is_refused,
+  killed_leaves_no_lock,
+  far_and_fresh_refuses,
+  far_and_old_is_taken_over,
+  two_at_once,
+  robbed_leaves,
+)
+
+
+# 19
+
+LEFT, OLDER = 10, 8  # Steps of a run that was left; the last is spoiled.
+HUGE = (1 << 62) - 1
+PICKLE = b"cos\nsystem\n(S'touch %s'\ntR."  # Loading it is running touch(1).
+MOST = 1 << 28  # Bytes that a spoiled checkpoint may take beyond a whole one.
+
+Spoil = Callable[[Path, Path], None]  # Of a step's folder, and one outside the workdir.
+
+
+def forged(change: Callable[[dict], Any]) -> Spoil:
+  """A manifest that says something else, with the digest that fits it."""
+
+  def spoil(folder: Path, _: Path) -> None:
+    path = folder / 'manifest.json'
+    content = json.loads(path.read_text())
+    content.pop('sha256')
+    change(content)
+    sha256 = config.digest(content)
+    path.write_text(json.dumps(content | {'sha256': sha256}))
+
+  return spoil
+
+
+def entry(name: str, size: int = 6) -> Spoil:
+  return forged(lambda c: c['files'].update({name: [size, '0' * 32]}))
+
+
+def leaf(*shape: Any, dtype: str = 'float32') -> Spoil:
+  return forged(lambda c: c['leaves']['model'].update({'embed.table': [dtype, *shape]}))
+
+
+def manifest_of(content: bytes) -> Spoil:
+  def spoil(folder: Path, _: Path) -> None:
+    (folder / 'manifest.json').write_bytes(content)
+
+  return spoil
+
+
+def linked(folder: Path, outside: Path) -> None:
+  """A part of the payload becomes a link to the same bytes elsewhere."""
+  file = max((folder / 'model').rglob('*'), key=lambda p: p.is_file() * p.stat().st_size)
+  shutil.move(file, outside / 'payload')
+  file.symlink_to(outside / 'payload')
+
+
+def linked_whole(folder: Path, outside: Path) -> None:
+  """The step lies elsewhere, and is spoiled: it goes, and what it links to stays."""
+  shutil.move(folder, outside / 'step')
+  folder.symlink_to(outside / 'step')
+  forged(lambda c: c.update(step=99))(outside / 'step', outside)
+
+
+def pickles(folder: Path, outside: Path) -> None:
+  """Beside the payload, under the names that loaders look for."""
+  content = PICKLE % os.fsencode(outside / 'executed')
+  for name in ('state.pkl', 'model/data.pkl', 'model/embed.table.npy', '__init__.py'):
+    (folder / name).write_bytes(content)
+
+
+def pickled(folder: Path, outside: Path) -> None:
+  content = PICKLE % os.fsencode(outside / 'executed')
+  (folder / 'manifest.json').write_bytes(content)
+
+
+CRAFTED: dict[str, tuple[str, Spoil]] = {
+  'a name that goes up': ('is outside of it', entry('../../../outside/secret')),
+  'a name from the root': ('is outside of it', entry('/etc/passwd')),
+  'a name with a NUL': ('is outside of it', entry('a\0b')),
+  'a payload linked out': ('is outside of it', linked),
+  'a step linked out': ('holds step 99', linked_whole),
+  'files that are a list': (
+    'no manifest of a step',
+    forged(lambda c: c.update(files=[])),
+  ),
+  'a config that is text': (
+    'about.config',
+    forged(lambda c: c['about'].update(config='x')),
+  ),
+  'a file of 4 EiB': (f'but {HUGE} were saved', entry('model/_METADATA', HUGE)),
+  'a shape of 2^62': ('has embed.table of', leaf(1 << 62, 4)),
+  'a shape of 10^5 axes': ('has embed.table of', leaf(*[1] * 10**5)),
+  'brackets within brackets': (
+    'is not to be read',
+    manifest_of(b'[' * 10**6),
+  ),
+  'a pickle for a manifest': ('is not to be read', pickled),
+  'a manifest too large': (
+    'but 20000 are allowed',
+    manifest_of(b' ' * 30000),
+  ),
+  'another step inside': (f'{LEFT} holds step 9', forged(lambda c: c.update(step=9))),
+  'pickles beside the payload': ('', pickles),
+}
+
+
+def crafted(world: World, times: int) -> Outcome:
+  """A stranger spoils the newest step: it is passed over, or what is added is ignored."""
+  straight, tally, base = world.straight(), Tally(), world.path('base')
+  leave(world, base, LEFT)
+  size = max(p.stat().st_size for p in base.rglob('manifest.json'))
+  assert size < 20000, f'a manifest has {size} bytes'
+  limit = {'set': 'gated.checkpoint.manifest.LIMIT', 'to': 20000}
+  for name, (told, spoil) in list(CRAFTED.items())[:times]:
+    with tally.one(name):
+      faults = [limit] if name == 'a manifest too large' else []
+      _crafted(world, base, told, spoil, straight, faults)
+  return tally.outcome()
+
+
+def _crafted(
+  world: World, base: Path, told: str, spoil: Spoil, straight: Straight, faults: list
+) -> None:
+  home = world.path('crafted')
+  workdir, outside = home / 'run', home / 'outside'
+  outside.mkdir(parents=True)
+  (outside / 'secret').write_bytes(b'secret')
+  shutil.copytree(base, workdir)
+  spoil(evidence.committed(workdir, LEFT), outside)
+  before = evidence.contents(outside)
+  child = world.train(workdir, fault=faults)
+  memory = _most_memory(child)
+  done = child.wait().expect(0, *(['passed over', told] if told else []))
+  assert f'resumed at step {OLDER if told else LEFT} of' in done.err, done.tail()
+  assert evidence.contents(outside) == before, 'something outside was changed'
+  assert sorted(os.listdir(home)) == ['outside', 'run'], os.listdir(home)
+  assert memory < _usual(world) + MOST, f'it took {memory >> 20} MiB'
+  world.check(workdir, straight)
+
+
+def _most_memory(child: Child) -> int:
+  """The most bytes that a process had in memory until its end."""
+  most = 0
+  with contextlib.suppress(OSError):
+    while child.lives():
+      status = Path(f'/proc/{child.pid}/status').read_text()
+      lines = [line for line in status.splitlines() if line.startswith('VmHWM:')]
+      most = max([most, *(int(line.split()[1]) << 10 for line in lines)])
+      time.sleep(0.02)
+  return most
+
+
+@functools.cache
+def _usual(world: World) -> int:
+  """What a run takes that nobody spoiled."""
+  return _most_memory(world.train(world.path('usual')))
+
+
+ROWS_B = [
+  Row('17', 'two writers of one workdir', writers, len(WRITERS), 1),
+  Row('19', 'crafted checkpoints', crafted, len(CRAFTED), 1),
+]

@@ -1,0 +1,39 @@
+"""A few of the faults of `make faults`, which injects all of them, and more often."""
+
+import pytest
+from faults import table, world
+
+ROWS = [row for row in table.rows() if row.few]
+
+
+@pytest.fixture(scope='module')
+def bench(tmp_path_factory):
+  with world.World(tmp_path_factory.mktemp('faults')) as bench:
+    yield bench
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('row', ROWS, ids=lambda row: row.number)
+def test_a_run_survives(row, bench):
+  with bench.row(row.number) as here:
+    try:
+      outcome = row.run(here, row.few)
+    except world.Skip as reason:
+      pytest.skip(str(reason))
+  assert outcome.lost == 'nothing'
+  assert outcome.survived == outcome.injected > 0
+
+
+@pytest.mark.slow
+def test_a_run_that_is_not_the_straight_one_is_told_from_it(bench):
+  """The judge itself: another seed, another step's bits, a file left behind."""
+  straight, other = bench.straight(), bench.straight(seed=1)
+  bench.check(straight.workdir, straight)
+  with pytest.raises(AssertionError, match='24 train records'):
+    bench.check(other.workdir, straight)
+  alike = straight._replace(losses=other.losses, heldout=other.heldout)
+  with pytest.raises(AssertionError, match='other bits at step 24'):
+    bench.check(other.workdir, alike)
+  (other.workdir / 'checkpoints/4.orbax-checkpoint-tmp').mkdir()
+  with pytest.raises(AssertionError, match='left behind'):
+    bench.check(other.workdir, other)
