@@ -108,8 +108,9 @@ def _answers(port: int) -> bool:
 
 
 def _emulate() -> None:
-  """gcp_storage_emulator, which tells with an object's bytes their generation, as Google's
-  does: without it TensorStore cannot write again what it has read.
+  """gcp_storage_emulator, but that it tells the generation of the bytes that it sends.
+
+  Google's does so, and TensorStore cannot write again what came without.
   """
   from gcp_storage_emulator.handlers import objects
 
