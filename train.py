@@ -16,6 +16,7 @@ The same command again resumes. Exit codes:
 """
 
 import dataclasses
+import errno
 import logging
 import os
 import sys
@@ -47,6 +48,9 @@ from gated import workdir as workdirs
 from gated.lock import Lock
 
 REFUSED, UNSTABLE, TOLD_TO_LEAVE, LOST_PEER, STUCK, NOT_SAVED, TAKEN = range(2, 9)
+
+# What a disk says that takes nothing more: full, over quota, read-only, or broken.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 CODES: dict[type[Exception], int] = {
   workdirs.InUse: REFUSED,
@@ -139,7 +143,8 @@ def train(run: Run) -> int:
           told = f'{error}; it was not saved, the last that was is {last}'
           raise FloatingPointError(told) from error
         except Exception as error:
-          if jax.process_count() > 1 and type(error) not in CODES:
+          known = type(error) in CODES or isinstance(error, OSError)
+          if jax.process_count() > 1 and not known:
             _lost(error)
           raise
 
@@ -312,8 +317,16 @@ def main(argv: list[str]) -> int:
   except tuple(CODES) as error:
     print(f'train.py: {error}', file=sys.stderr, flush=True)
     code = CODES[type(error)]
-    if code in (NOT_SAVED, TAKEN) and jax.process_count() > 1:
-      os._exit(code)  # The others would be waited for.
+  except OSError as error:
+    if error.errno not in FULL:
+      raise
+    print(f'train.py: --workdir={workdir} takes no more: {error}', file=sys.stderr)
+    code = NOT_SAVED
+  if code in (NOT_SAVED, TAKEN):
+    # Threads of Orbax wait long for what was not written, and for other processes.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
   if code == 0 and jax.process_index() == 0:
     print(f'done: {workdir}')
   return code

@@ -63,6 +63,11 @@ class Reader:
   def _committed(self, step: int) -> bool:
     return storage.exists(self.directory / str(step) / manifest.NAME)
 
+  def _without_manifest(self) -> list[str]:
+    """Steps as Orbax's own manager laid them out, before there was a manifest."""
+    names = filter(_is_step, storage.names(self.directory))
+    return [n for n in names if storage.exists(self.directory / n / 'about')]
+
   def latest(self) -> int | None:
     """The last committed step, or None."""
     return max(self.steps(), default=None)
@@ -84,6 +89,9 @@ class Reader:
     if last is not None and last not in steps:
       mark = self.directory / str(last) / manifest.NAME
       faults.append(f'{mark} is missing, and the step was saved')
+    if last is None and not steps and (old := self._without_manifest()):
+      told = ', '.join(old)
+      faults.append(f'{self.directory} has the steps {told} of an earlier version')
     for step in reversed(steps):
       try:
         self.verify(step)

@@ -118,11 +118,12 @@ class File:
 
   def __init__(self, path: storage.PathLike):
     _merge(path)
-    self._file = open(path, 'ab')  # noqa: SIM115
+    # Without a buffer: what a full disk did not take would be tried again by close.
+    self._file = open(path, 'ab', buffering=0)  # noqa: SIM115
 
   def write(self, text: bytes) -> None:
-    self._file.write(text)
-    self._file.flush()
+    while text:
+      text = text[self._file.write(text) :]
 
   def sync(self) -> None:
     """Forces what was written to the disk."""
