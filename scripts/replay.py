@@ -47,8 +47,7 @@ from gated import (
 from gated import workdir as workdirs
 
 REFUSED = 2
-LETTERS = 80  # Of a row that are shown.
-LARGEST = 3  # Parameters that are named.
+LETTERS, LARGEST = 80, 3  # Of a row that are shown; parameters that are named.
 FIELDS = {'step': int, 'data_step': int, 'action': str, 'why': str, 'records': list}
 FIELDS |= {'loss': float, 'grad_norm': float}
 
@@ -178,12 +177,12 @@ def restore(saved: checkpoint.Reader, the: plan.Plan, event: dict, events: list[
 def replay(run: Replay, rows: int) -> dict:
   """-> what was recorded, what comes out now, and in float32, ready for JSON."""
   event, the, corpus, _, start, state = run
-  cfg, before = the.cfg, event['step'] - 1
-  told = event['step'], event['why'], before - start, start
-  _log.info('step %d: %s; before it come %d steps from step %d', *told)
+  cfg, after = the.cfg, event['step'] - 1 - start
+  _log.info('step %d: %s', event['step'], event['why'])
+  _log.info('it is reached by %d steps from step %d', after, start)
   step_of_run = run.step.compile()
   batches = corpus.train(int(state.data_step), mesh.rows(the.mesh, cfg.batch))
-  for _ in range(before - start):
+  for _ in range(after):
     state, _ = step_of_run(state, mesh.place(next(batches), the.mesh, cfg.batch))
   batch = mesh.place(next(batches), the.mesh, cfg.batch)
   exact = plan.Plan(widened(cfg))
@@ -233,8 +232,8 @@ def look(the: plan.Plan) -> Callable:
 
   def run(state, batch):
     tx = optax.GradientTransformationExtraArgs(the.tx.init, update)
-    opts: dict[str, Any] = dict(accum=the.cfg.accum, loss=the.cfg.loss)
-    after, values = step.train(state, batch, tx=tx, schedule=the.schedule, **opts)
+    opts: dict[str, Any] = dict(tx=tx, accum=the.cfg.accum, loss=the.cfg.loss)
+    after, values = step.train(state, batch, schedule=the.schedule, **opts)
     guarded, norms = after.opt
     return values | stability.report(guarded), norms
 
@@ -244,8 +243,8 @@ def look(the: plan.Plan) -> Callable:
 
 def summary(values: dict, norms: dict) -> dict:
   """A step's metrics and gradients' norms, on the host -> what is told of them."""
-  told = {name: float(values[name]) for name in ('loss', 'grad_norm')}
-  told |= {'guard': stability.VERDICTS[int(values['verdict'])]}
+  told: dict[str, Any] = {k: float(values[k]) for k in ('loss', 'grad_norm')}
+  told['guard'] = stability.VERDICTS[int(values['verdict'])]
   order = lambda item: math.inf if math.isnan(item[1]) else item[1]
   each = sorted(_each(norms), key=order, reverse=True)
   return told | ({'largest': each[:LARGEST]} if each else {})
@@ -277,8 +276,8 @@ def worst(found: dict, event: dict, corpus: data.Corpus, count: int) -> list[dic
   rank = lambda row: max(math.inf if math.isnan(x) else x for x in each[row])
   told = []
   for row in sorted(range(len(each)), key=rank, reverse=True)[:count]:
-    ids_N = corpus.row(event['data_step'] * len(each) + row)['tokens']
-    text = corpus.tokenizer.decode(ids_N[: 8 * LETTERS].astype(np.int32))
+    ids_N = corpus.row(event['data_step'] * len(each) + row)['tokens'][: 8 * LETTERS]
+    text = corpus.tokenizer.decode(ids_N.astype(np.int32))
     found = dict(zip(('recomputed', 'float32'), each[row]))
     found |= {'row': row, 'record': event['records'][row]}
     told.append(found | {'text': text.decode(errors='replace')[:LETTERS]})
@@ -303,9 +302,9 @@ def table(found: dict) -> str:
   lines = [f'{"":12}{"loss":>12}{"grad norm":>12}  guard       largest gradients']
   for name in ('recorded', 'recomputed', 'float32'):
     of = found[name]
-    largest = ', '.join(f'{k} {v:.3g}' for k, v in of.get('largest', ()))
+    large = ', '.join(f'{k} {v:.3g}' for k, v in of.get('largest', ()))
     numbers = f'{name:12}{of["loss"]:12.6g}{of["grad_norm"]:12.6g}'
-    lines.append(f'{numbers}  {of.get("guard", ""):12}{largest}'.rstrip())
+    lines.append(f'{numbers}  {of.get("guard", ""):12}{large}'.rstrip())
   same = 'the same bits as recorded' if found['same_bits'] else 'not the bits recorded'
   lines += [f'recomputed: {same}', '', f'{"row":>4}{"recomputed":>12}{"float32":>12}']
   for row in found['worst']:

@@ -160,6 +160,7 @@ class Checkpoints(Reader):
       stay = retention.kept(losses, keep=self._keep, keep_every=self._keep_every)
       for step in sorted({*gone, *losses} - stay):
         retention.remove(self.directory, step)
+        self._manifests.pop(step, None)
       if gone:
         head.write(self.directory, Head(step=found.step))
     except BaseException as error:
