@@ -24,7 +24,7 @@ from gated.checkpoint.reader import Reader, split
 
 __all__ = ['Checkpoints', 'Damaged', 'Reader', 'SaveFailed', 'split']
 
-LEFTOVER = re.compile(r'\d+\.(removed|orbax-checkpoint-tmp.*)')
+LEFTOVER = re.compile(r'\d+\.(removed|digests|orbax-checkpoint-tmp.*)')
 
 _log = logging.getLogger('gated')
 
@@ -39,8 +39,10 @@ class Checkpoints(Reader):
   def __init__(self, directory: storage.PathLike, *, keep: int, keep_every: int):
     """Keeps the last `keep` steps, the best one, and every multiple of `keep_every`."""
     super().__init__(directory)
-    if self._staging:
+    if self._stage:
+      # All processes write to one folder, which is that of process 0.
       mesh.same_host('s3:// checkpoints')
+      self._stage = storage.path(mesh.gather(str(self._stage))[0])
     self._keep, self._keep_every = keep, keep_every
     self._thread: threading.Thread | None = None
     self._error: tuple[int, BaseException] | None = None
@@ -50,14 +52,16 @@ class Checkpoints(Reader):
 
   def close(self, *, failing: bool = False) -> None:
     """Waits for a save under way; raises SaveFailed if it failed, unless `failing`."""
+    failed = None
     try:
       self.wait()
     except SaveFailed as error:
-      if not failing:
-        raise
-      _log.error('%s', error)
-    finally:
-      super().close()
+      failed = error
+    super().close(failing=failing or failed is not None)
+    if failed and not failing:
+      raise failed
+    if failed:
+      _log.error('%s', failed)
 
   def save(self, step: int, state: Any, about: dict) -> None:
     """Starts to save; `about` has 'config', 'data' (its fingerprint), 'heldout_loss'.
@@ -74,8 +78,8 @@ class Checkpoints(Reader):
     try:
       self._make_way(step)
       folder = self.directory / str(step)
-      if self._staging:
-        folder = storage.path(self._staging.name) / f'write-{step}'
+      if self._stage:
+        folder = self._stage / f'write-{step}'
       args = ocp.args.Composite(
         model=ocp.args.StandardSave(model), rest=ocp.args.StandardSave(rest)
       )
@@ -149,7 +153,7 @@ class Checkpoints(Reader):
         return
       whole = dataclasses.replace(found, files=files)
       home = self.directory / str(found.step)
-      if self._staging:
+      if self._stage:
         storage.upload(folder, home, sorted(files))
         storage.remove(folder)
       manifest.write(home, whole)
@@ -179,11 +183,14 @@ class Checkpoints(Reader):
     if n == 1:
       return mine
     # Notes on the storage that they share; collectives are not for a background thread.
-    note = lambda process: folder / 'digests' / f'{process}.json'
+    notes = folder.parent / f'{step}.digests'
+    note = lambda process: notes / f'{process}.json'
     storage.write(note(i), json.dumps(mine).encode())
     every = {}
     for process in range(n) if i == 0 else ():
       every |= json.loads(_awaited(lambda: storage.read(note(process), 1 << 28)))  # noqa: B023
+    if i == 0:
+      storage.remove(notes)
     return every
 
 

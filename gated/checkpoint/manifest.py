@@ -40,7 +40,7 @@ class Manifest:
 
 def files(folder: storage.Path) -> list[str]:
   """A step's folder -> the names of its payload, sorted."""
-  return sorted(n for n in storage.sizes(folder) if not n.startswith((NAME, 'digests/')))
+  return sorted(name for name in storage.sizes(folder) if name != NAME)
 
 
 def survey(folder: storage.Path, names: Iterable[str]) -> dict[str, list]:

@@ -29,9 +29,10 @@ class Reader:
   def __init__(self, directory: storage.PathLike):
     directory = storage.path(directory)
     # Orbax reads and writes gs:// itself; s3:// goes through a local folder.
-    self._staging = None
+    self._staging = self._stage = None
     if str(directory).startswith('s3://'):
       self._staging = tempfile.TemporaryDirectory(prefix='gated-')
+      self._stage = storage.path(self._staging.name)
     elif not storage.is_remote(directory):
       directory = storage.path(Path(directory).absolute())
     self.directory = directory
@@ -50,7 +51,11 @@ class Reader:
     self.close(failing=kind is not None)
 
   def close(self, *, failing: bool = False) -> None:
-    self._orbax.close()
+    try:
+      self._orbax.close()
+    except Exception:  # Of a save that has failed, which was told.
+      if not failing:
+        raise
     if self._staging:
       self._staging.cleanup()
 
@@ -143,7 +148,7 @@ class Reader:
     try:
       found, folder = self._manifest(step), self._fetched(step)
       names, n = sorted(found.files), jax.process_count()
-      share = names if self._staging else names[jax.process_index() :: n]
+      share = names if self._stage else names[jax.process_index() :: n]
       manifest.verify(folder, found, share)
     except Damaged as error:
       fault = str(error)
@@ -167,10 +172,10 @@ class Reader:
   def _fetched(self, step: int) -> storage.Path:
     """The folder with a step's files, copied here from where Orbax cannot read."""
     folder = self.directory / str(step)
-    if not self._staging:
+    if not self._stage:
       return folder
     if step not in self._local:
-      local = storage.path(self._staging.name) / f'read-{step}'
+      local = self._stage / f'read-{step}'
       try:
         storage.download(folder, local, sorted(self._manifest(step).files))
       except FileNotFoundError as error:
