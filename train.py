@@ -102,6 +102,9 @@ def prepare(c: dict, workdir: storage.Path) -> Run:
     allowed=_ALLOW.value or [],
     restore_step=_RESTORE_STEP.value or '',
   )
+  if found.step is not None:
+    with checkpoint.Reader(workdir / 'checkpoints') as saved:
+      saved.check_state(found.step, the.state)
   start, changed = None, found.changed
   if cfg.init_from and found.step is None and changed is not None:
     start = weights.find(cfg.init_from, the.state.model, corpus)
@@ -318,9 +321,9 @@ def main(argv: list[str]) -> int:
     print(f'train.py: {error}', file=sys.stderr, flush=True)
     code = CODES[type(error)]
   except OSError as error:
-    if error.errno not in FULL:
+    if error.errno not in FULL and jax.process_count() == 1:
       raise
-    print(f'train.py: --workdir={workdir} takes no more: {error}', file=sys.stderr)
+    print(f'train.py: --workdir={workdir} cannot be written: {error!r}', file=sys.stderr)
     code = NOT_SAVED
   if code in (NOT_SAVED, TAKEN):
     # Threads of Orbax wait long for what was not written, and for other processes.

@@ -166,10 +166,11 @@ def _owner(workdir: storage.Path) -> dict | None:
   path = workdir / 'run.json'
   try:
     old = json.loads(storage.read(path, LIMIT))
+    list(old['sessions'])
     return {'config': dict(old['config']), 'data': dict(old['data'])}
   except FileNotFoundError:
     return None
-  except (ValueError, KeyError, TypeError, RecursionError) as error:
+  except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
     raise ValueError(f'--workdir={workdir}: {path} is damaged: {error!r}') from error
 
 

@@ -204,6 +204,11 @@ class Reader:
       for item, leaves in self._manifest(step).leaves.items()
     }
 
+  def check_state(self, step: int, like: Any) -> None:
+    """Raises ValueError, naming the leaf, unless `restore` can read the step."""
+    for item, leaves in zip(ITEMS, split(like)):
+      self._check(step, item, leaves)
+
   def check_model(self, step: int, like: Any, *, fresh: bool = False) -> None:
     """Raises ValueError unless `restore_model` can read the step.
 

@@ -247,6 +247,19 @@ def killed_after_it_went_back(world: World) -> None:
   _as_from_there(world, workdir, straight.workdir, 12, faults, **how)
 
 
+def spike_in_two_processes(world: World) -> None:
+  faults, calm = spike(), never(spike())
+  how, both = WARM | BACK, lambda given: dict(processes=2, faults={0: given, 1: given})
+  straight, workdir = world.straight(**both(calm), **how), world.path('pair')
+  done = world.finish(workdir, **both(faults), **how)
+  done.expect(0, '1 rollbacks', 'going back to step 12')
+  assert history.events(workdir) == [(SPIKE, SPIKE - 1, 'rollback')]
+  where = world, straight.workdir, 12, SPIKE
+  reference = history.from_there(*where, **both(calm), **how)
+  assert world.digest(workdir, STEPS) == world.digest(reference, STEPS), 'other bits'
+  assert evidence.losses(workdir) == evidence.losses(reference), 'other losses'
+
+
 def spike_before_any_save(world: World) -> None:
   _past_it(world, spike('loss', 7), 0, [(7, 6)], **BACK, checkpoint__every=100)
 
@@ -301,6 +314,7 @@ SPIKES = [
   case(spike_goes_back, 'gradients'),
   case(nothing_is_a_spike_by_itself),
   case(killed_after_it_went_back),
+  case(spike_in_two_processes),
   case(spike_before_any_save),
   case(spike_after_spike, times=3),
   case(no_rollback_is_left, times=2),
@@ -312,5 +326,5 @@ SPIKES = [
 
 ROWS_B = [
   Row('15', 'NaN or Inf in loss, gradients or parameters', cases(NOT_FINITE), 32, 4),
-  Row('16', 'a spike of a hundred times the loss', cases(SPIKES), 13, 1),
+  Row('16', 'a spike of a hundred times the loss', cases(SPIKES), 14, 1),
 ]
