@@ -42,9 +42,12 @@ def _begun(world: World, workdir: Path, *more: dict) -> Child:
 
 def second_is_refused(world: World, straight: Straight) -> None:
   workdir = world.path('two')
-  first = _begun(world, workdir)
+  # It stands still while the other one tries, however long that takes.
+  first = world.train(workdir, fault={'do': 'stop', 'at': 'step', 'step': 7})
+  assert first.until(lambda: 'fault: stop' in first.err), first.err
   told = f'in use by process {first.pid} on {platform.node()} since 20'
   world.train(workdir).wait().expect(REFUSED, told)
+  first.signal(signal.SIGCONT)
   first.wait().expect(0)
   world.check(workdir, straight)
 
