@@ -61,11 +61,11 @@ def _life(world: World, tally: Tally, bucket: str, straight: Straight) -> None:
       for told in ('passed over', name, f'going back to step {before}'):
         assert told in err, f'{told!r} was not told: {err[-1500:]}'
   with tally.one(f'{bucket}: a second writer, and the end'):
-    first = train({'do': 'stop', 'at': 'step', 'step': STEPS - 1})
-    assert first.until(lambda: 'fault: stop' in first.err), first.err
+    rest = {'do': 'sleep', 'at': 'step', 'step': STEPS - 1, 'seconds': 25}
+    first = train(rest, pace=0.0)
+    assert first.until(lambda: first.err.count('fault: sleep') > 2), first.err
     told = f'in use by process {first.pid} on '
     world.train(workdir, **how).wait().expect(2, told)
-    first.signal(signal.SIGCONT)
     first.wait().expect(0)
     _as_on_disk(world, workdir, straight)
 
