@@ -361,6 +361,20 @@ def test_a_run_that_went_back_leaves_what_it_had_saved_past_that(three):
     assert out.go_back(2) is None
 
 
+def test_a_kill_while_way_is_made_for_a_step_saved_anew_costs_nothing(three):
+  """The folder is gone, and the head still says that the run went back from it."""
+  with checkpoint.Checkpoints(three, keep=3, keep_every=0) as out:
+    out.go_back(1)
+  shutil.rmtree(three / '3')
+  with checkpoint.Checkpoints(three, keep=3, keep_every=0) as out:
+    out.save(3, tiny_state(3.5), ABOUT)
+    out.wait()
+    assert out.steps() == [1, 3]
+  with checkpoint.Reader(three) as source:
+    back = source.restore(3, like(tiny_state(0.0)))
+  assert float(back.model['w'][0]) == 3.5
+
+
 def test_old_steps_go_only_once_a_newer_one_is_committed(tmp_path, monkeypatch):
   seen = []
   write = checkpoint.manifest.write

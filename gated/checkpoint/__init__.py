@@ -130,18 +130,21 @@ class Checkpoints(Reader):
     """Removes what lies where a step is to be saved: damaged, or gone back from."""
     self._manifests.pop(step, None)
     self._local.pop(step, None)
-    if jax.process_index() == 0 and str(step) in storage.names(self.directory):
+    if jax.process_index() > 0:
+      return
+    if str(step) in storage.names(self.directory):
       retention.remove(self.directory, step)
-      was = head.read(self.directory)
-      if step in was.discarded:
-        rest = tuple(s for s in was.discarded if s != step)
-        head.write(self.directory, dataclasses.replace(was, discarded=rest))
+    # A kill may have come between the two: the folder gone, and the head saying so still.
+    was = head.read(self.directory)
+    if step in was.discarded:
+      rest = tuple(s for s in was.discarded if s != step)
+      head.write(self.directory, dataclasses.replace(was, discarded=rest))
 
   def _failure(self, step: int, error: BaseException) -> SaveFailed:
     told = f'{type(error).__name__}: {error}'.partition('\n')[0]
     return SaveFailed(
       f'{self.directory}: step {step} could not be saved ({told}); '
-      f'the last that was is {reader.or_none(self.latest())}'
+      f'the last that was is {self.latest()}'
     )
 
   def _commit(self, folder: storage.Path, found: manifest.Manifest) -> None:

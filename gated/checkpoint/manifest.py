@@ -96,7 +96,7 @@ def read(folder: storage.Path) -> Manifest:
 def _checked(folder: storage.Path, content: dict) -> Manifest:
   """JSON of the right format -> Manifest; every field looked at."""
   found = Manifest(**{name: content[name] for name in Manifest.__dataclass_fields__})
-  whole = lambda value, low=0: type(value) is int and low <= value < 1 << 62
+  whole = lambda value: type(value) is int and 0 <= value < 1 << 62
   if not whole(found.step):
     raise Damaged(f'{folder / NAME}: step={found.step!r} is no step')
   for name, entry in found.files.items():

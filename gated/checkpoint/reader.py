@@ -301,12 +301,9 @@ def _under(prefix: str, leaves: dict[str, Any]) -> dict[str, Any]:
 
 
 def described(leaf: Any) -> list:
+  """An array or its shape -> [dtype, *shape], as a manifest has it."""
   return [str(leaf.dtype), *leaf.shape]
 
 
 def _is_step(name: str) -> bool:
   return re.fullmatch(r'0|[1-9]\d{0,17}', name, re.ASCII) is not None
-
-
-def or_none(step: int | None) -> str:
-  return 'none' if step is None else str(step)
