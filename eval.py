@@ -28,6 +28,7 @@ from gated import (
   data,
   evals,
   hf,
+  ledger,
   mesh,
   metrics,
   model,
@@ -46,6 +47,7 @@ NEEDED = (
   'config.batch',
   'data.sha256',
   'data.tokenizer',
+  'stability.rollbacks',
 )
 
 _WORKDIR = flags.DEFINE_string(
@@ -115,8 +117,8 @@ def run(workdir: storage.Path) -> dict:
     for domain, summary in report['domains'].items():
       summary |= yardsticks[domain]
     report |= {'data': corpus.fingerprint['sha256'], 'rows_limit': limit}
+    report['stability'] = about['stability'] if about else None
     if step is not None and about is not None:
-      report['stability'] = about['stability']
       metrics.write_json(_path(workdir, step, corpus, about), report)
   return report
 
@@ -259,9 +261,7 @@ def main(argv: list[str]) -> int:
     return REFUSED
   if jax.process_index() == 0:
     print(evals.table(report))
-    disturbed = {k: n for k, n in (report.get('stability') or {}).items() if n}
-    if disturbed:
-      told = ', '.join(f'{n} {what}' for what, n in disturbed.items())
+    if report['stability'] and (told := ledger.told(report['stability'])):
       print(f'the run was not undisturbed up to this step: {told}')
     print(metrics.dumps(report, indent=None))
   return 0

@@ -9,18 +9,15 @@ The same command again resumes. Exit codes:
   2  refused: bad input or a workdir of another run; nothing was touched
   3  the loss, the gradient or the parameters are not finite, or too many steps were bad
   4  told to leave by SIGTERM: saved, and the same command goes on
-  5  another process of the run is lost
+  5  another process of the run is lost (134: and JAX's runtime noticed it first)
   6  no step came for config.stability.stuck_after seconds; the stacks are on stderr
   7  a checkpoint could not be written; those before it are whole
   8  another run took the workdir over
 """
 
 import dataclasses
-import errno
 import logging
-import os
 import sys
-import time
 from typing import Any, NamedTuple
 
 import absl.logging
@@ -49,15 +46,16 @@ from gated.lock import Lock
 
 REFUSED, UNSTABLE, TOLD_TO_LEAVE, LOST_PEER, STUCK, NOT_SAVED, TAKEN = range(2, 9)
 
-# What a disk says that takes nothing more: full, over quota, read-only, or broken.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-
 CODES: dict[type[Exception], int] = {
   workdirs.InUse: REFUSED,
+  metrics.Damaged: REFUSED,
   FloatingPointError: UNSTABLE,
   checkpoint.SaveFailed: NOT_SAVED,
   workdirs.Taken: TAKEN,
 }
+
+# Of these, what all processes of a run meet at the same place.
+TOGETHER = workdirs.InUse, FloatingPointError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Recipe.', lock_config=True)
 _WORKDIR = flags.DEFINE_string('workdir', '', "Default: runs/<recipe>-<config's hash>.")
@@ -99,14 +97,12 @@ def prepare(c: dict, workdir: storage.Path) -> Run:
     workdir,
     c,
     fingerprint,
+    like=the.state,
     allowed=_ALLOW.value or [],
     restore_step=_RESTORE_STEP.value or '',
   )
-  if found.step is not None:
-    with checkpoint.Reader(workdir / 'checkpoints') as saved:
-      saved.check_state(found.step, the.state)
   start, changed = None, found.changed
-  if cfg.init_from and found.step is None and changed is not None:
+  if cfg.init_from and found.step is None:
     start = weights.find(cfg.init_from, the.state.model, corpus)
     changed['config.init_from'] = cfg.init_from, str(start)
     changed |= {f'{knob} since config.init_from': v for knob, v in start.differs.items()}
@@ -131,25 +127,26 @@ def train(run: Run) -> int:
     _check_unmoved(run, saved)
     run = run._replace(step=run.step.compile())
     pulse = stability.Pulse(cfg.stability.stuck_after, code=STUCK, told=which)
+    if jax.process_index() == 0:
+      metrics.manifest(
+        run.workdir / 'run.json',
+        config=run.config,
+        data=run.corpus.fingerprint,
+        step=run.found.step or -1,
+        changed=run.found.changed,
+      )
     with pulse:
-      hands = Hands(saved, lock, leaving, pulse)
-      while True:
-        try:
-          return _session(run, hands)
-        except recorder.GoBack as back:
-          good = saved.newest_good()
-          _log.warning('going back to step %s, and past the data of this one', good)
-          saved.go_back(good, data_step=back.data_step)
-          run = run._replace(found=run.found._replace(step=good, changed=None))
-        except FloatingPointError as error:
-          last = saved.latest()
-          told = f'{error}; it was not saved, the last that was is {last}'
-          raise FloatingPointError(told) from error
-        except Exception as error:
-          known = type(error) in CODES or isinstance(error, OSError)
-          if jax.process_count() > 1 and not known:
-            _lost(error)
-          raise
+      try:
+        return _sessions(run, Hands(saved, lock, leaving, pulse))
+      except FloatingPointError as error:
+        last = saved.latest()
+        told = f'{error}; it was not saved, the last that was is {last}'
+        raise FloatingPointError(told) from error
+      except Exception as error:
+        known = type(error) in CODES or storage.is_full(error)
+        if jax.process_count() > 1 and not known:
+          stability.end(error, lost=LOST_PEER, timeout=cfg.stability.peer_timeout)
+        raise
 
 
 class Hands(NamedTuple):
@@ -161,6 +158,20 @@ class Hands(NamedTuple):
   pulse: stability.Pulse
 
 
+def _sessions(run: Run, hands: Hands) -> int:
+  """To the end of the run, or until it has to leave, however often it goes back."""
+  while True:
+    try:
+      return _session(run, hands)
+    except recorder.GoBack as back:
+      data_step = back.data_step
+    good = hands.saved.newest_good()
+    assert good is not None  # Step 0 at least.
+    _log.warning('going back to step %d, and past the data of this one', good)
+    hands.saved.go_back(good, data_step=data_step)
+    run = run._replace(found=run.found._replace(step=good))
+
+
 def _session(run: Run, hands: Hands) -> int:
   """From where the checkpoints stand to the end of the run, or until it has to leave."""
   cfg = run.plan.cfg
@@ -168,10 +179,6 @@ def _session(run: Run, hands: Hands) -> int:
   step, data_step = int(state.step), int(state.data_step)
   if step:
     _log.info('resumed at step %d of %d', step, cfg.steps)
-  if run.found.changed is not None and jax.process_index() == 0:
-    fingerprint = run.corpus.fingerprint
-    about = dict(config=run.config, data=fingerprint, changed=run.found.changed)
-    metrics.manifest(run.workdir / 'run.json', step=step or -1, **about)
   if step == cfg.steps:
     return 0
   with recorder.Recorder(
@@ -186,7 +193,7 @@ def _session(run: Run, hands: Hands) -> int:
       _save(run, state, hands, record, None)  # Something to go back to from the start.
     code = _loop(run, state, hands, record)
   if jax.process_index() == 0 and record.ledger.events:
-    told = ', '.join(f'{n} {what}' for what, n in record.ledger.report().items())
+    told = ledger.told(record.ledger.report())
     print(f'not undisturbed: {told} ({ledger.NAME})', file=sys.stderr)
   return code
 
@@ -269,16 +276,6 @@ def _start(run: Run, saved: checkpoint.Checkpoints):
   return state
 
 
-def _lost(error: Exception) -> None:
-  """A collective broke: says so, and leaves once JAX's runtime has named who is gone."""
-  this = f'process {jax.process_index()} of {jax.process_count()}'
-  told = str(error).partition('\n')[0]
-  print(f'train.py: {this} lost another one: {told}', file=sys.stderr, flush=True)
-  # It ends the process itself, with the number of who is gone.
-  time.sleep(_CONFIG.value.stability.peer_timeout + 10)
-  os._exit(LOST_PEER)
-
-
 def _digest(c: dict) -> str:
   """What names a run's default folder: all of its recipe but what the paper says."""
   return config.digest({knob: c[knob] for knob in c if knob != 'paper'})[:8]
@@ -318,18 +315,15 @@ def main(argv: list[str]) -> int:
   try:
     code = train(run)
   except tuple(CODES) as error:
-    print(f'train.py: {error}', file=sys.stderr, flush=True)
+    print(f'train.py: {error}', file=sys.stderr)
     code = CODES[type(error)]
+    if not isinstance(error, TOGETHER):
+      stability.leave(code)
   except OSError as error:
-    if error.errno not in FULL and jax.process_count() == 1:
+    if not storage.is_full(error):
       raise
-    print(f'train.py: --workdir={workdir} cannot be written: {error!r}', file=sys.stderr)
-    code = NOT_SAVED
-  if code in (NOT_SAVED, TAKEN):
-    # Threads of Orbax wait long for what was not written, and for other processes.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    print(f'train.py: --workdir={workdir} cannot be written: {error}', file=sys.stderr)
+    stability.leave(NOT_SAVED)
   if code == 0 and jax.process_index() == 0:
     print(f'done: {workdir}')
   return code

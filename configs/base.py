@@ -31,10 +31,11 @@ def get_config(arg: str = '') -> ConfigDict:
   )
   c.optim = optim()
   c.data = dict(
-    mixture='stdlib',  # the embedded corpus, or DIR[@DOMAIN][=WEIGHT],... as prepared
+    mixture='stdlib',  # the embedded corpus, or DIR[@DOMAIN][=WEIGHT],... as prepared;
+    # a DIR may be gs://... or s3://...
     length=256,  # T, tokens in a row
     tokenizer='bytes',  # of the embedded corpus: bytes, or bpe:SIZE
-    cache='',  # where the embedded corpus is kept; '' is the platform's cache folder
+    cache='',  # where that, and what is copied from a store, is kept; '' as the platform
     verify='sha256',  # of each shard when a dataset is opened; or size, for huge ones
     workers=0,  # processes that read rows; 0 reads in threads
     prefetch=8,  # batches read ahead

@@ -62,5 +62,18 @@ class Ledger:
 
 
 def read(workdir: storage.Path) -> list[dict[str, Any]]:
-  """A workdir -> the events of its run, in the order in which they happened."""
-  return metrics.read(workdir / NAME) if metrics.exists(workdir / NAME) else []
+  """A workdir -> the events of its run, in the order in which they happened.
+
+  metrics.Damaged if a line is none.
+  """
+  path = workdir / NAME
+  events = metrics.read(path) if metrics.exists(path) else []
+  for event in events:
+    if 'data_step' not in event or type(event['data_step']) is not int:
+      raise metrics.Damaged(f'{path}: step {event["step"]} has no data_step')
+  return events
+
+
+def told(report: Mapping[str, int]) -> str:
+  """A report -> what of it happened: '2 bad steps, 1 rollbacks'."""
+  return ', '.join(f'{n} {what}' for what, n in report.items() if n)

@@ -107,9 +107,9 @@ class Recorder:
         raise GoBack(data_step + 1, why)
       if action == 'stop':
         raise FloatingPointError(f'step {step}: {why}')
-    finite = [values['loss'], values['grad_norm'], values['param_norm']]
+    # The verdict is of the loss, the gradient and the update.
     broken = stability.VERDICTS[int(values['verdict'])] == 'not finite'
-    return not broken and all(map(math.isfinite, finite))
+    return not broken and math.isfinite(values['param_norm'])
 
   def heldout(self, step: int, found: dict) -> float | None:
     """A held-out evaluation -> its loss in nats, written; None where nothing is held out.

@@ -15,6 +15,7 @@ business: AWS_ENDPOINT_URL, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS, ...
 
 import concurrent.futures
 import contextlib
+import errno
 import importlib
 import os
 import pathlib
@@ -33,6 +34,8 @@ PathLike = str | os.PathLike[str]
 STORES = {'gs': 'gcsfs', 's3': 's3fs'}
 REMOTE = tuple(f'{scheme}://' for scheme in STORES)
 THREADS = 8  # That copy at the same time.
+# What a disk says that takes nothing more: full, over quota, read-only, or broken.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 PART = 1 << 24  # Bytes of a large file that go out at a time; THREADS * 4 are in memory.
 
 
@@ -113,6 +116,11 @@ def write(path: PathLike, content: bytes) -> None:
         os.remove(draft)
       raise
     sync(folder or '.')
+
+
+def is_full(error: Exception) -> bool:
+  """Whether an error is a disk's that takes nothing more."""
+  return isinstance(error, OSError) and error.errno in FULL
 
 
 def sync(folder: PathLike) -> None:

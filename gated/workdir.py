@@ -38,12 +38,10 @@ MAY_CHANGE = (
 )
 
 LIMIT = 1 << 26  # Bytes of a run.json.
-
-_log = logging.getLogger('gated')
-
-
 STALE_AFTER = 600.0  # Seconds of silence after which another machine's lock is stale.
 SETTLE = {False: 0.2, True: 2.0}  # Seconds until a lock is believed: a disk's, a store's.
+
+_log = logging.getLogger('gated')
 
 
 class InUse(ValueError):
@@ -59,7 +57,7 @@ class Found(NamedTuple):
 
   step: int | None  # To restore, verified; None for a fresh start.
   steps: list[int]  # All that are committed.
-  changed: dict[str, Any] | None  # knob: (value in the session before, value now)
+  changed: dict[str, Any]  # knob: (value in the session before, value now)
 
 
 def check(
@@ -67,16 +65,23 @@ def check(
   c: dict,
   fingerprint: dict,
   *,
+  like: Any,
   allowed: Collection[str],
   restore_step: str,
 ) -> Found:
   """A workdir, a resolved recipe and its data's fingerprint -> what is found there.
 
-  `allowed` names knobs, groups of them (`config.optim.`) or 'data' that may differ though
-  they change what is trained. `restore_step` is a step, or '' for the newest that is
-  whole. ValueError if more differs than may, if no step can be trusted, or if nothing can
-  be written there.
+  `like` is the abstract state that a step is to be restored to. `allowed` names knobs,
+  groups of them (`config.optim.`) or 'data' that may differ though they change what is
+  trained. `restore_step` is a step, or '' for the newest that is whole.
+
+  ValueError if more differs than may, if no step can be trusted or none fits, or if
+  nothing can be written there.
   """
+  known = [*config.flatten(c), 'data']
+  for name in allowed:
+    if not any(_within(k, name) for k in known):
+      raise ValueError(f'--allow_change={name} is no knob{config.nearest(name, known)}')
   _check_writable(workdir)
   saves = workdir / 'checkpoints'
   with checkpoint.Reader(saves) as saved:
@@ -89,19 +94,20 @@ def check(
         raise ValueError(f'--workdir={workdir}: {error}') from error
     steps = saved.steps()
     old = _owner(workdir) or (saved.about(step) if step is not None else None)
-  if old is None:
-    if metrics.exists(workdir / 'metrics.jsonl'):
-      raise ValueError(
-        f'--workdir={workdir} has a metrics.jsonl, but no run that made it'
-      )
-    return Found(None, steps, {})
-  changed = config.differences(old['config'], c)
-  if old['data'].get('sha256') != fingerprint['sha256']:
-    there = str(old['data'].get('sha256'))
-    changed['data'] = there[:12], fingerprint['sha256'][:12]
-  _refuse(workdir, c, changed, allowed)
-  if step is not None and step > c['steps']:
-    raise ValueError(f'config.steps={c["steps"]}, but {workdir} is at step {step}')
+    if old is None:
+      if metrics.exists(workdir / 'metrics.jsonl'):
+        told = 'has a metrics.jsonl, but no run that made it'
+        raise ValueError(f'--workdir={workdir} {told}')
+      return Found(None, steps, {})
+    changed = config.differences(old['config'], c)
+    if old['data'].get('sha256') != fingerprint['sha256']:
+      there = str(old['data'].get('sha256'))
+      changed['data'] = there[:12], fingerprint['sha256'][:12]
+    _refuse(workdir, c, changed, allowed)
+    if step is not None:
+      if step > c['steps']:
+        raise ValueError(f'config.steps={c["steps"]}, but {workdir} is at step {step}')
+      saved.check_state(step, like)
   return Found(step, steps, changed)
 
 
@@ -140,10 +146,6 @@ def _refuse(workdir: storage.Path, c: dict, changed: dict, allowed: Collection[s
     never.add('config.accum')  # Routers are asked to balance by micro-batch.
   asked = {k for k in changed if not k.startswith(MAY_CHANGE) or k in never}
   by_name = {k for k in asked if any(_within(k, name) for name in allowed)}
-  known = [*config.flatten(c), 'data']
-  for name in allowed:
-    if not any(_within(k, name) for k in known):
-      raise ValueError(f'--allow_change={name} is no knob{config.nearest(name, known)}')
   refused = {k: changed[k] for k in sorted(asked - by_name)}
   if refused:
     listed = '\n'.join(f'  {k}: {a!r} there, {b!r} here' for k, (a, b) in refused.items())

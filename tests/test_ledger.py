@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from gated import ledger, metrics
+from gated import ledger, metrics, storage
 
 VALUES = dict(
   loss=3.0,
@@ -119,3 +119,16 @@ def test_a_line_that_a_kill_tore_is_no_event_and_goes_with_the_next(tmp_path):
   assert [event['data_step'] for event in led.events] == [1]
   put(led, 5)
   assert [event['data_step'] for event in metrics.read(path)] == [1, 5]
+
+
+def test_an_event_without_its_place_in_the_data_is_refused_by_its_step(tmp_path):
+  home = storage.path(tmp_path)
+  (tmp_path / 'spikes.jsonl').write_text('{"step": 3}\n')
+  with pytest.raises(metrics.Damaged, match=r'spikes\.jsonl: step 3 has no data_step'):
+    ledger.Ledger(home, data_step=9, enabled=True)
+  assert (tmp_path / 'spikes.jsonl').read_text() == '{"step": 3}\n'
+
+
+def test_a_report_is_told_by_what_happened():
+  report = {'bad steps': 2, 'skipped updates': 0, 'rollbacks': 1}
+  assert ledger.told(report) == '2 bad steps, 1 rollbacks'

@@ -498,3 +498,16 @@ def test_a_manifest_in_a_store_keeps_its_sessions(remote):
     metrics.manifest(path, config={'seed': 1}, data={}, step=step, changed={})
   run = json.loads(storage.read(path, 1 << 20))
   assert [s['restored_step'] for s in run['sessions']] == [-1, 10]
+
+
+@pytest.mark.parametrize(
+  'line', ['{"step": 2, "kind"', '{"stop": 2}', '{"step": "2"}', '[2]', '', '[' * 10**5]
+)
+def test_a_damaged_line_is_told_by_its_file_and_nothing_is_written(line, tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+  before = path.read_bytes()
+  for use in (metrics.read, lambda path: metrics.truncate(path, 2)):
+    with pytest.raises(metrics.Damaged, match=r'metrics\.jsonl: the line .* is damaged'):
+      use(path)
+  assert path.read_bytes() == before

@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+import signal
 import threading
 import time
 
@@ -464,18 +465,11 @@ def test_a_main_thread_that_keeps_pythons_lock_is_ended_too(pulsed):
   assert 'File "<string>", line 7 in <module>' in done.stderr
 
 
-def test_beats_and_pauses_keep_a_process_alive(pulsed):
+def test_beats_keep_a_process_alive(pulsed):
   body = """
-  for step in range(12):
+  for step in range(20):
     time.sleep(0.1)
     pulse.beat(step)
-  with pulse.pause():
-    with pulse.pause():
-      time.sleep(0.1)
-    time.sleep(0.9)
-  time.sleep(0.4)
-  with pulse.pause():
-    ctypes.PyDLL(None).usleep(1_800_000)
 time.sleep(1.0)"""
   done, _ = pulsed(body.lstrip(), seconds=0.8)
   assert (done.returncode, done.stdout) == (0, 'came to its end\n'), done.stderr
@@ -485,8 +479,7 @@ time.sleep(1.0)"""
 def test_a_pulse_of_no_seconds_does_nothing():
   before = threading.active_count()
   with stability.Pulse(0.0, code=6, told=str) as pulse:
-    with pulse.pause():
-      pulse.beat(1)
+    pulse.beat(1)
     assert threading.active_count() == before
 
 
@@ -500,3 +493,51 @@ def test_a_pulse_leaves_when_its_loop_does():
     pulse.beat(1)
     1 / 0  # noqa: B018
   assert threading.active_count() == before
+
+
+# Leaving. What ends a process is tried in one of its own.
+
+
+def test_sigterm_is_an_answer_after_the_step_and_a_second_one_changes_nothing():
+  before = signal.getsignal(signal.SIGTERM)
+  try:
+    with stability.Leaving() as leaving:
+      assert not leaving.now(1)
+      signal.raise_signal(signal.SIGTERM)
+      assert leaving.now(2)
+      signal.raise_signal(signal.SIGTERM)
+      assert leaving.now(3)
+    # The process is about to leave: a signal now does not cut that short.
+    signal.raise_signal(signal.SIGTERM)
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_who_was_not_told_to_leave_gets_its_signal_handler_back():
+  before = signal.getsignal(signal.SIGTERM)
+  with stability.Leaving():
+    assert signal.getsignal(signal.SIGTERM) is not before
+  assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+  ('error', 'code', 'told'),
+  [
+    ("ValueError('UNKNOWN: Gloo all-reduce failed')", 5, 'process 0 of 1 lost another'),
+    ("KeyError('loss')", 1, "KeyError: 'loss'"),
+  ],
+)
+def test_one_of_several_processes_ends_by_its_error_at_once(
+  error, code, told, run_python
+):
+  """Though a thread is left that waits."""
+  source = f"""
+import threading
+from gated import stability
+threading.Thread(target=threading.Event().wait).start()
+stability.end({error}, lost=5, timeout=-10)
+"""
+  done = run_python(['-c', source], timeout=60)
+  assert done.returncode == code
+  assert told in done.stderr
+  assert code == 1 or 'Traceback' not in done.stderr

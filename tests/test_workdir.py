@@ -6,6 +6,7 @@ import shutil
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 import small
@@ -23,6 +24,11 @@ def about(c, **more):
 def state(value):
   zero = lambda: jnp.zeros((), jnp.int32)
   return step.State(zero(), zero(), {'w': jnp.full((8,), value)}, {'m': jnp.ones(2)})
+
+
+def place(tree):
+  struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+  return jax.tree.map(struct, tree)
 
 
 @pytest.fixture(scope='module')
@@ -44,7 +50,9 @@ def run(saved, tmp_path):
 
 def check(home, *, allowed=(), restore_step='', data=DATA, **changes):
   c = small.recipe(**changes)
-  return workdir.check(home, c, data, allowed=allowed, restore_step=restore_step)
+  like = place(state(0))
+  asked = dict(like=like, allowed=allowed, restore_step=restore_step)
+  return workdir.check(home, c, data, **asked)
 
 
 def refused(home, told, **asked):

@@ -6,11 +6,20 @@ Everything here runs on the host. Files are written by process 0 alone: the writ
 
 from gated.metrics.log import Log, Progress, check_wandb
 from gated.metrics.provenance import manifest
-from gated.metrics.records import append, dumps, exists, read, truncate, write_json
+from gated.metrics.records import (
+  Damaged,
+  append,
+  dumps,
+  exists,
+  read,
+  truncate,
+  write_json,
+)
 from gated.metrics.speed import PEAK, Profile, Timer, check_remote, memory, peak
 
 __all__ = [
   'PEAK',
+  'Damaged',
   'Log',
   'Profile',
   'Progress',

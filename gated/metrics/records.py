@@ -32,6 +32,10 @@ SECONDS = 30.0  # That a record waits at most to be put into a store.
 _log = logging.getLogger('gated')
 
 
+class Damaged(ValueError):
+  """A file of records that no run wrote so; names it, and the line."""
+
+
 def plain(value: Any) -> Any:
   """Tree of Python, numpy and JAX values -> the same tree in what JSON can hold."""
   if isinstance(value, Mapping):
@@ -76,7 +80,7 @@ def read(path: storage.PathLike) -> list[dict]:
   pieces = _pieces(path)
   if not pieces:
     raise FileNotFoundError(f'{os.fspath(path)} is not there')
-  return [_decode(text) for piece in pieces for text in _lines(_read(piece))]
+  return [_decode(text, piece) for piece in pieces for text in _lines(_read(piece))]
 
 
 def truncate(path: storage.PathLike, step: int) -> int:
@@ -87,7 +91,8 @@ def truncate(path: storage.PathLike, step: int) -> int:
   dropped = 0
   for piece in _pieces(path):
     content = _read(piece)
-    kept = b''.join(text for text in _lines(content) if _decode(text)['step'] <= step)
+    lines = _lines(content)
+    kept = b''.join(text for text in lines if _decode(text, piece)['step'] <= step)
     dropped += len(content) - len(kept)
     if not kept and os.fspath(piece) != os.fspath(path):
       storage.remove(piece)
@@ -229,8 +234,17 @@ def _lines(content: bytes) -> list[bytes]:
   return [text for text in content.splitlines(True) if text.endswith(b'\n')]
 
 
-def _decode(text: bytes) -> dict:
+def _decode(text: bytes, piece: storage.PathLike) -> dict:
+  """A line of a file -> its record, which has a step at least."""
+
   def number(value: Any) -> Any:
     return ABSENT[value] if isinstance(value, str) and value in ABSENT else value
 
-  return {name: number(value) for name, value in json.loads(text).items()}
+  try:
+    record = {name: number(value) for name, value in json.loads(text).items()}
+    if type(record['step']) is not int:
+      raise TypeError(f'step={record["step"]!r}')
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    line = f'{os.fspath(piece)}: the line {text[:60]!r} is damaged ({error!r})'
+    raise Damaged(f'{line[:400]}; mend or remove it') from error
+  return record

@@ -5,7 +5,7 @@ judges a step's metrics, one step late. The pulse ends a run whose steps no long
 """
 
 from gated.stability.guard import ON_SPIKE, VERDICTS, Config, Guarded, guard, report
-from gated.stability.leaving import Leaving
+from gated.stability.leaving import Leaving, end, leave
 from gated.stability.pulse import Pulse
 from gated.stability.watchdog import Watchdog
 
@@ -17,6 +17,8 @@ __all__ = [
   'Leaving',
   'Pulse',
   'Watchdog',
+  'end',
   'guard',
+  'leave',
   'report',
 ]

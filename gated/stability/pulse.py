@@ -4,12 +4,11 @@ A collective waits for a hanging peer for ever, and so do all other processes: n
 JAX ends that (jax#38503). What helps whoever looks is where every thread stood.
 """
 
-import contextlib
 import faulthandler
 import os
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Self
 
 _GRACE = 10.0  # Seconds that telling what happened may take.
@@ -30,36 +29,19 @@ class Pulse:
   def __init__(self, seconds: float, *, code: int, told: Callable[[], str]):
     self._seconds, self._code, self._told = seconds, code, told
     self._last, self._beaten = 'none', time.monotonic()
-    self._pauses = 0
-    self._lock = threading.Lock()  # Of the pauses and of faulthandler's timer.
     self._over = threading.Event()
     self._thread = threading.Thread(target=self._watch, name='pulse', daemon=True)
 
-  def beat(self, step: int | None = None) -> None:
+  def beat(self, step: int) -> None:
     """A step was finished; its number is told if it was the last."""
-    self._last = 'not numbered' if step is None else str(step)
+    self._last = str(step)
     self._beaten = time.monotonic()
-
-  @contextlib.contextmanager
-  def pause(self) -> Generator[None]:
-    """Time that does not count: long work that is no step, such as an evaluation."""
-    with self._lock:
-      self._pauses += 1
-      self._arm()
-    try:
-      yield
-    finally:
-      with self._lock:
-        self._beaten = time.monotonic()
-        self._pauses -= 1
-        self._arm()
 
   def __enter__(self) -> Self:
     self._beaten = time.monotonic()
     if self._seconds:
+      self._arm()
       self._thread.start()
-      with self._lock:
-        self._arm()
     return self
 
   def __exit__(self, *_) -> None:
@@ -70,11 +52,10 @@ class Pulse:
 
   def _watch(self) -> None:
     while not self._over.wait(min(self._seconds / 4, 5.0)):
-      with self._lock:
-        silent = time.monotonic() - self._beaten
-        if not self._pauses and silent >= self._seconds:
-          break
-        self._arm()
+      silent = time.monotonic() - self._beaten
+      if silent >= self._seconds:
+        break
+      self._arm()
     else:
       return
     faulthandler.dump_traceback_later(2 * _GRACE, exit=True, file=_STDERR)
@@ -86,12 +67,7 @@ class Pulse:
 
   def _arm(self) -> None:
     """Sets faulthandler's timer anew; it runs out if this is not called again."""
-    if not self._thread.is_alive():
-      return
-    if self._pauses:
-      faulthandler.cancel_dump_traceback_later()
-    else:
-      faulthandler.dump_traceback_later(2 * self._seconds, exit=True, file=_STDERR)
+    faulthandler.dump_traceback_later(2 * self._seconds, exit=True, file=_STDERR)
 
   def _tell(self, silent: float) -> None:
     knob = f'config.stability.stuck_after={self._seconds:g}'
