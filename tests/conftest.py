@@ -21,21 +21,16 @@ os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 os.environ['OMP_NUM_THREADS'] = os.environ['OPENBLAS_NUM_THREADS'] = '1'
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
 sys.path.insert(0, str(ROOT))
-# What says where stores are, and who we are to them. Whatever this machine may write to,
-# tests know servers of their own alone.
-STORES = ('AWS_', 'GOOGLE_', 'GCE_', 'GCSFS_', 'NO_GCE_', 'STORAGE_', 'TENSORSTORE_')
-for name in [name for name in os.environ if name.startswith(STORES)]:
+from faults import process
+
+# Whatever stores this machine may write to, tests know servers of their own alone.
+for name in [name for name in os.environ if name.startswith(process.STORES)]:
   del os.environ[name]
 os.environ['GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT'] = 'false'  # It asks a server at Google.
 
 import jax
 import pytest
 import servers
-
-# What a child process keeps of ours. HOME and XDG_CACHE_HOME keep the real cache, where
-# the embedded corpus was built once; nothing that JAX or a logger reads comes along.
-KEPT = ('PATH', 'HOME', 'XDG_CACHE_HOME', 'TMPDIR', 'LANG', 'LC_ALL', 'LD_LIBRARY_PATH')
-
 
 # The files that take longest. With several workers (-n 2 --dist loadfile) a file is one
 # worker's, and these begin first, so that no worker waits for the other at the end.
@@ -75,15 +70,7 @@ def spawn_python(tmp_path_factory):
   children = []
 
   def spawn(args, *, env=None, devices=1):
-    clean = {name: os.environ[name] for name in KEPT if name in os.environ}
-    clean |= {k: v for k, v in os.environ.items() if k.startswith(STORES)}
-    clean |= {
-      'JAX_PLATFORMS': PLATFORM,
-      'JAX_COMPILATION_CACHE_DIR': str(cache),
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
-      'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
-      'PYTHONPATH': str(ROOT),
-    }
+    clean = process.environment(cache, devices) | {'JAX_PLATFORMS': PLATFORM}
     command = [sys.executable, *map(str, args)]
     child = subprocess.Popen(
       command,

@@ -10,6 +10,8 @@ import time
 import urllib.request
 from collections.abc import Generator, Mapping, Sequence
 
+from faults import process
+
 NO_PROXY = ('no_proxy', 'NO_PROXY')
 
 
@@ -63,9 +65,7 @@ def _server(
   for package in packages:
     if not importlib.util.find_spec(package):
       raise Missing(f'needs {package}: pip install -r requirements-dev.txt')
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
+  port = process.free_port()
   url = f'http://127.0.0.1:{port}'
   local = {n: ','.join(filter(None, ['127.0.0.1', os.environ.get(n)])) for n in NO_PROXY}
   quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -3,13 +3,13 @@
 import json
 import shutil
 import signal
-import socket
 import time
 
 import numpy as np
 import pytest
+from faults import evidence, process
 
-from gated import checkpoint, metrics, trees
+from gated import checkpoint, metrics
 
 STEPS = 20
 SAVES = 6  # Steps 6, 12, 18, and the last.
@@ -38,17 +38,6 @@ def command(workdir, recipe='configs/tiny.py', **knobs):
   knobs = SMALL | {name.replace('__', '.'): value for name, value in knobs.items()}
   flags = [f'--config.{name}={value}' for name, value in knobs.items()]
   return ['train.py', f'--config={recipe}', f'--workdir={workdir}', *flags]
-
-
-def losses(workdir, kind='train'):
-  records = metrics.read(workdir / 'metrics.jsonl')
-  return [(r['step'], r['loss']) for r in records if r['kind'] == kind]
-
-
-def digest(workdir, step=STEPS):
-  """SHA-256 of all parameters and optimizer state of a saved step."""
-  with checkpoint.Reader(workdir / 'checkpoints') as saved:
-    return trees.digest(saved.read(step, saved.shapes(step)))
 
 
 def kill_between_saves(workdir, child, seconds=240):
@@ -85,10 +74,10 @@ def test_a_killed_run_goes_on_to_the_last_bit(
   died_at = kill_between_saves(killed, spawn_python(command(killed, **knobs)))
   assert SAVES < died_at < STEPS and died_at % SAVES
   ok(run_python(command(killed, **knobs)))
-  assert [step for step, _ in losses(straight)] == list(range(1, STEPS + 1))
-  assert losses(killed) == losses(straight)
-  assert losses(killed, 'heldout') == losses(straight, 'heldout')
-  assert digest(killed) == digest(straight)
+  assert [step for step, _ in evidence.losses(straight)] == list(range(1, STEPS + 1))
+  assert evidence.losses(killed) == evidence.losses(straight)
+  assert evidence.losses(killed, 'heldout') == evidence.losses(straight, 'heldout')
+  assert evidence.digest(killed, STEPS) == evidence.digest(straight, STEPS)
   sessions = json.loads((killed / 'run.json').read_text())['sessions']
   assert [s['restored_step'] for s in sessions] in ([-1, 6], [-1, 12])
 
@@ -110,12 +99,6 @@ def test_a_step_that_is_not_finite_is_never_saved(tmp_path, run_python):
   assert all(len(event['records']) == 8 for event in events)
 
 
-def free_port():
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    return s.getsockname()[1]
-
-
 @pytest.mark.slow
 def test_one_device_eight_and_two_processes_have_the_same_losses(
   tmp_path, run_python, spawn_python
@@ -126,7 +109,7 @@ def test_one_device_eight_and_two_processes_have_the_same_losses(
 
   def together(workdir, **knobs):
     """One run of two processes with two devices each."""
-    where = [f'--coordinator=127.0.0.1:{free_port()}', '--processes=2']
+    where = [f'--coordinator=127.0.0.1:{process.free_port()}', '--processes=2']
     children = [
       spawn_python([*command(workdir, **knobs), *where, f'--process={i}'], devices=2)
       for i in range(2)
@@ -138,22 +121,24 @@ def test_one_device_eight_and_two_processes_have_the_same_losses(
   split = dict(mesh__fsdp=2, mesh__tensor=2, mesh__context=2)
   ok(run_python(command(eight, **knobs, **split), devices=8))
   together(two, **knobs)
-  expected = np.array([loss for _, loss in losses(one)])
+  expected = np.array([loss for _, loss in evidence.losses(one)])
   assert len(expected) == 5
   for other in (eight, two):
-    np.testing.assert_allclose([loss for _, loss in losses(other)], expected, atol=1e-5)
+    np.testing.assert_allclose(
+      [loss for _, loss in evidence.losses(other)], expected, atol=1e-5
+    )
   # What two processes saved, one restores; what eight devices saved, two processes do,
   # with the tokens of each row split between them.
   ok(run_python(command(two, **knobs | dict(steps=6))))
   across = dict(steps=6, accum=2, mesh__fsdp=1, mesh__context=4)
   together(eight, **knobs | across)
   for other in (eight, two):
-    assert [step for step, _ in losses(other)] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in evidence.losses(other)] == [1, 2, 3, 4, 5, 6]
     resumed = json.loads((other / 'run.json').read_text())['sessions'][1]
     assert resumed['restored_step'] == 5
     assert resumed['changed']['config.steps'] == [5, 6]
   assert resumed['processes'] == 1
-  assert abs(losses(eight)[5][1] - losses(two)[5][1]) < 1e-5
+  assert abs(evidence.losses(eight)[5][1] - evidence.losses(two)[5][1]) < 1e-5
 
 
 @pytest.fixture(scope='module')
@@ -180,13 +165,13 @@ def test_an_evaluation_prints_its_report_as_the_last_line(trained, run_python):
 
 @pytest.mark.slow
 def test_an_evaluation_repeats_the_held_out_loss_of_the_run(trained, run_python):
-  best_step, best = min(losses(trained, 'heldout')[0:], key=lambda x: x[1])
-  saved = {6, 8, 12} & {step for step, _ in losses(trained, 'heldout')}
+  best_step, best = min(evidence.losses(trained, 'heldout')[0:], key=lambda x: x[1])
+  saved = {6, 8, 12} & {step for step, _ in evidence.losses(trained, 'heldout')}
   for step in saved - {8}:
     args = ['eval.py', f'--workdir={trained}', '--rows=8', f'--step={step}']
     report = json.loads(ok(run_python(args)).stdout.splitlines()[-1])
     np.testing.assert_allclose(
-      report['loss'], dict(losses(trained, 'heldout'))[step], rtol=1e-6
+      report['loss'], dict(evidence.losses(trained, 'heldout'))[step], rtol=1e-6
     )
   assert best_step in saved
   assert np.isfinite(best)
@@ -204,10 +189,10 @@ def test_a_run_can_start_from_the_weights_of_another(trained, tmp_path, run_pyth
   fresh = tmp_path / 'fresh'
   knobs = dict(init_from=f'{trained}:6', steps=3, seed=1)
   ok(run_python(command(fresh, **knobs)))
-  first, at_six = losses(fresh)[0][1], dict(losses(trained))[6]
-  at_start = losses(trained)[0][1]
+  first, at_six = evidence.losses(fresh)[0][1], dict(evidence.losses(trained))[6]
+  at_start = evidence.losses(trained)[0][1]
   assert abs(first - at_six) < abs(first - at_start) / 3
-  assert [step for step, _ in losses(fresh)] == [1, 2, 3]
+  assert [step for step, _ in evidence.losses(fresh)] == [1, 2, 3]
 
 
 @pytest.mark.slow
@@ -354,7 +339,7 @@ def test_a_gate_is_added_to_ungated_weights_without_changing_the_first_step(
       done = run_python(command(workdir, recipe='configs/tiny.py:gate=none', **knobs))
       ok(done)
       assert ('gate.weight, which starts afresh' in done.stderr) == (name == 'gated')
-      first[workdir.name] = losses(workdir)
+      first[workdir.name] = evidence.losses(workdir)
   exact = first['run-plain'][0][1]
   for values in first.values():
     np.testing.assert_allclose(values[0][1], exact, rtol=1e-6)

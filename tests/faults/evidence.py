@@ -6,14 +6,27 @@ import logging
 import threading
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
-from gated import metrics
+from gated import checkpoint, metrics, trees
 
 
 def losses(workdir: Path, kind: str = 'train') -> list[tuple[int, float]]:
   """(step, loss) of every record, in the order of the file."""
   records = metrics.read(workdir / 'metrics.jsonl')
   return [(r['step'], r['loss']) for r in records if r['kind'] == kind]
+
+
+def read(workdir: Path, step: int) -> dict[str, dict[str, Any]]:
+  """All arrays of a saved step, verified, by item and name."""
+  with checkpoint.Reader(workdir / 'checkpoints') as reader:
+    reader.verify(step)
+    return reader.read(step, reader.shapes(step))
+
+
+def digest(workdir: Path, step: int) -> str:
+  """SHA-256 of all parameters and optimizer state of a saved step."""
+  return trees.digest(read(workdir, step))
 
 
 def last_step(workdir: Path) -> int:

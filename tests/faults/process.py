@@ -14,8 +14,10 @@ ROOT = Path(__file__).resolve().parents[2]
 NOT_SAVED = 7  # The exit code of a run that could not write.
 PATIENCE = 240.0  # Seconds after which a process that does not end has failed.
 
-# What a child keeps of our environment, as in conftest. Stores are those of a test.
+# What a child keeps of our environment. HOME and XDG_CACHE_HOME keep the real cache,
+# where the embedded corpus was built once; nothing that JAX or a logger reads comes too.
 KEPT = ('PATH', 'HOME', 'XDG_CACHE_HOME', 'TMPDIR', 'LANG', 'LC_ALL', 'LD_LIBRARY_PATH')
+# What says where stores are, and who we are to them; here those of a test.
 STORES = ('AWS_', 'GOOGLE_', 'GCE_', 'GCSFS_', 'NO_GCE_', 'STORAGE_', 'TENSORSTORE_')
 PROXY = ('no_proxy', 'NO_PROXY')
 
