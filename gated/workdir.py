@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gated import checkpoint, config, lock, mesh, metrics, storage
+from gated.metrics import provenance
 
 # What may differ between a run and its resumption; the data are held by fingerprint.
 MAY_CHANGE = (
@@ -37,7 +38,7 @@ MAY_CHANGE = (
   'config.stability.peer_timeout',
 )
 
-LIMIT = 1 << 26  # Bytes of a run.json.
+LIMIT = provenance.MAX_BYTES  # Of a run.json.
 STALE_AFTER = 600.0  # Seconds of silence after which another machine's lock is stale.
 SETTLE = {False: 0.2, True: 2.0}  # Seconds until a lock is believed: a disk's, a store's.
 

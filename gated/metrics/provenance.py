@@ -38,7 +38,7 @@ PACKAGES = (
 # What steers the compiler and the collectives, and so can change numbers.
 ENVIRONMENT = ('XLA_', 'LIBTPU_', 'JAX_', 'NCCL_')
 
-MAX_BYTES = 1 << 28  # Of a run.json.
+MAX_BYTES = 1 << 26  # Of a run.json.
 # Names of what must not be told. A flag's are whole words: a tokenizer is no token.
 HIDDEN = re.compile('KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL', re.IGNORECASE)
 HIDDEN_FLAG = re.compile(
