@@ -33,6 +33,7 @@ from gated import (
   metrics,
   model,
   plan,
+  processes,
   storage,
 )
 
@@ -254,7 +255,7 @@ def main(argv: list[str]) -> int:
   logging.basicConfig(format='%(message)s', level=logging.WARNING, force=True)
   try:
     where = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
-    mesh.start(*where, peer_timeout=base.get_config().stability.peer_timeout)
+    processes.start(*where, peer_timeout=base.get_config().stability.peer_timeout)
     report = run(storage.path(_WORKDIR.value))
   except (ValueError, NotImplementedError) as error:
     print(f'eval.py: {error}', file=sys.stderr)

@@ -36,6 +36,7 @@ from gated import (
   mesh,
   metrics,
   plan,
+  processes,
   recorder,
   stability,
   storage,
@@ -107,7 +108,7 @@ def prepare(c: dict, workdir: storage.Path) -> Run:
     changed['config.init_from'] = cfg.init_from, str(start)
     changed |= {f'{knob} since config.init_from': v for knob, v in start.differs.items()}
   told = {'config': c, 'data': fingerprint['sha256'], 'step': found.step}
-  mesh.agree('the recipe, the data or the checkpoints', config.digest(told))
+  processes.agree('the recipe, the data or the checkpoints', config.digest(told))
   _log.info('%s', the)
   if not corpus.domains:
     _log.info('the data holds nothing out: there is no held-out loss, and no best step')
@@ -305,7 +306,7 @@ def main(argv: list[str]) -> int:
     cfg = config.build(plan.Config, c, 'config')
     workdir = storage.path(_WORKDIR.value or f'runs/{c["name"]}-{_digest(c)}')
     where = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
-    mesh.start(*where, peer_timeout=cfg.stability.peer_timeout)
+    processes.start(*where, peer_timeout=cfg.stability.peer_timeout)
     run = prepare(c, workdir)
   except (ValueError, NotImplementedError) as error:
     print(f'train.py: {error}', file=sys.stderr)

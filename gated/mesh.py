@@ -5,14 +5,13 @@ what `pjit` became: `jax.jit` with `NamedSharding`). An axis of size 1 carries n
 """
 
 import math
-import platform
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -46,54 +45,6 @@ KNOBS = {
 }
 
 
-def start(coordinator: str, processes: int, process: int, *, peer_timeout: int) -> None:
-  """Joins the other processes of a run; call it before anything touches a device.
-
-  `coordinator` is '' for a run of one process, 'auto' to ask the cluster's own
-  environment (TPU pods, SLURM, Kubernetes), or 'host:port'. A process that gives no sign
-  of life for `peer_timeout` seconds ends the others, which name it.
-  """
-  if not 0 <= process < processes:
-    raise ValueError(f'--process={process} must be in [0, --processes={processes})')
-  if not coordinator:
-    if processes > 1:
-      raise ValueError(f'--processes={processes} without --coordinator=HOST:PORT')
-    return
-  host, _, port = coordinator.rpartition(':')
-  if coordinator != 'auto' and not (host and port.isdecimal()):
-    raise ValueError(f"--coordinator={coordinator!r} is neither 'auto' nor HOST:PORT")
-  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-  if coordinator == 'auto':
-    jax.distributed.initialize(heartbeat_timeout_seconds=peer_timeout)
-  else:
-    where = coordinator, processes, process
-    jax.distributed.initialize(*where, heartbeat_timeout_seconds=peer_timeout)
-
-
-def gather(text: str) -> list[str]:
-  """Each process's text, at most 1000 bytes of it, by process; all must call it."""
-  if jax.process_count() == 1:
-    return [text]
-  mine = np.zeros(1000, np.uint8)
-  encoded = text.encode()[: len(mine)]
-  mine[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-  every = np.asarray(multihost_utils.process_allgather(mine))
-  return [row.tobytes().rstrip(b'\0').decode(errors='replace') for row in every]
-
-
-def agree(what: str, digest: str) -> None:
-  """Raises ValueError unless all processes of a run hold the same hexadecimal digest."""
-  if set(gather(digest)) != {digest}:
-    process = jax.process_index()
-    raise ValueError(f'{what} of process {process} differ from those of another')
-
-
-def same_host(what: str) -> None:
-  """Raises ValueError unless all processes of a run are on one machine."""
-  if len(set(gather(platform.node()))) > 1:
-    raise ValueError(f'{what} need all processes of the run on one machine')
-
-
 def make(
   *, data: int, fsdp: int, expert: int, tensor: int, context: int, devices=None
 ) -> Mesh:
@@ -116,8 +67,39 @@ def make(
   if product != len(devices):
     knobs = ' * '.join(f'config.mesh.{axis}={size}' for axis, size in sizes.items())
     raise ValueError(f'{knobs} is not the {len(devices)} devices here')
+  placed = _arranged(sizes, list(devices))
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(sizes: dict[str, int], devices: list) -> np.ndarray:
+  """Devices -> an array of them with the five axes, neighbours where it matters.
+
+  Between slices, whose network is slow, lies `data`, or `fsdp` where data does not divide
+  into them; the other axes stay inside of one. Raises ValueError if neither does.
+  """
   shape = tuple(sizes.values())
-  return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+  count = len({getattr(d, 'slice_index', None) for d in devices})
+  if count == 1:
+    return mesh_utils.create_device_mesh(shape, devices)
+  outer = next((a for a in ('data', 'fsdp') if sizes[a] % count == 0), None)
+  if outer is None:
+    data, fsdp = sizes['data'], sizes['fsdp']
+    raise ValueError(
+      f'config.mesh.data={data} or config.mesh.fsdp={fsdp} must be a multiple of the '
+      f'{count} slices, whose slow network no other axis may cross'
+    )
+  across = tuple(count if axis == outer else 1 for axis in AXES)
+  within = tuple(n // m for n, m in zip(shape, across))
+  return mesh_utils.create_hybrid_device_mesh(within, across, devices)
+
+
+def platform() -> str:
+  """What the code being traced is for: that of the mesh in use, or of this machine.
+
+  They differ where a program is compiled for devices that are not here.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
 
 
 def spec(axes: Sequence[str | None], mesh) -> P:

@@ -6,6 +6,7 @@ its own way.
 
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,12 +117,15 @@ class Config:
 
 
 class Plan:
-  """What a run does, before it does it; making one allocates and compiles nothing."""
+  """What a run does, before it does it; making one allocates and compiles nothing.
 
-  def __init__(self, cfg: Config):
+  On `devices`, which need not be here for it to be compiled, or on all that are.
+  """
+
+  def __init__(self, cfg: Config, devices: Sequence[Any] | None = None):
     self.cfg = cfg
     axes = {axis: getattr(cfg.mesh, axis) for axis in mesh.AXES}
-    self.mesh = mesh.make(**axes)
+    self.mesh = mesh.make(**axes, devices=devices)
     self.tokens_per_step = cfg.batch * cfg.data.length
     self.micro = cfg.batch // cfg.accum
     _check_batch(cfg, self.mesh)

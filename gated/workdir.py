@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gated import checkpoint, config, lock, mesh, metrics, storage
+from gated import checkpoint, config, lock, metrics, processes, storage
 from gated.metrics import provenance
 
 # What may differ between a run and its resumption; the data are held by fingerprint.
@@ -127,7 +127,7 @@ def held(workdir: storage.Path) -> Generator[lock.Lock]:
     except ValueError as error:
       fault = str(error)
   try:
-    if fault := max(mesh.gather(fault)):
+    if fault := max(processes.gather(fault)):
       raise InUse(fault)
     yield mine
   finally:

@@ -4,9 +4,8 @@
 
 Takes a step from the run's spikes.jsonl, restores the newest checkpoint that leads to it,
 trains up to it by the run's own train step, and looks at its batch. On the run's machines
-and versions the loss is that of the run to the last bit. In float32 are then weights,
-activations and products, from the state that the run's own numerics led to. Prints a
-table, the verdict, and all of it as a line of JSON. Writes nothing. Exit code 2: refused.
+and versions the loss is the run's to the last bit. In float32 are then weights and
+products, from the state that its own numerics led to. Writes nothing. Exit 2: refused.
 """
 
 import argparse
@@ -39,6 +38,7 @@ from gated import (
   mesh,
   metrics,
   plan,
+  processes,
   stability,
   step,
   storage,
@@ -334,8 +334,8 @@ def main() -> int:
   logging.basicConfig(format='%(message)s', level=logging.WARNING, force=True)
   _log.setLevel(logging.INFO)
   try:
-    where = a.coordinator, a.processes, a.process
-    mesh.start(*where, peer_timeout=base.get_config().stability.peer_timeout)
+    timeout = base.get_config().stability.peer_timeout
+    processes.start(a.coordinator, a.processes, a.process, peer_timeout=timeout)
     run = prepare(a)
   except (ValueError, NotImplementedError, OSError) as error:
     print(f'replay.py: {error}', file=sys.stderr)

@@ -16,15 +16,6 @@ def make(**sizes):
   return mesh.make(**(ONES | sizes))
 
 
-@pytest.mark.parametrize(
-  ('processes', 'process', 'said'),
-  [(2, 0, '--processes=2 without'), (2, 2, '--process=2 must'), (1, -1, '--process=-1')],
-)
-def test_a_process_that_would_run_alone_by_mistake_is_refused(processes, process, said):
-  with pytest.raises(ValueError, match=said):
-    mesh.start('', processes, process, peer_timeout=9)
-
-
 def test_minus_one_is_all_the_devices_left():
   assert dict(make(fsdp=-1).shape) == ONES | {'fsdp': 8}
   assert dict(make(data=2, tensor=2, context=-1).shape) == ONES | {
@@ -152,8 +143,3 @@ def test_constrain_does_nothing_without_a_mesh_and_splits_with_one():
   with jax.set_mesh(on):
     y = jax.jit(lambda x: mesh.constrain(x, 'batch', 'tokens'))(x)
   assert y.sharding.shard_shape(y.shape) == (2, 8)
-
-
-def test_start_leaves_a_single_process_alone():
-  mesh.start('', 1, 0, peer_timeout=9)
-  assert not jax.distributed.is_initialized()

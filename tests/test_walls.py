@@ -15,6 +15,7 @@ FLOORS = {
   'config': 0,
   'trees': 0,
   'mesh': 0,
+  'processes': 0,
   'storage': 0,
   'layers': 1,
   'kernels': 1,

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from gated import mesh, storage
+from gated import processes, storage
 from gated.checkpoint import head, manifest, reader, retention
 from gated.checkpoint.head import Head
 from gated.checkpoint.manifest import Damaged
@@ -41,8 +41,8 @@ class Checkpoints(Reader):
     super().__init__(directory)
     if self._stage:
       # All processes write to one folder, which is that of process 0.
-      mesh.same_host('s3:// checkpoints')
-      self._stage = storage.path(mesh.gather(str(self._stage))[0])
+      processes.same_host('s3:// checkpoints')
+      self._stage = storage.path(processes.gather(str(self._stage))[0])
     self._keep, self._keep_every = keep, keep_every
     self._thread: threading.Thread | None = None
     self._error: tuple[int, BaseException] | None = None
@@ -105,7 +105,7 @@ class Checkpoints(Reader):
 
   def newest_good(self) -> int | None:
     self.wait()
-    mesh.gather('')  # What process 0 has committed, the others are to see.
+    processes.gather('')  # What process 0 has committed, the others are to see.
     return super().newest_good()
 
   def go_back(self, step: int, *, data_step: int | None = None) -> int | None:
@@ -123,7 +123,7 @@ class Checkpoints(Reader):
     now = Head(step=step, discarded=tuple(sorted(past)), data_step=data_step)
     if now != was and jax.process_index() == 0:
       head.write(self.directory, now)
-    mesh.gather('')
+    processes.gather('')
     return data_step
 
   def _make_way(self, step: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from gated import mesh, storage, trees
+from gated import processes, storage, trees
 from gated.checkpoint import head, manifest
 from gated.checkpoint.manifest import Damaged
 
@@ -152,7 +152,7 @@ class Reader:
       manifest.verify(folder, found, share)
     except Damaged as error:
       fault = str(error)
-    faults = list(filter(None, mesh.gather(fault)))
+    faults = list(filter(None, processes.gather(fault)))
     if faults:
       self._local.pop(step, None)
       raise Damaged(faults[0])

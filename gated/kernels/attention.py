@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gated import config
+from gated import config, mesh
 from gated.kernels import choice
 
 # Above this many tokens the quadratic reference runs only where it is named.
@@ -140,7 +140,7 @@ def _cudnn(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
     raise NotImplementedError(f'has no {case.normalizer} attention')
   if case.cap:
     raise NotImplementedError('has no soft cap')
-  if jax.default_backend() != 'gpu':
+  if mesh.platform() != 'gpu':
     raise NotImplementedError('needs a GPU')
   if q_BTHK.dtype not in (jnp.bfloat16, jnp.float16):
     raise NotImplementedError(f'computes in bfloat16, not {q_BTHK.dtype}')

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from gated import config
+from gated import config, mesh
 from gated.kernels import choice, grouped_gpu
 
 
@@ -28,7 +28,7 @@ def grouped_matmul(
 
 def _pallas(x_NA, w_EAB, size_E):
   """Our own kernels, for bfloat16 on GPUs."""
-  if jax.default_backend() != 'gpu':
+  if mesh.platform() != 'gpu':
     raise NotImplementedError('needs a GPU')
   if x_NA.dtype != jnp.bfloat16:
     raise NotImplementedError(f'computes in bfloat16, not {x_NA.dtype}')
@@ -42,7 +42,7 @@ def _pallas(x_NA, w_EAB, size_E):
 
 def _ragged(x_NA, w_EAB, size_E):
   """XLA's own, which only TPUs have a kernel for."""
-  if jax.default_backend() != 'tpu':
+  if mesh.platform() != 'tpu':
     raise NotImplementedError('pays for every matrix on every row but on a TPU')
   return jax.lax.ragged_dot(x_NA, w_EAB, size_E)
 
@@ -54,7 +54,7 @@ def _blocked(x_NA, w_EAB, size_E):
   batches of blocks, each with a copy of its matrix: right anywhere, and slow.
   """
   rows, dtype = block_rows(len(x_NA), len(w_EAB)), x_NA.dtype
-  if jax.default_backend() == 'cpu':
+  if mesh.platform() == 'cpu':
     # Which has no products in bfloat16; those of float32 are as exact, and faster.
     x_NA, w_EAB = x_NA.astype(jnp.float32), w_EAB.astype(jnp.float32)
   return _by_blocks(x_NA, w_EAB, size_E, rows).astype(dtype)
@@ -119,7 +119,7 @@ def _products(x_MRA, w_EAB, group_M):
   M, R, _ = x_MRA.shape
   E, _, B = w_EAB.shape
   one = lambda at: at[0] @ w_EAB[jnp.minimum(at[1], E - 1)]
-  if jax.default_backend() != 'cpu':
+  if mesh.platform() != 'cpu':
     return jax.lax.map(one, (x_MRA, group_M), batch_size=_BATCH)
   put = lambda m, y: y.at[m].set(one((x_MRA[m], group_M[m])))
   return jax.lax.fori_loop(0, (group_M < E).sum(), put, jnp.zeros((M, R, B), x_MRA.dtype))
@@ -130,7 +130,7 @@ def _outer_products(x_MRA, dy_MRB, group_M, E):
   M, _, A = x_MRA.shape
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   start = jnp.zeros((E, A, dy_MRB.shape[2]), jnp.float32)
-  if jax.default_backend() == 'cpu':
+  if mesh.platform() == 'cpu':
     outer = lambda m: product('ra,rb->ab', x_MRA[m], dy_MRB[m])
     add = lambda m, dw_EAB: dw_EAB.at[group_M[m]].add(outer(m))
     return jax.lax.fori_loop(0, (group_M < E).sum(), add, start)

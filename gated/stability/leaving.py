@@ -17,7 +17,7 @@ class Leaving:
   By that signal spot machines and schedulers announce their end.
 
   In a run of several processes one signal to one of them is enough: all are told to leave
-  at the same step. There JAX's own service takes the signal, from `mesh.start` on. A
+  at the same step. There JAX's own service takes the signal, from `processes.start` on. A
   second signal changes nothing.
   """
 
