@@ -1,6 +1,7 @@
 # make demo    set up .venv, train the embedded default, evaluate it
 # make test    set up .venv, check format, lint and types, run all tests
 # make fast    the tests without those marked slow
+# make tpu     set up .venv/tpu, which compiles for TPUs without one (scripts/preflight.py)
 # make rows    train every row of the paper's tables at test scale, save and resume it
 # make faults  inject every fault of docs/reliability.md into real runs, print the table
 # make lock    write the requirements*.lock: every package with its version and hashes
@@ -33,7 +34,7 @@ endif
 
 INSTALL += $(if $(LOCKED),--require-hashes)
 
-.PHONY: demo test fast rows faults lock audit clean
+.PHONY: demo test fast tpu rows faults lock audit clean
 .DELETE_ON_ERROR:
 
 demo: .venv/run-$(FROM)
@@ -41,6 +42,7 @@ demo: .venv/run-$(FROM)
 	$(BIN)/python eval.py --workdir=$(WORKDIR)
 
 test: .venv/dev-$(FROM)
+	@$(MAKE) --silent tpu || echo 'no libtpu here: what compiles for TPUs is skipped' >&2
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/ty check --python .venv
@@ -48,6 +50,8 @@ test: .venv/dev-$(FROM)
 
 fast: .venv/dev-$(FROM)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow' $(ARGS)
+
+tpu: .venv/tpu/made-$(FROM)
 
 rows: .venv/run-$(FROM)
 	$(BIN)/python scripts/train_rows.py $(ARGS)
@@ -82,6 +86,12 @@ clean:
 
 .venv/dev-$(FROM): requirements-dev.$(FROM) .venv/run-$(FROM)
 	$(INSTALL) -r requirements-dev.$(FROM)
+	@: > $@
+
+# Of its own, for libtpu changes JAX's default platform.
+.venv/tpu/made-$(FROM): requirements-tpu.$(FROM) .venv/run-$(FROM)
+	$(subst .venv,.venv/tpu,$(CREATE))
+	$(subst .venv/,.venv/tpu/,$(INSTALL)) -r requirements-tpu.$(FROM)
 	@: > $@
 
 $(TOOLS)/made: requirements-tools.lock

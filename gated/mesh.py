@@ -80,7 +80,7 @@ def _arranged(sizes: dict[str, int], devices: list) -> np.ndarray:
   shape = tuple(sizes.values())
   count = len({getattr(d, 'slice_index', None) for d in devices})
   if count == 1:
-    return mesh_utils.create_device_mesh(shape, devices)
+    return _along_links(shape, devices)
   outer = next((a for a in ('data', 'fsdp') if sizes[a] % count == 0), None)
   if outer is None:
     data, fsdp = sizes['data'], sizes['fsdp']
@@ -90,7 +90,16 @@ def _arranged(sizes: dict[str, int], devices: list) -> np.ndarray:
     )
   across = tuple(count if axis == outer else 1 for axis in AXES)
   within = tuple(n // m for n, m in zip(shape, across))
-  return mesh_utils.create_hybrid_device_mesh(within, across, devices)
+  split = dict(allow_split_physical_axes=True)
+  return mesh_utils.create_hybrid_device_mesh(within, across, devices, **split)
+
+
+def _along_links(shape: tuple[int, ...], devices: list) -> np.ndarray:
+  """Devices of one slice -> an array of them: whole rings of its torus where they fit."""
+  try:
+    return mesh_utils.create_device_mesh(shape, devices)
+  except NotImplementedError:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def platform() -> str:
