@@ -135,6 +135,34 @@ def _unless_missing():
     pytest.skip(str(missing))
 
 
+# A process that compiles for TPUs takes a lock that is meant for the chips; without chips
+# any number of them may run.
+TPU = {
+  'TPU_SKIP_MDS_QUERY': '1',
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  'JAX_PLATFORMS': 'cpu',
+}
+
+
+@pytest.fixture(scope='session')
+def run_for_tpu(tmp_path_factory):
+  """Runs `python ARGS` with a JAX that compiles for TPUs -> CompletedProcess.
+
+  It is the Python of $GATED_TPU_PYTHON, or the one that `make tpu` has made.
+  """
+  python = Path(os.environ.get('GATED_TPU_PYTHON') or ROOT / '.venv/tpu/bin/python')
+  if not python.exists():
+    pytest.skip(f'no {python}, to compile for TPUs: make tpu, or set GATED_TPU_PYTHON')
+  clean = process.environment(tmp_path_factory.mktemp('xla'), 1) | TPU
+
+  def run(args, *, timeout=300):
+    command = [str(python), *map(str, args)]
+    opts = dict(cwd=ROOT, env=clean, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, **opts)
+
+  return run
+
+
 @pytest.fixture
 def remote(s3, tmp_path):
   """A folder in a bucket that is this test's own -> its URL, as tmp_path is on disk."""

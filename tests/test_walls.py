@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = {
+  'chips': 0,
   'config': 0,
   'trees': 0,
   'mesh': 0,
@@ -35,10 +36,11 @@ FLOORS = {
   'attention': 3,
   'evals': 3,
   'model': 4,
-  'plan': 5,
+  'estimate': 5,
   'hf': 5,
-  'weights': 6,
-  'recorder': 6,
+  'plan': 6,
+  'weights': 7,
+  'recorder': 7,
 }
 
 STORIES = {'train', 'eval'}

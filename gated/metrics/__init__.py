@@ -15,10 +15,9 @@ from gated.metrics.records import (
   truncate,
   write_json,
 )
-from gated.metrics.speed import PEAK, Profile, Timer, check_remote, memory, peak
+from gated.metrics.speed import Profile, Timer, check_remote, memory, peak
 
 __all__ = [
-  'PEAK',
   'Damaged',
   'Log',
   'Profile',

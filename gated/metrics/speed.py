@@ -7,40 +7,16 @@ from typing import Any, Self
 
 import jax
 
-from gated import storage
-
-# Dense bf16 FLOP/s of what JAX calls one device, by `jax.Device.device_kind`. NVIDIA's
-# data sheets (A100, L4, L40S, H100, H200, GH200, HGX B200) print most figures with 2:4
-# sparsity: halved here. Google's "TPU system architecture" pages give a chip, which is
-# one device on v4 to v6e and two on TPU7x. MFU is told against bf16 whatever the dtype.
-PEAK = {
-  'NVIDIA A100-SXM4-40GB': 312e12,
-  'NVIDIA A100-SXM4-80GB': 312e12,
-  'NVIDIA A100-PCIE-40GB': 312e12,
-  'NVIDIA A100 80GB PCIe': 312e12,
-  'NVIDIA L4': 121e12,
-  'NVIDIA L40S': 362e12,
-  'NVIDIA H100 80GB HBM3': 989e12,
-  'NVIDIA H100 PCIe': 756e12,
-  'NVIDIA H100 NVL': 835e12,
-  'NVIDIA H200': 989e12,
-  'NVIDIA H200 NVL': 835e12,
-  'NVIDIA GH200 480GB': 989e12,
-  'NVIDIA B200': 2250e12,
-  'TPU v4': 275e12,
-  'TPU v5 lite': 197e12,
-  'TPU v5e': 197e12,
-  'TPU v5': 459e12,
-  'TPU v5p': 459e12,
-  'TPU v6 lite': 918e12,
-  'TPU v6e': 918e12,
-  'TPU7x': 2307e12 / 2,
-}
+from gated import chips, storage
 
 
 def peak(device: jax.Device) -> float | None:
-  """Device -> its peak in dense bf16 FLOP/s; None where PEAK does not know it."""
-  return PEAK.get(device.device_kind)
+  """Device -> its peak in dense bf16 FLOP/s; None for a CPU, or where no one knows it.
+
+  MFU is told against bf16 whatever the dtype.
+  """
+  chip = chips.of(device.device_kind)
+  return None if chip is None or chip.name == 'cpu' else chip.flops
 
 
 class Timer:
