@@ -1,27 +1,24 @@
 """Mixture of experts: a softmax router, top-k dropless experts, and what balances them.
 
-Dropless: each device sorts its tokens by expert, multiplies them in groups, and adds the
-k results of each token up; no token is left out and no expert computes padding for long.
-Capacity: an expert takes so many tokens of each row, first choices first, and what it
+What experts do with the tokens that chose them stands in `dropless.py`, where no token is
+left out, and in `capacity.py`, where an expert takes so many of each row, and what it
 drops is reported. The gradient is exact in both.
 
 B batch  T tokens  D width  F ffn of an expert  E experts  k experts of a token
-N = B * T  M = N * k selections  C capacity
 """
 
 import dataclasses
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
-from gated import config, kernels, mesh
-from gated.layers import Dense, Numerics, SwiGLU, named, normal, recomputed, swiglu
+from gated import config, kernels
+from gated.layers import Dense, Numerics, SwiGLU, named, normal
+from gated.moe import capacity, dropless
 
 _NAME = 'config.model.moe'
 MOST = 1 << 16  # Of experts; see model.LIMITS.
@@ -110,11 +107,11 @@ class MoE(nnx.Module):
     weight_BTk, choice_BTk, prob_BTE = route(logit_BTE, cfg)
     live = live_BT.astype(jnp.float32)
     chosen_BTE = jax.nn.one_hot(choice_BTk, E).sum(2)
-    routed = x_BTD, weight_BTk, choice_BTk
+    routed = self.experts.weights(), x_BTD, weight_BTk, choice_BTk
     if cfg.dispatch == 'dropless':
-      y_BTD, dropped = _dropless(self.experts, *routed, backend=cfg.backend), 0.0
+      y_BTD, dropped = dropless.run(*routed, backend=cfg.backend), 0.0
     else:
-      y_BTD, dropped = _capacity(self.experts, *routed, live_BT=live_BT, cfg=cfg)
+      y_BTD, dropped = capacity.run(*routed, live_BT=live_BT, factor=cfg.capacity)
     if self.shared is not None:
       y_BTD = y_BTD + self.shared(x_BTD)
     lse_BT = jax.nn.logsumexp(logit_BTE, -1)
@@ -156,107 +153,6 @@ def route(logit_BTE: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array, jax.
   if cfg.norm_topk:
     weight_BTk = weight_BTk / weight_BTk.sum(-1, keepdims=True)
   return weight_BTk, choice_BTk, prob_BTE
-
-
-def _dropless(experts: Experts, x_BTD, weight_BTk, choice_BTk, *, backend: str):
-  abstract = jax.sharding.get_abstract_mesh()
-  local = functools.partial(_local_experts, backend=backend)
-  args = x_BTD, weight_BTk, choice_BTk, *experts.weights()
-  if abstract.empty or abstract.size == 1:
-    return local(*args)[0]
-  BT = mesh.spec(('batch', 'tokens'), abstract)
-  F = mesh.spec(('ffn',), abstract)[0]
-  rows = P(*BT, None)
-  # Devices that split F each add a part of y: the parts stand in a dim of their own.
-  parts = jax.shard_map(
-    local,
-    mesh=abstract,
-    in_specs=(rows, rows, rows, P(None, None, F), P(None, None, F), P(None, F, None)),
-    out_specs=P(F, *BT, None),
-    check_vma=False,
-  )(*args)
-  return parts.sum(0) if F else parts[0]
-
-
-def _local_experts(x_BTD, weight_BTk, choice_BTk, act_EDF, up_EDF, down_EFD, *, backend):
-  """One device's tokens through all experts -> y in a leading dim of 1."""
-  (B, T, D), k, E = x_BTD.shape, choice_BTk.shape[-1], len(act_EDF)
-  choice_M = choice_BTk.reshape(-1)
-  order_M = jnp.argsort(choice_M, stable=True)
-  back_M = jnp.argsort(order_M)
-  size_E = jnp.bincount(choice_M, length=E).astype(jnp.int32)
-  multiply = functools.partial(kernels.grouped_matmul, backend=backend)
-  x_MD = _spread(x_BTD.reshape(B * T, D), order_M, back_M)
-  hidden_MF = swiglu(multiply(x_MD, act_EDF, size_E), multiply(x_MD, up_EDF, size_E))
-  y_MD = _permuted(multiply(hidden_MF, down_EFD, size_E), back_M, order_M)
-  return _combined(y_MD.reshape(1, B, T, k, D), weight_BTk[None])
-
-
-@recomputed
-def _combined(y_kD: jax.Array, weight_k: jax.Array) -> jax.Array:
-  """A token's results (..., k, D) and their weights (..., k) -> their sum (..., D)."""
-  y = y_kD.astype(jnp.float32) * weight_k[..., None]
-  return y.sum(-2).astype(y_kD.dtype)
-
-
-# A permutation's gradient is its inverse: a gather again, where JAX would scatter.
-@jax.custom_vjp
-def _permuted(y_MD, order_M, back_M):
-  return y_MD[order_M]
-
-
-_permuted.defvjp(
-  lambda y_MD, order_M, back_M: (y_MD[order_M], back_M),
-  lambda back_M, g_MD: (g_MD[back_M], None, None),
-)
-
-
-@jax.custom_vjp
-def _spread(x_ND, order_M, back_M):
-  """Each token k times, sorted by expert."""
-  return x_ND[order_M // (len(order_M) // len(x_ND))]
-
-
-def _spread_backward(kept, g_MD):
-  back_M, shape = kept
-  g = g_MD[back_M].reshape(shape[0], -1, shape[1])
-  return g.sum(1, dtype=jnp.float32).astype(g_MD.dtype), None, None
-
-
-_spread.defvjp(
-  lambda x_ND, order_M, back_M: (_spread(x_ND, order_M, back_M), (back_M, x_ND.shape)),
-  _spread_backward,
-)
-
-
-def _capacity(
-  experts: Experts, x_BTD, weight_BTk, choice_BTk, *, live_BT, cfg: Config
-) -> tuple[jax.Array, jax.Array]:
-  """An expert takes up to C tokens of each row, those that chose it first at first."""
-  (B, T, D), k, E = x_BTD.shape, cfg.top_k, cfg.experts
-  C = min(T, math.ceil(cfg.capacity * k * T / E))
-  # Choices in the order in which they are served: the first ones of all tokens, then on.
-  choice_Bj = choice_BTk.swapaxes(1, 2).reshape(B, k * T)
-  live_Bj = jnp.tile(live_BT, (1, k))
-  taken_BjE = jax.nn.one_hot(choice_Bj, E, dtype=jnp.int32) * live_Bj[..., None]
-  place_Bj = (jnp.cumsum(taken_BjE, 1) * taken_BjE).sum(-1) - 1
-  fits_Bj = live_Bj & (place_Bj < C)
-  slot_Bj = jnp.where(fits_Bj, choice_Bj * C + place_Bj, E * C)
-  token_Bj = jnp.tile(jnp.arange(T)[None], (B, k))
-  row_B1 = jnp.arange(B)[:, None]
-  empty = jnp.full((B, E * C), T)
-  source_BS = empty.at[row_B1, slot_Bj].set(token_Bj, mode='drop')
-  x_BSD = x_BTD.at[row_B1, source_BS].get(mode='fill', fill_value=0)
-  x_BECD = x_BSD.reshape(B, E, C, D)
-  act, up, down = experts.weights()
-  hidden = swiglu(
-    jnp.einsum('becd,edf->becf', x_BECD, act), jnp.einsum('becd,edf->becf', x_BECD, up)
-  )
-  y_BSD = jnp.einsum('becf,efd->becd', hidden, down).reshape(B, E * C, D)
-  y_BjD = y_BSD.at[row_B1, slot_Bj].get(mode='fill', fill_value=0)
-  y_BTkD = y_BjD.reshape(B, k, T, D).swapaxes(1, 2)
-  dropped = (live_Bj & ~fits_Bj).sum().astype(jnp.float32)
-  return _combined(y_BTkD, weight_BTk), dropped
 
 
 def losses(
