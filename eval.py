@@ -76,6 +76,7 @@ _XZ_BYTES = flags.DEFINE_integer(
 _COORDINATOR = flags.DEFINE_string('coordinator', '', "'auto' or HOST:PORT of process 0.")
 _PROCESSES = flags.DEFINE_integer('processes', 1, 'How many processes evaluate.')
 _PROCESS = flags.DEFINE_integer('process', 0, 'Which of them this is.')
+_TIMEOUT = flags.DEFINE_float('start_timeout', 300, 'Seconds to wait for all of them.')
 
 
 class Subject(NamedTuple):
@@ -255,7 +256,8 @@ def main(argv: list[str]) -> int:
   logging.basicConfig(format='%(message)s', level=logging.WARNING, force=True)
   try:
     where = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
-    processes.start(*where, peer_timeout=base.get_config().stability.peer_timeout)
+    peer_timeout = base.get_config().stability.peer_timeout
+    processes.start(*where, peer_timeout=peer_timeout, start_timeout=_TIMEOUT.value)
     report = run(storage.path(_WORKDIR.value))
   except (ValueError, NotImplementedError) as error:
     print(f'eval.py: {error}', file=sys.stderr)

@@ -70,6 +70,7 @@ _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Check everything, count, and lea
 _COORDINATOR = flags.DEFINE_string('coordinator', '', "'auto' or HOST:PORT of process 0.")
 _PROCESSES = flags.DEFINE_integer('processes', 1, 'How many processes form the run.')
 _PROCESS = flags.DEFINE_integer('process', 0, 'Which of them this is.')
+_TIMEOUT = flags.DEFINE_float('start_timeout', 300, 'Seconds to wait for all of them.')
 
 _log = logging.getLogger('gated')
 
@@ -306,7 +307,8 @@ def main(argv: list[str]) -> int:
     cfg = config.build(plan.Config, c, 'config')
     workdir = storage.path(_WORKDIR.value or f'runs/{c["name"]}-{_digest(c)}')
     where = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
-    processes.start(*where, peer_timeout=cfg.stability.peer_timeout)
+    peer_timeout = cfg.stability.peer_timeout
+    processes.start(*where, peer_timeout=peer_timeout, start_timeout=_TIMEOUT.value)
     run = prepare(c, workdir)
   except (ValueError, NotImplementedError) as error:
     print(f'train.py: {error}', file=sys.stderr)

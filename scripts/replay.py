@@ -104,8 +104,7 @@ def recorded(workdir: storage.Path) -> list[dict]:
 def find(events: list[dict], a: argparse.Namespace) -> dict:
   """The event of --step, and --data_step if given: the last, where there are several."""
   steps = [e for e in events if e['step'] == a.step]
-  found = [e for e in steps if a.data_step in (None, e['data_step'])]
-  if found:
+  if found := [e for e in steps if a.data_step in (None, e['data_step'])]:
     return found[-1]
   name, those = ('data_step', steps) if steps else ('step', events)
   there = ', '.join(map(str, sorted({e[name] for e in those}))) or 'nothing'
@@ -212,8 +211,7 @@ def widened(cfg: plan.Config) -> plan.Config:
   """A recipe -> the same, all in float32, by kernels that take it."""
   with_ = dataclasses.replace
   numerics = with_(cfg.model.numerics, weights='float32', compute='float32')
-  attn = with_(cfg.model.attn, backend='auto')
-  experts = with_(cfg.model.moe, backend='auto')
+  attn, experts = (with_(c, backend='auto') for c in (cfg.model.attn, cfg.model.moe))
   return with_(cfg, model=with_(cfg.model, numerics=numerics, attn=attn, moe=experts))
 
 
@@ -326,6 +324,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   add('--coordinator', default='', help="'auto' or HOST:PORT of process 0")
   add('--processes', type=int, default=1, help='as many as the run had')
   add('--process', type=int, default=0, help='which of them this is')
+  add('--start_timeout', type=float, default=300, help='seconds to wait for all of them')
   return parser.parse_args(argv)
 
 
@@ -334,8 +333,9 @@ def main() -> int:
   logging.basicConfig(format='%(message)s', level=logging.WARNING, force=True)
   _log.setLevel(logging.INFO)
   try:
-    timeout = base.get_config().stability.peer_timeout
-    processes.start(a.coordinator, a.processes, a.process, peer_timeout=timeout)
+    where = a.coordinator, a.processes, a.process
+    limit = base.get_config().stability.peer_timeout
+    processes.start(*where, peer_timeout=limit, start_timeout=a.start_timeout)
     run = prepare(a)
   except (ValueError, NotImplementedError, OSError) as error:
     print(f'replay.py: {error}', file=sys.stderr)

@@ -12,9 +12,9 @@ from gated import processes
 )
 def test_a_process_that_would_run_alone_by_mistake_is_refused(count, process, said):
   with pytest.raises(ValueError, match=said):
-    processes.start('', count, process, peer_timeout=9)
+    processes.start('', count, process, start_timeout=9, peer_timeout=9)
 
 
 def test_start_leaves_a_single_process_alone():
-  processes.start('', 1, 0, peer_timeout=9)
+  processes.start('', 1, 0, start_timeout=9, peer_timeout=9)
   assert not jax.distributed.is_initialized()
