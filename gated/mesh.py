@@ -5,7 +5,7 @@ what `pjit` became: `jax.jit` with `NamedSharding`). An axis of size 1 carries n
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,7 +53,17 @@ def make(
   Raises ValueError unless the sizes multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = dict(zip(AXES, (data, fsdp, expert, tensor, context)))
+  asked = dict(zip(AXES, (data, fsdp, expert, tensor, context)))
+  placed = _arranged(filled(asked, len(devices)), list(devices))
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def filled(asked: Mapping[str, int], count: int) -> dict[str, int]:
+  """The sizes of the axes, of which one may be -1, for so many devices -> all of them.
+
+  Raises ValueError unless they multiply to the number of devices.
+  """
+  sizes = dict(asked)
   for axis, size in sizes.items():
     if size < 1 and size != -1:
       raise ValueError(f'config.mesh.{axis}={size}, but it must be positive, or -1')
@@ -61,14 +71,13 @@ def make(
   known = math.prod(size for size in sizes.values() if size != -1)
   if len(rest) > 1:
     raise ValueError(f'config.mesh.{rest[0]} and .{rest[1]} are -1, but only one may be')
-  if rest and len(devices) % known == 0:
-    sizes[rest[0]] = len(devices) // known
+  if rest and count % known == 0:
+    sizes[rest[0]] = count // known
   product = math.prod(sizes.values())
-  if product != len(devices):
+  if product != count:
     knobs = ' * '.join(f'config.mesh.{axis}={size}' for axis, size in sizes.items())
-    raise ValueError(f'{knobs} is not the {len(devices)} devices here')
-  placed = _arranged(sizes, list(devices))
-  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    raise ValueError(f'{knobs} is not the {count} devices here')
+  return sizes
 
 
 def _arranged(sizes: dict[str, int], devices: list) -> np.ndarray:
