@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -192,6 +193,116 @@ def test_statistics_are_their_definitions():
   assert float(found['dropped']) == 0.25
 
 
+SPLITS = [
+  dict(fsdp=2, expert=4),
+  dict(expert=8),
+  dict(data=2, expert=2, tensor=2),
+  dict(fsdp=2, tensor=2, context=2),
+  dict(expert=2, context=2, tensor=2),
+]
+# What is added to the router's logits of eight experts. By one alone, or by the two of
+# one device, all selections are one device's, which are more than one pass takes.
+LEANINGS = {
+  'as it comes': np.zeros(8),
+  'one and another': 99.0 * (np.arange(8) == 6),
+  'a single pair': 99.0 * (np.arange(8) < 2),
+}
+
+
+def split_problem(leaning):
+  """(weights, x, weight, choice) of eight experts, and a gradient of y."""
+  rng = np.random.default_rng(2)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  logit = rng.normal(size=(8, 8, 8)) + LEANINGS[leaning]
+  choice = jnp.asarray(np.argsort(-logit)[..., :K], jnp.int32)
+  weight = jnp.asarray(rng.random((8, 8, K)), jnp.float32)
+  weights = [0.3 * draw(8, 16, 12), 0.3 * draw(8, 16, 12), 0.3 * draw(8, 12, 16)]
+  return weights, draw(8, 8, 16), weight, choice, draw(8, 8, 16)
+
+
+def split_over(on, weights, x, weight, choice, dy):
+  """The same, as a mesh splits it."""
+  place = lambda a, *axes: jax.device_put(a, jax.NamedSharding(on, mesh.spec(axes, on)))
+  rows = lambda a: place(a, 'batch', 'tokens', None)
+  wide, narrow = ('experts', 'embed', 'ffn'), ('experts', 'ffn', 'embed')
+  split = [place(w, *axes) for w, axes in zip(weights, (wide, wide, narrow))]
+  return split, rows(x), rows(weight), rows(choice), rows(dy)
+
+
+def dropless_with_gradients(weights, x, weight, choice, dy):
+  """-> y and the gradients of the weights, of x and of the router's weights."""
+  run = lambda weights, x, weight: moe.dropless.run(
+    weights, x, weight, choice, backend='auto'
+  )
+  with jax.default_matmul_precision('highest'):
+    y, back = jax.vjp(run, weights, x, weight)
+    return y, *back(dy)
+
+
+@pytest.mark.parametrize('leaning', LEANINGS)
+@pytest.mark.parametrize('sizes', SPLITS, ids=str)
+def test_experts_of_several_devices_are_those_of_one(sizes, leaning):
+  problem = split_problem(leaning)
+  on = mesh.make(**dict.fromkeys(mesh.AXES, 1) | sizes)
+  exact = small.jit(dropless_with_gradients)(*problem)
+  with jax.set_mesh(on):
+    ours = small.jit(dropless_with_gradients)(*split_over(on, *problem))
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(exact)):
+    np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize('sizes', SPLITS, ids=str)
+def test_a_load_that_is_one_devices_takes_several_passes(sizes):
+  """The test above would not tell otherwise."""
+  devices = sizes.get('expert', 1)
+  tokens = 64 * sizes.get('tensor', 1) // 8
+  here = 8 // devices
+  choice = np.asarray(split_problem('a single pair')[3])
+  assert sorted(set(choice.ravel())) == [0, 1]
+  load = devices * tokens * min(K, here)
+  assert devices == 1 or load > moe.dropless.pass_rows(tokens * K, load)
+
+
+def test_a_pass_is_for_somewhat_more_than_the_mean_and_for_no_more_than_all():
+  rows = moe.dropless.pass_rows
+  assert rows(131_072, 1 << 20) == 196_608
+  assert rows(5001, 1 << 20) % moe.dropless.TILE == 0
+  assert 7502 <= rows(5001, 1 << 20) < 7502 + moe.dropless.TILE
+  assert rows(100, 128) == 128 and rows(16, 1000) == 24
+
+
+def gathered(program):
+  """A compiled program -> how many numbers the result of each all-gather has."""
+  calls = re.findall(r'= (\(?[^=]*?) all-gather(?:-start)?\(', program)
+  shapes = [shape for call in calls for shape in re.findall(r'\w+\[([\d,]*)\]', call)]
+  return [math.prod(int(n) for n in shape.split(',') if n) for shape in shapes]
+
+
+@pytest.mark.parametrize('dispatch', ['dropless', 'capacity'])
+def test_no_device_gathers_the_weights_of_all_experts(dispatch):
+  weights, x, weight, choice, dy = split_problem('as it comes')
+  on = mesh.make(data=1, fsdp=2, expert=4, tensor=1, context=1)
+
+  def capacity(weights, x, weight, choice, dy):
+    run = lambda *args: moe.capacity.run(
+      *args, choice, live_BT=jnp.ones((8, 8), bool), factor=1.0
+    )[0]
+    y, back = jax.vjp(run, weights, x, weight)
+    return y, *back(dy)
+
+  run = dropless_with_gradients if dispatch == 'dropless' else capacity
+  args = split_over(on, weights, x, weight, choice, dy)
+  with jax.set_mesh(on):
+    program = small.jit(run).lower(*args).compile().as_text()
+  sizes = gathered(program)
+  of_all = weights[0].size
+  # A device's own experts are whole, which FSDP had split.
+  assert of_all // 4 in sizes
+  # The tokens of a layer are fewer than its weights here.
+  assert x.size < of_all
+  assert max(sizes) < of_all
+
+
 KNOBS = MOE | dict(loss__balance=0.5, loss__router_z=0.1, optim__lr=1e-3)
 
 
@@ -252,7 +363,7 @@ def test_the_global_balance_is_one_number_however_a_batch_is_split(accum, sizes)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('sizes', [dict(data=2, expert=2, tensor=2)], ids=str)
+@pytest.mark.parametrize('sizes', SPLITS, ids=str)
 def test_a_capacity_drops_the_same_on_any_mesh(sizes):
   exact, exact_model = first_step(dispatch='capacity')
   metrics, after = first_step(2, dispatch='capacity', **sizes)
