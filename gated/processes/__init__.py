@@ -30,7 +30,7 @@ def start(
   process that later gives no sign of life for `peer_timeout` seconds ends the others,
   which name it.
   """
-  if start_timeout <= 0:
+  if not start_timeout > 0:
     raise ValueError(f'--start_timeout={start_timeout} must be positive')
   if not 0 <= process < processes:
     raise ValueError(f'--process={process} must be in [0, --processes={processes})')
@@ -45,6 +45,8 @@ def start(
     place = clusters.find(start_timeout)
   else:
     place = clusters.by_hand(coordinator, processes, process)
+  if place.process not in range(place.processes):
+    raise ValueError(f'{place}: there is no process {place.process} of {place.processes}')
   meeting.meet(place, end)
   _go_direct(place.address)
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')

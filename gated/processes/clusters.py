@@ -59,6 +59,7 @@ def find(limit: float) -> Place:
     address, processes, process, _ = auto(None, None, None, [], None, round(limit))
   except Exception as error:  # Of whatever kind the cluster's own packages raise.
     told = f'{type(error).__name__}: {error}'.partition('\n')[0][:300]
+    told = f'{error} is not set' if isinstance(error, KeyError) else told
     raise ValueError(f'{named}, but the cluster cannot be read: {told}') from error
   if address is None or processes is None or process is None:
     unset = {

@@ -8,6 +8,7 @@ A message is a line of JSON.
 import contextlib
 import json
 import logging
+import math
 import platform
 import socket
 import threading
@@ -72,22 +73,28 @@ def _listen(place: Place, end: float) -> socket.socket:
 
 
 def _receive(listening: socket.socket, processes: int, end: float) -> None:
-  """Process 0 takes in the others, and tells all of them when to go, or what is wrong."""
+  """Process 0 takes in the others, and tells all of them when to go, or what is wrong.
+
+  What is wrong is told for a while to those who come later, too.
+  """
   came: dict[int, Guest] = {}
-  looked, wrong, go = time.monotonic(), '', False
+  looked, wrong, go, over = time.monotonic(), '', False, math.inf
   with listening:
-    while not (wrong or go):
-      wrong = _admit(listening, came, processes)
-      if not wrong and len(came) < processes and time.monotonic() < looked + TICK:
+    while not go and looked < over:
+      unfit = _admit(listening, came, processes)
+      now, complete = time.monotonic(), len(came) == processes
+      if not (unfit or complete) and now < looked + TICK:
         continue
-      looked = time.monotonic()
+      looked = now
       for process in [p for p, guest in came.items() if _gone(guest.line)]:
         came.pop(process).line.close()
       missing = [p for p in range(processes) if p not in came]
-      go, why = not missing, f'missing of {processes}: process {_list(missing)}'
-      wrong = wrong or (why if looked > end and missing else '')
+      why = f'missing of {processes}: process {_list(missing)}'
+      if not wrong and (unfit or (missing and now > end)):
+        wrong, over = unfit or why, now + (ANSWER if unfit else 0)
+      go = not (wrong or missing)
       for guest in came.values():
-        _tell(guest.line, {'wrong': wrong, 'why': why, 'go': go and not wrong})
+        _tell(guest.line, {'wrong': wrong, 'why': why, 'go': go})
   for guest in came.values():
     guest.line.close()
 
@@ -106,6 +113,8 @@ def _admit(listening: socket.socket, came: dict[int, Guest], processes: int) -> 
     line.close()  # Not one of us.
     return ''
   of, wrong = f'process {process} on {host}', ''
+  if process not in range(processes):
+    wrong = f'there is no {of} among {processes}'
   for name, value in _facts(processes).items():
     if facts.get(name) != value:
       wrong = f'{name}={facts.get(name)} of {of}, but {value} of process 0'
@@ -149,9 +158,10 @@ def _visit(place: Place, end: float) -> Iterator[dict]:
   why = f'what answers at {place.address} is not process 0 of a run that starts'
   try:
     patience = min(ANSWER, max(TICK, end - time.monotonic()))
-    with socket.create_connection((host.strip('[]'), int(port)), patience) as line:
+    where = host.strip('[]'), int(port)
+    with socket.create_connection(where, patience) as line, line.makefile('rb') as lines:
       _tell(line, hello | {'host': platform.node()})
-      for text in line.makefile('rb'):
+      for text in lines:
         yield json.loads(text)
   except socket.gaierror:
     why = f'there is no host {host!r} that the name service knows'
