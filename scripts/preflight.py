@@ -1,14 +1,36 @@
-"""What a recipe would be, before a machine is asked for: its parameters, part by part.
+"""What a run would need, before a machine is asked for: memory, time, parameters.
 
+  python scripts/preflight.py --config=configs/moe_15b.py --topology=v5p:4x4x4
+  python scripts/preflight.py --config=configs/moe_15b.py --topology=h100:64
+  python scripts/preflight.py --config=configs/tiny.py --topology=here
   python scripts/preflight.py --config=configs/table1.py:g1_headwise --count
 
-Prints a table and, as its last line, the same as JSON. Only shapes are computed: no
-parameter is ever allocated. `added` is over the baseline that the recipe names, as that
-stands in its file. Exit code 2: refused.
+For a slice of TPUs the real train step is compiled, by the TPUs' own compiler and without
+one of them: `make tpu` installs it, and .venv/tpu/bin/python then runs this file.
+`--slices=2` takes two such slices; `--estimate` leaves the compiler out. For GPUs, or a
+number of CPUs, the same table is an estimate by arithmetic, and says so; on the machine
+itself `here` compiles. `--count` counts parameters, part by part.
+
+Knobs go as everywhere: --config.mesh.expert=8 --config.accum=16. Recipes at the paper's
+scale unroll their layers, which takes long to compile: --config.model.layers=scan does
+not. Bytes, FLOPs and traffic are of one chip and one step. Prints a table and, as its
+last line, the same as JSON, which --json=FILE keeps.
+
+  python scripts/preflight.py --golden                 all cases of tests/golden/preflight
+  python scripts/preflight.py --golden --only=NAME,... those
+  python scripts/preflight.py --golden --write         and keeps what is found
+
+compiles the kept cases anew, and tells what has grown by more than a twentieth.
+
+Exit code 1: does not fit, or a kept case is not met. 2: refused.
 """
 
 import importlib
+import json
+import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -18,12 +40,23 @@ from ml_collections import config_flags
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs import base
-from gated import config, metrics, model, plan
+from gated import config, metrics, model, plan, preflight
+from gated.preflight import golden, table
 
-REFUSED = 2
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / 'tests/golden/preflight'
+
+NO_FIT, REFUSED = 1, 2
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Recipe.', lock_config=True)
 _COUNT = flags.DEFINE_bool('count', False, 'Count parameters, part by part.')
+_TOPOLOGY = flags.DEFINE_string('topology', '', 'CHIP:SHAPE, CHIP:COUNT or here.')
+_SLICES = flags.DEFINE_integer('slices', 1, 'So many slices of the topology.')
+_ESTIMATE = flags.DEFINE_bool('estimate', False, 'By arithmetic, without a compiler.')
+_JSON = flags.DEFINE_string('json', '', 'A file to write the report to.')
+_GOLDEN = flags.DEFINE_bool('golden', False, 'Compile the kept cases anew.')
+_ONLY = flags.DEFINE_list('only', [], 'Of the kept cases, those.')
+_WRITE = flags.DEFINE_bool('write', False, 'Keep what is found of the kept cases.')
 
 
 def count(c: dict) -> dict:
@@ -40,7 +73,7 @@ def count(c: dict) -> dict:
 def _total(recipe: str) -> int:
   """'table1.py:baseline,scale=proxy', in configs/ -> its model's parameters."""
   name, _, arg = recipe.partition('.py:')
-  folder = Path(__file__).resolve().parents[1] / 'configs'
+  folder = ROOT / 'configs'
   if name not in {path.stem for path in folder.glob('*.py')}:
     raise ValueError(f'config.paper.baseline={recipe!r}, but {folder} has no {name}.py')
   c = importlib.import_module(f'configs.{name}').get_config(arg).to_dict()
@@ -49,7 +82,7 @@ def _total(recipe: str) -> int:
   )
 
 
-def table(c: dict, counts: dict) -> str:
+def counted(c: dict, counts: dict) -> str:
   """The counts -> lines to read."""
   paper, total = c['paper'], counts['total']
   rows = {part: counts[part] for part in ('embedding', 'attention', 'gate', 'experts')}
@@ -69,6 +102,60 @@ def table(c: dict, counts: dict) -> str:
   return '\n'.join(lines)
 
 
+def alone() -> None:
+  """Before JAX looks for devices: none is taken, and the TPUs' compiler needs none.
+
+  It asks no cloud where it is, and does not mind another of its kind.
+  """
+  jax.config.update('jax_platforms', 'cpu')
+  os.environ['TPU_SKIP_MDS_QUERY'] = os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
+
+
+def report(c: dict) -> dict:
+  """A resolved recipe -> what it would need on the machine that was asked for."""
+  machine = preflight.machine(_TOPOLOGY.value, _SLICES.value)
+  cfg = config.build(plan.Config, c, 'config')
+  if machine.compiles and not _ESTIMATE.value:
+    return preflight.compiled_for(cfg, machine)
+  return preflight.by_arithmetic(cfg, machine)
+
+
+def check_golden(only: list[str], write: bool) -> int:
+  """Compiles kept cases, each in a process of its own -> an exit code."""
+  paths = {path.stem: path for path in sorted(GOLDEN.glob('*.json'))}
+  unknown = set(only) - set(paths)
+  if unknown:
+    raise ValueError(f'--only={sorted(unknown)[0]}, but cases are {", ".join(paths)}')
+  bad = 0
+  for name in only or paths:
+    case = json.loads(paths[name].read_text())
+    with tempfile.TemporaryDirectory() as folder:
+      file = Path(folder) / 'report.json'
+      command = [sys.executable, __file__, *case['flags'], f'--json={file}']
+      done = subprocess.run(command, capture_output=True, text=True, check=False)
+      if not file.exists():
+        print(f'{name}: exit code {done.returncode}\n{done.stderr[-2000:]}')
+        bad += 1
+        continue
+      new = json.loads(file.read_text())
+    if write and 'flops' in new:
+      case['found'] = golden.kept(new)
+      paths[name].write_text(metrics.dumps(case, indent=2) + '\n')
+    faults = golden.faults(case, new)
+    bad += bool(faults)
+    print(
+      '\n'.join([f'{name}: {_short(new)}', *(f'  ! {f}' for f in faults)]), flush=True
+    )
+  return NO_FIT if bad else 0
+
+
+def _short(new: dict) -> str:
+  gib = new['memory']['total'] / 2**30
+  if 'flops' not in new:
+    return f'{gib:.2f} GiB do not fit'
+  return f'{gib:.2f} GiB, {new["spare"]:.1%} to spare, {new["compile_seconds"]:.0f} s'
+
+
 def parse(argv: list[str]) -> list[str]:
   """Parses the command line; a mistake in it is told in one line, naming the knob."""
   try:
@@ -76,10 +163,12 @@ def parse(argv: list[str]) -> list[str]:
     left = flags.FLAGS(argv)
     if len(left) > 1:
       raise ValueError(f'unknown argument {left[1]!r}')
+    if _GOLDEN.value:
+      return left
     if _CONFIG.value is None or not _CONFIG.value.name:
       raise ValueError('--config=configs/RECIPE.py is missing')
-    if not _COUNT.value:
-      raise ValueError('--count is missing; compiling for a topology is not here yet')
+    if not _COUNT.value and not _TOPOLOGY.value:
+      raise ValueError('--topology=CHIP:SHAPE or --count is missing')
     return left
   except Exception as error:
     print(f'preflight.py: {config.plain(error)}', file=sys.stderr)
@@ -87,16 +176,26 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-  jax.config.update('jax_platforms', 'cpu')  # Shapes need no accelerator.
-  c = _CONFIG.value.to_dict()
+  if _TOPOLOGY.value != preflight.HERE:
+    alone()
   try:
-    counts = count(c)
+    if _GOLDEN.value:
+      return check_golden(_ONLY.value, _WRITE.value)
+    c = _CONFIG.value.to_dict()
+    if _COUNT.value:
+      found = count(c)
+      print(counted(c, found))
+    else:
+      found = report(c)
+      print('\n'.join(table.lines(found)))
   except (ValueError, NotImplementedError) as error:
     print(f'preflight.py: {error}', file=sys.stderr)
     return REFUSED
-  print(table(c, counts))
-  print(metrics.dumps(counts, indent=None))
-  return 0
+  text = metrics.dumps(found, indent=None)
+  if _JSON.value:
+    Path(_JSON.value).write_text(text + '\n')
+  print(text)
+  return 0 if found.get('fits', True) else NO_FIT
 
 
 if __name__ == '__main__':

@@ -16,6 +16,7 @@ FLOORS = {
   'config': 0,
   'trees': 0,
   'mesh': 0,
+  'teams': 0,
   'processes': 0,
   'storage': 0,
   'layers': 1,
@@ -25,6 +26,7 @@ FLOORS = {
   'stability': 1,
   'checkpoint': 1,
   'lock': 1,
+  'compiled': 1,
   'metrics': 1,
   'probes': 1,
   'ledger': 2,
@@ -40,6 +42,7 @@ FLOORS = {
   'hf': 5,
   'plan': 6,
   'weights': 7,
+  'preflight': 7,
   'recorder': 7,
 }
 

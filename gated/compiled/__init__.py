@@ -22,6 +22,7 @@ class Traffic:
   """One kind of collective over one network."""
 
   kind: str
+  axis: str  # of the mesh, along which the groups lie; 'a+b' for two, '' if not known
   network: str  # 'links' of a slice, or 'network' between slices or hosts
   count: int  # per step
   bytes: float  # that a chip receives, per step
@@ -74,6 +75,7 @@ class Program:
   gathers: tuple[Buffer, ...]  # results of all-gathers, likewise
   memory: Memory | None  # None where only a text was read
   kernels: Mapping[str, float]  # FLOPs by kernel, part of `flops`
+  work: Mapping[str, float]  # `flops` by file of gated/, '' where that is not known
   uncounted: Mapping[str, int]  # custom calls that may compute -> how often they run
   unknown_loops: tuple[str, ...]  # whose trip count is not in the text: counted once
   conditionals: int  # of each the branch that costs most is counted
@@ -89,10 +91,15 @@ class Program:
     return sum(t.bytes for t in self.collectives if t.network == network)
 
 
-def read(executable: Any, slices: Sequence[int] | None = None) -> Program:
+def read(
+  executable: Any,
+  axes: Mapping[str, int] | None = None,
+  slices: Sequence[int] | None = None,
+) -> Program:
   """What `jax.stages.Lowered.compile()` gives -> what it costs.
 
-  `slices` says of each device, in the mesh's order, which slice or host it is in.
+  `axes` are the mesh's, with their sizes, and `slices` says of each device, in the mesh's
+  order, which slice or host it is in.
   """
   stats = executable.memory_analysis()
   memory = Memory(
@@ -101,11 +108,15 @@ def read(executable: Any, slices: Sequence[int] | None = None) -> Program:
     temporaries=stats.temp_size_in_bytes,
     code=stats.generated_code_size_in_bytes,
   )
-  return read_text(executable.as_text(), slices=slices, memory=memory)
+  return read_text(executable.as_text(), axes=axes, slices=slices, memory=memory)
 
 
 def read_text(
-  text: str, *, slices: Sequence[int] | None = None, memory: Memory | None = None
+  text: str,
+  *,
+  axes: Mapping[str, int] | None = None,
+  slices: Sequence[int] | None = None,
+  memory: Memory | None = None,
 ) -> Program:
   """Optimized HLO as text -> what it costs."""
   program, places = hlo.parse(text), Places(text)
@@ -113,6 +124,7 @@ def read_text(
   total, moved, conditionals = 0.0, 0.0, 0
   kernels: dict[str, float] = defaultdict(float)
   uncounted: dict[str, int] = defaultdict(int)
+  work: dict[str, float] = defaultdict(float)
   trips = []
   for name, computation in program.items():
     times, alone = runs.of(name), runs.alone[name]
@@ -126,7 +138,9 @@ def read_text(
           uncounted[kernel] += times
         else:
           kernels[kernel] += times * each
-      total += times * (each or 0.0)
+      if each:
+        total += times * each
+        work[places.of(computation, op).file] += times * each
       moved += alone * traffic.of(program, computation, op) if alone else 0
       conditionals += op.opcode == 'conditional'
       if op.opcode == 'while':
@@ -134,11 +148,14 @@ def read_text(
   return Program(
     flops=total,
     bytes=moved,
-    collectives=_collectives(program, runs, _devices(text), slices),
+    collectives=_collectives(
+      program, runs, collectives.Layout(_devices(text), axes, slices)
+    ),
     buffers=_arrays(places, _made(program, runs)),
     gathers=_arrays(places, _gathered(program, runs)),
     memory=memory,
     kernels=dict(kernels),
+    work=dict(work),
     uncounted=dict(uncounted),
     unknown_loops=tuple(runs.unknown.values()),
     conditionals=conditionals,
@@ -155,12 +172,11 @@ def _devices(text: str) -> int:
   return max([1, *numbers])
 
 
-def _collectives(program, runs, devices: int, slices) -> tuple[Traffic, ...]:
-  found: dict[tuple[str, str], list] = defaultdict(lambda: [0, 0.0, 0])
-  slow = len(set(slices)) if slices else 1
+def _collectives(program, runs, layout: collectives.Layout) -> tuple[Traffic, ...]:
+  found: dict[tuple[str, str, str], list] = defaultdict(lambda: [0, 0.0, 0])
 
-  def add(kind, network, times, size, largest):
-    entry = found[kind, network]
+  def add(key, times, size, largest):
+    entry = found[key]
     entry[0] += times
     entry[1] += times * size
     entry[2] = max(entry[2], largest)
@@ -170,19 +186,17 @@ def _collectives(program, runs, devices: int, slices) -> tuple[Traffic, ...]:
     for op in computation.body.values() if times else ():
       between = collectives.across(op)
       if between:
-        size = op.shapes[0].bytes
-        share = collectives.SHARE.get(between, lambda s, g: s)(size, slow)
-        add(between, 'network', times, share, size)
+        whole = op.shapes[0].bytes
+        size = collectives.SHARE.get(between, lambda s, g: s)(whole, layout.slices)
+        add((between, layout.crossing, 'network'), times, size, whole)
       kind = collectives.kind(computation, op)
       if kind is None:
         continue
-      groups = collectives.groups(op.words, devices)
-      moving = [g for g in groups if len(set(g)) > 1]
-      if moving:
-        crosses = slices and any(len({slices[d] for d in g}) > 1 for g in moving)
-        size = collectives.received(computation, op, kind, max(map(len, moving)))
-        network = 'network' if crosses else 'links'
-        add(kind, network, times, size, max(s.bytes for s in op.shapes))
+      groups = [g for g in layout.groups(op.words) if len(set(g)) > 1]
+      if groups:
+        size = collectives.received(computation, op, kind, max(map(len, groups)))
+        key = kind, layout.axis(groups), layout.network(groups)
+        add(key, times, size, max(s.bytes for s in op.shapes))
   entries = [Traffic(*key, *entry) for key, entry in found.items()]
   return tuple(sorted(entries, key=lambda t: -t.bytes))
 

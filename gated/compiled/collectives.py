@@ -7,7 +7,7 @@ twice that of what an all-reduce sums, all of what a permutation moves.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -74,6 +74,50 @@ def _moved(computation: Computation, op: Instruction, name: str, g: int) -> floa
   operands = op.operands if name != 'ragged-all-to-all' else op.operands[:1]
   size = sum(computation.body[n].bytes for n in operands if n in computation.body)
   return {'all-gather': size * g, 'reduce-scatter': size / g}.get(name, size)
+
+
+class Layout:
+  """How a program's devices lie in a mesh, and in slices."""
+
+  def __init__(
+    self,
+    devices: int,
+    axes: Mapping[str, int] | None,
+    slices: Sequence[int] | None,
+  ):
+    self._devices, self._slices = devices, slices
+    self.slices = len(set(slices)) if slices else 1
+    self.crossing = ''
+    self._axes = dict(axes) if axes else {}
+    if slices and axes and self.slices > 1:
+      placed = np.asarray(slices).reshape(list(axes.values()))
+      self.crossing = next(
+        name for n, name in enumerate(axes) if np.any(placed != placed.take([0], n))
+      )
+      if devices < len(slices):
+        # A TPU's program is that of one slice; its host sees to what is between them.
+        self._axes[self.crossing] //= self.slices
+        self._slices = None
+
+  def groups(self, words: str) -> list[tuple[int, ...]]:
+    return groups(words, self._devices)
+
+  def axis(self, of: list[tuple[int, ...]]) -> str:
+    """The axes along which groups lie: 'fsdp', 'data+fsdp', or '' if not known."""
+    shape = list(self._axes.values())
+    if math.prod(shape) != self._devices or not shape:
+      return ''
+    varied = np.zeros(len(shape), bool)
+    for group in of:
+      at = np.array(np.unravel_index(np.array(group), shape))
+      varied |= np.any(at != at[:, :1], 1)
+    return '+'.join(name for name, moves in zip(self._axes, varied) if moves)
+
+  def network(self, of: list[tuple[int, ...]]) -> str:
+    where = self._slices
+    if where and any(len({where[d] for d in group}) > 1 for group in of):
+      return 'network'
+    return 'links'
 
 
 def groups(words: str, devices: int) -> list[tuple[int, ...]]:

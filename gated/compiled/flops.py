@@ -148,13 +148,14 @@ def _splash(products: int, fused: int = 0) -> Callable:
   """q (..., H, T, K) and k (..., S, K): `products` of H T S K, the causal half.
 
   Blocks above the diagonal are skipped, so half is what is done, and what is needed. The
-  kernel of dk and dv that makes dq too has a third result, and does `fused` products.
+  kernel of dk and dv that makes dq too has a result for it with a dim more than q, and
+  does `fused` products.
   """
 
   def count(operands: list[tuple[Shape, ...]], op: Instruction) -> float:
     q, k = [s[0] for s in operands if s and _is_float(s[0]) and len(s[0].dims) > 1][:2]
-    wide = [s for s in op.shapes if len(s.dims) > 2]
-    done = fused if fused and len(wide) > 2 else products
+    parts = any(len(s.dims) > len(q.dims) for s in op.shapes)
+    done = fused if fused and parts else products
     return 2.0 * done * q.size * k.dims[-2] / 2
 
   return count

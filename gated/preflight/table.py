@@ -1,0 +1,110 @@
+"""A preflight's report -> lines to read."""
+
+from collections.abc import Mapping
+from typing import Any
+
+GIB = 2**30
+
+# So many of what a program must not do are printed.
+MOST = 5
+
+
+def lines(report: Mapping[str, Any]) -> list[str]:
+  found = [*_head(report), '', *_memory(report)]
+  if 'flops' in report:
+    found += ['', *_work(report), '', *_sent(report)]
+  if report.get('buffers'):
+    found += ['', 'largest buffers', *map(_buffer, report['buffers'])]
+  if 'seconds' in report:
+    found += ['', *_seconds(report)]
+  offences = report.get('offences', [])
+  found += [f'! {text}' for text in offences[:MOST]]
+  if len(offences) > MOST:
+    found.append(f'! and {len(offences) - MOST} more')
+  return found
+
+
+def _head(r) -> list[str]:
+  axes = ' '.join(f'{axis}={n}' for axis, n in r['mesh'].items() if n > 1)
+  rows, length = r['batch']
+  slices = f' x {r["slices"]} slices' if r['slices'] > 1 else ''
+  how = {
+    'compiled': f'compiled by XLA in {r.get("compile_seconds", 0):.0f} s, jax {r["jax"]}',
+    'estimate': 'an estimate by arithmetic: nothing was compiled',
+  }
+  return [
+    f'{r["name"]} on {r["topology"]}{slices}: {r["chips"]} chips, {axes or "one device"}',
+    f'{rows} x {length} tokens a step in {r["accum"]} micro-batches, remat {r["remat"]}',
+    how[r['source']],
+  ]
+
+
+def _memory(r) -> list[str]:
+  parts = {k: v for k, v in r['memory'].items() if k != 'total'}
+  found = ['memory of a chip, GiB']
+  found += [f'  {name:14}{size / GIB:10.3f}' for name, size in parts.items()]
+  total, limit = r['memory']['total'], r['limit']
+  found.append(f'  {"total":14}{total / GIB:10.3f}')
+  if limit is None:
+    return [*found, '  the chip has no limit that is known']
+  of = f'of {limit / GIB:.2f}'
+  if r['fits']:
+    return [*found, f'  fits: {of}, {r["spare"]:.1%} to spare']
+  return [*found, f'  DOES NOT FIT: {r["over"] / GIB:.2f} GiB over, {of}']
+
+
+def _work(r) -> list[str]:
+  flops = r['flops']
+  found = ['work of a chip and step']
+  found.append(f'  {"model":14}{flops["model"]:12.4g} FLOPs, without recomputation')
+  expected = sum(flops.get('expected', {}).values())
+  if expected:
+    text = f'FLOPs by arithmetic, remat {r["remat"]} and what is done twice included'
+    found.append(f'  {"expected":14}{expected:12.4g} {text}')
+  if 'counted' in flops:
+    ratio = f', {flops["counted"] / expected:.3f} of expected' if expected else ''
+    found.append(f'  {"counted":14}{flops["counted"]:12.4g} FLOPs in the program{ratio}')
+  for name, count in flops.get('kernels', {}).items():
+    found.append(f'  {"":14}{count:12.4g} of them in {name}')
+  for name, runs in r.get('uncounted', {}).items():
+    found.append(f'  ! custom call {name!r}, {runs} runs, is not counted')
+  for name in r.get('unknown_loops', ()):
+    found.append(f'  ! a loop of unknown length is counted once: {name}')
+  if r.get('conditionals'):
+    found.append(f'  {r["conditionals"]} conditionals: the branch that costs most counts')
+  found.append(f'  {"moved":14}{r["bytes_moved"] / GIB:12.4g} GiB of memory, estimated')
+  return found
+
+
+def _sent(r) -> list[str]:
+  if not r['collectives']:
+    return ['no collectives']
+  found = ['collectives, GiB that a chip receives in a step']
+  for t in r['collectives']:
+    name = f'{t["kind"]} {t.get("what", "")}'.strip()
+    runs = f'{t["count"]} runs' if 'count' in t else ''
+    where = f'{t["axis"] or "?"} ({t["network"]})'
+    found.append(f'  {name:28}{where:24}{t["bytes"] / GIB:10.4f}  {runs}'.rstrip())
+  return found
+
+
+def _buffer(b) -> str:
+  times = f' x {b["count"]}' if b['count'] > 1 else ''
+  return (
+    f'  {b["bytes"] / GIB:8.3f} GiB  {b["shape"]}{times}  {b["place"] or b["source"]}'
+  )
+
+
+def _seconds(r) -> list[str]:
+  s = r['seconds']
+  found = [
+    f'a step takes {s["step"]:.4g} s at least, bound by {s["bound"]}: MFU {r["mfu"]:.1%}'
+  ]
+  found.append(f'  compute {s["compute"]:.4g} s, memory {s["memory"]:.4g} s')
+  for name in ('hidden', 'exposed'):
+    for axis, seconds in s[name].items():
+      found.append(f'  {axis} {seconds:.4g} s, {name}')
+  found.append(
+    '  assumed: ' + '; '.join(f'{n} {text}' for n, text in r['assumed'].values())
+  )
+  return found
