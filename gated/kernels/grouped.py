@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gated import config, mesh
-from gated.kernels import choice, grouped_gpu
+from gated.kernels import choice, grouped_gpu, grouped_tpu
 
 
 def grouped_matmul(
@@ -18,8 +18,10 @@ def grouped_matmul(
 ) -> jax.Array:
   """Rows sorted by group, a matrix and a number of rows per group -> y_NB.
 
-  The sizes are integers that sum to N; a group may be empty. No backend pays for every
-  matrix on every row. Raises NotImplementedError if none can.
+  The sizes are integers; a group may be empty. Rows beyond their sum, at the end, are
+  nobody's: what y and the gradient of x hold there is any number or none, and what x and
+  the gradient of y hold there counts for nothing. No backend pays for every matrix on
+  every row. Raises NotImplementedError if none can.
   """
   knob = 'config.model.moe.backend'
   args = x_NA, w_EAB, size_E
@@ -38,6 +40,16 @@ def _pallas(x_NA, w_EAB, size_E):
   if N < 256:
     raise NotImplementedError(f'takes 256 rows at least, not {N}')
   return grouped_gpu.multiply(x_NA, w_EAB, size_E)
+
+
+def _megablox(x_NA, w_EAB, size_E):
+  """JAX's own kernels for TPUs."""
+  if mesh.platform() != 'tpu':
+    raise NotImplementedError('needs a TPU')
+  for what, n in zip(('rows', 'width in', 'width out'), (len(x_NA), *w_EAB.shape[1:])):
+    if n % grouped_tpu.LANES:
+      raise NotImplementedError(f'takes multiples of 128, not {what} of {n}')
+  return grouped_tpu.multiply(x_NA, w_EAB, size_E)
 
 
 def _ragged(x_NA, w_EAB, size_E):
@@ -151,6 +163,7 @@ def _outer_products(x_MRA, dy_MRB, group_M, E):
 # In the order in which 'auto' tries them.
 GROUPED: dict[str, Callable] = {
   'pallas': _pallas,
+  'megablox': _megablox,
   'ragged': _ragged,
   'blocked': _blocked,
 }

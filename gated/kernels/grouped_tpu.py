@@ -1,0 +1,47 @@
+"""The grouped matmul on TPUs: JAX's own Pallas kernels, megablox, in blocks that fit.
+
+Their products visit only blocks with rows of a group in them: rows beyond the groups cost
+nothing, are never read into a sum, and hold in y what was in memory before.
+
+N rows  E groups  A width in  B width out
+"""
+
+import functools
+
+import jax
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+
+# The most rows, terms and columns of a block. Two blocks each of x, w and y and a sum in
+# float32 lie in 16 MiB of a core's memory.
+BLOCK = (512, 1024, 1024)
+LANES = 128
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def multiply(x_NA, w_EAB, size_E, interpret: bool = False):
+  """As `grouped_matmul`. Raises NotImplementedError unless blocks divide the sizes."""
+  return gmm(x_NA, w_EAB, size_E, x_NA.dtype, tiling=_blocks, interpret=interpret)
+
+
+def _forward(x_NA, w_EAB, size_E, interpret):
+  return multiply(x_NA, w_EAB, size_E, interpret), (x_NA, w_EAB, size_E)
+
+
+def _backward(interpret, kept, dy_NB):
+  x_NA, w_EAB, size_E = kept
+  opts = dict(tiling=_blocks, interpret=interpret)
+  dx_NA = gmm(dy_NB, w_EAB, size_E, x_NA.dtype, transpose_rhs=True, **opts)
+  dw_EAB = tgmm(x_NA.T, dy_NB, size_E, w_EAB.dtype, **opts)
+  return dx_NA, dw_EAB, None
+
+
+multiply.defvjp(_forward, _backward)
+
+
+def _blocks(rows: int, terms: int, columns: int) -> tuple[int, int, int]:
+  """The largest multiples of 128 up to BLOCK that divide each size."""
+  return tuple(_block(n, most) for n, most in zip((rows, terms, columns), BLOCK))
+
+
+def _block(n: int, most: int) -> int:
+  return max((b for b in range(LANES, most + 1, LANES) if n % b == 0), default=0)
