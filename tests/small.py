@@ -5,13 +5,15 @@ gates are far from one half: a mistake then shows in the third digit, not in the
 """
 
 import functools
+import math
+import re
 import zlib
 
 import jax
 import numpy as np
 
 from configs import base
-from gated import attention, config, data, gate, layers, model, optim, plan, trees
+from gated import attention, config, data, gate, layers, mesh, model, optim, plan, trees
 
 RECIPE = {
   'steps': 5,
@@ -79,6 +81,18 @@ FAST = FAST if jax.default_backend() == 'cpu' else {}
 def jit(run, **opts):
   """jax.jit, compiled in a hurry."""
   return jax.jit(run, compiler_options=FAST, **opts)
+
+
+def mesh_of(**sizes: int) -> jax.sharding.Mesh:
+  """A mesh of as many devices as its axes need; those not named have size 1."""
+  axes = dict.fromkeys(mesh.AXES, 1) | sizes
+  return mesh.make(**axes, devices=jax.devices()[: math.prod(axes.values())])
+
+
+def largest_array(compiled) -> int:
+  """The most elements of an array anywhere in a device's compiled program."""
+  dims = re.findall(r'\b(?:pred|[a-z]+\d+)\[([\d,]+)\]', compiled.as_text())
+  return max(math.prod(map(int, each.split(','))) for each in dims)
 
 
 @functools.cache

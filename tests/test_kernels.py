@@ -1,8 +1,9 @@
-"""Attention and the vocabulary loss against NumPy in float64, gradients included.
+"""Attention and grouped matmul against NumPy in float64, gradients included.
 
 The contract test runs for each backend of kernels.ATTENTION.
 """
 
+import functools
 import itertools
 
 import jax
@@ -12,13 +13,18 @@ import numpy as np
 import pytest
 import small
 
-from gated import kernels, mesh
+from gated import kernels
+from gated.kernels import blockwise, splash
 
 B, T, H, G, K = 2, 24, 4, 2, 8
 BACKENDS = [
   pytest.param('reference', jnp.float32),
   pytest.param('reference', jnp.bfloat16),
   pytest.param('cudnn', jnp.bfloat16, marks=pytest.mark.accelerator),
+  pytest.param('splash', jnp.float32),
+  pytest.param('splash', jnp.bfloat16),
+  pytest.param('blockwise', jnp.float32),
+  pytest.param('blockwise', jnp.bfloat16),
 ]
 # Two documents and padding; one document; as many as fit; a row that ends in a short one.
 SEGMENTS = np.array(
@@ -30,6 +36,20 @@ SEGMENTS = np.array(
   ],
   np.int32,
 )
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+  """Blocks of a size to have several of; without a TPU, its kernel is interpreted."""
+  monkeypatch.setattr(blockwise, 'MOST', 7)
+  if jax.default_backend() == 'cpu':
+    interpreted = functools.partial(splash.attend, blocks=(128,), interpret=True)
+    monkeypatch.setitem(kernels.ATTENTION, 'splash', interpreted)
+
+
+def segments_for(backend):
+  """SEGMENTS, stretched to the length that a backend has blocks for."""
+  return np.repeat(SEGMENTS, 11, 1)[:, :256] if backend == 'splash' else SEGMENTS
 
 
 def test_every_backend_is_held_to_the_contract():
@@ -61,12 +81,11 @@ def attend_by_hand(q, k, v, segments, dy):
 )
 @pytest.mark.parametrize(('backend', 'dtype'), BACKENDS)
 def test_attention_and_its_gradients_are_the_definition(backend, dtype, kv_heads, packed):
-  rows = len(SEGMENTS)
   rng = np.random.default_rng(0)
-  shape = lambda heads: (rows, T, heads, K)
-  draw = lambda heads: jnp.asarray(rng.normal(size=shape(heads)), dtype)
+  packing = segments_for(backend)
+  draw = lambda heads: jnp.asarray(rng.normal(size=(*packing.shape, heads, K)), dtype)
   q, k, v, dy = draw(H), draw(kv_heads), draw(kv_heads), draw(H)
-  segments = jnp.asarray(SEGMENTS) if packed else None
+  segments = jnp.asarray(packing) if packed else None
 
   @small.jit
   def run(q, k, v, dy):
@@ -75,7 +94,7 @@ def test_attention_and_its_gradients_are_the_definition(backend, dtype, kv_heads
     return y, *back(dy)
 
   ours = run(q, k, v, dy)
-  seen = SEGMENTS if packed else np.ones_like(SEGMENTS)
+  seen = packing if packed else np.ones_like(packing)
   exact = attend_by_hand(
     *(np.asarray(a, np.float64) for a in (q, k, v)), seen, np.asarray(dy)
   )
@@ -94,38 +113,93 @@ def test_attention_and_its_gradients_are_the_definition(backend, dtype, kv_heads
     )
 
 
-def test_auto_does_not_take_the_reference_for_a_long_row():
-  qkv = [jax.ShapeDtypeStruct((1, 4097, h, 8), jnp.float32) for h in (2, 1, 1)]
-  attend = lambda backend: jax.eval_shape(
-    lambda *a: kernels.attend(*a, None, backend=backend, max_segments=8), *qkv
-  )
+def shapes_of(backend, length, **opts):
+  q, k = (jax.ShapeDtypeStruct((1, length, h, 8), jnp.float32) for h in (2, 1))
+  attend = functools.partial(kernels.attend, backend=backend, max_segments=8, **opts)
+  return jax.eval_shape(lambda q, k: attend(q, k, k, None), q, k)
+
+
+@pytest.fixture
+def only_here(monkeypatch, caplog):
+  """The backends as they are, none of them interpreted, and what is said of them."""
+  if jax.default_backend() != 'cpu':
+    pytest.skip('says what a machine without an accelerator says')
+  monkeypatch.setitem(kernels.ATTENTION, 'splash', kernels.attention._splash)
+  monkeypatch.setattr(blockwise, 'MOST', 512)
+  kernels.choice.log.cache_clear()
+  caplog.set_level('INFO', logger='gated')
+  return caplog
+
+
+def test_auto_takes_blocks_for_a_long_row_and_never_the_reference(only_here):
+  assert shapes_of('auto', 4097).shape == (1, 4097, 2, 8)
+  (record,) = only_here.records
+  assert record.message.startswith('attention runs on the blockwise backend (cudnn ')
+  assert "config.model.attn.backend='reference'" in record.message
+  assert '4096' in record.message
+  assert shapes_of('reference', 4097).shape == (1, 4097, 2, 8)
+
+
+def test_what_only_the_reference_can_do_is_refused_for_a_long_row(only_here):
   with pytest.raises(NotImplementedError) as error:
-    attend('auto')
+    shapes_of('auto', 4097, normalizer='sigmoid')
   said = str(error.value)
   assert "config.model.attn.backend='reference'" in said and '4096' in said
   assert all(name in said for name in kernels.ATTENTION)
-  assert attend('reference').shape == (1, 4097, 2, 8)
 
 
-def test_auto_takes_the_reference_for_a_short_row_and_says_so_once(caplog):
-  kernels.choice.log.cache_clear()
-  q = jnp.ones((1, 4096, 1, 2))
-  with caplog.at_level('INFO', logger='gated'):
-    for _ in range(2):
-      jax.eval_shape(
-        lambda q: kernels.attend(q, q, q, None, backend='auto', max_segments=8), q
-      )
-  if jax.default_backend() == 'cpu':
-    assert [r.message for r in caplog.records] == [
-      'attention runs on the reference backend (cudnn needs a GPU)'
-    ]
+def test_auto_takes_the_reference_for_a_short_row_and_says_so_once(only_here):
+  for _ in range(2):
+    shapes_of('auto', 4096)
+  assert [r.message for r in only_here.records] == [
+    'attention runs on the reference backend (cudnn needs a GPU; splash needs a TPU)'
+  ]
 
 
-def test_a_named_backend_that_cannot_says_what_it_lacks():
-  if jax.default_backend() == 'cpu':
-    q = jnp.ones((1, 4, 1, 8), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match='needs a GPU'):
-      kernels.attend(q, q, q, None, backend='cudnn', max_segments=8)
+@pytest.mark.parametrize(('backend', 'needs'), [('cudnn', 'GPU'), ('splash', 'TPU')])
+def test_a_named_backend_that_cannot_says_what_it_lacks(only_here, backend, needs):
+  q = jnp.ones((1, 4, 1, 8), jnp.bfloat16)
+  with pytest.raises(NotImplementedError, match=f'{backend} needs a {needs}'):
+    kernels.attend(q, q, q, None, backend=backend, max_segments=8)
+
+
+@pytest.mark.parametrize(
+  ('shape', 'dtype', 'opts', 'said'),
+  [
+    ((1, 192, 2, 8), jnp.float32, {}, 'multiples of 128 tokens, not 192'),
+    ((1, 128, 2, 8), jnp.float16, {}, 'computes in bfloat16 or float32, not float16'),
+    ((1, 128, 2, 2048), jnp.float32, {}, 'no blocks for a head width of 2048'),
+    ((1, 128, 2, 8), jnp.float32, dict(normalizer='softpick'), 'no softpick attention'),
+  ],
+)
+def test_splash_says_what_it_lacks(shape, dtype, opts, said):
+  q = jnp.ones(shape, dtype)
+  with pytest.raises(NotImplementedError, match=f'splash .*{said}'):
+    kernels.attend(q, q, q, None, backend='splash', max_segments=8, **opts)
+
+
+@pytest.mark.parametrize('lse', [False, True])
+@pytest.mark.parametrize('backend', ['splash', 'blockwise'])
+def test_a_soft_cap_and_its_gradients_are_the_references(backend, lse):
+  packing = segments_for(backend)
+  rng = np.random.default_rng(0)
+  draw = lambda h: jnp.asarray(2 * rng.normal(size=(*packing.shape, h, K)), jnp.float32)
+  qkv = draw(H), draw(G), draw(G)
+
+  def total(q, k, v, backend):
+    opts = dict(backend=backend, max_segments=8, cap=1.5)
+    if not lse:
+      return jnp.sum(jnp.sin(kernels.attend(q, k, v, packing, **opts)))
+    y, lse_BTH = kernels.attend_lse(q, k, v, packing, **opts)
+    return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(lse_BTH))
+
+  run = small.jit(jax.value_and_grad(total, argnums=(0, 1, 2)), static_argnums=3)
+  if backend == 'splash' and lse:
+    with pytest.raises(NotImplementedError, match='no log-sum-exp of capped scores'):
+      run(*qkv, backend)
+    return
+  for a, b in zip(*(jax.tree.leaves(run(*qkv, name)) for name in (backend, 'reference'))):
+    np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5)
 
 
 def test_a_backend_that_does_not_exist_is_refused_by_its_knob():
@@ -160,130 +234,6 @@ def test_segment_runs_of_random_rows():
     assert [s for s in start if s >= 0] == expected
     assert [s for s in size if s >= 0] == lengths
     assert sum(s for s in size if s >= 0) == 24
-
-
-N_ROWS, LENGTH, WIDTH, VOCAB = 4, 12, 6, 16
-
-
-def loss_problem(dtype=jnp.float32, rows=N_ROWS, length=LENGTH):
-  rng = np.random.default_rng(0)
-  x = jnp.asarray(rng.normal(size=(rows, length, WIDTH)), dtype)
-  w = jnp.asarray(rng.normal(size=(VOCAB, WIDTH)), jnp.float32)
-  targets = rng.integers(0, VOCAB, (rows, length), np.int32)
-  weights = rng.choice([0, 0.5, 1], (rows, length)).astype(np.float32)
-  return x, w, targets, weights
-
-
-def loss_by_hand(x, w, targets, weights, z):
-  """total, nll, lse, dtotal/dx and dtotal/dw in float64."""
-  x, w = np.asarray(x, np.float64), np.asarray(w.astype(x.dtype), np.float64)
-  logits = x @ w.T
-  top = logits.max(-1, keepdims=True)
-  lse = (top + np.log(np.exp(logits - top).sum(-1, keepdims=True)))[..., 0]
-  one = np.eye(len(w))[targets]
-  nll = lse - (logits * one).sum(-1)
-  softmax = np.exp(logits - lse[..., None])
-  dlogit = weights[..., None] * (softmax * (1 + 2 * z * lse[..., None]) - one)
-  total = (weights * (nll + z * lse**2)).sum()
-  return total, nll, lse, dlogit @ w, np.einsum('btv,btd->vd', dlogit, x)
-
-
-def loss_and_gradients(x, w, targets, weights, *, z, chunk, scale=1.0):
-  def total(x, w, targets, weights):
-    t, nll, lse = kernels.vocab_loss(x, w, targets, weights, z=z, chunk=chunk)
-    return scale * t, (nll, lse)
-
-  run = small.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
-  (t, (nll, lse)), (dx, dw) = run(x, w, targets, weights)
-  return t, nll, lse, dx, dw
-
-
-def assert_loss(ours, exact, tolerance):
-  for name, a, b in zip(('total', 'nll', 'lse', 'dx', 'dw'), ours, exact):
-    np.testing.assert_allclose(
-      np.asarray(a, np.float64), b, atol=tolerance, rtol=tolerance, err_msg=name
-    )
-
-
-@pytest.mark.parametrize(
-  ('chunk', 'z'), [(1, 0.0), (7, 0.01), (16, 0.01), (48, 0.01), (10_000, 0.01)]
-)
-def test_vocab_loss_is_the_log_softmax_whatever_the_chunk(chunk, z):
-  problem = loss_problem()
-  ours = loss_and_gradients(*problem, z=z, chunk=chunk)
-  assert_loss(ours, loss_by_hand(*problem, z), 1e-5)
-
-
-def test_vocab_loss_of_bfloat16_states_is_summed_in_float32():
-  problem = loss_problem(jnp.bfloat16)
-  ours = loss_and_gradients(*problem, z=0.01, chunk=16)
-  assert [a.dtype for a in ours] == ['float32'] * 3 + ['bfloat16', 'float32']
-  exact = loss_by_hand(*problem, 0.01)
-  assert_loss(ours[:3], exact[:3], 1e-5)
-  assert_loss(ours, exact, 0.03)
-
-
-def test_vocab_loss_without_a_gradient_is_the_same():
-  problem = loss_problem()
-  total, nll, lse = kernels.vocab_loss(*problem, z=0.01, chunk=16)
-  assert_loss((total, nll, lse), loss_by_hand(*problem, 0.01)[:3], 1e-5)
-
-
-def test_vocab_loss_passes_on_what_its_total_is_multiplied_by():
-  problem = loss_problem()
-  *_, dx, dw = loss_and_gradients(*problem, z=0.01, chunk=16, scale=-2.0)
-  *_, exact_dx, exact_dw = loss_by_hand(*problem, 0.01)
-  np.testing.assert_allclose(dx, -2 * exact_dx, atol=1e-5)
-  np.testing.assert_allclose(dw, -2 * exact_dw, atol=1e-5)
-
-
-def test_vocab_loss_is_finite_for_huge_logits():
-  x, w, targets, weights = loss_problem()
-  ours = loss_and_gradients(100 * x, 100 * w, targets, weights, z=0.0, chunk=16)
-  assert all(np.isfinite(a).all() for a in ours)
-
-
-def peak_logits(chunk, rows=8, length=64):
-  """The most elements that any array with a vocabulary dim has inside the loss."""
-  x, w, targets, weights = loss_problem(rows=rows, length=length)
-  total = lambda x, w: kernels.vocab_loss(x, w, targets, weights, z=0.0, chunk=chunk)[0]
-  jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(x, w)
-  sizes = [0]
-
-  def walk(jaxpr):
-    for eqn in jaxpr.eqns:
-      shapes = [v.aval.shape for v in eqn.outvars]
-      sizes.extend(int(np.prod(s)) for s in shapes if len(s) > 1 and s[-1] == VOCAB)
-      for sub in jax.extend.core.jaxprs_in_params(eqn.params):
-        walk(sub)
-
-  walk(jaxpr.jaxpr)
-  return max(sizes)
-
-
-def test_only_a_chunk_of_logits_exists_at_a_time():
-  assert peak_logits(chunk=32) == 32 * VOCAB
-  assert peak_logits(chunk=512) == 512 * VOCAB
-
-
-MESHES = [dict(tensor=2, context=2, fsdp=2), dict(tensor=8), dict(data=4, context=2)]
-
-
-@pytest.mark.parametrize('sizes', MESHES, ids=str)
-def test_vocab_loss_on_a_mesh_is_the_same(sizes):
-  on = mesh.make(**dict(data=1, fsdp=1, expert=1, tensor=1, context=1) | sizes)
-  x, w, targets, weights = problem = loss_problem(rows=8)
-  place = lambda a, *axes: jax.device_put(a, jax.NamedSharding(on, mesh.spec(axes, on)))
-  placed = (
-    place(x, 'batch', 'tokens', None),
-    place(w, 'vocab', None),
-    place(targets, 'batch', 'tokens'),
-    place(weights, 'batch', 'tokens'),
-  )
-  with jax.set_mesh(on):
-    ours = loss_and_gradients(*placed, z=0.01, chunk=5, scale=2.0)
-  total, nll, lse, dx, dw = loss_by_hand(*problem, 0.01)
-  assert_loss(ours, (2 * total, nll, lse, 2 * dx, 2 * dw), 1e-5)
 
 
 def variant(score, seen, normalizer):
@@ -400,43 +350,17 @@ def test_cudnns_log_sum_exp_and_its_gradients_are_the_references():
       np.testing.assert_allclose(x, y, atol=0.06 * np.abs(y).max())
 
 
-def test_what_no_fused_kernel_can_do_runs_on_the_reference_and_says_so(caplog):
-  if jax.default_backend() != 'cpu':
-    return
+def test_what_no_fused_kernel_can_do_runs_on_the_reference_and_says_so(only_here):
   q = jnp.ones((1, 8, 2, 8))
   for opts, said in (
     (dict(normalizer='softpick'), 'has no softpick attention'),
     (dict(cap=2.0), 'has no soft cap'),
   ):
     kernels.choice.log.cache_clear()
-    with caplog.at_level('INFO', logger='gated'):
-      kernels.attend(q, q, q, None, backend='auto', max_segments=8, **opts)
-    assert f'reference backend (cudnn {said})' in caplog.records[-1].message
+    kernels.attend(q, q, q, None, backend='auto', max_segments=8, **opts)
+    assert f'reference backend (cudnn {said};' in only_here.records[-1].message
     with pytest.raises(NotImplementedError, match=said):
       kernels.attend(q, q, q, None, backend='cudnn', max_segments=8, **opts)
-
-
-@pytest.mark.parametrize('cap', [0.7, 5.0])
-def test_vocab_loss_of_capped_logits_is_the_plain_loss_of_them(cap):
-  x, w, targets, weights = problem = loss_problem()
-
-  def plain(x, w):
-    logit = cap * jnp.tanh(jnp.einsum('btd,vd->btv', x, w) / cap)
-    lse = jax.nn.logsumexp(logit, -1)
-    nll = lse - jnp.take_along_axis(logit, targets[..., None], -1)[..., 0]
-    return jnp.sum(weights * (nll + 0.01 * lse**2))
-
-  ours = small.jit(
-    jax.value_and_grad(
-      lambda x, w: kernels.vocab_loss(x, w, targets, weights, z=0.01, chunk=7, cap=cap)[
-        0
-      ],
-      argnums=(0, 1),
-    )
-  )(*problem[:2])
-  exact = small.jit(jax.value_and_grad(plain, argnums=(0, 1)))(x, w)
-  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(exact)):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 # Rows by group: uneven, empty ones, one group alone, fewer rows than groups, even, none.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import small
 
-from gated import layers, trees
+from gated import layers, mesh, trees
 
 WIDE = dict(weights='float32', init_std=0.5, residual_init='plain', norm_eps=1e-6)
 F32 = layers.Numerics(compute='float32', **WIDE)
@@ -147,6 +147,74 @@ def test_the_gradient_of_a_frequent_token_is_summed_beyond_bfloat16():
   loss = lambda embed: jnp.sum(embed(tokens).astype(jnp.float32))
   grad = jax.jit(jax.grad(loss))(embed)
   np.testing.assert_allclose(grad.table[...][0], 4096.0, rtol=1e-2)
+
+
+def embed_on(sizes, *, vocab, width, numerics=F32, scale=None):
+  """A table on a mesh -> (table, tokens, (table, tokens) -> (vectors, gradient)).
+
+  Some tokens are there many times, some never, the first and the last at least once.
+  """
+  on = small.mesh_of(**sizes)
+  place = lambda x, *axes: jax.device_put(x, jax.NamedSharding(on, mesh.spec(axes, on)))
+  tokens = np.random.default_rng(1).integers(0, vocab // 2, (8, 16), np.int32)
+  tokens[:, :3], tokens[0, 3] = 5, vocab - 1
+  table = jax.random.normal(jax.random.key(0), (vocab, width))
+  weight = jnp.asarray(normal(8, 16, width)) if scale is None else scale
+
+  def run(table, tokens):
+    def total(table):
+      embed = layers.Embed(jax.random.key(0), vocab=vocab, width=width, numerics=numerics)
+      embed.table[...] = table
+      x = embed(tokens)
+      return jnp.sum(weight * x), x
+
+    return jax.grad(total, has_aux=True)(table)
+
+  placed = place(table, 'vocab', 'embed'), place(tokens, 'batch', 'tokens')
+  return on, placed, run
+
+
+EMBEDS = [
+  *((dict(fsdp=8), columns) for columns in (1, 4, 16)),
+  *((dict(fsdp=2, tensor=2, context=2), columns) for columns in (8, 16)),
+  (dict(fsdp=2, expert=4), 8),
+  (dict(fsdp=4, data=2), 8),
+  (dict(data=2, expert=2, tensor=2), 16),
+  *(({axis: 8}, 16) for axis in ('data', 'expert', 'tensor', 'context')),
+]
+
+
+@pytest.mark.parametrize(('sizes', 'columns'), EMBEDS, ids=str)
+def test_embed_on_a_mesh_is_that_of_one_device(sizes, columns, monkeypatch):
+  monkeypatch.setattr(layers, 'COLUMNS', columns)
+  on, (table, tokens), run = embed_on(sizes, vocab=24, width=16)
+  with jax.set_mesh(on):
+    grad, x = small.jit(run)(table, tokens)
+  exact_grad, exact_x = small.jit(run)(*map(np.asarray, (table, tokens)))
+  np.testing.assert_array_equal(x, exact_x)
+  np.testing.assert_array_equal(x, np.asarray(table)[np.asarray(tokens)])
+  np.testing.assert_allclose(grad, exact_grad, rtol=1e-5, atol=1e-5)
+  assert np.abs(exact_grad[12:23]).max() == 0 < np.abs(exact_grad[23]).min()
+
+
+@pytest.mark.parametrize('sizes', [dict(fsdp=8), dict(fsdp=2, expert=4)], ids=str)
+def test_the_gradient_of_a_frequent_token_is_summed_so_on_a_mesh(sizes, monkeypatch):
+  monkeypatch.setattr(layers, 'COLUMNS', 4)
+  embed = layers.Embed(jax.random.key(0), vocab=4, width=16, numerics=BF16)
+  total = lambda embed, tokens: jnp.sum(embed(tokens).astype(jnp.float32))
+  on = small.mesh_of(**sizes)
+  with jax.set_mesh(on):
+    grad = small.jit(jax.grad(total))(embed, jnp.zeros((8, 512), jnp.int32))
+  np.testing.assert_array_equal(grad.table[...][0], 4096.0)
+
+
+def test_no_device_holds_an_array_as_large_as_the_embedding():
+  on, placed, run = embed_on(dict(fsdp=8), vocab=512, width=1024, scale=1.0)
+  with jax.set_mesh(on):
+    compiled = small.jit(run).lower(*placed).compile()
+    looked_up = small.jit(lambda *a: run(*a)[1]).lower(*placed).compile()
+  for each in (compiled, looked_up):
+    assert small.largest_array(each) <= 512 * 1024 // 4
 
 
 def test_the_gradient_of_a_bias_is_summed_beyond_bfloat16():

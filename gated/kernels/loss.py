@@ -1,17 +1,25 @@
 """The vocabulary loss: cross-entropy over V tokens without V logits of every token.
 
+On a mesh neither the whole unembedding nor its float32 gradient need fit on a device.
+Neighbours along the axes that split the width share the vocabulary: each takes some rows
+of w_VD, and sees the tokens of all. The fewer they are, the more of the weights travels;
+the more, the more of the tokens. `neighbours` chooses how many.
+
 B batch  T tokens  N tokens of a chunk  D width  V vocab
 """
 
 import functools
-import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from gated import mesh
+from gated import mesh, teams
 from gated.kernels.attention import soft_cap
+
+LIMIT = 1 << 30  # bytes of a device's float32 gradient in w, where sharing can keep to it
+NOWHERE = -1e9  # the logit of a row that is padding: no exp of it, and no overflow
 
 
 def vocab_loss(
@@ -34,24 +42,20 @@ def vocab_loss(
   abstract = jax.sharding.get_abstract_mesh()
   alone = abstract.empty or abstract.size == 1
   BT = P() if alone else mesh.spec(('batch', 'tokens'), abstract)
-  V = P() if alone else mesh.spec(('vocab',), abstract)
-  local = functools.partial(
-    _local_loss, z=z, chunk=chunk, cap=cap, batch_axes=_names(BT), vocab_axes=_names(V)
-  )
+  VD = P() if alone else mesh.spec(('vocab', 'embed'), abstract)
+  devices = teams.Sharing() if alone else _sharing(abstract, x_BTD, w_VD)
+  local = functools.partial(_local_loss, z=z, chunk=chunk, cap=cap, devices=devices)
 
   def run(grad: bool, x, w):
     # Cast before the devices gather w: half the bytes.
     args = x, w.astype(x.dtype), target_BT, weight_BT
     if alone:
       return local(grad, *args)
-    # The gradient in w leaves as w's own parts, summed and scattered in one go.
-    dw = P(*V, mesh.spec(('embed',), abstract)[0])
-    outs = (P(), BT, BT) + ((P(*BT, None), dw) if grad else ())
     return jax.shard_map(
       functools.partial(local, grad),
       mesh=abstract,
-      in_specs=(P(*BT, None), P(*V, None), BT, BT),
-      out_specs=outs,
+      in_specs=(P(*BT, None), VD, BT, BT),
+      out_specs=(P(), BT, BT) + ((P(*BT, None), VD) if grad else ()),
       check_vma=False,
     )(*args)
 
@@ -71,20 +75,32 @@ def vocab_loss(
   return total, jax.lax.stop_gradient(nll_BT), jax.lax.stop_gradient(lse_BT)
 
 
-def _names(spec: P) -> tuple[str, ...]:
-  """All the mesh axes of a PartitionSpec."""
-  parts = [(p,) if isinstance(p, str) else (p or ()) for p in spec]
-  return tuple(itertools.chain(*parts))
+def neighbours(team: teams.Team, rows: int, width: int, tokens: int) -> int:
+  """How many of a team share `rows` of the vocabulary, each having so many tokens.
 
-
-def _local_loss(
-  grad, x_BTD, w_VD, target_BT, weight_BT, *, z, chunk, cap, batch_axes, vocab_axes
-):
-  """The loss on one device's tokens and vocabulary, summed over the mesh axes of each.
-
-  -> (total, nll_BT, lse_BT), and with `grad` the gradients in x and, in float32, in w.
+  Of n neighbours a device gathers w for rows / n, and the states of (n - 1) * tokens; of
+  both the gradients travel back. The n that moves the fewest bytes, among those that keep
+  the float32 gradient in w within LIMIT; all, where none does.
   """
-  (B, T, D), V = x_BTD.shape, w_VD.shape[0]
+  fits = [n for n in team.sizes() if 4 * width * rows <= n * LIMIT] or [team.size]
+  return min(fits, key=lambda n: (n - 1) * tokens + rows / n)
+
+
+def _sharing(on: Any, x: jax.Array, w: jax.Array) -> teams.Sharing:
+  spec = mesh.spec(('vocab', 'embed'), on), mesh.spec(('batch', 'tokens'), on)
+  devices = teams.sharing(on, *spec)
+  tokens = x.shape[0] * x.shape[1] // devices.tokens.size
+  rows = w.shape[0] // devices.vocab.size
+  return devices.by(neighbours(devices.width, rows, w.shape[1], tokens))
+
+
+def _local_loss(grad, x_BTD, w_VD, target_BT, weight_BT, *, z, chunk, cap, devices):
+  """The loss of one device's tokens, over its part of the vocabulary and others'.
+
+  -> (total, nll_BT, lse_BT), and with `grad` the gradients in x and, in float32, in w, of
+  which a device is given and returns the part that the mesh gives it.
+  """
+  (B, T, _), rows = x_BTD.shape, len(w_VD)
   count = -(-B * T // chunk)
   size = -(-B * T // count)
 
@@ -94,41 +110,66 @@ def _local_loss(
     return jnp.pad(a, padding).reshape(count, size, *a.shape[1:])
 
   whole = lambda a: a.reshape(-1, *a.shape[2:])[: B * T].reshape(B, T, *a.shape[2:])
-  over = lambda reduce, a, axes: reduce(a, axes) if axes else a
-  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  first = V * (jax.lax.axis_index(vocab_axes) if vocab_axes else 0)
-
-  def body(dw_VD, piece):
-    x_ND, target_N, weight_N = piece
-    logit_NV = soft_cap(product('nd,vd->nv', x_ND, w_VD), cap)
-    top_N = over(jax.lax.pmax, logit_NV.max(-1), vocab_axes)
-    exp_NV = jnp.exp(logit_NV - top_N[:, None])
-    sum_N = over(jax.lax.psum, exp_NV.sum(-1), vocab_axes)
-    lse_N = top_N + jnp.log(sum_N)
-    hit_NV = (target_N - first)[:, None] == jnp.arange(V)[None]
-    own_N = over(jax.lax.psum, jnp.where(hit_NV, logit_NV, 0.0).sum(-1), vocab_axes)
-    if not grad:
-      return dw_VD, (lse_N - own_N, lse_N)
-    dlogit_NV = exp_NV * ((1 + 2 * z * lse_N) / sum_N)[:, None] - hit_NV
-    dlogit_NV *= weight_N[:, None]
-    if cap:
-      dlogit_NV *= 1 - jnp.square(logit_NV / cap)
-    dlogit_NV = dlogit_NV.astype(x_ND.dtype)
-    dx_ND = over(jax.lax.psum, product('nv,vd->nd', dlogit_NV, w_VD), vocab_axes)
-    dw_VD += product('nv,nd->vd', dlogit_NV, x_ND)
-    return dw_VD, (lse_N - own_N, lse_N, dx_ND.astype(x_ND.dtype))
-
-  start = jnp.zeros((V, D) if grad else (), jnp.float32)
-  dw_VD, by_token = jax.lax.scan(
-    body, start, (pieces(x_BTD), pieces(target_BT), pieces(weight_BT))
+  # Of w a device has all rows and some columns: it is to have all columns of some rows.
+  width, near, far = devices.width, devices.near, devices.far
+  w_VD = jnp.pad(w_VD, ((0, -rows % width.size), (0, 0)))
+  w_VD = far.gather(width.exchange(w_VD, split=0, join=1), 0)
+  body = functools.partial(
+    _chunk,
+    grad,
+    w_VD,
+    _ids(rows, devices),
+    padded=rows % width.size > 0,
+    z=z,
+    cap=cap,
+    devices=devices,
   )
+  start = jnp.zeros(w_VD.shape if grad else (), jnp.float32)
+  others = near.gather(pieces(target_BT), 1), near.gather(pieces(weight_BT), 1)
+  dw_VD, by_token = jax.lax.scan(body, start, (pieces(x_BTD), *others))
   nll_BT, lse_BT, *dx_BTD = map(whole, by_token)
   total = jnp.sum(weight_BT * (nll_BT + z * jnp.square(lse_BT)))
-  total = over(jax.lax.psum, total, batch_axes)
+  total = devices.tokens.sum(total)
   if not grad:
     return total, nll_BT, lse_BT
-  scattered = [axis for axis in mesh.RULES['embed'] if axis in batch_axes]
-  for axis in scattered:
-    dw_VD = jax.lax.psum_scatter(dw_VD, axis, scatter_dimension=1, tiled=True)
-  whole_axes = tuple(axis for axis in batch_axes if axis not in scattered)
-  return total, nll_BT, lse_BT, *dx_BTD, over(jax.lax.psum, dw_VD, whole_axes)
+  dw_VD = width.exchange(far.scatter(dw_VD, 0), split=1, join=0)[:rows]
+  return total, nll_BT, lse_BT, *dx_BTD, devices.rest.sum(dw_VD)
+
+
+def _ids(rows: int, devices: teams.Sharing) -> jax.Array:
+  """The token that each row of a device's w stands for; -1 where it is padding."""
+  part = -(-rows // devices.width.size)
+  first = devices.near.place() + devices.near.size * jnp.arange(devices.far.size)
+  row_V = (part * first[:, None] + jnp.arange(part)[None]).reshape(-1)
+  return jnp.where(row_V < rows, row_V + rows * devices.vocab.place(), -1)
+
+
+def _chunk(grad, w_VD, id_V, dw_VD, piece, *, padded, z, cap, devices):
+  """A chunk, and dw_VD of those before it -> dw_VD with its own, and what each token has.
+
+  All neighbours' chunks are one here, until each takes its own results.
+  """
+  near, vocab = devices.near, devices.vocab
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  x_ND, target_N, weight_N = piece
+  x_ND = near.gather(x_ND, 0)
+  logit_NV = soft_cap(product('nd,vd->nv', x_ND, w_VD), cap)
+  if padded:
+    logit_NV = jnp.where(id_V[None] < 0, NOWHERE, logit_NV)
+  top_N = vocab.max(near.max(logit_NV.max(-1)))
+  exp_NV = jnp.exp(logit_NV - top_N[:, None])
+  sum_N = vocab.sum(near.sum(exp_NV.sum(-1)))
+  lse_N = top_N + jnp.log(sum_N)
+  hit_NV = target_N[:, None] == id_V[None]
+  own_N = vocab.sum(near.sum(jnp.where(hit_NV, logit_NV, 0.0).sum(-1)))
+  found = near.own(lse_N - own_N, 0), near.own(lse_N, 0)
+  if not grad:
+    return dw_VD, found
+  dlogit_NV = exp_NV * ((1 + 2 * z * lse_N) / sum_N)[:, None] - hit_NV
+  dlogit_NV *= weight_N[:, None]
+  if cap:
+    dlogit_NV *= 1 - jnp.square(logit_NV / cap)
+  dlogit_NV = dlogit_NV.astype(x_ND.dtype)
+  dx_ND = vocab.sum(near.scatter(product('nv,vd->nd', dlogit_NV, w_VD), 0))
+  dw_VD += product('nv,nd->vd', dlogit_NV, x_ND)
+  return dw_VD, (*found, dx_ND.astype(x_ND.dtype))
