@@ -9,7 +9,9 @@ For a slice of TPUs the real train step is compiled, by the TPUs' own compiler a
 one of them: `make tpu` installs it, and .venv/tpu/bin/python then runs this file.
 `--slices=2` takes two such slices; `--estimate` leaves the compiler out. For GPUs, or a
 number of CPUs, the same table is an estimate by arithmetic, and says so; on the machine
-itself `here` compiles. `--count` counts parameters, part by part.
+itself `here` compiles. `--suggest` tries meshes, remat policies and
+micro-batches by arithmetic, leaving axes that are above 1 as they are, and prints those
+that fit, best first. `--count` counts parameters, part by part.
 
 Knobs go as everywhere: --config.mesh.expert=8 --config.accum=16. Recipes at the paper's
 scale unroll their layers, which takes long to compile: --config.model.layers=scan does
@@ -46,6 +48,9 @@ from gated.preflight import golden, table
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / 'tests/golden/preflight'
 
+# Of what fits, so many ways are printed; the JSON has all.
+MOST = 10
+
 NO_FIT, REFUSED = 1, 2
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Recipe.', lock_config=True)
@@ -53,6 +58,7 @@ _COUNT = flags.DEFINE_bool('count', False, 'Count parameters, part by part.')
 _TOPOLOGY = flags.DEFINE_string('topology', '', 'CHIP:SHAPE, CHIP:COUNT or here.')
 _SLICES = flags.DEFINE_integer('slices', 1, 'So many slices of the topology.')
 _ESTIMATE = flags.DEFINE_bool('estimate', False, 'By arithmetic, without a compiler.')
+_SUGGEST = flags.DEFINE_bool('suggest', False, 'Meshes and micro-batches that fit.')
 _JSON = flags.DEFINE_string('json', '', 'A file to write the report to.')
 _GOLDEN = flags.DEFINE_bool('golden', False, 'Compile the kept cases anew.')
 _ONLY = flags.DEFINE_list('only', [], 'Of the kept cases, those.')
@@ -115,6 +121,9 @@ def report(c: dict) -> dict:
   """A resolved recipe -> what it would need on the machine that was asked for."""
   machine = preflight.machine(_TOPOLOGY.value, _SLICES.value)
   cfg = config.build(plan.Config, c, 'config')
+  if _SUGGEST.value:
+    ways = preflight.suggestions(cfg, machine)
+    return {'suggestions': ways, 'fits': bool(ways)}
   if machine.compiles and not _ESTIMATE.value:
     return preflight.compiled_for(cfg, machine)
   return preflight.by_arithmetic(cfg, machine)
@@ -187,7 +196,9 @@ def main(argv: list[str]) -> int:
       print(counted(c, found))
     else:
       found = report(c)
-      print('\n'.join(table.lines(found)))
+      ways = found.get('suggestions')
+      lines = table.lines(found) if ways is None else table.suggested(ways, MOST)
+      print('\n'.join(lines))
   except (ValueError, NotImplementedError) as error:
     print(f'preflight.py: {error}', file=sys.stderr)
     return REFUSED

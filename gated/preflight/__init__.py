@@ -22,6 +22,8 @@ from gated.preflight.machines import HERE, Machine, devices, machine
 
 __all__ = ['HERE', 'Machine', 'by_arithmetic', 'compiled_for', 'devices', 'machine']
 
+# So many ways to make a recipe fit are told.
+FEW = 3
 # How XLA says that a program is too large, and by how much.
 _TOO_LARGE = re.compile(r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm')
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
@@ -40,7 +42,8 @@ def compiled_for(cfg: plan.Config, of: Machine) -> dict[str, Any]:
     if found is None:
       raise
     used, limit = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
-    return base | _fit({'total': used}, limit, parts(what))
+    advice = {'advice': suggestions(cfg, of)[:FEW]}
+    return base | _fit({'total': used}, limit, parts(what)) | advice
   seconds = time.perf_counter() - start
   flat = list(what.mesh.devices.flat)
   where = [_slice(device) for device in flat]
@@ -58,6 +61,8 @@ def compiled_for(cfg: plan.Config, of: Machine) -> dict[str, Any]:
   memory['total'] = program.memory.total
   limit = of.chip.memory if of.chip else None
   report = base | _fit(memory, limit, {}) | _costs(what, program, of)
+  if not report['fits']:
+    report['advice'] = suggestions(cfg, of)[:FEW]
   return report | {'offences': offences(what, program), 'compile_seconds': seconds}
 
 
@@ -65,11 +70,10 @@ def by_arithmetic(cfg: plan.Config, of: Machine) -> dict[str, Any]:
   """A recipe and a machine -> the same report, estimated; nothing is compiled."""
   if of.chip is None:
     raise ValueError(f'--topology={of.topology} is of no chip that is known here')
-  asked = {axis: getattr(cfg.mesh, axis) for axis in mesh.AXES}
-  sizes = mesh.filled(asked, of.count)
+  sizes, reason = estimate.sizes(cfg, of.count, of.chip, of.slices)
   found = estimate.of(cfg, sizes, of.chip, of.slices)
   limit = of.chip.memory
-  report = _recipe(cfg, sizes, of) | {'source': 'estimate'}
+  report = _recipe(cfg, sizes, of) | {'source': 'estimate', 'reason': reason}
   report |= _fit({**found.memory, 'total': found.bytes}, limit, {})
   sent: list[dict[str, Any]] = [
     {
@@ -88,7 +92,26 @@ def by_arithmetic(cfg: plan.Config, of: Machine) -> dict[str, Any]:
     'bytes_moved': found.moved,
     'collectives': sorted(sent, key=lambda t: -t['bytes']),
   }
+  if not report['fits']:
+    report['advice'] = suggestions(cfg, of)[:FEW]
   return report | _time(found.time, found.model_flops, of.chip)
+
+
+def suggestions(cfg: plan.Config, of: Machine) -> list[dict[str, Any]]:
+  """Meshes, remat policies and micro-batches that fit, by arithmetic, best first."""
+  if of.chip is None:
+    return []
+  return [
+    {
+      'flags': estimate.tail(knobs),
+      'mesh': dict(found.sizes),
+      'memory': found.bytes,
+      'seconds': found.time.step,
+      'bound': found.time.bound,
+      'mfu': found.mfu,
+    }
+    for knobs, found in estimate.suggest(cfg, of.chip, of.count, of.slices)
+  ]
 
 
 def _slice(device: Any) -> int:

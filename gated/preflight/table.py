@@ -11,6 +11,10 @@ MOST = 5
 
 def lines(report: Mapping[str, Any]) -> list[str]:
   found = [*_head(report), '', *_memory(report)]
+  for way in report.get('advice', ()):
+    found.append(f'  would fit: {_way(way)}')
+  if report.get('advice') == []:
+    found.append('  nothing fits by arithmetic: more chips, or chips with more memory')
   if 'flops' in report:
     found += ['', *_work(report), '', *_sent(report)]
   if report.get('buffers'):
@@ -22,6 +26,20 @@ def lines(report: Mapping[str, Any]) -> list[str]:
   if len(offences) > MOST:
     found.append(f'! and {len(offences) - MOST} more')
   return found
+
+
+def suggested(ways: list[Mapping[str, Any]], most: int) -> list[str]:
+  """What fits, best first -> lines to read."""
+  if not ways:
+    return ['nothing fits by arithmetic: more chips, or chips with more memory']
+  rest = [f'and {len(ways) - most} more'] if len(ways) > most else []
+  return [f'{len(ways)} ways fit, by arithmetic:', *map(_way, ways[:most]), *rest]
+
+
+def _way(way: Mapping[str, Any]) -> str:
+  size, mfu = way['memory'] / GIB, way['mfu']
+  facts = f'est. {way["seconds"]:.3g} s a step, MFU {mfu:.1%}, {size:.3g} GiB'
+  return f'{facts}, bound by {way["bound"]}: {way["flags"] or "as it is"}'
 
 
 def _head(r) -> list[str]:
@@ -36,6 +54,7 @@ def _head(r) -> list[str]:
     f'{r["name"]} on {r["topology"]}{slices}: {r["chips"]} chips, {axes or "one device"}',
     f'{rows} x {length} tokens a step in {r["accum"]} micro-batches, remat {r["remat"]}',
     how[r['source']],
+    *([r['reason']] if r.get('reason') else []),
   ]
 
 
