@@ -163,9 +163,9 @@ class Attention(nnx.Module):
     q_BTHK = self._normed('query', self.query(x_BTD), x_BTD, self.query_norm)
     k_BTGK = turn(self._normed('key', self.key(x_BTD), x_BTD, self.key_norm))
     v_BTGK = self._gated('value', self.value(x_BTD), x_BTD)
-    # Each device's queries meet the keys of the whole row.
-    k_BTGK = mesh.constrain(k_BTGK, 'batch', None, 'kv_heads', None)
-    v_BTGK = mesh.constrain(v_BTGK, 'batch', None, 'kv_heads', None)
+    # As the activations are; a backend gathers its rows' keys itself.
+    k_BTGK = mesh.constrain(k_BTGK, 'batch', 'tokens', 'kv_heads', None)
+    v_BTGK = mesh.constrain(v_BTGK, 'batch', 'tokens', 'kv_heads', None)
     y_BTHK = self._attend(q_BTHK, turn(q_BTHK), k_BTGK, v_BTGK, segment_BT)
     if self.output_norm is not None:
       y_BTHK = self.output_norm(y_BTHK)

@@ -12,9 +12,8 @@ from gated.kernels.attention import (
   attend_lse,
   check_backend,
   segment_runs,
-  soft_cap,
-  with_lse_gradient,
 )
+from gated.kernels.case import soft_cap, with_lse_gradient
 from gated.kernels.grouped import GROUPED, check_grouped, grouped_matmul
 from gated.kernels.loss import vocab_loss
 

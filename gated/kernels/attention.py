@@ -5,23 +5,19 @@ B batch  T tokens  S keys' tokens  H heads  G KV heads  K head width  M segments
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gated import config, mesh
-from gated.kernels import choice
+from gated.kernels import blockwise, choice, splash
+from gated.kernels.case import Case, soft_cap, with_lse_gradient
 
 # Above this many tokens the quadratic reference runs only where it is named.
 REFERENCE_LIMIT = 4096
 # What softpick's denominator has beside the sum, as its authors do.
 _SOFTPICK_EPS = 1e-8
-
-
-def soft_cap(x: jax.Array, cap: float) -> jax.Array:
-  """cap * tanh(x / cap): x where it is small, never beyond cap; 0 caps nothing."""
-  return cap * jnp.tanh(x / cap) if cap else x
 
 
 def _sigmoid(score, mask):
@@ -48,15 +44,6 @@ NORMALIZERS = {
   'sigmoid': _sigmoid,  # sigmoid(s - ln n), each key by itself (arXiv 2409.04431)
   'softpick': _softpick,  # relu(e^s - 1) / sum |e^s - 1| (arXiv 2504.20966)
 }
-
-
-class Case(NamedTuple):
-  """What is asked of a backend beside q, k, v and the segments."""
-
-  max_segments: int
-  normalizer: str
-  cap: float  # on scores, 0 for none
-  lse: bool  # the log of the softmax's denominator is wanted too
 
 
 def attend(
@@ -118,6 +105,9 @@ def _too_long(*_):
 def _reference(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
   """The definition, scores and softmax in float32, with all T x S of them in memory."""
   B, T, H, K = q_BTHK.shape
+  # Each device's queries meet the keys of the whole row.
+  k_BSGK = mesh.constrain(k_BSGK, 'batch', None, 'kv_heads', None)
+  v_BSGK = mesh.constrain(v_BSGK, 'batch', None, 'kv_heads', None)
   G = k_BSGK.shape[2]
   q = q_BTHK.reshape(B, T, G, H // G, K)
   score = jnp.einsum('btghk,bsgk->bghts', q, k_BSGK, preferred_element_type=jnp.float32)
@@ -157,19 +147,6 @@ def _cudnn(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
     raise NotImplementedError('has no log-sum-exp of packed rows on several devices')
   y_BTHK, lse_BTH = run(q_BTHK, k_BSGK, v_BSGK, residual=True)
   return y_BTHK, with_lse_gradient(run, q_BTHK, k_BSGK, lse_BTH)
-
-
-def with_lse_gradient(run: Callable, q_BTHK, k_BSGK, lse_BTH) -> jax.Array:
-  """A kernel's log-sum-exp, whose gradient kernels drop -> the same with its gradient.
-
-  With p the weights, d lse_i = scale * sum_j p_ij d(q_i k_j). Attention whose values are
-  the keys gives m_i = sum_j p_ij k_j, and t_i = scale * q_i m_i has that very gradient
-  when p is held fixed: dt/dq_i = scale * m_i, dt/dk_j = scale * sum_i p_ij q_i.
-  """
-  stop = jax.lax.stop_gradient
-  m_BTHK = run(stop(q_BTHK), stop(k_BSGK), k_BSGK).astype(jnp.float32)
-  t_BTH = q_BTHK.shape[-1] ** -0.5 * (q_BTHK.astype(jnp.float32) * m_BTHK).sum(-1)
-  return stop(lse_BTH) + t_BTH - stop(t_BTH)
 
 
 def _cudnn_call(q_BTHK, k_BSGK, v_BSGK, *, segment_BT, limit, residual=False):
@@ -216,8 +193,20 @@ def segment_runs(segment_BT: jax.Array, limit: int) -> tuple[jax.Array, jax.Arra
   return start_BM.astype(jnp.int32), size_BM.astype(jnp.int32)
 
 
+def _splash(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
+  """Pallas's kernel for TPUs."""
+  if mesh.platform() != 'tpu':
+    raise NotImplementedError('needs a TPU')
+  return splash.attend(q_BTHK, k_BSGK, v_BSGK, segment_BT, case)
+
+
 # In the order in which 'auto' tries them.
-ATTENTION: dict[str, Callable] = {'cudnn': _cudnn, 'reference': _reference}
+ATTENTION: dict[str, Callable] = {
+  'cudnn': _cudnn,
+  'splash': _splash,
+  'reference': _reference,
+  'blockwise': blockwise.attend,
+}
 
 
 def check_backend(backend: str) -> None:
