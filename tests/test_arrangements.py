@@ -1,0 +1,119 @@
+"""Real runs over real processes: whatever the arrangement, the losses of one device.
+
+Each chain trains the first half of its steps in one arrangement and goes on from the
+checkpoint in another, and every loss of it is held to a run on one device.
+"""
+
+import json
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from faults import evidence, process
+
+HALF, STEPS = 3, 6
+
+RECIPES = {
+  'dense': 'configs/dense_1b7.py:28l,gate=elementwise,scale=test',
+  'experts': 'configs/moe_15b.py:gate=headwise,scale=test',
+}
+
+KNOBS = {
+  'model.depth': 2,
+  'optim.schedule': 'constant',  # So that a run may end early and go on.
+  'optim.lr': 1e-3,
+  'checkpoint.every': HALF,
+  'eval.every': STEPS,
+  'log.tensorboard': False,
+}
+
+# Most of LLVM's optimizing left out: it takes longer than all the rest of a run.
+FAST = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+
+
+class Arrangement(NamedTuple):
+  processes: int
+  devices: int  # of each process
+  mesh: dict
+
+  def __str__(self) -> str:
+    sizes = '_'.join(f'{axis}{size}' for axis, size in self.mesh.items())
+    return f'{self.processes}x{self.devices}_{sizes}'
+
+
+def over(processes, devices=1, **mesh):
+  return Arrangement(processes, devices, mesh)
+
+
+# The first axis of a mesh that is larger than 1 is the one between processes, the last
+# the one between the devices of a process.
+CHAINS = {
+  'dense': [
+    (over(2, 2, fsdp=2, tensor=2), over(4, fsdp=2, context=2)),
+    (over(1, 8, data=2, tensor=2, context=2), over(2, context=2)),
+  ],
+  'experts': [
+    (over(2, 2, fsdp=2, expert=2), over(4, expert=4)),
+    (over(4, fsdp=2, expert=2), over(1, 8, fsdp=2, expert=4)),
+  ],
+}
+
+
+@pytest.fixture(scope='module')
+def train(spawn_python):
+  """Trains in an arrangement: (recipe, workdir, arrangement, steps)."""
+
+  def run(recipe, workdir, arrangement, steps):
+    count, devices, sizes = arrangement
+    knobs = KNOBS | {'steps': steps, 'mesh.fsdp': 1}
+    knobs |= {f'mesh.{axis}': size for axis, size in sizes.items()}
+    args = ['train.py', f'--config={RECIPES[recipe]}', f'--workdir={workdir}']
+    args += [f'--config.{knob}={value}' for knob, value in knobs.items()]
+    if count > 1:
+      where = f'--coordinator=127.0.0.1:{process.free_port()}'
+      args += [where, f'--processes={count}']
+    env = {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} {FAST}'}
+    which = [[f'--process={i}'] if count > 1 else [] for i in range(count)]
+    children = [spawn_python([*args, *flag], env=env) for flag in which]
+    for child in children:
+      out, err = child.communicate(timeout=600)
+      assert child.returncode == 0, out[-2000:] + err[-4000:]
+
+  return run
+
+
+@pytest.fixture(scope='module')
+def straight(train, tmp_path_factory):
+  """A recipe -> its losses on one device; each is trained once."""
+  known = {}
+
+  def losses(recipe):
+    if recipe not in known:
+      workdir = tmp_path_factory.mktemp('straight') / 'run'
+      train(recipe, workdir, over(1), STEPS)
+      known[recipe] = evidence.losses(workdir)
+      assert [step for step, _ in known[recipe]] == list(range(1, STEPS + 1))
+    return known[recipe]
+
+  return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('recipe', 'first', 'then'),
+  [(recipe, *chain) for recipe, chains in CHAINS.items() for chain in chains],
+  ids=lambda value: str(value),
+)
+def test_a_run_goes_on_in_another_arrangement_with_the_losses_of_one_device(
+  recipe, first, then, train, straight, tmp_path
+):
+  workdir = tmp_path / 'run'
+  train(recipe, workdir, first, HALF)
+  train(recipe, workdir, then, STEPS)
+  expected, found = straight(recipe), evidence.losses(workdir)
+  assert [step for step, _ in found] == [step for step, _ in expected]
+  difference = [loss - at_one for (_, loss), (_, at_one) in zip(found, expected)]
+  np.testing.assert_allclose(difference, 0, atol=1e-5)
+  sessions = json.loads((workdir / 'run.json').read_text())['sessions']
+  assert [s['restored_step'] for s in sessions] == [-1, HALF]
+  assert [s['processes'] for s in sessions] == [first.processes, then.processes]
