@@ -41,6 +41,7 @@ def get_config(arg: str = '') -> ConfigDict:
     prefetch=8,  # batches read ahead
   )
   c.mesh = dict(
+    choice='hand',  # auto: axes at 1 or -1 get the sizes that are estimated fastest
     data=1,  # replicas of the weights, each with its own rows
     fsdp=-1,  # splits the weights and the rows; -1 is all devices left
     expert=1,  # splits experts; other layers see it as data

@@ -5,6 +5,7 @@ its own way.
 """
 
 import functools
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,18 +16,24 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gated import config, data, mesh, model, optim, stability, step
+from gated import chips, config, data, estimate, mesh, model, optim, stability, step
 
 NAME = re.compile(r'[A-Za-z0-9_][\w.+=,-]{0,99}', re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
+  """The sizes of the mesh's axes, or what is known of them."""
+
+  choice: str  # hand, or auto
   data: int
   fsdp: int
   expert: int
   tensor: int
   context: int
+
+  def __post_init__(self):
+    config.one_of('config.mesh.choice', self.choice, ('hand', 'auto'))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +131,11 @@ class Plan:
 
   def __init__(self, cfg: Config, devices: Sequence[Any] | None = None):
     self.cfg = cfg
-    axes = {axis: getattr(cfg.mesh, axis) for axis in mesh.AXES}
-    self.mesh = mesh.make(**axes, devices=devices)
+    devices = jax.devices() if devices is None else devices
+    self.mesh = mesh.make(**_sizes(cfg, devices), devices=devices)
     self.tokens_per_step = cfg.batch * cfg.data.length
     self.micro = cfg.batch // cfg.accum
-    _check_batch(cfg, self.mesh)
+    estimate.check(cfg, self.mesh)
     gate = cfg.model.attn.gate
     multipliers = {} if gate.lr == 1.0 else {'gate': gate.lr}
     self.schedule = optim.schedule(cfg.optim, cfg.steps)
@@ -184,6 +191,16 @@ class Plan:
     array: Any = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
     whole = array(np.int32)
     return data.Batch(whole, whole, array(np.float32), whole, whole)
+
+
+def _sizes(cfg: Config, devices: Sequence[Any]) -> dict[str, int]:
+  """The sizes of the mesh's axes; where they are chosen, the log says why."""
+  chip = chips.of(devices[0].device_kind) or chips.CHIPS['cpu']
+  slices = len({getattr(d, 'slice_index', None) for d in devices})
+  sizes, reason = estimate.sizes(cfg, len(devices), chip, slices)
+  if reason:
+    logging.getLogger('gated').info(reason)
+  return sizes
 
 
 def amount(n: float) -> str:
@@ -242,21 +259,3 @@ def reading(cfg: model.Config) -> tuple[Mesh, model.Transformer]:
   on = mesh.make(data=count // fsdp, fsdp=fsdp, expert=1, tensor=1, context=1)
   shapes = model.abstract(cfg)
   return on, placed(shapes, mesh.shardings(shapes, on))
-
-
-def _check_batch(cfg: Config, on: Mesh) -> None:
-  """Raises ValueError unless the mesh splits every micro-batch and row evenly."""
-  ways = mesh.ways('batch', on)
-  if (cfg.batch // cfg.accum) % ways:
-    sizes = ' * '.join(f'config.mesh.{a}={on.shape[a]}' for a in mesh.RULES['batch'])
-    raise ValueError(
-      f'config.batch={cfg.batch} must be a multiple of config.accum={cfg.accum} * {sizes}'
-    )
-  mesh.check('tokens', cfg.data.length, on)
-  for axis in ('heads', 'kv_heads'):
-    mesh.check(axis, getattr(cfg.model.attn, axis), on)
-  for axis, size in (('embed', cfg.model.width), ('ffn', cfg.model.ffn)):
-    mesh.check(axis, size, on)
-  if cfg.model.moe.experts:
-    mesh.check('experts', cfg.model.moe.experts, on)
-  mesh.check('vocab', cfg.model.vocab, on)

@@ -37,7 +37,7 @@ def weights(cfg: model.Config) -> tuple[Weights, ...]:
   parts = dict(layers=shapes.blocks, embed=shapes.embed, head=shapes.head)
   for part, tree in {**parts, 'norm': shapes.norm}.items():
     for leaf in jax.tree.leaves(tree, is_leaf=is_parameter):
-      axes = tuple(sorted(a for a in mesh.axes_of(leaf) if mesh.RULES[a]))
+      axes = tuple(sorted(a for a in mesh.axes_of(leaf) if a and mesh.RULES[a]))
       sums = found.setdefault((part, axes), [0, 0])
       sums[0] += leaf.size
       sums[1] += leaf.size * leaf.dtype.itemsize
@@ -57,7 +57,7 @@ class Layout:
   def __init__(self, cfg: Any, sizes: Mapping[str, int]):
     self.cfg, self.sizes = cfg, dict(sizes)
     m = cfg.model
-    self.on = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    self.on: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     self.ways = {axis: mesh.ways(axis, self.on) for axis in mesh.RULES if axis}
     self.devices = self.on.size
     self.compute = BYTES[m.numerics.compute]

@@ -4,7 +4,7 @@ What stands through the step (weights, optimizer, gradients), what the forward p
 and the largest of what comes and goes: a layer's backward pass, or a chunk of the loss.
 """
 
-from gated import teams
+from gated import layers, teams
 from gated.estimate.layout import WIDE, Layout
 from gated.kernels import loss
 
@@ -93,7 +93,15 @@ def _loss(layout: Layout) -> float:
   return logits + rows * D * (layout.compute + WIDE) + states
 
 
+def readers(layout: Layout) -> int:
+  """How many chips share their tokens in the embedding, as `layers.Embed` decides."""
+  width = layout.cfg.model.width
+  team = teams.Team(('fsdp',), layout.fsdp)
+  return max(n for n in team.sizes() if n == 1 or n * layers.COLUMNS <= width)
+
+
 def _table(layout: Layout) -> float:
-  """The embedding's backward pass: a whole table and its gradient."""
-  m = layout.cfg.model
-  return m.vocab * m.width * (layout.compute + WIDE)
+  """The embedding's backward pass: columns of a table, their gradient, and all states."""
+  D = layout.cfg.model.width
+  table = layout.vocab * D / readers(layout) * (layout.compute + WIDE)
+  return table + layout.tokens * D * (2 * layout.compute + WIDE)

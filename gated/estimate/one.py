@@ -1,9 +1,4 @@
-"""A recipe on a mesh of chips, by arithmetic: memory, FLOPs, traffic, time; and a choice.
-
-Nothing is compiled. What the code does is counted from the same tables it is built from
-(the parameters' axes, `mesh.RULES`, `kernels.loss.neighbours`), and time follows from the
-assumptions in `roofline.ASSUMED`.
-"""
+"""One recipe on one mesh: the estimate."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,25 +7,7 @@ from typing import Any
 from gated.chips import GIB, Chip
 from gated.estimate import memory, work
 from gated.estimate.layout import Layout, check, flops_per_token
-from gated.estimate.roofline import (
-  ASSUMED,
-  Roofline,
-  Traffic,
-  assumed,
-  crossing,
-  roofline,
-)
-
-__all__ = [
-  'ASSUMED',
-  'Estimate',
-  'Roofline',
-  'Traffic',
-  'assumed',
-  'check',
-  'of',
-  'roofline',
-]
+from gated.estimate.roofline import Roofline, Traffic, assumed, crossing, roofline
 
 
 @dataclass(frozen=True, kw_only=True)

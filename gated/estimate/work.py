@@ -5,7 +5,7 @@ forward again (where the backward pass makes results anew, or routers are counte
 backward.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gated.chips import Chip
 from gated.estimate import memory
@@ -74,8 +74,8 @@ def sent(layout: Layout, chip: Chip, slices: int) -> tuple[Traffic, ...]:
 
   def send(what: str, kind: str, axis: str, whole: float, hidden: bool = False):
     if layout.sizes[axis] > 1 and whole:
-      opts = dict(sizes=layout.sizes, chip=chip, slices=slices, hidden=hidden)
-      found.append(traffic(what, kind, axis, whole, **opts))
+      opts: dict[str, Any] = dict(sizes=layout.sizes, chip=chip, slices=slices)
+      found.append(traffic(what, kind, axis, whole, hidden=hidden, **opts))
 
   for group in (_weights, _copies, _tensor, _experts, _keys, _loss, _embedding):
     group(layout, passes(layout), send)
@@ -166,13 +166,18 @@ def _whole(bytes_sent: float, n: int) -> float:
 
 
 def _embedding(layout: Layout, count: Passes, send) -> None:
-  """The whole table is gathered forward, and its float32 gradient is summed backward."""
-  m = layout.cfg.model
-  table = m.vocab * m.width
-  forward = count.forward * layout.compute
-  for axis, rest in (('fsdp', layout.tensor), ('tensor', 1)):
-    send('embedding', 'all-gather', axis, table / rest * forward)
-    send('embedding', 'reduce-scatter', axis, table / rest * count.backward * WIDE)
-  own = table / layout.fsdp / layout.tensor * count.backward * WIDE
+  """Neighbours read columns of the table for each other; the rest of it is gathered."""
+  D, near = layout.cfg.model.width, memory.readers(layout)
+  states = layout.tokens * D * layout.compute
+  passes_of = count.forward + count.backward
+  # An exchange among neighbours: as if all had it, less what stays.
+  traded = passes_of * states * (1 - 1 / near)
+  send('embedding', 'all-to-all', 'fsdp', _whole(traded, layout.fsdp))
+  far = (1 / near - 1 / layout.fsdp) * layout.vocab * D
+  gathered, added = (far * layout.compute * count.forward, far * WIDE * count.backward)
+  send('embedding', 'all-gather', 'fsdp', _whole(gathered, layout.fsdp))
+  send('embedding', 'reduce-scatter', 'fsdp', _whole(added, layout.fsdp))
+  send('embedding', 'all-reduce', 'tensor', count.forward * states)
+  own = layout.vocab * D / layout.fsdp * count.backward * WIDE
   for axis in ('data', 'expert', 'context'):
     send('embedding', 'all-reduce', axis, own)
