@@ -260,11 +260,11 @@ def test_a_load_that_is_one_devices_takes_several_passes(sizes):
   choice = np.asarray(split_problem('a single pair')[3])
   assert sorted(set(choice.ravel())) == [0, 1]
   load = devices * tokens * min(K, here)
-  assert devices == 1 or load > moe.dropless.pass_rows(tokens * K, load)
+  assert devices == 1 or load > moe.dropless.pass_rows(tokens * K, worst=load)
 
 
 def test_a_pass_is_for_somewhat_more_than_the_mean_and_for_no_more_than_all():
-  rows = moe.dropless.pass_rows
+  rows = lambda mean, worst: moe.dropless.pass_rows(mean, worst=worst)
   assert rows(131_072, 1 << 20) == 196_608
   assert rows(5001, 1 << 20) % moe.dropless.TILE == 0
   assert 7502 <= rows(5001, 1 << 20) < 7502 + moe.dropless.TILE

@@ -138,19 +138,13 @@ def _shared(x_BTD, weight_BTk, choice_BTk, act_eDF, up_eDF, down_eFD, *, over, b
   gather = functools.partial(jax.lax.all_gather, axis_name=over, tiled=True)
   table = _table(choice_BTk.reshape(-1), e, over)
   x_ND, weight_M = gather(x_BTD.reshape(-1, D)), gather(weight_BTk.reshape(-1))
-  worst = len(x_ND) * min(k, e)
-  rows = pass_rows(B * T * k, worst)
+  rows = pass_rows(B * T * k, worst=len(x_ND) * min(k, e))
   part = functools.partial(_part, rows=rows, k=k, backend=backend)
-  inputs = x_ND, weight_M, act_eDF, up_eDF, down_eFD
-  y_ND = part(inputs, table, 0, jnp.zeros((len(x_ND), D), jnp.float32))
-  if rows < worst:
-    y_ND = _later(part, rows, inputs, table, y_ND)
-  # As devices that split F, those that split the experts add up in the dtype of x.
-  y_ND = jax.lax.psum_scatter(y_ND.astype(x_BTD.dtype), over, tiled=True)
-  return y_ND.reshape(1, B, T, D)
+  y_ND = _passes(part, rows, (x_ND, weight_M, act_eDF, up_eDF, down_eFD), table)
+  return jax.lax.psum_scatter(y_ND, over, tiled=True).reshape(1, B, T, D)
 
 
-def pass_rows(mean: int, worst: int) -> int:
+def pass_rows(mean: int, *, worst: int) -> int:
   """How many selections a device gets, on average and at most -> rows of a pass."""
   wanted = math.ceil(SLACK * mean)
   tile = TILE if wanted >= 4 * TILE else 8
@@ -205,30 +199,75 @@ def _rows(table: _Table, start, rows: int, k: int) -> _Rows:
   return _Rows(token_C, selection_C, jnp.argsort(token_C), size_e)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _passes(part: Callable, rows: int, inputs, table: _Table):
+  """What all passes add up to -> y_ND, in the dtype of x."""
+  return _passes_forward(part, rows, inputs, table)[0]
+
+
+def _passes_forward(part, rows, inputs, table):
+  x_ND, *_ = inputs
+  empty = jnp.zeros(x_ND.shape, jnp.float32)
+  # The first pass keeps what its gradient needs; the others, which are rare, do not.
+  y_ND, back = jax.vjp(lambda inputs: part(inputs, table, 0, empty), inputs)
+  add = lambda turn, y_ND: part(inputs, table, turn, y_ND)
+  y_ND = jax.lax.fori_loop(1, _turns(table, rows), add, y_ND)
+  # As devices that split F, those that split the experts add up in the dtype of x.
+  return y_ND.astype(x_ND.dtype), (back, inputs, table)
+
+
+def _passes_backward(part, rows, kept, g_ND):
+  back, inputs, table = kept
+
+  def add(turn, grads):
+    empty = jnp.zeros(g_ND.shape, jnp.float32)
+    _, back = jax.vjp(lambda inputs: part(inputs, table, turn, empty), inputs)
+    return jax.tree.map(jnp.add, grads, back(g_ND.astype(jnp.float32))[0])
+
+  first = back(g_ND.astype(jnp.float32))[0]
+  return jax.lax.fori_loop(1, _turns(table, rows), add, first), None
+
+
+_passes.defvjp(_passes_forward, _passes_backward)
+
+
+def _turns(table: _Table, rows: int):
+  """How many passes it takes: at most what the worst load would, often one."""
+  return -(-table.size_eS.sum() // rows)
+
+
 def _part(inputs, table: _Table, turn, y_ND, *, rows: int, k: int, backend: str):
   """y_ND, to which one pass adds its selections."""
   x_ND, weight_M, act_eDF, up_eDF, down_eFD = inputs
   at = _rows(table, turn * rows, rows, k)
   multiply = functools.partial(kernels.grouped_matmul, backend=backend)
   x_CD = _taken(x_ND, at)
-  hidden_CF = swiglu(
-    multiply(x_CD, act_eDF, at.size_e), multiply(x_CD, up_eDF, at.size_e)
-  )
   weight_C = weight_M.at[at.selection_C].get(
     mode='fill', fill_value=0, unique_indices=True
   )
-  return _added(y_ND, multiply(hidden_CF, down_eFD, at.size_e), weight_C, at)
+  hidden_CF = _weighted(
+    multiply(x_CD, act_eDF, at.size_e), multiply(x_CD, up_eDF, at.size_e), weight_C
+  )
+  return _added(y_ND, multiply(hidden_CF, down_eFD, at.size_e), at)
 
 
-# Rows that are nobody's hold what a kernel left there, perhaps no number at all: they are
-# never multiplied by zero, but left out where rows are added to tokens, and so are their
-# gradients.
-def _scattered(y_ND, row_CD, scale_C, at: _Rows):
-  """y_ND plus the rows, times their scales, of each token, in float32."""
-  # TPUs sort the rows by token at any rate, but float32 ones.
+@recomputed
+def _weighted(act_CF: jax.Array, up_CF: jax.Array, weight_C: jax.Array) -> jax.Array:
+  """SwiGLU, times the router's weights: here, where rows are shorter than after it."""
+  act_CF, up_CF, dtype = (
+    act_CF.astype(jnp.float32),
+    up_CF.astype(jnp.float32),
+    up_CF.dtype,
+  )
+  return (jax.nn.silu(act_CF) * up_CF * weight_C[:, None]).astype(dtype)
+
+
+# Rows that are nobody's hold what a kernel left there, perhaps no number at all. They are
+# left out where rows are added to tokens, and so are their gradients.
+def _scattered(y_ND, row_CD, at: _Rows):
+  """y_ND, in float32, plus each token's rows."""
+  # A TPU sorts rows by token at any rate, but after they are float32.
   row_CD = row_CD[at.order_C].astype(jnp.float32)
-  if scale_C is not None:
-    row_CD = row_CD * scale_C[at.order_C, None]
   token_C = at.token_C[at.order_C]
   return y_ND.at[token_C].add(row_CD, mode='drop', indices_are_sorted=True)
 
@@ -241,7 +280,7 @@ def _taken(x_ND, at: _Rows):
 
 def _taken_backward(kept, g_CD):
   at, shape = kept
-  g_ND = _scattered(jnp.zeros(shape, jnp.float32), g_CD, None, at)
+  g_ND = _scattered(jnp.zeros(shape, jnp.float32), g_CD, at)
   return g_ND.astype(g_CD.dtype), None
 
 
@@ -249,54 +288,12 @@ _taken.defvjp(lambda x_ND, at: (_taken(x_ND, at), (at, x_ND.shape)), _taken_back
 
 
 @jax.custom_vjp
-def _added(y_ND, y_CD, weight_C, at: _Rows):
-  """y_ND plus the rows, by their tokens and times their weights."""
-  return _scattered(y_ND, y_CD, weight_C, at)
-
-
-def _added_backward(kept, g_ND):
-  y_CD, weight_C, at = kept
-  g_CD = _taken(g_ND.astype(y_CD.dtype), at).astype(jnp.float32)
-  dweight_C = (g_CD * y_CD.astype(jnp.float32)).sum(1)
-  return g_ND, (g_CD * weight_C[:, None]).astype(y_CD.dtype), dweight_C, None
+def _added(y_ND, y_CD, at: _Rows):
+  """y_ND plus the rows of each token."""
+  return _scattered(y_ND, y_CD, at)
 
 
 _added.defvjp(
-  lambda y_ND, y_CD, weight_C, at: (
-    _added(y_ND, y_CD, weight_C, at),
-    (y_CD, weight_C, at),
-  ),
-  _added_backward,
-)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _later(part: Callable, rows: int, inputs, table: _Table, y_ND):
-  """y_ND, to which all passes but the first add: as many as it takes, often none."""
-  add = lambda turn, y_ND: part(inputs, table, turn, y_ND)
-  return jax.lax.fori_loop(1, _passes(table, rows), add, y_ND)
-
-
-def _later_backward(part, rows, kept, g_ND):
-  inputs, table = kept
-
-  def add(turn, grads):
-    empty = jnp.zeros_like(g_ND)
-    _, back = jax.vjp(lambda inputs: part(inputs, table, turn, empty), inputs)
-    return jax.tree.map(jnp.add, grads, back(g_ND)[0])
-
-  start = jax.tree.map(jnp.zeros_like, inputs)
-  return jax.lax.fori_loop(1, _passes(table, rows), add, start), None, g_ND
-
-
-def _passes(table: _Table, rows: int):
-  return -(-table.size_eS.sum() // rows)
-
-
-_later.defvjp(
-  lambda part, rows, inputs, table, y_ND: (
-    _later(part, rows, inputs, table, y_ND),
-    (inputs, table),
-  ),
-  _later_backward,
+  lambda y_ND, y_CD, at: (_added(y_ND, y_CD, at), (at, y_CD[:0])),
+  lambda kept, g_ND: (g_ND, _taken(g_ND.astype(kept[1].dtype), kept[0]), None),
 )
