@@ -1,5 +1,8 @@
 """The mesh has the sizes asked for, and every array the place its axes say."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +49,88 @@ def test_every_axis_is_left_to_the_partitioner():
 def test_sizes_that_do_not_make_the_devices_are_refused(sizes, said):
   with pytest.raises(ValueError, match=said):
     make(**sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """One of a slice, as far as a mesh looks at it."""
+
+  id: int
+  slice_index: int
+  process_index: int
+  platform: str = 'cpu'
+  device_kind: str = 'cpu'
+
+
+def slices(count, size):
+  """The devices of some slices, as they come from a cluster: in no order."""
+  each = [Device(i, i // size, i // size) for i in range(count * size)]
+  return [each[i] for i in np.random.default_rng(0).permutation(count * size)]
+
+
+def crossing(on):
+  """The axes along which a mesh goes from slice to slice."""
+  slice_of = np.vectorize(lambda device: device.slice_index)(on.devices)
+  return [a for i, a in enumerate(mesh.AXES) if np.diff(slice_of, axis=i).any()]
+
+
+ACROSS = [
+  (dict(data=2, fsdp=4), ['data']),
+  (dict(data=4, context=2), ['data']),
+  (dict(fsdp=8), ['fsdp']),
+  (dict(fsdp=2, expert=4), ['fsdp']),
+  (dict(data=-1, expert=2, tensor=2), ['data']),
+  (dict(fsdp=2, tensor=2, context=2), ['fsdp']),
+]
+
+
+@pytest.mark.parametrize(('sizes', 'axes'), ACROSS)
+def test_between_slices_lies_data_or_else_fsdp(sizes, axes):
+  on = mesh.make(**ONES | sizes, devices=slices(2, 4))
+  assert crossing(on) == axes
+  assert sorted(device.id for device in on.devices.flat) == list(range(8))
+  # Data splits into two, and fsdp into the slices.
+  assert crossing(mesh.make(**ONES | {'fsdp': 6, 'data': 2}, devices=slices(3, 4))) == [
+    'fsdp'
+  ]
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'said'),
+  [
+    (dict(tensor=8), r'config\.mesh\.data=1 or config\.mesh\.fsdp=1 must be .* 2 slices'),
+    (dict(expert=8), 'no other axis may cross'),
+    (dict(context=4, expert=2), 'no other axis may cross'),
+  ],
+)
+def test_no_other_axis_may_cross_slices(sizes, said):
+  with pytest.raises(ValueError, match=said):
+    mesh.make(**ONES | sizes, devices=slices(2, 4))
+
+
+# Two slices of four chips each -> the slice of each chip on each mesh.
+SLICES = """
+import json, sys
+from jax.experimental import topologies
+from gated import mesh
+how = dict(platform='tpu', topology_name=sys.argv[1], num_slices=2)
+devices = topologies.get_topology_desc(**how).devices
+for sizes in json.loads(sys.argv[2]):
+  on = mesh.make(**sizes, devices=devices)
+  assert set(on.devices.flat) == set(devices)
+  print(json.dumps([device.slice_index for device in on.devices.flat]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('topology', ['v5p:2x2x1', 'v6e:2x2'])
+def test_between_slices_of_tpus_lies_data_or_else_fsdp(topology, run_for_tpu):
+  asked = json.dumps([ONES | sizes for sizes, _ in ACROSS])
+  done = run_for_tpu(['-c', SLICES, topology, asked])
+  assert done.returncode == 0, done.stderr[-3000:]
+  # Data and fsdp are the outer axes: the first half of a mesh is of one slice.
+  for line in done.stdout.splitlines()[-len(ACROSS) :]:
+    assert json.loads(line) in ([0] * 4 + [1] * 4, [1] * 4 + [0] * 4)
 
 
 def test_an_axis_of_size_one_carries_no_name():
