@@ -123,7 +123,8 @@ def report(c: dict) -> dict:
   cfg = config.build(plan.Config, c, 'config')
   if _SUGGEST.value:
     ways = preflight.suggestions(cfg, machine)
-    return {'suggestions': ways, 'fits': bool(ways)}
+    fits = bool(ways) and ways[0]['chips'] == machine.count
+    return {'suggestions': ways, 'fits': fits}
   if machine.compiles and not _ESTIMATE.value:
     return preflight.compiled_for(cfg, machine)
   return preflight.by_arithmetic(cfg, machine)

@@ -66,6 +66,14 @@ class Memory:
     return self.arguments + self.outputs + self.temporaries + self.code
 
 
+@dataclass(frozen=True, kw_only=True)
+class Assumed:
+  """What a program's text does not tell, for it depends on the data."""
+
+  fill: float = 1.0  # the share of the rows of grouped products that are somebody's
+  idle: tuple[str, ...] = ()  # files of gated/ whose loops without a count hardly turn
+
+
 @dataclass(frozen=True)
 class Program:
   flops: float  # of matrix products, by chip and run
@@ -78,6 +86,7 @@ class Program:
   work: Mapping[str, float]  # `flops` by file of gated/, '' where that is not known
   uncounted: Mapping[str, int]  # custom calls that may compute -> how often they run
   unknown_loops: tuple[str, ...]  # whose trip count is not in the text: counted once
+  idle_loops: tuple[str, ...]  # taken never to turn
   conditionals: int  # of each the branch that costs most is counted
   loops: tuple[tuple[str, int], ...]  # each with its trips
 
@@ -85,6 +94,16 @@ class Program:
   def exact(self) -> bool:
     """Nothing was left out or assumed to run once."""
     return not self.uncounted and not self.unknown_loops
+
+  @property
+  def again(self) -> float:
+    """FLOPs of attention's scores, which backward kernels make once more.
+
+    Of five products in a fused one, of three for dq and of four for dk and dv.
+    """
+    dq, dkv = (self.kernels.get(f'splash {name}', 0.0) for name in ('dq', 'dkv'))
+    cudnn = self.kernels.get('cuDNN attention, backward', 0.0)
+    return cudnn / 5 + (dq / 3 + dkv / 2 if dq else dkv / 5)
 
   def received(self, network: str) -> float:
     """Bytes that a chip receives in a step over 'links' or 'network'."""
@@ -95,6 +114,7 @@ def read(
   executable: Any,
   axes: Mapping[str, int] | None = None,
   slices: Sequence[int] | None = None,
+  assumed: Assumed = Assumed(),
 ) -> Program:
   """What `jax.stages.Lowered.compile()` gives -> what it costs.
 
@@ -108,7 +128,8 @@ def read(
     temporaries=stats.temp_size_in_bytes,
     code=stats.generated_code_size_in_bytes,
   )
-  return read_text(executable.as_text(), axes=axes, slices=slices, memory=memory)
+  text = executable.as_text()
+  return read_text(text, axes=axes, slices=slices, memory=memory, assumed=assumed)
 
 
 def read_text(
@@ -117,10 +138,15 @@ def read_text(
   axes: Mapping[str, int] | None = None,
   slices: Sequence[int] | None = None,
   memory: Memory | None = None,
+  assumed: Assumed = Assumed(),
 ) -> Program:
   """Optimized HLO as text -> what it costs."""
   program, places = hlo.parse(text), Places(text)
-  runs = loops.count(program, lambda c, op: flops.of(c, op) or 0.0)
+  cost = lambda c, op: flops.of(c, op, assumed.fill)
+  idle = lambda c, op: places.of(c, op).file.startswith(assumed.idle)
+  runs = loops.count(program, lambda c, op: cost(c, op) or 0.0, idle)
+  # Of what hardly ever runs the arrays have their place too.
+  reach = loops.count(program, lambda c, op: 0.0) if runs.idle else runs
   total, moved, conditionals = 0.0, 0.0, 0
   kernels: dict[str, float] = defaultdict(float)
   uncounted: dict[str, int] = defaultdict(int)
@@ -131,7 +157,7 @@ def read_text(
     if not times:
       continue
     for op in computation.body.values():
-      each = flops.of(computation, op)
+      each = cost(computation, op)
       if op.opcode == 'custom-call' and each != 0:
         kernel = flops.kernel(op)
         if each is None:
@@ -151,13 +177,14 @@ def read_text(
     collectives=_collectives(
       program, runs, collectives.Layout(_devices(text), axes, slices)
     ),
-    buffers=_arrays(places, _made(program, runs)),
-    gathers=_arrays(places, _gathered(program, runs)),
+    buffers=_arrays(places, _made(program, reach)),
+    gathers=_arrays(places, _gathered(program, reach)),
     memory=memory,
     kernels=dict(kernels),
     work=dict(work),
     uncounted=dict(uncounted),
     unknown_loops=tuple(runs.unknown.values()),
+    idle_loops=tuple(runs.idle.values()),
     conditionals=conditionals,
     loops=tuple(trips),
   )

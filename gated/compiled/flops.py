@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from gated.compiled.hlo import Computation, Instruction, Shape
 
+GROUPED = 'grouped products'
+
 # Custom calls that place, check, transfer or draw, and multiply nothing.
 FREE = re.compile(
   r'AllocateBuffer|ConcatBitcast|ZeroCrop|SliceId|Assume|AsyncCollective|Sharding|SPMD|annotate|MoveTo|Barrier|Pin'
@@ -17,8 +19,17 @@ FREE = re.compile(
 )
 
 
-def of(computation: Computation, op: Instruction) -> float | None:
-  """FLOPs of one run of an instruction, what it calls left out; None if not known."""
+def of(computation: Computation, op: Instruction, fill: float = 1.0) -> float | None:
+  """FLOPs of one run of an instruction, what it calls left out; None if not known.
+
+  `fill` is the share of the rows of grouped products that are somebody's.
+  """
+  found = _each(computation, op)
+  rows = op.opcode == 'ragged-dot' or (found and kernel(op) == GROUPED)
+  return found * fill if found and rows else found
+
+
+def _each(computation: Computation, op: Instruction) -> float | None:
   if op.opcode in ('dot', 'ragged-dot'):
     return _PRODUCTS[op.opcode](computation, op)
   if op.opcode == 'convolution':
@@ -30,6 +41,8 @@ def of(computation: Computation, op: Instruction) -> float | None:
 
 def kernel(op: Instruction) -> str:
   """A custom call -> what it is called in the table, or by whoever wrote it."""
+  if op.opcode != 'custom-call':
+    return ''
   found = _entry(op)
   if found:
     return found[0]
@@ -135,9 +148,12 @@ _GENERIC = ('tpu_custom_call', '__gpu$xla.gpu.triton', 'triton_kernel_call', 'mo
 def _entry(op: Instruction):
   """A custom call -> (the kernel's name, its count), or None.
 
-  The innermost name that the table knows decides.
+  The innermost name that the table knows decides, where the target is anybody's.
   """
-  for name in (op.target, op.name, *reversed(op.source.split('/'))):
+  names = (op.target,)
+  if op.target.startswith(_GENERIC):
+    names = (op.name, *reversed(op.source.split('/')))
+  for name in names:
     for pattern, entry in KERNELS.items():
       if re.search(pattern, name):
         return entry
@@ -161,16 +177,16 @@ def _splash(products: int, fused: int = 0) -> Callable:
   return count
 
 
-def _grouped(operands: list[tuple[Shape, ...]], op: Instruction) -> float:
+def _grouped(operands: list[tuple[Shape, ...]], op: Instruction) -> float | None:
   """Rows (N, A) by the matrices (E, A, B) of their groups, or rows by rows: 2 N A B."""
   arrays = [s[0] for s in operands if s and _is_float(s[0]) and len(s[0].dims) > 1]
   made = [s for s in op.shapes if _is_float(s) and len(s.dims) == 3]
-  rows = next(s for s in arrays if len(s.dims) == 2)
-  if made:
-    _, A, B = made[0].dims
-    return 2.0 * rows.size * B
-  _, A, B = next(s.dims for s in arrays if len(s.dims) == 3)
-  return 2.0 * rows.dims[0] * A * B
+  rows = next((s for s in arrays if len(s.dims) == 2), None)
+  stack = next((s for s in [*made, *arrays] if len(s.dims) == 3), None)
+  if rows is None or stack is None:
+    return None
+  _, A, B = stack.dims
+  return 2.0 * rows.size * B if made else 2.0 * rows.dims[0] * A * B
 
 
 def _gemm(operands: list[tuple[Shape, ...]], op: Instruction) -> float | None:
@@ -203,7 +219,7 @@ KERNELS: dict[str, tuple[str, Callable]] = {
   r'splash_\w+_fwd': ('splash forward', _splash(2)),
   r'splash_\w+_dq': ('splash dq', _splash(3)),
   r'splash_\w+_dkv': ('splash dkv', _splash(4, fused=5)),
-  r'\bt?gmm\b|grouped_(outer_)?products': ('grouped products', _grouped),
+  r'\bt?gmm\b|grouped_(outer_)?products': (GROUPED, _grouped),
   r'__cublas': ('cuBLAS', _gemm),
   r'__cudnn\$fmha\w*Backward': ('cuDNN attention, backward', _cudnn(5)),
   r'__cudnn\$fmha': ('cuDNN attention', _cudnn(2)),

@@ -6,6 +6,7 @@ stands in the text, else found by running the loop's counter.
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,18 +42,25 @@ class Runs:
   fused: dict[str, int] = field(default_factory=lambda: defaultdict(int))
   trips: dict[str, int] = field(default_factory=dict)  # of each loop, by its name
   unknown: dict[str, str] = field(default_factory=dict)  # loop -> what it is
+  idle: dict[str, str] = field(default_factory=dict)  # likewise
+  rare: Callable[[Computation, Instruction], bool] = lambda computation, op: False
 
   def of(self, name: str) -> int:
     return self.alone[name] + self.fused[name]
 
 
-def count(program: dict[str, Computation], cost) -> Runs:
+def count(
+  program: dict[str, Computation],
+  cost: Callable[[Computation, Instruction], float],
+  idle: Callable[[Computation, Instruction], bool] = lambda computation, op: False,
+) -> Runs:
   """Counts runs, the entry's being one; of a conditional, the branch that costs most.
 
   `cost(computation, op)` is what one instruction costs by itself. A loop whose count is
-  not to be found is entered under `unknown`, its body counted once.
+  not to be found is entered under `unknown`, its body counted once; or under `idle`, and
+  not at all, if `idle(computation, op)` says that it hardly ever runs.
   """
-  runs = Runs()
+  runs = Runs(rare=idle)
   whole: dict[str, float] = {}
   for name, computation in program.items():
     whole[name] = sum(cost(computation, op) for op in computation.body.values())
@@ -84,9 +92,11 @@ def _callees(program, computation, op: Instruction, whole, runs: Runs):
   if op.opcode == 'while':
     if op.name not in runs.trips:
       trips = trip_count(program, computation, op)
+      rare = trips is None and runs.rare(computation, op)
       if trips is None:
-        runs.unknown[op.name] = op.source or op.name
-      runs.trips[op.name] = 1 if trips is None else trips
+        (runs.idle if rare else runs.unknown)[op.name] = op.source or op.name
+        trips = 0 if rare else 1
+      runs.trips[op.name] = trips
     n = runs.trips[op.name]
     return [(called['body'][0], n), (called['condition'][0], n + 1)]
   if op.opcode == 'conditional':

@@ -18,14 +18,22 @@ import jax
 from gated import chips, compiled, estimate, mesh, plan
 from gated.compiled import limits
 from gated.estimate.roofline import share
+from gated.moe import dropless
 from gated.preflight.machines import HERE, Machine, devices, machine
 
 __all__ = ['HERE', 'Machine', 'by_arithmetic', 'compiled_for', 'devices', 'machine']
 
 # So many ways to make a recipe fit are told.
 FEW = 3
+# So many times twice as many chips are tried.
+DOUBLINGS = 6
 # How XLA says that a program is too large, and by how much.
-_TOO_LARGE = re.compile(r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm')
+_TOO_LARGE = (
+  re.compile(r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm'),
+  re.compile(
+    r'temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)'
+  ),
+)
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
@@ -38,16 +46,13 @@ def compiled_for(cfg: plan.Config, of: Machine) -> dict[str, Any]:
   try:
     executable = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    found = _TOO_LARGE.search(str(error))
-    if found is None:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    used, limit = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
-    advice = {'advice': suggestions(cfg, of)[:FEW]}
-    return base | _fit({'total': used}, limit, parts(what)) | advice
+    return base | _too_large(str(error), what) | {'advice': suggestions(cfg, of)[:FEW]}
   seconds = time.perf_counter() - start
   flat = list(what.mesh.devices.flat)
   where = [_slice(device) for device in flat]
-  program = compiled.read(executable, dict(what.mesh.shape), where)
+  program = compiled.read(executable, dict(what.mesh.shape), where, assumed(what))
   assert program.memory is not None
   held = parts(what)
   memory = {
@@ -64,6 +69,32 @@ def compiled_for(cfg: plan.Config, of: Machine) -> dict[str, Any]:
   if not report['fits']:
     report['advice'] = suggestions(cfg, of)[:FEW]
   return report | {'offences': offences(what, program), 'compile_seconds': seconds}
+
+
+def _too_large(error: str, what: plan.Plan) -> dict[str, Any]:
+  """What XLA says of a program that does not fit -> by how much."""
+  held = parts(what)
+  for pattern in _TOO_LARGE:
+    found = pattern.search(error)
+    if found:
+      used, limit = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
+      if 'temporaries' in found[0]:
+        held['temporaries'], used = int(used), used + sum(held.values())
+      return _fit({'total': used}, limit, held)
+  raise ValueError(f'the program does not fit: {error.splitlines()[0]}')
+
+
+def assumed(what: plan.Plan) -> compiled.Assumed:
+  """What depends on the data: that routers are balanced, so that one pass is enough."""
+  m, sizes = what.cfg.model, what.mesh.shape
+  if not m.moe.experts or sizes['expert'] == 1:
+    return compiled.Assumed()
+  tokens = what.micro // mesh.ways('batch', what.mesh)
+  tokens *= what.cfg.data.length // mesh.ways('tokens', what.mesh)
+  team, mine = sizes['expert'], m.moe.experts // sizes['expert']
+  mean = tokens * m.moe.top_k
+  rows = dropless.pass_rows(mean, worst=tokens * team * min(m.moe.top_k, mine))
+  return compiled.Assumed(fill=mean / rows, idle=('gated/moe/dropless',))
 
 
 def by_arithmetic(cfg: plan.Config, of: Machine) -> dict[str, Any]:
@@ -98,20 +129,30 @@ def by_arithmetic(cfg: plan.Config, of: Machine) -> dict[str, Any]:
 
 
 def suggestions(cfg: plan.Config, of: Machine) -> list[dict[str, Any]]:
-  """Meshes, remat policies and micro-batches that fit, by arithmetic, best first."""
+  """Meshes, remat policies and micro-batches that fit, by arithmetic, best first.
+
+  Where none does, those of the fewest chips that are enough, in doublings.
+  """
   if of.chip is None:
     return []
-  return [
-    {
-      'flags': estimate.tail(knobs),
-      'mesh': dict(found.sizes),
-      'memory': found.bytes,
-      'seconds': found.time.step,
-      'bound': found.time.bound,
-      'mfu': found.mfu,
-    }
-    for knobs, found in estimate.suggest(cfg, of.chip, of.count, of.slices)
-  ]
+  for doubling in range(DOUBLINGS + 1):
+    chips_of = of.count * 2**doubling
+    found = estimate.suggest(cfg, of.chip, chips_of, of.slices)
+    if found:
+      return [_way(knobs, e, chips_of) for knobs, e in found]
+  return []
+
+
+def _way(knobs: Mapping[str, Any], found: estimate.Estimate, count: int) -> dict:
+  return {
+    'chips': count,
+    'flags': estimate.tail(knobs),
+    'mesh': dict(found.sizes),
+    'memory': found.bytes,
+    'seconds': found.time.step,
+    'bound': found.time.bound,
+    'mfu': found.mfu,
+  }
 
 
 def _slice(device: Any) -> int:
@@ -185,12 +226,13 @@ def _costs(what: plan.Plan, program: compiled.Program, of: Machine) -> dict[str,
     'buffers': [_buffer(b) for b in program.buffers[:10]],
     'uncounted': dict(program.uncounted),
     'unknown_loops': list(program.unknown_loops),
+    'idle_loops': list(program.idle_loops),
     'conditionals': program.conditionals,
   }
   if of.chip is None:
     return report
   expected = estimate.of(cfg, dict(what.mesh.shape), of.chip, of.slices)
-  report['flops']['expected'] = dict(expected.flops)
+  report['flops']['expected'] = {**expected.flops, 'scores again': program.again}
   sent = [_sent(t, what, of) for t in program.collectives]
   time_of = estimate.roofline(
     flops=kinds(program), moved=program.bytes, sent=sent, chip=of.chip

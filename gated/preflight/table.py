@@ -33,13 +33,13 @@ def suggested(ways: list[Mapping[str, Any]], most: int) -> list[str]:
   if not ways:
     return ['nothing fits by arithmetic: more chips, or chips with more memory']
   rest = [f'and {len(ways) - most} more'] if len(ways) > most else []
-  return [f'{len(ways)} ways fit, by arithmetic:', *map(_way, ways[:most]), *rest]
+  return [f'{len(ways)} ways fit, by arithmetic', *map(_way, ways[:most]), *rest]
 
 
 def _way(way: Mapping[str, Any]) -> str:
   size, mfu = way['memory'] / GIB, way['mfu']
-  facts = f'est. {way["seconds"]:.3g} s a step, MFU {mfu:.1%}, {size:.3g} GiB'
-  return f'{facts}, bound by {way["bound"]}: {way["flags"] or "as it is"}'
+  time = f'{way["chips"]} chips, est. {way["seconds"]:.3g} s a step, MFU {mfu:.1%}'
+  return f'{time}, {size:.3g} GiB, {way["bound"]} bound: {way["flags"] or "as it is"}'
 
 
 def _head(r) -> list[str]:
@@ -89,6 +89,9 @@ def _work(r) -> list[str]:
     found.append(f'  ! custom call {name!r}, {runs} runs, is not counted')
   for name in r.get('unknown_loops', ()):
     found.append(f'  ! a loop of unknown length is counted once: {name}')
+  if r.get('idle_loops'):
+    count = len(r['idle_loops'])
+    found.append(f'  {count} loops that only unbalanced routers need are left out')
   if r.get('conditionals'):
     found.append(f'  {r["conditionals"]} conditionals: the branch that costs most counts')
   found.append(f'  {"moved":14}{r["bytes_moved"] / GIB:12.4g} GiB of memory, estimated')
