@@ -9,7 +9,7 @@ from the assumptions in `roofline.ASSUMED`.
   suggest(cfg, chip, count) all that fits, best first
 """
 
-from gated.estimate.choice import meshes, sizes, suggest, tail
+from gated.estimate.choice import changed, meshes, sizes, suggest, tail
 from gated.estimate.layout import check
 from gated.estimate.one import Estimate, named, of
 from gated.estimate.roofline import ASSUMED, Roofline, Traffic, assumed, roofline
@@ -20,6 +20,7 @@ __all__ = [
   'Roofline',
   'Traffic',
   'assumed',
+  'changed',
   'check',
   'meshes',
   'named',

@@ -48,7 +48,7 @@ def meshes(cfg: Any, count: int, chip: Chip, slices: int = 1) -> list[Estimate]:
   fsdp.
   """
   found = []
-  for one in _factored(count, _asked(cfg)):
+  for one in _factored(count, cfg):
     try:
       found.append(of(cfg, one, chip, slices))
     except ValueError:
@@ -66,8 +66,8 @@ def suggest(
   found = []
   accums = [n for n in range(1, cfg.batch + 1) if cfg.batch % n == 0]
   for remat in model.REMAT:
-    tried = [_changed(cfg, remat, n) for n in accums]
-    for one in _factored(devices, _asked(cfg)):
+    tried = [changed(cfg, remat, n) for n in accums]
+    for one in _factored(devices, cfg):
       best = _first_that_fits(tried, one, chip, slices)
       if best is not None:
         found.append(best)
@@ -95,7 +95,8 @@ def _asked(cfg: Any) -> dict[str, int]:
   return {axis: getattr(cfg.mesh, axis) for axis in mesh.AXES}
 
 
-def _changed(cfg: Any, remat: str, accum: int) -> Any:
+def changed(cfg: Any, remat: str, accum: int) -> Any:
+  """A recipe with another remat policy and number of micro-batches."""
   deeper = dataclasses.replace(cfg.model, remat=remat)
   return dataclasses.replace(cfg, accum=accum, model=deeper)
 
@@ -112,18 +113,21 @@ def _knobs(cfg: Any, other: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
   return hand | split | {knob: b for knob, (a, b) in rest.items() if a != b}
 
 
-def _factored(count: int, asked: Mapping[str, int]) -> Iterator[dict[str, int]]:
-  """All ways to write a number of devices as a product of the axes' sizes."""
+def _factored(count: int, cfg: Any) -> Iterator[dict[str, int]]:
+  """All ways to write a number of devices as a product of the axes' sizes.
+
+  Without experts their axis is one more name for data, and is left alone.
+  """
+  asked = _asked(cfg)
   divisors = [n for n in range(1, count + 1) if count % n == 0]
-  allowed = [[size] if size > 1 else divisors for size in asked.values()]
-  # The last free axis is what is left, so that few products are tried in vain.
-  last = max((i for i, size in enumerate(asked.values()) if size <= 1), default=0)
-  given, allowed[last] = allowed[last], [0]
-  for chosen in itertools.product(*allowed):
-    known = math.prod(n for i, n in enumerate(chosen) if i != last)
-    if count % known == 0 and count // known in given:
-      left = (*chosen[:last], count // known, *chosen[last + 1 :])
-      yield dict(zip(asked, left))
+  free = {axis: divisors for axis, size in asked.items() if size <= 1}
+  if not cfg.model.moe.experts and 'expert' in free:
+    free['expert'] = [1]
+  allowed = [free.get(axis, [size]) for axis, size in asked.items()]
+  for chosen in itertools.product(*allowed[:-1]):
+    left, odd = divmod(count, math.prod(chosen))
+    if not odd and left in allowed[-1]:
+      yield dict(zip(asked, (*chosen, left)))
 
 
 def _rank(e: Estimate) -> tuple:
@@ -145,6 +149,7 @@ def _nothing(cfg: Any, count: int, chip: Chip, slices: int, found: list) -> str:
     except ValueError as error:
       return f'{what}: no mesh divides the recipe; of fsdp alone, {error}'
   least = min(found, key=lambda e: e.bytes)
+  assert chip.memory is not None
   would = []
   knobs = next(iter(suggest(cfg, chip, count, slices)), None)
   if knobs:
@@ -163,7 +168,7 @@ def _nothing(cfg: Any, count: int, chip: Chip, slices: int, found: list) -> str:
 def _enough(cfg: Any, count: int, chip: Chip, slices: int) -> int | None:
   """The least multiple by two of so many devices on which a mesh fits."""
   for times in (2**i for i in range(1, MORE + 1)):
-    more = slices * times if count * times // slices > chip.slice_size else slices
+    more = max(slices, -(-count * times // chip.slice_size))
     if any(e.fits for e in meshes(cfg, count * times, chip, more)):
       return count * times
   return None
