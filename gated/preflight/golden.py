@@ -1,7 +1,7 @@
 """What a preflight found once, kept: a later one may not need much more.
 
-A kept case is a file of JSON: the `flags` that make it, the `needs` it must meet and what
-was `found`.
+A kept case is a file of JSON: the `flags` that make it, the `needs` that it must meet and
+what was `found`, null at first.
 """
 
 from collections import defaultdict
@@ -26,10 +26,17 @@ def kept(report: Mapping[str, Any]) -> dict[str, Any]:
     'memory': memory,
     'spare': report['spare'] and round(report['spare'], 4),
     'flops': report['flops']['counted'],
+    'of_expected': round(of_expected(report), 4),
     'received': {name: int(size) for name, size in sorted(sent.items())},
     'step_seconds': round(report['seconds']['step'], 4),
     'mfu': round(report['mfu'], 4),
   }
+
+
+def of_expected(report: Mapping[str, Any]) -> float:
+  """FLOPs in the program over those by arithmetic."""
+  flops = report['flops']
+  return flops['counted'] / sum(flops['expected'].values())
 
 
 def faults(case: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
@@ -42,6 +49,8 @@ def faults(case: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
     return [f'does not fit any more: {report["memory"]["total"]:,} bytes']
   old, new = case['found'], kept(report)
   found = list(report['offences'])
+  if old is None:
+    return [*found, 'nothing is kept yet: --write keeps what is found']
   for name in ('total', 'temporaries'):
     found += _grown(f'memory.{name}', old['memory'][name], new['memory'][name])
   found += _grown('flops', old['flops'], new['flops'])
@@ -51,6 +60,8 @@ def faults(case: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
   least = case['needs']['spare']
   if report['spare'] is not None and report['spare'] < least:
     found.append(f'{report["spare"]:.1%} of the memory is to spare, not {least:.0%}')
+  if abs(new['of_expected'] - 1) > GROWTH:
+    found.append(f'the FLOPs counted are {new["of_expected"]} of those by arithmetic')
   if case['needs']['counted'] and (report['uncounted'] or report['unknown_loops']):
     found.append(f'not counted: {report["uncounted"]}, {report["unknown_loops"]}')
   return found
@@ -59,5 +70,5 @@ def faults(case: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
 def _grown(name: str, old: float, new: float) -> list[str]:
   if new <= old * (1 + GROWTH):
     return []
-  by = f'{new / old - 1:.1%}' if old else 'from nothing'
-  return [f'{name} grew by {by}: {old:,} was kept, {new:,} was found']
+  by = f'by {new / old - 1:.1%}' if old else 'from nothing'
+  return [f'{name} grew {by}: {old:,} was kept, {new:,} was found']
