@@ -215,25 +215,41 @@ def test_process_0_is_told_that_it_may_be_on_the_wrong_machine(monkeypatch):
   assert '(is this its machine?)' in said
 
 
-def test_a_port_that_another_program_has_is_named():
+@contextlib.contextmanager
+def saying(line):
+  """A program that says one line to whoever comes, and hangs up -> its port."""
   with socket.create_server(('127.0.0.1', 0)) as other:
 
     def greet():
       while True:
         try:
-          line, _ = other.accept()
+          guest, _ = other.accept()
         except OSError:
           return
-        line.sendall(b'SSH-2.0-OpenSSH_9.2\r\n')
-        line.close()
+        guest.sendall(line + b'\n')
+        guest.close()
 
     threading.Thread(target=greet, daemon=True).start()
-    port = other.getsockname()[1]
-    [said] = meeting_of(place(port, 2, 1))
-    assert f'what answers at 127.0.0.1:{port} is not process 0' in said
-    [said] = meeting_of(place(port, 2, 0))
-    assert f'process 0 cannot have port {port} of its machine' in said
+    yield other.getsockname()[1]
     other.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize(
+  'line', [b'SSH-2.0-OpenSSH_9.2', b'\0\0\x12\x04\xff', b'{"go": 1}']
+)
+def test_a_port_that_another_program_has_is_named(line):
+  with saying(line) as port:
+    [said] = meeting_of(place(port, 2, 1), limit=0.3)
+    assert f'what answers at 127.0.0.1:{port} is not process 0' in said
+    [said] = meeting_of(place(port, 2, 0), limit=0.3)
+    assert f'process 0 cannot have port {port} of its machine' in said
+
+
+def test_a_process_0_that_has_left_is_named():
+  with saying(b'{"go": false, "wrong": "", "why": "missing of 2: process 7"}') as port:
+    [said] = meeting_of(place(port, 2, 1), limit=0.3)
+  # It may be caught while it still waits.
+  assert f'process 0 was at 127.0.0.1:{port}, and left' in said or 'process 7' in said
 
 
 NONE = ('SLURM_', 'OMPI_', 'TPU_', 'MEGASCALE_', 'JOB', 'JAX_COORDINATOR', 'KUBERNETES_')

@@ -103,7 +103,7 @@ def _admit(listening: socket.socket, came: dict[int, Guest], processes: int) -> 
   """Takes in who knocks, if anybody does -> what is wrong with it, '' for nothing."""
   try:
     line, _ = listening.accept()
-  except TimeoutError:
+  except OSError:  # Nobody, or one who is gone again.
     return ''
   try:
     line.settimeout(ANSWER)
@@ -122,7 +122,7 @@ def _admit(listening: socket.socket, came: dict[int, Guest], processes: int) -> 
     hosts = f'on {host} and on {came[process].host}'
     wrong = f'there are two of process {process} (--process): {hosts}'
   if wrong:
-    _tell(line, {'wrong': wrong, 'go': False})
+    _tell(line, {'wrong': wrong, 'why': '', 'go': False})
     line.close()
   else:
     came[process] = Guest(line, host)
@@ -161,13 +161,15 @@ def _visit(place: Place, end: float) -> Iterator[dict]:
     where = host.strip('[]'), int(port)
     with socket.create_connection(where, patience) as line, line.makefile('rb') as lines:
       _tell(line, hello | {'host': platform.node()})
-      for text in lines:
-        yield json.loads(text)
+      for text in iter(lambda: lines.readline(LINE), b''):
+        told = json.loads(text)
+        yield {name: told[name] for name in ('go', 'wrong', 'why')}
+        why = f'process 0 was at {place.address}, and left'
   except socket.gaierror:
     why = f'there is no host {host!r} that the name service knows'
   except ConnectionRefusedError:
-    where = ' (is this its machine?)' if place.process == 0 else ''
-    why = f'nothing listens at {place.address}, where process 0 should{where}'
+    here = ' (is this its machine?)' if place.process == 0 else ''
+    why = f'nothing listens at {place.address}, where process 0 should{here}'
   except TimeoutError:
     why = f'no answer from {place.address}'
   except OSError as error:
