@@ -11,7 +11,7 @@ from typing import Any
 
 from gated import mesh, model
 from gated.chips import GIB, Chip
-from gated.estimate.one import Estimate, named, of
+from gated.estimate.one import Estimate, excess, named, of
 from gated.estimate.roofline import assumed
 
 # How many times as many devices are tried, where none of those given is enough.
@@ -83,11 +83,10 @@ def tail(changes: Mapping[str, Any]) -> str:
 def _first_that_fits(tried: list, one: dict[str, int], chip: Chip, slices: int):
   for other in tried:
     try:
-      e = of(other, one, chip, slices)
+      if excess(other, one, chip, slices) <= 0:
+        return other, of(other, one, chip, slices)
     except ValueError:
       continue
-    if e.fits:
-      return other, e
   return None
 
 

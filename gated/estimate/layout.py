@@ -57,6 +57,7 @@ class Layout:
   def __init__(self, cfg: Any, sizes: Mapping[str, int]):
     self.cfg, self.sizes = cfg, dict(sizes)
     m = cfg.model
+    self.weights = weights(m)
     self.on: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     self.ways = {axis: mesh.ways(axis, self.on) for axis in mesh.RULES if axis}
     self.devices = self.on.size
@@ -92,14 +93,14 @@ class Layout:
     """
     return sum(
       w.count / self.split(w.axes, but=but)
-      for w in weights(self.cfg.model)
+      for w in self.weights
       if (not parts or w.part in parts) and (not having or having in w.axes)
     )
 
   @property
   def stored(self) -> float:
     """Bytes of all weights on one chip, as they are kept."""
-    return sum(w.stored / self.split(w.axes) for w in weights(self.cfg.model))
+    return sum(w.stored / self.split(w.axes) for w in self.weights)
 
 
 def check(cfg: Any, on: Any) -> None:

@@ -32,9 +32,7 @@ class Estimate:
   @property
   def excess(self) -> float:
     """Bytes over what may be used; negative where there is room."""
-    if self.chip.memory is None:
-      return -float('inf')
-    return self.bytes - (1 - assumed('spare')) * self.chip.memory
+    return _over(self.memory, self.chip)
 
   @property
   def fits(self) -> bool:
@@ -57,9 +55,7 @@ def of(cfg: Any, sizes: Mapping[str, int], chip: Chip, slices: int = 1) -> Estim
   Raises ValueError, naming the knobs, where the mesh does not divide the recipe or its
   slices.
   """
-  crossing(sizes, slices)
-  layout = Layout(cfg, sizes)
-  check(cfg, layout.on)
+  layout = _layout(cfg, sizes, slices)
   flops, moved = work.flops(layout), work.moved(layout)
   sent = work.sent(layout, chip, slices)
   tokens = cfg.batch * cfg.data.length
@@ -74,6 +70,24 @@ def of(cfg: Any, sizes: Mapping[str, int], chip: Chip, slices: int = 1) -> Estim
     traffic=sent,
     time=roofline(flops=flops, moved=moved, sent=sent, chip=chip),
   )
+
+
+def excess(cfg: Any, sizes: Mapping[str, int], chip: Chip, slices: int = 1) -> float:
+  """`of(...).excess`, in a quarter of the time: of a sweep most does not fit."""
+  return _over(memory.held(_layout(cfg, sizes, slices)), chip)
+
+
+def _layout(cfg: Any, sizes: Mapping[str, int], slices: int) -> Layout:
+  crossing(sizes, slices)
+  layout = Layout(cfg, sizes)
+  check(cfg, layout.on)
+  return layout
+
+
+def _over(held: Mapping[str, float], chip: Chip) -> float:
+  if chip.memory is None:
+    return -float('inf')
+  return sum(held.values()) - (1 - assumed('spare')) * chip.memory
 
 
 def named(sizes: Mapping[str, int]) -> str:
