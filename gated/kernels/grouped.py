@@ -20,8 +20,8 @@ def grouped_matmul(
 
   The sizes are integers; a group may be empty. Rows beyond their sum, at the end, are
   nobody's: what y and the gradient of x hold there is any number or none, and what x and
-  the gradient of y hold there counts for nothing. No backend pays for every matrix on
-  every row. Raises NotImplementedError if none can.
+  the gradient of y hold there counts for nothing. No backend but 'ragged' pays for every
+  matrix on every row. Raises NotImplementedError if none can.
   """
   knob = 'config.model.moe.backend'
   args = x_NA, w_EAB, size_E
@@ -53,9 +53,12 @@ def _megablox(x_NA, w_EAB, size_E):
 
 
 def _ragged(x_NA, w_EAB, size_E):
-  """XLA's own, which only TPUs have a kernel for."""
+  """XLA's own, which only TPUs have a kernel for, and not for the gradient of w.
+
+  That one is a dense product of every matrix and every row: for sizes beneath notice.
+  """
   if mesh.platform() != 'tpu':
-    raise NotImplementedError('pays for every matrix on every row but on a TPU')
+    raise NotImplementedError('pays for every matrix on every row')
   return jax.lax.ragged_dot(x_NA, w_EAB, size_E)
 
 
