@@ -553,6 +553,7 @@ def test_an_array_of_tokens_by_tokens_is_an_offence():
     ('bf16[128,64,12]', True),  # of each expert a part
     ('bf16[16,64,24]', False),  # a shard's experts
     ('bf16[512,64]', False),  # some other matrix
+    ('f32[2,64,128]', False),  # routers
   ],
 )
 def test_an_all_gather_of_all_experts_is_an_offence(shape, bad):

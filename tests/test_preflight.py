@@ -280,7 +280,11 @@ def test_the_script_suggests_what_fits_best_first(run_python):
   ('flags', 'code', 'said'),
   [
     (['--topology=v5e:3x3'], 2, 'slices of v5e are 2x2 2x4'),
-    (['--topology=h100:8', '--config.mesh.tensor=8'], 2, 'config.model.attn.kv_heads=2'),
+    (
+      ['--topology=h100:8', '--config.mesh.tensor=8'],
+      2,
+      'config.model.attn.heads=4 must',
+    ),
     (['--topology=h100:8', '--config.batch=12'], 2, 'config.batch=12 must be a multiple'),
     (['--topology=h100:8', '--config.mesh.fsdp=3'], 2, 'is not the 8 devices'),
     (['--golden', '--only=nothing'], 2, '--only=nothing, but cases are '),

@@ -9,6 +9,9 @@ from gated.compiled import Buffer, Program
 
 GIB = 2**30
 
+# Into so many parts at most a mesh splits an expert's matrix.
+PART = 8
+
 # Files whose arrays are the attention's and the loss's.
 ATTENTION = ('gated/attention.py', 'gated/kernels/')
 LOSS = ('gated/kernels/loss', 'gated/kernels/vocab')
@@ -19,14 +22,15 @@ def whole_experts(program: Program, *, experts: int, width: int, ffn: int) -> li
   """All-gathers whose result holds (a part of) each expert of a layer.
 
   Such a result has a dim of all experts beside one of the model's or the FFN's width, or
-  is as large as a number of whole stacks of their matrices.
+  is as large as a number of whole stacks of their matrices. What is less than a PART of
+  one is a router's.
   """
   stack = experts * width * ffn
   found = []
   for gather in program.gathers:
     dims, size = gather.dims, gather.size
-    named = len(dims) > 2 and experts in dims and (width in dims or ffn in dims)
-    if named or size % stack == 0:
+    named = experts in dims and (width in dims or ffn in dims)
+    if (named and size * PART >= stack) or size % stack == 0:
       found.append(f'an all-gather holds all experts: {_line(gather)}')
   return found
 

@@ -39,10 +39,15 @@ def flops(layout: Layout) -> dict[str, float]:
   dense = forward - attention - grouped - vocab
   again = {'none': (0, 0, 0), 'dots': (0, 1, 1), 'full': (1, 1, 1)}[m.remat]
   times = [3 + layout.counting + extra for extra in again]
+  # No gradient needs the result of a layer's last product, so it is not made again: but
+  # where a device has all experts, whose results are weighted after it.
+  last = again[0] * 2.0 * m.depth * m.width * m.ffn
+  last_grouped = last * m.moe.top_k if m.moe.experts and layout.expert > 1 else 0.0
+  last = 0.0 if m.moe.experts else last
   return {
-    'matmul': tokens * (dense * times[0] + 3 * vocab),
+    'matmul': tokens * (dense * times[0] + 3 * vocab - last),
     'attention': tokens * attention * times[1],
-    'grouped': tokens * grouped * times[2],
+    'grouped': tokens * (grouped * times[2] - last_grouped),
   }
 
 
