@@ -11,6 +11,7 @@ beside the estimates. The figure needs matplotlib, and is left as it is without 
 
 import argparse
 import importlib.util
+import itertools
 import json
 import sys
 from collections.abc import Mapping
@@ -36,6 +37,8 @@ MODELS = {
 CHIPS = ('v5e', 'v5p', 'v6e')
 COUNTS = (4, 16, 64, 256, 1024, 4096)
 LENGTHS = (4096, 32_768)
+# Of a smaller kept case most of the memory is the program itself.
+SMALL = GIB / 4
 # A mesh pays as long as it is so near to the best one.
 PAYS = 1.10
 
@@ -50,6 +53,7 @@ class Row:
   accum: int
   best: estimate.Estimate | None
   families: Mapping[str, estimate.Estimate]  # the best of each set of axes
+  shape: tuple[int, int]  # rows of a step, KV heads
   over: float  # bytes, where nothing fits
 
   @property
@@ -84,6 +88,7 @@ def row(cfg: plan.Config, chip: chips.Chip, count: int) -> Row:
     accum=at('accum', cfg.accum),
     best=best,
     families=families,
+    shape=(cfg.batch, cfg.model.attn.kv_heads),
     over=over,
   )
 
@@ -115,7 +120,7 @@ def table(rows: list[Row]) -> list[str]:
   for r in rows:
     count = f'{r.count:,}' + (f' in {r.slices} slices' if r.slices > 1 else '')
     if r.best is None or first is None:
-      short = f'{r.over / GIB:,.1f} GiB a chip too much' if r.over < 1e18 else 'no mesh'
+      short = f'{r.over / GIB:,.2f} GiB a chip too much' if r.over < 1e18 else 'no mesh'
       lines.append(f'| {count} | does not fit: {short} | | | | | | | |')
       continue
     e = r.best
@@ -161,7 +166,10 @@ def _why(after: Row, name: str) -> str:
   e, best = after.families.get(name), after.best
   assert best is not None
   if e is None:
-    return 'no mesh of it divides the recipe and fits'
+    (rows, heads), tensor = after.shape, 'tensor' in name
+    few = after.count > rows * (heads if tensor else 1) and 'context' not in name
+    limit = f'{rows:,} rows' + (f' and {heads} KV heads' if tensor else '')
+    return f'there are only {limit} to split' if few else 'no mesh of it fits'
   times = e.time.step / best.time.step
   return (
     f'its best, {estimate.named(e.sizes)}, takes {times:.2f} times as long as '
@@ -215,9 +223,10 @@ def compiled() -> list[str]:
   lines = []
   for path in sorted(GOLDEN.glob('*.json')):
     case = json.loads(path.read_text())
-    if not case.get('found'):
+    if not case['found'] or case['found']['memory']['total'] < SMALL:
       continue
-    found, flags = case['found'], parsed(case['flags'])
+    found = case['found']
+    flags = dict(f.removeprefix('--').split('=', 1) for f in case['flags'])
     name, _, shape = flags.pop('topology').partition(':')
     slices = int(flags.pop('slices', 1))
     cfg = from_flags(flags)
@@ -239,10 +248,6 @@ def compiled() -> list[str]:
   return [head, '| --- | --- | --- |' + ' ---: |' * 7, *lines]
 
 
-def parsed(flags: list[str]) -> dict[str, str]:
-  return dict(f.removeprefix('--').split('=', 1) for f in flags)
-
-
 def from_flags(flags: Mapping[str, str]) -> plan.Config:
   """'config' and 'config.KNOB' -> the recipe, as the command line would build it."""
   file, _, arg = flags['config'].partition(':')
@@ -260,18 +265,17 @@ def from_flags(flags: Mapping[str, str]) -> plan.Config:
 
 PREFACE = f"""# Scaling on paper
 
-Made by `{COMMAND}`: nothing here was run on the chips it speaks of, and no number was
-typed by hand. Each row is the fastest that fits of all meshes, remat policies and numbers
-of micro-batches, at 4,194,304 tokens a step, estimated by arithmetic
-(`gated/estimate/`). Bytes are of one chip and one step; efficiency is the speed of a chip
-against that at the smallest number that fits; v5e and v6e beyond 256 chips are several
-slices over the data-centre network. A row that does not fit says by how much the mesh
-that needs least does not, with everything made anew.
+Made by `{COMMAND}`: nothing here was run on the chips it speaks of, and
+no number was typed by hand. Each row is the fastest that fits of all meshes, remat
+policies and numbers of micro-batches, at 4,194,304 tokens a step, by `gated/estimate/`.
+Bytes are of one chip and one step; efficiency is the speed of a chip against that at the
+smallest number that fits; v5e and v6e beyond 256 chips are several slices over the
+data-centre network. What does not fit says by how much the least mesh with full remat.
 """
 
 LEFT_OUT = """The step is the slowest of compute, memory and traffic that hides, plus what
 cannot hide. Latency of collectives, waiting for the slowest chip and unbalanced experts
-are not modelled. An axis pays where its best mesh is within a tenth of the best of all.
+are left out. A set of axes pays where its best mesh is within a tenth of the best of all.
 """
 
 
@@ -318,21 +322,17 @@ def figure(tables: Mapping[tuple, list[Row]], path: Path) -> bool:
 
 def main(argv: list[str]) -> int:
   jax.config.update('jax_platforms', 'cpu')
-  words = lambda text: text.split(',')
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  words, numbers = (lambda t: t.split(',')), (lambda t: [int(n) for n in t.split(',')])
   parser.add_argument('--model', type=words, default=list(MODELS))
   parser.add_argument('--chip', type=words, default=list(CHIPS))
-  parser.add_argument('--count', type=lambda text: [int(n) for n in words(text)])
+  parser.add_argument('--count', type=numbers, default=COUNTS)
   asked = parser.parse_args(argv)
-  counts = asked.count or COUNTS
-  tables = {
-    (name, chip, length): [
-      row(recipe(name, length), chips.CHIPS[chip], n) for n in counts
-    ]
-    for name in asked.model
-    for length in LENGTHS
-    for chip in asked.chip
-  }
+  at = lambda name, chip, length: [
+    row(recipe(name, length), chips.CHIPS[chip], n) for n in asked.count
+  ]
+  keys = itertools.product(asked.model, LENGTHS, asked.chip)
+  tables = {(name, chip, length): at(name, chip, length) for name, length, chip in keys}
   if argv:
     for key, rows in tables.items():
       print('\n'.join([str(key), *table(rows), *remarks(rows), '']))

@@ -48,7 +48,7 @@ def test_a_row_is_the_best_that_fits_or_says_by_how_much_it_does_not(tables):
   least = min(e.excess for e in estimate.meshes(cfg, 4, chips.CHIPS['v5e']))
   assert small.over <= least
   lines = scaling.table(rows)
-  assert f'{small.over / GIB:,.1f} GiB a chip too much' in lines[2]
+  assert f'{small.over / GIB:,.2f} GiB a chip too much' in lines[2]
   cells = [cell.strip() for cell in lines[3].split('|')[1:-1]]
   assert cells[0] == '64' and cells[1] == estimate.named(middle.best.sizes)
   assert float(cells[3]) == pytest.approx(middle.best.bytes / GIB, abs=0.06)
