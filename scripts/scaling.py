@@ -13,11 +13,11 @@ import argparse
 import importlib.util
 import itertools
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -166,10 +166,11 @@ def _why(after: Row, name: str) -> str:
   e, best = after.families.get(name), after.best
   assert best is not None
   if e is None:
-    (rows, heads), tensor = after.shape, 'tensor' in name
-    few = after.count > rows * (heads if tensor else 1) and 'context' not in name
-    limit = f'{rows:,} rows' + (f' and {heads} KV heads' if tensor else '')
-    return f'there are only {limit} to split' if few else 'no mesh of it fits'
+    (rows, heads), axes = after.shape, set(name.split(' + '))
+    caps = {f'{rows:,} rows': rows} if axes & {'data', 'fsdp', 'expert'} else {}
+    caps |= {f'{heads} KV heads': heads} if 'tensor' in axes else {}
+    few = after.count > math.prod(caps.values()) and 'context' not in axes
+    return f'there are only {" and ".join(caps)} to split' if few else 'none of it fits'
   times = e.time.step / best.time.step
   return (
     f'its best, {estimate.named(e.sizes)}, takes {times:.2f} times as long as '
@@ -231,8 +232,8 @@ def compiled() -> list[str]:
     slices = int(flags.pop('slices', 1))
     cfg = from_flags(flags)
     e = estimate.of(cfg, found['mesh'], chips.CHIPS[name], slices)
-    total, received = found['memory']['total'], sum(found['received'].values())
-    sent = sum(t.link + t.network for t in e.traffic)
+    total, sent = found['memory']['total'], sum(t.link + t.network for t in e.traffic)
+    received = sum(found['received'].values())
     lines.append(
       f'| {path.stem} | {name}:{shape} | {estimate.named(found["mesh"])} '
       f'| {total / GIB:.2f} | {e.bytes / GIB:.2f} | {e.bytes / total:.2f} '
@@ -270,7 +271,8 @@ no number was typed by hand. Each row is the fastest that fits of all meshes, re
 policies and numbers of micro-batches, at 4,194,304 tokens a step, by `gated/estimate/`.
 Bytes are of one chip and one step; efficiency is the speed of a chip against that at the
 smallest number that fits; v5e and v6e beyond 256 chips are several slices over the
-data-centre network. What does not fit says by how much the least mesh with full remat.
+data-centre network. Where nothing fits, the row says by how much the mesh that needs
+least, with full remat, is too large.
 """
 
 LEFT_OUT = """The step is the slowest of compute, memory and traffic that hides, plus what
@@ -298,11 +300,10 @@ def figure(tables: Mapping[tuple, list[Row]], path: Path) -> bool:
     return False
   matplotlib = importlib.import_module('matplotlib')
   matplotlib.use('svg')
-  # The same figure for the same numbers.
-  matplotlib.rcParams['svg.hashsalt'] = 'scaling'
+  matplotlib.rcParams['svg.hashsalt'] = 'scaling'  # The same file each time.
   pyplot = importlib.import_module('matplotlib.pyplot')
   names, lengths = (list(dict.fromkeys(key[i] for key in tables)) for i in (0, 2))
-  opts: dict[str, Any] = dict(sharex=True, sharey=True, squeeze=False)
+  opts: dict[str, bool] = dict.fromkeys(('sharex', 'sharey'), True) | {'squeeze': False}
   drawing, axes = pyplot.subplots(len(names), len(lengths), figsize=(9, 6), **opts)
   for (name, chip, length), rows in tables.items():
     axis = axes[names.index(name)][lengths.index(length)]

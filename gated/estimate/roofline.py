@@ -13,9 +13,9 @@ from gated.chips import Chip
 # Of a peak, the share that is reached; or another share, as it says.
 ASSUMED: dict[str, tuple[float, str]] = {
   'matmul': (0.70, 'of peak FLOP/s in dense products (an H200 reaches 0.75 at 8192^3)'),
-  'attention': (0.40, 'of peak FLOP/s in attention, causal work alone being counted'),
+  'attention': (0.40, 'of peak FLOP/s in attention, counting causal work alone (0.41)'),
   'grouped': (0.45, 'of peak FLOP/s in grouped products'),
-  'memory': (0.80, 'of memory bandwidth (0.69 of an H200 copying)'),
+  'memory': (0.70, 'of memory bandwidth (an H200 reaches 0.69, copying)'),
   'link': (0.80, 'of link bandwidth'),
   'network': (0.70, 'of network bandwidth'),
   'overlap': (0.90, 'of the traffic of weights and gradients hides behind compute'),
