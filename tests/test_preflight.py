@@ -1,13 +1,11 @@
 """Preflights: by arithmetic, for what is here, and for TPUs where their compiler is.
 
-GATED_TPU_PYTHON names a Python that has libtpu; without it .venv/tpu is looked for, as
-`make tpu` makes it. GATED_PREFLIGHT=all compiles every kept case, which takes an hour.
+GATED_PREFLIGHT=all compiles every kept case, which takes an hour.
 """
 
 import importlib.util
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import jax
@@ -20,15 +18,6 @@ from gated.preflight import golden, table
 ROOT = Path(__file__).resolve().parents[1]
 CASES = {path.stem: path for path in (ROOT / 'tests/golden/preflight').glob('*.json')}
 GIB = 2**30
-
-
-@pytest.fixture
-def tpu_python() -> str:
-  own = ROOT / '.venv/tpu/bin/python'
-  found = os.environ.get('GATED_TPU_PYTHON') or (str(own) if own.exists() else '')
-  if not found:
-    pytest.skip('no compiler for TPUs: `make tpu`, or set GATED_TPU_PYTHON')
-  return found
 
 
 def run(run_python, *flags, **opts):
@@ -234,26 +223,24 @@ def test_every_kept_case_says_how_it_is_made():
     assert any(flag.startswith('--topology=v') for flag in case['flags']), name
 
 
-def check(python: str, name: str, timeout: int) -> None:
-  command = [python, 'scripts/preflight.py', '--golden', f'--only={name}']
-  opts = dict(cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
-  clean = {k: v for k, v in os.environ.items() if k not in ('XLA_FLAGS', 'JAX_PLATFORMS')}
-  done = subprocess.run(command, env=clean, **opts)
+def check(run_for_tpu, name: str, timeout: int) -> None:
+  flags = ['--golden', f'--only={name}']
+  done = run_for_tpu(['scripts/preflight.py', *flags], timeout=timeout)
   assert done.returncode == 0, done.stdout + done.stderr[-2000:]
   assert f'{name}: ' in done.stdout
 
 
 @pytest.mark.slow
-def test_a_small_step_compiled_for_tpus_is_as_it_was(tpu_python):
-  check(tpu_python, 'small', 600)
+def test_a_small_step_compiled_for_tpus_is_as_it_was(run_for_tpu):
+  check(run_for_tpu, 'small', 600)
 
 
 @pytest.mark.parametrize('name', sorted(set(CASES) - {'small'}))
 @pytest.mark.slow
-def test_a_step_compiled_for_tpus_is_as_it_was(name, tpu_python):
+def test_a_step_compiled_for_tpus_is_as_it_was(name, run_for_tpu):
   if os.environ.get('GATED_PREFLIGHT') != 'all':
     pytest.skip('takes minutes: set GATED_PREFLIGHT=all')
-  check(tpu_python, name, 7200)
+  check(run_for_tpu, name, 7200)
 
 
 def test_the_script_prints_an_estimate_and_the_same_as_json(run_python, tmp_path):
