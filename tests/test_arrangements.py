@@ -53,8 +53,8 @@ CHAINS = {
     (over(1, 8, data=2, tensor=2, context=2), over(2, context=2)),
   ],
   'experts': [
-    (over(2, 2, fsdp=2, expert=2), over(4, expert=4)),
-    (over(4, fsdp=2, expert=2), over(1, 8, fsdp=2, expert=4)),
+    (over(2, 2, fsdp=2, expert=2), over(4, fsdp=2, expert=2)),
+    (over(1, 8, fsdp=2, expert=4), over(2, expert=2)),
   ],
 }
 
