@@ -19,7 +19,7 @@ LANES = 128
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def multiply(x_NA, w_EAB, size_E, interpret: bool = False):
-  """As `grouped_matmul`. Raises NotImplementedError unless blocks divide the sizes."""
+  """As `grouped_matmul`: N and the widths are multiples of 128."""
   return gmm(x_NA, w_EAB, size_E, x_NA.dtype, tiling=_blocks, interpret=interpret)
 
 
@@ -40,7 +40,7 @@ multiply.defvjp(_forward, _backward)
 
 def _blocks(rows: int, terms: int, columns: int) -> tuple[int, int, int]:
   """The largest multiples of 128 up to BLOCK that divide each size."""
-  return tuple(_block(n, most) for n, most in zip((rows, terms, columns), BLOCK))
+  return _block(rows, BLOCK[0]), _block(terms, BLOCK[1]), _block(columns, BLOCK[2])
 
 
 def _block(n: int, most: int) -> int:
