@@ -61,6 +61,24 @@ def test_only_differences_of_positions_matter():
   assert np.abs(run(built) - run(built, positions=2 * np.arange(T)[None])).max() > 1e-2
 
 
+@pytest.mark.parametrize('cap', [0.0, 2.0])
+@pytest.mark.parametrize('normalizer', ['softmax', 'off_by_one', 'sink_logit'])
+def test_a_layer_in_blocks_is_the_layer(normalizer, cap):
+  segments = np.array([[1, 1, 1, 2, 2, 0, 0]])
+
+  @small.jit
+  def gradients(built, angle):
+    total = lambda built: jnp.sum(jnp.sin(built(X, angle, segments)))
+    return jax.value_and_grad(total)(built)
+
+  def leaves(backend):
+    built = layer(normalizer=normalizer, logit_cap=cap, backend=backend)
+    return jax.tree.leaves(gradients(built, angles(built, np.arange(T)[None])))
+
+  for a, b in zip(leaves('blockwise'), leaves('reference')):
+    np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
 def test_rope_base_is_a_knob():
   assert np.abs(run(layer()) - run(layer(rope_base=100.0))).max() > 1e-3
 

@@ -12,7 +12,7 @@ import small
 from gated import kernels, mesh, model
 from gated.kernels import blockwise, context, splash
 
-B, H, G, K = 2, 4, 2, 8
+H, G, K = 4, 2, 8
 BACKENDS = ['reference', 'blockwise', 'splash']
 ALONE = dict(data=1, fsdp=1, expert=1, tensor=1, context=1)
 
@@ -31,12 +31,13 @@ def on(**sizes):
   return mesh.make(**sizes, devices=jax.devices()[: np.prod(list(sizes.values()))])
 
 
-def problem(length):
+def problem(length, rows=1):
+  """q, k, v, segments, and how much each log-sum-exp weighs."""
   rng = np.random.default_rng(0)
-  q, k, v = (rng.normal(size=(B, length, h, K)).astype(np.float32) for h in (H, G, G))
-  segments = np.cumsum(rng.random((B, length)) < 4 / length, 1).astype(np.int32)
+  draw = lambda *dims: rng.normal(size=(rows, length, *dims)).astype(np.float32)
+  segments = np.cumsum(rng.random((rows, length)) < 4 / length, 1).astype(np.int32)
   segments[0, -length // 9 :] = 0  # padding
-  return q, k, v, segments, rng.normal(size=(B, length, H)).astype(np.float32)
+  return draw(H, K), draw(G, K), draw(G, K), segments, draw(H)
 
 
 def outcome(arrays, backend):
@@ -73,7 +74,8 @@ MESHES = [
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_attention_on_a_mesh_is_attention_on_one_device(backend, sizes):
   ways = sizes.get('context', 1)
-  arrays = problem((256 if backend == 'splash' else 48) * ways)
+  length = (256 if backend == 'splash' else 48) * ways
+  arrays = problem(length, rows=sizes.get('data', 1) * sizes.get('fsdp', 1))
   exact = outcome(arrays, 'reference')
   where = on(**sizes)
   with jax.set_mesh(where):

@@ -36,24 +36,6 @@ def _seen(query, key):
   return query >= key
 
 
-class Causal(masks.Mask):
-  """The causal mask of queries at given positions, made in the kernel from them."""
-
-  mask_function = staticmethod(_seen)
-
-  def __init__(self, position_T: np.ndarray):
-    self.q_sequence = position_T
-
-  @property
-  def shape(self) -> tuple[int, int]:
-    return len(self.q_sequence), len(self.q_sequence)
-
-  def __getitem__(self, idx) -> np.ndarray:
-    query, key = idx
-    row, column = self.q_sequence[query], np.arange(key.start, key.stop)
-    return self.mask_function(row[:, None], column[None])
-
-
 def attend(
   q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case, *, blocks=BLOCKS, interpret=False
 ):
@@ -116,10 +98,12 @@ def plan(length: int, ways: int, block_q: int, block_kv: int) -> list:
 
   Every array has a leading dim of `ways`, one part for each device.
   """
-  mask = masks.MultiHeadMask([Causal(context.order(length, ways).reshape(-1))])
-  opts = dict(head_shards=1, q_seq_shards=ways)
-  forward, _ = mask_info.process_mask(mask, (block_q, block_kv), **opts)
-  backward, _ = mask_info.process_mask_dkv(mask, (block_q, block_kv), **opts)
+  query = context.order(length, ways).reshape(-1)
+  # The corners of a block tell whether it is full, empty or neither; a block's own mask
+  # is made in the kernel, from where its queries stand.
+  corners = lambda at, block: at.reshape(-1, block)[:, [0, -1]].reshape(-1)
+  rows, columns = corners(query, block_q), corners(np.arange(length), block_kv)
+  mask = masks.MultiHeadMask([masks.NumpyMask(_seen(rows[:, None], columns[None]))])
 
   def part(array):
     if array.ndim == 1:  # the queries' positions
@@ -127,7 +111,12 @@ def plan(length: int, ways: int, block_q: int, block_kv: int) -> list:
     # One head's blocks: (1, blocks of queries, blocks of keys).
     return array.reshape(1, ways, -1, array.shape[2]).swapaxes(0, 1)
 
-  forward, backward = jax.tree.map(part, (forward, backward))
+  def made(process):
+    info, _ = process(mask, (2, 2), head_shards=1, q_seq_shards=ways)
+    info = info._replace(mask_next=None, partial_mask_blocks=None, q_sequence=query)
+    return jax.tree.map(part, info)
+
+  forward, backward = made(mask_info.process_mask), made(mask_info.process_mask_dkv)
   return [forward, forward, backward]
 
 
