@@ -91,7 +91,7 @@ clean:
 # Of its own, for libtpu changes JAX's default platform.
 .venv/tpu/made-$(FROM): requirements-tpu.$(FROM) .venv/run-$(FROM)
 	$(subst .venv,.venv/tpu,$(CREATE))
-	$(subst .venv/,.venv/tpu/,$(INSTALL)) -r requirements-tpu.$(FROM)
+	$(subst .venv/,.venv/tpu/,$(INSTALL)) -r requirements-tpu.$(FROM) || { rm -rf .venv/tpu; exit 1; }
 	@: > $@
 
 $(TOOLS)/made: requirements-tools.lock

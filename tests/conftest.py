@@ -34,7 +34,14 @@ import servers
 
 # The files that take longest. With several workers (-n 2 --dist loadfile) a file is one
 # worker's, and these begin first, so that no worker waits for the other at the end.
-LONGEST = ('test_train.py', 'test_faults.py', 'test_moe.py')
+LONGEST = (
+  'test_arrangements.py',
+  'test_train.py',
+  'test_faults.py',
+  'test_moe.py',
+  'test_preflight.py',
+  'test_context.py',
+)
 
 
 def pytest_collection_modifyitems(items):
