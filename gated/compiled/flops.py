@@ -13,7 +13,8 @@ GROUPED = 'grouped products'
 
 # Custom calls that place, check, transfer or draw, and multiply nothing.
 FREE = re.compile(
-  r'AllocateBuffer|PrepareAsync|ConcatBitcast|ZeroCrop|SliceId|Assume|AsyncCollective|Sharding|SPMD|annotate|MoveTo|Barrier|Pin'
+  r'AllocateBuffer|PrepareAsync|ConcatBitcast|ZeroCrop|SliceId|Assume|AsyncCollective'
+  r'|Sharding|SPMD|annotate|MoveTo|Barrier|Pin'
   r'|ProduceToken|TopK|[Ss]ort|threefry|rng|Rng|Resize|SliceToDynamic|PadToStatic'
   r'|X64|xla_ffi_python|callback|Token|LayoutConstraint|CreateBuffer|Alias|megascale'
 )
