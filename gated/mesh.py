@@ -84,10 +84,13 @@ def _arranged(sizes: dict[str, int], devices: list) -> np.ndarray:
   """Devices -> an array of them with the five axes, neighbours where it matters.
 
   Between slices, whose network is slow, lies `data`, or `fsdp` where data does not divide
-  into them; the other axes stay inside of one. Raises ValueError if neither does.
+  into them; the other axes stay inside of one. Raises ValueError if neither does. JAX
+  calls each machine with GPUs a slice; those keep their order, which puts the last axes
+  within a machine as far as they fit.
   """
   shape = tuple(sizes.values())
-  count = len({getattr(d, 'slice_index', None) for d in devices})
+  slices = {getattr(d, 'slice_index', None) for d in devices}
+  count = 1 if devices[0].platform == 'gpu' else len(slices)
   if count == 1:
     return _along_links(shape, devices)
   outer = next((a for a in ('data', 'fsdp') if sizes[a] % count == 0), None)

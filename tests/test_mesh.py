@@ -95,6 +95,13 @@ def test_between_slices_lies_data_or_else_fsdp(sizes, axes):
   ]
 
 
+def test_machines_of_gpus_are_no_slices():
+  gpus = [Device(i, i // 4, i // 4, 'gpu') for i in range(8)]
+  on = mesh.make(**ONES | dict(expert=2, context=4), devices=gpus)
+  assert crossing(on) == ['expert']
+  assert crossing(mesh.make(**ONES | {'expert': 8}, devices=gpus)) == ['expert']
+
+
 @pytest.mark.parametrize(
   ('sizes', 'said'),
   [
