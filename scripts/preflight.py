@@ -111,10 +111,16 @@ def counted(c: dict, counts: dict) -> str:
 def alone() -> None:
   """Before JAX looks for devices: none is taken, and the TPUs' compiler needs none.
 
-  It asks no cloud where it is, and does not mind another of its kind.
+  It asks no cloud where it is, and does not mind another of its kind. What it takes for
+  the machine that it is on has no bearing on what it compiles for.
   """
   jax.config.update('jax_platforms', 'cpu')
-  os.environ['TPU_SKIP_MDS_QUERY'] = os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
+  os.environ |= {
+    'TPU_SKIP_MDS_QUERY': '1',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    'TPU_WORKER_HOSTNAMES': 'localhost',
+    'TPU_ACCELERATOR_TYPE': 'v5p-8',
+  }
 
 
 def report(c: dict) -> dict:
