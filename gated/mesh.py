@@ -80,6 +80,11 @@ def filled(asked: Mapping[str, int], count: int) -> dict[str, int]:
   return sizes
 
 
+def slices(devices: Sequence[Any]) -> int:
+  """How many slices devices are of; of GPUs, how many machines."""
+  return len({getattr(device, 'slice_index', None) for device in devices})
+
+
 def _arranged(sizes: dict[str, int], devices: list) -> np.ndarray:
   """Devices -> an array of them with the five axes, neighbours where it matters.
 
@@ -89,8 +94,7 @@ def _arranged(sizes: dict[str, int], devices: list) -> np.ndarray:
   within a machine as far as they fit.
   """
   shape = tuple(sizes.values())
-  slices = {getattr(d, 'slice_index', None) for d in devices}
-  count = 1 if devices[0].platform == 'gpu' else len(slices)
+  count = 1 if devices[0].platform == 'gpu' else slices(devices)
   if count == 1:
     return _along_links(shape, devices)
   outer = next((a for a in ('data', 'fsdp') if sizes[a] % count == 0), None)

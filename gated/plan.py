@@ -196,8 +196,7 @@ class Plan:
 def _sizes(cfg: Config, devices: Sequence[Any]) -> dict[str, int]:
   """The sizes of the mesh's axes; where they are chosen, the log says why."""
   chip = chips.of(devices[0].device_kind) or chips.CHIPS['cpu']
-  slices = len({getattr(d, 'slice_index', None) for d in devices})
-  sizes, reason = estimate.sizes(cfg, len(devices), chip, slices)
+  sizes, reason = estimate.sizes(cfg, len(devices), chip, mesh.slices(devices))
   if reason:
     logging.getLogger('gated').info(reason)
   return sizes

@@ -43,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs import base
 from gated import config, metrics, model, plan, preflight
+from gated.chips import GIB
 from gated.preflight import golden, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,7 +167,7 @@ def check_golden(only: list[str], write: bool) -> int:
 
 
 def _short(new: dict) -> str:
-  gib = new['memory']['total'] / 2**30
+  gib = new['memory']['total'] / GIB
   if 'flops' not in new:
     return f'{gib:.2f} GiB do not fit'
   return f'{gib:.2f} GiB, {new["spare"]:.1%} to spare, {new["compile_seconds"]:.0f} s'

@@ -13,7 +13,20 @@ import jax
 import numpy as np
 
 from configs import base
-from gated import attention, config, data, gate, layers, mesh, model, optim, plan, trees
+from gated import (
+  attention,
+  config,
+  data,
+  gate,
+  kernels,
+  layers,
+  mesh,
+  model,
+  optim,
+  plan,
+  trees,
+)
+from gated.kernels import blockwise, splash
 
 RECIPE = {
   'steps': 5,
@@ -93,6 +106,14 @@ def largest_array(compiled) -> int:
   """The most elements of an array anywhere in a device's compiled program."""
   dims = re.findall(r'\b(?:pred|[a-z]+\d+)\[([\d,]+)\]', compiled.as_text())
   return max(math.prod(map(int, each.split(','))) for each in dims)
+
+
+def blocks(monkeypatch, most: int) -> None:
+  """Blocks of a size to have several of; without a TPU, its kernel is interpreted."""
+  monkeypatch.setattr(blockwise, 'MOST', most)
+  if jax.default_backend() == 'cpu':
+    interpreted = functools.partial(splash.attend, blocks=(128,), interpret=True)
+    monkeypatch.setitem(kernels.ATTENTION, 'splash', interpreted)
 
 
 @functools.cache

@@ -19,11 +19,7 @@ ALONE = dict(data=1, fsdp=1, expert=1, tensor=1, context=1)
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-  """Blocks of a size to have several of; without a TPU, its kernel is interpreted."""
-  monkeypatch.setattr(blockwise, 'MOST', 16)
-  if jax.default_backend() == 'cpu':
-    interpreted = functools.partial(splash.attend, blocks=(128,), interpret=True)
-    monkeypatch.setitem(kernels.ATTENTION, 'splash', interpreted)
+  small.blocks(monkeypatch, 16)
 
 
 def on(**sizes):

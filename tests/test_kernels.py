@@ -14,7 +14,7 @@ import pytest
 import small
 
 from gated import kernels
-from gated.kernels import blockwise, splash
+from gated.kernels import blockwise
 
 B, T, H, G, K = 2, 24, 4, 2, 8
 BACKENDS = [
@@ -40,11 +40,7 @@ SEGMENTS = np.array(
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-  """Blocks of a size to have several of; without a TPU, its kernel is interpreted."""
-  monkeypatch.setattr(blockwise, 'MOST', 7)
-  if jax.default_backend() == 'cpu':
-    interpreted = functools.partial(splash.attend, blocks=(128,), interpret=True)
-    monkeypatch.setitem(kernels.ATTENTION, 'splash', interpreted)
+  small.blocks(monkeypatch, 7)
 
 
 def segments_for(backend):

@@ -228,19 +228,8 @@ def _collectives(program, runs, layout: collectives.Layout) -> tuple[Traffic, ..
   return tuple(sorted(entries, key=lambda t: -t.bytes))
 
 
-# Their results are views of others, or end what another instruction began.
-_VIEWS = {
-  'tuple',
-  'get-tuple-element',
-  'bitcast',
-  'while',
-  'conditional',
-  'call',
-  'constant',
-  'optimization-barrier',
-  'dynamic-update-slice',
-  'add-dependency',
-}
+# Their results are others', or end what another instruction began.
+_VIEWS = traffic.VIEWS | {'dynamic-update-slice'}
 
 
 def _made(program, runs):

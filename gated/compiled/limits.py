@@ -5,9 +5,8 @@ Each returns the offences as lines to read; none is the wish.
 
 from collections.abc import Sequence
 
+from gated.chips import GIB
 from gated.compiled import Buffer, Program
-
-GIB = 2**30
 
 # Into so many parts at most a mesh splits an expert's matrix.
 PART = 8

@@ -8,9 +8,8 @@ operand several times are counted as if they read it once.
 
 from gated.compiled.hlo import Computation, Instruction, Shape
 
-# They compute nothing, hand on what is there, or end what was counted as it started.
-SILENT = {
-  'parameter',
+# They compute nothing and hand on what is there.
+VIEWS = {
   'constant',
   'tuple',
   'get-tuple-element',
@@ -18,14 +17,18 @@ SILENT = {
   'while',
   'conditional',
   'call',
+  'optimization-barrier',
+  'add-dependency',
+}
+# Nor do these, or they end what was counted as it started.
+SILENT = VIEWS | {
+  'parameter',
   'after-all',
   'partition-id',
   'replica-id',
-  'optimization-barrier',
   'async-start',
   'async-update',
   'async-done',
-  'add-dependency',
   'domain',
 }
 SLICES = ('dynamic-slice', 'slice', 'gather')

@@ -42,14 +42,17 @@ def compiled_for(cfg: plan.Config, of: Machine) -> dict[str, Any]:
   what = plan.Plan(cfg, devices=devices(of))
   start = time.perf_counter()
   lowered = what.train_step()
-  base = _recipe(cfg, what.mesh.shape, of) | {'source': 'compiled'}
+  executable, refused = None, ''
   try:
     executable = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
+    refused = str(error)
+    if 'RESOURCE_EXHAUSTED' not in refused:
       raise
-    return base | _too_large(str(error), what) | {'advice': suggestions(cfg, of)[:FEW]}
-  seconds = time.perf_counter() - start
+  took = {'source': 'compiled', 'compile_seconds': time.perf_counter() - start}
+  base = _recipe(cfg, what.mesh.shape, of) | took
+  if executable is None:
+    return _advised(base | _too_large(refused, what) | {'offences': []}, cfg, of)
   flat = list(what.mesh.devices.flat)
   where = [_slice(device) for device in flat]
   program = compiled.read(executable, dict(what.mesh.shape), where, assumed(what))
@@ -66,9 +69,12 @@ def compiled_for(cfg: plan.Config, of: Machine) -> dict[str, Any]:
   memory['total'] = program.memory.total
   limit = of.chip.memory if of.chip else None
   report = base | _fit(memory, limit, {}) | _costs(what, program, of)
-  if not report['fits']:
-    report['advice'] = suggestions(cfg, of)[:FEW]
-  return report | {'offences': offences(what, program), 'compile_seconds': seconds}
+  return _advised(report | {'offences': offences(what, program)}, cfg, of)
+
+
+def _advised(report: dict[str, Any], cfg: plan.Config, of: Machine) -> dict[str, Any]:
+  """A report, and what would make the recipe fit where it does not."""
+  return report | {'advice': [] if report['fits'] else suggestions(cfg, of)[:FEW]}
 
 
 def _too_large(error: str, what: plan.Plan) -> dict[str, Any]:
@@ -123,9 +129,8 @@ def by_arithmetic(cfg: plan.Config, of: Machine) -> dict[str, Any]:
     'bytes_moved': found.moved,
     'collectives': sorted(sent, key=lambda t: -t['bytes']),
   }
-  if not report['fits']:
-    report['advice'] = suggestions(cfg, of)[:FEW]
-  return report | _time(found.time, found.model_flops, of.chip)
+  report |= _time(found.time, found.model_flops, of.chip) | {'offences': []}
+  return _advised(report, cfg, of)
 
 
 def suggestions(cfg: plan.Config, of: Machine) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-GIB = 2**30
+from gated.chips import GIB
 
 # So many of what a program must not do are printed.
 MOST = 5
@@ -11,9 +11,8 @@ MOST = 5
 
 def lines(report: Mapping[str, Any]) -> list[str]:
   found = [*_head(report), '', *_memory(report)]
-  for way in report.get('advice', ()):
-    found.append(f'  would fit: {_way(way)}')
-  if report.get('advice') == []:
+  found += [f'  would fit: {_way(way)}' for way in report['advice']]
+  if not report['fits'] and not report['advice']:
     found.append('  nothing fits by arithmetic: more chips, or chips with more memory')
   if 'flops' in report:
     found += ['', *_work(report), '', *_sent(report)]
@@ -21,7 +20,7 @@ def lines(report: Mapping[str, Any]) -> list[str]:
     found += ['', 'largest buffers', *map(_buffer, report['buffers'])]
   if 'seconds' in report:
     found += ['', *_seconds(report)]
-  offences = report.get('offences', [])
+  offences = report['offences']
   found += [f'! {text}' for text in offences[:MOST]]
   if len(offences) > MOST:
     found.append(f'! and {len(offences) - MOST} more')
@@ -42,18 +41,21 @@ def _way(way: Mapping[str, Any]) -> str:
   return f'{time}, {size:.3g} GiB, {way["bound"]} bound: {way["flags"] or "as it is"}'
 
 
+def _how(r) -> str:
+  if r['source'] == 'estimate':
+    return 'an estimate by arithmetic: nothing was compiled'
+  did = 'compiled by XLA in' if 'flops' in r else 'refused by XLA after'
+  return f'{did} {r["compile_seconds"]:.0f} s, jax {r["jax"]}'
+
+
 def _head(r) -> list[str]:
   axes = ' '.join(f'{axis}={n}' for axis, n in r['mesh'].items() if n > 1)
   rows, length = r['batch']
   slices = f' x {r["slices"]} slices' if r['slices'] > 1 else ''
-  how = {
-    'compiled': f'compiled by XLA in {r.get("compile_seconds", 0):.0f} s, jax {r["jax"]}',
-    'estimate': 'an estimate by arithmetic: nothing was compiled',
-  }
   return [
     f'{r["name"]} on {r["topology"]}{slices}: {r["chips"]} chips, {axes or "one device"}',
     f'{rows} x {length} tokens a step in {r["accum"]} micro-batches, remat {r["remat"]}',
-    how[r['source']],
+    _how(r),
     *([r['reason']] if r.get('reason') else []),
   ]
 
