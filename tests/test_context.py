@@ -57,12 +57,17 @@ def placed(arrays, where):
 
 
 MESHES = [
-  dict(),
   dict(context=2),
   dict(context=4),
-  dict(context=8),
-  dict(data=2, tensor=2, context=2),
-  dict(fsdp=2, tensor=2),
+  *(
+    pytest.param(sizes, marks=pytest.mark.slow)
+    for sizes in [
+      dict(),
+      dict(context=8),
+      dict(data=2, tensor=2, context=2),
+      dict(fsdp=2, tensor=2),
+    ]
+  ),
 ]
 
 
@@ -81,6 +86,7 @@ def test_attention_on_a_mesh_is_attention_on_one_device(backend, sizes):
     np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('backend', ['blockwise', 'splash'])
 def test_rows_without_segments_are_split_too(backend):
   *qkv, _, weight = problem(512)
@@ -136,6 +142,7 @@ def most_elements(run, *args):
   return max(np.prod([int(n) for n in shape.split(',')]) for shape in shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
 @pytest.mark.parametrize('ways', [1, 2])
 def test_blockwise_attention_never_holds_all_scores(monkeypatch, ways, remat):

@@ -474,6 +474,7 @@ def test_the_embedded_corpus_is_built_once_and_splits_by_file(
   assert open_('stdlib', cache=str(cache)).fingerprint == corpora[0].fingerprint
 
 
+@pytest.mark.slow
 def test_two_builders_of_one_corpus_do_not_meet(stdlib, tmp_path, monkeypatch):
   _, paths = stdlib
   monkeypatch.setattr(embedded, 'files', lambda: paths)
@@ -498,6 +499,7 @@ def test_the_cache_folder_is_where_the_platform_wants_it(monkeypatch, tmp_path):
     open_('stdlib', cache=str(tmp_path / 'file'))
 
 
+@pytest.mark.slow
 def test_the_whole_library_is_worth_training_on(tmp_path):
   began = time.monotonic()
   corpus = open_('stdlib', length=256, cache=str(tmp_path))
@@ -621,6 +623,7 @@ print(remote.directory(sys.argv[1], sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('locks', [True, False])
 def test_several_processes_copy_one_dataset(url, built, tmp_path, spawn_python, locks):
   cache = tmp_path / 'cache'

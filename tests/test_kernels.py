@@ -22,7 +22,7 @@ BACKENDS = [
   pytest.param('reference', jnp.bfloat16),
   pytest.param('cudnn', jnp.bfloat16, marks=pytest.mark.accelerator),
   pytest.param('splash', jnp.float32),
-  pytest.param('splash', jnp.bfloat16),
+  pytest.param('splash', jnp.bfloat16, marks=pytest.mark.slow),
   pytest.param('blockwise', jnp.float32),
   pytest.param('blockwise', jnp.bfloat16),
 ]
@@ -362,11 +362,12 @@ def test_what_no_fused_kernel_can_do_runs_on_the_reference_and_says_so(only_here
 # Rows by group: uneven, empty ones, one group alone, fewer rows than groups, even, none.
 SIZES = [
   [0, 100, 0, 30, 70],
-  [64, 0, 0],
-  [0, 0, 33],
   [1, 0, 2, 0, 0, 0, 1],
-  [7] * 9,
   [0, 0],
+  *(
+    pytest.param(sizes, marks=pytest.mark.slow)
+    for sizes in ([64, 0, 0], [0, 0, 33], [7] * 9)
+  ),
 ]
 GROUPED = [
   pytest.param('blocked', jnp.float32),

@@ -154,7 +154,15 @@ def on_one_device(vocab):
   return loss_and_gradients(*MANY[vocab], **OPTIONS)
 
 
-@pytest.mark.parametrize(('sizes', 'n', 'vocab'), SHARED, ids=str)
+# Few neighbours and all; a split vocabulary; rows that do not divide.
+FEW = [SHARED[n] for n in (0, 6, 8, 12)]
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'n', 'vocab'),
+  [pytest.param(*s, marks=[] if s in FEW else pytest.mark.slow) for s in SHARED],
+  ids=str,
+)
 def test_vocab_loss_on_a_mesh_is_that_of_one_device(sizes, n, vocab, monkeypatch):
   share_between(monkeypatch, n, vocab=vocab // sizes.get('tensor', 1))
   on = small.mesh_of(**sizes)

@@ -75,7 +75,9 @@ def with_gradients(run, net, x, dy):
 
 
 @pytest.mark.parametrize('load', LOADS)
-@pytest.mark.parametrize('dispatch', ['dropless', 'capacity'])
+@pytest.mark.parametrize(
+  'dispatch', ['dropless', pytest.param('capacity', marks=pytest.mark.slow)]
+)
 def test_output_and_gradients_are_the_dense_reference(load, dispatch):
   """The issue of a capacity of all of a row is that nothing is dropped."""
   net, x, dy = problem(load)
@@ -127,6 +129,7 @@ def capacity_by_hand(choice, live, capacity):
   return fits
 
 
+@pytest.mark.slow
 def test_what_a_capacity_drops_is_left_out_and_counted():
   net, x, _ = problem('skewed')
   factor = 0.9
@@ -240,7 +243,11 @@ def dropless_with_gradients(weights, x, weight, choice, dy):
 
 
 @pytest.mark.parametrize('leaning', LEANINGS)
-@pytest.mark.parametrize('sizes', SPLITS, ids=str)
+@pytest.mark.parametrize(
+  'sizes',
+  [SPLITS[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SPLITS[1:])],
+  ids=str,
+)
 def test_experts_of_several_devices_are_those_of_one(sizes, leaning):
   problem = split_problem(leaning)
   on = mesh.make(**dict.fromkeys(mesh.AXES, 1) | sizes)
@@ -332,11 +339,11 @@ def first_step(accum=1, over='global', dispatch='dropless', **sizes):
 @pytest.mark.parametrize(
   ('accum', 'sizes'),
   [
-    (4, {}),
     (2, dict(data=2, expert=2, tensor=2)),
     *(
       pytest.param(accum, sizes, marks=pytest.mark.slow)
       for accum, sizes in [
+        (4, {}),
         (2, {}),
         (8, {}),
         (1, dict(fsdp=2)),

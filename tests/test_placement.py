@@ -73,7 +73,12 @@ FEW = [
 ]
 
 
-@pytest.mark.parametrize(('kind', 'gate', 'sizes'), FEW, ids=str)
+# Experts on that mesh are looked at in test_moe.py, too.
+@pytest.mark.parametrize(
+  ('kind', 'gate', 'sizes'),
+  [FEW[0], pytest.param(*FEW[1], marks=pytest.mark.slow)],
+  ids=str,
+)
 def test_loss_and_gradients_agree_with_one_device(kind, gate, sizes):
   assert_same(kind, gate, sizes)
 

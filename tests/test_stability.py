@@ -465,6 +465,7 @@ def test_a_main_thread_that_keeps_pythons_lock_is_ended_too(pulsed):
   assert 'File "<string>", line 7 in <module>' in done.stderr
 
 
+@pytest.mark.slow
 def test_beats_keep_a_process_alive(pulsed):
   body = """
   for step in range(20):
