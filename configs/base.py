@@ -165,6 +165,7 @@ def gate() -> dict:
 
 def optim() -> dict:
   return dict(
+    name='adamw',  # or muon, for the matrices of the layers, and AdamW for the rest
     lr=1e-3,
     schedule='cosine',
     warmup=100,
@@ -173,6 +174,12 @@ def optim() -> dict:
     b1=0.9,  # with b2 the usual pair of Qwen's reports; the paper says AdamW's defaults
     b2=0.95,
     eps=1e-8,
+    muon=dict(
+      momentum=0.95,  # with nesterov and 5 steps: Keller Jordan's, kept by Moonlight
+      nesterov=True,
+      steps=5,  # of the iteration by Newton and Schulz
+      rms=0.2,  # of an update: as AdamW's, so that lr and decay suit both (2502.16982)
+    ),
     weight_decay=0.1,
     decay_by='lr',  # schedule decays at a rate independent of the peak learning rate
     clip=1.0,  # Megatron's default; the paper does not say

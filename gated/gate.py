@@ -122,7 +122,7 @@ class Gate(nnx.Module):
   ):
     self.cfg, self.compute = cfg, numerics.compute
     if cfg.position == 'out':
-      shape, axes = (width,), (None,)
+      shape, axes = (width,), ('channels',)
     else:
       heads_axis = 'kv_heads' if cfg.position in ('key', 'value') else 'heads'
       shape, axes = (heads, head_dim), (heads_axis, 'head_dim')

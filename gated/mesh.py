@@ -26,6 +26,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
   'heads': ('tensor',),
   'kv_heads': ('tensor',),
   'head_dim': (),
+  'channels': (),
   'ffn': ('tensor',),
   'experts': ('expert',),
   'layers': (),

@@ -1,5 +1,15 @@
-"""Schedules and AdamW, from optax."""
+"""Schedules, AdamW and Muon, from optax.
 
+Muon (arXiv 2502.16982, and Keller Jordan's recipe) replaces each matrix's momentum by the
+nearest orthogonal one. It takes the matrices between the residual stream and the heads'
+channels or the FFN's: attention's projections, FFNs, experts, and elementwise gates. All
+else is AdamW's as before: embeddings and the unembedding, norms, biases and sinks;
+routers and headwise gates, each of whose columns is a score by itself; and what is small
+(gated norms, gates that read no stream). Layers and experts are stacked in one
+parameter, and every one of them is a matrix of its own.
+"""
+
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,29 +17,53 @@ from typing import Any
 
 import jax
 import optax
+from flax import nnx
+from optax.contrib import MuonDimensionNumbers as Matrix
 
-from gated import config, trees
+from gated import config, mesh, trees
 
 _NAME = 'config.optim'
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-  """AdamW (arXiv 1711.05101) and its schedule."""
+class Muon:
+  """How matrices are updated where the optimizer is Muon."""
 
+  momentum: float
+  nesterov: bool
+  steps: int  # of the iteration by Newton and Schulz
+  rms: float  # of an update's numbers, before the learning rate
+
+  def __post_init__(self):
+    if not 0 <= self.momentum < 1:
+      raise ValueError(
+        f'{_NAME}.muon.momentum={self.momentum}, but it must be at least 0 and below 1'
+      )
+    config.within(f'{_NAME}.muon.steps', self.steps, 1, 20)
+    if not self.rms > 0:
+      raise ValueError(f'{_NAME}.muon.rms={self.rms}, but it must be positive')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+  """An optimizer and its schedule."""
+
+  name: str  # of OPTIMIZERS
   lr: float  # the peak
   schedule: str  # of SCHEDULES, after a linear warm-up from 0
   warmup: int  # steps
   decay: int  # steps of the final decay of 'wsd'
   floor: float  # the learning rate at the last step
-  b1: float
+  b1: float  # AdamW's (arXiv 1711.05101), as b2 and eps
   b2: float
   eps: float
+  muon: Muon
   weight_decay: float
   decay_by: str  # lr: decay lr * weight_decay; schedule: weight_decay, shaped as lr is
   clip: float  # global gradient norm; 0 for none
 
   def __post_init__(self):
+    config.one_of(f'{_NAME}.name', self.name, OPTIMIZERS)
     config.one_of(f'{_NAME}.schedule', self.schedule, SCHEDULES)
     config.one_of(f'{_NAME}.decay_by', self.decay_by, ('lr', 'schedule'))
     for name in ('warmup', 'decay', 'floor', 'weight_decay', 'clip', 'eps'):
@@ -87,10 +121,76 @@ def schedule(cfg: Config, steps: int) -> optax.Schedule:
   return lambda count: joined(count + 1)
 
 
+def matrix(parameter: Any) -> Matrix | None:
+  """A parameter -> the dims that its matrices read and write; None if Muon has none.
+
+  All other dims stack matrices.
+  """
+  if not isinstance(parameter, nnx.Variable):
+    return None
+  axes = mesh.axes_of(parameter)
+  stream = [dim for dim, axis in enumerate(axes) if axis == 'embed']
+  others = [dim for dim, axis in enumerate(axes) if axis in _CHANNELS]
+  if not stream or not _WIDE & set(axes):
+    return None
+  return Matrix(stream, others) if stream < others else Matrix(others, stream)
+
+
+# What a matrix may have opposite to the residual stream, and what it must have of it.
+_CHANNELS = {'heads', 'kv_heads', 'head_dim', 'ffn', 'channels'}
+_WIDE = {'head_dim', 'ffn', 'channels'}
+
+
+def _each(run: Callable[[Any], Any], params: Any) -> Any:
+  """A function of parameters over a tree of them; arrays that are none count as one."""
+  return jax.tree.map(run, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _matrices(params: Any) -> Any:
+  """Parameters that are matrices -> the same tree, with the dims of each for optax."""
+  return _each(lambda p: jax.tree.map(lambda _: matrix(p), p), params)
+
+
+def _adam(cfg: Config) -> optax.GradientTransformation:
+  return optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
+
+
+def _muon(cfg: Config) -> optax.GradientTransformation:
+  orthogonal = optax.contrib.scale_by_muon(
+    ns_steps=cfg.muon.steps,
+    beta=cfg.muon.momentum,
+    eps=cfg.eps,
+    nesterov=cfg.muon.nesterov,
+    weight_dimension_numbers=_matrices,
+  )
+  sized = optax.stateless(lambda updates, _: _each(_sized, updates))
+  scaled = optax.chain(orthogonal, sized, optax.scale(cfg.muon.rms))
+  label = lambda p: 'adam' if matrix(p) is None else 'muon'
+  return optax.partition(
+    {'muon': scaled, 'adam': _adam(cfg)}, functools.partial(_each, label)
+  )
+
+
+def _sized(update: Any) -> Any:
+  """An orthogonal update -> the same of RMS 1, whatever its shape."""
+  of = matrix(update)
+  assert of is not None
+  size = lambda dims: math.prod(update.shape[dim] for dim in dims)
+  larger = max(size(of.reduction_axis), size(of.output_axis))
+  return jax.tree.map(lambda u: math.sqrt(larger) * u, update)
+
+
+# Name -> (config -> gradients to directions, before decay and the learning rate).
+OPTIMIZERS: dict[str, Callable[[Config], optax.GradientTransformation]] = {
+  'adamw': _adam,
+  'muon': _muon,
+}
+
+
 def make(
   cfg: Config, *, steps: int, multipliers: dict[str, float]
 ) -> optax.GradientTransformation:
-  """AdamW with clipping and its schedule.
+  """The optimizer, with clipping and its schedule.
 
   Weight decay spares norms, biases and sink logits. `multipliers` maps a part of a
   parameter's name, such as 'gate', to what multiplies its learning rate.
@@ -106,7 +206,7 @@ def make(
 
   return optax.chain(
     optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity(),
-    optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
+    OPTIMIZERS[cfg.name](cfg),
     optax.add_decayed_weights(decay, decayed),
     optax.scale_by_learning_rate(schedule(cfg, steps)),
     optax.stateless(multiplied) if multipliers else optax.identity(),

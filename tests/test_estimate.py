@@ -43,10 +43,13 @@ def large(module, arg='', **changes):
 
 
 @pytest.mark.parametrize('split', MESHES)
-@pytest.mark.parametrize('weights', ['float32', 'bfloat16'])
-def test_bytes_of_weights_and_moments_are_those_of_the_plan(split, weights):
+@pytest.mark.parametrize(
+  ('weights', 'optimizer'), [('float32', 'adamw'), ('bfloat16', 'muon')]
+)
+def test_bytes_of_weights_and_moments_are_those_of_the_plan(split, weights, optimizer):
   axes = {f'mesh__{axis}': n for axis, n in sizes(**split).items()}
-  cfg = recipe(WIDE, EXPERTS, {'numerics__weights': weights}, **axes)
+  numerics = {'numerics__weights': weights}
+  cfg = recipe(WIDE, EXPERTS, numerics, optim__name=optimizer, **axes)
   state = plan.Plan(cfg).state
   held = lambda tree: sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh
 
-from gated import mesh, model
+from gated import mesh, model, optim
 
 WIDE = 4  # bytes of a float32
 BYTES = {'float32': 4, 'bfloat16': 2}
@@ -26,6 +26,7 @@ class Weights:
   axes: tuple[str, ...]  # logical ones that the mesh may split
   count: int  # numbers, of all layers together
   stored: int  # bytes of all of them
+  matrices: int  # of the numbers, those in matrices that Muon would take
 
 
 @functools.cache
@@ -38,12 +39,13 @@ def weights(cfg: model.Config) -> tuple[Weights, ...]:
   for part, tree in {**parts, 'norm': shapes.norm}.items():
     for leaf in jax.tree.leaves(tree, is_leaf=is_parameter):
       axes = tuple(sorted(a for a in mesh.axes_of(leaf) if a and mesh.RULES[a]))
-      sums = found.setdefault((part, axes), [0, 0])
+      sums = found.setdefault((part, axes), [0, 0, 0])
       sums[0] += leaf.size
       sums[1] += leaf.size * leaf.dtype.itemsize
+      sums[2] += leaf.size if optim.matrix(leaf) else 0
   return tuple(
-    Weights(part=part, axes=axes, count=count, stored=stored)
-    for (part, axes), (count, stored) in found.items()
+    Weights(part=part, axes=axes, count=count, stored=stored, matrices=matrices)
+    for (part, axes), (count, stored, matrices) in found.items()
   )
 
 
@@ -101,6 +103,13 @@ class Layout:
   def stored(self) -> float:
     """Bytes of all weights on one chip, as they are kept."""
     return sum(w.stored / self.split(w.axes) for w in self.weights)
+
+  @property
+  def moments(self) -> float:
+    """Numbers that the optimizer keeps on one chip: two for each weight, Muon one."""
+    fewer = 1 if self.cfg.optim.name == 'muon' else 0
+    kept = lambda w: 2 * w.count - fewer * w.matrices
+    return sum(kept(w) / self.split(w.axes) for w in self.weights)
 
 
 def check(cfg: Any, on: Any) -> None:

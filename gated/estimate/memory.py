@@ -26,7 +26,7 @@ def held(layout: Layout) -> dict[str, float]:
   gradients = numbers * WIDE * (1 if cfg.accum == 1 else 2)
   return {
     'weights': layout.stored,
-    'optimizer': 2 * WIDE * numbers,
+    'optimizer': WIDE * layout.moments,
     'gradients': gradients,
     'activations': depth * kept(layout, cfg.model.remat),
     'working set': max(_layer(layout), _loss(layout), _table(layout)),
