@@ -204,6 +204,7 @@ def _loop(run: Run, state, hands: Hands, record: recorder.Recorder) -> int:
   """Steps from where the state is to the end; metrics are read one step late."""
   cfg, on, corpus = run.plan.cfg, run.plan.mesh, run.corpus
   evaluate = plan.evaluate_step(cfg.model, on, cfg.loss.chunk)
+  indicators = run.plan.indicators()
   batches = corpus.train(int(state.data_step), mesh.rows(on, cfg.batch))
   owed = False  # Whether a save was due at a step that was not finite.
   for step in range(int(state.step) + 1, cfg.steps + 1):
@@ -212,7 +213,7 @@ def _loop(run: Run, state, hands: Hands, record: recorder.Recorder) -> int:
     record.profile.before(step)
     state, values = run.step(state, batch)
     record.profile.after(step, values)
-    record.take(step, values)
+    record.take(step, values, indicators(step, state.model, batch))
     hands.saved.check()
     workdirs.check_held(hands.lock)
     leave = hands.leaving.now(step)

@@ -72,6 +72,8 @@ def get_config(arg: str = '') -> ConfigDict:
     wandb='',  # a project's name sends metrics to Weights & Biases; '' sends nothing
     profile_first=-1,  # first step of a profiler window; -1 for none
     profile_last=-1,  # its last step
+    indicators=0,  # steps between early warnings (gated/indicators.py), each of which
+    # costs a forward pass of a few rows; 0 for none, as a short run needs none
   )
   c.paper = dict(
     table='',  # that the recipe is a row of; '' for one that is in no table

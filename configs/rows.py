@@ -19,6 +19,7 @@ SCALES = {
     data=dict(length=4096),
     eval=dict(every=1000, rows=128),
     checkpoint=dict(every=1000),
+    log=dict(indicators=100),
   ),
   'proxy': dict(
     steps=20_000,
@@ -28,6 +29,7 @@ SCALES = {
     data=dict(length=512, tokenizer='bpe:2048'),
     eval=dict(every=500, rows=128),
     checkpoint=dict(every=1000),
+    log=dict(indicators=100),
   ),
   'test': dict(
     steps=20,

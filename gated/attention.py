@@ -159,20 +159,33 @@ class Attention(nnx.Module):
   def __call__(
     self, x_BTD: jax.Array, angle_BTk: jax.Array, segment_BT: jax.Array | None
   ) -> jax.Array:
-    turn = lambda x: rope(x, angle_BTk, self.cfg.yarn.scale)
-    q_BTHK = self._normed('query', self.query(x_BTD), x_BTD, self.query_norm)
-    k_BTGK = turn(self._normed('key', self.key(x_BTD), x_BTD, self.key_norm))
+    still_BTHK, k_BTGK = self._query_and_key(x_BTD, angle_BTk)
     v_BTGK = self._gated('value', self.value(x_BTD), x_BTD)
     # As the activations are; a backend gathers its rows' keys itself.
     k_BTGK = mesh.constrain(k_BTGK, 'batch', 'tokens', 'kv_heads', None)
     v_BTGK = mesh.constrain(v_BTGK, 'batch', 'tokens', 'kv_heads', None)
-    y_BTHK = self._attend(q_BTHK, turn(q_BTHK), k_BTGK, v_BTGK, segment_BT)
+    q_BTHK = self._turned(still_BTHK, angle_BTk)
+    y_BTHK = self._attend(still_BTHK, q_BTHK, k_BTGK, v_BTGK, segment_BT)
     if self.output_norm is not None:
       y_BTHK = self.output_norm(y_BTHK)
     elif self.cfg.output == 'silu':
       y_BTHK = jax.nn.silu(y_BTHK)
     y_BTHK = self._gated('sdpa', y_BTHK, x_BTD)
     return self._gated('out', self.out(y_BTHK), x_BTD)
+
+  def query_and_key(self, x_BTD, angle_BTk) -> tuple[jax.Array, jax.Array]:
+    """-> (q_BTHK, k_BTGK) as the kernel gets them: normed, gated, turned and scaled."""
+    still_BTHK, k_BTGK = self._query_and_key(x_BTD, angle_BTk)
+    return self._turned(still_BTHK, angle_BTk), k_BTGK
+
+  def _query_and_key(self, x_BTD, angle_BTk) -> tuple[jax.Array, jax.Array]:
+    """Queries before RoPE, as sinks meet them, and keys after it."""
+    q_BTHK = self._normed('query', self.query(x_BTD), x_BTD, self.query_norm)
+    k_BTGK = self._normed('key', self.key(x_BTD), x_BTD, self.key_norm)
+    return q_BTHK, self._turned(k_BTGK, angle_BTk)
+
+  def _turned(self, x_BTHK, angle_BTk) -> jax.Array:
+    return rope(x_BTHK, angle_BTk, self.cfg.yarn.scale)
 
   def _attend(self, still_BTHK, q_BTHK, k_BTGK, v_BTGK, segment_BT) -> jax.Array:
     """Attention, with sinks if there are any: they meet queries before RoPE."""

@@ -7,6 +7,7 @@ B batch  T tokens  D width  V vocabulary  L layers
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,13 +131,19 @@ class Transformer(nnx.Module):
     self.head = None if cfg.tied else table(head, numerics=cfg.numerics)
 
   def hidden(
-    self, token_BT, segment_BT=None, position_BT=None
-  ) -> tuple[jax.Array, moe.Report | None]:
+    self,
+    token_BT,
+    segment_BT=None,
+    position_BT=None,
+    *,
+    through: Callable[..., tuple[jax.Array, Any]] = Block.__call__,
+  ) -> tuple[jax.Array, Any]:
     """Tokens -> (the final, normalised hidden states x_BTD, the routers' reports).
 
     The states are in the compute dtype; the reports are stacked over layers, or None
     without experts. Without segments a row is one document; without positions they count
-    from 0. So it is too, whatever is given, where `mask_documents` is off.
+    from 0. So it is too, whatever is given, where `mask_documents` is off. `through` is
+    called in the place of each block, with it and what it is called with.
     """
     cfg = self.cfg
     # Segment 0 is padding.
@@ -147,7 +154,7 @@ class Transformer(nnx.Module):
       position_BT = jnp.broadcast_to(jnp.arange(token_BT.shape[1])[None], token_BT.shape)
     frequency_k = rope_frequencies(cfg.attn.head_dim, cfg.attn.rope_base, cfg.attn.yarn)
     angle_BTk = rope_angles(position_BT, frequency_k)
-    run = lambda x, block: block(x, angle_BTk, segment_BT, live_BT)
+    run = lambda x, block: through(block, x, angle_BTk, segment_BT, live_BT)
     if cfg.remat != 'none':
       run = jax.checkpoint(run, policy=REMAT[cfg.remat], prevent_cse=cfg.layers != 'scan')
     x_BTD = self.embed(token_BT)

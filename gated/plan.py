@@ -16,7 +16,18 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gated import chips, config, data, estimate, mesh, model, optim, stability, step
+from gated import (
+  chips,
+  config,
+  data,
+  estimate,
+  indicators,
+  mesh,
+  model,
+  optim,
+  stability,
+  step,
+)
 
 NAME = re.compile(r'[A-Za-z0-9_][\w.+=,-]{0,99}', re.ASCII)
 
@@ -65,9 +76,11 @@ class Records:
   wandb: str
   profile_first: int
   profile_last: int
+  indicators: int
 
   def __post_init__(self):
     config.at_least('config.log.every', self.every, 1)
+    config.at_least('config.log.indicators', self.indicators, 0)
     if self.profile_first >= 0 and self.profile_last < self.profile_first:
       first, last = self.profile_first, self.profile_last
       raise ValueError(
@@ -183,6 +196,24 @@ class Plan:
     )
     with jax.set_mesh(self.mesh):
       return run.lower(self.state, self.batch_shapes(self.cfg.batch))
+
+  def indicators(self) -> Any:
+    """-> a function (step, model, batch) -> indicators on the devices, or None.
+
+    None at a step where none are due. It is compiled when they first are.
+    """
+    every = self.cfg.log.indicators
+    run = functools.partial(indicators.measure, micro=self.micro)
+    replicated = NamedSharding(self.mesh, P())
+    jitted = jax.jit(exact(self.cfg.model, run), out_shardings=replicated)
+
+    def measure(step, params, batch):
+      if not every or (step > 1 and step % every):
+        return None
+      with jax.set_mesh(self.mesh):
+        return jitted(params, batch)
+
+    return measure
 
   def batch_shapes(self, rows: int) -> Any:
     """The shapes of a global batch of so many rows, placed."""

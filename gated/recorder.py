@@ -35,7 +35,7 @@ class Recorder:
     """Begins after `step` and `data_step` batches; `beat` is told of each step."""
     self._cfg, self._corpus, self._beat = the.cfg, corpus, beat
     self._ahead = data_step - step
-    self._late: tuple[int, Any] | None = None
+    self._late: tuple[int, Any, Any] | None = None
     self._finite = True
     writes = jax.process_index() == 0
     log = the.cfg.log
@@ -72,10 +72,13 @@ class Recorder:
   def __exit__(self, *exception) -> None:
     self._open.__exit__(*exception)
 
-  def take(self, step: int, values: Any) -> None:
-    """A step's metrics, still on the device: reads those of the step before."""
+  def take(self, step: int, values: Any, indicators: Any = None) -> None:
+    """A step's metrics, still on the device: reads those of the step before.
+
+    `indicators` are those of the state after it, where they are due.
+    """
     self.settle()
-    self._late = step, values
+    self._late = step, values, indicators
 
   def settle(self) -> bool:
     """Reads what was taken last, if that is still to be done -> whether it is finite.
@@ -87,8 +90,9 @@ class Recorder:
       self._finite = self._read(*late)
     return self._finite
 
-  def _read(self, step: int, values: Any) -> bool:
+  def _read(self, step: int, values: Any, indicators: Any) -> bool:
     values = {name: float(value) for name, value in jax.device_get(values).items()}
+    indicators = jax.device_get(indicators)
     self.timer.tick()
     self._beat(step)
     action, why = self._watchdog.judge(values)
@@ -96,6 +100,8 @@ class Recorder:
       told = values | self.timer.read() | metrics.memory()
       self._log.write(step, 'train', told)
       self._progress.update(step, told)
+    if indicators:
+      self._log.write(step, 'indicators', {k: x.item() for k, x in indicators.items()})
     if action != 'go':
       self.say(f'step {step}: {why}')
       data_step = step - 1 + self._ahead

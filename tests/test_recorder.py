@@ -180,6 +180,23 @@ def test_a_session_drops_what_another_wrote_past_its_start(begin, tmp_path):
   assert steps(tmp_path) == [1, 2] and ledger.read(tmp_path) == []
 
 
+def test_indicators_are_written_after_their_step_finite_or_not(begin, tmp_path):
+  record = begin(log__every=4)
+  seen = dict(attention_logit=jnp.float32(NAN), attention_layer=jnp.int32(3))
+  record.take(1, values(), seen)
+  record.take(2, values(), None)
+  record.take(3, values(param_norm=NAN), seen | dict(output_logit=jnp.float32(INF)))
+  with pytest.raises(FloatingPointError, match='step 3'):
+    record.settle()
+  first, last = written(tmp_path, 'indicators')
+  assert (first['step'], first['attention_layer']) == (1, 3)
+  assert math.isnan(first['attention_logit']) and last['output_logit'] == INF
+  assert [r['kind'] for r in metrics.read(tmp_path / 'metrics.jsonl')][-2:] == [
+    'train',
+    'indicators',
+  ]
+
+
 def heldout(loss):
   summary = dict(nats_per_token=loss, bits_per_byte=2.5, rows=3)
   return dict(loss=loss, domains=dict(code=summary))

@@ -39,6 +39,7 @@ FLOORS = {
   'evals': 3,
   'model': 4,
   'estimate': 5,
+  'indicators': 5,
   'hf': 5,
   'plan': 6,
   'weights': 7,

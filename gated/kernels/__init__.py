@@ -13,7 +13,7 @@ from gated.kernels.attention import (
   check_backend,
   segment_runs,
 )
-from gated.kernels.case import soft_cap, with_lse_gradient
+from gated.kernels.case import scores, soft_cap, with_lse_gradient
 from gated.kernels.grouped import GROUPED, check_grouped, grouped_matmul
 from gated.kernels.loss import vocab_loss
 
@@ -27,6 +27,7 @@ __all__ = [
   'check_backend',
   'check_grouped',
   'grouped_matmul',
+  'scores',
   'segment_runs',
   'soft_cap',
   'vocab_loss',

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from gated import config, mesh
 from gated.kernels import blockwise, choice, splash
-from gated.kernels.case import Case, soft_cap, with_lse_gradient
+from gated.kernels.case import Case, scores, soft_cap, with_lse_gradient
 
 # Above this many tokens the quadratic reference runs only where it is named.
 REFERENCE_LIMIT = 4096
@@ -108,10 +108,7 @@ def _reference(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
   # Each device's queries meet the keys of the whole row.
   k_BSGK = mesh.constrain(k_BSGK, 'batch', None, 'kv_heads', None)
   v_BSGK = mesh.constrain(v_BSGK, 'batch', None, 'kv_heads', None)
-  G = k_BSGK.shape[2]
-  q = q_BTHK.reshape(B, T, G, H // G, K)
-  score = jnp.einsum('btghk,bsgk->bghts', q, k_BSGK, preferred_element_type=jnp.float32)
-  score = soft_cap(score * K**-0.5, case.cap)
+  score = soft_cap(scores(q_BTHK, k_BSGK), case.cap)
   mask = jnp.tril(jnp.ones((1, T, T), bool))
   if segment_BT is not None:
     mask = mask & (segment_BT[:, :, None] == segment_BT[:, None, :])

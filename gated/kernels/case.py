@@ -1,4 +1,4 @@
-"""What attention backends share: the case asked of them, the soft cap, a log-sum-exp.
+"""What attention backends share: the case asked of them, scores, the cap, a log-sum-exp.
 
 B batch  T tokens  S keys' tokens  H heads  G KV heads  K head width
 """
@@ -17,6 +17,15 @@ class Case(NamedTuple):
   normalizer: str
   cap: float  # on scores, 0 for none
   lse: bool  # the log of the softmax's denominator is wanted too
+
+
+def scores(q_BTHK: jax.Array, k_BSGK: jax.Array) -> jax.Array:
+  """q k / sqrt(K) in float32, (B, G, H/G, T, S): before a cap, and with no mask."""
+  B, T, H, K = q_BTHK.shape
+  G = k_BSGK.shape[2]
+  q = q_BTHK.reshape(B, T, G, H // G, K)
+  score = jnp.einsum('btghk,bsgk->bghts', q, k_BSGK, preferred_element_type=jnp.float32)
+  return score * K**-0.5
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:

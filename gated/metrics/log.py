@@ -57,9 +57,10 @@ class Log:
       self._wandb = _start_wandb(self.path.parent, project=wandb)
 
   def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-    """Step, 'train' or 'heldout', name -> scalar: one record, also stamped with 'time'.
+    """Step, kind, name -> scalar: one record, also stamped with 'time'.
 
-    'time' is in seconds since 1970. TensorBoard and wandb get the numbers as kind/name.
+    Kinds are 'train', 'heldout' and 'indicators'; 'time' is in seconds since 1970.
+    TensorBoard and wandb get the numbers as kind/name.
     """
     if self._sink is None:
       return
