@@ -27,8 +27,8 @@ class Rule:
   def __post_init__(self):
     if not 1 < self.multiple < math.inf:
       raise ValueError(
-        f'multiple={self.multiple}, but a final loss is compared to more than 1 time the '
-        'best of the sweep'
+        f'multiple={self.multiple}, but it must be above 1: so many times the best final '
+        'loss of the sweep'
       )
     if not 0 < self.rise < math.inf:
       raise ValueError(f'rise={self.rise}, but it must be positive, in nats')
@@ -40,8 +40,8 @@ class Rule:
   def __str__(self) -> str:
     return (
       'A run has diverged if it was left as unstable; if its loss at the end is not '
-      f'finite; if its final loss is above {self.multiple:g} times the best of the sweep; '
-      'or if it never recovered: its level at the end, which is the median of the last '
+      f'finite; if its final loss is above {self.multiple:g} times the best of the '
+      'sweep; or if it never recovered: its level at the end, the median of the last '
       f'{100 * self.tail:g}% of its logged losses ({LEAST} at least), is more than '
       f'{self.rise:g} nats above the lowest level that it had held.'
     )
@@ -66,8 +66,8 @@ def diverged(
   steps, losses = np.asarray(steps), np.asarray(losses, np.float64)
   if steps.ndim != 1 or losses.shape != steps.shape:
     raise ValueError(
-      f'steps of shape {steps.shape} and losses of shape {losses.shape}, but a log is two '
-      'lists of the same length'
+      f'steps of shape {steps.shape} and losses of shape {losses.shape}, but a log is '
+      'two lists of the same length'
     )
   if math.isnan(best):
     raise ValueError('best=nan, but it is the lowest final loss, or inf without one')
@@ -118,11 +118,11 @@ def sensitivity(finals: ArrayLike, inits: ArrayLike, best: float | None = None) 
 
       E over rates of [min(final, init) - best]
 
-  as Wortsman et al. define it (arXiv 2309.14322, section 2): the expectation is over the
-  range of learning rates, and `best` is the lowest loss within it. The rates of a grid
-  are taken as the sample of the range, each with the same weight: they should be even in
-  the logarithm, and what is compared must have the same grid, as more rates beyond the
-  stable ones raise the mean. Give the losses of one seed, or means over seeds.
+  as Wortsman et al. define it (arXiv 2309.14322): the expectation is over the range of
+  learning rates, and `best` is the lowest loss within it. The rates of a grid are taken
+  as the sample of the range, each with the same weight: they should be even in the
+  logarithm, and what is compared must have the same grid, as more rates beyond the stable
+  ones raise the mean. Give the losses of one seed, or means over seeds.
 
   A final loss that is not finite counts as the loss at initialisation. NaN where none is
   finite: then no loss is the best. ValueError where an initial loss is missing, or `best`
@@ -131,8 +131,8 @@ def sensitivity(finals: ArrayLike, inits: ArrayLike, best: float | None = None) 
   finals, inits = np.asarray(finals, np.float64), np.asarray(inits, np.float64)
   if finals.ndim != 1 or finals.shape != inits.shape or not len(finals):
     raise ValueError(
-      f'final losses of shape {finals.shape} and initial ones of shape {inits.shape}, but '
-      'there must be one of each for every learning rate'
+      f'final losses of shape {finals.shape} and initial ones of shape {inits.shape}, '
+      'but there must be one of each for every learning rate'
     )
   if not np.isfinite(inits).all():
     raise ValueError(f'losses at initialisation {inits.tolist()}, but all must be finite')

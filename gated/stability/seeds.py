@@ -62,13 +62,12 @@ class Noise:
         'No configuration has two seeds that did not diverge: the noise of a final loss '
         'is not known, and no ordering may be claimed.'
       )
-    each = ', '.join(f'{n} seeds each: {self.beyond(n, n):.4f}' for n in (1, 2, 3, 5))
-    each = each.replace('1 seeds each', 'one seed each')
+    apart = ', '.join(f'{self.beyond(n, n):.4f} (n={n})' for n in (1, 2, 3, 5))
     return (
       f'Noise floor: over seeds a final loss has a standard deviation of {self.std:.4f} '
       f'nats (pooled over {self.cells} configurations with two seeds or more, '
-      f'{self.dof} degrees of freedom). Two means differ at {LEVEL:.0%} where they are '
-      f'further apart than ({each} nats). Below that no ordering may be claimed.'
+      f'{self.dof} degrees of freedom). At {LEVEL:.0%} two means of n seeds each differ '
+      f'where they are further apart than {apart}; closer ones claim no ordering.'
     )
 
 

@@ -119,8 +119,8 @@ def _log(steps: ArrayLike, losses: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
   steps, losses = np.asarray(steps), np.asarray(losses, np.float64)
   if steps.ndim != 1 or losses.shape != steps.shape:
     raise ValueError(
-      f'steps of shape {steps.shape} and losses of shape {losses.shape}, but a log is two '
-      'lists of the same length'
+      f'steps of shape {steps.shape} and losses of shape {losses.shape}, but a log is '
+      'two lists of the same length'
     )
   if len(steps) and steps.dtype.kind not in 'iuf':
     raise ValueError(f'steps are {steps.dtype}, but must be numbers')
@@ -207,7 +207,7 @@ def _groups(
 
 
 def _came_back(between: np.ndarray, limit: float) -> bool:
-  """Points between two that are too high -> whether they show the loss near its median."""
+  """Points between two that are too high -> whether they lie near the median again."""
   if not len(between):
     return False
   count = min(5, len(between))
