@@ -52,9 +52,9 @@ def check(planted, found, *, sigma):
   for (first, last, height, _), spike in zip(planted, found, strict=True):
     assert first <= spike.first <= spike.step <= spike.last <= last
     assert not spike.lasting
-    # The peak is the highest of up to 40 noisy points; flanks below the threshold stay
-    # in the median.
-    assert abs(spike.height - height) < 5 * sigma + 0.02
+    # The peak is the highest of up to 40 noisy points; and flanks below the threshold
+    # stay in the median, which among so many spikes lifts it a little.
+    assert abs(spike.height - height) < 5 * sigma + 0.04
 
 
 CASES = {
@@ -100,7 +100,7 @@ def test_noise_alone_makes_no_spike_in_a_log_of_every_step():
 
 
 def test_a_loss_of_the_published_shape_has_the_published_numbers_of_spikes():
-  """Sizes and noise are those of the released curves: 75 spikes in one, 0 in the other."""
+  """Sizes and noise are those of the released curves: 75 spikes, and 0."""
   rng = np.random.default_rng(0)
   steps, losses = log(rng, steps=360_145, fraction=10_000 / 360_145, sigma=0.0116)
   heights = np.concatenate(
