@@ -45,12 +45,14 @@ FLOORS = {
   'weights': 7,
   'preflight': 7,
   'recorder': 7,
+  'launch': 8,
 }
 
 STORIES = {'train', 'eval'}
 # Restoring or reading never executes what lay in a file.
 LOADERS = {'pickle', '_pickle', 'dill', 'cloudpickle', 'marshal', 'shelve', 'joblib'}
 LOADERS |= {'yaml', 'builtins', 'runpy', 'imp', 'code', 'codeop', 'pty'}
+WRITERS = {'yaml.safe_dump'}  # Of a loader, what only writes.
 RUNNERS = {'eval', 'exec', '__import__', '__builtins__', 'os.system', 'os.popen'}
 RUNNERS |= {'torch.load', 'jax.export'}
 RUNNERS_OF_ANYTHING = {'read_pickle', 'deserialize', 'deserialize_and_load'}
@@ -122,7 +124,8 @@ def test_nothing_imports_a_story(path):
 
 @pytest.mark.parametrize('path', SHIPPED, ids=name)
 def test_nothing_executes_what_it_reads(path):
-  assert not tops(path) & LOADERS and not imports(path) & RUNNERS
+  used = imports(path) - WRITERS
+  assert not {m.split('.')[0] for m in used} & LOADERS and not used & RUNNERS
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Load):
       used = ast.unparse(node)

@@ -1,0 +1,104 @@
+"""SLURM: a job array with a task for each point.
+
+slurm.schedmd.com/sbatch.html, srun.html and scontrol.html. The batch script hands SIGTERM
+on, which SLURM sends it two minutes before the time limit, and puts its task back into
+the queue when the point has been told to leave.
+"""
+
+import shlex
+
+from gated import storage
+from gated.launch import work
+from gated.launch.work import AGAIN, FOLLOW, TOLD, Work
+
+SCRIPT = 'sweep.sbatch'
+
+
+def files(w: Work) -> dict[str, str]:
+  """-> the batch script."""
+  accelerator, o = w.accelerator, w.options
+  if accelerator.kind == 'tpu':
+    raise ValueError(
+      f'--accelerator={o.accelerator} with --on=slurm, but allowed are cpu and GPUs'
+    )
+  here = not storage.is_remote(w.folder)
+  given = {
+    'job-name': w.label,
+    'array': f'0-{len(w.points) - 1}' + (f'%{o.at_once}' if o.at_once else ''),
+    'partition': o.partition,
+    'time': o.time,
+    'nodes': o.nodes,
+    'ntasks-per-node': o.processes,
+    'gpus-per-node': accelerator.count or '',
+    'signal': 'B:TERM@120',
+    'open-mode': 'append',
+    # A percent sign begins a pattern: %a is the task's number.
+    'output': f'{w.files.replace("%", "%%")}/%a.out' if here else '',
+  }
+  lines = [f'--{k}={shlex.quote(str(v))}' for k, v in given.items() if v != '']
+  headers = ''.join(f'#SBATCH {line}\n' for line in [*lines, '--requeue', *o.sbatch])
+  return {SCRIPT: f'#!/usr/bin/env bash\n{headers}set -euo pipefail\n{_body(w, here)}'}
+
+
+def _body(w: Work, here: bool) -> str:
+  cases = ''
+  for index, point in enumerate(w.points):
+    log = f'{w.folder}/logs/{point.name}.log' if here else ''
+    cases += f'  {index})\n    log={shlex.quote(log)}\n'
+    cases += f'    arguments=({work.words(w.arguments(point))})\n    ;;\n'
+  tasks = w.options.nodes * w.options.processes
+  return f"""\
+{FOLLOW}
+# What each process runs.
+{work.embedded()}
+case $SLURM_ARRAY_TASK_ID in
+{cases}  *)
+    echo "there is no point $SLURM_ARRAY_TASK_ID" >&2
+    exit 2
+    ;;
+esac
+if [[ -n $log ]]; then
+  mkdir -p "$(dirname "$log")"
+  exec >>"$log" 2>&1
+fi
+follow srun --ntasks={tasks} --ntasks-per-node={w.options.processes} \\
+  bash -c "$job" job "${{arguments[@]}}"
+case $code in
+  {' | '.join(map(str, AGAIN))})
+    restarts=${{SLURM_RESTART_COUNT:-0}}
+    if [[ $code -eq {TOLD} || $restarts -lt {w.options.restarts} ]]; then
+      scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID" || true
+    fi
+    ;;
+esac
+exit "$code"
+"""
+
+
+def submit(w: Work) -> list[list[str]]:
+  """-> the command that submits, which prints the array's number."""
+  return [['sbatch', '--parsable', f'{w.files}/{SCRIPT}']]
+
+
+def listing(record: dict) -> list[str]:
+  """-> the command that lists what waits or runs."""
+  name = f'--name={record["label"]}'
+  return ['squeue', '--me', name, '--noheader', '--array', '--format=%i|%T']
+
+
+def states(record: dict, output: str) -> dict[str, str]:
+  """What `listing` printed -> job: its state."""
+  jobs = [job['job'] for job in record['jobs']]
+  found = {}
+  for line in output.split():
+    number, _, state = line.partition('|')
+    index = number.partition('_')[2]
+    if index.isdecimal() and int(index) < len(jobs):
+      found[jobs[int(index)]] = state
+  return found
+
+
+def delete(record: dict) -> list[list[str]]:
+  """-> the commands that end what was submitted."""
+  numbers = [told.partition(';')[0].strip() for told in record['told']]
+  return [['scancel', number] for number in numbers if number]

@@ -1,0 +1,233 @@
+"""A stand-in for SLURM: one machine that plays all nodes, and no queue.
+
+`sbatch`, `srun`, `squeue`, `scancel` and `scontrol` beside this file call it. It knows
+the options that slurm.schedmd.com documents, as far as they are named here, and refuses
+others as SLURM would. State lies in the folder $SLURM_STANDIN: JOB/ has the script, and
+for each task of the array its state and the process of its batch script.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+SBATCH = (
+  *('job-name', 'array', 'partition', 'time', 'nodes', 'ntasks-per-node', 'account'),
+  *('gpus-per-node', 'cpus-per-task', 'mem', 'signal', 'open-mode', 'output', 'requeue'),
+  *('qos', 'constraint', 'exclusive'),
+)
+WAITING = ('PENDING', 'RUNNING', 'REQUEUED')
+
+
+def sbatch(argv):
+  parser = argparse.ArgumentParser('sbatch', allow_abbrev=False)
+  parser.add_argument('--parsable', action='store_true')
+  for name in SBATCH:
+    bare = {'action': 'store_true'} if name in ('requeue', 'exclusive') else {}
+    parser.add_argument(f'--{name}', **bare)
+  parser.add_argument('script', type=Path)
+  given = parser.parse_args(argv)
+  text = given.script.read_text()
+  assert text.startswith('#!'), 'This does not look like a batch script.'
+  headers = []
+  for line in text.splitlines()[1:]:
+    if line and not line.startswith('#'):
+      break  # What comes after the first command is not read.
+    if line.startswith('#SBATCH'):
+      headers += shlex.split(line.removeprefix('#SBATCH'))
+  options = vars(parser.parse_args([*headers, *argv]))
+  first, last, limit = re.fullmatch(r'(\d+)-(\d+)(?:%(\d+))?', options['array']).groups()
+  number = _number()
+  folder = _root() / str(number)
+  folder.mkdir(parents=True)
+  (folder / 'script').write_text(text)
+  tasks = list(range(int(first), int(last) + 1))
+  about = {k: v for k, v in options.items() if k != 'script'}
+  about |= {'number': number, 'tasks': tasks, 'limit': int(limit or len(tasks))}
+  (folder / 'job.json').write_text(json.dumps(about))
+  for task in tasks:
+    _write(folder, task, state='PENDING', restarts=0)
+  subprocess.Popen(
+    [sys.executable, __file__, 'run', str(folder)],
+    stdin=subprocess.DEVNULL,
+    stdout=(folder / 'daemon').open('wb'),
+    stderr=subprocess.STDOUT,
+    start_new_session=True,
+  )
+  print(number if given.parsable else f'Submitted batch job {number}')
+
+
+def run(argv):
+  """All tasks of a job, so many at a time as its array allows."""
+  folder = Path(argv[0])
+  job = json.loads((folder / 'job.json').read_text())
+  places = threading.Semaphore(job['limit'])
+  threads = []
+  for task in job['tasks']:
+    places.acquire()
+    threads.append(threading.Thread(target=_task, args=(folder, job, task, places)))
+    threads[-1].start()
+  for thread in threads:
+    thread.join()
+
+
+def _task(folder, job, task, places):
+  restarts = 0
+  while True:
+    again = _once(folder, job, task, restarts)
+    if not again:
+      places.release()
+      return
+    restarts += 1
+
+
+def _once(folder, job, task, restarts):
+  if _read(folder, task)['state'] == 'CANCELLED':
+    return False
+  nodes, per_node = int(job['nodes'] or 1), int(job['ntasks_per_node'] or 1)
+  env = os.environ | {
+    'SLURM_ARRAY_JOB_ID': str(job['number']),
+    'SLURM_ARRAY_TASK_ID': str(task),
+    'SLURM_JOB_ID': str(_number()),
+    'SLURM_JOB_NAME': job['job_name'],
+    'SLURM_NNODES': str(nodes),
+    'SLURM_NTASKS_PER_NODE': str(per_node),
+  }
+  if restarts:
+    env['SLURM_RESTART_COUNT'] = str(restarts)
+  output = (job['output'] or 'slurm-%A_%a.out').replace('%a', str(task))
+  output = output.replace('%A', str(job['number'])).replace('%%', '%')
+  with open(output, 'ab' if job['open_mode'] == 'append' else 'wb') as out:
+    batch = subprocess.Popen(
+      ['bash', str(folder / 'script')],
+      env=env,
+      stdin=subprocess.DEVNULL,
+      stdout=out,
+      stderr=subprocess.STDOUT,
+      start_new_session=True,
+    )
+    _write(folder, task, state='RUNNING', restarts=restarts, pid=batch.pid)
+    code = batch.wait()
+  now = _read(folder, task)
+  again = now['state'] == 'REQUEUED' and bool(job['requeue'])
+  state = 'COMPLETED' if code == 0 else 'FAILED'
+  if again:
+    state = 'PENDING'
+  elif now['state'] == 'CANCELLED':
+    state = 'CANCELLED'
+  _write(folder, task, state=state, restarts=restarts, code=code)
+  return again
+
+
+def srun(argv):
+  parser = argparse.ArgumentParser('srun', allow_abbrev=False)
+  parser.add_argument('--ntasks', type=int, required=True)
+  parser.add_argument('--ntasks-per-node', type=int, required=True)
+  parser.add_argument('command', nargs=argparse.REMAINDER)
+  given = parser.parse_args(argv)
+  count, per_node = given.ntasks, given.ntasks_per_node
+  nodes = count // per_node
+  if nodes > int(os.environ['SLURM_NNODES']):
+    sys.exit('srun: error: More processors requested than permitted')
+  children = []
+  for i in range(count):
+    env = os.environ | {
+      'SLURM_STEP_ID': '0',
+      'SLURM_STEP_NODELIST': ','.join(['127.0.0.1'] * nodes),
+      'SLURM_STEP_NUM_NODES': str(nodes),
+      'SLURM_NTASKS': str(count),
+      'SLURM_PROCID': str(i),
+      'SLURM_LOCALID': str(i % per_node),
+      'SLURM_NODEID': str(i // per_node),
+    }
+    children.append(subprocess.Popen(given.command, env=env, stdin=subprocess.DEVNULL))
+  hand_on = lambda *_: [child.send_signal(signal.SIGTERM) for child in children]
+  signal.signal(signal.SIGTERM, hand_on)
+  codes = [child.wait() for child in children]
+  sys.exit(max(128 - code if code < 0 else code for code in codes))
+
+
+def squeue(argv):
+  parser = argparse.ArgumentParser('squeue', allow_abbrev=False)
+  for flag in ('--me', '--noheader', '--array'):
+    parser.add_argument(flag, action='store_true')
+  parser.add_argument('--name', required=True)
+  parser.add_argument('--format', required=True)
+  given = parser.parse_args(argv)
+  for folder in sorted(_root().glob('[0-9]*')):
+    job = json.loads((folder / 'job.json').read_text())
+    for task in job['tasks'] if job['job_name'] == given.name else ():
+      state = _read(folder, task)['state']
+      if state in WAITING:
+        number = f'{job["number"]}_{task}'
+        print(given.format.replace('%i', number).replace('%T', state))
+
+
+def scancel(argv):
+  parser = argparse.ArgumentParser('scancel', allow_abbrev=False)
+  parser.add_argument('--signal')
+  parser.add_argument('--batch', action='store_true')
+  parser.add_argument('job')
+  given = parser.parse_args(argv)
+  number, _, task = given.job.partition('_')
+  folder = _root() / number
+  if not folder.is_dir():
+    sys.exit(f'scancel: error: Kill job error on job id {given.job}: Invalid job id')
+  job = json.loads((folder / 'job.json').read_text())
+  for each in [int(task)] if task else job['tasks']:
+    now = _read(folder, each)
+    if given.signal:
+      assert given.batch, 'only the batch script is signalled here'
+      os.kill(now['pid'], signal.Signals[f'SIG{given.signal}'])
+    elif now['state'] in WAITING:
+      _write(folder, each, **now | {'state': 'CANCELLED'})
+      if 'pid' in now:
+        os.killpg(now['pid'], signal.SIGKILL)
+
+
+def scontrol(argv):
+  verb, job = argv
+  assert verb == 'requeue'
+  number, _, task = job.partition('_')
+  folder = _root() / number
+  _write(folder, int(task), **_read(folder, int(task)) | {'state': 'REQUEUED'})
+
+
+def _root():
+  return Path(os.environ['SLURM_STANDIN'])
+
+
+def _number():
+  """A job's number of which JAX makes a port that is free: 61440 + number % 4096."""
+  for number in range(time.time_ns() // 1000 % 10**8, 10**9):
+    with socket.socket() as probe:
+      try:
+        probe.bind(('127.0.0.1', 61440 + number % 4096))
+      except OSError:
+        continue
+      return number
+  raise AssertionError('no port is free')
+
+
+def _write(folder, task, **values):
+  draft = folder / f'{task}.draft'
+  draft.write_text(json.dumps(values))
+  draft.rename(folder / f'{task}.json')
+
+
+def _read(folder, task):
+  return json.loads((folder / f'{task}.json').read_text())
+
+
+VERBS = {f.__name__: f for f in (sbatch, run, srun, squeue, scancel, scontrol)}
+
+if __name__ == '__main__':
+  VERBS[sys.argv[1]](sys.argv[2:])
