@@ -50,6 +50,24 @@ def test_a_run_that_never_recovered_has_diverged(count):
   assert judge(losses, best=2.5, rule=Rule(multiple=1.5, rise=1.0, tail=0.05)) == ''
 
 
+def test_steps_that_were_not_finite_do_not_hide_a_run_that_never_recovered():
+  losses = falling(1000)
+  losses[500:] += 0.8
+  losses[np.random.default_rng(0).random(1000) < 0.2] = NAN
+  losses[250:330] = NAN
+  losses[-1] = losses[np.isfinite(losses)][-1]
+  assert judge(losses, best=2.5).startswith('it never recovered')
+  losses[500:] -= 0.8
+  assert judge(losses) == ''
+
+
+def test_the_level_at_the_end_is_that_of_the_tail():
+  losses = falling(1000)
+  losses[-10:] += 0.9
+  assert judge(losses, best=2.5) == ''
+  assert judge(losses, best=2.5, rule=Rule(multiple=1.5, rise=0.5, tail=0.01)) != ''
+
+
 def test_one_high_loss_at_the_end_is_no_level():
   losses = falling(300)
   losses[-1] += 5

@@ -1,7 +1,7 @@
 """Early warnings: what a run's own numbers said before its loss did."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,13 @@ TIMES = 5.0
 # Of the steps: before them it is not looked at, as the learning rate still warms up.
 SETTLED = 0.1
 
-# Indicator -> the kind of record it is in, and how it is read from one.
-INDICATORS: dict[str, tuple[str, Callable[[Mapping[str, Any]], float]]] = {
-  'grad_norm': ('train', lambda r: r['grad_norm']),
-  'update_ratio': ('train', lambda r: _ratio(r['update_norm'], r['param_norm'])),
-  'attention_logit': ('indicators', lambda r: r['attention_logit']),
-  'output_logit': ('indicators', lambda r: r['output_logit']),
-  'residual_growth': ('indicators', lambda r: r['residual_growth']),
+# Indicator -> the kind of record it is in, and its field; the ratio where there are two.
+INDICATORS = {
+  'grad_norm': ('train', 'grad_norm'),
+  'update_ratio': ('train', 'update_norm', 'param_norm'),
+  'attention_logit': ('indicators', 'attention_logit'),
+  'output_logit': ('indicators', 'output_logit'),
+  'residual_growth': ('indicators', 'residual_growth'),
 }
 
 
@@ -44,10 +44,11 @@ def warnings(records: Iterable[Mapping[str, Any]]) -> dict[str, float | int | No
   """
   records = list(records)
   told: dict[str, float | int | None] = {}
-  for name, (kind, of) in INDICATORS.items():
-    own = [r for r in records if r['kind'] == kind]
+  for name, (kind, *fields) in INDICATORS.items():
+    own = [r for r in records if r['kind'] == kind and all(f in r for f in fields)]
     steps = np.array([r['step'] for r in own], np.int64)
-    told |= {f'{name}_{k}': v for k, v in _describe(steps, [of(r) for r in own]).items()}
+    values = [_ratio(*(r[f] for f in fields)) for r in own]
+    told |= {f'{name}_{k}': v for k, v in _describe(steps, values).items()}
   train = [r for r in records if r['kind'] == 'train']
   told |= dict.fromkeys(('skipped', 'not_finite'))
   if train and train[-1]['step']:
@@ -72,5 +73,5 @@ def _describe(steps: np.ndarray, values: list[float]) -> dict[str, float | int |
   return {'max': most, 'last': float(x[-1]), 'left': int(left[0]) if len(left) else None}
 
 
-def _ratio(update: float, params: float) -> float:
-  return update / params if params else math.nan
+def _ratio(above: float, below: float = 1.0) -> float:
+  return above / below if below else math.nan
