@@ -31,6 +31,7 @@ from gated import (
   checkpoint,
   config,
   data,
+  deterministic,
   evals,
   ledger,
   mesh,
@@ -66,6 +67,7 @@ _RESTORE_STEP = flags.DEFINE_string(
 _ALLOW = flags.DEFINE_list(
   'allow_change', [], "Knobs, groups of them or 'data' that may differ on resumption."
 )
+_DETERMINISTIC = flags.DEFINE_bool('deterministic', False, 'To the last bit, on GPUs.')
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Check everything, count, and leave.')
 _COORDINATOR = flags.DEFINE_string('coordinator', '', "'auto' or HOST:PORT of process 0.")
 _PROCESSES = flags.DEFINE_integer('processes', 1, 'How many processes form the run.')
@@ -306,6 +308,8 @@ def main(argv: list[str]) -> int:
   c = _CONFIG.value.to_dict()
   try:
     cfg = config.build(plan.Config, c, 'config')
+    if _DETERMINISTIC.value:
+      deterministic.ask()
     workdir = storage.path(_WORKDIR.value or f'runs/{c["name"]}-{_digest(c)}')
     where = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
     peer_timeout = cfg.stability.peer_timeout

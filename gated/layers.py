@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from gated import config, mesh, teams
+from gated import config, deterministic, mesh, teams
 
 Axes = Sequence[str | None]
 DTYPES = ('float32', 'bfloat16')
@@ -245,8 +245,12 @@ def _add_up(token_BT, dx_BTD, *, count: int, devices: teams.Sharing):
   rows = count // devices.vocab.size
   row_N = _rows(near.gather(token_BT.reshape(-1), 0), rows, devices)
   # In float32, for a frequent token's gradient has thousands of terms.
+  dx_ND = dx_ND.astype(jnp.float32)
   d_VD = jnp.zeros((rows, dx_ND.shape[1]), jnp.float32)
-  d_VD = d_VD.at[row_N].add(dx_ND.astype(jnp.float32), mode='drop')
+  if deterministic.applies(mesh.platform()):
+    d_VD = deterministic.add_rows(d_VD, row_N, dx_ND)
+  else:
+    d_VD = d_VD.at[row_N].add(dx_ND, mode='drop')
   return devices.rest.sum(far.scatter(d_VD, 1))
 
 

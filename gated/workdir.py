@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gated import checkpoint, config, lock, metrics, processes, storage
+from gated import checkpoint, config, deterministic, lock, metrics, processes, storage
 from gated.metrics import provenance
 
 # What may differ between a run and its resumption; the data are held by fingerprint.
@@ -105,6 +105,10 @@ def check(
       there = str(old['data'].get('sha256'))
       changed['data'] = there[:12], fingerprint['sha256'][:12]
     _refuse(workdir, c, changed, allowed)
+    # It moves the last bits only, as the knobs that say how a step is computed.
+    before, now = old.get('deterministic'), deterministic.asked(os.environ)
+    if before is not None and before != now:
+      changed['--deterministic'] = before, now
     if step is not None:
       if step > c['steps']:
         raise ValueError(f'config.steps={c["steps"]}, but {workdir} is at step {step}')
@@ -165,12 +169,13 @@ def _within(knob: str, name: str) -> bool:
 
 
 def _owner(workdir: storage.Path) -> dict | None:
-  """The config and the data's fingerprint of the session before, from run.json."""
+  """The session before, from run.json: config, data's fingerprint, if deterministic."""
   path = workdir / 'run.json'
   try:
     old = json.loads(storage.read(path, LIMIT))
-    list(old['sessions'])
-    return {'config': dict(old['config']), 'data': dict(old['data'])}
+    *_, last = {}, *old['sessions']
+    found = {'config': dict(old['config']), 'data': dict(old['data'])}
+    return found | {'deterministic': dict(last).get('deterministic')}
   except FileNotFoundError:
     return None
   except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:

@@ -19,6 +19,7 @@ FLOORS = {
   'teams': 0,
   'processes': 0,
   'storage': 0,
+  'deterministic': 0,
   'layers': 1,
   'kernels': 1,
   'tokenizer': 1,

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gated import config, mesh
+from gated import config, deterministic, mesh
 from gated.kernels import blockwise, choice, splash
 from gated.kernels.case import Case, scores, soft_cap, with_lse_gradient
 
@@ -122,7 +122,12 @@ def _reference(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
 
 
 def _cudnn(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
-  """cuDNN's fused attention, packed segments as ragged sequences (from Hopper on)."""
+  """cuDNN's fused attention, packed segments as ragged sequences (from Hopper on).
+
+  Where it has to be deterministic, as a mask instead: cuDNN's gradient of them then takes
+  memory that grows with the square of a row, and of ragged ones with the square of a
+  batch (github.com/NVIDIA/cudnn-frontend/pull/398).
+  """
   if case.normalizer != 'softmax':
     raise NotImplementedError(f'has no {case.normalizer} attention')
   if case.cap:
@@ -153,8 +158,8 @@ def _cudnn_call(q_BTHK, k_BSGK, v_BSGK, *, segment_BT, limit, residual=False):
   scale = q_BTHK.shape[-1] ** -0.5
   call = functools.partial(cudnn.dot_product_attention, q_BTHK, k_BSGK, v_BSGK)
   call = functools.partial(call, scale=scale, return_residual=residual)
-  if segment_BT is None:
-    out = call(mask_type=cudnn.MaskType.CAUSAL)
+  if segment_BT is None or deterministic.applies(mesh.platform()):
+    out = call(mask=_same(segment_BT), mask_type=cudnn.MaskType.CAUSAL)
     return (out[0], out[1].transpose(0, 2, 1)) if residual else out
   start_BM, size_BM = segment_runs(segment_BT, limit)
   # One more offset than segments; -1 where there is none, in the last column always.
@@ -177,6 +182,13 @@ def _cudnn_call(q_BTHK, k_BSGK, v_BSGK, *, segment_BT, limit, residual=False):
     start_BM, run_BT, 1
   )
   return out[0], lse_SHT[jnp.cumsum(count_B1, 0) - count_B1 + run_BT, :, within_BT]
+
+
+def _same(segment_BT: jax.Array | None) -> jax.Array | None:
+  """Segment ids -> which tokens share one: (B, 1, T, T)."""
+  if segment_BT is None:
+    return None
+  return segment_BT[:, None, :, None] == segment_BT[:, None, None, :]
 
 
 def segment_runs(segment_BT: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from gated import config, mesh
+from gated import config, deterministic, mesh
 from gated.kernels import choice, grouped_gpu, grouped_tpu
 
 
@@ -145,7 +145,7 @@ def _outer_products(x_MRA, dy_MRB, group_M, E):
   M, _, A = x_MRA.shape
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   start = jnp.zeros((E, A, dy_MRB.shape[2]), jnp.float32)
-  if mesh.platform() == 'cpu':
+  if mesh.platform() == 'cpu' or deterministic.applies(mesh.platform()):
     outer = lambda m: product('ra,rb->ab', x_MRA[m], dy_MRB[m])
     add = lambda m, dw_EAB: dw_EAB.at[group_M[m]].add(outer(m))
     return jax.lax.fori_loop(0, (group_M < E).sum(), add, start)

@@ -2,7 +2,8 @@
 
 `config` and `data` are those of the latest session. Each start adds one entry to
 `sessions`: when, from which step, which knobs differ from the session before ({knob:
-[before, now]}), the command, versions, devices and environment, and the code's commit.
+[before, now]}), the command, versions, devices and environment, whether the run was to be
+deterministic, and the code's commit.
 """
 
 import importlib.metadata
@@ -19,7 +20,7 @@ from typing import Any
 
 import jax
 
-from gated import storage
+from gated import deterministic, storage
 from gated.metrics.records import write_json
 
 PACKAGES = (
@@ -84,6 +85,7 @@ def session() -> dict:
     'devices': len(devices),
     'processes': jax.process_count(),
     'environment': environment(os.environ),
+    'deterministic': deterministic.asked(os.environ),
   }
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gated import config, kernels
+from gated import config, deterministic, kernels, mesh
 from gated.layers import Dense, Numerics, SwiGLU, named, normal
 from gated.moe import capacity, dropless
 
@@ -150,6 +150,11 @@ def route(logit_BTE: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array, jax.
   """
   prob_BTE = jax.nn.softmax(logit_BTE, -1)
   weight_BTk, choice_BTk = jax.lax.top_k(prob_BTE, cfg.top_k)
+  if deterministic.applies(mesh.platform()):
+    # The gradient of what top_k picks is a scatter, which takes turns if it must be in
+    # order; here each weight is the sum of one probability and of zeros.
+    hit_BTkE = jax.nn.one_hot(choice_BTk, prob_BTE.shape[-1], dtype=bool)
+    weight_BTk = jnp.where(hit_BTkE, prob_BTE[..., None, :], 0.0).sum(-1)
   if cfg.norm_topk:
     weight_BTk = weight_BTk / weight_BTk.sum(-1, keepdims=True)
   return weight_BTk, choice_BTk, prob_BTE

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from gated import kernels, mesh
+from gated import deterministic, kernels, mesh
 from gated.layers import recomputed, swiglu
 
 # Rows of a pass over a device's mean. A balanced router stays below, and a load beyond
@@ -269,6 +269,8 @@ def _scattered(y_ND, row_CD, at: _Rows):
   # A TPU sorts rows by token at any rate, but after they are float32.
   row_CD = row_CD[at.order_C].astype(jnp.float32)
   token_C = at.token_C[at.order_C]
+  if deterministic.applies(mesh.platform()):
+    return deterministic.add_rows(y_ND, token_C, row_CD)
   return y_ND.at[token_C].add(row_CD, mode='drop', indices_are_sorted=True)
 
 
