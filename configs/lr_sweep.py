@@ -1,0 +1,113 @@
+"""How much the loss minds the learning rate, with a gate and without: claims C16, C24.
+
+python scripts/sweep.py run --config=configs/lr_sweep.py:scale=test
+python scripts/sweep.py run --config=configs/lr_sweep.py --config.data.mixture=DIR \
+  --config.data.length=512
+Variants by learning rates by seeds, of Table 2's 48 layers, which are the less stable.
+optimizer=muon and precision=fp32 change all of them, =both makes them an axis; seeds=1 to
+5. scale=proxy (the default): 63M parameters, 33M tokens a run, about 90 s each on one
+H200; it wants text of its own, in a vocabulary of at most 8192. scale=paper: 1T tokens a
+run. scale=test: 24 runs, about 5 minutes on 2 CPU cores.
+
+The gated variants' FFN is narrower by the gate's parameters, as in Table 2. The rates
+reach beyond 8e-3, at which the paper's baseline of 48 layers fails: at test scale to 0.3,
+for what is small is stable.
+"""
+
+from configs import axes, base, dense_1b7, rows, table2
+
+SCALES = {
+  # As Table 2's rows of 1T tokens.
+  'paper': dict(steps=59_605, batch=4096),
+  'proxy': dict(
+    steps=1000,
+    batch=64,
+    model=dict(vocab=8192),
+    optim=dict(warmup=100),
+    eval=dict(every=250, rows=256),
+    checkpoint=dict(every=500),
+    log=dict(indicators=20),
+  ),
+  'test': dict(
+    steps=300,
+    batch=16,
+    optim=dict(warmup=20),
+    data=dict(length=64),
+    eval=dict(every=100, rows=64),
+    checkpoint=dict(every=100),
+    log=dict(indicators=10, tensorboard=False),
+  ),
+}
+
+# Even in the logarithm, as the sensitivity to the learning rate takes them.
+RATES = {
+  'paper': (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
+  'proxy': (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
+  'test': (1e-3, 1e-2, 1e-1, 3e-1),
+}
+
+# By the names of Table 2's changes.
+VARIANTS = {
+  'paper': ('baseline', 'headwise', 'elementwise', 'sandwich'),
+  'proxy': ('baseline', 'headwise', 'elementwise', 'sandwich'),
+  'test': ('baseline', 'elementwise'),
+}
+
+COMPUTE = {'bf16': 'bfloat16', 'fp32': 'float32'}
+ARGUMENTS = dict(
+  scale=('proxy', 'paper', 'test'),
+  precision=('bf16', 'fp32', 'both'),
+  optimizer=('adamw', 'muon', 'both'),
+  seeds=('3', '1', '2', '4', '5'),
+)
+
+# A run has diverged if it is so much worse than the best of the sweep, or rose by so many
+# nats and stayed there; its level at the end is of the last twentieth of its steps.
+RULE = dict(multiple=1.5, rise=0.5, tail=0.05)
+
+
+def get_config(arg: str = ''):
+  chosen = base.arguments(arg, **ARGUMENTS)
+  scale = chosen['scale']
+  c = dense_1b7.at('48l', scale)
+  c.update(SCALES[scale])
+  c.name = '-'.join(['lr_sweep', scale, *_apart(chosen)])
+  c.model.numerics.compute = COMPUTE.get(chosen['precision'], 'bfloat16')
+  c.optim.name = {'muon': 'muon'}.get(chosen['optimizer'], 'adamw')
+  return c
+
+
+def get_grid(arg: str = '') -> axes.Grid:
+  chosen = base.arguments(arg, **ARGUMENTS)
+  scale = chosen['scale']
+  grids = [
+    axes.choice('variant', **{name: _changes(name, scale) for name in VARIANTS[scale]}),
+    axes.axis('optim.lr', RATES[scale]),
+    axes.seeds(int(chosen['seeds'])),
+  ]
+  if chosen['precision'] == 'both':
+    each = {name: {'model.numerics.compute': dtype} for name, dtype in COMPUTE.items()}
+    grids.insert(0, axes.choice('precision', **each))
+  if chosen['optimizer'] == 'both':
+    grids.insert(0, axes.axis('optim.name', ('adamw', 'muon'), 'optimizer'))
+  return axes.product(*grids)
+
+
+def get_rule() -> dict[str, float]:
+  return dict(RULE)
+
+
+def _apart(chosen: dict[str, str]) -> list[str]:
+  """What of the arguments is not as usual, for the name."""
+  names = ('precision', 'optimizer')
+  return [chosen[name] for name in names if chosen[name] != ARGUMENTS[name][0]]
+
+
+def _changes(name: str, scale: str) -> dict:
+  """A row of Table 2 -> what it changes, with the FFN that it leaves."""
+  c = dense_1b7.at('48l', scale)
+  rows.change(c, table2.CHANGES[name])
+  ffn = table2.MATCHES['exact'](c.model.ffn, table2.surplus(c.model))
+  changes = {f'model.{knob}': value for knob, value in table2.CHANGES[name].items()}
+  # Where the FFN stays, the change says nothing of it.
+  return changes | ({'model.ffn': ffn} if ffn != c.model.ffn else {})
