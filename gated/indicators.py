@@ -72,7 +72,7 @@ def _rows(micro: int, ways: int) -> int:
 
 
 def _ways(axis: str) -> int:
-  on = jax.sharding.get_abstract_mesh()
+  on: Any = jax.sharding.get_abstract_mesh()
   return 1 if on.empty else mesh.ways(axis, on)
 
 
