@@ -47,6 +47,7 @@ FLOORS = {
   'preflight': 7,
   'recorder': 7,
   'launch': 8,
+  'report': 8,
 }
 
 STORIES = {'train', 'eval'}

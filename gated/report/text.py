@@ -1,0 +1,222 @@
+"""The report in words: Markdown of a sweep that was judged."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gated import stability
+from gated.report import published, tables
+from gated.report.lines import Line, rate
+from gated.report.points import DONE, Judged, fitting
+from gated.report.tables import Table, plain
+from gated.stability.early import TIMES
+
+STATES = ('finished', 'diverged', 'partial', 'failed', 'absent')
+UNLIKE = (
+  "Scale, data and tokenizer differ from the paper's, and with them every loss: only the "
+  'signs and the ratios of differences may be compared. The differences are in nats; the '
+  "paper's are the logarithm of a ratio of two of its perplexities."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+  """All that a report is made of."""
+
+  name: str
+  about: Mapping[str, str]  # what was run: recipe, commit, ...
+  points: Sequence[Judged]
+  lines: Sequence[Line]
+  rule: stability.Rule
+  spikes: Mapping[str, Any]  # arguments of stability.spikes that were asked for
+  published: Sequence[published.Published]
+  captions: Mapping[str, str]  # of the figures that were drawn, by name
+
+  @property
+  def noise(self) -> stability.Noise:
+    cells = (c for line in self.lines for c in line.cells() if not c.diverged)
+    return stability.noise([c.finals for c in cells])
+
+
+def markdown(the: Report) -> str:
+  """A report -> report.md."""
+  figures = {name: i + 1 for i, name in enumerate(the.captions)}
+
+  def figure(name: str) -> list[str]:
+    if name not in figures:
+      return []
+    told = f'Figure {figures[name]}'
+    return [f'![{told}]({name}.svg)', '', f'*{told}.* {the.captions[name]}', '']
+
+  parts = [
+    [f'# {plain(the.name)}', '', *_opening(the)],
+    ['## Final loss', '', *figure('loss_vs_lr'), *_losses(the)],
+    ['## LR sensitivity', '', *figure('sensitivity'), *_sensitivity(the)],
+    ['## Training curves and spikes', '', *figure('curves'), *_spikes(the)],
+    ['## Divergence', '', *_divergence(the)],
+    ['## Early warnings', '', *figure('warnings'), *_warnings(the)],
+    *_paper(the),
+    ['## How it was measured', '', *_measured(the)],
+  ]
+  return '\n'.join(line for part in parts for line in [*part, ''])
+
+
+def _opening(the: Report) -> Iterator[str]:
+  states = Counter(p.state for p in the.points)
+  told = ', '.join(f'{states[state]} {state}' for state in STATES if states[state])
+  yield f'{len(the.points)} points: {told}.'
+  left = [p for p in the.points if not p.done]
+  if left:
+    yield ''
+    yield (
+      f'**This sweep is not finished: {len(left)} of {len(the.points)} points are not '
+      'done.** They are in no mean below:'
+    )
+    yield ''
+    rows = [[p.name, p.state, p.step, p.steps] for p in left]
+    yield from Table(['point', 'state', 'step', 'of'], rows).markdown()
+
+
+def _losses(the: Report) -> Iterator[str]:
+  yield 'Nats a token; mean and standard deviation over the seeds that did not diverge.'
+  yield ''
+  yield from tables.by_rate(the.lines).markdown()
+  yield ''
+  counts = [len(c.points) for line in the.lines for c in line.cells()]
+  least, most = min(counts), max(counts)
+  seeds = f'{most}' if least == most else f'{least} to {most}'
+  noun = 'seed' if most == 1 else 'seeds'
+  yield f'Seeds of each: {seeds} {noun}, where all are done. {the.noise}'
+  if most <= 1:
+    yield 'With one seed no ordering of these lines is claimed.'
+  elif len(the.lines) > 1:
+    yield ''
+    yield from _ordering(the)
+
+
+def _ordering(the: Report) -> Iterator[str]:
+  """Each line at its best against the first."""
+  noise, rows = the.noise, []
+  bests = [(line, cell) for line in the.lines if (cell := line.best())]
+  if not bests or not noise.dof:
+    return
+  (first, start), *_ = bests
+  for line, cell in bests:
+    row = [line.name, rate(cell.lr), tables.told(cell), len(cell.finals)]
+    if line is first:
+      rows.append([*row, '–', '–', '–'])
+      continue
+    apart, beyond = cell.mean - start.mean, noise.beyond(cell.spread.n, start.spread.n)
+    side = 'lower' if apart < 0 else 'higher'
+    said = side if noise.differ(cell.spread, start.spread) else 'within the noise'
+    rows.append([*row, f'{apart:+.4f}', f'{beyond:.4f}', said])
+  yield (
+    f'Each line at its best learning rate without divergence, against '
+    f'{plain(first.name)}. The rate was chosen by the same runs, so that small '
+    'differences say less than the noise floor promises.'
+  )
+  yield ''
+  columns = ['', 'lr', 'final loss', 'seeds', 'difference', 'noise floor', 'is']
+  yield from Table(columns, rows).markdown()
+
+
+def _sensitivity(the: Report) -> Iterator[str]:
+  found = tables.of_sensitivity(the.lines)
+  rows = [row for row in found.rows if row[1] == 'mean']
+  if not rows:
+    yield (
+      'There is none: it takes a line with several learning rates that are all done, and '
+      'a loss logged at step 1.'
+    )
+    return
+  yield (
+    'The mean over the learning rates of min(final loss, loss at initialisation), less '
+    'the best final loss, in nats (Wortsman et al., arXiv 2309.14322); a seed at a time.'
+  )
+  yield ''
+  columns = ['', 'sensitivity', 'std over seeds', 'seeds', 'from lr', 'to lr']
+  cut = [[r[0], *r[2:5], rate(r[5]), rate(r[6])] for r in rows]
+  yield from Table(columns, cut).markdown()
+  lrs = {tuple(line.lrs) for line in the.lines}
+  yield ''
+  if len(lrs) > 1:
+    yield 'Their learning rates are not the same: these numbers are not comparable.'
+  short = [line.name for line in the.lines if len(line.sensitivities()) < len(line.seeds)]
+  if short:
+    names = plain(', '.join(short))
+    yield f'Seeds that are not done at every rate are left out. They are of: {names}.'
+
+
+def _spikes(the: Report) -> Iterator[str]:
+  shortest = min((p.steps for p in the.points), default=0)
+  how = fitting(shortest) | dict(the.spikes)
+  yield (
+    'A spike is an excursion of the training loss of more than '
+    f'{how["threshold"]:g} nats above the centred median of {how["window"]} logged '
+    f'points, after step {how["warmup"]}; what is within {how["gap"]} steps is one. '
+    'Spikes a run, with the highest in nats:'
+  )
+  yield ''
+  yield from tables.of_spikes(the.lines).markdown()
+
+
+def _divergence(the: Report) -> Iterator[str]:
+  yield str(the.rule)
+  yield ''
+  found = [p for p in the.points if p.diverged]
+  if not found:
+    done = sum(p.done for p in the.points)
+    yield f'None of the {done} points that are done diverged by this rule.'
+    return
+  rows = [[p.line, rate(p.lr), p.seed, f'diverged: {p.reason}', p.name] for p in found]
+  yield from Table(['', 'lr', 'seed', 'why', 'point'], rows).markdown()
+
+
+def _warnings(the: Report) -> Iterator[str]:
+  rows = [
+    [p.line, rate(p.lr), p.seed, p.state, p.step, tables.warned(p)]
+    for p in the.points
+    if p.state in DONE and p.left
+  ]
+  yield (
+    'The first step at which a number left its usual range: more than '
+    f'{TIMES:g} times its median in the first half of the run, or not finite.'
+  )
+  yield ''
+  if rows:
+    columns = ['', 'lr', 'seed', 'state', 'last step', 'left its range']
+    yield from Table(columns, rows).markdown()
+  else:
+    yield 'None did in a point that is done.'
+
+
+def _paper(the: Report) -> Iterator[list[str]]:
+  parts = []
+  row = published.by_row(the.lines)
+  if row:
+    parts += ['Rows of its tables, each against the row that is its baseline:', '']
+    parts += [*row.markdown(), '']
+  for of, table in published.by_rate(the.lines, the.published):
+    parts += [f'**{plain(of)}**', '', *table.markdown(), '']
+  if parts:
+    yield ['## Beside the paper', '', UNLIKE, '', *parts]
+
+
+def _measured(the: Report) -> Iterator[str]:
+  kinds = {p.final_of for p in the.points if p.final_of and not p.diverged}
+  names = {'heldout': 'the held-out loss at the last step', 'train': ''}
+  names['train'] = 'the mean training loss of the last 2% of the records (10 at least)'
+  if kinds:
+    both = ' (both occur here, and differ in kind)' if len(kinds) > 1 else ''
+    yield f'- Final loss: {" or ".join(names[k] for k in sorted(kinds))}{both}.'
+  yield '- Loss at initialisation: the training loss of step 1, before any update.'
+  devices = sorted({p.device for p in the.points if p.device})
+  about = dict(the.about) | ({'devices': ', '.join(devices)} if devices else {})
+  for name, value in about.items():
+    yield f'- {name[0].upper()}{name[1:]}: {plain(value)}.'
+  yield (
+    '- Beside this page: points.csv (every point), summary.csv (every line and learning '
+    'rate), sensitivity.csv, curves.csv (thinned training losses), and each figure as '
+    'SVG, PDF and PNG.'
+  )
