@@ -155,11 +155,11 @@ def read(
         step=log.step,
         reason=reason,
         train=log.train,
-        numbers={name: _curve(log.records, name) for name in WATCHED},
+        numbers=log.numbers,
         final=log.final,
         final_of=log.final_of,
         spikes=stability.spikes(*log.train, **counted),
-        warnings=stability.warnings(log.records),
+        warnings=log.warnings,
         seconds=log.seconds,
         rate=log.rate,
         device=log.device,
@@ -179,12 +179,13 @@ def fitting(steps: int) -> dict[str, Any]:
 
 
 class _Log(NamedTuple):
-  """What a workdir says."""
+  """What a workdir says; of its records no more is kept, for they may be millions."""
 
   state: str
   step: int
-  records: list[dict]
   train: Curve
+  numbers: Mapping[str, Curve]
+  warnings: Mapping[str, float | int | None]
   final: float | None
   final_of: str
   seconds: float
@@ -207,8 +208,9 @@ def _log(swept: sweep.Sweep, point: sweep.Point) -> _Log:
   return _Log(
     state=state,
     step=step,
-    records=records,
     train=train,
+    numbers={name: _curve(records, name) for name in WATCHED},
+    warnings=stability.warnings(records),
     final=final,
     final_of=final_of,
     seconds=float(sum(r['step_seconds'] * gap for r, gap in timed)),

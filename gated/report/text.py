@@ -149,10 +149,11 @@ def _sensitivity(the: Report) -> Iterator[str]:
 
 
 def _spikes(the: Report) -> Iterator[str]:
-  shortest = min((p.steps for p in the.points), default=0)
-  how = fitting(shortest) | dict(the.spikes)
+  lengths = {p.steps for p in the.points}
+  how = fitting(min(lengths)) | dict(the.spikes)
+  of = 'In the shortest run, a' if len(lengths) > 1 else 'A'
   yield (
-    'A spike is an excursion of the training loss of more than '
+    f'{of} spike is an excursion of the training loss of more than '
     f'{how["threshold"]:g} nats above the centred median of {how["window"]} logged '
     f'points, after step {how["warmup"]}; what is within {how["gap"]} steps is one. '
     'Spikes a run, with the highest in nats:'
