@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import small
 import yaml
 from faults import process
 
@@ -32,7 +33,7 @@ def points(folder, count=2, more=(), label=None):
   for i in range(count):
     workdir = f'{folder}/points/lr-{i}-abc123'
     command = ('train.py', '--config=configs/tiny.py', *more, f'--workdir={workdir}')
-    made.append(launch.Point(f'{label}-{i:03d}', f'lr-{i}-abc123', command, workdir, 9))
+    made.append(launch.Point(f'{label}-{i:03d}', f'lr-{i}-abc123', command, workdir))
   return made
 
 
@@ -52,7 +53,7 @@ def folder_of(on):
 def submission(on, folder='', count=2, more=(), sha256='ab' * 32, **options):
   folder = folder or folder_of(on)
   given = launch.Options(**{'on': on} | NEEDS[on] | options)
-  launch.check(given, folder)
+  launch.checks.meant(given, folder)
   made = points(folder, count, more)
   return launch.prepare(given, folder, made, sha256=sha256, python='3.11')
 
@@ -277,7 +278,8 @@ def test_hosts_of_skypilot_meet_at_the_first_of_them(host):
   got, out = ended(
     host('import sys; print(*sys.argv[2:])', '--processes=skypilot', env=env)
   )
-  assert (got, out) == (0, '--coordinator=10.0.0.1:8476 --processes=2 --process=1\n')
+  where = '--coordinator=10.0.0.1:8476 --processes=2 --process=1\n'
+  assert (got, out) == (0, f'--start_timeout=1800 {where}')
 
 
 @pytest.mark.slow
@@ -596,6 +598,7 @@ def test_the_states_of_jobsets_are_read():
       '/a',
       '--zone=a with --on=slurm, but it',
     ),
+    (dict(NEEDS['slurm'], on='slurm', sbatch=('-C x',)), '/a', "--sbatch='-C x' is no"),
     (dict(NEEDS['slurm'], on='slurm', nodes=0), '/a', '--nodes=0 must be positive'),
     (dict(NEEDS['slurm'], on='slurm', restarts=-1), '/a', '--restarts=-1 must not'),
     (
@@ -623,7 +626,7 @@ def test_the_states_of_jobsets_are_read():
 )
 def test_what_cannot_be_meant_is_refused(options, folder, said):
   with pytest.raises(ValueError) as refused:
-    launch.check(launch.Options(**options), folder)
+    launch.checks.meant(launch.Options(**options), folder)
   assert said in str(refused.value) and '\n' not in str(refused.value)
 
 
@@ -646,23 +649,47 @@ def test_a_scheduler_that_is_not_installed_is_named_with_the_way_to_it(on, monke
   monkeypatch.setenv('PATH', '/nowhere')
   target = launch.TARGETS[on]
   with pytest.raises(ValueError) as refused:
-    launch.check_installed(on)
+    launch.checks.installed(on)
   assert target.command in str(refused.value) and target.install in str(refused.value)
+
+
+@pytest.mark.parametrize(
+  ('on', 'knobs', 'said'),
+  [
+    ('slurm', dict(data__mixture='/shared/books=7,code@c'), 'code is relative, and jobs'),
+    ('slurm', dict(init_from='runs/a:3'), 'config.init_from: runs/a:3 is relative'),
+    (
+      'tpu',
+      dict(data__mixture='gs://b/books,/shared/code'),
+      '/shared/code is a folder of',
+    ),
+    ('slurm', dict(data__mixture='/shared/books=7,s3://b/code'), ''),
+    ('jobset', dict(data__mixture='gs://b/books', init_from='gs://b/a:latest'), ''),
+    ('skypilot', dict(), ''),
+  ],
+)
+def test_data_that_no_job_would_find_is_refused(on, knobs, said):
+  try:
+    launch.checks.reachable(small.recipe(**knobs), on)
+    told = ''
+  except ValueError as error:
+    told = str(error)
+  assert said in told and bool(said) == bool(told)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
   (tmp_path / 'file').touch()
   with pytest.raises(ValueError, match='cannot be written from here'):
-    launch.check_writable(str(tmp_path / 'file/below'))
-  launch.check_writable(str(tmp_path / 'new'))
+    launch.checks.writable(str(tmp_path / 'file/below'))
+  launch.checks.writable(str(tmp_path / 'new'))
   assert list((tmp_path / 'new').iterdir()) == []
 
 
 def test_a_bucket_is_written_once_and_left_as_it_was(remote):
-  launch.check_writable(f'{remote}/sweep')
+  launch.checks.writable(f'{remote}/sweep')
   assert storage.names(f'{remote}/sweep') == []
   with pytest.raises(ValueError, match='cannot be written from here'):
-    launch.check_writable('s3://no-such-bucket-of-ours/sweep')
+    launch.checks.writable('s3://no-such-bucket-of-ours/sweep')
 
 
 # --- Submitted, listed, deleted ---
@@ -764,7 +791,7 @@ def test_sbatch_refuses_an_option_with_a_slip(cluster, tmp_path):
     launch.call(['sbatch', '--parsable', str(script)])
 
 
-# Two layers of 32, whose steps last a few milliseconds, on two processes with a device each.
+# A model whose steps last milliseconds, for two processes with a device each.
 SMALL = (
   *('--config.model.width=32', '--config.model.depth=2', '--config.model.ffn=64'),
   *('--config.model.attn.heads=2', '--config.model.attn.kv_heads=1'),
@@ -798,7 +825,7 @@ def test_a_sweep_runs_under_slurm_with_two_processes_each_and_survives_preemptio
 ):
   """Three points one after another, for real; the first is told to leave on its way."""
   folder = tmp_path / 'a sweep'
-  steps = {0: 1500, 1: 20, 2: 20}
+  steps = {0: 120, 1: 8, 2: 8}
   options = dict(accelerator='cpu', processes=2, at_once=1, partition='all')
   options |= dict(interpreter=sys.executable, cache=str(tmp_path / 'cache'))
   s = submission('slurm', str(folder), 3, SMALL, sources(folder), **options)
@@ -812,14 +839,10 @@ def test_a_sweep_runs_under_slurm_with_two_processes_each_and_survives_preemptio
   record = launch.submit(s)
   number = record['told'][0]
   logs = [folder / f'logs/{p.name}.log' for p in made]
-  lines = lambda p: (
-    len(f.read_text().splitlines())
-    if (f := Path(p.workdir, 'metrics.jsonl')).exists()
-    else 0
-  )
   told = lambda: '\n'.join(log.read_text()[-3000:] for log in logs if log.exists())
   try:
-    wait(lambda: lines(made[0]) > 20, told)
+    # It exists from just before the first step.
+    wait(Path(made[0].workdir, 'run.json').exists, told)
     assert launch.states(record)[made[0].job] == 'RUNNING'
     assert launch.states(record)[made[1].job] == 'PENDING'
     launch.call(['scancel', '--signal=TERM', '--batch', f'{number}_0'])

@@ -8,75 +8,20 @@ is told by its workdir alone, so that nothing runs twice.
 
 import json
 import os
-import secrets
 import shlex
-import shutil
 import subprocess
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import NamedTuple
 
-from gated import storage
-from gated.launch import jobset, machines, skypilot, slurm, tpu, work
+from gated import storage, sweep
+from gated.launch import checks, tpu, work
+from gated.launch.targets import TARGETS
 from gated.launch.work import Options, Point, Work, label
 
 RECORD = 'launched.json'
 FOLDER = 'launch'  # In a sweep's: the files that were submitted.
 LIMIT = 1 << 24  # Bytes of a launched.json.
-
-
-class Target(NamedTuple):
-  """A scheduler."""
-
-  module: ModuleType  # files, submit, listing, states, delete
-  command: str  # That speaks with it.
-  install: str
-  needs: tuple[str, ...]  # Options that it cannot do without.
-  takes: tuple[str, ...]  # Those that mean something to it.
-  stores: tuple[str, ...]  # What a sweep's folder may begin with; () is anywhere.
-
-
-_GOOGLE = 'https://cloud.google.com/sdk/docs/install'
-TARGETS = {
-  'slurm': Target(
-    slurm,
-    'sbatch',
-    'run this where SLURM is, on a login node of the cluster',
-    ('partition',),
-    ('nodes', 'restarts', 'partition', 'time', 'processes', 'at_once', 'sbatch'),
-    (),
-  ),
-  'skypilot': Target(
-    skypilot,
-    'sky',
-    "pip install 'skypilot[gcp]' (or aws, kubernetes, ...) in an environment of its own, "
-    'then sky check',
-    (),
-    ('nodes', 'restarts', 'spot', 'infra'),
-    ('gs://', 's3://'),
-  ),
-  'jobset': Target(
-    jobset,
-    'kubectl',
-    'https://kubernetes.io/docs/tasks/tools, and JobSet and Kueue in the cluster (xpk '
-    'makes such a one)',
-    ('queue',),
-    (
-      *('nodes', 'slices', 'restarts', 'spot', 'queue', 'namespace', 'image'),
-      'service_account',
-    ),
-    ('gs://', 's3://'),
-  ),
-  'tpu': Target(
-    tpu,
-    'gcloud',
-    _GOOGLE,
-    ('zone', 'project'),
-    ('slices', 'restarts', 'spot', 'service_account', 'zone', 'project', 'runtime'),
-    ('gs://',),
-  ),
-}
-_ALL_TAKE = ('on', 'accelerator', 'interpreter', 'cache', 'unlocked')
+ENDED = 'finished', 'diverged'  # States of a point that is not run again.
 
 
 class Submission(NamedTuple):
@@ -94,63 +39,6 @@ class Submission(NamedTuple):
     return text + '\n'.join(shlex.join(command) for command in self.commands)
 
 
-def check(options: Options, folder: str) -> None:
-  """ValueError for options that cannot be meant, before anything else is looked at."""
-  if options.on not in TARGETS:
-    raise ValueError(f'--on={options.on!r}, but allowed are {", ".join(TARGETS)}')
-  target = TARGETS[options.on]
-  missing = [
-    name for name in ('accelerator', *target.needs) if not getattr(options, name)
-  ]
-  if missing:
-    flags = ', '.join(f'--{name}=...' for name in missing)
-    raise ValueError(f'--on={options.on} needs {flags}')
-  chosen = machines.accelerator(options.accelerator)
-  for name, value in work.changed(options).items():
-    if name not in (*_ALL_TAKE, *target.takes):
-      others = ', '.join(on for on, t in TARGETS.items() if name in t.takes)
-      raise ValueError(f'--{name}={value} with --on={options.on}, but it is for {others}')
-  for name in ('nodes', 'slices', 'processes'):
-    if getattr(options, name) < 1:
-      raise ValueError(f'--{name}={getattr(options, name)} must be positive')
-  for name in ('restarts', 'at_once'):
-    if getattr(options, name) < 0:
-      raise ValueError(f'--{name}={getattr(options, name)} must not be negative')
-  if chosen.kind == 'tpu' and options.nodes > 1:
-    raise ValueError(
-      f'--nodes={options.nodes} with --accelerator={options.accelerator}: a slice says '
-      'how many hosts there are; several slices are --slices=N'
-    )
-  if chosen.kind != 'tpu' and options.slices > 1:
-    raise ValueError(f'--slices={options.slices} is for TPUs; hosts are --nodes=N')
-  if target.stores and not folder.startswith(target.stores):
-    raise ValueError(
-      f'--dir={folder} with --on={options.on}, whose machines see no folder of this one: '
-      f'give a bucket, {" or ".join(f"{store}BUCKET/PATH" for store in target.stores)}'
-    )
-
-
-def check_installed(on: str) -> None:
-  """ValueError, saying how to install it, where a scheduler's command is not here."""
-  target = TARGETS[on]
-  if not shutil.which(target.command):
-    raise ValueError(
-      f'--on={on} calls {target.command}, which is not installed here: {target.install}'
-    )
-
-
-def check_writable(folder: str) -> None:
-  """Writes a few bytes to a folder and removes them; ValueError if it cannot."""
-  probe = storage.path(folder) / f'.can-be-written-{secrets.token_hex(4)}'
-  try:
-    storage.write(probe, b'yes\n')
-    storage.remove(probe)
-  except OSError as error:
-    raise ValueError(
-      f'--dir={folder} cannot be written from here, so no job could: {error}'
-    ) from error
-
-
 def local(folder: str) -> str:
   """A sweep's folder -> where what is submitted lies: in it, or in the cache."""
   if not storage.is_remote(folder):
@@ -159,16 +47,40 @@ def local(folder: str) -> str:
   return os.path.join(home, 'gated', FOLDER, label(folder))
 
 
+def check(options: Options, swept: sweep.Sweep) -> None:
+  """ValueError for a sweep that could not be run so, of what can be told from here."""
+  checks.meant(options, os.fspath(swept.folder))
+  for p in swept.points:
+    checks.reachable(p.config, options.on)
+
+
+def due(swept: sweep.Sweep) -> list[Point]:
+  """A sweep -> its points that have not ended."""
+  named = label(os.fspath(swept.folder))
+  found = []
+  for index, p in enumerate(swept.points):
+    workdir = swept.workdir(p)
+    if sweep.state(workdir, p.config['steps']).state not in ENDED:
+      job = f'{named}-{index:03d}'
+      found.append(Point(job, p.name, p.command, os.fspath(workdir)))
+  return found
+
+
 def prepare(
   options: Options, folder: str, points: Sequence[Point], *, sha256: str, python: str
 ) -> Submission:
-  """Points that have not ended -> what would be submitted for them."""
+  """A sweep's folder and its points -> what would be submitted for them.
+
+  `sha256` is of the code.tar.gz there, `python` the version that the sweep was made with.
+  """
+  if not points:
+    raise ValueError(f'{folder}: all of its points have ended, nothing is left to submit')
   w = Work(
     label=label(folder),
     folder=folder,
     files=local(folder),
     sha256=sha256,
-    python=python,
+    python='.'.join(python.split('.')[:2]),
     points=tuple(points),
     options=options,
   )
@@ -272,4 +184,20 @@ def renew(w: Work, record: dict, call: Call = call) -> list[str]:
   return [command[5] for command in commands if command[4] == 'create']
 
 
-__all__ = ['Options', 'Point', 'Submission', 'Work', 'label']
+__all__ = [
+  'TARGETS',
+  'Options',
+  'Point',
+  'Submission',
+  'Work',
+  'check',
+  'checks',
+  'delete',
+  'due',
+  'label',
+  'prepare',
+  'read',
+  'renew',
+  'states',
+  'submit',
+]

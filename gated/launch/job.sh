@@ -126,7 +126,7 @@ install() {
 
 # 'ended', 'held' by a run whose lock has not gone stale yet, or 'due'.
 state() {
-  (cd "$sources" && "$interpreter" -m gated.launch.point "$workdir")
+  PYTHONPATH=$sources "$interpreter" -P "$sources/gated/launch/point.py" "$workdir"
 }
 
 # The processes of a host share the cache, and so may hosts.
@@ -140,6 +140,8 @@ unpack
 if [[ -z $interpreter ]]; then install; fi
 exec 9>&-
 
+# Hosts install at their own pace, and a slice's need not start together.
+if [[ $processes != one ]]; then point+=(--start_timeout=1800); fi
 case $processes in
   one) ;;
   auto) point+=(--coordinator=auto) ;;

@@ -1,7 +1,7 @@
-"""Whether a point is to be run: `python -m gated.launch.point WORKDIR`, for job.sh.
+"""Whether a point is to be run: `python -P gated/launch/point.py WORKDIR`, for job.sh.
 
 Prints 'ended' if it finished or diverged, 'held' if a run that may live has its workdir,
-and 'due' otherwise.
+and 'due' otherwise. It is run as a file, for the package would bring in all of JAX.
 """
 
 import json

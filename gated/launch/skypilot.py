@@ -76,7 +76,9 @@ def listing(record: dict) -> list[str]:
 
 def states(record: dict, output: str) -> dict[str, str]:
   """What `listing` printed -> job: its state."""
-  rows = json.loads(output[output.index('[') :] if '[' in output else '[]')
+  lines = output.splitlines()  # It may tell of what it does before.
+  begins = next(i for i, line in enumerate(lines) if line.startswith('['))
+  rows = json.loads('\n'.join(lines[begins:]))
   mine = {job['job'] for job in record['jobs']}
   # The newest comes first, and a name may have been used before.
   return {

@@ -62,7 +62,6 @@ class Point(NamedTuple):
   name: str
   command: tuple[str, ...]  # train.py --config=... --workdir=...
   workdir: str
-  steps: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +124,8 @@ def label(folder: str) -> str:
   Lower case letters, digits and dashes, at most 32: Kubernetes and Google Cloud take no
   other names, and put something of their own behind them.
   """
-  name = re.sub(r'[^a-z0-9]+', '-', folder.rstrip('/').rpartition('/')[2].lower())
+  folder = folder.rstrip('/')
+  name = re.sub(r'[^a-z0-9]+', '-', folder.rpartition('/')[2].lower())
   name = re.sub(r'^[^a-z]+', '', name)[:24].strip('-') or 'sweep'
   return f'{name}-{hashlib.sha256(folder.encode()).hexdigest()[:7]}'
 
