@@ -322,13 +322,18 @@ def main(argv: list[str]) -> int:
     return 0
   try:
     code = train(run)
+    workdirs.conclude(workdir, code, 'done' if code == 0 else 'told to leave')
   except tuple(CODES) as error:
     print(f'train.py: {error}', file=sys.stderr)
     code = CODES[type(error)]
+    if code not in (REFUSED, TAKEN):  # Of those, another has the workdir.
+      workdirs.conclude(workdir, code, str(error))
     if not isinstance(error, TOGETHER):
       stability.leave(code)
-  except OSError as error:
-    if not storage.is_full(error):
+  except Exception as error:
+    full = storage.is_full(error)
+    workdirs.conclude(workdir, NOT_SAVED if full else 1, str(error))
+    if not full:
       raise
     print(f'train.py: --workdir={workdir} cannot be written: {error}', file=sys.stderr)
     stability.leave(NOT_SAVED)

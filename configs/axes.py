@@ -1,80 +1,81 @@
-"""Grids of runs, as data: what a sweep varies, beside the recipe that it varies.
+"""Grids of a sweep: what changes from point to point, as plain data.
 
-A grid is a list of points; a point says what its run changes in the recipe, and what that
-is called. A recipe with a grid has a `get_grid(arg)` beside its `get_config(arg)`:
+A recipe that has a grid defines `get_grid(arg='')` beside `get_config(arg='')`:
 
-  product(
-    choice('variant', baseline={}, headwise={'model.attn.gate.position': 'sdpa', ...}),
-    axis('optim.lr', (1e-3, 2e-3, 4e-3)),
-    seeds(3),
-  )
+  def get_grid(arg=''):
+    variant = axes.choice(
+      'variant', baseline={}, sandwich={'model.branch_norm': 'rms'}
+    )
+    return axes.product(variant, axes.axis('optim.lr', [1e-3, 2e-3]), axes.seeds(3))
+
+A knob is named as in configs/base.py, without `config.`.
 """
 
-import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
 class Point(NamedTuple):
-  """One run of a grid; labels and changes keep the order of their axes."""
+  """One run of a sweep."""
 
-  labels: dict[str, str]  # by axis: {'variant': 'baseline', 'lr': '0.001', 'seed': '0'}
-  changes: dict[str, Any]  # by knob, without 'config.': {'optim.lr': 1e-3, 'seed': 0}
-
-
-Grid = list[Point]
+  labels: dict[str, str]  # {'variant': 'baseline', 'lr': '0.001'}, to be read
+  changes: dict[str, Any]  # {'optim.lr': 0.001}: knobs and their values
 
 
-def axis(knob: str, values: Iterable[Any], name: str = '') -> Grid:
-  """A knob and its values -> a point for each, called by the last part of the knob."""
+def axis(knob: str, values: Iterable[Any], name: str = '') -> list[Point]:
+  """A knob and its values -> a point each; `name` is the knob's last part otherwise."""
   name = name or knob.rpartition('.')[2]
-  return [Point({name: label(value)}, {knob: value}) for value in values]
+  return [Point({name: text(value)}, {knob: value}) for value in values]
 
 
-def choice(name: str, **named: Mapping[str, Any]) -> Grid:
-  """Changes that have a name together -> a point for each: choice('variant', a={...})."""
-  return [Point({name: each}, dict(changes)) for each, changes in named.items()]
+def choice(name: str, /, **variants: Mapping[str, Any]) -> list[Point]:
+  """Variants by name, each with the knobs that it changes -> a point each."""
+  return [Point({name: variant}, dict(knobs)) for variant, knobs in variants.items()]
 
 
-def seeds(count: int) -> Grid:
-  """So many seeds, from 0 on."""
+def seeds(count: int) -> list[Point]:
+  """So many seeds, from 0 on: of the weights and of the order of the data."""
   return axis('seed', range(count))
 
 
-def product(*grids: Grid) -> Grid:
-  """Every point of one with every point of the others; the last varies fastest."""
-  return [_merged(points) for points in itertools.product(*grids)]
+def product(*grids: Sequence[Point]) -> list[Point]:
+  """Every point of one grid with every point of the others; the first varies slowest."""
+  found = [Point({}, {})]
+  for grid in grids:
+    found = [_both(a, b) for a in found for b in grid]
+  return found
 
 
-def zipped(*grids: Grid) -> Grid:
-  """The first points of all, the second ones, and so on; they must be equally many."""
-  if len(sizes := {len(grid) for grid in grids}) > 1:
-    raise ValueError(f'zipped axes of {sorted(sizes)} points, but they must be as many')
-  return [_merged(points) for points in zip(*grids, strict=True)]
+def zipped(*grids: Sequence[Point]) -> list[Point]:
+  """The first points of all grids together, the second ones, and so on."""
+  sizes = [len(grid) for grid in grids]
+  if len(set(sizes)) > 1:
+    raise ValueError(f'grids of {sizes} points cannot be zipped: all must have as many')
+  found = []
+  for points in zip(*grids, strict=True):
+    found += product(*([point] for point in points))
+  return found
 
 
-def chain(*grids: Grid) -> Grid:
-  """The points of one after those of another."""
+def chain(*grids: Sequence[Point]) -> list[Point]:
+  """The points of one grid after those of the other."""
   return [point for grid in grids for point in grid]
 
 
-def label(value: Any) -> str:
-  """A value -> the word for it, which for a number is as it would be typed."""
-  if isinstance(value, (tuple, list)):
-    return '+'.join(map(label, value))
-  return f'{value:g}' if isinstance(value, float) and float(f'{value:g}') == value else str(value)
+def text(value: Any) -> str:
+  """A knob's value -> how it is written, so that a float comes back to the last bit."""
+  return repr(value) if isinstance(value, float) else str(value)
 
 
-def _merged(points: Iterable[Point]) -> Point:
-  labels: dict[str, str] = {}
-  changes: dict[str, Any] = {}
-  for point in points:
-    for taken, given, what in (
-      (labels, point.labels, 'axis'),
-      (changes, point.changes, 'knob'),
-    ):
-      for key in given:
-        if key in taken:
-          raise ValueError(f'two axes of a grid have the {what} {key!r}')
-      taken.update(given)
-  return Point(labels, changes)
+def _both(a: Point, b: Point) -> Point:
+  """Two points -> the point that is both; ValueError where they clash."""
+  for knob in a.changes:
+    # A group and a knob in it clash as well.
+    same = [k for k in b.changes if f'{k}.'.startswith(f'{knob}.')]
+    same += [k for k in b.changes if f'{knob}.'.startswith(f'{k}.')]
+    if same:
+      raise ValueError(f'two axes change config.{same[0]}')
+  names = a.labels.keys() & b.labels.keys()
+  if names:
+    raise ValueError(f'two axes are named {min(names)!r}: give one another name')
+  return Point(a.labels | b.labels, a.changes | b.changes)

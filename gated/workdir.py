@@ -1,9 +1,15 @@
-"""Whose a workdir is, from where its run goes on, and what may differ from before."""
+"""Whose a workdir is, from where its run goes on, and what may differ from before.
+
+OUTCOME in it tells how the last session ended: {'code', 'step', 'told', 'time'}, an exit
+code of train.py, the last step in the metrics, a sentence, and seconds since 1970. It is
+not there while a session lasts, nor after one that was killed.
+"""
 
 import contextlib
 import json
 import logging
 import os
+import time
 from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +44,7 @@ MAY_CHANGE = (
   'config.stability.peer_timeout',
 )
 
+OUTCOME = 'outcome.json'
 LIMIT = provenance.MAX_BYTES  # Of a run.json.
 STALE_AFTER = 600.0  # Seconds of silence after which another machine's lock is stale.
 SETTLE = {False: 0.2, True: 2.0}  # Seconds until a lock is believed: a disk's, a store's.
@@ -133,6 +140,8 @@ def held(workdir: storage.Path) -> Generator[lock.Lock]:
   try:
     if fault := max(processes.gather(fault)):
       raise InUse(fault)
+    if jax.process_index() == 0:
+      storage.remove(workdir / OUTCOME)
     yield mine
   finally:
     mine.release()
@@ -142,6 +151,31 @@ def check_held(mine: lock.Lock) -> None:
   """Raises Taken if the lock was lost."""
   if mine.lost:
     raise Taken(mine.lost)
+
+
+def outcome(workdir: storage.Path) -> dict | None:
+  """How the last session in a workdir ended; None if that is not told."""
+  try:
+    found = json.loads(storage.read(workdir / OUTCOME, LIMIT))
+    return {'code': int(found['code']), 'step': int(found['step'])} | found
+  except FileNotFoundError:
+    return None
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
+    raise ValueError(f'{workdir / OUTCOME} is damaged: {error!r}') from error
+
+
+def conclude(workdir: storage.Path, code: int, told: str) -> None:
+  """Writes how a session ended, on process 0; a disk that takes nothing is no fault."""
+  if jax.process_index():
+    return
+  path, step = workdir / 'metrics.jsonl', 0
+  try:
+    if metrics.exists(path):
+      step = max((r['step'] for r in metrics.read(path)), default=0)
+    said = {'code': code, 'step': step, 'told': told, 'time': time.time()}
+    metrics.write_json(workdir / OUTCOME, said)
+  except (OSError, metrics.Damaged) as error:
+    _log.warning('%s could not be written: %s', workdir / OUTCOME, error)
 
 
 def _refuse(workdir: storage.Path, c: dict, changed: dict, allowed: Collection[str]):

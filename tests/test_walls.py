@@ -46,6 +46,7 @@ FLOORS = {
   'weights': 7,
   'preflight': 7,
   'recorder': 7,
+  'sweep': 7,
   'launch': 8,
   'report': 8,
 }

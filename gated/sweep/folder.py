@@ -1,0 +1,123 @@
+"""A sweep's folder: written when it is begun, read by whoever goes on with it."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gated import config, metrics, stability, storage
+from gated.metrics import provenance
+from gated.sweep import code
+from gated.sweep.grid import Point, Sweep
+
+NAME, CODE = 'sweep.json', 'code.tar.gz'
+LIMIT = 1 << 28  # Bytes of a sweep.json or its sources.
+FORMAT = 1
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write(swept: Sweep, environment: Mapping[str, str] | None = None) -> Sweep:
+  """Writes a sweep's folder, with the sources as they are -> Sweep, as it stands there.
+
+  `environment` is what its points are given on this machine. A folder that has the same
+  sweep already is left as it is; ValueError, telling what differs, if it has another one,
+  or cannot be written.
+  """
+  where = swept.folder
+  if storage.exists(where / NAME):
+    old = open(where)
+    _refuse(old, swept)
+    return old
+  packed = code.pack(ROOT)
+  made = {
+    'time': datetime.now(UTC).isoformat(timespec='seconds'),
+    'sha256': hashlib.sha256(packed).hexdigest(),
+    'git': provenance.git(ROOT),
+    'python': platform.python_version(),
+    'versions': provenance.versions(),
+    'environment': dict(environment or {}),
+  }
+  whole = {
+    'format': FORMAT,
+    'name': swept.name,
+    'recipe': swept.recipe,
+    'overrides': swept.overrides,
+    'flags': swept.flags,
+    'rule': dataclasses.asdict(swept.rule),
+    'made': made,
+    'points': [p._asdict() for p in swept.points],
+  }
+  try:
+    storage.write(where / CODE, packed)
+    # Last, as it says that all of it is there.
+    metrics.write_json(where / NAME, whole)
+  except OSError as error:
+    raise ValueError(f'--dir={where} cannot be written: {error}') from error
+  return open(where)
+
+
+def open(folder: storage.PathLike) -> Sweep:
+  """A sweep's folder, wherever it has been moved to -> Sweep, from its sweep.json alone.
+
+  ValueError if there is none, or one that no sweep wrote.
+  """
+  where = storage.path(folder)
+  if not storage.is_remote(where):
+    where = storage.Path(os.path.abspath(where))
+  try:
+    whole = json.loads(storage.read(where / NAME, LIMIT))
+  except FileNotFoundError:
+    raise ValueError(f'{where} is no sweep: there is no {NAME}') from None
+  except (ValueError, RecursionError, OSError) as error:
+    raise ValueError(f'{where / NAME} cannot be read: {error}') from error
+  try:
+    if whole['format'] != FORMAT:
+      raise ValueError(f'format {whole["format"]}, but {FORMAT} is known')
+    return Sweep(
+      folder=where,
+      name=whole['name'],
+      recipe=whole['recipe'],
+      overrides=tuple(whole['overrides']),
+      flags=tuple(whole['flags']),
+      points=tuple(_point(p) for p in whole['points']),
+      rule=config.build(stability.Rule, whole['rule'], 'rule'),
+      made=dict(whole['made']),
+    ).moved(where)
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(f'{where / NAME} is damaged: {error!r}') from error
+
+
+def _point(found: Mapping[str, Any]) -> Point:
+  command = tuple(map(str, found['command']))
+  name = str(found['name'])
+  if '/' in name or name.startswith('.') or not command[-1].startswith('--workdir='):
+    raise ValueError(f'the point {name!r}')
+  return Point(
+    name, dict(found['labels']), dict(found['changes']), command, dict(found['config'])
+  )
+
+
+def _refuse(old: Sweep, new: Sweep) -> None:
+  """ValueError, telling what differs, if two sweeps are not the same."""
+  there, here = ({p.name: p for p in s.points} for s in (old, new))
+  told = [f'the point {name} is there only' for name in there if name not in here]
+  told += [f'the point {name} is new' for name in here if name not in there]
+  for name in there.keys() & here.keys():
+    a, b = (json.loads(metrics.dumps(s[name].config, indent=None)) for s in (there, here))
+    changed = config.differences(a, b)
+    told += [f'{k}: {x!r} there, {y!r} here' for k, (x, y) in changed.items()]
+  if old.flags != new.flags:
+    told.append(f'flags: {" ".join(old.flags)!r} there, {" ".join(new.flags)!r} here')
+  told = list(dict.fromkeys(told))
+  if told:
+    rest = [f'and {len(told) - 20} more'] if len(told) > 20 else []
+    listed = '\n'.join(f'  {line}' for line in [*told[:20], *rest])
+    raise ValueError(
+      f'--dir={old.folder} has a sweep that differs in\n{listed}\n'
+      'Name another folder; or go on with that sweep as it is recorded, by --dir alone'
+    )

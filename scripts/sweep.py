@@ -1,0 +1,207 @@
+"""Sweeps: a recipe's grid of runs, executed here or handed to a scheduler, and judged.
+
+  python scripts/sweep.py run --config=configs/lr_sweep.py:scale=test
+  python scripts/sweep.py run --config=configs/tiny.py --axis=optim.lr=1e-3,4e-3 --seeds=2
+  python scripts/sweep.py run --dir=DIR                   goes on with that sweep
+  python scripts/sweep.py status DIR
+  python scripts/sweep.py compare A B                     runs, or sweeps point by point
+  python scripts/sweep.py COMMAND --help
+
+`--config` and `--config.KNOB=VALUE` are as in train.py, for all points. A sweep's
+folder holds all that is needed to run it again (gated/sweep/__init__.py).
+
+Exit codes: 0 done; compare: the same losses to the last bit. 1: some points failed,
+or the losses differ. 2: refused. 3: compare: the runs are not comparable. 4: told to
+leave, and the same command goes on.
+"""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import config_flags
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configs import axes, base
+from gated import config, stability, sweep
+
+ROOT = Path(__file__).resolve().parents[1]
+REFUSED = 2
+
+
+class Recipe(NamedTuple):
+  """What `--config` and its knobs say."""
+
+  spec: str  # configs/lr_sweep.py:scale=test
+  overrides: tuple[str, ...]  # --config.steps=100
+  module: Any
+
+
+def recipe(words: Sequence[str]) -> Recipe:
+  """The words of a command line that are the recipe's -> Recipe; ValueError if bad."""
+  values = _parse(words)
+  flag = values['config']
+  spec = flag.value and flag.config_filename
+  if not spec:
+    raise ValueError('--config=configs/RECIPE.py is missing')
+  given = config_flags.get_override_values(flag)
+  overrides = tuple(f'--config.{k}={axes.text(v)}' for k, v in given.items())
+  name, colon, arg = spec.partition(':')
+  inside = Path(name).resolve()
+  if not inside.is_relative_to(ROOT):
+    raise ValueError(f'--config={name} lies outside {ROOT}: a sweep could not carry it')
+  module = importlib.util.spec_from_file_location(f'recipe_{inside.stem}', inside)
+  assert module and module.loader
+  loaded = importlib.util.module_from_spec(module)
+  module.loader.exec_module(loaded)
+  spec = f'{inside.relative_to(ROOT)}{colon}{arg}'
+  return Recipe(spec, overrides, loaded)
+
+
+def resolve(words: Sequence[str]) -> dict:
+  """`--config=...` and `--config.x=y` -> the recipe, as train.py would have it."""
+  return _parse(words)['config'].value.to_dict()
+
+
+def _parse(words: Sequence[str]) -> flags.FlagValues:
+  """The recipe's words -> absl's flags; a mistake is told in one line, by its knob."""
+  words = ['sweep.py', *words]
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file(
+    'config', None, '', lock_config=True, flag_values=values, sys_argv=words
+  )
+  try:
+    config.check_command(words, config.flatten(base.get_config().to_dict()))
+    left = values(words)
+  except ValueError:
+    raise
+  except Exception as error:
+    raise ValueError(config.plain(error)) from error
+  if len(left) > 1:
+    raise ValueError(f'unknown argument {left[1]!r}')
+  return values
+
+
+def planned(args: argparse.Namespace, words: Sequence[str]) -> sweep.Sweep:
+  """The flags of a command that takes a grid, and the recipe's -> Sweep, unwritten."""
+  of = recipe(words)
+  arg = of.spec.partition(':')[2]
+  grid = of.module.get_grid(arg) if hasattr(of.module, 'get_grid') else []
+  parts = [grid] if grid or hasattr(of.module, 'get_grid') else []
+  parts += [_axis(text, of) for text in args.axis]
+  if args.seeds is not None:
+    if args.seeds < 1:
+      raise ValueError(f'--seeds={args.seeds} must be positive')
+    parts.append(axes.seeds(args.seeds))
+  if not parts:
+    raise ValueError(
+      f'--config={of.spec} has no get_grid: name its axes, --axis=optim.lr=1e-3,2e-3 '
+      '(and --seeds=3)'
+    )
+  rule = sweep.RULE
+  if hasattr(of.module, 'get_rule'):
+    rule = config.build(stability.Rule, of.module.get_rule(), 'rule')
+  return sweep.plan(
+    of.spec,
+    axes.product(*parts),
+    resolve=resolve,
+    overrides=of.overrides,
+    flags=['--deterministic'] if args.deterministic else [],
+    folder=args.dir,
+    rule=rule,
+  )
+
+
+def _axis(text: str, of: Recipe) -> list[axes.Point]:
+  """'optim.lr=1e-3,2e-3' -> a point each, its value as the knob's type reads it."""
+  knob, equals, values = text.partition('=')
+  knob = knob.removeprefix('config.')
+  if not equals:
+    raise ValueError(f'--axis={text!r} is not KNOB=VALUE,VALUE')
+  words = [f'--config={of.spec}', *of.overrides]
+  read = lambda value: config.dig(resolve([*words, f'--config.{knob}={value}']), knob)
+  return axes.axis(knob, [read(value) for value in values.split(',') if value])
+
+
+def run(args: argparse.Namespace, words: Sequence[str]) -> int:
+  raise NotImplementedError('run')
+
+
+def status(args: argparse.Namespace, words: Sequence[str]) -> int:
+  raise NotImplementedError('status')
+
+
+def compare(args: argparse.Namespace, words: Sequence[str]) -> int:
+  raise NotImplementedError('compare')
+
+
+def _takes_grid(parser: argparse.ArgumentParser) -> None:
+  """The flags of commands that may begin a sweep."""
+  parser.add_argument('--dir', default='', help='of the sweep; default sweeps/NAME-HASH')
+  parser.add_argument(
+    '--axis', action='append', default=[], help='KNOB=VALUE,VALUE,...; repeatable'
+  )
+  parser.add_argument('--seeds', type=int, help='an axis of so many seeds')
+  parser.add_argument(
+    '--only', default='', help='points with those labels: variant=baseline,lr=0.001'
+  )
+  parser.add_argument('--deterministic', action='store_true', help='as in train.py')
+
+
+def _run_flags(parser: argparse.ArgumentParser) -> None:
+  _takes_grid(parser)
+
+
+def _status_flags(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('dir', help="a sweep's folder")
+
+
+def _compare_flags(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('a', help="a run's workdir, or a sweep's folder")
+  parser.add_argument('b', help='another of the same kind')
+
+
+class Command(NamedTuple):
+  """A subcommand: what it does, its flags, and whether `--config` is for it."""
+
+  do: Callable[[argparse.Namespace, Sequence[str]], int]
+  flags: Callable[[argparse.ArgumentParser], None]
+  told: str
+  recipe: bool = False
+
+
+COMMANDS = {
+  'run': Command(run, _run_flags, 'run the points here', recipe=True),
+  'status': Command(status, _status_flags, 'print where the points stand'),
+  'compare': Command(compare, _compare_flags, 'say whether runs are alike'),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(
+    prog='sweep.py',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  below = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+  for name, command in COMMANDS.items():
+    command.flags(below.add_parser(name, help=command.told, allow_abbrev=False))
+  args, words = parser.parse_known_args(argv)
+  chosen = COMMANDS[args.command]
+  try:
+    if words and not chosen.recipe:
+      raise ValueError(f'unknown argument {words[0]!r}')
+    return chosen.do(args, words)
+  except (ValueError, NotImplementedError) as error:
+    print(f'sweep.py: {error}', file=sys.stderr)
+    return REFUSED
+
+
+if __name__ == '__main__':
+  sys.exit(main())
