@@ -1,6 +1,7 @@
 # make demo    set up .venv, train the embedded default, evaluate it
 # make test    set up .venv, check format, lint and types, run all tests
 # make fast    the tests without those marked slow
+# make sweep   sweep learning rates of a small model on this machine, and report
 # make tpu     set up .venv/tpu, which compiles for TPUs without one (scripts/preflight.py)
 # make rows    train every row of the paper's tables at test scale, save and resume it
 # make faults  inject every fault of docs/reliability.md into real runs, print the table
@@ -15,6 +16,7 @@
 
 PYTHON ?= python3
 WORKDIR ?= runs/demo
+SWEEP ?= sweeps/lr
 ARGS ?=
 JOBS ?= 2
 BIN := .venv/bin
@@ -34,7 +36,7 @@ endif
 
 INSTALL += $(if $(LOCKED),--require-hashes)
 
-.PHONY: demo test fast tpu rows faults lock audit clean
+.PHONY: demo test fast sweep tpu rows faults lock audit clean
 .DELETE_ON_ERROR:
 
 demo: .venv/run-$(FROM)
@@ -50,6 +52,10 @@ test: .venv/dev-$(FROM)
 
 fast: .venv/dev-$(FROM)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not slow' $(ARGS)
+
+sweep: .venv/report-$(FROM)
+	$(BIN)/python scripts/sweep.py run --config=configs/lr_sweep.py:scale=test --dir=$(SWEEP) $(ARGS)
+	$(BIN)/python scripts/sweep.py report $(SWEEP)
 
 tpu: .venv/tpu/made-$(FROM)
 
@@ -86,6 +92,10 @@ clean:
 
 .venv/dev-$(FROM): requirements-dev.$(FROM) .venv/run-$(FROM)
 	$(INSTALL) -r requirements-dev.$(FROM)
+	@: > $@
+
+.venv/report-$(FROM): requirements-report.$(FROM) .venv/run-$(FROM)
+	$(INSTALL) -r requirements-report.$(FROM)
 	@: > $@
 
 # Of its own, for libtpu changes JAX's default platform.

@@ -1,17 +1,16 @@
 """How much the loss minds the learning rate, with a gate and without: claims C16, C24.
 
 python scripts/sweep.py run --config=configs/lr_sweep.py:scale=test
-python scripts/sweep.py run --config=configs/lr_sweep.py --config.data.mixture=DIR \
-  --config.data.length=512
+python scripts/sweep.py run --config=configs/lr_sweep.py --config.data.mixture=DIR
 Variants by learning rates by seeds, of Table 2's 48 layers, which are the less stable.
 optimizer=muon and precision=fp32 change all of them, =both makes them an axis; seeds=1 to
 5. scale=proxy (the default): 63M parameters, 33M tokens a run, about 90 s each on one
 H200; it wants text of its own, in a vocabulary of at most 8192. scale=paper: 1T tokens a
-run. scale=test: 24 runs, about 5 minutes on 2 CPU cores.
+run. scale=test: 36 runs, about 7 minutes on 2 CPU cores.
 
 The gated variants' FFN is narrower by the gate's parameters, as in Table 2. The rates
 reach beyond 8e-3, at which the paper's baseline of 48 layers fails: at test scale to 0.3,
-for what is small is stable.
+for what is small is stable, and more so with QK-norm: the third variant has none.
 """
 
 from configs import axes, base, dense_1b7, rows, table2
@@ -46,12 +45,14 @@ RATES = {
   'test': (1e-3, 1e-2, 1e-1, 3e-1),
 }
 
-# By the names of Table 2's changes.
+# Small models are stable where QK-norm is: without it some learning rate breaks them.
 VARIANTS = {
   'paper': ('baseline', 'headwise', 'elementwise', 'sandwich'),
   'proxy': ('baseline', 'headwise', 'elementwise', 'sandwich'),
-  'test': ('baseline', 'elementwise'),
+  'test': ('baseline', 'elementwise', 'no_qk_norm'),
 }
+
+CHANGES = table2.CHANGES | {'no_qk_norm': {'attn.qk_norm': False}}
 
 COMPUTE = {'bf16': 'bfloat16', 'fp32': 'float32'}
 ARGUMENTS = dict(
@@ -61,9 +62,10 @@ ARGUMENTS = dict(
   seeds=('3', '1', '2', '4', '5'),
 )
 
-# A run has diverged if it is so much worse than the best of the sweep, or rose by so many
-# nats and stayed there; its level at the end is of the last twentieth of its steps.
-RULE = dict(multiple=1.5, rise=0.5, tail=0.05)
+# A run has diverged if its loss is so many times the best of the sweep, or rose by so
+# many nats and stayed there; its level at the end is of the last twentieth of its steps.
+# In nats the paper's baseline at 8e-3 is 1.12 times the best, and "converges worse".
+RULE = dict(multiple=1.2, rise=0.5, tail=0.05)
 
 
 def get_config(arg: str = ''):
@@ -77,7 +79,7 @@ def get_config(arg: str = ''):
   return c
 
 
-def get_grid(arg: str = '') -> axes.Grid:
+def get_grid(arg: str = '') -> list[axes.Point]:
   chosen = base.arguments(arg, **ARGUMENTS)
   scale = chosen['scale']
   grids = [
@@ -106,8 +108,8 @@ def _apart(chosen: dict[str, str]) -> list[str]:
 def _changes(name: str, scale: str) -> dict:
   """A row of Table 2 -> what it changes, with the FFN that it leaves."""
   c = dense_1b7.at('48l', scale)
-  rows.change(c, table2.CHANGES[name])
+  rows.change(c, CHANGES[name])
   ffn = table2.MATCHES['exact'](c.model.ffn, table2.surplus(c.model))
-  changes = {f'model.{knob}': value for knob, value in table2.CHANGES[name].items()}
+  changes = {f'model.{knob}': value for knob, value in CHANGES[name].items()}
   # Where the FFN stays, the change says nothing of it.
   return changes | ({'model.ffn': ffn} if ffn != c.model.ffn else {})
