@@ -92,6 +92,20 @@ def get_config(arg: str = ''):
   return c
 
 
+def published() -> list[tuple[str, str, float, float | None]]:
+  """Each row's (layers and tokens, change, peak learning rate, perplexity or None).
+
+  None is printed of rows that diverged.
+  """
+  found = []
+  for name, (ppl, *_) in ROWS.items():
+    setting, _, what = name.rpartition('_')
+    layers, _, tokens = setting.rpartition('_')[0].partition('_')
+    trained = f'{layers.removesuffix("l")} layers, {(tokens or "400b").upper()} tokens'
+    found.append((trained, what, SETTINGS[setting][1], ppl))
+  return found
+
+
 def surplus(m) -> float:
   """How much of a SwiGLU's hidden size has as many weights as the gate."""
   attn, gate = m.attn, m.attn.gate

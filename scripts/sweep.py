@@ -4,6 +4,7 @@
   python scripts/sweep.py run --config=configs/tiny.py --axis=optim.lr=1e-3,4e-3 --seeds=2
   python scripts/sweep.py run --dir=DIR                   goes on with that sweep
   python scripts/sweep.py status DIR
+  python scripts/sweep.py report DIR                      its index.html, tables, figures
   python scripts/sweep.py compare A B                     runs, or sweeps point by point
   python scripts/sweep.py COMMAND --help
 
@@ -19,6 +20,7 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +29,23 @@ from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs import axes, base
-from gated import config, stability, sweep
+from configs import axes, base, table2
+from gated import config, report, stability, storage, sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 REFUSED = 2
+# What a report may be told to judge by otherwise than the sweep's own recipe says.
+RULE = {
+  'multiple': 'above so many times the best final loss',
+  'rise': 'that many nats above its lowest level at the end',
+  'tail': 'fraction of a run whose median is its level',
+}
+SPIKES: dict[str, tuple[type, str]] = {
+  'window': (int, 'logged points that the median is of'),
+  'threshold': (float, 'nats above the median'),
+  'warmup': (int, 'first steps that have none'),
+  'gap': (int, 'steps within which two are one'),
+}
 
 
 class Recipe(NamedTuple):
@@ -140,6 +154,21 @@ def compare(args: argparse.Namespace, words: Sequence[str]) -> int:
   raise NotImplementedError('compare')
 
 
+def write_report(args: argparse.Namespace, words: Sequence[str]) -> int:
+  swept = sweep.open(args.dir)
+  given = {k: v for k, v in vars(args).items() if v is not None}
+  rule = replace(swept.rule, **{k: given[k] for k in RULE if k in given})
+  out = storage.path(args.out) if args.out else swept.folder / 'report'
+  rows = [report.Published(*row) for row in table2.published()]
+  spikes = {k: given[k] for k in SPIKES if k in given}
+  try:
+    found = report.write(swept, out, rule=rule, spikes=spikes, published=rows)
+  except OSError as error:
+    raise ValueError(f'the report of {swept.folder} in {out}: {error}') from error
+  print(f'{found.states()}: {out / "index.html"}')
+  return 0
+
+
 def _takes_grid(parser: argparse.ArgumentParser) -> None:
   """The flags of commands that may begin a sweep."""
   parser.add_argument('--dir', default='', help='of the sweep; default sweeps/NAME-HASH')
@@ -161,6 +190,15 @@ def _status_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('dir', help="a sweep's folder")
 
 
+def _report_flags(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('dir', help="a sweep's folder")
+  parser.add_argument('--out', default='', help='folder; default DIR/report')
+  for name, told in RULE.items():
+    parser.add_argument(f'--{name}', type=float, help=f'diverged: {told}')
+  for name, (kind, told) in SPIKES.items():
+    parser.add_argument(f'--{name}', type=kind, help=f'spikes: {told}')
+
+
 def _compare_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('a', help="a run's workdir, or a sweep's folder")
   parser.add_argument('b', help='another of the same kind')
@@ -178,6 +216,7 @@ class Command(NamedTuple):
 COMMANDS = {
   'run': Command(run, _run_flags, 'run the points here', recipe=True),
   'status': Command(status, _status_flags, 'print where the points stand'),
+  'report': Command(write_report, _report_flags, 'judge the points: tables, figures'),
   'compare': Command(compare, _compare_flags, 'say whether runs are alike'),
 }
 

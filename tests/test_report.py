@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import html.parser
+import importlib
 import io
 import json
 import math
@@ -11,7 +12,7 @@ import statistics
 import numpy as np
 import pytest
 
-from configs import base, table2
+from configs import axes, base, table2
 from gated import report, stability, storage, sweep
 from gated.metrics import records
 from gated.report import lines, points, published, tables, text
@@ -70,7 +71,7 @@ def run(workdir: storage.Path, kind: str, level: float, seed: int, *, heldout: b
     workdir / 'run.json', {'config': {}, 'data': {}, 'sessions': [session]}
   )
   code = {'broken': 3, 'failed': 1, 'partial': 4}.get(kind, 0)
-  told = {'code': code, 'step': len(loss), 'told': '', 'time': 1e9}
+  told = {'code': code, 'step': len(loss), 'told': f'{kind} | why', 'time': 1e9}
   records.write_json(workdir / 'outcome.json', told)
 
 
@@ -285,7 +286,9 @@ def test_an_unfinished_sweep_says_what_is_missing(tmp_path):
   assert '8 points: 2 finished, 2 partial, 2 failed, 2 absent.' in said
   assert '6 of 8 points are not done' in said
   for p in found:
-    assert (f'| {p.name} | {p.state} | {p.step} | 200 |' in said) == (not p.done)
+    why = '' if p.state == 'absent' else f'{p.state} \\| why'
+    row = f'| {p.name} | {p.state} | {p.step} | 200 | {why} |'
+    assert (row in said) == (not p.done)
   assert [c.finals for c in gathered[0].cells()] == [[found[0].final], [found[4].final]]
   # Of one seed each, the two rates do not make an ordering.
   assert gathered[0].sensitivities().keys() == {0}
@@ -443,3 +446,39 @@ def test_a_report_is_whole_and_the_same_each_time(lab, tmp_path):
     assert not p.diverged or found.said.count(p.name) == 1
   told = json.dumps(the.captions)
   assert 'Crosses' in told and 'Triangles' in told
+
+
+@pytest.mark.slow
+def test_the_command_reports_a_sweep_by_its_folder_alone(tmp_path, capsys):
+  script = importlib.import_module('scripts.sweep')
+  gates = {'baseline': {}, 'elementwise': {'model.attn.gate.position': 'sdpa'}}
+  planned = sweep.plan(
+    'configs/tiny.py:gate=none',
+    axes.product(
+      axes.choice('variant', **gates), axes.axis('optim.lr', RATES), axes.seeds(1)
+    ),
+    resolve=script.resolve,
+    overrides=[f'--config.steps={STEPS}'],
+    folder=str(tmp_path / 'lab'),
+    rule=RULE,
+  )
+  swept = sweep.write(planned)
+  for i, p in enumerate(swept.points):
+    run(swept.workdir(p), *fate(p), i, heldout=True)
+  assert script.main(['report', str(swept.folder)]) == 0
+  assert '6 points: 5 finished, 1 diverged' in capsys.readouterr().out
+  said = (swept.folder / 'report/report.md').read_text()
+  # The paper's own, of the same variants and learning rates; and what the sweep is of.
+  assert '**48 layers, 400B tokens**' in said and '| 9.195 | +0.2143 |' in said
+  assert f'configs/tiny.py:gate=none --config.steps={STEPS}' in said
+  assert swept.made['sha256'] in said and 'no ordering of these lines' in said
+  out = tmp_path / 'other'
+  lax = ['--multiple=5', '--rise=9', '--threshold=0.6', f'--out={out}']
+  assert script.main(['report', str(swept.folder), *lax]) == 0
+  assert '6 points: 6 finished' in capsys.readouterr().out
+  said = (out / 'report.md').read_text()
+  assert 'above 5 times the best' in said and 'more than 0.6 nats' in said
+  assert script.main(['report', str(swept.folder), '--multiple=0.5']) == 2
+  assert 'multiple=0.5' in capsys.readouterr().err
+  assert script.main(['report', str(tmp_path)]) == 2
+  assert 'is no sweep' in capsys.readouterr().err

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gated import config, metrics, stability, storage, sweep
+from gated import workdir as workdirs
 
 TAIL, LEAST = 0.02, 10  # Of the records, whose mean is a final training loss.
 DONE = ('finished', 'diverged')
@@ -62,6 +63,7 @@ class Judged:
   config: Mapping[str, Any]
   state: str  # absent, partial, finished, diverged or failed
   step: int
+  told: str  # what its last session said as it ended
   reason: str  # why it counts as diverged, or ''
   train: Curve
   numbers: Mapping[str, Curve]  # early warnings over steps, by name
@@ -153,6 +155,7 @@ def read(
         config=point.config,
         state='diverged' if reason else log.state,
         step=log.step,
+        told=log.told,
         reason=reason,
         train=log.train,
         numbers=log.numbers,
@@ -183,6 +186,7 @@ class _Log(NamedTuple):
 
   state: str
   step: int
+  told: str
   train: Curve
   numbers: Mapping[str, Curve]
   warnings: Mapping[str, float | int | None]
@@ -196,6 +200,7 @@ class _Log(NamedTuple):
 def _log(swept: sweep.Sweep, point: sweep.Point) -> _Log:
   workdir = swept.workdir(point)
   state, step = sweep.state(workdir, point.config['steps'])
+  ended = workdirs.outcome(workdir) or {}
   path = workdir / 'metrics.jsonl'
   records = metrics.read(path) if metrics.exists(path) else []
   train = _curve(records, 'loss', kind='train')
@@ -208,6 +213,7 @@ def _log(swept: sweep.Sweep, point: sweep.Point) -> _Log:
   return _Log(
     state=state,
     step=step,
+    told=str(ended.get('told', '')),
     train=train,
     numbers={name: _curve(records, name) for name in WATCHED},
     warnings=stability.warnings(records),

@@ -33,6 +33,12 @@ class Report:
   published: Sequence[published.Published]
   captions: Mapping[str, str]  # of the figures that were drawn, by name
 
+  def states(self) -> str:
+    """'18 points: 16 finished, 2 diverged'."""
+    count = Counter(p.state for p in self.points)
+    told = ', '.join(f'{count[s]} {s}' for s in STATES if count[s])
+    return f'{len(self.points)} points: {told}'
+
   @property
   def noise(self) -> stability.Noise:
     cells = (c for line in self.lines for c in line.cells() if not c.diverged)
@@ -63,9 +69,7 @@ def markdown(the: Report) -> str:
 
 
 def _opening(the: Report) -> Iterator[str]:
-  states = Counter(p.state for p in the.points)
-  told = ', '.join(f'{states[state]} {state}' for state in STATES if states[state])
-  yield f'{len(the.points)} points: {told}.'
+  yield f'{the.states()}.'
   left = [p for p in the.points if not p.done]
   if left:
     yield ''
@@ -74,8 +78,8 @@ def _opening(the: Report) -> Iterator[str]:
       'done.** They are in no mean below:'
     )
     yield ''
-    rows = [[p.name, p.state, p.step, p.steps] for p in left]
-    yield from Table(['point', 'state', 'step', 'of'], rows).markdown()
+    rows = [[p.name, p.state, p.step, p.steps, p.told] for p in left]
+    yield from Table(['point', 'state', 'step', 'of', 'told'], rows).markdown()
 
 
 def _losses(the: Report) -> Iterator[str]:
