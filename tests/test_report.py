@@ -197,6 +197,17 @@ def test_a_final_loss_is_the_held_out_one_where_the_last_step_has_it(tmp_path):
   assert 'Final loss: the held-out loss at the last step.' in described(swept)
 
 
+def test_seconds_are_of_all_steps_and_not_of_the_records(tmp_path):
+  swept = trained(tmp_path, grid(['baseline'], [4e-3], [0]))
+  path = swept.workdir(swept.points[0]) / 'metrics.jsonl'
+  kept = [r for r in records.read(path) if r['step'] % 4 == 0]
+  storage.write(path, b''.join(map(records.line, kept)))
+  ((p,), _), said = judged(swept), described(swept)
+  assert len(p.train.steps) == STEPS / 4 and p.seconds == 0.5 * STEPS
+  # Without a record of step 1 nobody knows the loss at initialisation.
+  assert p.init is None and 'There is none' in said
+
+
 def test_a_summary_is_of_the_seeds_that_did_not_diverge(seen):
   found, gathered = seen
   for told in rows(tables.of_summary(gathered)):
@@ -278,19 +289,22 @@ def test_an_unfinished_sweep_says_what_is_missing(tmp_path):
   swept = trained(
     tmp_path,
     grid(['baseline'], [1e-3, 4e-3], range(4)),
-    lambda p: (kinds[p.config['seed']], 2.5),
+    lambda p: (
+      kinds[p.config['seed']] if p.config['optim']['lr'] > 2e-3 else 'calm',
+      2.5,
+    ),
   )
   found, gathered = judged(swept)
-  assert [p.state for p in found[:4]] == ['finished', 'partial', 'absent', 'failed']
+  assert [p.state for p in found[4:]] == ['finished', 'partial', 'absent', 'failed']
   said = described(swept)
-  assert '8 points: 2 finished, 2 partial, 2 failed, 2 absent.' in said
-  assert '6 of 8 points are not done' in said
+  assert '8 points: 5 finished, 1 partial, 1 failed, 1 absent.' in said
+  assert '3 of 8 points are not done' in said
   for p in found:
     why = '' if p.state == 'absent' else f'{p.state} \\| why'
     row = f'| {p.name} | {p.state} | {p.step} | 200 | {why} |'
     assert (row in said) == (not p.done)
-  assert [c.finals for c in gathered[0].cells()] == [[found[0].final], [found[4].final]]
-  # Of one seed each, the two rates do not make an ordering.
+  assert [len(c.finals) for c in gathered[0].cells()] == [4, 1]
+  # A seed that is not done at one rate has no sensitivity.
   assert gathered[0].sensitivities().keys() == {0}
 
 
@@ -408,6 +422,8 @@ def test_a_page_refers_to_nothing_and_escapes_what_it_is_told(tmp_path):
   assert found.refers == ['data:image/svg+xml;base64,PHN2Zy8+']
   # The title, the heading, the tables.
   assert found.said.count(EVIL) >= 4 and found.tags.count('img') == 1
+  # And if a text were not escaped before.
+  assert 'script' not in Page(page(EVIL.partition('!')[0], '', {})).tags
 
 
 def test_a_report_without_its_packages_says_what_to_install(lab, tmp_path, monkeypatch):
