@@ -1,6 +1,8 @@
 """What --deterministic sets, what it refuses, and sums that have an order."""
 
+import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import small
 
-from gated import deterministic, kernels, metrics, moe, storage, workdir
+from gated import deterministic, kernels, mesh, metrics, moe, plan, step, storage, workdir
 
 SWITCH = '--xla_gpu_exclude_nondeterministic_ops'
 
@@ -128,6 +130,35 @@ def test_a_run_takes_the_flag_and_refuses_flags_against_it(run_python):
   done = run_python(command, env={'XLA_FLAGS': '--xla_gpu_autotune_level=3'})
   assert done.returncode == 2
   assert "--xla_gpu_autotune_level='3', but --deterministic needs '0'" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_step_for_gpus_adds_no_floats_by_a_scatter(monkeypatch):
+  """Lowered for GPUs, which need not be here; without the flag it does so."""
+  monkeypatch.setattr(mesh, 'platform', lambda: 'gpu')
+  gate = dict(model__attn__gate__position='sdpa', model__attn__backend='reference')
+  experts = dict(model__moe__experts=4, model__moe__top_k=2)
+  cfg = small.whole(**gate, **experts, model__numerics__compute='bfloat16')
+  the = plan.Plan(cfg, jax.devices()[:1])
+  batch = jax.tree.map(jnp.asarray, small.batch(8, cfg.data.length))
+
+  def sums():
+    """The shapes of floats that values are added to where indices may be the same."""
+    opts = dict(tx=the.tx, schedule=the.schedule, loss=cfg.loss, accum=1)
+    run = jax.jit(functools.partial(step.train, **opts)).trace(the.state, batch)
+    found = run.lower(lowering_platforms=('cuda',)).as_text().split('"stablehlo.scatter"')
+    for each in found[1:]:
+      shapes = re.search(r'\}\) : \(tensor<(\w+)>', each)
+      head = each[: shapes.start()]
+      adds = 'stablehlo.add' in head and 'unique_indices = false' in head
+      if adds and not shapes[1].endswith('i32'):
+        yield shapes[1]
+
+  # The embedding; the router's probabilities; weights of experts.
+  assert set(sums()) >= {'40x16xf32', '8x16x4xf32', '4x16x24xf32'}
+  monkeypatch.setenv('XLA_FLAGS', f'{SWITCH}=true')
+  jax.clear_caches()
+  assert list(sums()) == []
 
 
 @pytest.mark.accelerator
