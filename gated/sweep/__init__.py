@@ -8,23 +8,34 @@
 What became of a point is told by its workdir alone, whoever launched it.
 """
 
-from gated.sweep.code import pack, unpack
-from gated.sweep.folder import NAME, open, write
+from gated.sweep.folder import NAME, open, unpacked, write
 from gated.sweep.grid import RULE, Point, Sweep, only, plan
-from gated.sweep.state import State, living, state
+from gated.sweep.machine import Room, Slot, room
+from gated.sweep.runner import Row, Runner, rows, tail
+from gated.sweep.state import ENDED, State, living, state
+from gated.sweep.table import View, show
 
 __all__ = [
+  'ENDED',
   'NAME',
   'RULE',
   'Point',
+  'Room',
+  'Row',
+  'Runner',
+  'Slot',
   'State',
   'Sweep',
+  'View',
   'living',
   'only',
   'open',
-  'pack',
   'plan',
+  'room',
+  'rows',
+  'show',
   'state',
-  'unpack',
+  'tail',
+  'unpacked',
   'write',
 ]

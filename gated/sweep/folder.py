@@ -92,6 +92,21 @@ def open(folder: storage.PathLike) -> Sweep:
     raise ValueError(f'{where / NAME} is damaged: {error!r}') from error
 
 
+def unpacked(swept: Sweep) -> Path:
+  """A sweep in a local folder -> where its sources stand there, whole.
+
+  ValueError if they are not what its sweep.json says, or it is in a store.
+  """
+  if storage.is_remote(swept.folder):
+    raise ValueError(
+      f'--dir={swept.folder}: what runs here keeps its logs and sources in a local '
+      'folder; a bucket is for `scripts/sweep.py submit`'
+    )
+  where = Path(swept.folder)
+  packed = storage.read(where / CODE, LIMIT)
+  return code.unpack(packed, where, sha256=swept.made['sha256'])
+
+
 def _point(found: Mapping[str, Any]) -> Point:
   command = tuple(map(str, found['command']))
   name = str(found['name'])

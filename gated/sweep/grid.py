@@ -85,6 +85,8 @@ def plan(
         raise ValueError(f'--{name} is given, but an axis of the grid changes it')
     points.append(_point(recipe, labels, changes, overrides=overrides, resolve=resolve))
   _check_apart(points)
+  for point in points:
+    _check_paths(point)
   where = storage.path(folder or f'sweeps/{base["name"]}-{_digest(points, flags)}')
   if not storage.is_remote(where):
     where = storage.Path(os.path.abspath(where))
@@ -153,6 +155,22 @@ def _check_apart(points: Sequence[Point]) -> None:
     if other is not point:
       raise ValueError(
         f'the points {other.name} and {point.name} of the grid are the same run'
+      )
+
+
+def _check_paths(point: Point) -> None:
+  """ValueError for a relative path: points run in the folder of the sweep's sources."""
+  data = point.config['data']
+  named = [('data.mixture', term.split('@')[0]) for term in data['mixture'].split(',')]
+  named = [(knob, place.split('=')[0].strip()) for knob, place in named]
+  named += [('data.cache', data['cache']), ('init_from', point.config['init_from'])]
+  for knob, place in named:
+    remote = storage.is_remote(place) or place in ('', 'stdlib')
+    if not (remote or os.path.isabs(place)):
+      value = config.dig(point.config, knob)
+      raise ValueError(
+        f'config.{knob}={value!r} has a relative path, but points run in a folder of '
+        f'their own: write {os.path.abspath(place)}'
       )
 
 
