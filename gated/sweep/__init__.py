@@ -8,17 +8,21 @@
 What became of a point is told by its workdir alone, whoever launched it.
 """
 
+from gated.sweep.compare import Comparison, Difference, Losses, folders, runs
 from gated.sweep.folder import NAME, open, unpacked, write
 from gated.sweep.grid import RULE, Point, Sweep, only, plan
 from gated.sweep.machine import Room, Slot, room
-from gated.sweep.runner import Row, Runner, rows, tail
+from gated.sweep.runner import Row, Runner, rows
 from gated.sweep.state import ENDED, State, living, state
-from gated.sweep.table import View, show
+from gated.sweep.table import View, show, told
 
 __all__ = [
   'ENDED',
   'NAME',
   'RULE',
+  'Comparison',
+  'Difference',
+  'Losses',
   'Point',
   'Room',
   'Row',
@@ -27,15 +31,17 @@ __all__ = [
   'State',
   'Sweep',
   'View',
+  'folders',
   'living',
   'only',
   'open',
   'plan',
   'room',
   'rows',
+  'runs',
   'show',
   'state',
-  'tail',
+  'told',
   'unpacked',
   'write',
 ]

@@ -2,6 +2,7 @@
 
 import collections
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 
@@ -10,8 +11,10 @@ from rich.live import Live
 from rich.table import Table
 
 from gated.sweep.grid import Sweep
-from gated.sweep.runner import Row
+from gated.sweep.runner import Row, Runner, tail
+from gated.sweep.state import TOLD_TO_LEAVE
 
+FAILED = 1  # An exit code: some points did.
 LINE = 30.0  # Seconds between lines, where no terminal shows a table.
 WIDTH = 120  # Of a table that no terminal shows.
 COLORS = {
@@ -120,6 +123,25 @@ class View:
       running = [row for row in rows if row.state == 'running']
       told = [f'{r.point.name} {r.step}/{r.steps} {r.follower.loss}' for r in running]
       print('; '.join([summary(rows), *told]), flush=True)
+
+
+def told(runner: Runner, swept: Sweep) -> int:
+  """Tells what a runner's points came to -> the exit code, as train.py's are."""
+  if not sys.stdout.isatty():
+    show(runner.rows, swept)
+  failed = [row for row in runner.rows if row.state == 'failed']
+  for row in failed:
+    log = swept.log(row.point)
+    print(f'{row.point.name} failed with exit code {row.code}; {log} ends in')
+    print(textwrap.indent(tail(log), '  | '))
+  if runner.leaving:
+    print('told to leave: the same command goes on')
+    return TOLD_TO_LEAVE
+  if failed:
+    print(f'{len(failed)} points failed; the same command tries them again')
+    return FAILED
+  print(f'done: {swept.folder}')
+  return 0
 
 
 def show(rows: Sequence[Row], swept: Sweep) -> None:
