@@ -269,6 +269,22 @@ def test_a_point_that_diverged_is_said_to_everywhere(lab, seen):
   assert 'diverged 2 of 3' in said.partition('## LR')[0]
 
 
+def test_a_rate_that_is_too_small_is_not_passed_off_as_unstable(tmp_path):
+  level = {1e-3: 4.5, 4e-3: 2.5, 8e-3: 2.6}
+  swept = trained(
+    tmp_path,
+    grid(['baseline'], seeds=[0]),
+    lambda p: ('calm', level[p.config['optim']['lr']]),
+  )
+  found, (line,) = judged(swept)
+  assert [p.diverged for p in found] == [True, False, False]
+  assert line.slow() == found[:1]
+  assert (
+    f'too slowly rather than lost what they had learned. They are: {found[0].name}.'
+    in (described(swept))
+  )
+
+
 def test_crosses_stand_where_points_diverged(seen):
   figures = pytest.importorskip('gated.report.figures')
   _, gathered = seen
@@ -352,6 +368,9 @@ def test_the_papers_numbers_are_ratios_of_perplexities(lab, seen):
     for rate, lr in (('4e-3', 4e-3), ('8e-3', 8e-3))
     for what in ('baseline', 'elementwise')
   ]
+  # Of one learning rate, or of none that was measured, there is nothing to compare.
+  rows.append(published.Published('28 layers', 'baseline', 4e-3, 7.499))
+  rows.append(published.Published('28 layers', 'elementwise', 4e-3, 7.404))
   rows.append(published.Published('1T', 'baseline', 4e-3, None))
   _, gathered = seen
   ((name, table),) = published.by_rate(gathered, rows)
@@ -466,6 +485,7 @@ def test_a_report_is_whole_and_the_same_each_time(lab, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_reports_a_sweep_by_its_folder_alone(tmp_path, capsys):
+  pytest.importorskip('matplotlib')
   script = importlib.import_module('scripts.sweep')
   gates = {'baseline': {}, 'elementwise': {'model.attn.gate.position': 'sdpa'}}
   planned = sweep.plan(

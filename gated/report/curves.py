@@ -168,12 +168,11 @@ PAIR = (
 
 def around(line: Line) -> tuple[Judged | None, Judged | None]:
   """A line -> a point where every seed is stable, and one that diverged, if any."""
-  cells = line.cells()
-  stable = [c for c in cells if c.finals and not c.diverged]
-  broken = [c for c in cells if c.diverged]
+  stable = [c for c in line.cells() if c.finals and not c.diverged]
+  broken = [p for c in line.cells() for p in c.diverged if p not in line.slow()]
   return (
     next(p for p in stable[-1].points if p.done) if stable else None,
-    broken[0].diverged[0] if broken else None,
+    broken[0] if broken else None,
   )
 
 

@@ -52,7 +52,7 @@ class Curve(NamedTuple):
     return Curve(self.steps[at], self.values[at])
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Judged:
   """A point, and what became of it."""
 
@@ -65,6 +65,7 @@ class Judged:
   step: int
   told: str  # what its last session said as it ended
   reason: str  # why it counts as diverged, or ''
+  beside: bool  # only beside the best of the sweep: alone it would not
   train: Curve
   numbers: Mapping[str, Curve]  # early warnings over steps, by name
   final: float | None  # nats a token; None for a point that is not done
@@ -141,10 +142,11 @@ def read(
   found = []
   for point, log in zip(swept.points, logs, strict=True):
     apart = {k: v for k, v in point.labels.items() if k not in (lr, seed)}
-    broken, reason = log.state == 'diverged', ''
+    broken, reason, alone = log.state == 'diverged', '', ''
     if log.state in DONE and (broken or log.final is not None):
-      given: dict[str, Any] = dict(best=best, broken=broken, final=log.final)
-      reason = stability.diverged(*log.train, rule=rule, **given)
+      given: dict[str, Any] = dict(rule=rule, broken=broken, final=log.final)
+      reason = stability.diverged(*log.train, best=best, **given)
+      alone = stability.diverged(*log.train, best=math.inf, **given)
     counted = fitting(point.config['steps']) | dict(how)
     found.append(
       Judged(
@@ -157,6 +159,7 @@ def read(
         step=log.step,
         told=log.told,
         reason=reason,
+        beside=bool(reason and not alone),
         train=log.train,
         numbers=log.numbers,
         final=log.final,

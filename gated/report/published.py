@@ -42,7 +42,7 @@ def by_rate(
       first = min(
         (r for r in some if r.variant == 'baseline'), key=lambda r: r.lr, default=None
       )
-      if first and first.ppl and len(some) > 1:
+      if first and first.ppl and len({r.lr for r in some}) > 1:
         name = f'{setting}; ours: {rest}' if rest else setting
         yield name, _table(some, first, ours)
 

@@ -176,6 +176,14 @@ def _divergence(the: Report) -> Iterator[str]:
     return
   rows = [[p.line, rate(p.lr), p.seed, f'diverged: {p.reason}', p.name] for p in found]
   yield from Table(['', 'lr', 'seed', 'why', 'point'], rows).markdown()
+  slow = [p.name for line in the.lines for p in line.slow()]
+  if slow:
+    yield ''
+    yield (
+      'Of these some lie below the best learning rate of their line: by the rule they '
+      'count, yet they may have learned too slowly rather than lost what they had '
+      f'learned. They are: {plain(", ".join(slow))}.'
+    )
 
 
 def _warnings(the: Report) -> Iterator[str]:
