@@ -3,6 +3,8 @@
   python scripts/sweep.py run --config=configs/lr_sweep.py:scale=test
   python scripts/sweep.py run --config=configs/tiny.py --axis=optim.lr=1e-3,4e-3 --seeds=2
   python scripts/sweep.py run --dir=DIR                   goes on with that sweep
+  python scripts/sweep.py submit --config=... --on=slurm  hands it to a scheduler; then
+  python scripts/sweep.py list DIR, delete DIR            (docs/clusters.md)
   python scripts/sweep.py status DIR
   python scripts/sweep.py report DIR                      its index.html, tables, figures
   python scripts/sweep.py compare A B                     runs, or sweeps point by point
@@ -31,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs import axes, base, table2
 from gated import config, report, stability, storage, sweep
+from gated.launch import desk
 
 ROOT = Path(__file__).resolve().parents[1]
 REFUSED = 2
@@ -142,6 +145,13 @@ def _axis(text: str, of: Recipe) -> list[axes.Point]:
   return axes.axis(knob, [read(value) for value in values.split(',') if value])
 
 
+def found(args: argparse.Namespace, words: Sequence[str]) -> sweep.Sweep | None:
+  """The sweep that `--dir` alone names; None where a recipe is given."""
+  if words or args.axis or args.seeds is not None or not args.dir:
+    return None
+  return sweep.open(args.dir)
+
+
 def run(args: argparse.Namespace, words: Sequence[str]) -> int:
   raise NotImplementedError('run')
 
@@ -152,6 +162,15 @@ def status(args: argparse.Namespace, words: Sequence[str]) -> int:
 
 def compare(args: argparse.Namespace, words: Sequence[str]) -> int:
   raise NotImplementedError('compare')
+
+
+def submit(args: argparse.Namespace, words: Sequence[str]) -> int:
+  swept = found(args, words) or planned(args, words)
+  return desk.submit(args, swept, sweep.only(swept.points, args.only))
+
+
+def launched(args: argparse.Namespace, words: Sequence[str]) -> int:
+  return desk.COMMANDS[args.command](sweep.open(args.dir))
 
 
 def write_report(args: argparse.Namespace, words: Sequence[str]) -> int:
@@ -186,6 +205,11 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
   _takes_grid(parser)
 
 
+def _submit_flags(parser: argparse.ArgumentParser) -> None:
+  _takes_grid(parser)
+  desk.add_flags(parser)
+
+
 def _status_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('dir', help="a sweep's folder")
 
@@ -215,6 +239,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
   'run': Command(run, _run_flags, 'run the points here', recipe=True),
+  'submit': Command(submit, _submit_flags, 'hand points to a scheduler', recipe=True),
+  'list': Command(launched, _status_flags, 'list what was submitted'),
+  'delete': Command(launched, _status_flags, 'end and remove what was submitted'),
   'status': Command(status, _status_flags, 'print where the points stand'),
   'report': Command(write_report, _report_flags, 'judge the points: tables, figures'),
   'compare': Command(compare, _compare_flags, 'say whether runs are alike'),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -18,8 +19,10 @@ import small
 import yaml
 from faults import process
 
-from gated import launch, storage
-from gated.launch import jobset, machines, point, skypilot, slurm, tpu, work
+from gated import launch, storage, sweep
+from gated.launch import desk, jobset, machines, point, skypilot, slurm, tpu, work
+
+cli = importlib.import_module('scripts.sweep')
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEDULERS = ROOT / 'tests/schedulers'
@@ -656,8 +659,12 @@ def test_a_scheduler_that_is_not_installed_is_named_with_the_way_to_it(on, monke
 @pytest.mark.parametrize(
   ('on', 'knobs', 'said'),
   [
-    ('slurm', dict(data__mixture='/shared/books=7,code@c'), 'code is relative, and jobs'),
-    ('slurm', dict(init_from='runs/a:3'), 'config.init_from: runs/a:3 is relative'),
+    ('jobset', dict(init_from='/runs/a:3'), 'config.init_from: /runs/a:3 is a folder of'),
+    (
+      'tpu',
+      dict(data__mixture='/shared/code,gs://b/books'),
+      '/shared/code is a folder of',
+    ),
     (
       'tpu',
       dict(data__mixture='gs://b/books,/shared/code'),
@@ -713,7 +720,8 @@ def test_what_a_scheduler_took_is_recorded_and_only_that_is_deleted(tmp_path):
     launch.submit(s, call)
   assert launch.delete(folder, record, call) == []
   assert called[1:] == [['scancel', '4711']]
-  assert launch.read(folder) is None
+  with pytest.raises(ValueError, match='is not submitted'):
+    launch.read(folder)
 
 
 def test_a_scheduler_that_refuses_in_the_middle_leaves_what_it_took_on_record(remote):
@@ -752,7 +760,8 @@ def test_what_cannot_be_deleted_is_told_and_stays_on_record(tmp_path):
 
   assert 'Unable to contact' in launch.delete(folder, record, down)[0]
   assert launch.read(folder) == record
-  assert launch.delete(folder, record, gone) == [] and launch.read(folder) is None
+  assert launch.delete(folder, record, gone) == []
+  assert not (tmp_path / 'launched.json').exists()
 
 
 def test_two_sweeps_of_one_name_do_not_share_a_label():
@@ -791,6 +800,94 @@ def test_sbatch_refuses_an_option_with_a_slip(cluster, tmp_path):
     launch.call(['sbatch', '--parsable', str(script)])
 
 
+# --- The commands ---
+
+SWEEP = ('--config=configs/tiny.py', '--axis=optim.lr=1e-3,4e-3')
+
+
+def told(capsys, *argv):
+  """What `sweep.py ARGV` leaves with, and what it says."""
+  code = cli.main([str(word) for word in argv])
+  said = capsys.readouterr()
+  return code, said.out + said.err
+
+
+FLAGS = {
+  on: [f'--{name}={value}' for name, value in {'on': on, **needs}.items()]
+  for on, needs in NEEDS.items()
+}
+
+
+def test_a_dry_run_prints_all_files_and_commands_and_touches_nothing(
+  tmp_path, monkeypatch, capsys
+):
+  def touched(*args, **opts):
+    raise AssertionError(f'touched: {args} {opts}')
+
+  for place, name in ((storage, 'write'), (launch.subprocess, 'run')):
+    monkeypatch.setattr(place, name, touched)
+  folder = tmp_path / 'sweep'
+  argv = ['submit', *SWEEP, f'--dir={folder}', *FLAGS['slurm'], '--dry_run']
+  code, said = told(capsys, *argv)
+  assert code == 0 and list(tmp_path.iterdir()) == []
+  assert '#SBATCH --array=0-1\n' in said and '#SBATCH --gpus-per-node=8\n' in said
+  assert said.count('--config.optim.lr=0.004') == 1
+  assert said.endswith(f'\n\nsbatch --parsable {folder}/launch/sweep.sbatch\n')
+
+
+@pytest.mark.parametrize('on', ['skypilot', 'jobset', 'tpu'])
+def test_a_dry_run_for_a_cloud_prints_a_command_for_each_point(
+  on, gs, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  folder = f'{gs}/{tmp_path.name}'
+  argv = ['submit', *SWEEP, f'--dir={folder}', *FLAGS[on], '--dry_run', '--only=lr=0.004']
+  code, said = told(capsys, *argv)
+  commands = [
+    line for line in said.splitlines() if line.startswith(launch.TARGETS[on].command)
+  ]
+  assert code == 0 and len(commands) == 1, said
+  assert (
+    '--config.optim.lr=0.004' in said and f'--workdir={folder}/points/lr0.004' in said
+  )
+  assert list(tmp_path.iterdir()) == [] and storage.names(folder) == []
+
+
+@pytest.mark.parametrize(
+  ('argv', 'said'),
+  [
+    (['--on=slurm'], '--on=slurm needs --accelerator=..., --partition=...'),
+    ([*FLAGS['slurm'], '--queue=a'], '--queue=a with --on=slurm, but it is for jobset'),
+    ([*FLAGS['slurm'], '--watch=9'], '--watch=9.0 is for --on=tpu'),
+    ([*FLAGS['jobset']], 'give a bucket'),
+    ([*FLAGS['slurm'], '--only=lr=1'], '--only=lr=1, but of lr there are'),
+    ([*FLAGS['slurm']], 'calls sbatch, which is not installed here: run this where'),
+  ],
+)
+def test_a_submission_that_cannot_be_is_refused_in_one_line(
+  argv, said, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setenv('PATH', '/nowhere')
+  code, out = told(capsys, 'submit', *SWEEP, f'--dir={tmp_path / "sweep"}', *argv)
+  assert code == 2 and said in out and out.count('\n') == 1
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_that_was_never_submitted_has_nothing_to_list_or_delete(tmp_path, capsys):
+  swept = cli.planned(*_parsed(f'--dir={tmp_path / "sweep"}'))
+  sweep.write(swept)
+  for verb in desk.COMMANDS:
+    code, out = told(capsys, verb, swept.folder)
+    assert code == 2 and 'is not submitted: there is no launched.json' in out
+
+
+def _parsed(*argv):
+  """Flags of a grid, and the recipe's words."""
+  parser = cli.argparse.ArgumentParser()
+  cli._takes_grid(parser)
+  return parser.parse_known_args([*SWEEP, *argv])
+
+
 # A model whose steps last milliseconds, for two processes with a device each.
 SMALL = (
   *('--config.model.width=32', '--config.model.depth=2', '--config.model.ffn=64'),
@@ -799,16 +896,6 @@ SMALL = (
   *('--config.optim.warmup=2', '--config.eval.rows=2', '--config.eval.every=1000'),
   *('--config.checkpoint.every=1000', '--config.log.tensorboard=False'),
 )
-
-
-def sources(folder):
-  """The sources of this checkout, as FOLDER/code.tar.gz -> its sha256."""
-  folder.mkdir()
-  archive = folder / 'code.tar.gz'
-  with tarfile.open(archive, 'w:gz', compresslevel=1) as tar:
-    for name in ('train.py', 'configs', 'gated'):
-      tar.add(ROOT / name, name, filter=lambda i: None if '__pycache__' in i.name else i)
-  return hashlib.sha256(archive.read_bytes()).hexdigest()
 
 
 def wait(seen, what, seconds=240):
@@ -821,46 +908,48 @@ def wait(seen, what, seconds=240):
 
 @pytest.mark.slow
 def test_a_sweep_runs_under_slurm_with_two_processes_each_and_survives_preemption(
-  cluster, tmp_path
+  cluster, tmp_path, capsys
 ):
   """Three points one after another, for real; the first is told to leave on its way."""
-  folder = tmp_path / 'a sweep'
-  steps = {0: 120, 1: 8, 2: 8}
-  options = dict(accelerator='cpu', processes=2, at_once=1, partition='all')
-  options |= dict(interpreter=sys.executable, cache=str(tmp_path / 'cache'))
-  s = submission('slurm', str(folder), 3, SMALL, sources(folder), **options)
-  made = tuple(
-    p._replace(command=(*p.command[:-1], f'--config.steps={steps[i]}', p.command[-1]))
-    for i, p in enumerate(s.work.points)
-  )
-  s = launch.prepare(
-    s.work.options, s.work.folder, made, sha256=s.work.sha256, python='3'
-  )
-  record = launch.submit(s)
+  folder, steps = tmp_path / 'a sweep', (120, 8, 9)
+  argv = ['submit', '--config=configs/tiny.py', *SMALL, f'--dir={folder}', '--on=slurm']
+  argv += [f'--axis=steps={",".join(map(str, steps))}', '--accelerator=cpu']
+  argv += ['--processes=2', '--at_once=1', '--partition=all']
+  argv += [f'--interpreter={sys.executable}', f'--cache={tmp_path / "cache"}']
+  code, said = told(capsys, *argv)
+  assert code == 0 and '3 jobs are with slurm' in said, said
+  swept, record = sweep.open(folder), launch.read(folder)
   number = record['told'][0]
-  logs = [folder / f'logs/{p.name}.log' for p in made]
-  told = lambda: '\n'.join(log.read_text()[-3000:] for log in logs if log.exists())
+  logs = lambda: '\n'.join(
+    log.read_text()[-3000:] for p in swept.points if (log := Path(swept.log(p))).exists()
+  )
   try:
     # It exists from just before the first step.
-    wait(Path(made[0].workdir, 'run.json').exists, told)
-    assert launch.states(record)[made[0].job] == 'RUNNING'
-    assert launch.states(record)[made[1].job] == 'PENDING'
+    wait(Path(swept.workdir(swept.points[0]), 'run.json').exists, logs)
+    code, said = told(capsys, 'list', folder)
+    rows = [line.split() for line in said.splitlines()[1:]]
+    assert [row[2] for row in rows] == ['RUNNING', 'PENDING', 'PENDING'], said
     launch.call(['scancel', '--signal=TERM', '--batch', f'{number}_0'])
-    wait(lambda: not launch.states(record), told)
+    wait(lambda: not launch.states(record), logs)
   finally:
-    launch.delete(str(folder), record)
+    code, said = told(capsys, 'delete', folder)
+    assert code == 0, said
 
-  for i, p in enumerate(made):
-    workdir = Path(p.workdir)
+  assert not (folder / 'launched.json').exists()
+  for i, p in enumerate(swept.points):
+    workdir = Path(swept.workdir(p))
     task = json.loads((cluster / number / f'{i}.json').read_text())
-    assert (task['state'], task['restarts']) == ('COMPLETED', int(i == 0)), told()
-    run = json.loads((workdir / 'run.json').read_text())
-    sessions = run['sessions']
+    assert (task['state'], task['restarts']) == ('COMPLETED', int(i == 0)), logs()
+    assert sweep.state(swept.workdir(p), steps[i]) == ('finished', steps[i])
+    sessions = json.loads((workdir / 'run.json').read_text())['sessions']
     assert [session['processes'] for session in sessions] == [2] * (1 + task['restarts'])
     rows = [json.loads(x) for x in (workdir / 'metrics.jsonl').read_text().splitlines()]
     losses = {row['step']: row['loss'] for row in rows if row['kind'] == 'train'}
     assert list(losses) == list(range(1, steps[i] + 1))
-    assert (workdir / 'checkpoints' / str(steps[i])).is_dir()
-    assert '--coordinator=auto' in sessions[0]['command']
-  resumed = json.loads((Path(made[0].workdir) / 'run.json').read_text())['sessions'][1]
-  assert 0 < resumed['restored_step'] < steps[0]
+    command = sessions[0]['command'][1:]
+    assert command == [*p.command[1:], '--start_timeout=1800', '--coordinator=auto']
+    if i == 0:
+      assert 0 < sessions[1]['restored_step'] < steps[0]
+  # All have ended: nothing is left to submit.
+  code, said = told(capsys, *argv)
+  assert code == 2 and 'all of its points have ended' in said

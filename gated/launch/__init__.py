@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from gated import storage, sweep
@@ -54,13 +54,14 @@ def check(options: Options, swept: sweep.Sweep) -> None:
     checks.reachable(p.config, options.on)
 
 
-def due(swept: sweep.Sweep) -> list[Point]:
-  """A sweep -> its points that have not ended."""
+def due(swept: sweep.Sweep, chosen: Collection[str] | None = None) -> list[Point]:
+  """A sweep -> its points that have not ended, of those whose names are chosen."""
   named = label(os.fspath(swept.folder))
   found = []
   for index, p in enumerate(swept.points):
-    workdir = swept.workdir(p)
-    if sweep.state(workdir, p.config['steps']).state not in ENDED:
+    workdir, steps = swept.workdir(p), p.config['steps']
+    meant = chosen is None or p.name in chosen
+    if meant and sweep.state(workdir, steps).state not in ENDED:
       job = f'{named}-{index:03d}'
       found.append(Point(job, p.name, p.command, os.fspath(workdir)))
   return found
@@ -111,12 +112,12 @@ def write(s: Submission) -> None:
 def submit(s: Submission, call: Call = call) -> dict:
   """Writes the files, calls the scheduler, and records each job as it was taken.
 
-  ValueError if a sweep is submitted already, or the scheduler refuses; what it took until
-  then stays recorded, and can be deleted.
+  ValueError if the sweep is submitted already, or the scheduler refuses; what it took
+  until then stays recorded, and can be deleted.
   """
   w = s.work
-  before = read(w.folder)
-  if before:
+  if storage.exists(storage.path(w.folder) / RECORD):
+    before = read(w.folder)
     raise ValueError(
       f'{w.folder} is submitted already, {len(before["jobs"])} jobs to '
       f'--on={before["on"]}: look with `scripts/sweep.py list`; `scripts/sweep.py '
@@ -136,12 +137,12 @@ def submit(s: Submission, call: Call = call) -> dict:
   return record
 
 
-def read(folder: str) -> dict | None:
-  """A sweep's folder -> what was launched for it; None if nothing is."""
+def read(folder: storage.PathLike) -> dict:
+  """A sweep's folder -> what was launched for it. ValueError if nothing is."""
   try:
     return json.loads(storage.read(storage.path(folder) / RECORD, LIMIT))
   except FileNotFoundError:
-    return None
+    raise ValueError(f'{folder} is not submitted: there is no {RECORD}') from None
 
 
 def _record(folder: str, record: dict) -> None:
@@ -155,7 +156,23 @@ def states(record: dict, call: Call = call) -> dict[str, str]:
   return module.states(record, call(module.listing(record)))
 
 
-def delete(folder: str, record: dict, call: Call = call) -> list[str]:
+def listed(swept: sweep.Sweep, record: dict, call: Call = call) -> list[tuple[str, ...]]:
+  """A sweep and what was launched for it -> a row for each job.
+
+  Its name, its point, its scheduler's state ('' where that has forgotten it), and its
+  workdir's, with the step.
+  """
+  there, rows = states(record, call), []
+  points = {p.name: p for p in swept.points}
+  for job in record['jobs']:
+    point = points[job['point']]
+    found = sweep.state(swept.workdir(point), point.config['steps'])
+    step = f'{found.step}/{point.config["steps"]}'
+    rows.append((job['job'], point.name, there.get(job['job'], ''), found.state, step))
+  return rows
+
+
+def delete(folder: storage.PathLike, record: dict, call: Call = call) -> list[str]:
   """Ends and removes all that was launched -> what could not be, in words.
 
   Then the record goes too, unless something is left. Workdirs and checkpoints stay.
@@ -195,6 +212,7 @@ __all__ = [
   'delete',
   'due',
   'label',
+  'listed',
   'prepare',
   'read',
   'renew',

@@ -1,6 +1,5 @@
 """What is refused before the first job, each time by the flag and with what to do."""
 
-import os
 import re
 import secrets
 import shutil
@@ -85,26 +84,15 @@ def writable(folder: str) -> None:
 def reachable(config: Mapping[str, Any], on: str) -> None:
   """ValueError for a resolved recipe whose data or weights no job would find.
 
-  A job runs in a copy of the sources, on another machine: paths are absolute where
-  machines share disks, and in an object store elsewhere.
+  Another machine has them in an object store, or where both share a disk.
   """
-  places = {}
   mixture = config['data']['mixture']
-  if mixture != data.STDLIB:
-    for term in mixtures.terms(mixture):
-      places[f'config.data.mixture={mixture}'] = term.directory
-  if config['init_from']:
-    places['config.init_from'] = config['init_from']
-  for knob, place in places.items():
-    if storage.is_remote(place):
-      continue
-    if TARGETS[on].stores:
+  terms = mixtures.terms(mixture) if mixture != data.STDLIB else []
+  places = [(f'config.data.mixture={mixture}', term.directory) for term in terms]
+  places += [('config.init_from', config['init_from'])] * bool(config['init_from'])
+  for knob, place in places:
+    if TARGETS[on].stores and not storage.is_remote(place):
       raise ValueError(
         f'{knob}: {place} is a folder of this machine, which those of --on={on} do not '
         'see: copy it to a bucket and name that'
-      )
-    if not os.path.isabs(place):
-      raise ValueError(
-        f'{knob}: {place} is relative, and jobs run in a copy of the sources: write '
-        f'{os.path.abspath(place)}'
       )
