@@ -69,9 +69,13 @@ def training(lines: list[Line]) -> tuple[Figure, str]:
   options: dict[str, Any] = dict(handlelength=1.2, columnspacing=1.2)
   figure.legend(handles=handles, loc='outside lower center', ncols=across, **options)
   caption = (
-    'Training loss; colour is the peak learning rate. Triangles: spikes. Crosses: '
+    'Training loss, pale, and its rolling median; colour is the peak learning rate.'
   )
-  return figure, caption + 'ends of runs that diverged, at the edge where they lie above.'
+  if marks['spike'][1]:
+    caption += ' Triangles: spikes.'
+  if marks['diverged'][1]:
+    caption += ' Crosses: ends of runs that diverged.'
+  return figure, f'{caption} What lies above the axis is marked at its edge.'
 
 
 def _losses(points: Sequence[Judged]) -> tuple[float, float]:

@@ -121,7 +121,7 @@ def loss_against_rate(lines: list[Line]) -> tuple[Figure, str]:
   ax = figure.subplots()
   lrs = sorted({p.lr for line in lines for p in line.points if p.done})
   rate_axis(ax, lrs)
-  low, top, cut = _range(lines)
+  low, top = _range(lines)
   ax.set_ylim(low, top)
   several = False
   for i, line in enumerate(lines):
@@ -133,7 +133,7 @@ def loss_against_rate(lines: list[Line]) -> tuple[Figure, str]:
       several = True
       least, most = [min(c.finals) for c in cells], [max(c.finals) for c in cells]
       ax.fill_between(x, least, most, color=color, alpha=0.2, lw=0)
-    _crosses(ax, line, i, top=top, cut=cut)
+    _crosses(ax, line, i, top)
   said = _init(ax, lines, top)
   handles = [_handle(i, line.name) for i, line in enumerate(lines)]
   if any(p.diverged for line in lines for p in line.points):
@@ -144,45 +144,47 @@ def loss_against_rate(lines: list[Line]) -> tuple[Figure, str]:
   ax.set_ylabel('final loss (nats/token)')
   caption = 'Final loss against the peak learning rate. '
   caption += 'Lines are means over seeds, bands their range. ' * several
-  where = 'at the upper edge' if cut else 'at min(final loss, loss at initialisation)'
-  caption += f'Crosses, {where}: runs that diverged. {said}'
+  if any(p.diverged for line in lines for p in line.points):
+    caption += 'Crosses: runs that diverged, at min(final loss, loss at initialisation), '
+    caption += 'or at the upper edge where that lies above it. '
+  caption += said
   return figure, caption.strip()
 
 
-def _range(lines: list[Line]) -> tuple[float, float, bool]:
-  """-> the ends of the axis, and whether the upper one cuts crosses off."""
+def _range(lines: list[Line]) -> tuple[float, float]:
+  """-> the ends of the axis: what is stable fills a good part of it."""
   points = [p for line in lines for p in line.points if p.done]
   stable = [p.final for p in points if not p.diverged and p.final is not None]
   every = [x for p in points for x in (p.capped, p.init) if x is not None]
   every = [x for x in every if np.isfinite(x)] + stable
   if not every:
-    return 0.0, 1.0, False
+    return 0.0, 1.0
   low, high = min(stable or every), max(every)
   most = max(stable, default=high)
   cut = most - low < NARROW * (high - low)
   if cut:
     high = most + 0.7 * max(most - low, 0.02 * abs(most))
   pad = 0.06 * max(high - low, 0.02 * abs(low))
-  return low - pad, high + (0.0 if cut else pad), cut
+  return low - pad, high + (0.0 if cut else pad)
 
 
-def _crosses(ax: Any, line: Line, index: int, *, top: float, cut: bool) -> None:
+def _crosses(ax: Any, line: Line, index: int, top: float) -> None:
   """What diverged, side by side by seed, and tied to the last mean that did not."""
   color = look(index).color
-  cells = line.cells()
-  for k, cell in enumerate(cells):
-    for j, p in enumerate(cell.diverged):
-      y = top if cut or p.capped is None else min(p.capped, top)
+  before = None
+  for cell in line.cells():
+    heights = [top if p.capped is None else min(p.capped, top) for p in cell.diverged]
+    for j, y in enumerate(heights):
       # In points: seeds beside each other, and at the edge lines below each other.
-      across = 4 * (j - (len(cell.diverged) - 1) / 2) + (0 if cut else index)
-      down = -5 * index if cut else 0
+      across = 4 * (j - (len(heights) - 1) / 2) + (index if y < top else 0)
+      down = -5 * index if y == top else 0
       shift = ScaledTranslation(across / 72, down / 72, ax.figure.dpi_scale_trans)
-      options = dict(color=color, marker='x', ls='none', mew=1.3, ms=4.5, zorder=4)
-      ax.plot([cell.lr], [y], transform=ax.transData + shift, clip_on=False, **options)
-    before = cells[k - 1] if k else None
-    if cell.diverged and not cell.finals and before and before.finals:
-      y = top if cut else np.mean([min(p.capped or top, top) for p in cell.diverged])
-      ax.plot([before.lr, cell.lr], [before.mean, y], color=color, ls=':', lw=0.8)
+      look_of = dict(color=color, marker='x', ls='none', mew=1.3, ms=4.5, zorder=4)
+      ax.plot([cell.lr], [y], transform=ax.transData + shift, clip_on=False, **look_of)
+    if heights and not cell.finals and before and before.finals:
+      ends = [before.mean, float(np.mean(heights))]
+      ax.plot([before.lr, cell.lr], ends, color=color, ls=':', lw=0.8)
+    before = cell
 
 
 def _init(ax: Any, lines: list[Line], top: float) -> str:

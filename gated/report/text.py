@@ -8,7 +8,7 @@ from typing import Any
 from gated import stability
 from gated.report import published, tables
 from gated.report.lines import Line, rate
-from gated.report.points import DONE, Judged, fitting
+from gated.report.points import DONE, LEAST, TAIL, Judged, fitting
 from gated.report.tables import Table, plain
 from gated.stability.early import TIMES
 
@@ -218,8 +218,11 @@ def _paper(the: Report) -> Iterator[list[str]]:
 
 def _measured(the: Report) -> Iterator[str]:
   kinds = {p.final_of for p in the.points if p.final_of and not p.diverged}
-  names = {'heldout': 'the held-out loss at the last step', 'train': ''}
-  names['train'] = 'the mean training loss of the last 2% of the records (10 at least)'
+  names = {
+    'heldout': 'the held-out loss at the last step',
+    'train': f'the mean training loss of the last {TAIL:.0%} of the records '
+    f'({LEAST} at least)',
+  }
   if kinds:
     both = ' (both occur here, and differ in kind)' if len(kinds) > 1 else ''
     yield f'- Final loss: {" or ".join(names[k] for k in sorted(kinds))}{both}.'
