@@ -20,6 +20,7 @@ leave, and the same command goes on.
 
 import argparse
 import importlib.util
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -62,7 +63,7 @@ class Recipe(NamedTuple):
 def recipe(words: Sequence[str]) -> Recipe:
   """The words of a command line that are the recipe's -> Recipe; ValueError if bad."""
   values = _parse(words)
-  flag = values['config']
+  flag: Any = values['config']
   spec = flag.value and flag.config_filename
   if not spec:
     raise ValueError('--config=configs/RECIPE.py is missing')
@@ -82,7 +83,8 @@ def recipe(words: Sequence[str]) -> Recipe:
 
 def resolve(words: Sequence[str]) -> dict:
   """`--config=...` and `--config.x=y` -> the recipe, as train.py would have it."""
-  return _parse(words)['config'].value.to_dict()
+  flag: Any = _parse(words)['config']
+  return flag.value.to_dict()
 
 
 def _parse(words: Sequence[str]) -> flags.FlagValues:
@@ -153,15 +155,41 @@ def found(args: argparse.Namespace, words: Sequence[str]) -> sweep.Sweep | None:
 
 
 def run(args: argparse.Namespace, words: Sequence[str]) -> int:
-  raise NotImplementedError('run')
+  swept = found(args, words)
+  begun = swept or planned(args, words)
+  points = sweep.only(begun.points, args.only)
+  room = sweep.room(points, args.jobs)
+  swept = swept or sweep.write(begun, room.environment)
+  code = sweep.unpacked(swept)
+  print(f'{swept.folder}: {len(points)} points, {len(room.slots)} at a time ({room.why})')
+  with sweep.View(f'{swept.name}  {swept.folder}') as view:
+    runner = sweep.Runner(
+      swept,
+      points,
+      slots=room.slots,
+      code=code,
+      show=view,
+      keep_checkpoints=not args.drop_checkpoints,
+    )
+    before = {n: signal.signal(n, runner.leave) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+      runner.run()
+    finally:
+      for number, handler in before.items():
+        signal.signal(number, handler)
+  return sweep.told(runner, swept)
 
 
 def status(args: argparse.Namespace, words: Sequence[str]) -> int:
-  raise NotImplementedError('status')
+  swept = sweep.open(args.dir)
+  sweep.show(sweep.rows(swept, swept.points), swept)
+  return 0
 
 
 def compare(args: argparse.Namespace, words: Sequence[str]) -> int:
-  raise NotImplementedError('compare')
+  code, told = sweep.folders(storage.path(args.a), storage.path(args.b))
+  print(f'A  {args.a}\nB  {args.b}\n{told}')
+  return code
 
 
 def submit(args: argparse.Namespace, words: Sequence[str]) -> int:
@@ -203,6 +231,17 @@ def _takes_grid(parser: argparse.ArgumentParser) -> None:
 
 def _run_flags(parser: argparse.ArgumentParser) -> None:
   _takes_grid(parser)
+  parser.add_argument(
+    '--jobs',
+    type=int,
+    default=0,
+    help='points at a time; default: as many as cores and memory allow, or one a GPU',
+  )
+  parser.add_argument(
+    '--drop_checkpoints',
+    action='store_true',
+    help='of a point that has ended; its metrics stay',
+  )
 
 
 def _submit_flags(parser: argparse.ArgumentParser) -> None:

@@ -6,9 +6,10 @@ import textwrap
 import time
 from collections.abc import Sequence
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from gated.sweep.grid import Sweep
 from gated.sweep.runner import Row, Runner, tail
@@ -32,13 +33,13 @@ def console() -> Console:
   return Console() if sys.stdout.isatty() else Console(width=WIDTH)
 
 
-def table(rows: Sequence[Row], title: str, most: int = 0) -> Table:
+def table(rows: Sequence[Row], title: str, most: int = 0) -> Group:
   """Rows -> a table of at most so many of them (0: all), the most urgent."""
   shown = list(rows)
   if most and len(shown) > most:
     urgent = sorted(shown, key=lambda row: FIRST.index(row.state))[:most]
     shown = [row for row in shown if any(row is each for each in urgent)]
-  found = Table(title=title, title_justify='left', box=None, pad_edge=False)
+  found = Table(box=None, pad_edge=False)
   names = list(dict.fromkeys(name for row in rows for name in row.point.labels))
   for name in names:
     found.add_column(name)
@@ -57,11 +58,10 @@ def table(rows: Sequence[Row], title: str, most: int = 0) -> Table:
       str(row.follower.spikes or ''),
       time_left(left) if row.state == 'running' and left else '',
     )
-  caption = summary(rows)
-  if len(shown) < len(rows):
-    caption = f'{len(rows) - len(shown)} more are not shown\n{caption}'
-  found.caption, found.caption_justify = caption, 'left'
-  return found
+  hidden = len(rows) - len(shown)
+  more = [Text(f'{hidden} more are not shown')] if hidden else []
+  line = lambda text: Text(text, overflow='ellipsis', no_wrap=True)
+  return Group(line(title), found, *more, line(summary(rows)))
 
 
 def summary(rows: Sequence[Row]) -> str:

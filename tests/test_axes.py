@@ -1,0 +1,58 @@
+"""Grids as plain data: product, zip and chain of axes."""
+
+import pytest
+
+from configs import axes
+
+LR = axes.axis('optim.lr', [1e-3, 4e-3])
+
+
+def test_an_axis_is_called_by_the_last_part_of_its_knob():
+  assert LR[1] == axes.Point({'lr': '0.004'}, {'optim.lr': 4e-3})
+  assert axes.axis('optim.lr', [1e-3], 'rate')[0].labels == {'rate': '0.001'}
+
+
+def test_a_float_is_written_so_that_it_comes_back_to_the_last_bit():
+  values = [0.1 + 0.2, 1e-45, 4.5e-3, 1 / 3]
+  assert [float(p.labels['lr']) for p in axes.axis('optim.lr', values)] == values
+
+
+def test_a_choice_changes_several_knobs_under_one_name():
+  found = axes.choice('variant', baseline={}, wide={'model.width': 8, 'model.ffn': 9})
+  assert [p.labels for p in found] == [{'variant': 'baseline'}, {'variant': 'wide'}]
+  assert found[1].changes == {'model.width': 8, 'model.ffn': 9}
+
+
+def test_a_product_has_every_combination_and_the_last_axis_varies_fastest():
+  found = axes.product(LR, axes.seeds(3))
+  assert [(p.changes['optim.lr'], p.changes['seed']) for p in found] == [
+    (lr, seed) for lr in (1e-3, 4e-3) for seed in range(3)
+  ]
+  assert list(found[0].labels) == ['lr', 'seed']
+  assert axes.product() == [axes.Point({}, {})]
+
+
+def test_zipped_axes_go_together_and_chained_ones_after_each_other():
+  batches = axes.axis('batch', [8, 32])
+  together = axes.zipped(LR, batches)
+  assert [p.changes for p in together] == [
+    {'optim.lr': 1e-3, 'batch': 8},
+    {'optim.lr': 4e-3, 'batch': 32},
+  ]
+  assert axes.chain(LR, together) == [*LR, *together]
+
+
+def test_axes_of_different_lengths_are_not_zipped():
+  with pytest.raises(ValueError, match=r'\[2, 3\] points cannot be zipped'):
+    axes.zipped(LR, axes.seeds(3))
+
+
+@pytest.mark.parametrize('other', ['optim.lr', 'optim', 'optim.lr.more'])
+def test_two_axes_that_change_the_same_knob_are_refused(other):
+  with pytest.raises(ValueError, match=r'two axes change config\.optim'):
+    axes.product(LR, axes.axis(other, [1], 'other'))
+
+
+def test_two_axes_of_one_name_are_refused():
+  with pytest.raises(ValueError, match="two axes are named 'lr'"):
+    axes.product(LR, axes.axis('model.attn.gate.lr', [1.0]))
