@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -454,6 +455,29 @@ def test_a_flag_of_gcloud_with_a_slip_is_refused(right, wrong):
     check_gcloud([word.replace(right, wrong) for word in command])
 
 
+@pytest.mark.slow
+def test_gcloud_itself_takes_the_commands(tmp_path):
+  """By its own linter, which reads words alone: it needs no account and no network."""
+  if not shutil.which('gcloud'):
+    pytest.skip('no gcloud here')
+  commands = []
+  for variant in VARIANTS['tpu']:
+    s = submission('tpu', **variant)
+    commands += [s.commands[0], tpu.delete(record_of(s))[0], tpu.listing(record_of(s))]
+  wrong = [word.replace('--node', '--nodes') for word in commands[0]]
+  asked = tmp_path / 'commands.json'
+  lines = list(dict.fromkeys(map(shlex.join, [*commands, wrong])))
+  asked.write_text(json.dumps([{'command_string': line} for line in lines]))
+  lint = ['gcloud', 'meta', 'lint-gcloud-commands', f'--commands-file={asked}']
+  env = {'PATH': os.environ['PATH'], 'HOME': str(tmp_path)}
+  env |= {'CLOUDSDK_CONFIG': str(tmp_path), 'CLOUDSDK_CORE_DISABLE_USAGE_REPORTING': '1'}
+  done = subprocess.run(lint, capture_output=True, text=True, env=env)
+  assert done.returncode == 0, done.stderr
+  *takes, refuses = json.loads(done.stdout)
+  assert [got['error_message'] for got in takes if not got['success']] == []
+  assert len(takes) == len(lines) - 1 and not refuses['success']
+
+
 def test_cloud_tpus_are_asked_for_by_their_number_of_cores_or_chips():
   asked = lambda spec: machines.accelerator(spec).type
   assert asked('v5p:4x4x4') == 'v5p-128' and asked('v4:2x2x1') == 'v4-8'
@@ -890,7 +914,7 @@ def _parsed(*argv):
 
 # A model whose steps last milliseconds, for two processes with a device each.
 SMALL = (
-  *('--config.model.width=32', '--config.model.depth=2', '--config.model.ffn=64'),
+  *('--config.model.width=32', '--config.model.depth=1', '--config.model.ffn=64'),
   *('--config.model.attn.heads=2', '--config.model.attn.kv_heads=1'),
   *('--config.model.attn.head_dim=16', '--config.data.length=64', '--config.batch=2'),
   *('--config.optim.warmup=2', '--config.eval.rows=2', '--config.eval.every=1000'),
