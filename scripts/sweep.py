@@ -151,7 +151,10 @@ def found(args: argparse.Namespace, words: Sequence[str]) -> sweep.Sweep | None:
   """The sweep that `--dir` alone names; None where a recipe is given."""
   if words or args.axis or args.seeds is not None or not args.dir:
     return None
-  return sweep.open(args.dir)
+  swept = sweep.open(args.dir)
+  if args.deterministic and '--deterministic' not in swept.flags:
+    raise ValueError(f'--deterministic, but the sweep in {args.dir} was begun without')
+  return swept
 
 
 def run(args: argparse.Namespace, words: Sequence[str]) -> int:
@@ -162,6 +165,8 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
   swept = swept or sweep.write(begun, room.environment)
   code = sweep.unpacked(swept)
   print(f'{swept.folder}: {len(points)} points, {len(room.slots)} at a time ({room.why})')
+  given = ' '.join(f'{k}={v}' for k, v in swept.made['environment'].items())
+  print(f'each point is given {given or "the environment as it is"}', flush=True)
   with sweep.View(f'{swept.name}  {swept.folder}') as view:
     runner = sweep.Runner(
       swept,

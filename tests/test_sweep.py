@@ -307,9 +307,13 @@ def fast(tmp_path, monkeypatch):
     given = dict(overrides=['--config.steps=9'], folder=str(tmp_path / 'it'))
     swept = sweep.write(plan(axes.axis('seed', seeds), **given), {'NPROC': '1'})
     slots = [machine.Slot('CPU', {})] * 2
-    opts = dict(slots=slots, code=tmp_path / 'code', show=show)
     return swept, runner.Runner(
-      swept, swept.points, keep_checkpoints=keep_checkpoints, **opts
+      swept,
+      swept.points,
+      slots=slots,
+      code=tmp_path / 'code',
+      show=show,
+      keep_checkpoints=keep_checkpoints,
     )
 
   return make

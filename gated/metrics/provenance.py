@@ -36,8 +36,9 @@ PACKAGES = (
   'numpy',
 )
 
-# What steers the compiler and the collectives, and so can change numbers.
-ENVIRONMENT = ('XLA_', 'LIBTPU_', 'JAX_', 'NCCL_')
+# What steers the compiler and the collectives, and so can change numbers; NPROC is how
+# many threads XLA has on CPUs.
+ENVIRONMENT = ('XLA_', 'LIBTPU_', 'JAX_', 'NCCL_', 'NPROC')
 
 MAX_BYTES = 1 << 26  # Of a run.json.
 # Names of what must not be told. A flag's are whole words: a tokenizer is no token.

@@ -206,14 +206,11 @@ def _about(workdir: storage.Path) -> dict:
     raise ValueError(f'{workdir} is no run: there is no run.json') from None
   except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise ValueError(f'{path} is damaged: {error!r}') from error
-  last = found['sessions'][-1]
-  found['code'] = last.get('git')
+  found['code'] = found['sessions'][-1].get('git')
   where = workdir.parent.parent
   if not found['code'] and storage.exists(where / sweeps.NAME):
     made = sweeps.open(where).made
     found['code'] = {'sha256': made['sha256'], **(made['git'] or {})}
-    # It says how many threads there are, which no variable of XLA's does.
-    last['environment'] = {**last['environment'], **made['environment']}
   return found
 
 
