@@ -30,6 +30,9 @@ RULES: dict[str | None, tuple[str, ...]] = {
   'ffn': ('tensor',),
   'experts': ('expert',),
   'layers': (),
+  # Layers while their matrices are whole, on the way there and then (gated/optim.py).
+  'stack': ('fsdp',),
+  'stacks': ('fsdp', 'tensor'),
   None: (),
 }
 

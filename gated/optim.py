@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers as Matrix
@@ -126,12 +127,10 @@ def matrix(parameter: Any) -> Matrix | None:
 
   All other dims stack matrices.
   """
-  if not isinstance(parameter, nnx.Variable):
-    return None
-  axes = mesh.axes_of(parameter)
+  axes = mesh.axes_of(parameter) if _is_parameter(parameter) else ()
   stream = [dim for dim, axis in enumerate(axes) if axis == 'embed']
   others = [dim for dim, axis in enumerate(axes) if axis in _CHANNELS]
-  if not stream or not _WIDE & set(axes):
+  if 'layers' not in axes or not stream or not _WIDE & set(axes):
     return None
   return Matrix(stream, others) if stream < others else Matrix(others, stream)
 
@@ -141,9 +140,13 @@ _CHANNELS = {'heads', 'kv_heads', 'head_dim', 'ffn', 'channels'}
 _WIDE = {'head_dim', 'ffn', 'channels'}
 
 
+def _is_parameter(x: Any) -> bool:
+  return isinstance(x, nnx.Variable)
+
+
 def _each(run: Callable[[Any], Any], params: Any) -> Any:
   """A function of parameters over a tree of them; arrays that are none count as one."""
-  return jax.tree.map(run, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+  return jax.tree.map(run, params, is_leaf=_is_parameter)
 
 
 def _matrices(params: Any) -> Any:
@@ -156,28 +159,75 @@ def _adam(cfg: Config) -> optax.GradientTransformation:
 
 
 def _muon(cfg: Config) -> optax.GradientTransformation:
-  orthogonal = optax.contrib.scale_by_muon(
-    ns_steps=cfg.muon.steps,
-    beta=cfg.muon.momentum,
-    eps=cfg.eps,
-    nesterov=cfg.muon.nesterov,
-    weight_dimension_numbers=_matrices,
+  muon = functools.partial(
+    optax.contrib.scale_by_muon, eps=cfg.eps, weight_dimension_numbers=_matrices
   )
-  sized = optax.stateless(lambda updates, _: _each(_sized, updates))
-  scaled = optax.chain(orthogonal, sized, optax.scale(cfg.muon.rms))
+  # Without steps it is the momentum, each matrix divided by its norm.
+  momentum = muon(ns_steps=0, beta=cfg.muon.momentum, nesterov=cfg.muon.nesterov)
+  iterate = muon(ns_steps=cfg.muon.steps, beta=0.0, nesterov=False)
+
+  def orthogonal(updates, params):
+    del params
+    stacks = _each(_whole, updates)
+    found, _ = iterate.update(stacks, iterate.init(stacks))
+    sized = lambda u, like: _split(_sized(u, cfg.muon.rms), like)
+    return jax.tree.map(sized, found, updates, is_leaf=_is_parameter)
+
   label = lambda p: 'adam' if matrix(p) is None else 'muon'
+  matrices = optax.chain(momentum, optax.stateless(orthogonal))
   return optax.partition(
-    {'muon': scaled, 'adam': _adam(cfg)}, functools.partial(_each, label)
+    {'muon': matrices, 'adam': _adam(cfg)}, functools.partial(_each, label)
   )
 
 
-def _sized(update: Any) -> Any:
-  """An orthogonal update -> the same of RMS 1, whatever its shape."""
+def _hops(stack: Any) -> list[tuple[str | None, ...]]:
+  """A stack of matrices -> its axes, from split matrices to a split stack of whole ones.
+
+  Each hop moves one axis of the mesh, which is an all-to-all.
+  """
+  hops = [mesh.axes_of(stack)]
+  for taken, freed in (('stack', {'embed'}), ('stacks', {'heads', 'kv_heads', 'ffn'})):
+    left = (None if axis in freed else axis for axis in hops[-1][1:])
+    hops.append((taken, *left))
+  return hops
+
+
+def _whole(stack: Any) -> Any:
+  """A stack of matrices -> the same, each of them whole on a device.
+
+  Products of split ones would send all of them in every step of the iteration. Zeros
+  fill the stack up to what the devices divide.
+  """
+  on: Any = jax.sharding.get_abstract_mesh()
+  extra = 0 if on.empty else -stack.shape[0] % mesh.ways('stacks', on)
+
+  def move(x):
+    x = jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1))
+    for axes in _hops(stack)[1:]:
+      x = mesh.constrain(x, *axes)
+    return x
+
+  return jax.tree.map(move, stack)
+
+
+def _split(stack: Any, like: Any) -> Any:
+  """What `_whole` has made of `like`, or something of its shape, as that lay."""
+
+  def move(x):
+    for axes in _hops(stack)[-2:0:-1]:
+      x = mesh.constrain(x, *axes)
+    return mesh.constrain(x[: like.shape[0]], *mesh.axes_of(stack))
+
+  return jax.tree.map(move, stack)
+
+
+def _sized(update: Any, rms: float) -> Any:
+  """Orthogonal matrices, and the RMS that their numbers are to have -> scaled to it."""
   of = matrix(update)
   assert of is not None
   size = lambda dims: math.prod(update.shape[dim] for dim in dims)
   larger = max(size(of.reduction_axis), size(of.output_axis))
-  return jax.tree.map(lambda u: math.sqrt(larger) * u, update)
+  return jax.tree.map(lambda u: rms * math.sqrt(larger) * u, update)
 
 
 # Name -> (config -> gradients to directions, before decay and the learning rate).
