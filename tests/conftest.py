@@ -35,6 +35,7 @@ import servers
 # The files that take longest. With several workers (-n 2 --dist loadfile) a file is one
 # worker's, and these begin first, so that no worker waits for the other at the end.
 LONGEST = (
+  'test_launch.py',
   'test_arrangements.py',
   'test_train.py',
   'test_faults.py',

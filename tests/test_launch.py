@@ -905,6 +905,72 @@ def test_a_sweep_that_was_never_submitted_has_nothing_to_list_or_delete(tmp_path
     assert code == 2 and 'is not submitted: there is no launched.json' in out
 
 
+GCLOUD = """#!/bin/sh
+printf '%s ' "$@" >>"$STAND/asked"
+echo >>"$STAND/asked"
+case "$*" in
+  *" list "*) test -e "$STAND/down" && exit 1; cat "$STAND/states" ;;
+esac
+"""
+
+
+@pytest.mark.slow
+def test_slices_that_are_lost_are_asked_for_again_until_all_points_have_ended(
+  gs, tmp_path, monkeypatch, capsys
+):
+  (tmp_path / 'gcloud').write_text(GCLOUD)
+  (tmp_path / 'gcloud').chmod(0o755)
+  monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+  monkeypatch.setenv('STAND', str(tmp_path))
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  folder = f'{gs}/{tmp_path.name}'
+  argv = ['submit', *SWEEP, f'--dir={folder}', *FLAGS['tpu'], '--spot']
+
+  def asked():
+    words = [line.split()[3:5] for line in (tmp_path / 'asked').read_text().splitlines()]
+    (tmp_path / 'asked').unlink()
+    return [word if word[0] != 'list' else ['list'] for word in words]
+
+  code, said = told(capsys, *argv)
+  assert code == 0 and '2 jobs are with tpu' in said, said
+  one, two = (job['job'] for job in launch.read(folder)['jobs'])
+  assert asked() == [['create', one], ['create', two]]
+
+  states = {one: 'SUSPENDED', two: 'SUSPENDED', 'another': 'SUSPENDED'}
+  rows = [{'name': f'p/q/{k}', 'state': {'state': v}} for k, v in states.items()]
+  (tmp_path / 'states').write_text(json.dumps(rows))
+  swept = sweep.open(folder)
+  ends = lambda p: storage.write(
+    swept.workdir(p) / 'outcome.json',
+    json.dumps({'code': 0, 'step': 280, 'told': '', 'time': ''}).encode(),
+  )
+  ends(swept.points[1])
+  code, said = told(capsys, *argv)
+  assert code == 0 and f'1 points to go; asked for again: {one}\n' in said, said
+  assert asked() == [['list'], ['delete', one], ['create', one]]
+  code, said = told(capsys, *argv, '--project=other')
+  assert code == 2 and 'give the same options' in said
+
+  # A network that fails, and then the last point ends.
+  (tmp_path / 'down').touch()
+  waits = []
+  monkeypatch.setattr(
+    desk.time,
+    'sleep',
+    lambda seconds: (waits.append(seconds), len(waits) == 2 and ends(swept.points[0])),
+  )
+  code, said = told(capsys, *argv, '--watch=9')
+  assert (code, waits) == (0, [9, 9]), said
+  assert said.count('not this time: gcloud') == 2 and 'all points have ended' in said
+  asked()
+  (tmp_path / 'down').unlink()
+  code, said = told(capsys, 'list', folder)
+  assert code == 0 and said.count('SUSPENDED') == 2 and said.count('280/280') == 2
+  code, said = told(capsys, 'delete', folder)
+  assert asked() == [['list'], ['delete', one], ['delete', two]]
+  assert code == 0 and 'deleted: 2 jobs' in said
+
+
 def _parsed(*argv):
   """Flags of a grid, and the recipe's words."""
   parser = cli.argparse.ArgumentParser()

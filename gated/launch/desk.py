@@ -87,24 +87,34 @@ def submitted(
   if first:
     record = launch.submit(rehearsed(options, swept, chosen))
     yield f'{len(record["jobs"])} jobs are with {options.on}, named {record["label"]}-...'
-  for look in itertools.count() if again else range(0 if first else 1):
-    if first or look:
-      time.sleep(again)
+  else:
     record = launch.read(swept.folder)
-    if dict(work.changed(options)) != record['options']:
+    now = dict(work.changed(options))
+    if now != record['options']:
       raise ValueError(
-        f'{swept.folder} was submitted with {record["options"]}, and is to be again with '
-        f'{dict(work.changed(options))}: delete it first, or give the same options'
+        f'{swept.folder} was submitted with {record["options"]}, and now with {now}: '
+        'delete it first, or give the same options'
       )
-    mine = {job['point'] for job in record['jobs']}
+  mine = {job['point'] for job in record['jobs']}
+  for look in itertools.count(int(first)) if again else range(int(first), 1):
+    if look:
+      time.sleep(again)
     if not launch.due(swept, mine):
       yield f'{swept.folder}: all points have ended'
       return
-    s = rehearsed(options, swept, mine)
-    launch.write(s)
-    fresh = launch.renew(s.work, record)
-    asked = ', '.join(fresh) or 'none'
-    yield f'{len(s.work.points)} points to go; asked for again: {asked}'
+    try:
+      yield _renewed(rehearsed(options, swept, mine), record)
+    except ValueError as error:
+      if not again:
+        raise
+      yield f'not this time: {error}'  # Who watches for days meets a failing network.
+
+
+def _renewed(s: launch.Submission, record: dict) -> str:
+  """Asks again for what was taken back of the points that have not ended -> a line."""
+  launch.write(s)
+  fresh = ', '.join(launch.renew(s.work, record)) or 'none'
+  return f'{len(s.work.points)} points to go; asked for again: {fresh}'
 
 
 def show(swept: sweep.Sweep) -> int:

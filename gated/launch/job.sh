@@ -76,12 +76,11 @@ make_environment() {
   local found
   rm -rf -- "$1"
   found=$(find_python)
-  if [[ -n $found ]]; then
-    "$found" -m venv "$1"
-    return
-  fi
+  # Debian's Python has no venv unless that was installed too.
+  if [[ -n $found ]] && "$found" -m venv "$1"; then return; fi
+  rm -rf -- "$1"
   if ! command -v uv >/dev/null; then
-    echo "job: no Python 3.11 or 3.12 here, so uv is asked to bring $version" >&2
+    echo "job: no Python that will do here, so uv is asked to bring $version" >&2
     python3 -m pip install --quiet --target "$cache/uv" uv
     PATH=$cache/uv/bin:$PATH
   fi
