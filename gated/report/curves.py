@@ -125,8 +125,8 @@ def _curve(ax: Any, p: Judged, color: Any, top: float) -> None:
     y = np.minimum(values[np.searchsorted(p.train.steps, at)], top)
     ax.plot(at, y, marker='v', ms=3.2, mec='black', mew=0.4, **mark)
   if p.diverged:
-    finite = np.isfinite(p.train.values)
-    last = p.train.values[-1] if finite[-1] else np.inf
+    last = np.median(p.train.values[-max(1, len(p.train.values) // SMOOTH) :])
+    last = last if np.isfinite(last) else np.inf
     ax.plot([p.train.steps[-1]], [min(last, top)], marker='x', ms=5, mew=1.3, **mark)
 
 
@@ -173,7 +173,7 @@ PAIR = (
 def around(line: Line) -> tuple[Judged | None, Judged | None]:
   """A line -> a point where every seed is stable, and one that diverged, if any."""
   stable = [c for c in line.cells() if c.finals and not c.diverged]
-  broken = [p for c in line.cells() for p in c.diverged if p not in line.slow()]
+  broken = [p for c in line.cells() for p in c.diverged]
   return (
     next(p for p in stable[-1].points if p.done) if stable else None,
     broken[0] if broken else None,

@@ -7,6 +7,7 @@ survive print in grey. The same numbers give the same bytes.
 
 import io
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -123,7 +124,7 @@ def loss_against_rate(lines: list[Line]) -> tuple[Figure, str]:
   rate_axis(ax, lrs)
   low, top = _range(lines)
   ax.set_ylim(low, top)
-  several = False
+  several, crossed = False, Counter()
   for i, line in enumerate(lines):
     color, marker, dash = look(i)
     cells = [c for c in line.cells() if c.finals]
@@ -133,7 +134,7 @@ def loss_against_rate(lines: list[Line]) -> tuple[Figure, str]:
       several = True
       least, most = [min(c.finals) for c in cells], [max(c.finals) for c in cells]
       ax.fill_between(x, least, most, color=color, alpha=0.2, lw=0)
-    _crosses(ax, line, i, top)
+    _crosses(ax, line, color, crossed, top)
   said = _init(ax, lines, top)
   handles = [_handle(i, line.name) for i, line in enumerate(lines)]
   if any(p.diverged for line in lines for p in line.points):
@@ -155,42 +156,50 @@ def _range(lines: list[Line]) -> tuple[float, float]:
   """-> the ends of the axis: what is stable fills a good part of it."""
   points = [p for line in lines for p in line.points if p.done]
   stable = [p.final for p in points if not p.diverged and p.final is not None]
-  every = [x for p in points for x in (p.capped, p.init) if x is not None]
-  every = [x for x in every if np.isfinite(x)] + stable
-  if not every:
+  crosses = [p.capped for p in points if p.diverged and p.capped is not None]
+  if not stable + crosses:
     return 0.0, 1.0
-  low, high = min(stable or every), max(every)
+  low, high = min(stable or crosses), max(stable + crosses)
   most = max(stable, default=high)
-  cut = most - low < NARROW * (high - low)
-  if cut:
+  if most - low < NARROW * (high - low):
     high = most + 0.7 * max(most - low, 0.02 * abs(most))
+    return low - 0.06 * (high - low), high
+  # The loss at initialisation only where the crosses come near it.
+  high = max([high, *(x for x in _inits(lines) if x < low + 1.5 * (high - low))])
   pad = 0.06 * max(high - low, 0.02 * abs(low))
-  return low - pad, high + (0.0 if cut else pad)
+  return low - pad, high + pad
 
 
-def _crosses(ax: Any, line: Line, index: int, top: float) -> None:
-  """What diverged, side by side by seed, and tied to the last mean that did not."""
-  color = look(index).color
-  before = None
+def _inits(lines: list[Line]) -> list[float]:
+  inits = [p.init for line in lines for p in line.points if p.init is not None]
+  return [x for x in inits if np.isfinite(x)]
+
+
+def _crosses(ax: Any, line: Line, color: str, before: Counter[float], top: float) -> None:
+  """What diverged, side by side by seed, and tied to the last mean that did not.
+
+  `before` counts the lines that have crosses at a rate already.
+  """
+  last = None
   for cell in line.cells():
     heights = [top if p.capped is None else min(p.capped, top) for p in cell.diverged]
     for j, y in enumerate(heights):
       # In points: seeds beside each other, and at the edge lines below each other.
-      across = 4 * (j - (len(heights) - 1) / 2) + (index if y < top else 0)
-      down = -5 * index if y == top else 0
+      across = 4 * (j - (len(heights) - 1) / 2) + (2 * before[cell.lr] if y < top else 0)
+      down = -5 * before[cell.lr] if y == top else 0
       shift = ScaledTranslation(across / 72, down / 72, ax.figure.dpi_scale_trans)
       look_of = dict(color=color, marker='x', ls='none', mew=1.3, ms=4.5, zorder=4)
       ax.plot([cell.lr], [y], transform=ax.transData + shift, clip_on=False, **look_of)
-    if heights and not cell.finals and before and before.finals:
-      ends = [before.mean, float(np.mean(heights))]
-      ax.plot([before.lr, cell.lr], ends, color=color, ls=':', lw=0.8)
-    before = cell
+    before[cell.lr] += bool(heights)
+    if heights and not cell.finals and last and last.finals:
+      ends = [last.mean, float(np.mean(heights))]
+      ax.plot([last.lr, cell.lr], ends, color=color, ls=':', lw=0.8)
+    last = cell
 
 
 def _init(ax: Any, lines: list[Line], top: float) -> str:
   """The loss at initialisation, dashed where the axis has it -> a sentence on it."""
-  inits = [p.init for line in lines for p in line.points if p.init is not None]
-  inits = [x for x in inits if np.isfinite(x)]
+  inits = _inits(lines)
   if not inits:
     return ''
   mean = float(np.mean(inits))

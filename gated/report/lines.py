@@ -65,11 +65,6 @@ class Line:
     sound = [c for c in self.cells() if c.finals and not c.diverged]
     return min(sound, key=lambda c: c.mean, default=None)
 
-  def slow(self) -> list[Judged]:
-    """Those that are but worse than the best of the sweep, at rates below their best."""
-    best = self.best()
-    return [p for p in self.points if p.beside and best and p.lr < best.lr]
-
   def sensitivities(self) -> dict[int, float]:
     """Seed -> LR sensitivity, of the seeds that are done at every learning rate."""
     found = {}

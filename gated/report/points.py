@@ -65,7 +65,7 @@ class Judged:
   step: int
   told: str  # what its last session said as it ended
   reason: str  # why it counts as diverged, or ''
-  beside: bool  # only beside the best of the sweep: alone it would not
+  slow: bool  # too far above the best to the rule, but for want of steps
   train: Curve
   numbers: Mapping[str, Curve]  # early warnings over steps, by name
   final: float | None  # nats a token; None for a point that is not done
@@ -133,33 +133,39 @@ def read(
 ) -> list[Judged]:
   """A sweep -> its points, judged by a rule.
 
-  `how` are arguments of `stability.spikes`, for those that do not suit the steps.
+  `how` are arguments of `stability.spikes`, for those that do not suit the steps. Where
+  the rate is below the best of its line, a final loss that is but a multiple of the best
+  of the sweep is of a run that learned slowly, and did not diverge.
   """
   lr, seed = (_label(swept.points, axis, knob) for axis, knob in AXES.items())
   logs = [_log(swept, point) for point in swept.points]
-  ended = [log for log in logs if log.state == 'finished']
+  ended = [log for log in logs if log.state == 'finished' and log.final is not None]
   best = stability.lowest([log.final for log in ended if log.final is not None])
+  names = [_line(swept, point, (lr, seed)) for point in swept.points]
+  peaks = _best_rates(swept, logs, names)
   found = []
-  for point, log in zip(swept.points, logs, strict=True):
+  for point, log, line in zip(swept.points, logs, names, strict=True):
     apart = {k: v for k, v in point.labels.items() if k not in (lr, seed)}
-    broken, reason, alone = log.state == 'diverged', '', ''
+    broken, reason, slow = log.state == 'diverged', '', False
     if log.state in DONE and (broken or log.final is not None):
       given: dict[str, Any] = dict(rule=rule, broken=broken, final=log.final)
       reason = stability.diverged(*log.train, best=best, **given)
       alone = stability.diverged(*log.train, best=math.inf, **given)
+      below = point.config['optim']['lr'] < peaks.get(line, 0)
+      slow = bool(reason and not alone and below)
     counted = fitting(point.config['steps']) | dict(how)
     found.append(
       Judged(
         name=point.name,
-        line=', '.join(apart.values()) or swept.name,
+        line=line,
         labels=point.labels,
         apart=apart,
         config=point.config,
-        state='diverged' if reason else log.state,
+        state='diverged' if reason and not slow else log.state,
         step=log.step,
         told=log.told,
-        reason=reason,
-        beside=bool(reason and not alone),
+        reason='' if slow else reason,
+        slow=slow,
         train=log.train,
         numbers=log.numbers,
         final=log.final,
@@ -172,6 +178,23 @@ def read(
       )
     )
   return found
+
+
+def _line(swept: sweep.Sweep, point: sweep.Point, axes: Sequence[str]) -> str:
+  """The name of a point's line: its labels but those of the axes."""
+  apart = [value for name, value in point.labels.items() if name not in axes]
+  return ', '.join(apart) or swept.name
+
+
+def _best_rates(swept, logs: Sequence['_Log'], lines: Sequence[str]) -> dict[str, float]:
+  """Line -> the learning rate of its lowest final loss."""
+  found: dict[str, tuple[float, float]] = {}
+  for point, log, line in zip(swept.points, logs, lines, strict=True):
+    final = math.nan if log.final is None else log.final
+    if log.state == 'finished' and math.isfinite(final):
+      own = final, point.config['optim']['lr']
+      found[line] = min(own, found.get(line, own))
+  return {line: lr for line, (_, lr) in found.items()}
 
 
 def fitting(steps: int) -> dict[str, Any]:

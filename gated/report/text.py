@@ -168,6 +168,13 @@ def _spikes(the: Report) -> Iterator[str]:
 
 def _divergence(the: Report) -> Iterator[str]:
   yield str(the.rule)
+  yield (
+    'Below the best learning rate of its line, a final loss that is but above that '
+    'multiple is of a run that learned slowly: it counts as finished.'
+  )
+  slow = [p.name for p in the.points if p.slow]
+  if slow:
+    yield f'So it is of {plain(", ".join(slow))}.'
   yield ''
   found = [p for p in the.points if p.diverged]
   if not found:
@@ -176,14 +183,6 @@ def _divergence(the: Report) -> Iterator[str]:
     return
   rows = [[p.line, rate(p.lr), p.seed, f'diverged: {p.reason}', p.name] for p in found]
   yield from Table(['', 'lr', 'seed', 'why', 'point'], rows).markdown()
-  slow = [p.name for line in the.lines for p in line.slow()]
-  if slow:
-    yield ''
-    yield (
-      'Of these some lie below the best learning rate of their line: by the rule they '
-      'count, yet they may have learned too slowly rather than lost what they had '
-      f'learned. They are: {plain(", ".join(slow))}.'
-    )
 
 
 def _warnings(the: Report) -> Iterator[str]:
