@@ -71,8 +71,10 @@ def recipe(words: Sequence[str]) -> Recipe:
   overrides = tuple(f'--config.{k}={axes.text(v)}' for k, v in given.items())
   name, colon, arg = spec.partition(':')
   inside = Path(name).resolve()
-  if not inside.is_relative_to(ROOT):
-    raise ValueError(f'--config={name} lies outside {ROOT}: a sweep could not carry it')
+  if not any(inside.is_relative_to(ROOT / each) for each in sweep.CARRIED):
+    raise ValueError(
+      f'--config={name} is not in {ROOT}/configs, so a sweep could not carry it'
+    )
   module = importlib.util.spec_from_file_location(f'recipe_{inside.stem}', inside)
   assert module and module.loader
   loaded = importlib.util.module_from_spec(module)

@@ -143,6 +143,12 @@ def test_a_bad_command_is_refused_in_one_line(words, told, capsys):
   assert said.startswith('sweep.py: ') and told in said and said.count('\n') == 1
 
 
+def test_a_recipe_that_a_sweep_would_not_carry_is_refused(tmp_path, capsys):
+  shutil.copy(process.ROOT / 'configs/tiny.py', tmp_path / 'mine.py')
+  run('run', f'--config={tmp_path}/mine.py', '--seeds=2', expect=2)
+  assert 'configs, so a sweep could not carry it' in capsys.readouterr().err
+
+
 # The folder.
 
 

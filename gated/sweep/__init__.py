@@ -8,6 +8,7 @@
 What became of a point is told by its workdir alone, whoever launched it.
 """
 
+from gated.sweep.code import CARRIED
 from gated.sweep.compare import Comparison, Difference, Losses, folders, runs
 from gated.sweep.folder import NAME, open, unpacked, write
 from gated.sweep.grid import RULE, Point, Sweep, only, plan
@@ -17,6 +18,7 @@ from gated.sweep.state import ENDED, State, living, state
 from gated.sweep.table import View, show, told
 
 __all__ = [
+  'CARRIED',
   'ENDED',
   'NAME',
   'RULE',

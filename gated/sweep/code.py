@@ -13,7 +13,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-FOLDERS = 'configs', 'gated', 'scripts'
+CARRIED = 'configs', 'gated', 'scripts'
 FILES = 'train.py', 'eval.py', 'pyproject.toml', 'LICENSE', 'requirements*'
 LEFT_OUT = '__pycache__', '.pyc', '.partial'
 MOST = 1 << 26  # Bytes: sources are small, and a sweep carries no data.
@@ -22,7 +22,7 @@ MOST = 1 << 26  # Bytes: sources are small, and a sweep carries no data.
 def pack(root: Path) -> bytes:
   """A checkout -> its sources as a .tar.gz; ValueError if they are no sources' size."""
   paths = [p for pattern in FILES for p in root.glob(pattern)]
-  paths += [p for folder in FOLDERS for p in (root / folder).rglob('*')]
+  paths += [p for folder in CARRIED for p in (root / folder).rglob('*')]
   paths = [p for p in paths if p.is_file() and not str(p).endswith(LEFT_OUT)]
   paths = sorted(p for p in paths if not set(p.parts) & set(LEFT_OUT))
   size = sum(p.stat().st_size for p in paths)

@@ -78,9 +78,10 @@ def gpus() -> list[str]:
       check=True,
       timeout=60,
     )
+    return done.stdout.split()
   except (OSError, subprocess.SubprocessError):
-    return []
-  return done.stdout.split()
+    devices = Path('/dev').glob('nvidia[0-9]*')
+    return sorted((p.name.removeprefix('nvidia') for p in devices), key=int)
 
 
 def _on_gpus(jobs: int) -> Room:
