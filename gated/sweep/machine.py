@@ -107,14 +107,12 @@ def _on_gpus(jobs: int) -> Room:
 def _on_cpus(points: Sequence[Point], jobs: int) -> Room:
   cores = len(os.sched_getaffinity(0))
   need, free = max(map(_bytes, _shapes(points)), default=PROCESS), available()
-  fit = max(1, int(free // need)) if free else cores
+  fit = int(free // need) if free else cores
   why = f'{cores} cores'
-  if not jobs:
-    jobs = max(1, min(cores, fit, len(points)))
-    if fit < cores:
-      why += f', and memory for {fit} ({need / 2**30:.1f} GiB each, by estimate)'
-  elif jobs > fit:
-    why += f'; by estimate there is memory for {fit} only ({need / 2**30:.1f} GiB each)'
+  if fit < (jobs or cores):
+    gib = f'{need / 2**30:.1f} GiB each by estimate, {free / 2**30:.1f} free'
+    why += f', and memory for {fit or "none"}: {gib}'
+  jobs = jobs or max(1, min(cores, fit, len(points)))
   # XLA's pool of threads is as large as this says, and how sums are split with it.
   threads = max(1, cores // jobs)
   return Room((Slot('CPU', {}),) * jobs, {'NPROC': str(threads)}, why)
