@@ -1,5 +1,6 @@
 """Sweeps: their grids are checked, their points run once, and runs are compared."""
 
+import functools
 import importlib
 import json
 import os
@@ -10,8 +11,8 @@ import time
 import pytest
 from faults import process
 
-from configs import axes
-from gated import metrics, storage, sweep
+from configs import axes, lr_sweep
+from gated import config, metrics, model, storage, sweep
 from gated import workdir as workdirs
 from gated.sweep import code, follow, machine, runner
 
@@ -25,6 +26,13 @@ LR = axes.axis('optim.lr', [1e-3, 4e-3])
 
 def plan(grid, recipe='configs/tiny.py', **given):
   return sweep.plan(recipe, grid, resolve=script.resolve, **given)
+
+
+@functools.cache
+def count(knobs):
+  """How many parameters a model has, by its knobs as JSON."""
+  cfg = config.build(model.Config, json.loads(knobs), 'config.model')
+  return model.count(model.abstract(cfg))
 
 
 # Grids.
@@ -87,6 +95,34 @@ def test_a_bad_grid_is_refused_before_anything_is_written(told, tmp_path):
     plan(BAD_GRIDS[told], folder=str(tmp_path / 'it'))
   assert told in str(error.value)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  'arg, several',
+  [
+    ('scale=test,seeds=1', {'variant', 'lr'}),
+    ('scale=test,seeds=1,optimizer=both', {'variant', 'lr', 'optimizer'}),
+    ('scale=paper,seeds=1,precision=both', {'variant', 'lr', 'precision'}),
+    ('scale=proxy,seeds=2', {'variant', 'lr', 'seed'}),
+  ],
+)
+def test_the_sweep_of_learning_rates_can_be_planned(arg, several):
+  recipe = f'configs/lr_sweep.py:{arg}'
+  swept = plan(lr_sweep.get_grid(arg), recipe)
+  values = {}
+  for point in swept.points:
+    assert point.config['optim']['floor'] <= point.config['optim']['lr']
+    for name, value in point.labels.items():
+      values.setdefault(name, set()).add(value)
+  assert {name for name, seen in values.items() if len(seen) > 1} == several
+
+
+def test_the_variants_of_the_sweep_of_learning_rates_have_as_many_parameters():
+  arg = 'scale=test,seeds=1'
+  points = plan(lr_sweep.get_grid(arg), f'configs/lr_sweep.py:{arg}').points
+  # The gated variants' FFN gives up what the gate adds.
+  counts = [count(json.dumps(p.config['model'])) for p in points]
+  assert max(counts) < 1.01 * min(counts)
 
 
 def test_what_the_grid_changes_cannot_be_given_for_all_points():
