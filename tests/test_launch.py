@@ -65,6 +65,7 @@ def submission(on, folder='', count=2, more=(), sha256='ab' * 32, **options):
 VARIANTS = {
   'slurm': [
     dict(),
+    dict(folder='s3://bucket/x'),
     dict(accelerator='cpu', nodes=2, processes=2, at_once=3, time='1:00:00'),
   ],
   'skypilot': [

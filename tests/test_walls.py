@@ -55,7 +55,7 @@ STORIES = {'train', 'eval'}
 # Restoring or reading never executes what lay in a file.
 LOADERS = {'pickle', '_pickle', 'dill', 'cloudpickle', 'marshal', 'shelve', 'joblib'}
 LOADERS |= {'yaml', 'builtins', 'runpy', 'imp', 'code', 'codeop', 'pty'}
-WRITERS = {'yaml.safe_dump'}  # Of a loader, what only writes.
+WRITERS = {'yaml.SafeDumper', 'yaml.dump'}  # Of a loader, what only writes.
 RUNNERS = {'eval', 'exec', '__import__', '__builtins__', 'os.system', 'os.popen'}
 RUNNERS |= {'torch.load', 'jax.export'}
 RUNNERS_OF_ANYTHING = {'read_pickle', 'deserialize', 'deserialize_and_load'}

@@ -10,8 +10,6 @@ JobSet.
 import json
 import re
 
-from yaml import safe_dump
-
 from gated.launch import machines, work
 from gated.launch.work import JOB, Work
 
@@ -30,10 +28,7 @@ VARIABLES = {
 
 def files(w: Work) -> dict[str, str]:
   """-> a JobSet's YAML for each point."""
-  return {
-    f'{point.job}.yaml': safe_dump(jobset(w, point), sort_keys=False)
-    for point in w.points
-  }
+  return {f'{point.job}.yaml': work.yaml(jobset(w, point)) for point in w.points}
 
 
 def jobset(w: Work, point: work.Point) -> dict:

@@ -6,8 +6,6 @@ that are taken back are replaced by SkyPilot, and the point goes on from the buc
 
 import json
 
-from yaml import safe_dump
-
 from gated.launch import machines, work
 from gated.launch.work import TOLD, Work
 
@@ -16,9 +14,7 @@ CODE = '~/gated/code.tar.gz'  # Where SkyPilot puts the sources on every host.
 
 def files(w: Work) -> dict[str, str]:
   """-> a task's YAML for each point."""
-  return {
-    f'{point.job}.yaml': safe_dump(task(w, point), sort_keys=False) for point in w.points
-  }
+  return {f'{point.job}.yaml': work.yaml(task(w, point)) for point in w.points}
 
 
 def task(w: Work, point: work.Point) -> dict:

@@ -45,7 +45,7 @@ def _body(w: Work, here: bool) -> str:
   for index, point in enumerate(w.points):
     log = f'{w.folder}/logs/{point.name}.log' if here else ''
     cases += f'  {index})\n    log={shlex.quote(log)}\n'
-    cases += f'    arguments=({work.words(w.arguments(point))})\n    ;;\n'
+    cases += f'    set -- {work.words(w.arguments(point))}\n    ;;\n'
   tasks = w.options.nodes * w.options.processes
   return f"""\
 {FOLLOW}
@@ -62,7 +62,7 @@ if [[ -n $log ]]; then
   exec >>"$log" 2>&1
 fi
 follow srun --ntasks={tasks} --ntasks-per-node={w.options.processes} \\
-  bash -c "$job" job "${{arguments[@]}}"
+  bash -c "$job" job "$@"
 case $code in
   {' | '.join(map(str, AGAIN))})
     restarts=${{SLURM_RESTART_COUNT:-0}}

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from yaml import SafeDumper, dump
+
 from gated import storage
 from gated.launch import machines
 
@@ -116,6 +118,23 @@ def embedded() -> str:
 def words(arguments: list[str] | tuple[str, ...]) -> str:
   """Arguments -> the words of a shell, a line each."""
   return ' \\\n    '.join(map(shlex.quote, arguments))
+
+
+class _Blocks(SafeDumper):
+  """Writes texts of several lines as they are read."""
+
+
+def _text(dumper: SafeDumper, text: str) -> Any:
+  style = '|' if '\n' in text else None
+  return dumper.represent_scalar('tag:yaml.org,2002:str', text, style=style)
+
+
+_Blocks.add_representer(str, _text)
+
+
+def yaml(made: Mapping[str, Any]) -> str:
+  """-> YAML, its keys in the order that they have."""
+  return dump(made, Dumper=_Blocks, sort_keys=False)
 
 
 def label(folder: str) -> str:
