@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gated import storage
@@ -38,6 +38,7 @@ class Row:
   follower: Follower
   slot: str = ''
   code: int | None = None  # Of its last process here.
+  took: float = 0.0  # Seconds from its start to its end here, if it was run whole.
 
   @property
   def steps(self) -> int:
@@ -53,6 +54,8 @@ class _Job:
   row: Row
   process: subprocess.Popen
   slot: Slot
+  fresh: bool  # Whether it began at step 0.
+  begun: float = field(default_factory=time.monotonic)
 
 
 def rows(swept: Sweep, points: Sequence[Point]) -> list[Row]:
@@ -160,7 +163,7 @@ class Runner:
       )
     row.follower = Follower(self._swept.workdir(row.point), since=time.time())
     row.state, row.slot = 'running', slot.name
-    self._jobs.append(_Job(row, process, slot))
+    self._jobs.append(_Job(row, process, slot, fresh=not row.step))
 
   @property
   def environment(self) -> Mapping[str, str]:
@@ -180,6 +183,7 @@ class Runner:
       except ValueError:
         row.state = 'failed'  # Its log says so as well.
       if row.ended:
+        row.took = time.monotonic() - job.begun if job.fresh else 0.0
         if not self._keep:
           storage.remove(workdir / 'checkpoints')
       elif living(workdir):

@@ -1,6 +1,7 @@
 """Where the points of a sweep stand, as a table: live on a terminal, else lines."""
 
 import collections
+import dataclasses
 import sys
 import textwrap
 import time
@@ -69,15 +70,16 @@ def summary(rows: Sequence[Row]) -> str:
   counts = collections.Counter(row.state for row in rows)
   told = ', '.join(f'{n} {name}' for name, n in sorted(counts.items()))
   running = [row for row in rows if row.state == 'running']
-  timed = [row.follower.seconds for row in running if row.follower.seconds]
-  if not timed:
+  own = [row.follower.seconds for row in running if row.follower.seconds]
+  # Of a step, with a point's share of starting and ending, where one was seen whole.
+  whole = [row.took / row.steps for row in rows if row.took] or own
+  if not (running and whole):
     return told
-  mean = sum(timed) / len(timed)
   left = 0.0
   for row in rows:
     if row.state in ('running', 'absent', 'partial'):
-      own = row.follower.seconds if row.state == 'running' else 0.0
-      left += (row.steps - row.step) * (own or mean)
+      seconds = row.follower.seconds if row.state == 'running' else 0.0
+      left += (row.steps - row.step) * (seconds or sum(whole) / len(whole))
   return f'{told}; about {time_left(left / len(running))} left'
 
 
@@ -145,5 +147,8 @@ def told(runner: Runner, swept: Sweep) -> int:
 
 
 def show(rows: Sequence[Row], swept: Sweep) -> None:
-  """Prints all rows once."""
+  """Prints all rows once; whoever runs a point, it is running."""
+  rows = [
+    dataclasses.replace(r, state='running') if r.state == 'elsewhere' else r for r in rows
+  ]
   console().print(table(rows, f'{swept.name}  {swept.folder}'))
