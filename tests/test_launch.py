@@ -218,14 +218,14 @@ def ended(child):
   return child.returncode, out
 
 
-@pytest.mark.parametrize(('code', 'left'), [(0, 0), (2, 2), (3, 0), (4, 4), (7, 7)])
+@pytest.mark.parametrize(('code', 'left'), [(3, 0), (4, 4), (7, 7)])
 def test_a_host_leaves_as_the_point_did_and_divergence_is_an_end(host, code, left):
   got, out = ended(host(f'import sys; print(sys.argv[1:]); sys.exit({code})'))
   assert got == left, out
   assert "['--config=a b']" in out
 
 
-@pytest.mark.parametrize('code', [0, 3])
+@pytest.mark.parametrize('code', [3])
 def test_a_point_that_has_ended_is_not_run_again(host, code, tmp_path):
   (tmp_path / 'workdir').mkdir()
   (tmp_path / 'workdir/outcome.json').write_text(json.dumps({'code': code, 'step': 9}))
