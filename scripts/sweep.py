@@ -38,6 +38,7 @@ from gated.launch import desk
 
 ROOT = Path(__file__).resolve().parents[1]
 REFUSED = 2
+AS_IN_TRAIN = '--config=configs/RECIPE.py:ARG and --config.KNOB=VALUE are as in train.py.'
 # What a report may be told to judge by otherwise than the sweep's own recipe says.
 RULE = {
   'multiple': 'above so many times the best final loss',
@@ -303,7 +304,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   below = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
   for name, command in COMMANDS.items():
-    command.flags(below.add_parser(name, help=command.told, allow_abbrev=False))
+    told = f'{command.told}. {AS_IN_TRAIN}' if command.recipe else command.told
+    command.flags(
+      below.add_parser(name, help=command.told, description=told, allow_abbrev=False)
+    )
   args, words = parser.parse_known_args(argv)
   chosen = COMMANDS[args.command]
   try:
