@@ -2,6 +2,7 @@
 # make test    set up .venv, check format, lint and types, run all tests
 # make fast    the tests without those marked slow
 # make sweep   sweep learning rates of a small model on this machine, and report
+# make sky     set up .venv/sky, whose SkyPilot reads what is submitted to it, in tests
 # make tpu     set up .venv/tpu, which compiles for TPUs without one (scripts/preflight.py)
 # make rows    train every row of the paper's tables at test scale, save and resume it
 # make faults  inject every fault of docs/reliability.md into real runs, print the table
@@ -36,7 +37,7 @@ endif
 
 INSTALL += $(if $(LOCKED),--require-hashes)
 
-.PHONY: demo test fast sweep tpu rows faults lock audit clean
+.PHONY: demo test fast sweep tpu sky rows faults lock audit clean
 .DELETE_ON_ERROR:
 
 demo: .venv/run-$(FROM)
@@ -45,6 +46,7 @@ demo: .venv/run-$(FROM)
 
 test: .venv/dev-$(FROM)
 	@$(MAKE) --silent tpu || echo 'no libtpu here: what compiles for TPUs is skipped' >&2
+	@$(MAKE) --silent sky || echo 'no SkyPilot here: what its parser checks is skipped' >&2
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/ty check --python .venv
@@ -58,6 +60,8 @@ sweep: .venv/report-$(FROM)
 	$(BIN)/python scripts/sweep.py report $(SWEEP)
 
 tpu: .venv/tpu/made-$(FROM)
+
+sky: .venv/sky/made-$(FROM)
 
 rows: .venv/run-$(FROM)
 	$(BIN)/python scripts/train_rows.py $(ARGS)
@@ -102,6 +106,11 @@ clean:
 .venv/tpu/made-$(FROM): requirements-tpu.$(FROM) .venv/run-$(FROM)
 	$(subst .venv,.venv/tpu,$(CREATE))
 	$(subst .venv/,.venv/tpu/,$(INSTALL)) -r requirements-tpu.$(FROM) || { rm -rf .venv/tpu; exit 1; }
+	@: > $@
+
+.venv/sky/made-$(FROM): requirements-sky.$(FROM) .venv/run-$(FROM)
+	$(subst .venv,.venv/sky,$(CREATE))
+	$(subst .venv/,.venv/sky/,$(INSTALL)) -r requirements-sky.$(FROM) || { rm -rf .venv/sky; exit 1; }
 	@: > $@
 
 $(TOOLS)/made: requirements-tools.lock
