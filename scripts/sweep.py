@@ -217,11 +217,18 @@ def write_report(args: argparse.Namespace, words: Sequence[str]) -> int:
   rows = [report.Published(*row) for row in table2.published()]
   spikes = {k: given[k] for k in SPIKES if k in given}
   try:
-    found = report.write(swept, out, rule=rule, spikes=spikes, published=rows)
+    found = report.write(
+      swept, out, only=args.only, rule=rule, spikes=spikes, published=rows
+    )
   except OSError as error:
     raise ValueError(f'the report of {swept.folder} in {out}: {error}') from error
   print(f'{found.states()}: {out / "index.html"}')
   return 0
+
+
+def _takes_only(parser: argparse.ArgumentParser) -> None:
+  told = 'points with those labels: variant=baseline,lr=0.001'
+  parser.add_argument('--only', default='', help=told)
 
 
 def _takes_grid(parser: argparse.ArgumentParser) -> None:
@@ -231,9 +238,7 @@ def _takes_grid(parser: argparse.ArgumentParser) -> None:
     '--axis', action='append', default=[], help='KNOB=VALUE,VALUE,...; repeatable'
   )
   parser.add_argument('--seeds', type=int, help='an axis of so many seeds')
-  parser.add_argument(
-    '--only', default='', help='points with those labels: variant=baseline,lr=0.001'
-  )
+  _takes_only(parser)
   parser.add_argument('--deterministic', action='store_true', help='as in train.py')
 
 
@@ -264,6 +269,7 @@ def _status_flags(parser: argparse.ArgumentParser) -> None:
 def _report_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('dir', help="a sweep's folder")
   parser.add_argument('--out', default='', help='folder; default DIR/report')
+  _takes_only(parser)
   for name, told in RULE.items():
     parser.add_argument(f'--{name}', type=float, help=f'diverged: {told}')
   for name, (kind, told) in SPIKES.items():

@@ -3,6 +3,7 @@
 The same sweep gives the same bytes: nothing in a report tells when it was written.
 """
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,13 +23,15 @@ def write(
   swept: sweep.Sweep,
   out: storage.Path,
   *,
+  only: str = '',
   rule: stability.Rule | None = None,
   spikes: Mapping[str, Any] | None = None,
   published: Sequence[Published] = (),
 ) -> Report:
   """Judges a sweep's points by a rule (its own), and writes the report of them.
 
-  A sweep that is not finished has one as well, which says what is missing. `spikes` are
+  A sweep that is not finished has one as well, which says what is missing; `only` (as in
+  `sweep.only`) makes it one of some points, which says so. `spikes` are
   arguments of `stability.spikes` other than those that suit the number of steps,
   `published` the paper's rows to set beside ours. ValueError where a package that draws
   is not installed.
@@ -42,12 +45,17 @@ def write(
   from gated.report.page import page
 
   rule, spikes = rule or swept.rule, dict(spikes or {})
+  about = _about(swept)
+  if only:
+    chosen = tuple(sweep.only(swept.points, only))
+    about['points'] = f'{len(chosen)} of the {len(swept.points)} of its grid: {only}'
+    swept = dataclasses.replace(swept, points=chosen)
   judged = points.read(swept, rule, spikes)
   lines = gather(judged)
   captions = {d.name: d.caption for d in figures.draw(_pictures(lines), lines, out)}
   the = Report(
     name=swept.name,
-    about=_about(swept),
+    about=about,
     points=judged,
     lines=lines,
     rule=rule,

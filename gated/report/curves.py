@@ -149,19 +149,27 @@ def warnings(lines: list[Line]) -> tuple[Figure, str]:
           shown = np.isfinite(values) & (values > 0)
           _strand(ax, Curve(steps[shown], values[shown]), color, dash)
       ax.set_yscale('log')
-      ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=5))
-      ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f'{y:g}'))
+      ax.yaxis.set_major_formatter(ticker.FuncFormatter(_number))
       ax.yaxis.set_minor_locator(ticker.NullLocator())
       ax.tick_params(labelsize=6)
     told = [rate(p.lr) if p else 'none' for p in pair]
     row[0].set_ylabel(f'{wrapped(line.name, 20)}\n{told[0]} | {told[1]}', size=7)
   for top, bottom, name in zip(axes[0], axes[-1], names, strict=True):
+    low, high = top.get_ylim()  # Of the column.
+    subs = (1, 2, 5) if high < 300 * low else (1,)
+    for ax in axes[:, names.index(name)]:
+      ax.yaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=6))
     top.set_title(INDICATORS[name], size=7)
     _steps(bottom)
   handles = [Line2D([], [], color=c, ls=dash, label=text) for c, dash, text in PAIR]
   figure.legend(handles=handles, loc='outside lower center', ncols=2)
   caption = 'Early warnings at the highest learning rate where every seed is stable, and '
   return figure, caption + 'the lowest where one diverged (beside the axis: both rates).'
+
+
+def _number(y: float, _: int) -> str:
+  """20000 -> '2e4', 0.05 -> '0.05'."""
+  return f'{y:g}' if y < 10_000 else f'{y:.0e}'.replace('e+0', 'e').replace('e+', 'e')
 
 
 PAIR = (
