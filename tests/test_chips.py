@@ -64,6 +64,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_the_compiler_knows_every_slice(run_for_tpu):
   sizes = {
     f'{name}:{"x".join(map(str, shape))}': math.prod(shape)

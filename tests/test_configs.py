@@ -280,6 +280,7 @@ def count(run_python, *flags):
   return run_python(['scripts/preflight.py', *flags])
 
 
+@pytest.mark.slow
 def test_preflight_counts_a_row_and_ends_in_json(run_python):
   row = '--config=configs/table1.py:g1_headwise'
   done = count(run_python, row, '--count')
@@ -296,6 +297,7 @@ def test_preflight_counts_a_row_and_ends_in_json(run_python):
   assert 'over table1.py:baseline,scale=paper' in done.stdout
 
 
+@pytest.mark.slow
 def test_preflight_takes_knobs_as_training_does(run_python):
   row = '--config=configs/table4.py:baseline,scale=test'
   done = count(run_python, row, '--config.model.depth=3', '--count')

@@ -57,12 +57,12 @@ def placed(arrays, where):
 
 
 MESHES = [
-  dict(context=2),
   dict(context=4),
   *(
     pytest.param(sizes, marks=pytest.mark.slow)
     for sizes in [
       dict(),
+      dict(context=2),
       dict(context=8),
       dict(data=2, tensor=2, context=2),
       dict(fsdp=2, tensor=2),

@@ -194,6 +194,7 @@ def test_the_other_packing_does_not_pass(name, says, copy):
     assert distance(hf.load(copy(name, says, uncentred)), name) < 1e-4
 
 
+@pytest.mark.slow
 def test_headwise_is_elementwise_with_each_row_repeated():
   headwise = hf.load(golden('authors_headwise'))
   gate = dataclasses.replace(headwise.cfg.attn.gate, granularity='elementwise')

@@ -99,6 +99,7 @@ def test_output_and_gradients_are_the_dense_reference(load, dispatch):
   assert wanted[load]
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_normalised_are_the_probabilities():
   net, x, dy = problem('skewed')
   object.__setattr__(net, 'cfg', moe_config(norm_topk=False))
@@ -109,6 +110,7 @@ def test_weights_that_are_not_normalised_are_the_probabilities():
     np.testing.assert_allclose(ours[name], exact[name], atol=1e-5 * size, err_msg=name)
 
 
+@pytest.mark.slow
 def test_shared_experts_are_added_for_every_token():
   net, x, _ = problem('skewed')
   more = built(shared=2)
@@ -162,6 +164,7 @@ def test_what_a_capacity_drops_is_left_out_and_counted():
   assert np.abs(y - one)[live].max() > 1e-2
 
 
+@pytest.mark.slow
 def test_padding_is_neither_counted_nor_balanced():
   net, x, _ = problem('as it comes')
   live = np.ones((B, T), bool)
@@ -339,7 +342,7 @@ def first_step(accum=1, over='global', dispatch='dropless', **sizes):
 @pytest.mark.parametrize(
   ('accum', 'sizes'),
   [
-    (2, dict(data=2, expert=2, tensor=2)),
+    (2, dict(fsdp=2, expert=2)),
     *(
       pytest.param(accum, sizes, marks=pytest.mark.slow)
       for accum, sizes in [
@@ -350,7 +353,7 @@ def first_step(accum=1, over='global', dispatch='dropless', **sizes):
         (1, dict(fsdp=8)),
         (1, dict(expert=8)),
         (4, dict(data=2)),
-        (2, dict(fsdp=2, expert=2)),
+        (2, dict(data=2, expert=2, tensor=2)),
         (1, dict(fsdp=2, tensor=2, context=2)),
       ]
     ),
@@ -395,6 +398,7 @@ def test_a_buffer_and_micro_batches_ask_for_another_balance():
     np.testing.assert_allclose(alone, losses['global'], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_router_losses_reach_the_routers_gradient():
   cfg = small.whole(**KNOBS | dict(loss__balance=0.0, loss__router_z=0.0))
   assert cfg.loss.balance == 0
