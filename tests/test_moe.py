@@ -342,17 +342,17 @@ def first_step(accum=1, over='global', dispatch='dropless', **sizes):
 @pytest.mark.parametrize(
   ('accum', 'sizes'),
   [
-    (2, dict(fsdp=2, expert=2)),
+    (2, {}),
     *(
       pytest.param(accum, sizes, marks=pytest.mark.slow)
       for accum, sizes in [
         (4, {}),
-        (2, {}),
         (8, {}),
         (1, dict(fsdp=2)),
         (1, dict(fsdp=8)),
         (1, dict(expert=8)),
         (4, dict(data=2)),
+        (2, dict(fsdp=2, expert=2)),
         (2, dict(data=2, expert=2, tensor=2)),
         (1, dict(fsdp=2, tensor=2, context=2)),
       ]
