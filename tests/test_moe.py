@@ -339,24 +339,20 @@ def first_step(accum=1, over='global', dispatch='dropless', **sizes):
   return jax.device_get(metrics), trees.flatten(jax.device_get(state.model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('accum', 'sizes'),
   [
+    (4, {}),
     (2, {}),
-    *(
-      pytest.param(accum, sizes, marks=pytest.mark.slow)
-      for accum, sizes in [
-        (4, {}),
-        (8, {}),
-        (1, dict(fsdp=2)),
-        (1, dict(fsdp=8)),
-        (1, dict(expert=8)),
-        (4, dict(data=2)),
-        (2, dict(fsdp=2, expert=2)),
-        (2, dict(data=2, expert=2, tensor=2)),
-        (1, dict(fsdp=2, tensor=2, context=2)),
-      ]
-    ),
+    (8, {}),
+    (1, dict(fsdp=2)),
+    (1, dict(fsdp=8)),
+    (1, dict(expert=8)),
+    (4, dict(data=2)),
+    (2, dict(fsdp=2, expert=2)),
+    (2, dict(data=2, expert=2, tensor=2)),
+    (1, dict(fsdp=2, tensor=2, context=2)),
   ],
   ids=str,
 )
