@@ -135,6 +135,15 @@ def test_a_rule_states_its_numbers():
   assert 'more than 0.4 nats' in told
 
 
+def test_below_the_best_rate_of_a_line_a_run_is_slow_unless_all_of_it_fails():
+  rate = lambda *runs, best=2.0: stability.best_rate(runs, best=best, rule=RULE)
+  assert rate((1e-4, 4.0), (1e-3, 2.2), (1e-2, 2.4), (1e-1, 3.5)) == 1e-3
+  # At 1e-1 it is best by chance: what is stuck at 1e-4 is so at every rate.
+  assert rate((1e-4, 7.02), (1e-2, 7.01), (1e-1, 7.0)) == 0
+  assert rate() == rate((1e-3, NAN)) == 0
+  assert 'it learned slowly' in str(RULE)
+
+
 def test_sensitivity_is_the_mean_of_what_is_lost_over_the_rates():
   # 3.0 -> 0.5 above the best, 2.5 is the best, 9.0 and NaN count as 5.5 and 5.6.
   finals, inits = [3.0, 2.5, 9.0, NAN], [5.4, 5.5, 5.5, 5.6]

@@ -285,7 +285,34 @@ def test_a_rate_that_is_too_small_is_not_passed_off_as_unstable(tmp_path):
   # and stayed there diverged at any rate.
   assert [p.diverged for p in found] == [False, False, True, True, False, True]
   assert [p.slow for p in found] == [True] + 5 * [False]
-  assert f'it counts as finished.\nSo it is of {found[0].name}.' in described(swept)
+  assert f'counted as finished: {found[0].name}.' in described(swept)
+
+
+def test_what_fails_at_every_rate_is_not_passed_off_as_slow(tmp_path):
+  level = {1e-3: 5.4, 4e-3: 5.5, 8e-3: 5.3}
+  swept = trained(
+    tmp_path,
+    grid(['baseline', 'stuck'], seeds=[0]),
+    lambda p: (
+      'calm',
+      level[p.config['optim']['lr']] if p.labels['variant'] == 'stuck' else 2.5,
+    ),
+  )
+  found, _ = judged(swept)
+  assert [p.state for p in found] == 3 * ['finished'] + 3 * ['diverged']
+
+
+def test_a_run_left_as_unstable_has_no_final_loss_whatever_it_had_before(tmp_path):
+  broken = lambda p: p.config['optim']['lr'] == 8e-3
+  swept = trained(tmp_path, grid(['baseline'], seeds=[0]), lambda p: ('calm', 2.5))
+  last = swept.workdir(swept.points[-1])
+  told = {'code': 3, 'step': STEPS - 1, 'told': '8 bad steps in a row', 'time': 1e9}
+  records.write_json(last / 'outcome.json', told)
+  found, (line,) = judged(swept)
+  assert [p.diverged for p in found] == [broken(p) for p in swept.points]
+  assert math.isnan(found[-1].final) and found[-1].capped == INIT
+  # Its last losses are as low as the others'; it counts as the loss at initialisation.
+  assert line.sensitivities()[0] == pytest.approx((INIT - 2.5) / 3, abs=0.01)
 
 
 def test_crosses_stand_where_points_diverged(seen):

@@ -1,8 +1,9 @@
 """What the points of a sweep came to: read from their workdirs, and judged.
 
 Final loss, in nats a token: the held-out loss at the point's last step, where it has one,
-else the mean training loss of the last 2% of its records, and of at least 10. Loss at
-initialisation: the training loss of step 1, which is taken before any update.
+else the mean training loss of the last 2% of its records, and of at least 10. NaN of
+a run that was left as unstable: it never came to its end, and what it had before is none.
+Loss at initialisation: the training loss of step 1, which is taken before any update.
 """
 
 import json
@@ -69,7 +70,7 @@ class Judged:
   train: Curve
   numbers: Mapping[str, Curve]  # early warnings over steps, by name
   final: float | None  # nats a token; None for a point that is not done
-  final_of: str  # heldout or train
+  final_of: str  # heldout or train; '' where it is none
   spikes: Sequence[stability.Spike]
   warnings: Mapping[str, float | int | None]  # as stability.warnings has them
   seconds: float
@@ -133,26 +134,26 @@ def read(
 ) -> list[Judged]:
   """A sweep -> its points, judged by a rule.
 
-  `how` are arguments of `stability.spikes`, for those that do not suit the steps. Where
-  the rate is below the best of its line, a final loss that is but a multiple of the best
-  of the sweep is of a run that learned slowly, and did not diverge.
+  `how` are arguments of `stability.spikes`, for those that do not suit the steps.
   """
   lr, seed = (_label(swept.points, axis, knob) for axis, knob in AXES.items())
   logs = [_log(swept, point) for point in swept.points]
   ended = [log for log in logs if log.state == 'finished' and log.final is not None]
   best = stability.lowest([log.final for log in ended if log.final is not None])
   names = [_line(swept, point, (lr, seed)) for point in swept.points]
-  peaks = _best_rates(swept, logs, names)
+  rates = [point.config['optim']['lr'] for point in swept.points]
+  # What diverged whatever the best of the sweep is was not slow.
+  alone = [_reason(log, math.inf, rule) for log in logs]
+  sound: dict[str, list[tuple[float, float]]] = {line: [] for line in names}
+  for line, lr_of, log, other in zip(names, rates, logs, alone, strict=True):
+    if log.state == 'finished' and log.final is not None and not other:
+      sound[line].append((lr_of, log.final))
+  peaks = {k: stability.best_rate(v, best=best, rule=rule) for k, v in sound.items()}
   found = []
-  for point, log, line in zip(swept.points, logs, names, strict=True):
+  for i, (point, log, line) in enumerate(zip(swept.points, logs, names, strict=True)):
     apart = {k: v for k, v in point.labels.items() if k not in (lr, seed)}
-    broken, reason, slow = log.state == 'diverged', '', False
-    if log.state in DONE and (broken or log.final is not None):
-      given: dict[str, Any] = dict(rule=rule, broken=broken, final=log.final)
-      reason = stability.diverged(*log.train, best=best, **given)
-      alone = stability.diverged(*log.train, best=math.inf, **given)
-      below = point.config['optim']['lr'] < peaks.get(line, 0)
-      slow = bool(reason and not alone and below)
+    reason = _reason(log, best, rule)
+    slow = bool(reason and not alone[i] and rates[i] < peaks[line])
     counted = fitting(point.config['steps']) | dict(how)
     found.append(
       Judged(
@@ -186,15 +187,13 @@ def _line(swept: sweep.Sweep, point: sweep.Point, axes: Sequence[str]) -> str:
   return ', '.join(apart) or swept.name
 
 
-def _best_rates(swept, logs: Sequence['_Log'], lines: Sequence[str]) -> dict[str, float]:
-  """Line -> the learning rate of its lowest final loss."""
-  found: dict[str, tuple[float, float]] = {}
-  for point, log, line in zip(swept.points, logs, lines, strict=True):
-    final = math.nan if log.final is None else log.final
-    if log.state == 'finished' and math.isfinite(final):
-      own = final, point.config['optim']['lr']
-      found[line] = min(own, found.get(line, own))
-  return {line: lr for line, (_, lr) in found.items()}
+def _reason(log: '_Log', best: float, rule: stability.Rule) -> str:
+  """Why a point that is done counts as diverged; '' if it does not."""
+  if log.state not in DONE or log.final is None:
+    return ''
+  broken = log.state == 'diverged'
+  given: dict[str, Any] = dict(best=best, rule=rule, broken=broken, final=log.final)
+  return stability.diverged(*log.train, **given)
 
 
 def fitting(steps: int) -> dict[str, Any]:
@@ -230,7 +229,9 @@ def _log(swept: sweep.Sweep, point: sweep.Point) -> _Log:
   path = workdir / 'metrics.jsonl'
   records = metrics.read(path) if metrics.exists(path) else []
   train = _curve(records, 'loss', kind='train')
-  final, final_of = _final(records, train) if state in DONE else (None, '')
+  final, final_of = _final(records, train) if state == 'finished' else (None, '')
+  if state == 'diverged':
+    final = math.nan
   own = [r for r in records if r['kind'] == 'train']
   # A record tells the seconds of a step, as a mean since the record before.
   gaps = np.diff([0, *(r['step'] for r in own)])

@@ -168,13 +168,9 @@ def _spikes(the: Report) -> Iterator[str]:
 
 def _divergence(the: Report) -> Iterator[str]:
   yield str(the.rule)
-  yield (
-    'Below the best learning rate of its line, a final loss that is but above that '
-    'multiple is of a run that learned slowly: it counts as finished.'
-  )
   slow = [p.name for p in the.points if p.slow]
   if slow:
-    yield f'So it is of {plain(", ".join(slow))}.'
+    yield f'Slow by this rule, and so counted as finished: {plain(", ".join(slow))}.'
   yield ''
   found = [p for p in the.points if p.diverged]
   if not found:

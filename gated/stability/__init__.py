@@ -9,7 +9,7 @@ warnings, whether they diverged, how much they mind the learning rate and the se
 
 from gated.stability.early import warnings
 from gated.stability.guard import ON_SPIKE, VERDICTS, Config, Guarded, guard, report
-from gated.stability.judge import Rule, diverged, lowest, sensitivity
+from gated.stability.judge import Rule, best_rate, diverged, lowest, sensitivity
 from gated.stability.leaving import Leaving, end, leave
 from gated.stability.pulse import Pulse
 from gated.stability.seeds import Noise, Spread, noise, spread
@@ -28,6 +28,7 @@ __all__ = [
   'Spike',
   'Spread',
   'Watchdog',
+  'best_rate',
   'diverged',
   'end',
   'excess',

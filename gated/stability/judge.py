@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -41,9 +41,11 @@ class Rule:
     return (
       'A run has diverged if it was left as unstable; if its loss at the end is not '
       f'finite; if its final loss is above {self.multiple:g} times the best of the '
-      'sweep; or if it never recovered: its level at the end, the median of the last '
-      f'{100 * self.tail:g}% of its logged losses ({LEAST} at least), is more than '
-      f'{self.rise:g} nats above the lowest level that it had held.'
+      'sweep, unless its learning rate is below the best one of its line and that one '
+      'did not diverge, for then it learned slowly; or if it never recovered: its level '
+      f'at the end, the median of the last {100 * self.tail:g}% of its logged losses '
+      f'({LEAST} at least), is more than {self.rise:g} nats above the lowest level that '
+      'it had held.'
     )
 
 
@@ -58,10 +60,11 @@ def diverged(
 ) -> str:
   """A run's training losses in nats -> why it counts as diverged; '' if it does not.
 
-  `best` is the lowest final loss of the sweep, inf where there is none; `final` this
-  run's final loss, of the same kind, where that is known better than by the level at its
-  end. `broken` is whether it was left as unstable. A step that was not finite in a run
-  that went on is no divergence. ValueError where there is nothing to judge.
+  `best` is the lowest final loss of the sweep, inf where there is none, or where the run
+  may be a slow one (`best_rate`); `final` this run's final loss, of the same kind, where
+  that is known better than by the level at its end. `broken` is whether it was left as
+  unstable. A step that was not finite in a run that went on is no divergence. ValueError
+  where there is nothing to judge.
   """
   steps, losses = np.asarray(steps), np.asarray(losses, np.float64)
   if steps.ndim != 1 or losses.shape != steps.shape:
@@ -94,6 +97,17 @@ def diverged(
       f'nats above {level[low]:.4g}, the lowest it had held (about step {steps[at[low]]})'
     )
   return ''
+
+
+def best_rate(runs: Iterable[tuple[float, float]], *, best: float, rule: Rule) -> float:
+  """(learning rate, final loss) of a line's sound runs -> the rate of the lowest loss.
+
+  Below it a final loss that is too far above `best`, the lowest of the sweep, is of a run
+  that learned slowly. 0, so that no run is slow, where none of the line came near enough
+  to `best` to say so: what fails at every rate does not fail for want of rate.
+  """
+  near = [(final, rate) for rate, final in runs if final <= rule.multiple * best]
+  return min(near)[1] if near else 0.0
 
 
 def _levels(losses: np.ndarray, tail: float) -> tuple[np.ndarray, np.ndarray]:
