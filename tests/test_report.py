@@ -482,6 +482,30 @@ def test_a_report_without_its_packages_says_what_to_install(lab, tmp_path, monke
   assert not (tmp_path / 'out').exists()
 
 
+def test_a_part_of_a_sweep_is_judged_as_among_all_and_says_that_it_is_one(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(report, '_pictures', lambda lines: {})
+  level = {1e-3: 2.5, 4e-3: 2.4, 8e-3: 4.5}
+  swept = trained(
+    tmp_path,
+    grid(['baseline', 'elementwise'], seeds=[0]),
+    lambda p: ('calm', level[p.config['optim']['lr']]),
+  )
+  out = storage.path(tmp_path / 'out')
+  the = report.write(swept, out, only='variant=baseline,lr=0.001,lr=0.008')
+  assert [p.name for p in the.points] == [swept.points[i].name for i in (0, 2)]
+  # Above 1.5 times the best of the sweep, which is not of the part.
+  assert [p.diverged for p in the.points] == [False, True]
+  said = storage.read(out / 'report.md', 1 << 20).decode()
+  assert said.splitlines()[2] == (
+    '2 points: 1 finished, 1 diverged. A part: 2 of the 6 of its grid: '
+    'variant=baseline,lr=0.001,lr=0.008.'
+  )
+  with pytest.raises(ValueError, match='--only=lr=1, but of lr there are'):
+    report.write(swept, out, only='lr=1')
+
+
 @pytest.mark.slow
 def test_a_report_is_whole_and_the_same_each_time(lab, tmp_path):
   image = pytest.importorskip('matplotlib.image')

@@ -3,7 +3,6 @@
 The same sweep gives the same bytes: nothing in a report tells when it was written.
 """
 
-import dataclasses
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,10 +30,10 @@ def write(
   """Judges a sweep's points by a rule (its own), and writes the report of them.
 
   A sweep that is not finished has one as well, which says what is missing; `only` (as in
-  `sweep.only`) makes it one of some points, which says so. `spikes` are
-  arguments of `stability.spikes` other than those that suit the number of steps,
-  `published` the paper's rows to set beside ours. ValueError where a package that draws
-  is not installed.
+  `sweep.only`) makes it one of some points, which says so; they are judged as among all.
+  `spikes` are arguments of `stability.spikes` other than those that suit the number of
+  steps, `published` the paper's rows to set beside ours. ValueError where a package that
+  draws is not installed.
   """
   missing = [name for module, name in NEEDED.items() if not _found(module)]
   if missing:
@@ -46,11 +45,10 @@ def write(
 
   rule, spikes = rule or swept.rule, dict(spikes or {})
   about = _about(swept)
+  chosen = {p.name for p in sweep.only(swept.points, only)}
+  judged = [p for p in points.read(swept, rule, spikes) if p.name in chosen]
   if only:
-    chosen = tuple(sweep.only(swept.points, only))
     about['points'] = f'{len(chosen)} of the {len(swept.points)} of its grid: {only}'
-    swept = dataclasses.replace(swept, points=chosen)
-  judged = points.read(swept, rule, spikes)
   lines = gather(judged)
   captions = {d.name: d.caption for d in figures.draw(_pictures(lines), lines, out)}
   the = Report(

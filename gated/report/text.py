@@ -69,7 +69,8 @@ def markdown(the: Report) -> str:
 
 
 def _opening(the: Report) -> Iterator[str]:
-  yield f'{the.states()}.'
+  part = the.about.get('points')
+  yield f'{the.states()}.{f" A part: {plain(part)}." if part else ""}'
   left = [p for p in the.points if not p.done]
   if left:
     yield ''
