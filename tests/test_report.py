@@ -315,6 +315,24 @@ def test_a_run_left_as_unstable_has_no_final_loss_whatever_it_had_before(tmp_pat
   assert line.sensitivities()[0] == pytest.approx((INIT - 2.5) / 3, abs=0.01)
 
 
+def test_a_threshold_that_noise_raised_is_stated(tmp_path, lab, seen):
+  assert 'Here it takes' not in described(lab, seen=seen)
+  swept = trained(tmp_path, grid(['baseline'], [4e-3], [0]), lambda p: ('calm', 2.5))
+  path = swept.workdir(swept.points[0]) / 'metrics.jsonl'
+  rng, noisy = np.random.default_rng(0), []
+  for r in records.read(path):
+    more = 0.1 * rng.normal() if 'lr' in r else 0.0
+    noisy.append(r | {'loss': r.get('loss', 0.0) + more, 'spikes': float(r['step'] > 9)})
+  storage.write(path, b''.join(map(records.line, noisy)))
+  (p,), _ = judged(swept)
+  assert p.spikes == [] and 0.3 < p.limit < 0.5
+  said = described(swept)
+  assert f'**Here it takes up to {p.limit:.2f} nats**' in said
+  assert 'the guard noted as they trained: 1, in 1 of 1 runs' in said
+  (told,) = rows(tables.of_points([p]))
+  assert float(told['spike_limit']) == p.limit and told['spikes_noted'] == '1'
+
+
 def test_crosses_stand_where_points_diverged(seen):
   figures = pytest.importorskip('gated.report.figures')
   _, gathered = seen

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from gated.stability import excess, spikes
+from gated.stability import excess, limit, spikes
 
 PUBLISHED = dict(window=101, threshold=0.1, warmup=5000, gap=200)
 
@@ -197,6 +197,18 @@ def test_noise_as_high_as_the_threshold_is_not_taken_for_spikes():
   assert spikes(steps, losses, warmup=500) == []
   losses[3000] += 2
   assert [s.step for s in spikes(steps, losses, warmup=500)] == [3001]
+
+
+def test_the_limit_in_force_is_told_and_is_what_spikes_are_above():
+  rng = np.random.default_rng(3)
+  steps, quiet = log(rng, steps=10_000, fraction=1, sigma=0.015)
+  how = dict(threshold=0.1, warmup=5000)
+  assert limit(steps, quiet, **how) == 0.1
+  losses = quiet + 0.1 * rng.normal(size=len(steps))
+  assert limit(steps, losses, **how) == pytest.approx(4.6 * 0.1, rel=0.1)
+  for at, times in ((7000, 0.5), (8000, 2)):
+    losses[at] = loss(at) + times * limit(steps, losses, **how)
+  assert [s.step for s in spikes(steps, losses)] == [8001]
 
 
 def test_what_is_not_finite_is_an_excursion_that_leaves_the_median_alone():

@@ -28,6 +28,7 @@ WATCHED = {
   'output_logit': 'indicators',
   'residual_growth': 'indicators',
 }
+LIMITED = ('threshold', 'warmup')  # What a spike's height depends on.
 MAX_BYTES = 1 << 26  # Of a run.json.
 
 
@@ -72,6 +73,8 @@ class Judged:
   final: float | None  # nats a token; None for a point that is not done
   final_of: str  # heldout or train; '' where it is none
   spikes: Sequence[stability.Spike]
+  limit: float  # nats above the median that a spike is, by this run's noise
+  noted: int | None  # spikes by the guard, step by step, as it trained
   warnings: Mapping[str, float | int | None]  # as stability.warnings has them
   seconds: float
   rate: float | None  # tokens a second
@@ -172,6 +175,8 @@ def read(
         final=log.final,
         final_of=log.final_of,
         spikes=stability.spikes(*log.train, **counted),
+        limit=stability.limit(*log.train, **{k: counted[k] for k in LIMITED}),
+        noted=log.noted,
         warnings=log.warnings,
         seconds=log.seconds,
         rate=log.rate,
@@ -215,6 +220,7 @@ class _Log(NamedTuple):
   train: Curve
   numbers: Mapping[str, Curve]
   warnings: Mapping[str, float | int | None]
+  noted: int | None
   final: float | None
   final_of: str
   seconds: float
@@ -244,6 +250,7 @@ def _log(swept: sweep.Sweep, point: sweep.Point) -> _Log:
     train=train,
     numbers={name: _curve(records, name) for name in WATCHED},
     warnings=stability.warnings(records),
+    noted=int(own[-1]['spikes']) if own else None,
     final=final,
     final_of=final_of,
     seconds=float(sum(r['step_seconds'] * gap for r, gap in timed)),

@@ -60,13 +60,21 @@ def of_points(points: Sequence[Judged]) -> Table:
   names = labels(points)
   columns = ['point', *names, 'state', 'step', 'steps', 'learning_rate', 'final_loss']
   columns += ['final_loss_of', 'best_loss', 'loss_at_init', 'spikes', 'max_spike']
-  columns += ['diverged_because', 'warnings', 'seconds', 'tokens_per_second', 'device']
+  columns += [
+    'spike_limit',
+    'spikes_noted',
+    'diverged_because',
+    'warnings',
+    'seconds',
+    'tokens_per_second',
+    'device',
+  ]
   measured = list(dict.fromkeys(name for p in points for name in p.warnings))
   row = lambda p: [
     p.name,
     *(p.labels.get(name) for name in names),
     *(p.state, p.step, p.steps, p.lr, p.final, p.final_of, p.best, p.init),
-    *(len(p.spikes), p.height, p.reason),
+    *(len(p.spikes), p.height, p.limit, p.noted, p.reason),
     warned(p),
     *(p.seconds, p.rate, p.device),
     *(p.warnings.get(name) for name in measured),

@@ -160,11 +160,27 @@ def _spikes(the: Report) -> Iterator[str]:
   yield (
     f'{of} spike is an excursion of the training loss of more than '
     f'{how["threshold"]:g} nats above the centred median of {how["window"]} logged '
-    f'points, after step {how["warmup"]}; what is within {how["gap"]} steps is one. '
-    'Spikes a run, with the highest in nats:'
+    f'points, after step {how["warmup"]}; what is within {how["gap"]} steps is one.'
   )
+  limits = [p.limit for p in the.points if len(p.train.steps)]
+  if max(limits, default=0.0) > how['threshold']:
+    yield (
+      f'**Here it takes up to {max(limits):.2f} nats** ({min(limits):.2f} at least): '
+      'so high the noise of a batch reaches by itself, in one such run of a hundred. '
+      'What is lower than that cannot be told from noise, and is not counted.'
+    )
+  yield 'Spikes a run, with the highest in nats:'
   yield ''
   yield from tables.of_spikes(the.lines).markdown()
+  noted = [p.noted for p in the.points if p.noted is not None]
+  if noted:
+    yield ''
+    yield (
+      f'Steps that the guard noted as they trained: {sum(noted)}, in '
+      f'{sum(map(bool, noted))} of {len(noted)} runs. It measures otherwise: a loss or a '
+      'gradient norm that many standard deviations above those before it '
+      '(config.stability.threshold), and a norm may do so where the loss does nothing.'
+    )
 
 
 def _divergence(the: Report) -> Iterator[str]:

@@ -13,7 +13,7 @@ from gated.stability.judge import Rule, best_rate, diverged, lowest, sensitivity
 from gated.stability.leaving import Leaving, end, leave
 from gated.stability.pulse import Pulse
 from gated.stability.seeds import Noise, Spread, noise, spread
-from gated.stability.spikes import Spike, excess, spikes
+from gated.stability.spikes import Spike, excess, limit, spikes
 from gated.stability.watchdog import Watchdog
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
   'excess',
   'guard',
   'leave',
+  'limit',
   'lowest',
   'noise',
   'report',

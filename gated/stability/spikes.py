@@ -66,18 +66,25 @@ def spikes(
   """
   steps, losses = _log(steps, losses)
   _check(window=window, threshold=threshold, warmup=warmup, gap=gap)
-  limit = max(threshold, _reach(losses[steps > warmup]))
-  above = losses - _baseline(steps, losses, window // 2, limit)
+  most = limit(steps, losses, threshold=threshold, warmup=warmup)
+  above = losses - _baseline(steps, losses, window // 2, most)
   above[~np.isfinite(losses)] = np.inf
   found = []
-  high = np.flatnonzero((above > limit) & (steps > warmup))
-  for at in _groups(steps, above, high, gap=gap, limit=limit):
+  high = np.flatnonzero((above > most) & (steps > warmup))
+  for at in _groups(steps, above, high, gap=gap, limit=most):
     peak = at[np.argmax(above[at])]
     first, last = int(at[0]), int(at[-1])
     lasting = last == len(steps) - 1 or len(at) > window // 2
     where = (int(steps[i]) for i in (first, last))
     found.append(Spike(int(steps[peak]), float(above[peak]), *where, lasting))
   return found
+
+
+def limit(steps: ArrayLike, losses: ArrayLike, *, threshold: float, warmup: int) -> float:
+  """Losses in nats -> how far above the median is too high to `spikes`: the threshold,
+  or more where the noise is stronger; to be stated beside what was counted."""
+  steps, losses = _log(steps, losses)
+  return max(threshold, _reach(losses[steps > warmup]))
 
 
 def excess(
@@ -92,8 +99,8 @@ def excess(
   """
   steps, losses = _log(steps, losses)
   _check(window=window, threshold=threshold, warmup=warmup, gap=0)
-  limit = max(threshold, _reach(losses[steps > warmup]))
-  above = (losses - _baseline(steps, losses, window // 2, limit))[steps > warmup]
+  most = limit(steps, losses, threshold=threshold, warmup=warmup)
+  above = (losses - _baseline(steps, losses, window // 2, most))[steps > warmup]
   finite = above[np.isfinite(above)]
   told = {'points': float(len(above))}
   for name in ('sigma', 'std', 'kurtosis', 'largest'):
