@@ -72,7 +72,8 @@ def ask(environ: MutableMapping[str, str] = os.environ) -> None:
   for name, setting in VARIABLES.items():
     environ.setdefault(name, setting.value)
   _log.info(
-    '--deterministic: on GPUs it costs speed; CPUs and TPUs it changes in nothing'
+    '--deterministic: GPUs take other kernels, slower or faster as the model has it '
+    '(bench/deterministic.py); CPUs and TPUs it changes in nothing'
   )
 
 
