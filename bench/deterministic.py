@@ -7,7 +7,8 @@ Without a recipe: a dense model with an elementwise gate, and a small mixture of
 (--scale=test for CPUs). Each run is a process of its own and compiles anew, so that what
 is chosen while compiling is chosen again. What follows the options goes to every run.
 Prints whether losses and final parameters are equal to the last bit, and tokens a second
-with the flag and without: it may be the faster way. Exit code 1 if runs with it differ, or one fails.
+with the flag and without: it may be the faster way. Exit code 1 if runs with it differ,
+or one fails.
 """
 
 import argparse
