@@ -68,7 +68,8 @@ def run(workdir: storage.Path, kind: str, level: float, seed: int, *, heldout: b
   storage.write(workdir / 'metrics.jsonl', b''.join(map(records.line, lines)))
   session = {'devices': 2, 'device_kind': 'cpu'}
   records.write_json(
-    workdir / 'run.json', {'config': {}, 'data': {}, 'sessions': [session]}
+    workdir / 'run.json',
+    {'config': {}, 'data': {'sha256': '0a1b'}, 'sessions': [session]},
   )
   code = {'broken': 3, 'failed': 1, 'partial': 4}.get(kind, 0)
   told = {'code': code, 'step': len(loss), 'told': f'{kind} | why', 'time': 1e9}
@@ -432,8 +433,49 @@ def test_the_papers_numbers_are_ratios_of_perplexities(lab, seen):
   base, gated = (line.cells() for line in gathered)
   ours = by['elementwise', '8e-3']['nats, ours']
   assert ours == f'{gated[2].mean - base[1].mean:+.4f}'
+  # Beside the baseline at the same rate: one of ours diverged there.
+  assert by['elementwise', '8e-3']['beside, paper'] == f'{math.log(7.325 / 9.195):+.4f}'
+  assert by['elementwise', '8e-3']['beside, ours'] == '–'
+  ours = by['elementwise', '4e-3']['beside, ours']
+  assert ours == f'{gated[1].mean - base[1].mean:+.4f}'
   said = described(lab, rows, seen)
   assert 'only the signs and the ratios' in said and '| 9.195 | +0.2143 |' in said
+  assert 'within the noise floor has no sign' in said
+
+
+def test_what_the_papers_rates_have_no_run_at_is_no_column_of_dashes(tmp_path):
+  rows = [
+    published.Published('48 layers', what, lr, 7.4)
+    for lr in (4e-3, 8e-3)
+    for what in ('baseline', 'elementwise')
+  ]
+  swept = trained(tmp_path, grid(['baseline', 'elementwise'], [3e-3, 1e-2], [0]))
+  _, gathered = judged(swept)
+  ((_, table),) = published.by_rate(gathered, rows)
+  assert {'ours', 'nats, ours', 'beside, ours'} & set(table.columns) == set()
+  assert table.columns[-3:] == ['our lr', 'ours there', 'nats there']
+  assert 'the signs of our differences may be chance' in described(swept, rows)
+
+
+def test_lines_with_other_rates_are_not_compared_silently(tmp_path):
+  figures = pytest.importorskip('gated.report.figures')
+  part = [*grid(['baseline'], seeds=[0]), *grid(['elementwise'], RATES[:2], [0])]
+  swept = trained(tmp_path, part)
+  _, gathered = judged(swept)
+  said, (_, caption) = described(swept), figures.sensitivity(gathered)
+  assert 'these numbers are not comparable' in said
+  assert 'these bars are not comparable' in caption
+  assert 'no ordering of them is claimed' in said and 'claim no ordering' in caption
+
+
+def test_a_report_says_what_was_trained(lab, seen):
+  said = described(lab, seen=seen)
+  c = lab.points[0].config
+  size = STEPS * c['batch'] * c['data']['length']
+  assert f'- Each run: steps 200, batch {c["batch"]}, ' in said
+  assert f'which is {size / 1e6:.3g}M tokens' in said
+  assert 'any update (6.000 to 6.000)' in said
+  assert '- Data with SHA-256: 0a1b.' in said and '- Devices: 2 x cpu.' in said
 
 
 def test_a_point_that_is_a_row_of_the_paper_stands_beside_it(tmp_path):

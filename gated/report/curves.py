@@ -161,10 +161,16 @@ def warnings(lines: list[Line]) -> tuple[Figure, str]:
       ax.yaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=6))
     top.set_title(INDICATORS[name], size=7)
     _steps(bottom)
-  handles = [Line2D([], [], color=c, ls=dash, label=text) for c, dash, text in PAIR]
+  drawn = [any(pair[i] for _, pair in found) for i in range(2)]
+  handles = [
+    Line2D([], [], color=c, ls=dash, label=text)
+    for (c, dash, text), there in zip(PAIR, drawn, strict=True)
+    if there
+  ]
   figure.legend(handles=handles, loc='outside lower center', ncols=2)
   caption = 'Early warnings at the highest learning rate where every seed is stable, and '
-  return figure, caption + 'the lowest where one diverged (beside the axis: both rates).'
+  caption += 'the lowest where one diverged (beside the axis: both rates).'
+  return figure, caption + ('' if drawn[1] else ' None diverged.')
 
 
 def _number(y: float, _: int) -> str:

@@ -144,7 +144,9 @@ def loss_against_rate(lines: list[Line]) -> tuple[Figure, str]:
   figure.legend(handles=handles, handlelength=3, **below)
   ax.set_ylabel('final loss (nats/token)')
   caption = 'Final loss against the peak learning rate. '
+  one = all(len(c.points) == 1 for line in lines for c in line.cells())
   caption += 'Lines are means over seeds, bands their range. ' * several
+  caption += 'One seed each: they claim no ordering. ' * one
   if any(p.diverged for line in lines for p in line.points):
     caption += 'Crosses: runs that diverged, at min(final loss, loss at initialisation), '
     caption += 'or at the upper edge where that lies above it. '
@@ -246,6 +248,10 @@ def sensitivity(lines: list[Line]) -> tuple[Figure, str]:
   ax.set_xlim(left=0)
   ax.set_xlabel('LR sensitivity (nats/token)')
   seeds = ' Strokes are the seeds.' if any(len(f) > 1 for *_, f in shown) else ''
+  if all(len(f) == 1 for *_, f in shown):
+    seeds = ' One seed each: they claim no ordering.'
+  if len({tuple(line.lrs) for _, line, _ in shown}) > 1:
+    seeds += ' The learning rates differ by line: these bars are not comparable.'
   text = 'LR sensitivity: the mean over learning rates of min(final loss, loss at '
   return figure, f'{text}initialisation) minus the best final loss.{seeds}'
 

@@ -79,6 +79,7 @@ class Judged:
   seconds: float
   rate: float | None  # tokens a second
   device: str
+  data: str  # the fingerprint of what it trained on
 
   @property
   def lr(self) -> float:
@@ -181,6 +182,7 @@ def read(
         seconds=log.seconds,
         rate=log.rate,
         device=log.device,
+        data=log.data,
       )
     )
   return found
@@ -226,6 +228,7 @@ class _Log(NamedTuple):
   seconds: float
   rate: float | None
   device: str
+  data: str
 
 
 def _log(swept: sweep.Sweep, point: sweep.Point) -> _Log:
@@ -255,7 +258,7 @@ def _log(swept: sweep.Sweep, point: sweep.Point) -> _Log:
     final_of=final_of,
     seconds=float(sum(r['step_seconds'] * gap for r, gap in timed)),
     rate=float(np.median(rates)) if rates else None,
-    device=_device(workdir),
+    **_session(workdir),
   )
 
 
@@ -277,13 +280,15 @@ def _final(
   return float(np.mean(train.values[-count:])), 'train'
 
 
-def _device(workdir: storage.Path) -> str:
-  """The devices of the latest session: '2 x NVIDIA H200'; '' where there was none."""
+def _session(workdir: storage.Path) -> dict[str, str]:
+  """The devices of the latest session: '2 x NVIDIA H200', and the data's fingerprint."""
   path = workdir / 'run.json'
   if not storage.exists(path):
-    return ''
-  session = json.loads(storage.read(path, MAX_BYTES))['sessions'][-1]
-  return f'{session["devices"]} x {session["device_kind"]}'
+    return {'device': '', 'data': ''}
+  found = json.loads(storage.read(path, MAX_BYTES))
+  last = found['sessions'][-1]
+  device = f'{last["devices"]} x {last["device_kind"]}'
+  return {'device': device, 'data': found['data'].get('sha256', '')}
 
 
 def _label(points: Sequence[sweep.Point], axis: str, knob: str) -> str:

@@ -13,6 +13,11 @@ import numpy as np
 from gated.report.lines import Cell, Line, rate
 from gated.report.tables import Table, told
 
+MEANS = (
+  'nats: less the baseline at the lowest rate of these rows, in the paper and in ours. '
+  'beside: less the baseline at the same rate. ours there: at so many times the best '
+  "rate of our baseline as the row's is the paper's lowest; nats there: less that best."
+)
 SAME, NEAR = 0.02, 0.1  # How far a learning rate may lie, as a part of it.
 
 
@@ -48,34 +53,42 @@ def by_rate(
 
 
 def _table(rows: Sequence[Published], first: Published, ours: dict[str, Line]) -> Table:
-  columns = [
-    'variant',
-    'lr',
-    'ppl, paper',
-    'nats, paper',
-    'ours at that lr',
-    'nats, ours',
-  ]
-  columns += ['times', 'our lr', 'ours at so many times', 'nats, ours ']
   start = _cell(ours['baseline'], first.lr, SAME)
   best = ours['baseline'].best()
+  plain = {row.lr: row.ppl for row in rows if row.variant == 'baseline'}
   cells = []
   for row in rows:
     times = row.lr / first.lr
     same = _cell(ours[row.variant], row.lr, SAME)
+    beside = _cell(ours['baseline'], row.lr, SAME)
     near = _cell(ours[row.variant], best.lr * times, NEAR) if best else None
-    assert first.ppl
-    paper = f'{row.ppl:.3f}' if row.ppl else 'diverged'
-    nats = f'{math.log(row.ppl / first.ppl):+.4f}' if row.ppl else 'diverged'
+    other = row.variant != 'baseline'
     cells.append(
-      [
-        *(row.variant, rate(row.lr), paper, nats),
-        *(told(same), _difference(same, start)),
-        *(f'{times:.3g}', rate(near.lr) if near else '–', told(near)),
-        _difference(near, best),
-      ]
+      {
+        'variant': row.variant,
+        'lr': rate(row.lr),
+        'ppl, paper': f'{row.ppl:.3f}' if row.ppl else 'diverged',
+        'nats, paper': _nats(row.ppl, first.ppl) if row.ppl else 'diverged',
+        'beside, paper': _nats(row.ppl, plain.get(row.lr)) if other else '–',
+        'ours': told(same),
+        'nats, ours': _difference(same, start),
+        'beside, ours': _difference(same, beside) if other else '–',
+        'times': f'{times:.3g}',
+        'our lr': rate(near.lr) if near else '–',
+        'ours there': told(near),
+        'nats there': _difference(near, best),
+      }
     )
-  return Table(columns, cells)
+  # A column that has nothing is left out; of the last ones all, for they say one thing.
+  empty = {name for name in cells[0] if all(c[name] == '–' for c in cells)}
+  if 'our lr' in empty:
+    empty.add('times')
+  kept = [name for name in cells[0] if name not in empty]
+  return Table(kept, [[c[name] for name in kept] for c in cells])
+
+
+def _nats(ppl: float | None, start: float | None) -> str:
+  return f'{math.log(ppl / start):+.4f}' if ppl and start else '–'
 
 
 def _cell(line: Line, lr: float, within: float) -> Cell | None:

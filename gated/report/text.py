@@ -1,18 +1,26 @@
 """The report in words: Markdown of a sweep that was judged."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gated import stability
+from gated import config, stability
 from gated.report import published, tables
 from gated.report.lines import Line, rate
 from gated.report.points import DONE, LEAST, TAIL, Judged, fitting
 from gated.report.tables import Table, plain
-from gated.stability.early import TIMES
+from gated.stability.early import SETTLED, TIMES
 
 STATES = ('finished', 'diverged', 'partial', 'failed', 'absent')
+# What a reader asks of a run first; the first three multiply to its tokens.
+KNOBS = (
+  *('steps', 'batch', 'data.length', 'model.vocab', 'model.depth', 'model.width'),
+  *('model.numerics.compute', 'optim.name', 'optim.schedule', 'optim.warmup'),
+  *('optim.weight_decay', 'optim.clip'),
+)
+OF_RUNS = {'device': 'devices', 'data': 'data with SHA-256'}
 UNLIKE = (
   "Scale, data and tokenizer differ from the paper's, and with them every loss: only the "
   'signs and the ratios of differences may be compared. The differences are in nats; the '
@@ -137,16 +145,19 @@ def _sensitivity(the: Report) -> Iterator[str]:
     return
   yield (
     'The mean over the learning rates of min(final loss, loss at initialisation), less '
-    'the best final loss, in nats (Wortsman et al., arXiv 2309.14322); a seed at a time.'
+    'the best final loss, in nats (Wortsman et al., arXiv 2309.14322); a seed at a time. '
+    'It is of this grid of rates: what reaches further has more.'
   )
   yield ''
-  columns = ['', 'sensitivity', 'std over seeds', 'seeds', 'from lr', 'to lr']
-  cut = [[r[0], *r[2:5], rate(r[5]), rate(r[6])] for r in rows]
+  columns = ['', 'sensitivity', 'std over seeds', 'seeds', 'rates', 'from lr', 'to lr']
+  lrs = {line.name: tuple(line.lrs) for line in the.lines if line.sensitivities()}
+  cut = [[r[0], *r[2:5], len(lrs[r[0]]), rate(r[5]), rate(r[6])] for r in rows]
   yield from Table(columns, cut).markdown()
-  lrs = {tuple(line.lrs) for line in the.lines}
   yield ''
-  if len(lrs) > 1:
+  if len(set(lrs.values())) > 1:
     yield 'Their learning rates are not the same: these numbers are not comparable.'
+  if all(row[4] == 1 for row in rows):
+    yield 'They are of one seed each: no ordering of them is claimed.'
   short = [line.name for line in the.lines if len(line.sensitivities()) < len(line.seeds)]
   if short:
     names = plain(', '.join(short))
@@ -206,7 +217,8 @@ def _warnings(the: Report) -> Iterator[str]:
   ]
   yield (
     'The first step at which a number left its usual range: more than '
-    f'{TIMES:g} times its median in the first half of the run, or not finite.'
+    f'{TIMES:g} times its median in the first half of the run, or not finite. The first '
+    f'{SETTLED:.0%} of the steps are not looked at.'
   )
   yield ''
   if rows:
@@ -222,10 +234,17 @@ def _paper(the: Report) -> Iterator[list[str]]:
   if row:
     parts += ['Rows of its tables, each against the row that is its baseline:', '']
     parts += [*row.markdown(), '']
-  for of, table in published.by_rate(the.lines, the.published):
+  tables_of = list(published.by_rate(the.lines, the.published))
+  parts += [published.MEANS, ''] if tables_of else []
+  for of, table in tables_of:
     parts += [f'**{plain(of)}**', '', *table.markdown(), '']
   if parts:
-    yield ['## Beside the paper', '', UNLIKE, '', *parts]
+    sure = (
+      'A difference of ours within the noise floor has no sign.'
+      if the.noise.dof
+      else 'Our noise is not known: the signs of our differences may be chance.'
+    )
+    yield ['## Beside the paper', '', f'{UNLIKE} {sure}', '', *parts]
 
 
 def _measured(the: Report) -> Iterator[str]:
@@ -238,13 +257,30 @@ def _measured(the: Report) -> Iterator[str]:
   if kinds:
     both = ' (both occur here, and differ in kind)' if len(kinds) > 1 else ''
     yield f'- Final loss: {" or ".join(names[k] for k in sorted(kinds))}{both}.'
-  yield '- Loss at initialisation: the training loss of step 1, before any update.'
-  devices = sorted({p.device for p in the.points if p.device})
-  about = dict(the.about) | ({'devices': ', '.join(devices)} if devices else {})
-  for name, value in about.items():
+  inits = [p.init for p in the.points if p.init is not None]
+  ends = f' ({min(inits):.3f} to {max(inits):.3f})' if inits else ''
+  yield f'- Loss at initialisation: the training loss of step 1, before any update{ends}.'
+  yield f'- Each run: {", ".join(map(plain, _shared(the.points)))}.'
+  told = {name: sorted({getattr(p, name) for p in the.points} - {''}) for name in OF_RUNS}
+  about = {OF_RUNS[name]: ', '.join(values) for name, values in told.items() if values}
+  for name, value in (dict(the.about) | about).items():
     yield f'- {name[0].upper()}{name[1:]}: {plain(value)}.'
+  yield (
+    '- Seconds and tokens a second (points.csv) are of runs that may have shared a '
+    'device with others: they compare no speeds.'
+  )
   yield (
     '- Beside this page: points.csv (every point), summary.csv (every line and learning '
     'rate), sensitivity.csv, curves.csv (thinned training losses), and each figure as '
     'SVG, PDF and PNG.'
   )
+
+
+def _shared(points: Sequence[Judged]) -> Iterator[str]:
+  """'steps 1000', ...: what all points have in common of what they trained, and how."""
+  for knob in KNOBS:
+    values = list(dict.fromkeys(str(config.dig(p.config, knob)) for p in points))
+    yield f'{knob} {values[0] if len(values) == 1 else "differs"}'
+  sizes = {math.prod(config.dig(p.config, knob) for knob in KNOBS[:3]) for p in points}
+  if len(sizes) == 1:
+    yield f'which is {sizes.pop() / 1e6:.3g}M tokens with their padding'
