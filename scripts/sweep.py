@@ -190,7 +190,10 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
 
 def status(args: argparse.Namespace, words: Sequence[str]) -> int:
   swept = sweep.open(args.dir)
-  sweep.show(sweep.rows(swept, swept.points), swept)
+  rows = sweep.rows(swept, swept.points)
+  sweep.show(rows, swept)
+  if any(row.state in sweep.ENDED for row in rows):
+    print('diverged: left as unstable (exit code 3); `report` judges the losses as well')
   return 0
 
 

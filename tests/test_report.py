@@ -617,6 +617,10 @@ def test_the_command_reports_a_sweep_by_its_folder_alone(tmp_path, capsys):
     run(swept.workdir(p), *fate(p), i, heldout=True)
   assert script.main(['report', str(swept.folder)]) == 0
   assert '6 points: 5 finished, 1 diverged' in capsys.readouterr().out
+  # What never recovered, but went on to its end, is known to the report alone.
+  assert script.main(['status', str(swept.folder)]) == 0
+  told = capsys.readouterr().out
+  assert '6 finished' in told and '`report` judges the losses as well' in told
   said = (swept.folder / 'report/report.md').read_text()
   # The paper's own, of the same variants and learning rates; and what the sweep is of.
   assert '**48 layers, 400B tokens**' in said and '| 9.195 | +0.2143 |' in said
