@@ -344,6 +344,7 @@ def test_crosses_stand_where_points_diverged(seen):
   # The others lie within 0.2 nats, which the loss at initialisation would flatten.
   assert {float(drawn.get_ydata()[0]) for drawn in crosses} == {ax.get_ylim()[1]}
   assert ax.get_ylim()[1] < 3 and '6.00, lies above the axis' in caption
+  assert 'means over the seeds that did not diverge' in caption
   assert [t.get_text() for t in ax.get_xticklabels()] == ['1e-3', '4e-3', '8e-3']
   solid = next(drawn for drawn in ax.lines if drawn.get_marker() == 'o')
   assert solid.get_ydata() == pytest.approx([c.mean for c in gathered[0].cells()])

@@ -145,7 +145,8 @@ def loss_against_rate(lines: list[Line]) -> tuple[Figure, str]:
   ax.set_ylabel('final loss (nats/token)')
   caption = 'Final loss against the peak learning rate. '
   one = all(len(c.points) == 1 for line in lines for c in line.cells())
-  caption += 'Lines are means over seeds, bands their range. ' * several
+  sound = 'Lines are means over the seeds that did not diverge, bands their range. '
+  caption += sound * several
   caption += 'One seed each: they claim no ordering. ' * one
   if any(p.diverged for line in lines for p in line.points):
     caption += 'Crosses: runs that diverged, at min(final loss, loss at initialisation), '

@@ -19,7 +19,7 @@ table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1re
 th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid var(--line);
   text-align: left; }
 th { border-bottom-width: 2px; }
-th, td { white-space: nowrap; } td:last-child { white-space: normal; }
+th, td[style] { white-space: nowrap; }
 img { background: #fff; max-width: 100%; border-radius: 4px; }
 code, pre { font-size: 0.85rem; overflow-wrap: anywhere; white-space: pre-wrap; }
 """
