@@ -97,6 +97,8 @@ def shellcheck():
 
   # Single quotes around a dollar are what keeps a point's arguments as they are.
   literal = ['--exclude=SC2016']
+  # `follow` and `trap` call functions that they are told.
+  literal += ['--exclude=SC2329']
 
   def check(*scripts):
     for script in scripts:
@@ -138,9 +140,10 @@ def arguments(s, on):
     return [expanded(word) for word in command[4:]]
   text = next(shell(s))
   text = text.replace(work.embedded(), f"job='{show}'\n")
-  text = text.replace('follow srun', 'srun()  { shift 2; "$@"; }\nfollow srun')
+  text = text.replace('follow srun', 'srun()  { shift 4; "$@"; }\nfollow srun')
   text = re.sub(r'log=.*\n', "log=''\n", text)
-  env = {'PATH': os.environ['PATH'], 'HOME': '/home/me', 'SLURM_ARRAY_TASK_ID': '0'}
+  env = {'PATH': os.environ['PATH'], 'HOME': '/home/me'}
+  env |= {'SLURM_ARRAY_JOB_ID': '7', 'SLURM_ARRAY_TASK_ID': '0'}
   done = subprocess.run(['bash', '-c', text], capture_output=True, text=True, env=env)
   return done.stdout.split('\0')[:-1]
 
@@ -175,25 +178,28 @@ SOURCES = {
 } | {'__init__.py': '', 'launch/__init__.py': ''}
 
 
+def archived(folder, body):
+  """Sources of a sweep whose train.py is `body` -> FOLDER/code.tar.gz, and its digest."""
+  made = folder / 'made'
+  shutil.rmtree(made, ignore_errors=True)
+  named = {f'gated/{name}': text for name, text in SOURCES.items()}
+  named |= {'train.py': body, 'requirements.lock': '# Nothing.\n'}
+  for name, text in named.items():
+    (made / name).parent.mkdir(parents=True, exist_ok=True)
+    (made / name).write_text(text)
+  archive = folder / 'code.tar.gz'
+  with tarfile.open(archive, 'w:gz') as tar:
+    for path in sorted(made.iterdir()):
+      tar.add(path, path.name)
+  return archive, hashlib.sha256(archive.read_bytes()).hexdigest()
+
+
 @pytest.fixture
 def host(tmp_path):
   """A host with the sources of a sweep whose train.py is `body` -> runs job.sh there."""
 
   def run(body, *flags, env=None, workdir=None):
-    made = tmp_path / 'made'
-    shutil.rmtree(made, ignore_errors=True)
-    (made / 'gated').mkdir(parents=True)
-    (made / 'train.py').write_text(body)
-    (made / 'requirements.lock').write_text('# Nothing.\n')
-    for name, text in SOURCES.items():
-      target = made / 'gated' / name
-      target.parent.mkdir(exist_ok=True)
-      target.write_text(text)
-    archive = tmp_path / 'code.tar.gz'
-    with tarfile.open(archive, 'w:gz') as tar:
-      for path in sorted(made.iterdir()):
-        tar.add(path, path.name)
-    sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+    archive, sha256 = archived(tmp_path, body)
     workdir = workdir or tmp_path / 'workdir'
     given = [
       f'--code={archive}',
@@ -243,6 +249,25 @@ def test_a_workdir_that_cannot_be_read_is_not_run_in(host, tmp_path):
 def test_sources_that_are_not_those_of_the_sweep_are_refused(host):
   got, out = ended(host('print("ran")', f'--sha256={"0" * 64}'))
   assert got == 2 and 'is not what was submitted' in out and 'ran' not in out
+
+
+def test_a_network_that_fails_for_a_while_costs_no_more_than_that(host, tmp_path):
+  """The sources come on the third time, from a bucket that gcloud reads."""
+  gcloud = tmp_path / 'bin/gcloud'
+  gcloud.parent.mkdir()
+  gcloud.write_text(
+    f'#!/bin/sh\necho x >>{tmp_path}/tries\n'
+    f'test "$(grep -c x {tmp_path}/tries)" -gt 2 && cp {tmp_path}/code.tar.gz "$5"\n'
+  )
+  gcloud.chmod(0o755)
+  env = {'PATH': f'{gcloud.parent}:{os.environ["PATH"]}', 'GATED_JOB_PAUSE': '0.01'}
+  given = ('print("ran")', '--code=gs://bucket/code.tar.gz')
+  got, out = ended(host(*given, env=env))
+  assert (got, out.count('is tried again'), 'ran' in out) == (0, 2, True), out
+  shutil.rmtree(tmp_path / 'cache')
+  gcloud.write_text('#!/bin/sh\nexit 1\n')
+  got, out = ended(host(*given, env=env))
+  assert (got, out.count('is tried again'), 'ran' in out) == (1, 2, False), out
 
 
 def test_sigterm_reaches_the_point_and_its_exit_code_comes_back(host, tmp_path):
@@ -804,6 +829,14 @@ def test_a_failing_command_is_told_with_its_own_words():
 # --- SLURM, for real ---
 
 
+def wait(seen, what, seconds=240):
+  end = time.monotonic() + seconds
+  while not (found := seen()):
+    assert time.monotonic() < end, what()
+    time.sleep(0.05)
+  return found
+
+
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
   """SLURM's commands, as tests/schedulers has them, before any others."""
@@ -813,7 +846,9 @@ def cluster(tmp_path, monkeypatch):
   monkeypatch.setenv('SLURM_STANDIN', str(tmp_path / 'slurm'))
   for name, value in process.environment(tmp_path / 'xla', 1).items():
     monkeypatch.setenv(name, value)
-  return tmp_path / 'slurm'
+  yield tmp_path / 'slurm'
+  for job in (tmp_path / 'slurm').glob('[0-9]*'):  # What a failed test has left.
+    launch.call(['scancel', job.name])
 
 
 def test_sbatch_refuses_an_option_with_a_slip(cluster, tmp_path):
@@ -823,6 +858,75 @@ def test_sbatch_refuses_an_option_with_a_slip(cluster, tmp_path):
   script.write_text(text.replace('--ntasks-per-node', '--tasks-per-nod'))
   with pytest.raises(ValueError, match='unrecognized arguments: --tasks-per-nod'):
     launch.call(['sbatch', '--parsable', str(script)])
+
+
+LEAVES = """
+import pathlib, signal, sys, time
+workdir = next(pathlib.Path(a[10:]) for a in sys.argv if a.startswith('--workdir='))
+workdir.mkdir(parents=True, exist_ok=True)
+
+def leave(*_):
+  time.sleep(0.3)
+  (workdir / 'told').touch()
+  sys.exit(4)
+
+if (workdir / 'told').exists():
+  sys.exit(0)
+signal.signal(signal.SIGTERM, leave)
+(workdir / 'up').touch()
+while True:
+  time.sleep(0.02)
+"""
+
+
+def begun(tmp_path, body, **options):
+  """A point whose train.py is `body`, handed to SLURM -> the record, the workdir."""
+  folder = tmp_path / 'a sweep'
+  folder.mkdir()
+  _, sha256 = archived(folder, body)
+  here = dict(
+    accelerator='cpu', interpreter=sys.executable, cache=str(tmp_path / 'cache')
+  )
+  given = here | options
+  s = submission('slurm', folder=str(folder), count=1, sha256=sha256, **given)
+  return launch.submit(s), Path(s.work.points[0].workdir)
+
+
+def at_the_end(cluster, record):
+  """The state of the only task, once it neither waits nor runs."""
+  log = lambda: '\n'.join(path.read_text() for path in cluster.parent.rglob('*.log'))
+  wait(lambda: not launch.states(record), log, 30)
+  return json.loads((cluster / record['told'][0] / '0.json').read_text())
+
+
+def test_a_task_at_its_time_limit_saves_and_is_requeued(cluster, tmp_path):
+  record, workdir = begun(tmp_path, LEAVES)
+  wait((workdir / 'up').exists, lambda: 'it did not start', 30)
+  # As SLURM does, by --signal=B:USR1@120.
+  launch.call(['scancel', '--signal=USR1', '--batch', f'{record["told"][0]}_0'])
+  task = at_the_end(cluster, record)
+  assert (workdir / 'told').exists()
+  assert (task['state'], task['restarts']) == ('COMPLETED', 1)
+
+
+def test_a_task_that_is_deleted_does_not_come_again(cluster, tmp_path):
+  """It saves in the time that it has, and leaves with the code of who goes on."""
+  record, workdir = begun(tmp_path, LEAVES)
+  wait((workdir / 'up').exists, lambda: 'it did not start', 30)
+  assert launch.delete(workdir.parents[1], record) == []
+  task = at_the_end(cluster, record)
+  assert (workdir / 'told').exists()
+  assert (task['state'], task['restarts'], task['code']) == ('CANCELLED', 0, 4)
+
+
+def test_who_waits_for_a_process_that_failed_is_not_waited_for(
+  cluster, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(slurm, 'PATIENCE', 0.3)
+  body = 'import os, time\nif os.environ["SLURM_PROCID"] == "0": raise SystemExit(7)\n'
+  record, _ = begun(tmp_path, f'{body}time.sleep(600)', processes=2, restarts=1)
+  task = at_the_end(cluster, record)
+  assert (task['state'], task['restarts'], task['code']) == ('FAILED', 1, 137)
 
 
 # --- The commands ---
@@ -989,14 +1093,6 @@ SMALL = (
 )
 
 
-def wait(seen, what, seconds=240):
-  end = time.monotonic() + seconds
-  while not (found := seen()):
-    assert time.monotonic() < end, what()
-    time.sleep(0.05)
-  return found
-
-
 @pytest.mark.slow
 def test_a_sweep_runs_under_slurm_with_two_processes_each_and_survives_preemption(
   cluster, tmp_path, capsys
@@ -1020,7 +1116,7 @@ def test_a_sweep_runs_under_slurm_with_two_processes_each_and_survives_preemptio
     code, said = told(capsys, 'list', folder)
     rows = [line.split() for line in said.splitlines()[1:]]
     assert [row[2] for row in rows] == ['RUNNING', 'PENDING', 'PENDING'], said
-    launch.call(['scancel', '--signal=TERM', '--batch', f'{number}_0'])
+    launch.call(['scancel', '--signal=USR1', '--batch', f'{number}_0'])
     wait(lambda: not launch.states(record), logs)
   finally:
     code, said = told(capsys, 'delete', folder)

@@ -26,6 +26,8 @@ done
 shift
 point=("$@")
 
+hand_on() { kill -TERM "$1" 2>/dev/null || true; }
+
 # A Python that the sources take, the sweep's own version first; '' where there is none.
 find_python() {
   local name
@@ -89,9 +91,9 @@ make_environment() {
 
 # The sources, once for each digest, under $cache.
 unpack() {
-  sources=$cache/code-$sha256
   if [[ -e $sources/train.py ]]; then return; fi
   local draft
+  rm -rf -- "$cache"/draft.*  # Of who was killed: one at a time is here.
   draft=$(mktemp -d "$cache/draft.XXXXXX")
   fetch "$code_url" "$draft/code.tar.gz"
   if ! echo "$sha256  $draft/code.tar.gz" | sha256sum --check --status; then
@@ -105,19 +107,24 @@ unpack() {
   rm -rf -- "$draft"
 }
 
-# What the sources need, once for each set of versions, under $cache.
-install() {
-  local key files=() hashes=() file
+# Where what the sources need is, or will be.
+find_environment() {
+  local key
   key=$(cd "$sources" && cat requirements* | sha256sum)
   environment=$cache/env-$version-$(uname -m)-${requirements//[^a-z]/}-${key:0:16}
-  interpreter=$environment/bin/python
+}
+
+# What the sources need, once for each set of versions, under $cache.
+install() {
+  local files=() hashes=() file
+  find_environment
   if [[ -e $environment/made ]]; then return; fi
   IFS=, read -ra files <<<"$requirements"
   make_environment "$environment"
   for file in "${files[@]}"; do
     hashes=()
     if [[ $file == *.lock ]]; then hashes=(--require-hashes); fi
-    (cd "$sources" && "$interpreter" -m pip install --quiet --disable-pip-version-check \
+    (cd "$sources" && "$environment/bin/python" -m pip install --quiet --disable-pip-version-check \
       "${hashes[@]}" -r "$file")
   done
   : >"$environment/made"
@@ -129,15 +136,30 @@ state() {
 }
 
 # The processes of a host share the cache, and so may hosts.
-mkdir -p "$cache"
-exec 9>"$cache/lock"
-if ! flock 9; then
-  echo "job: $cache cannot be locked: give --cache a folder of the host's own" >&2
-  exit 2
+prepare() {
+  mkdir -p "$cache"
+  exec 9>"$cache/lock"
+  if ! flock 9; then
+    echo "job: $cache cannot be locked: give --cache a folder of the host's own" >&2
+    exit 2
+  fi
+  unpack
+  if [[ -z $interpreter ]]; then install; fi
+}
+
+sources=$cache/code-$sha256
+# A network that fails for a while is no reason to give a slice of machines back.
+for try in {1..3}; do
+  follow prepare
+  if [[ $code -eq 0 || $code -eq 2 || $code -gt 128 || $try -eq 3 ]]; then break; fi
+  echo "job: this failed with exit code $code, and is tried again" >&2
+  sleep "${GATED_JOB_PAUSE:-60}"
+done
+if [[ $code -ne 0 ]]; then exit "$code"; fi
+if [[ -z $interpreter ]]; then
+  find_environment
+  interpreter=$environment/bin/python
 fi
-unpack
-if [[ -z $interpreter ]]; then install; fi
-exec 9>&-
 
 # Hosts install at their own pace, and a slice's need not start together.
 if [[ $processes != one ]]; then point+=(--start_timeout=1800); fi

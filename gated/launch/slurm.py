@@ -1,8 +1,9 @@
 """SLURM: a job array with a task for each point.
 
-slurm.schedmd.com/sbatch.html, srun.html and scontrol.html. The batch script hands SIGTERM
-on, which SLURM sends it two minutes before the time limit, and puts its task back into
-the queue when the point has been told to leave.
+slurm.schedmd.com/sbatch.html, srun.html, scancel.html and scontrol.html. Two minutes
+before the time limit SLURM sends SIGUSR1 to the batch script, which has the processes
+told to leave, and puts its task back into the queue when they have. SIGTERM says that the
+task was deleted, or taken back, upon which SLURM itself requeues it: the script does not.
 """
 
 import shlex
@@ -12,6 +13,9 @@ from gated.launch import work
 from gated.launch.work import AGAIN, FOLLOW, TOLD, Work
 
 SCRIPT = 'sweep.sbatch'
+# Seconds that a point's other processes have after the first has left. A lost peer is
+# noticed sooner (config.stability.peer_timeout).
+PATIENCE = 300
 
 
 def files(w: Work) -> dict[str, str]:
@@ -30,7 +34,7 @@ def files(w: Work) -> dict[str, str]:
     'nodes': o.nodes,
     'ntasks-per-node': o.processes,
     'gpus-per-node': accelerator.count or '',
-    'signal': 'B:TERM@120',
+    'signal': 'B:USR1@120',
     'open-mode': 'append',
     # A percent sign begins a pattern: %a is the task's number.
     'output': f'{w.files.replace("%", "%%")}/%a.out' if here else '',
@@ -61,13 +65,21 @@ if [[ -n $log ]]; then
   mkdir -p "$(dirname "$log")"
   exec >>"$log" 2>&1
 fi
+task=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID
+# srun makes SIGKILL of a SIGTERM of its own, so its processes are told by SLURM.
+signal=USR1
+hand_on() {{ scancel --signal=TERM "$task" || true; }}
+deleted=''
+trap 'deleted=yes heard=yes' TERM
+# Who waits for a process that failed as it started is not waited for.
 follow srun --ntasks={tasks} --ntasks-per-node={w.options.processes} \\
-  bash -c "$job" job "$@"
+  --kill-on-bad-exit=0 --wait={PATIENCE} bash -c "$job" job "$@"
+if [[ -n $deleted ]]; then exit "$code"; fi
 case $code in
   {' | '.join(map(str, AGAIN))})
     restarts=${{SLURM_RESTART_COUNT:-0}}
     if [[ $code -eq {TOLD} || $restarts -lt {w.options.restarts} ]]; then
-      scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID" || true
+      scontrol requeue "$task" || true
     fi
     ;;
 esac

@@ -7,6 +7,7 @@ for each task of the array its state and the process of its batch script.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -25,6 +26,7 @@ SBATCH = (
   *('qos', 'constraint', 'exclusive'),
 )
 WAITING = ('PENDING', 'RUNNING', 'REQUEUED')
+KILL_WAIT = 20  # Seconds from SIGTERM to SIGKILL.
 
 
 def sbatch(argv):
@@ -118,6 +120,7 @@ def _once(folder, job, task, restarts):
     code = batch.wait()
   now = _read(folder, task)
   again = now['state'] == 'REQUEUED' and bool(job['requeue'])
+  _steps(folder, task).unlink(missing_ok=True)
   state = 'COMPLETED' if code == 0 else 'FAILED'
   if again:
     state = 'PENDING'
@@ -131,6 +134,8 @@ def srun(argv):
   parser = argparse.ArgumentParser('srun', allow_abbrev=False)
   parser.add_argument('--ntasks', type=int, required=True)
   parser.add_argument('--ntasks-per-node', type=int, required=True)
+  parser.add_argument('--kill-on-bad-exit', type=int, default=0)
+  parser.add_argument('--wait', type=float, default=0)
   parser.add_argument('command', nargs=argparse.REMAINDER)
   given = parser.parse_args(argv)
   count, per_node = given.ntasks, given.ntasks_per_node
@@ -149,10 +154,31 @@ def srun(argv):
       'SLURM_NODEID': str(i // per_node),
     }
     children.append(subprocess.Popen(given.command, env=env, stdin=subprocess.DEVNULL))
-  hand_on = lambda *_: [child.send_signal(signal.SIGTERM) for child in children]
-  signal.signal(signal.SIGTERM, hand_on)
-  codes = [child.wait() for child in children]
-  sys.exit(max(128 - code if code < 0 else code for code in codes))
+  # A SIGTERM of its own ends all: "srun: forcing job termination".
+  signal.signal(signal.SIGTERM, lambda *_: _signal(children, signal.SIGKILL))
+  where = _root() / os.environ['SLURM_ARRAY_JOB_ID']
+  steps = _steps(where, os.environ['SLURM_ARRAY_TASK_ID'])
+  steps.write_text(' '.join(str(child.pid) for child in children))
+  sys.exit(_ends(children, given))
+
+
+def _ends(children, given):
+  """Waits for a step's tasks, as long as srun's options say -> its exit code."""
+  first = None
+  while any(child.poll() is None for child in children):
+    codes = [child.returncode for child in children if child.returncode is not None]
+    if codes and first is None:
+      first = time.monotonic()
+    late = given.wait and first and time.monotonic() > first + given.wait
+    if late or (given.kill_on_bad_exit and any(codes)):
+      _signal(children, signal.SIGKILL)
+    time.sleep(0.01)
+  return max(128 - c.returncode if c.returncode < 0 else c.returncode for c in children)
+
+
+def _signal(children, number):
+  for child in children:
+    child.send_signal(number)
 
 
 def squeue(argv):
@@ -185,12 +211,38 @@ def scancel(argv):
   for each in [int(task)] if task else job['tasks']:
     now = _read(folder, each)
     if given.signal:
-      assert given.batch, 'only the batch script is signalled here'
-      os.kill(now['pid'], signal.Signals[f'SIG{given.signal}'])
+      number = signal.Signals[f'SIG{given.signal}']
+      if given.batch:
+        os.kill(now['pid'], number)
+      else:
+        _tell_steps(folder, each, number)
     elif now['state'] in WAITING:
       _write(folder, each, **now | {'state': 'CANCELLED'})
-      if 'pid' in now:
-        os.killpg(now['pid'], signal.SIGKILL)
+      if now['state'] == 'RUNNING':
+        _tell_steps(folder, each, signal.SIGTERM)
+        _kill(now['pid'])
+
+
+def _tell_steps(folder, task, number):
+  steps = _steps(folder, task)
+  for pid in steps.read_text().split() if steps.exists() else ():
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(int(pid), number)
+
+
+def _kill(pid):
+  """SIGTERM to the batch script, and SIGKILL to all that it started and that is left.
+
+  SLURM tells srun, too, which adds nothing here: its tasks have been told.
+  """
+  with contextlib.suppress(ProcessLookupError):
+    os.kill(pid, signal.SIGTERM)
+  end = time.monotonic() + KILL_WAIT
+  with contextlib.suppress(ProcessLookupError):
+    while time.monotonic() < end:
+      os.killpg(pid, 0)
+      time.sleep(0.02)
+    os.killpg(pid, signal.SIGKILL)
 
 
 def scontrol(argv):
@@ -203,6 +255,11 @@ def scontrol(argv):
 
 def _root():
   return Path(os.environ['SLURM_STANDIN'])
+
+
+def _steps(folder, task):
+  """The file that says which processes srun has started."""
+  return folder / f'{task}.steps'
 
 
 def _number():
