@@ -135,14 +135,11 @@ class Lock:
 
   def _refuse_living(self, found: Note) -> None:
     """ValueError if who left the note may live; returns once it is surely dead."""
-    if found.machine == machine():
-      living = lives(found.pid, found.started)
-    else:
-      living = time.time() - found.beat < self._stale_after
-      if not living:
-        # Its clock may be far behind ours; its next beat would tell.
-        time.sleep(found.period + self._settle)
-        living = self._read() != found
+    living = _living(found, self._stale_after)
+    if not living and found.machine != machine():
+      # Its clock may be far behind ours; its next beat would tell.
+      time.sleep(found.period + self._settle)
+      living = self._read() != found
     if living:
       raise ValueError(
         f'--workdir={self._workdir} is in use by {found}: wait for it, end it, or name '
@@ -180,15 +177,26 @@ class Lock:
     storage.write(self._path, (json.dumps(note._asdict(), indent=2) + '\n').encode())
 
   def _read(self) -> Note | None:
-    """The note that is there; one that cannot be read tells its time of writing alone."""
+    return _read(self._path, self._period)
+
+
+def _read(path: storage.Path, period: float = MAX_PERIOD) -> Note | None:
+  """The note that is there; one that cannot be read tells its time of writing alone."""
+  try:
     try:
-      try:
-        return _parse(json.loads(storage.read(self._path, MAX_BYTES)))
-      except (ValueError, RecursionError):
-        at = storage.modified(self._path)
-        return Note('', '', 0, 0, at, at, self._period, f'written at {at}')
-    except FileNotFoundError:
-      return None
+      return _parse(json.loads(storage.read(path, MAX_BYTES)))
+    except (ValueError, RecursionError):
+      at = storage.modified(path)
+      return Note('', '', 0, 0, at, at, period, f'written at {at}')
+  except FileNotFoundError:
+    return None
+
+
+def _living(note: Note, stale_after: float) -> bool:
+  """By the process, on this machine; else by how long its beat is past."""
+  if note.machine == machine():
+    return lives(note.pid, note.started)
+  return time.time() - note.beat < stale_after
 
 
 def _parse(content: Any) -> Note:
@@ -207,6 +215,12 @@ def _parse(content: Any) -> Note:
   if not all(0 <= at < 1 << 34 for at in (note.since, note.beat)):
     raise ValueError('out of range')
   return note
+
+
+def living(workdir: storage.PathLike, *, stale_after: float) -> bool:
+  """Whether a run that lives has the workdir, as far as its note tells at one look."""
+  found = _read(storage.Path(workdir) / NAME)
+  return found is not None and _living(found, stale_after)
 
 
 def machine() -> str:

@@ -96,6 +96,8 @@ def test_a_run_that_lives_keeps_its_workdir_and_a_killed_one_does_not(
 def test_the_same_process_cannot_hold_it_twice(workdir):
   with lock.Lock(workdir, **FAST):
     refused(workdir, f'is in use by process {os.getpid()}')
+    assert lock.living(workdir, stale_after=1)
+  assert not lock.living(workdir, stale_after=1)
 
 
 def test_a_pid_that_was_given_to_another_process_is_no_owner(workdir):
@@ -154,8 +156,9 @@ def test_a_note_that_cannot_be_read_is_judged_by_its_age(tmp_path, content, capl
   path = tmp_path / 'lock.json'
   path.write_bytes(content)
   refused(tmp_path, r'is in use by somebody whose lock.json cannot be read')
-  assert path.read_bytes() == content
+  assert path.read_bytes() == content and lock.living(tmp_path, stale_after=60)
   os.utime(path, (1e9, 1e9))
+  assert not lock.living(tmp_path, stale_after=60)
   with lock.Lock(tmp_path, **FAST) as held:
     assert not held.lost
   assert 'cannot be read, last written 2001-09-09' in caplog.text
