@@ -129,6 +129,7 @@ def train(run: Run) -> int:
     checkpoint.Checkpoints(folder, **kept) as saved,
   ):
     _check_unmoved(run, saved)
+    workdirs.begin(run.workdir)
     run = run._replace(step=run.step.compile())
     pulse = stability.Pulse(cfg.stability.stuck_after, code=STUCK, told=which)
     if jax.process_index() == 0:

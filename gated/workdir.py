@@ -1,8 +1,7 @@
 """Whose a workdir is, from where its run goes on, and what may differ from before.
 
-OUTCOME in it tells how the last session ended: {'code', 'step', 'told', 'time'}, an exit
-code of train.py, the last step in the metrics, a sentence, and seconds since 1970. It is
-not there while a session lasts, nor after one that was killed.
+How its last session ended is in its outcome.json (gated/outcome.py), which is not there
+while a session lasts, nor after one that was killed.
 """
 
 import contextlib
@@ -16,7 +15,16 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gated import checkpoint, config, deterministic, lock, metrics, processes, storage
+from gated import (
+  checkpoint,
+  config,
+  deterministic,
+  lock,
+  metrics,
+  outcome,
+  processes,
+  storage,
+)
 from gated.metrics import provenance
 
 # What may differ between a run and its resumption; the data are held by fingerprint.
@@ -44,7 +52,6 @@ MAY_CHANGE = (
   'config.stability.peer_timeout',
 )
 
-OUTCOME = 'outcome.json'
 LIMIT = provenance.MAX_BYTES  # Of a run.json.
 STALE_AFTER = 600.0  # Seconds of silence after which another machine's lock is stale.
 SETTLE = {False: 0.2, True: 2.0}  # Seconds until a lock is believed: a disk's, a store's.
@@ -140,8 +147,6 @@ def held(workdir: storage.Path) -> Generator[lock.Lock]:
   try:
     if fault := max(processes.gather(fault)):
       raise InUse(fault)
-    if jax.process_index() == 0:
-      storage.remove(workdir / OUTCOME)
     yield mine
   finally:
     mine.release()
@@ -153,15 +158,13 @@ def check_held(mine: lock.Lock) -> None:
     raise Taken(mine.lost)
 
 
-def outcome(workdir: storage.Path) -> dict | None:
-  """How the last session in a workdir ended; None if that is not told."""
-  try:
-    found = json.loads(storage.read(workdir / OUTCOME, LIMIT))
-    return {'code': int(found['code']), 'step': int(found['step'])} | found
-  except FileNotFoundError:
-    return None
-  except (ValueError, KeyError, TypeError, RecursionError) as error:
-    raise ValueError(f'{workdir / OUTCOME} is damaged: {error!r}') from error
+def begin(workdir: storage.Path) -> None:
+  """A session is sure to go on here: how the one before ended is no longer true.
+
+  On process 0, which holds the workdir. A session that is refused changes nothing.
+  """
+  if jax.process_index() == 0:
+    storage.remove(workdir / outcome.NAME)
 
 
 def conclude(workdir: storage.Path, code: int, told: str) -> None:
@@ -172,10 +175,9 @@ def conclude(workdir: storage.Path, code: int, told: str) -> None:
   try:
     if metrics.exists(path):
       step = max((r['step'] for r in metrics.read(path)), default=0)
-    said = {'code': code, 'step': step, 'told': told, 'time': time.time()}
-    metrics.write_json(workdir / OUTCOME, said)
+    outcome.write(workdir, outcome.Outcome(code, step, told, time.time()))
   except (OSError, metrics.Damaged) as error:
-    _log.warning('%s could not be written: %s', workdir / OUTCOME, error)
+    _log.warning('%s could not be written: %s', workdir / outcome.NAME, error)
 
 
 def _refuse(workdir: storage.Path, c: dict, changed: dict, allowed: Collection[str]):

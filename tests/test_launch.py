@@ -174,7 +174,7 @@ def test_each_host_is_given_the_plain_command_and_where_its_sources_are(on):
 
 SOURCES = {
   name: (ROOT / 'gated' / name).read_text()
-  for name in ('storage.py', 'lock.py', 'launch/point.py')
+  for name in ('storage.py', 'lock.py', 'outcome.py', 'launch/point.py')
 } | {'__init__.py': '', 'launch/__init__.py': ''}
 
 
@@ -243,7 +243,7 @@ def test_a_workdir_that_cannot_be_read_is_not_run_in(host, tmp_path):
   (tmp_path / 'workdir').mkdir()
   (tmp_path / 'workdir/outcome.json').write_text('{')
   got, out = ended(host('print("ran")'))
-  assert got == 1 and 'JSONDecodeError' in out and 'ran' not in out.splitlines()
+  assert got == 1 and 'outcome.json is damaged' in out and 'ran' not in out.splitlines()
 
 
 def test_sources_that_are_not_those_of_the_sweep_are_refused(host):
@@ -327,7 +327,7 @@ def test_a_host_installs_once_for_all_its_points(host, tmp_path, monkeypatch):
 
 def test_what_is_not_json_in_a_workdir_is_told(tmp_path):
   assert point.state(storage.path(tmp_path)) == 'due'
-  (tmp_path / 'outcome.json').write_text('{"code": 4}')
+  (tmp_path / 'outcome.json').write_text('{"code": 4, "step": 1}')
   assert point.state(storage.path(tmp_path)) == 'due'
   (tmp_path / 'outcome.json').write_text('{"code"')
   with pytest.raises(ValueError):

@@ -267,7 +267,8 @@ def test_where_a_point_stands_is_told_by_its_workdir(code, step, state, tmp_path
     records(tmp_path, *range(1, step + 1))
   if code is not None:
     workdirs.conclude(storage.Path(tmp_path), code, 'so')
-  assert sweep.state(storage.Path(tmp_path), 9) == (state, step)
+  told = '' if code is None else 'so'
+  assert sweep.state(storage.Path(tmp_path), 9) == (state, step, told)
 
 
 def test_a_follower_reads_on_and_begins_anew_where_a_file_was_cut(tmp_path):
@@ -419,6 +420,44 @@ def test_a_point_that_another_has_is_waited_for(fast, monkeypatch):
   it.run()
   assert seen[:3] == ['elsewhere'] * 3 and states(it.rows) == {0: 'finished'}
   assert counts(swept) == [1]
+
+
+def test_what_another_has_ended_meanwhile_is_not_begun_again(fast):
+  def show(rows):
+    if states(rows)[2] == 'absent' and states(rows)[0] == 'running':
+      workdirs.conclude(swept.workdir(rows[2].point), 3, 'by another')
+
+  swept, it = fast(0, 1, 2, show=show)
+  it.run()
+  assert states(it.rows) == {0: 'finished', 1: 'diverged', 2: 'diverged'}
+  assert not (swept.workdir(it.rows[2].point) / 'count').exists()
+
+
+def test_what_begins_as_the_runner_is_told_to_leave_is_told_too(fast, monkeypatch):
+  begin = runner.subprocess.Popen
+
+  def popen(*args, **given):
+    process = begin(*args, **given)
+    if not it.leaving:
+      it.leave()
+    return process
+
+  _, it = fast(3, 0)
+  monkeypatch.setattr(runner.subprocess, 'Popen', popen)
+  it.run()
+  assert states(it.rows)[0] == 'absent' and states(it.rows)[3] != 'finished'
+  assert all(row.state in ('absent', 'partial') for row in it.rows)
+
+
+def test_damage_in_a_workdir_is_told_and_stops_no_other_point(fast, capsys):
+  swept, it = fast(0, 1)
+  workdir = swept.workdir(it.rows[0].point)
+  storage.write(workdir / 'outcome.json', b'{')
+  rows = sweep.rows(swept, swept.points)
+  assert states(rows) == {0: 'failed', 1: 'absent'}
+  assert 'outcome.json is damaged' in rows[0].told
+  it.run()
+  assert states(it.rows) == {0: 'finished', 1: 'diverged'}
 
 
 # Points that train.

@@ -27,6 +27,7 @@ FLOORS = {
   'stability': 1,
   'checkpoint': 1,
   'lock': 1,
+  'outcome': 1,
   'compiled': 1,
   'metrics': 1,
   'probes': 1,

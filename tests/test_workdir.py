@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 import small
 
-from gated import checkpoint, lock, step, storage, workdir
+from gated import checkpoint, lock, outcome, step, storage, workdir
 
 DATA = {'sha256': 'd' * 64}
 STEPS = (2, 4)
@@ -270,6 +270,15 @@ def test_a_workdir_is_held_by_one_run_at_a_time(tmp_path):
     assert (tmp_path / 'lock.json').exists()
   assert list(tmp_path.iterdir()) == []
   assert issubclass(workdir.InUse, ValueError)
+
+
+def test_how_a_session_ended_stays_until_another_is_sure_to_go_on(tmp_path):
+  workdir.conclude(tmp_path, 3, 'not finite')
+  with workdir.held(tmp_path):
+    pass  # It found that the run had moved on, say, and was refused.
+  assert outcome.read(tmp_path).code == 3
+  workdir.begin(tmp_path)
+  assert outcome.read(tmp_path) is None
 
 
 def test_a_workdir_is_given_back_whatever_ends_its_run(tmp_path):

@@ -21,7 +21,6 @@ from gated.launch.work import Options, Point, Work, label
 RECORD = 'launched.json'
 FOLDER = 'launch'  # In a sweep's: the files that were submitted.
 LIMIT = 1 << 24  # Bytes of a launched.json.
-ENDED = 'finished', 'diverged'  # States of a point that is not run again.
 
 
 class Submission(NamedTuple):
@@ -61,7 +60,7 @@ def due(swept: sweep.Sweep, chosen: Collection[str] | None = None) -> list[Point
   for index, p in enumerate(swept.points):
     workdir, steps = swept.workdir(p), p.config['steps']
     meant = chosen is None or p.name in chosen
-    if meant and sweep.state(workdir, steps).state not in ENDED:
+    if meant and sweep.state(workdir, steps).state not in sweep.ENDED:
       job = f'{named}-{index:03d}'
       found.append(Point(job, p.name, p.command, os.fspath(workdir)))
   return found

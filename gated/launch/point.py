@@ -4,25 +4,21 @@ Prints 'ended' if it finished or diverged, 'held' if a run that may live has its
 and 'due' otherwise. It is run as a file, for the package would bring in all of JAX.
 """
 
-import json
 import sys
 
-from gated import lock, storage
-
-ENDED = (0, 3)  # Exit codes of train.py: done, and not finite.
-LIMIT = 1 << 20
+from gated import lock, outcome, storage
 
 
 def state(workdir: storage.Path) -> str:
   """A workdir -> 'ended', 'held' or 'due'."""
-  try:
-    outcome = json.loads(storage.read(workdir / 'outcome.json', LIMIT))
-    if outcome['code'] in ENDED:
-      return 'ended'
-  except FileNotFoundError:
-    pass
+  found = outcome.read(workdir)
+  if found and found.ended:
+    return 'ended'
   return 'held' if storage.exists(workdir / lock.NAME) else 'due'
 
 
 if __name__ == '__main__':
-  print(state(storage.path(sys.argv[1])))
+  try:
+    print(state(storage.path(sys.argv[1])))
+  except (ValueError, OSError) as error:
+    sys.exit(f'point.py: {error}')

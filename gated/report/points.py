@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gated import config, metrics, stability, storage, sweep
-from gated import workdir as workdirs
 
 TAIL, LEAST = 0.02, 10  # Of the records, whose mean is a final training loss.
-DONE = ('finished', 'diverged')
+DONE = sweep.ENDED
 # Labels that are no part of a line's name: what such a label means -> its knob.
 AXES = {'lr': 'optim.lr', 'seed': 'seed'}
 # What is drawn of early warnings -> the kind of record that has it.
@@ -233,8 +232,7 @@ class _Log(NamedTuple):
 
 def _log(swept: sweep.Sweep, point: sweep.Point) -> _Log:
   workdir = swept.workdir(point)
-  state, step = sweep.state(workdir, point.config['steps'])
-  ended = workdirs.outcome(workdir) or {}
+  state, step, told = sweep.state(workdir, point.config['steps'])
   path = workdir / 'metrics.jsonl'
   records = metrics.read(path) if metrics.exists(path) else []
   train = _curve(records, 'loss', kind='train')
@@ -249,7 +247,7 @@ def _log(swept: sweep.Sweep, point: sweep.Point) -> _Log:
   return _Log(
     state=state,
     step=step,
-    told=str(ended.get('told', '')),
+    told=told,
     train=train,
     numbers={name: _curve(records, name) for name in WATCHED},
     warnings=stability.warnings(records),

@@ -21,7 +21,7 @@ from gated import storage
 from gated.sweep.follow import Follower
 from gated.sweep.grid import Point, Sweep
 from gated.sweep.machine import Slot
-from gated.sweep.state import ENDED, living, state
+from gated.sweep.state import ENDED, State, living, state
 
 SECONDS = 0.5  # Between two looks at the processes.
 TAIL = 15  # Lines of a failed point's log that are told.
@@ -39,6 +39,7 @@ class Row:
   slot: str = ''
   code: int | None = None  # Of its last process here.
   took: float = 0.0  # Seconds from its start to its end here, if it was run whole.
+  told: str = ''  # What its last session said as it ended.
 
   @property
   def steps(self) -> int:
@@ -48,6 +49,13 @@ class Row:
   def ended(self) -> bool:
     return self.state in ENDED
 
+  def look(self, workdir: storage.Path) -> None:
+    """Sees where the point stands, and whether another has it."""
+    self.state, self.step, self.told = _state(workdir, self.steps)
+    self.follower.look()
+    if not self.ended and living(workdir):
+      self.state, self.step = 'elsewhere', max(self.step, self.follower.step)
+
 
 @dataclass
 class _Job:
@@ -55,6 +63,7 @@ class _Job:
   process: subprocess.Popen
   slot: Slot
   fresh: bool  # Whether it began at step 0.
+  told: int = 0  # How often it was told to leave.
   begun: float = field(default_factory=time.monotonic)
 
 
@@ -63,13 +72,17 @@ def rows(swept: Sweep, points: Sequence[Point]) -> list[Row]:
   found = []
   for point in points:
     workdir = swept.workdir(point)
-    at = state(workdir, point.config['steps'])
-    row = Row(point, at.state, at.step, Follower(workdir))
-    row.follower.look()
-    if row.state not in ENDED and living(workdir):
-      row.state, row.step = 'elsewhere', max(row.step, row.follower.step)
-    found.append(row)
+    found.append(Row(point, 'absent', 0, Follower(workdir)))
+    found[-1].look(workdir)
   return found
+
+
+def _state(workdir: storage.Path, steps: int) -> State:
+  """As `state` has it; where what is there is damaged, train.py is to judge and tell."""
+  try:
+    return state(workdir, steps)
+  except ValueError as error:
+    return State('failed', 0, str(error))
 
 
 class Runner:
@@ -99,8 +112,14 @@ class Runner:
     A handler of signals.
     """
     self._told += 1
+    self._tell()
+
+  def _tell(self) -> None:
+    """Passes on what the runner was told, also to what began at that very moment."""
     for job in self._jobs:
-      job.process.send_signal(signal.SIGTERM if self._told == 1 else signal.SIGKILL)
+      if job.told < self._told:
+        job.told = self._told
+        job.process.send_signal(signal.SIGTERM if job.told == 1 else signal.SIGKILL)
 
   @property
   def leaving(self) -> bool:
@@ -108,16 +127,29 @@ class Runner:
 
   def run(self) -> None:
     """Until every point has ended, failed or been left; their rows tell which."""
+    try:
+      self._run()
+    except BaseException:
+      self.leave()  # Nothing is left running that nobody looks after.
+      for job in self._jobs:
+        job.process.wait()
+      raise
+
+  def _run(self) -> None:
+    if not self._keep:
+      for row in self.rows:
+        self._drop(row)
     self._show(self.rows)
     while True:
       self._reap()
       if not self.leaving:
         self._start()
-      for job in self._jobs:
-        job.row.follower.look()
-        job.row.step = max(job.row.step, job.row.follower.step)
-      self._show(self.rows)
+      self._tell()
       waiting = [row for row in self.rows if row.state == 'elsewhere']
+      for row in [*waiting, *(job.row for job in self._jobs)]:
+        row.follower.look()
+        row.step = max(row.step, row.follower.step)
+      self._show(self.rows)
       if not self._jobs and (self.leaving or not waiting):
         return
       time.sleep(SECONDS)
@@ -125,20 +157,16 @@ class Runner:
   def _start(self) -> None:
     """Fills the free slots with points that are due."""
     for row in self.rows:
-      if not self._free:
+      if not self._free or self.leaving:
         return
-      if row.state == 'elsewhere':
-        self._look_elsewhere(row)
-      if row.code is None and row.state in ('absent', 'partial', 'failed'):
+      if row.state == 'running' or row.ended or row.code is not None:
+        continue
+      workdir = self._swept.workdir(row.point)
+      if row.state == 'elsewhere' and living(workdir):
+        continue
+      row.look(workdir)  # Another may have begun or ended it.
+      if row.state != 'elsewhere' and not row.ended:
         self._launch(row, self._free.pop(0))
-
-  def _look_elsewhere(self, row: Row) -> None:
-    """Sees whether a point that another has is still its."""
-    workdir = self._swept.workdir(row.point)
-    row.follower.look()
-    row.step = max(row.step, row.follower.step)
-    if not living(workdir):
-      row.state, row.step = state(workdir, row.steps)
 
   def _launch(self, row: Row, slot: Slot) -> None:
     log = self._swept.log(row.point)
@@ -177,19 +205,20 @@ class Runner:
       self._free.append(job.slot)
       row, workdir = job.row, self._swept.workdir(job.row.point)
       row.code, row.slot = job.process.returncode, ''
-      row.follower.look()
-      try:
-        row.state, row.step = state(workdir, row.steps)
-      except ValueError:
-        row.state = 'failed'  # Its log says so as well.
+      row.look(workdir)
       if row.ended:
         row.took = time.monotonic() - job.begun if job.fresh else 0.0
         if not self._keep:
-          storage.remove(workdir / 'checkpoints')
-      elif living(workdir):
-        row.state, row.code = 'elsewhere', None
+          self._drop(row)
+      elif row.state == 'elsewhere':
+        row.code = None
       elif not self.leaving:
         row.state = 'failed'
+
+  def _drop(self, row: Row) -> None:
+    """Removes the checkpoints of a point that has ended."""
+    if row.ended:
+      storage.remove(self._swept.workdir(row.point) / 'checkpoints')
 
 
 def tail(path: storage.Path) -> str:

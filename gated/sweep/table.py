@@ -12,9 +12,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from gated.outcome import TOLD_TO_LEAVE
 from gated.sweep.grid import Sweep
 from gated.sweep.runner import Row, Runner, tail
-from gated.sweep.state import TOLD_TO_LEAVE
 
 FAILED = 1  # An exit code: some points did.
 LINE = 30.0  # Seconds between lines, where no terminal shows a table.
