@@ -769,7 +769,7 @@ def test_what_a_scheduler_took_is_recorded_and_only_that_is_deleted(tmp_path):
   with pytest.raises(ValueError, match='is submitted already, 2 jobs to --on=slurm'):
     launch.submit(s, call)
   assert launch.delete(folder, record, call) == []
-  assert called[1:] == [['scancel', '4711']]
+  assert called[1:] == [['scancel', '--me', f'--name={record["label"]}', '4711']]
   with pytest.raises(ValueError, match='is not submitted'):
     launch.read(folder)
 
@@ -795,6 +795,24 @@ def test_a_scheduler_that_refuses_in_the_middle_leaves_what_it_took_on_record(re
   assert [command[-1] for command in called] == [
     f'--name={p.job}' for p in s.work.points[:2]
   ]
+
+
+@pytest.mark.parametrize('on', ['slurm', 'tpu'])
+def test_what_is_created_as_we_are_killed_can_be_deleted(on, tmp_path, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  s = submission(on)
+  s = dataclasses.replace(s.work, folder=str(tmp_path)), s.files, s.commands
+  called = []
+
+  def killed(command):
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    launch.submit(launch.Submission(*s), killed)
+  record = launch.read(tmp_path)
+  assert launch.delete(tmp_path, record, lambda c: called.append(c) or '') == []
+  named = {'slurm': f'--name={record["label"]}', 'tpu': record['jobs'][0]['job']}
+  assert [named[on] in command for command in called] == [True]
 
 
 def test_what_cannot_be_deleted_is_told_and_stays_on_record(tmp_path):
@@ -980,6 +998,25 @@ def test_a_dry_run_for_a_cloud_prints_a_command_for_each_point(
     '--config.optim.lr=0.004' in said and f'--workdir={folder}/points/lr0.004' in said
   )
   assert list(tmp_path.iterdir()) == [] and storage.names(folder) == []
+
+
+def test_a_dry_run_needs_no_bucket(tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+
+  def down(*args):
+    raise OSError('gs://bucket/lr: no network')
+
+  monkeypatch.setattr(sweep, 'state', down)
+  argv = ['submit', *SWEEP, '--dir=gs://bucket/lr', *FLAGS['tpu']]
+  code, said = told(capsys, *argv, '--dry_run')
+  assert code == 0 and said.count('\ngcloud compute') == 2
+  assert 'gs://bucket/lr cannot be read from here, so no point is known' in said
+  for place, name in ((desk.checks, 'installed'), (desk.checks, 'writable')):
+    monkeypatch.setattr(place, name, lambda *_: None)
+  monkeypatch.setattr(sweep, 'write', lambda swept: swept)
+  monkeypatch.setattr(storage, 'exists', lambda path: False)
+  code, said = told(capsys, *argv)
+  assert (code, said) == (2, 'sweep.py: gs://bucket/lr: no network\n')
 
 
 @pytest.mark.parametrize(

@@ -53,17 +53,23 @@ def check(options: Options, swept: sweep.Sweep) -> None:
     checks.reachable(p.config, options.on)
 
 
+def every(swept: sweep.Sweep, chosen: Collection[str] | None = None) -> list[Point]:
+  """A sweep -> its points, of those whose names are chosen."""
+  named = label(os.fspath(swept.folder))
+  return [
+    Point(f'{named}-{index:03d}', p.name, p.command, os.fspath(swept.workdir(p)))
+    for index, p in enumerate(swept.points)
+    if chosen is None or p.name in chosen
+  ]
+
+
 def due(swept: sweep.Sweep, chosen: Collection[str] | None = None) -> list[Point]:
   """A sweep -> its points that have not ended, of those whose names are chosen."""
-  named = label(os.fspath(swept.folder))
-  found = []
-  for index, p in enumerate(swept.points):
-    workdir, steps = swept.workdir(p), p.config['steps']
-    meant = chosen is None or p.name in chosen
-    if meant and sweep.state(workdir, steps).state not in sweep.ENDED:
-      job = f'{named}-{index:03d}'
-      found.append(Point(job, p.name, p.command, os.fspath(workdir)))
-  return found
+  steps = {p.name: p.config['steps'] for p in swept.points}
+  ended = lambda p: (
+    sweep.state(storage.path(p.workdir), steps[p.name]).state in sweep.ENDED
+  )
+  return [p for p in every(swept, chosen) if not ended(p)]
 
 
 def prepare(
@@ -129,9 +135,18 @@ def submit(s: Submission, call: Call = call) -> dict:
   whole = len(s.commands) == 1
   jobs = [{'job': p.job, 'point': p.name, 'workdir': p.workdir} for p in w.points]
   for command, some in zip(s.commands, [jobs] if whole else [[job] for job in jobs]):
-    told = call(command)
-    record['told'].append(told.strip())
-    record['jobs'] += some
+    # Before it is there, so that it can be deleted whatever happens here.
+    before = record
+    record = before | {
+      'jobs': [*before['jobs'], *some],
+      'told': [*before['told'], ''],
+    }
+    _record(w.folder, record)
+    try:
+      record['told'][-1] = call(command).strip()
+    except ValueError:
+      _record(w.folder, before)
+      raise
     _record(w.folder, record)
   return record
 
@@ -145,8 +160,12 @@ def read(folder: storage.PathLike) -> dict:
 
 
 def _record(folder: str, record: dict) -> None:
-  text = json.dumps(record, indent=2) + '\n'
-  storage.write(storage.path(folder) / RECORD, text.encode())
+  """Writes what was launched; removes the record of nothing."""
+  path = storage.path(folder) / RECORD
+  if record['jobs']:
+    storage.write(path, (json.dumps(record, indent=2) + '\n').encode())
+  else:
+    storage.remove(path)
 
 
 def states(record: dict, call: Call = call) -> dict[str, str]:
@@ -210,6 +229,7 @@ __all__ = [
   'checks',
   'delete',
   'due',
+  'every',
   'label',
   'listed',
   'prepare',

@@ -111,6 +111,11 @@ def states(record: dict, output: str) -> dict[str, str]:
 
 
 def delete(record: dict) -> list[list[str]]:
-  """-> the commands that end what was submitted."""
+  """-> the commands that end what was submitted.
+
+  Numbers come again one day, so what is ended has the sweep's name too; a number that was
+  never told is of who was killed while sbatch answered.
+  """
   numbers = [told.partition(';')[0].strip() for told in record['told']]
-  return [['scancel', number] for number in numbers if number]
+  mine = ['scancel', '--me', f'--name={record["label"]}']
+  return [[*mine, number] if number else mine for number in numbers]

@@ -201,13 +201,23 @@ def scancel(argv):
   parser = argparse.ArgumentParser('scancel', allow_abbrev=False)
   parser.add_argument('--signal')
   parser.add_argument('--batch', action='store_true')
-  parser.add_argument('job')
+  parser.add_argument('--me', action='store_true')
+  parser.add_argument('--name')
+  parser.add_argument('job', nargs='?')
   given = parser.parse_args(argv)
+  if not given.job:
+    assert given.name and given.me, 'scancel: error: No job identification provided'
+    named = lambda f: json.loads((f / 'job.json').read_text())['job_name'] == given.name
+    for folder in filter(named, _root().glob('[0-9]*')):
+      scancel([folder.name])
+    return
   number, _, task = given.job.partition('_')
   folder = _root() / number
   if not folder.is_dir():
     sys.exit(f'scancel: error: Kill job error on job id {given.job}: Invalid job id')
   job = json.loads((folder / 'job.json').read_text())
+  if given.name and given.name != job['job_name']:
+    return
   for each in [int(task)] if task else job['tasks']:
     now = _read(folder, each)
     if given.signal:
