@@ -37,7 +37,7 @@ from gated import config, report, stability, storage, sweep
 from gated.launch import desk
 
 ROOT = Path(__file__).resolve().parents[1]
-REFUSED = 2
+REFUSED, INTERRUPTED = 2, 130
 AS_IN_TRAIN = '--config=configs/RECIPE.py:ARG and --config.KNOB=VALUE are as in train.py.'
 # What a report may be told to judge by otherwise than the sweep's own recipe says.
 RULE = {
@@ -63,6 +63,13 @@ class Recipe(NamedTuple):
 
 def recipe(words: Sequence[str]) -> Recipe:
   """The words of a command line that are the recipe's -> Recipe; ValueError if bad."""
+  if not any(word.startswith(('--config=', '-config=')) for word in words):
+    for word in words:
+      if word.lstrip('-').startswith('config.'):
+        raise ValueError(
+          f'{word} needs --config=configs/RECIPE.py; the knobs of a sweep that is there '
+          'are as they were recorded'
+        )
   values = _parse(words)
   flag: Any = values['config']
   spec = flag.value and flag.config_filename
@@ -86,6 +93,10 @@ def recipe(words: Sequence[str]) -> Recipe:
 
 def resolve(words: Sequence[str]) -> dict:
   """`--config=...` and `--config.x=y` -> the recipe, as train.py would have it."""
+  words = list(words)
+  for i, word in enumerate(words):
+    if word.startswith('--config='):  # As a sweep names it, from wherever it is called.
+      words[i] = f'--config={ROOT / word.partition("=")[2]}'
   flag: Any = _parse(words)['config']
   return flag.value.to_dict()
 
@@ -105,16 +116,17 @@ def _parse(words: Sequence[str]) -> flags.FlagValues:
   except Exception as error:
     raise ValueError(config.plain(error)) from error
   if len(left) > 1:
-    raise ValueError(f'unknown argument {left[1]!r}')
+    there = '; go on with a sweep by --dir=DIR' if Path(left[1]).is_dir() else ''
+    raise ValueError(f'unknown argument {left[1]!r}{there}')
   return values
 
 
 def planned(args: argparse.Namespace, words: Sequence[str]) -> sweep.Sweep:
   """The flags of a command that takes a grid, and the recipe's -> Sweep, unwritten."""
   of = recipe(words)
-  arg = of.spec.partition(':')[2]
-  grid = of.module.get_grid(arg) if hasattr(of.module, 'get_grid') else []
-  parts = [grid] if grid or hasattr(of.module, 'get_grid') else []
+  parts: list[list[axes.Point]] = []
+  if hasattr(of.module, 'get_grid'):
+    parts.append(of.module.get_grid(of.spec.partition(':')[2]))
   parts += [_axis(text, of) for text in args.axis]
   if args.seeds is not None:
     if args.seeds < 1:
@@ -164,17 +176,21 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
   swept = found(args, words)
   begun = swept or planned(args, words)
   points = sweep.only(begun.points, args.only)
-  room = sweep.room(points, args.jobs)
+  # Of all points, so that a part has the same environment, and losses, as the whole.
+  room = sweep.room(begun.points, args.jobs)
+  slots = room.slots[: len(points)]
   swept = swept or sweep.write(begun, room.environment)
   code = sweep.unpacked(swept)
-  print(f'{swept.folder}: {len(points)} points, {len(room.slots)} at a time ({room.why})')
+  print(f'{swept.folder}: {len(points)} points, {len(slots)} at a time ({room.why})')
+  if not sweep.is_current(swept):
+    print(f'they are run with their own sources, of {swept.made["time"]}: not as here')
   given = ' '.join(f'{k}={v}' for k, v in swept.made['environment'].items())
   print(f'each point is given {given or "the environment as it is"}', flush=True)
   with sweep.View(f'{swept.name}  {swept.folder}') as view:
     runner = sweep.Runner(
       swept,
       points,
-      slots=room.slots,
+      slots=slots,
       code=code,
       show=view,
       keep_checkpoints=not args.drop_checkpoints,
@@ -323,9 +339,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and not chosen.recipe:
       raise ValueError(f'unknown argument {words[0]!r}')
     return chosen.do(args, words)
-  except (ValueError, NotImplementedError) as error:
+  except (ValueError, NotImplementedError, OSError) as error:
     print(f'sweep.py: {error}', file=sys.stderr)
     return REFUSED
+  except KeyboardInterrupt:
+    print('sweep.py: interrupted', file=sys.stderr)
+    return INTERRUPTED
 
 
 if __name__ == '__main__':

@@ -3,8 +3,10 @@
 import argparse
 import hashlib
 import itertools
+import logging
 import os
 import platform
+import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
@@ -52,7 +54,7 @@ def submit(
     raise ValueError(f'--watch={args.watch} is for --on=tpu: others watch by themselves')
   chosen = {p.name for p in points}
   if args.dry_run:
-    print(rehearsed(options, swept, chosen))
+    print(rehearsed(options, swept, _imagined(swept, chosen)))
     return 0
   checks.installed(options.on)
   checks.writable(os.fspath(swept.folder))
@@ -62,17 +64,28 @@ def submit(
 
 
 def rehearsed(
-  options: Options, swept: sweep.Sweep, chosen: Collection[str]
+  options: Options, swept: sweep.Sweep, points: Sequence[launch.Point]
 ) -> launch.Submission:
   """What `submitted` would do first: printed, it is all files and commands."""
   made = swept.made or {
     'python': platform.python_version(),
     'sha256': hashlib.sha256(code.pack(folder.ROOT)).hexdigest(),
   }
-  where, points = os.fspath(swept.folder), launch.due(swept, chosen)
+  where = os.fspath(swept.folder)
   return launch.prepare(
     options, where, points, sha256=made['sha256'], python=made['python']
   )
+
+
+def _imagined(swept: sweep.Sweep, chosen: Collection[str]) -> list[launch.Point]:
+  """The points that are due; all of them where a bucket cannot be read, which is told."""
+  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # It tells what it then raises.
+  try:
+    return launch.due(swept, chosen)
+  except OSError as error:
+    told = f'{swept.folder} cannot be read from here, so no point is known to have ended'
+    print(f'{told}: {error}', file=sys.stderr)
+    return launch.every(swept, chosen)
 
 
 def submitted(
@@ -85,7 +98,7 @@ def submitted(
   """
   first = options.on != 'tpu' or not storage.exists(swept.folder / launch.RECORD)
   if first:
-    record = launch.submit(rehearsed(options, swept, chosen))
+    record = launch.submit(rehearsed(options, swept, launch.due(swept, chosen)))
     yield f'{len(record["jobs"])} jobs are with {options.on}, named {record["label"]}-...'
   else:
     record = launch.read(swept.folder)
@@ -99,12 +112,13 @@ def submitted(
   for look in itertools.count(int(first)) if again else range(int(first), 1):
     if look:
       time.sleep(again)
-    if not launch.due(swept, mine):
-      yield f'{swept.folder}: all points have ended'
-      return
     try:
-      yield _renewed(rehearsed(options, swept, mine), record)
-    except ValueError as error:
+      points = launch.due(swept, mine)
+      if not points:
+        yield f'{swept.folder}: all points have ended'
+        return
+      yield _renewed(rehearsed(options, swept, points), record)
+    except (ValueError, OSError) as error:
       if not again:
         raise
       yield f'not this time: {error}'  # Who watches for days meets a failing network.
