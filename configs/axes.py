@@ -25,12 +25,16 @@ class Point(NamedTuple):
 def axis(knob: str, values: Iterable[Any], name: str = '') -> list[Point]:
   """A knob and its values -> a point each; `name` is the knob's last part otherwise."""
   name = name or knob.rpartition('.')[2]
+  values = [_plain(value) for value in values]
   return [Point({name: text(value)}, {knob: value}) for value in values]
 
 
 def choice(name: str, /, **variants: Mapping[str, Any]) -> list[Point]:
   """Variants by name, each with the knobs that it changes -> a point each."""
-  return [Point({name: variant}, dict(knobs)) for variant, knobs in variants.items()]
+  return [
+    Point({name: variant}, {knob: _plain(value) for knob, value in knobs.items()})
+    for variant, knobs in variants.items()
+  ]
 
 
 def seeds(count: int) -> list[Point]:
@@ -65,6 +69,11 @@ def chain(*grids: Sequence[Point]) -> list[Point]:
 def text(value: Any) -> str:
   """A knob's value -> how it is written, so that a float comes back to the last bit."""
   return repr(value) if isinstance(value, float) else str(value)
+
+
+def _plain(value: Any) -> Any:
+  """NumPy's numbers as Python's: a range of them is how one writes learning rates."""
+  return value.item() if hasattr(value, 'item') else value
 
 
 def _both(a: Point, b: Point) -> Point:

@@ -63,13 +63,8 @@ class Recipe(NamedTuple):
 
 def recipe(words: Sequence[str]) -> Recipe:
   """The words of a command line that are the recipe's -> Recipe; ValueError if bad."""
-  if not any(word.startswith(('--config=', '-config=')) for word in words):
-    for word in words:
-      if word.lstrip('-').startswith('config.'):
-        raise ValueError(
-          f'{word} needs --config=configs/RECIPE.py; the knobs of a sweep that is there '
-          'are as they were recorded'
-        )
+  if words and all(word.startswith('--config.') for word in words):
+    raise ValueError(f'{words[0]} needs --config: a sweep that is there keeps its knobs')
   values = _parse(words)
   flag: Any = values['config']
   spec = flag.value and flag.config_filename
@@ -155,7 +150,7 @@ def _axis(text: str, of: Recipe) -> list[axes.Point]:
   """'optim.lr=1e-3,2e-3' -> a point each, its value as the knob's type reads it."""
   knob, equals, values = text.partition('=')
   knob = knob.removeprefix('config.')
-  if not equals:
+  if not (knob and equals):
     raise ValueError(f'--axis={text!r} is not KNOB=VALUE,VALUE')
   words = [f'--config={of.spec}', *of.overrides]
   read = lambda value: config.dig(resolve([*words, f'--config.{knob}={value}']), knob)

@@ -8,11 +8,12 @@ import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
 from faults import process
 
 from configs import axes, lr_sweep
-from gated import config, metrics, model, storage, sweep
+from gated import config, metrics, model, stability, storage, sweep
 from gated import workdir as workdirs
 from gated.sweep import code, follow, machine, runner
 
@@ -75,6 +76,27 @@ def test_values_of_all_types_come_back_from_a_command_line_as_they_were():
   assert tuple(point.config['paper']['assumed']) == ('a', 'b')
 
 
+def test_an_axis_may_be_a_range_of_numpys():
+  numbers = [*np.logspace(-3, -1, 3), np.float64(0.5)]
+  grid = axes.axis('optim.lr', numbers)
+  assert [p.labels for p in grid] == [{'lr': x} for x in ('0.001', '0.01', '0.1', '0.5')]
+  grid = axes.product(grid, axes.choice('size', large={'model.ffn': np.int32(64)}))
+  assert plan(grid).points[3].config['optim']['lr'] == 0.5
+
+
+def test_a_name_tells_which_switch_it_means():
+  points = plan(axes.axis('model.tied', [True, False])).points
+  assert [p.name[:6] for p in points] == ['tiedTr', 'tiedFa']
+
+
+def test_a_recipe_is_found_from_any_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  recipe = script.recipe([f'--config={process.ROOT}/configs/tiny.py:gate=none'])
+  assert recipe.spec == 'configs/tiny.py:gate=none'
+  swept = plan(LR, recipe.spec)
+  assert swept.folder.is_relative_to(tmp_path / 'sweeps')
+
+
 BAD_GRIDS = {
   'config.optim.lrr is no knob; did you mean config.optim.lr?': axes.axis(
     'optim.lrr', [1.0]
@@ -85,6 +107,10 @@ BAD_GRIDS = {
   'config.optim.warmup=-1, but it must be at least 0': axes.axis('optim.warmup', [-1]),
   'could not convert': axes.axis('optim.lr', ['fast']),
   "config.optim.name='sgd', but allowed are": axes.axis('optim.name', ['sgd']),
+  'config.optim.lr=inf is not finite': axes.axis('optim.lr', [float('inf')]),
+  'have the same labels, but change': [
+    axes.Point({'size': 'small'}, {'model.ffn': n}) for n in (32, 64)
+  ],
   "config.data.mixture='web@a' has a relative path": axes.axis('data.mixture', ['web@a']),
 }
 
@@ -162,6 +188,7 @@ def run(*words, expect=0):
     (['--config=configs/tiny.py', '--axis=optim.lrr=1'], 'did you mean config.optim.lr?'),
     (['--config=configs/tiny.py', '--axis=optim.lr=fast'], 'could not convert'),
     (['--config=configs/tiny.py', '--axis=optim.lr='], 'its grid is empty'),
+    (['--config=configs/tiny.py', '--axis==1'], 'is not KNOB=VALUE,VALUE'),
     (['--config=configs/tiny.py', '--axis=optim.lr'], 'is not KNOB=VALUE,VALUE'),
     (['--config=configs/tiny.py', '--seeds=0'], '--seeds=0 must be positive'),
     (['--config=configs/tinny.py', '--seeds=2'], 'is no recipe; recipes here'),
@@ -170,6 +197,8 @@ def run(*words, expect=0):
     (['--config=configs/tiny.py', '--seeds=2', '--jobs=-3'], '--jobs=-3 must not be'),
     (['--config=configs/lr_sweep.py:scale=test', '--seeds=2'], 'change config.seed'),
     ([], '--config=configs/RECIPE.py is missing'),
+    (['--config.steps=3'], '--config.steps=3 needs --config'),
+    (['tests'], "unknown argument 'tests'; go on with a sweep by --dir=DIR"),
     (['--dir=nowhere'], 'is no sweep: there is no sweep.json'),
   ],
 )
@@ -183,6 +212,37 @@ def test_a_recipe_that_a_sweep_would_not_carry_is_refused(tmp_path, capsys):
   shutil.copy(process.ROOT / 'configs/tiny.py', tmp_path / 'mine.py')
   run('run', f'--config={tmp_path}/mine.py', '--seeds=2', expect=2)
   assert 'configs, so a sweep could not carry it' in capsys.readouterr().err
+
+
+def test_what_is_broken_off_or_cannot_be_read_is_told_in_one_line(capsys, monkeypatch):
+  for error, expect in (KeyboardInterrupt(), 130), (PermissionError('not yours'), 2):
+
+    def fail(folder, error=error):
+      raise error
+
+    monkeypatch.setattr(sweep, 'open', fail)
+    run('status', 'it', expect=expect)
+  assert capsys.readouterr().err == 'sweep.py: interrupted\nsweep.py: not yours\n'
+
+
+def test_a_part_of_a_grid_has_the_environment_of_the_whole(tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(4))
+  monkeypatch.setattr(machine, 'available', lambda: 100 << 30)
+  monkeypatch.setattr(sweep.Runner, 'run', lambda self: None)
+  command = [
+    '--config=configs/tiny.py',
+    '--seeds=2',
+    f'--dir={tmp_path}',
+    '--only=seed=1',
+  ]
+  run('run', *command)
+  assert sweep.open(tmp_path).made['environment'] == {'NPROC': '2'}
+  said = capsys.readouterr().out
+  assert '1 points, 1 at a time' in said and 'own sources' not in said
+  monkeypatch.setattr(code, 'pack', lambda root: b'edited since')
+  run('run', *command)
+  assert 'they are run with their own sources' in capsys.readouterr().out
 
 
 # The folder.
@@ -227,6 +287,12 @@ def test_a_folder_of_another_sweep_is_refused_and_told_what_differs(tmp_path):
   other = plan(LR, folder=str(tmp_path), overrides=['--config.steps=7'])
   with pytest.raises(ValueError, match=r'config\.steps: 280 there, 7 here'):
     sweep.write(other)
+  with pytest.raises(ValueError, match=r'the rule of divergence: Rule\(multiple=1\.5'):
+    sweep.write(
+      plan(
+        LR, folder=str(tmp_path), rule=stability.Rule(multiple=2.0, rise=0.5, tail=0.05)
+      )
+    )
   with pytest.raises(ValueError, match=r'point seed0-\w+ is new'):
     sweep.write(plan(axes.seeds(2), folder=str(tmp_path)))
 
@@ -236,6 +302,36 @@ def test_a_damaged_sweep_is_refused(content, tmp_path):
   (tmp_path / 'sweep.json').write_text(content)
   with pytest.raises(ValueError, match=r'sweep\.json'):
     sweep.open(tmp_path)
+
+
+HOSTILE = {
+  'name': ['', '..', '.x', 'a/b', 'a\0b', 'a\nb', 'a' * 300, 3],
+  'labels': [{'lr': 3}, [], None],
+  'command': [[], ['-c', 'print()', '--workdir=x'], ['train.py'], 'train.py'],
+  'config': [{}, {'steps': 'x', 'seed': 0, 'optim': {'lr': 1.0}}, {'steps': 1}],
+}
+
+
+def test_a_sweep_that_no_sweep_wrote_is_refused(tmp_path):
+  sweep.write(plan(LR, folder=str(tmp_path)))
+  path = tmp_path / 'sweep.json'
+  whole = json.loads(path.read_text())
+  first, *rest = whole['points']
+  points = [{'points': [first | {k: v}, *rest]} for k in HOSTILE for v in HOSTILE[k]]
+  made = [{'made': whole['made'] | {k: 1}} for k in ('sha256', 'environment', 'time')]
+  other = [{'points': []}, {'points': [first, first]}, {'made': {}}, {'flags': [1]}]
+  for changes in [*points, *made, *other]:
+    path.write_text(json.dumps(whole | changes))
+    with pytest.raises(ValueError, match=r'sweep\.json is damaged'):
+      sweep.open(tmp_path)
+
+
+def test_labels_are_shown_as_they_are(tmp_path, capsys):
+  grid = axes.choice('[red]', **{'[/x]': {'seed': 1}, '[bold]': {'seed': 2}})
+  sweep.write(plan(grid, folder=str(tmp_path)))
+  run('status', tmp_path)
+  said = capsys.readouterr().out
+  assert '[red]' in said and '[/x]' in said and '[bold]' in said
 
 
 # Where points stand.

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -78,17 +79,20 @@ def open(folder: storage.PathLike) -> Sweep:
   try:
     if whole['format'] != FORMAT:
       raise ValueError(f'format {whole["format"]}, but {FORMAT} is known')
+    points = tuple(_point(p) for p in whole['points'])
+    if not points or len({p.name for p in points}) < len(points):
+      raise ValueError('no points, or two of one name')
     return Sweep(
       folder=where,
-      name=whole['name'],
-      recipe=whole['recipe'],
-      overrides=tuple(whole['overrides']),
-      flags=tuple(whole['flags']),
-      points=tuple(_point(p) for p in whole['points']),
+      name=_text(whole['name']),
+      recipe=_text(whole['recipe']),
+      overrides=tuple(map(_text, whole['overrides'])),
+      flags=tuple(map(_text, whole['flags'])),
+      points=points,
       rule=config.build(stability.Rule, whole['rule'], 'rule'),
-      made=dict(whole['made']),
+      made=_made(whole['made']),
     ).moved(where)
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
     raise ValueError(f'{where / NAME} is damaged: {error!r}') from error
 
 
@@ -107,14 +111,41 @@ def unpacked(swept: Sweep) -> Path:
   return code.unpack(packed, where, sha256=swept.made['sha256'])
 
 
+def is_current(swept: Sweep) -> bool:
+  """Whether the sources that a sweep carries are those that stand here."""
+  return hashlib.sha256(code.pack(ROOT)).hexdigest() == swept.made['sha256']
+
+
 def _point(found: Mapping[str, Any]) -> Point:
-  command = tuple(map(str, found['command']))
-  name = str(found['name'])
-  if '/' in name or name.startswith('.') or not command[-1].startswith('--workdir='):
+  """A stranger's JSON -> Point; any of several errors if it is none."""
+  name, command = _text(found['name']), tuple(map(_text, found['command']))
+  if not re.fullmatch(r'[\w+-][\w.+-]{0,200}', name, re.ASCII):
     raise ValueError(f'the point {name!r}')
-  return Point(
-    name, dict(found['labels']), dict(found['changes']), command, dict(found['config'])
+  if command[0] != 'train.py' or not command[-1].startswith('--workdir='):
+    raise ValueError(f'the command of {name}')
+  c = dict(found['config'])
+  # What is read of a point without a look at the rest of its recipe.
+  for knob, kind in {'steps': int, 'seed': int, 'optim.lr': (int, float)}.items():
+    if not isinstance(value := config.dig(c, knob), kind) or isinstance(value, bool):
+      raise ValueError(f'config.{knob}={value!r} of {name}')
+  return Point(name, _texts(found['labels']), dict(found['changes']), command, c)
+
+
+def _made(found: Mapping[str, Any]) -> dict[str, Any]:
+  known = {key: _text(found[key]) for key in ('time', 'sha256', 'python')}
+  return (
+    {'git': None} | dict(found) | known | {'environment': _texts(found['environment'])}
   )
+
+
+def _texts(found: Mapping[str, Any]) -> dict[str, str]:
+  return {_text(key): _text(value) for key, value in found.items()}
+
+
+def _text(found: Any) -> str:
+  if not isinstance(found, str):
+    raise ValueError(f'{found!r} is no text')
+  return found
 
 
 def _refuse(old: Sweep, new: Sweep) -> None:
@@ -128,6 +159,8 @@ def _refuse(old: Sweep, new: Sweep) -> None:
     told += [f'{k}: {x!r} there, {y!r} here' for k, (x, y) in changed.items()]
   if old.flags != new.flags:
     told.append(f'flags: {" ".join(old.flags)!r} there, {" ".join(new.flags)!r} here')
+  if old.rule != new.rule:
+    told.append(f'the rule of divergence: {old.rule!r} there, {new.rule!r} here')
   told = list(dict.fromkeys(told))
   if told:
     rest = [f'and {len(told) - 20} more'] if len(told) > 20 else []

@@ -1,5 +1,6 @@
 """A recipe and its grid -> the points of a sweep, checked before anything is run."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -77,12 +78,14 @@ def plan(
   fixed = {word.partition('=')[0].removeprefix('--') for word in overrides}
   points: list[Point] = []
   for labels, changes in grid:
-    for knob in changes:
+    for knob, value in changes.items():
       name = f'config.{knob}'
       if name not in known:
         raise ValueError(f'{name} is no knob{config.nearest(name, known)}')
       if name in fixed:
         raise ValueError(f'--{name} is given, but an axis of the grid changes it')
+      if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f'{name}={value} is not finite')
     points.append(_point(recipe, labels, changes, overrides=overrides, resolve=resolve))
   _check_apart(points)
   for point in points:
@@ -147,14 +150,22 @@ def _point(recipe, labels, changes, *, overrides, resolve) -> Point:
 
 
 def _check_apart(points: Sequence[Point]) -> None:
-  """ValueError for two points that are the same run."""
+  """ValueError for two points that are the same run, or cannot be told apart."""
   seen: dict[str, Point] = {}
+  named: dict[tuple[str, ...], Point] = {}
   for point in points:
     c = {k: v for k, v in point.config.items() if k not in ('name', 'paper')}
     other = seen.setdefault(config.digest(c), point)
     if other is not point:
       raise ValueError(
         f'the points {other.name} and {point.name} of the grid are the same run'
+      )
+    labels = tuple(sorted(f'{k}={v}' for k, v in point.labels.items()))
+    other = named.setdefault(labels, point)
+    if other is not point:
+      raise ValueError(
+        f'the points {other.name} and {point.name} of the grid have the same labels, but '
+        f'change {dict(other.changes)} and {dict(point.changes)}: label them apart'
       )
 
 
@@ -182,8 +193,8 @@ def _digest(points: Sequence[Point], flags: Sequence[str]) -> str:
 
 def _slug(labels: Mapping[str, str]) -> str:
   """{'variant': 'baseline', 'lr': '0.001'} -> 'baseline-lr0.001'."""
-  number = re.compile(r'[-+.\d]')
-  words = [k + v if number.match(v) else v for k, v in labels.items()]
+  bare = re.compile(r'[-+.\d]|(True|False)$')  # Says nothing without its label.
+  words = [k + v if bare.match(v) else v for k, v in labels.items()]
   return '-'.join(re.sub(r'[^A-Za-z0-9._+]+', '_', word) for word in words)[:80]
 
 

@@ -43,7 +43,7 @@ def table(rows: Sequence[Row], title: str, most: int = 0) -> Group:
   found = Table(box=None, pad_edge=False)
   names = list(dict.fromkeys(name for row in rows for name in row.point.labels))
   for name in names:
-    found.add_column(name)
+    found.add_column(Text(name))
   found.add_column('state')
   for name in ('step', 'loss', 'spikes', 'left'):
     found.add_column(name, justify='right')
@@ -52,8 +52,8 @@ def table(rows: Sequence[Row], title: str, most: int = 0) -> Group:
     left = (row.steps - row.step) * row.follower.seconds
     where = f'{row.state} {row.slot}'.strip()
     found.add_row(
-      *(row.point.labels.get(name, '') for name in names),
-      f'[{color}]{where}[/]',
+      *(Text(row.point.labels.get(name, '')) for name in names),
+      Text(where, color),
       f'{row.step}/{row.steps}',
       row.follower.loss,
       str(row.follower.spikes or ''),
@@ -152,3 +152,6 @@ def show(rows: Sequence[Row], swept: Sweep) -> None:
     dataclasses.replace(r, state='running') if r.state == 'elsewhere' else r for r in rows
   ]
   console().print(table(rows, f'{swept.name}  {swept.folder}'))
+  for row in rows:
+    if row.state == 'failed' and row.told:
+      print(f'{row.point.name} failed: {row.told}; see {swept.log(row.point)}')
