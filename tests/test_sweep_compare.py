@@ -1,10 +1,12 @@
 """Whether two runs are comparable, and what is told of two that are not."""
 
 import json
+import types
 
 import pytest
 
 from gated import storage, sweep
+from gated.sweep import compare
 
 SESSION = {
   'git': {'commit': 'c' * 40, 'dirty': False},
@@ -46,6 +48,16 @@ def test_the_first_step_that_differs_is_told_and_by_how_much(tmp_path):
   assert (found.losses.first, found.losses.most) == (2, 0.5)
   assert (found.losses.a, found.losses.b) == (2.0, 2.5)
   assert sweep.folders(a, b)[0] == 1
+
+
+def test_a_run_is_found_from_within_its_folder(tmp_path, monkeypatch):
+  (tmp_path / 'points').mkdir()
+  made = {'sha256': 's' * 64, 'git': None}
+  monkeypatch.setattr(compare.sweeps, 'open', lambda _: types.SimpleNamespace(made=made))
+  (tmp_path / 'sweep.json').touch()
+  a, b = (trained(tmp_path / 'points' / name, git=None) for name in 'ab')
+  monkeypatch.chdir(a)
+  assert sweep.folders(storage.Path('.'), b)[0] == 0
 
 
 def test_a_shorter_run_is_the_same_only_as_far_as_it_goes(tmp_path):

@@ -9,6 +9,7 @@ bit, save on GPUs without --deterministic.
 import collections
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -146,6 +147,7 @@ def folders(a: storage.Path, b: storage.Path) -> tuple[int, str]:
 
   SAME, DIFFERENT or NOT_COMPARABLE. ValueError if they are not two of a kind.
   """
+  a, b = (_whole(each) for each in (a, b))
   kinds = [storage.exists(each / sweeps.NAME) for each in (a, b)]
   if kinds[0] != kinds[1]:
     sweep, run = (a, b) if kinds[0] else (b, a)
@@ -154,6 +156,11 @@ def folders(a: storage.Path, b: storage.Path) -> tuple[int, str]:
     return _sweeps(sweeps.open(a), sweeps.open(b))
   found = runs(a, b)
   return _code_of([found]), str(found)
+
+
+def _whole(folder: storage.Path) -> storage.Path:
+  """A folder from the root on: the sweep that a run is in lies above it."""
+  return folder if storage.is_remote(folder) else storage.Path(os.path.abspath(folder))
 
 
 def _sweeps(a: Sweep, b: Sweep) -> tuple[int, str]:
@@ -172,7 +179,7 @@ def _sweeps(a: Sweep, b: Sweep) -> tuple[int, str]:
     told |= {d: told.get(d, 0) + 1 for d in each.differences}
     verdict = 'comparable' if each.comparable else 'NOT comparable'
     lines.append(f'{one.name}: {verdict}; losses: {each.losses}')
-  where = {(False, False): 'in both', (False, True): 'in A', (True, False): 'in B'}
+  where = {(False, False): 'in either', (False, True): 'in A', (True, False): 'in B'}
   lines += [f'{n} points are not begun {where[which]}' for which, n in idle.items()]
   for side, points in (('A', only_a), ('B', only_b)):
     lines += [f'{p.name}: only in {side}' for p in points]
