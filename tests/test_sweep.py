@@ -197,6 +197,10 @@ def run(*words, expect=0):
     (['--config=configs/tiny.py', '--seeds=2', '--jobs=-3'], '--jobs=-3 must not be'),
     (['--config=configs/lr_sweep.py:scale=test', '--seeds=2'], 'change config.seed'),
     ([], '--config=configs/RECIPE.py is missing'),
+    (
+      ['--config=configs/tiny.py', '--seeds=2', '--config.data.mixture=/no/data@code=2'],
+      'config.data.mixture names /no/data, which is not there',
+    ),
     (['--config.steps=3'], '--config.steps=3 needs --config'),
     (['tests'], "unknown argument 'tests'; go on with a sweep by --dir=DIR"),
     (['--dir=nowhere'], 'is no sweep: there is no sweep.json'),

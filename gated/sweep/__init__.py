@@ -11,7 +11,7 @@ What became of a point is told by its workdir alone, whoever launched it.
 from gated.sweep.code import CARRIED
 from gated.sweep.compare import Comparison, Difference, Losses, folders, runs
 from gated.sweep.folder import NAME, is_current, open, unpacked, write
-from gated.sweep.grid import RULE, Point, Sweep, only, plan
+from gated.sweep.grid import RULE, Point, Sweep, check_here, only, plan
 from gated.sweep.machine import Room, Slot, room
 from gated.sweep.runner import Row, Runner, rows
 from gated.sweep.state import ENDED, State, living, state
@@ -33,6 +33,7 @@ __all__ = [
   'State',
   'Sweep',
   'View',
+  'check_here',
   'folders',
   'is_current',
   'living',

@@ -169,12 +169,24 @@ def _check_apart(points: Sequence[Point]) -> None:
       )
 
 
+def check_here(points: Sequence[Point]) -> None:
+  """ValueError for data that are not on this machine, where points are to run."""
+  for place in sorted({place for point in points for place in _data(point)}):
+    if os.path.isabs(place) and not storage.exists(place):
+      raise ValueError(f'config.data.mixture names {place}, which is not there')
+
+
+def _data(point: Point) -> list[str]:
+  """A point -> the folders and buckets that its mixture names."""
+  terms = point.config['data']['mixture'].split(',')
+  return [term.split('@')[0].split('=')[0].strip() for term in terms]
+
+
 def _check_paths(point: Point) -> None:
   """ValueError for a relative path: points run in the folder of the sweep's sources."""
-  data = point.config['data']
-  named = [('data.mixture', term.split('@')[0]) for term in data['mixture'].split(',')]
-  named = [(knob, place.split('=')[0].strip()) for knob, place in named]
-  named += [('data.cache', data['cache']), ('init_from', point.config['init_from'])]
+  named = [('data.mixture', place) for place in _data(point)]
+  named += [('data.cache', point.config['data']['cache'])]
+  named += [('init_from', point.config['init_from'])]
   for knob, place in named:
     remote = storage.is_remote(place) or place in ('', 'stdlib')
     if not (remote or os.path.isabs(place)):
