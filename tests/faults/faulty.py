@@ -113,7 +113,7 @@ class Places:
 
   def patch(self) -> None:
     """Puts the places into the code that a run goes through."""
-    self._before(recorder.Recorder, 'take', lambda _, n, values: self.at('step', n))
+    self._before(recorder.Recorder, 'take', lambda _, n, *__: self.at('step', n))
     arrays = lambda _, folder, **__: self.at('arrays', _step(folder))
     self._before(ocp.AsyncCheckpointer, 'save', arrays)
     finalize = atomicity.AtomicRenameTemporaryPath.finalize
