@@ -171,7 +171,7 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
   swept = found(args, words)
   begun = swept or planned(args, words)
   points = sweep.only(begun.points, args.only)
-  if not storage.exists(begun.folder / sweep.NAME):
+  if not (sweep.local(begun.folder) / sweep.NAME).exists():
     sweep.check_here(points)
   # Of all points, so that a part has the same environment, and losses, as the whole.
   room = sweep.room(begun.points, args.jobs)

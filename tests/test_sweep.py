@@ -212,6 +212,12 @@ def test_a_bad_command_is_refused_in_one_line(words, told, capsys):
   assert said.startswith('sweep.py: ') and told in said and said.count('\n') == 1
 
 
+def test_what_runs_here_is_not_begun_in_a_bucket(capsys, monkeypatch):
+  monkeypatch.setattr(sweep, 'write', lambda *_: pytest.fail('it was written'))
+  run('run', '--config=configs/tiny.py', '--seeds=2', '--dir=gs://bucket/it', expect=2)
+  assert 'a bucket is for `scripts/sweep.py submit`' in capsys.readouterr().err
+
+
 def test_a_recipe_that_a_sweep_would_not_carry_is_refused(tmp_path, capsys):
   shutil.copy(process.ROOT / 'configs/tiny.py', tmp_path / 'mine.py')
   run('run', f'--config={tmp_path}/mine.py', '--seeds=2', expect=2)

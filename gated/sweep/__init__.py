@@ -10,7 +10,7 @@ What became of a point is told by its workdir alone, whoever launched it.
 
 from gated.sweep.code import CARRIED
 from gated.sweep.compare import Comparison, Difference, Losses, folders, runs
-from gated.sweep.folder import NAME, is_current, open, unpacked, write
+from gated.sweep.folder import NAME, is_current, local, open, unpacked, write
 from gated.sweep.grid import RULE, Point, Sweep, check_here, only, plan
 from gated.sweep.machine import Room, Slot, room
 from gated.sweep.runner import Row, Runner, rows
@@ -37,6 +37,7 @@ __all__ = [
   'folders',
   'is_current',
   'living',
+  'local',
   'only',
   'open',
   'plan',

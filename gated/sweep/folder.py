@@ -101,14 +101,19 @@ def unpacked(swept: Sweep) -> Path:
 
   ValueError if they are not what its sweep.json says, or it is in a store.
   """
-  if storage.is_remote(swept.folder):
-    raise ValueError(
-      f'--dir={swept.folder}: what runs here keeps its logs and sources in a local '
-      'folder; a bucket is for `scripts/sweep.py submit`'
-    )
-  where = Path(swept.folder)
+  where = local(swept.folder)
   packed = storage.read(where / CODE, LIMIT)
   return code.unpack(packed, where, sha256=swept.made['sha256'])
+
+
+def local(folder: storage.Path) -> Path:
+  """A sweep's folder -> the same, of this machine; ValueError for one in a store."""
+  if storage.is_remote(folder):
+    raise ValueError(
+      f'--dir={folder}: what runs here keeps its logs and sources in a local folder; a '
+      'bucket is for `scripts/sweep.py submit`'
+    )
+  return Path(folder)
 
 
 def is_current(swept: Sweep) -> bool:
