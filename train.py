@@ -36,6 +36,7 @@ from gated import (
   ledger,
   mesh,
   metrics,
+  outcome,
   plan,
   processes,
   recorder,
@@ -46,14 +47,12 @@ from gated import (
 from gated import workdir as workdirs
 from gated.lock import Lock
 
-REFUSED, UNSTABLE, TOLD_TO_LEAVE, LOST_PEER, STUCK, NOT_SAVED, TAKEN = range(2, 9)
-
 CODES: dict[type[Exception], int] = {
-  workdirs.InUse: REFUSED,
-  metrics.Damaged: REFUSED,
-  FloatingPointError: UNSTABLE,
-  checkpoint.SaveFailed: NOT_SAVED,
-  workdirs.Taken: TAKEN,
+  workdirs.InUse: outcome.REFUSED,
+  metrics.Damaged: outcome.REFUSED,
+  FloatingPointError: outcome.UNSTABLE,
+  checkpoint.SaveFailed: outcome.NOT_SAVED,
+  workdirs.Taken: outcome.TAKEN,
 }
 
 # Of these, what all processes of a run meet at the same place.
@@ -131,7 +130,7 @@ def train(run: Run) -> int:
     _check_unmoved(run, saved)
     workdirs.begin(run.workdir)
     run = run._replace(step=run.step.compile())
-    pulse = stability.Pulse(cfg.stability.stuck_after, code=STUCK, told=which)
+    pulse = stability.Pulse(cfg.stability.stuck_after, code=outcome.STUCK, told=which)
     if jax.process_index() == 0:
       metrics.manifest(
         run.workdir / 'run.json',
@@ -150,7 +149,7 @@ def train(run: Run) -> int:
       except Exception as error:
         known = type(error) in CODES or storage.is_full(error)
         if jax.process_count() > 1 and not known:
-          stability.end(error, lost=LOST_PEER, timeout=cfg.stability.peer_timeout)
+          stability.end(error, lost=outcome.LOST_PEER, timeout=cfg.stability.peer_timeout)
         raise
 
 
@@ -243,7 +242,7 @@ def _loop(run: Run, state, hands: Hands, record: recorder.Recorder) -> int:
       owed = False
     if leave and not owed:
       record.say(f'told to leave at step {step}, which is saved')
-      return 0 if step == cfg.steps else TOLD_TO_LEAVE
+      return 0 if step == cfg.steps else outcome.TOLD_TO_LEAVE
   if owed:
     raise FloatingPointError(f'step {cfg.steps}, the last, is not finite')
   return 0
@@ -299,7 +298,7 @@ def parse(argv: list[str]) -> list[str]:
     return left
   except Exception as error:
     print(f'train.py: {config.plain(error)}', file=sys.stderr)
-    sys.exit(REFUSED)
+    sys.exit(outcome.REFUSED)
 
 
 def main(argv: list[str]) -> int:
@@ -318,7 +317,7 @@ def main(argv: list[str]) -> int:
     run = prepare(c, workdir)
   except (ValueError, NotImplementedError) as error:
     print(f'train.py: {error}', file=sys.stderr)
-    return REFUSED
+    return outcome.REFUSED
   if _DRY_RUN.value:
     return 0
   try:
@@ -327,17 +326,17 @@ def main(argv: list[str]) -> int:
   except tuple(CODES) as error:
     print(f'train.py: {error}', file=sys.stderr)
     code = CODES[type(error)]
-    if code not in (REFUSED, TAKEN):  # Of those, another has the workdir.
+    if code not in (outcome.REFUSED, outcome.TAKEN):  # Of those, another has the workdir.
       workdirs.conclude(workdir, code, str(error))
     if not isinstance(error, TOGETHER):
       stability.leave(code)
   except Exception as error:
     full = storage.is_full(error)
-    workdirs.conclude(workdir, NOT_SAVED if full else 1, str(error))
+    workdirs.conclude(workdir, outcome.NOT_SAVED if full else outcome.FAILED, str(error))
     if not full:
       raise
     print(f'train.py: --workdir={workdir} cannot be written: {error}', file=sys.stderr)
-    stability.leave(NOT_SAVED)
+    stability.leave(outcome.NOT_SAVED)
   if code == 0 and jax.process_index() == 0:
     print(f'done: {workdir}')
   return code

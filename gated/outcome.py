@@ -12,10 +12,15 @@ from gated import storage
 NAME = 'outcome.json'
 LIMIT = 1 << 20  # Bytes.
 
-# Of train.py's exit codes.
-FINISHED, UNSTABLE, TOLD_TO_LEAVE = 0, 3, 4
+# Exit codes of train.py, which says what they are; FAILED is any error that has no other.
+FINISHED, FAILED, REFUSED, UNSTABLE, TOLD_TO_LEAVE = range(5)
+LOST_PEER, STUCK, NOT_SAVED, TAKEN = range(5, 9)
 # What a run came to that is done or not finite is not to be computed again.
 ENDED = FINISHED, UNSTABLE
+# After these the same command goes on, also after what signals leave behind (SIGABRT,
+# SIGKILL, SIGTERM); after FINAL ones it would only come to the same.
+AGAIN = TOLD_TO_LEAVE, LOST_PEER, STUCK, 134, 137, 143
+FINAL = FAILED, REFUSED, NOT_SAVED, TAKEN
 
 
 class Outcome(NamedTuple):

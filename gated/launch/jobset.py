@@ -11,11 +11,11 @@ import json
 import re
 
 from gated.launch import machines, work
-from gated.launch.work import JOB, Work
+from gated.launch.work import JOB, Options, Work
+from gated.outcome import FINAL
 
 REPLICATED = 'pods'
 CONTAINER = 'train'
-FINAL = (1, 2, 7, 8)  # Exit codes of train.py after which a restart changes nothing.
 _ANNOTATION = "metadata.annotations['jobset.sigs.k8s.io/{}']"
 # What --coordinator=auto reads (docs/clusters.md).
 VARIABLES = {
@@ -139,7 +139,7 @@ def submit(w: Work) -> list[list[str]]:
 
 
 def _mine(record: dict) -> list[str]:
-  space = record['options'].get('namespace', 'default')
+  space = Options(**record['options']).namespace
   return [f'--namespace={space}', f'--selector=gated-sweep={record["label"]}']
 
 

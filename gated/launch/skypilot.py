@@ -7,7 +7,8 @@ that are taken back are replaced by SkyPilot, and the point goes on from the buc
 import json
 
 from gated.launch import machines, work
-from gated.launch.work import TOLD, Work
+from gated.launch.work import Work
+from gated.outcome import TOLD_TO_LEAVE
 
 CODE = '~/gated/code.tar.gz'  # Where SkyPilot puts the sources on every host.
 
@@ -35,7 +36,7 @@ def task(w: Work, point: work.Point) -> dict:
     'labels': {'gated-sweep': w.label},
     'job_recovery': {
       'max_restarts_on_errors': o.restarts,
-      'recover_on_exit_codes': [TOLD],
+      'recover_on_exit_codes': [TOLD_TO_LEAVE],
     },
   }
   # A slice's hosts find each other by Google's metadata, others by what SkyPilot tells.

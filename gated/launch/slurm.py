@@ -10,7 +10,8 @@ import shlex
 
 from gated import storage
 from gated.launch import work
-from gated.launch.work import AGAIN, FOLLOW, TOLD, Work
+from gated.launch.work import FOLLOW, Work
+from gated.outcome import AGAIN, TOLD_TO_LEAVE
 
 SCRIPT = 'sweep.sbatch'
 # Seconds that a point's other processes have after the first has left. A lost peer is
@@ -78,7 +79,7 @@ if [[ -n $deleted ]]; then exit "$code"; fi
 case $code in
   {' | '.join(map(str, AGAIN))})
     restarts=${{SLURM_RESTART_COUNT:-0}}
-    if [[ $code -eq {TOLD} || $restarts -lt {w.options.restarts} ]]; then
+    if [[ $code -eq {TOLD_TO_LEAVE} || $restarts -lt {w.options.restarts} ]]; then
       scontrol requeue "$task" || true
     fi
     ;;

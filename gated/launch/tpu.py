@@ -10,7 +10,8 @@ import json
 import shlex
 
 from gated.launch import machines, work
-from gated.launch.work import AGAIN, TOLD, Work
+from gated.launch.work import Work
+from gated.outcome import AGAIN, TOLD_TO_LEAVE
 
 GCLOUD = ['gcloud', 'compute', 'tpus', 'queued-resources']
 DEAD = ('SUSPENDED', 'FAILED')  # States that no resource leaves but by being deleted.
@@ -43,7 +44,7 @@ while :; do
     *) break ;;
   esac
   # A host that is being taken back is gone before this one comes again.
-  if [[ $code -ne {TOLD} ]]; then restarts=$((restarts + 1)); fi
+  if [[ $code -ne {TOLD_TO_LEAVE} ]]; then restarts=$((restarts + 1)); fi
   if [[ $restarts -gt {w.options.restarts} ]]; then break; fi
   sleep 30
 done

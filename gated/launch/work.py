@@ -13,12 +13,6 @@ from yaml import SafeDumper, dump
 from gated import storage
 from gated.launch import machines
 
-# Exit codes after which the same command goes on: told to leave, a lost peer, stuck, and
-# what signals leave behind. train.py tells them; the others would only come again.
-AGAIN = (4, 5, 6, 134, 137, 143)
-# Of a restart for any other reason than having been told to leave.
-TOLD = 4
-
 _HERE = Path(__file__).parent
 FOLLOW = (_HERE / 'follow.sh').read_text()
 # What each host runs, as `bash -c JOB job ARGUMENTS`.
