@@ -171,10 +171,8 @@ def conclude(workdir: storage.Path, code: int, told: str) -> None:
   """Writes how a session ended, on process 0; a disk that takes nothing is no fault."""
   if jax.process_index():
     return
-  path, step = workdir / 'metrics.jsonl', 0
   try:
-    if metrics.exists(path):
-      step = max((r['step'] for r in metrics.read(path)), default=0)
+    step = metrics.last_step(workdir / 'metrics.jsonl')
     outcome.write(workdir, outcome.Outcome(code, step, told, time.time()))
   except (OSError, metrics.Damaged) as error:
     _log.warning('%s could not be written: %s', workdir / outcome.NAME, error)

@@ -109,6 +109,26 @@ def test_a_killed_run_leaves_all_its_records_but_the_last(tmp_path, spawn_python
   assert len(records) > 500 and all(r['loss'] == 1 / r['step'] for r in records)
 
 
+def test_the_last_step_is_told_by_the_end_of_the_file(tmp_path, monkeypatch):
+  path = tmp_path / 'metrics.jsonl'
+  assert metrics.last_step(path) == 0
+  write(tmp_path, [(step, {'loss': 1.0}) for step in range(1, 301)])
+  assert metrics.last_step(path) == 300
+  with open(path, 'ab') as file:
+    file.write(b'{"step": 301, "lo')
+  # What begins in the middle of a record is none of it.
+  for size in (200, 201, 300, 1 << 20):
+    monkeypatch.setattr(lines, 'END', size)
+    assert metrics.last_step(path) == 300
+  # So it is of a store's parts, of which the last may hold a torn line alone.
+  path.unlink()
+  parts = tmp_path / 'metrics.jsonl.parts'
+  parts.mkdir()
+  (parts / '00000001-a.jsonl').write_bytes(lines.line({'step': 7}))
+  (parts / '00000002-a.jsonl').write_bytes(b'{"st')
+  assert metrics.last_step(path) == 7
+
+
 def test_truncating_a_file_that_is_not_there_is_no_error(tmp_path):
   assert metrics.truncate(tmp_path / 'metrics.jsonl', 3) == 0
 

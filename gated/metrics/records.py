@@ -26,6 +26,7 @@ from gated import storage
 
 ABSENT = {'NaN': math.nan, 'Infinity': math.inf, '-Infinity': -math.inf}
 LARGEST = 1 << 32  # Bytes of a file of records that are read at most.
+END = 1 << 20  # Bytes that hold the last record of a file, with room to spare.
 PART = 1000  # Records in a part, about: then the next begins.
 SECONDS = 30.0  # That a record waits at most to be put into a store.
 
@@ -81,6 +82,15 @@ def read(path: storage.PathLike) -> list[dict]:
   if not pieces:
     raise FileNotFoundError(f'{os.fspath(path)} is not there')
   return [_decode(text, piece) for piece in pieces for text in _lines(_read(piece))]
+
+
+def last_step(path: storage.PathLike) -> int:
+  """metrics.jsonl -> the last step that it tells of; 0 for none. Reads its end alone."""
+  for piece in reversed(_pieces(path)):
+    content = _read(piece) if storage.is_remote(piece) else _end(piece)
+    if lines := _lines(content):
+      return _decode(lines[-1], piece)['step']
+  return 0
 
 
 def truncate(path: storage.PathLike, step: int) -> int:
@@ -227,6 +237,15 @@ def _merge(path: storage.PathLike) -> None:
 
 def _read(piece: storage.PathLike) -> bytes:
   return storage.read(piece, LARGEST)
+
+
+def _end(piece: storage.PathLike) -> bytes:
+  """The last END bytes of a local file, and of what they begin with only whole lines."""
+  with open(piece, 'rb') as file:
+    begins = max(0, os.path.getsize(piece) - END)
+    file.seek(begins)
+    content = file.read(END)
+  return content.partition(b'\n')[2] if begins else content
 
 
 def _lines(content: bytes) -> list[bytes]:

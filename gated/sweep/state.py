@@ -33,7 +33,7 @@ def state(workdir: storage.Path, steps: int) -> State:
   """
   found = outcome.read(workdir)
   if found is None:
-    step = _step(workdir)
+    step = metrics.last_step(workdir / 'metrics.jsonl')
     there = step or storage.exists(workdir / 'run.json')
     return State('partial' if there else 'absent', step)
   name = CODES.get(found.code, 'failed')
@@ -45,10 +45,3 @@ def state(workdir: storage.Path, steps: int) -> State:
 def living(workdir: storage.Path) -> bool:
   """Whether a run that lives, as far as its lock tells, has the workdir."""
   return lock.living(workdir, stale_after=workdirs.STALE_AFTER)
-
-
-def _step(workdir: storage.Path) -> int:
-  path = workdir / 'metrics.jsonl'
-  if not metrics.exists(path):
-    return 0
-  return max((r['step'] for r in metrics.read(path)), default=0)
