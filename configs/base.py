@@ -188,6 +188,15 @@ def optim() -> dict:
   )
 
 
+def rule() -> dict[str, float]:
+  """When a run of a sweep has diverged, unless its recipe has a `get_rule`."""
+  return dict(
+    multiple=1.5,  # of the best final loss, beyond what any sound learning rate makes
+    rise=0.5,  # nats above its lowest level at its end: far beyond the noise of a level
+    tail=0.05,  # of a run's logged losses, whose median is its level
+  )
+
+
 def arguments(arg: str, *words: str, **values: tuple[str, ...]) -> dict[str, str]:
   """'48l,gate=headwise' -> {'': '48l', 'gate': 'headwise'}, checked.
 

@@ -132,9 +132,7 @@ def planned(args: argparse.Namespace, words: Sequence[str]) -> sweep.Sweep:
       f'--config={of.spec} has no get_grid: name its axes, --axis=optim.lr=1e-3,2e-3 '
       '(and --seeds=3)'
     )
-  rule = sweep.RULE
-  if hasattr(of.module, 'get_rule'):
-    rule = config.build(stability.Rule, of.module.get_rule(), 'rule')
+  rule = getattr(of.module, 'get_rule', base.rule)()
   return sweep.plan(
     of.spec,
     axes.product(*parts),
@@ -142,7 +140,7 @@ def planned(args: argparse.Namespace, words: Sequence[str]) -> sweep.Sweep:
     overrides=of.overrides,
     flags=['--deterministic'] if args.deterministic else [],
     folder=args.dir,
-    rule=rule,
+    rule=config.build(stability.Rule, rule, 'rule'),
   )
 
 

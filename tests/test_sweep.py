@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from faults import process
 
-from configs import axes, lr_sweep
+from configs import axes, base, lr_sweep
 from gated import config, metrics, model, stability, storage, sweep
 from gated import workdir as workdirs
 from gated.sweep import code, follow, machine, runner
@@ -26,7 +26,8 @@ LR = axes.axis('optim.lr', [1e-3, 4e-3])
 
 
 def plan(grid, recipe='configs/tiny.py', **given):
-  return sweep.plan(recipe, grid, resolve=script.resolve, **given)
+  rule = given.pop('rule', stability.Rule(**base.rule()))
+  return sweep.plan(recipe, grid, resolve=script.resolve, rule=rule, **given)
 
 
 @functools.cache
@@ -263,7 +264,7 @@ def test_a_sweep_is_opened_from_its_folder_alone_wherever_it_lies(tmp_path):
   shutil.move(tmp_path / 'a', tmp_path / 'b')
   found = sweep.open(tmp_path / 'b')
   assert found == made.moved(found.folder)
-  assert found.rule == sweep.RULE
+  assert found.rule == made.rule
   assert (
     found.points[0].command[-1] == f'--workdir={tmp_path}/b/points/{made.points[0].name}'
   )

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gated import config, metrics, stability, storage, sweep
+from gated import workdir as workdirs
+from gated.stability.spikes import GAP, THRESHOLD, WARMUP, WINDOW
 
 TAIL, LEAST = 0.02, 10  # Of the records, whose mean is a final training loss.
 DONE = sweep.ENDED
@@ -28,7 +30,6 @@ WATCHED = {
   'residual_growth': 'indicators',
 }
 LIMITED = ('threshold', 'warmup')  # What a spike's height depends on.
-MAX_BYTES = 1 << 26  # Of a run.json.
 
 
 class Curve(NamedTuple):
@@ -208,8 +209,12 @@ def fitting(steps: int) -> dict[str, Any]:
   As in the paper's curves; but in a short run a tenth is warm-up, and what is of one
   spike lies within a twentieth.
   """
-  short = {'warmup': min(5000, steps // 10), 'gap': min(200, steps // 20)}
-  return {'window': 101, 'threshold': 0.1} | short
+  return {
+    'window': WINDOW,
+    'threshold': THRESHOLD,
+    'warmup': min(WARMUP, steps // 10),
+    'gap': min(GAP, steps // 20),
+  }
 
 
 class _Log(NamedTuple):
@@ -283,7 +288,7 @@ def _session(workdir: storage.Path) -> dict[str, str]:
   path = workdir / 'run.json'
   if not storage.exists(path):
     return {'device': '', 'data': ''}
-  found = json.loads(storage.read(path, MAX_BYTES))
+  found = json.loads(storage.read(path, workdirs.LIMIT))
   last = found['sessions'][-1]
   device = f'{last["devices"]} x {last["device_kind"]}'
   return {'device': device, 'data': found['data'].get('sha256', '')}

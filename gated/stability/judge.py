@@ -12,13 +12,7 @@ LEAST = 3  # Points that a level is the median of, at least.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-  """When a run counts as diverged; `str` of it is the sentence that a report states.
-
-  Where to begin: `multiple` 1.5, `rise` 0.5 and `tail` 0.05. A final loss of 1.5 times
-  the best is beyond what any reasonable learning rate makes of the same budget; 0.5 nats
-  is beyond the noise of a level, even of small batches, and far below what a run loses
-  that falls back to predicting by frequency.
-  """
+  """When a run counts as diverged; `str` of it is the sentence that a report states."""
 
   multiple: float  # of the best final loss of the sweep; above it is diverged
   rise: float  # nats above its lowest level, at the end of a run that never recovered

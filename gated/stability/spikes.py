@@ -22,6 +22,10 @@ CHANCE = 0.01
 SIGMA = 1.4826
 
 
+# As the paper's released curves were measured.
+WINDOW, THRESHOLD, WARMUP, GAP = 101, 0.1, 5000, 200
+
+
 class Spike(NamedTuple):
   """An excursion of the loss; steps are those of logged points."""
 
@@ -38,10 +42,10 @@ def spikes(
   steps: ArrayLike,
   losses: ArrayLike,
   *,
-  window: int = 101,
-  threshold: float = 0.1,
-  warmup: int = 5000,
-  gap: int = 200,
+  window: int = WINDOW,
+  threshold: float = THRESHOLD,
+  warmup: int = WARMUP,
+  gap: int = GAP,
 ) -> list[Spike]:
   """Losses in nats and the steps they were logged at -> their distinct excursions.
 

@@ -11,7 +11,7 @@ What became of a point is told by its workdir alone, whoever launched it.
 from gated.sweep.code import CARRIED
 from gated.sweep.compare import Comparison, Difference, Losses, folders, runs
 from gated.sweep.folder import NAME, is_current, local, open, unpacked, write
-from gated.sweep.grid import RULE, Point, Sweep, check_here, only, plan
+from gated.sweep.grid import Point, Sweep, check_here, only, plan
 from gated.sweep.machine import Room, Slot, room
 from gated.sweep.runner import Row, Runner, rows
 from gated.sweep.state import ENDED, State, living, state
@@ -21,7 +21,6 @@ __all__ = [
   'CARRIED',
   'ENDED',
   'NAME',
-  'RULE',
   'Comparison',
   'Difference',
   'Losses',

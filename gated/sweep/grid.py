@@ -10,9 +10,6 @@ from typing import Any, NamedTuple
 from gated import config, stability, storage
 from gated import plan as plans
 
-# Where a rule of divergence begins, for a recipe that states none; see stability.Rule.
-RULE = stability.Rule(multiple=1.5, rise=0.5, tail=0.05)
-
 # A command line of train.py, without its name -> the recipe as it is resolved there.
 Resolve = Callable[[Sequence[str]], dict]
 
@@ -59,10 +56,10 @@ def plan(
   grid: Sequence[tuple[Mapping[str, str], Mapping[str, Any]]],
   *,
   resolve: Resolve,
+  rule: stability.Rule,
   overrides: Sequence[str] = (),
   flags: Sequence[str] = (),
   folder: str = '',
-  rule: stability.Rule = RULE,
 ) -> Sweep:
   """A recipe and the labels and changes of its points -> Sweep, with nothing written.
 
