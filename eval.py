@@ -22,20 +22,9 @@ from absl import app, flags
 from jax.sharding import Mesh
 
 from configs import base
-from gated import (
-  checkpoint,
-  config,
-  data,
-  evals,
-  hf,
-  ledger,
-  mesh,
-  metrics,
-  model,
-  plan,
-  processes,
-  storage,
-)
+from gated import config, data, evals, hf, model, plan, storage
+from gated.devices import mesh, processes
+from gated.run import checkpoint, events, metrics
 
 REFUSED = 2
 
@@ -264,7 +253,7 @@ def main(argv: list[str]) -> int:
     return REFUSED
   if jax.process_index() == 0:
     print(evals.table(report))
-    if report['stability'] and (told := ledger.told(report['stability'])):
+    if report['stability'] and (told := events.summary(report['stability'])):
       print(f'the run was not undisturbed up to this step: {told}')
     print(metrics.dumps(report, indent=None))
   return 0

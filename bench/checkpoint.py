@@ -25,9 +25,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import train_step
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from gated import checkpoint, mesh, plan, step
+from gated import plan
+from gated.devices import mesh
+from gated.run import checkpoint
+from gated.train import step
 
 # What is asked for: GB/s as a share of Orbax's, blocking as a share of a whole save,
 # what verifying adds to a restore, and what 15 saves add to the memory in use.

@@ -24,9 +24,8 @@ from pathlib import Path
 
 import jax
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from gated import checkpoint, metrics, trees
+from gated.devices import trees
+from gated.run import checkpoint, metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {'JAX_ENABLE_COMPILATION_CACHE': 'false'}

@@ -12,8 +12,6 @@ in milliseconds; errors are relative to the weights' way, ||out - ref|| / ||ref|
 
 import argparse
 import os
-import sys
-from pathlib import Path
 
 os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8')
 
@@ -24,11 +22,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from timing import milliseconds
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from gated import compiled, kernels, mesh
-from gated.layers import swiglu
-from gated.moe import dropless
+from gated import kernels
+from gated.devices import mesh
+from gated.model.layers import swiglu
+from gated.model.moe import dropless
+from gated.pods import compiled
 
 ROWS = P(('fsdp', 'expert'))
 WIDE, NARROW = P('expert', 'fsdp'), P('expert', None, 'fsdp')

@@ -12,16 +12,12 @@ forward, and of forward and backward.
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from timing import milliseconds
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gated import kernels
 

@@ -14,15 +14,14 @@ import importlib.util
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from configs import base
-from gated import config, data, mesh, metrics, plan
+from gated import config, data, plan
+from gated.devices import mesh
+from gated.run import metrics
 
 
 def recipe(spec, overrides):

@@ -9,18 +9,14 @@ overwritten. Exit code 2: refused.
 
 import argparse
 import math
-import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# This script is run from a checkout, without an installation.
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-
-from gated import checkpoint, config, hf, model, plan
+from gated import config, hf, model, plan
 from gated.data import mixture, shards
+from gated.run import checkpoint
 
 REFUSED = 2
 # What a config.json may say beside the model, and another one takes over.

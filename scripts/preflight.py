@@ -39,12 +39,12 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from configs import base
-from gated import config, metrics, model, plan, preflight
-from gated.chips import GIB
-from gated.preflight import golden, table
+from gated import config, model, plan
+from gated.devices.chips import GIB
+from gated.pods import preflight
+from gated.pods.preflight import golden, table
+from gated.run import metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / 'tests/golden/preflight'

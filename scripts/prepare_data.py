@@ -13,9 +13,6 @@ import logging
 import os
 import sys
 
-# This script is run from a checkout, without an installation.
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
 from gated.data import prepare
 
 

@@ -17,34 +17,20 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from configs import base
-from gated import (
-  checkpoint,
-  config,
-  data,
-  ledger,
-  mesh,
-  metrics,
-  plan,
-  processes,
-  stability,
-  step,
-  storage,
-  trees,
-)
-from gated import workdir as workdirs
+from gated import config, data, plan, storage
+from gated.devices import mesh, processes, trees
+from gated.run import checkpoint, events, metrics
+from gated.run import workdir as workdirs
+from gated.train import guard, step
 
 REFUSED = 2
 LETTERS, LARGEST = 80, 3  # Of a row that are shown; parameters that are named.
@@ -71,8 +57,8 @@ def prepare(a: argparse.Namespace) -> Replay:
   if not storage.exists(workdir / 'run.json'):
     raise ValueError(f'--workdir={a.workdir} holds no run: there is no run.json')
   config.at_least('--rows', a.rows, 1)
-  events = recorded(workdir)
-  event = find(events, a)
+  recorded_events = recorded(workdir)
+  event = find(recorded_events, a)
   c, sha256 = recipe(workdir, event['step'])
   c['data'] |= {'workers': 0, 'cache': a.cache}
   the = plan.Plan(config.build(plan.Config, c, 'config'))
@@ -83,33 +69,33 @@ def prepare(a: argparse.Namespace) -> Replay:
   check_records(event, corpus, a.workdir)
   lowered = the.train_step()
   with checkpoint.Reader(workdir / 'checkpoints') as saved:
-    start, state = restore(saved, the, event, events)
+    start, state = restore(saved, the, event, recorded_events)
   return Replay(event, the, corpus, lowered, start, state)
 
 
 def recorded(workdir: storage.Path) -> list[dict]:
   """A workdir -> its ledger's events; ValueError if they are not what a run wrote."""
   try:
-    events = ledger.read(workdir)
-    for event in events:
+    found = events.read(workdir)
+    for event in found:
       for name, kind in FIELDS.items():
         if not isinstance(event[name], kind):
           raise TypeError(f'{name}={event[name]!r}')
-    return events
+    return found
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-    told = f'--workdir={workdir}: {ledger.NAME} is damaged: {error!r}'
+    told = f'--workdir={workdir}: {events.NAME} is damaged: {error!r}'
     raise ValueError(told[:300]) from error
 
 
-def find(events: list[dict], a: argparse.Namespace) -> dict:
+def find(recorded_events: list[dict], a: argparse.Namespace) -> dict:
   """The event of --step, and --data_step if given: the last, where there are several."""
-  steps = [e for e in events if e['step'] == a.step]
+  steps = [e for e in recorded_events if e['step'] == a.step]
   if found := [e for e in steps if a.data_step in (None, e['data_step'])]:
     return found[-1]
-  name, those = ('data_step', steps) if steps else ('step', events)
+  name, those = ('data_step', steps) if steps else ('step', recorded_events)
   there = ', '.join(map(str, sorted({e[name] for e in those}))) or 'nothing'
   value = a.data_step if steps else a.step
-  raise ValueError(f'--{name}={value} is not in {ledger.NAME}, where there is {there}')
+  raise ValueError(f'--{name}={value} is not in {events.NAME}, where there is {there}')
 
 
 def recipe(workdir: storage.Path, at: int) -> tuple[dict, str]:
@@ -139,13 +125,15 @@ def recipe(workdir: storage.Path, at: int) -> tuple[dict, str]:
 def check_records(event: dict, corpus: data.Corpus, workdir: str) -> None:
   """Raises ValueError, naming the first that differs, unless the batch is the event's."""
   told, found = event['records'], corpus.record_ids(event['data_step'])
-  where = f'--workdir={workdir}: {ledger.NAME}, step {event["step"]}'
+  where = f'--workdir={workdir}: {events.NAME}, step {event["step"]}'
   for row, (there, here) in enumerate(itertools.zip_longest(told, found)):
     if there != here:
       raise ValueError(f'{where}: row {row} was {there}, but is {here}'[:500])
 
 
-def restore(saved: checkpoint.Reader, the: plan.Plan, event: dict, events: list[dict]):
+def restore(
+  saved: checkpoint.Reader, the: plan.Plan, event: dict, recorded_events: list[dict]
+):
   """-> the newest step that leads to the event, and its state, the data as they went on.
 
   A run went on from a step with the next batch, or past those of a later rollback.
@@ -162,7 +150,7 @@ def restore(saved: checkpoint.Reader, the: plan.Plan, event: dict, events: list[
       _log.warning('passed over: %s', error)
       continue
     tried[at] = int(state.data_step)
-    back = [e for e in events if e['action'] == 'rollback' and e['step'] > at]
+    back = [e for e in recorded_events if e['action'] == 'rollback' and e['step'] > at]
     start = event['data_step'] - (before - at)
     if start in (tried[at], *(e['data_step'] + 1 for e in back)):
       where = jax.device_put(np.int32(start), state.data_step.sharding)
@@ -221,19 +209,15 @@ def look(the: plan.Plan) -> Callable:
   Of a parameter that stacks the layers, the norm of each layer.
   """
 
-  def update(grads, opt, params, **extra):
-    updates, opt = the.tx.update(grads, opt, params, **extra)
-    axes = lambda name, g: tuple(range(1 if name.startswith('blocks.') else 0, g.ndim))
-    leaves = trees.flatten(grads).items()
-    norms = {k: jnp.sqrt(jnp.square(g).sum(axes(k, g))) for k, g in leaves}
-    return updates, (opt, norms)
+  axes = lambda name, g: tuple(range(1 if name.startswith('blocks.') else 0, g.ndim))
+
+  def norm(name, g):
+    return jnp.sqrt(jnp.square(g.astype(jnp.float32)).sum(axes(name, g)))
 
   def run(state, batch):
-    tx = optax.GradientTransformationExtraArgs(the.tx.init, update)
-    opts: dict[str, Any] = dict(tx=tx, accum=the.cfg.accum, loss=the.cfg.loss)
-    after, values = step.train(state, batch, schedule=the.schedule, **opts)
-    guarded, norms = after.opt
-    return values | stability.report(guarded), norms
+    gradients = step.gradients(state.model, batch, accum=the.cfg.accum, loss=the.cfg.loss)
+    _, values = step.update(state, gradients, tx=the.tx, schedule=the.schedule)
+    return values, {k: norm(k, g) for k, g in trees.flatten(gradients.grads).items()}
 
   where = NamedSharding(the.mesh, P())
   return jax.jit(plan.exact(the.cfg.model, run), out_shardings=where)
@@ -242,7 +226,7 @@ def look(the: plan.Plan) -> Callable:
 def summary(values: dict, norms: dict) -> dict:
   """A step's metrics and gradients' norms, on the host -> what is told of them."""
   told: dict[str, Any] = {k: float(values[k]) for k in ('loss', 'grad_norm')}
-  told['guard'] = stability.VERDICTS[int(values['verdict'])]
+  told['guard'] = guard.VERDICTS[int(values['verdict'])]
   order = lambda item: math.inf if math.isnan(item[1]) else item[1]
   each = sorted(_each(norms), key=order, reverse=True)
   return told | ({'largest': each[:LARGEST]} if each else {})

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import jax
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from gated import chips, config, estimate, plan
-from gated.chips import GIB
+from gated import config, plan
+from gated.devices import chips
+from gated.devices.chips import GIB
+from gated.pods import estimate
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = 'python scripts/scaling.py'

@@ -30,11 +30,10 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from configs import axes, base, table2
-from gated import config, report, stability, storage, sweep
-from gated.launch import desk
+from gated import config, storage, sweep
+from gated.sweep import judge, report
+from gated.sweep.launch import desk
 
 ROOT = Path(__file__).resolve().parents[1]
 REFUSED, INTERRUPTED = 2, 130
@@ -140,7 +139,7 @@ def planned(args: argparse.Namespace, words: Sequence[str]) -> sweep.Sweep:
     overrides=of.overrides,
     flags=['--deterministic'] if args.deterministic else [],
     folder=args.dir,
-    rule=config.build(stability.Rule, rule, 'rule'),
+    rule=config.build(judge.Rule, rule, 'rule'),
   )
 
 

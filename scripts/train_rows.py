@@ -19,10 +19,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from configs import table1, table2, table3, table4, table6
-from gated import checkpoint, config, data, mesh, plan, trees
+from gated import config, data, plan
+from gated.devices import mesh, trees
+from gated.run import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = {m.__name__.split('.')[-1]: m for m in (table1, table2, table3, table4, table6)}

@@ -26,9 +26,10 @@ import jax
 import numpy as np
 import small
 
-from gated import checkpoint, config, data, hf, plan, storage, tokenizer
-from gated.data import prepare
+from gated import config, data, hf, plan, storage
+from gated.data import prepare, tokenizer
 from gated.hf import files
+from gated.run import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY = 1 << 29  # Bytes that refusing may take; a header may ask for any number.

@@ -13,20 +13,11 @@ import jax
 import numpy as np
 
 from configs import base
-from gated import (
-  attention,
-  config,
-  data,
-  gate,
-  kernels,
-  layers,
-  mesh,
-  model,
-  optim,
-  plan,
-  trees,
-)
-from gated.kernels import blockwise, splash
+from gated import config, data, kernels, model, plan
+from gated.devices import mesh, trees
+from gated.kernels.attention import blockwise, splash
+from gated.model import attention, gate, layers
+from gated.train import optim
 
 RECIPE = {
   'steps': 5,

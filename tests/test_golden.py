@@ -20,7 +20,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 import small
 
 from configs import base, dense_1b7, moe_15b, table1, table2, table3, table4, table6, tiny
-from gated import config, model, optim, plan, stability, step
+from gated import config, model, plan
+from gated.train import guard, optim, step
 
 FOLDER = Path(__file__).parent / 'golden'
 STALE = 'If this is meant, run `python tests/test_golden.py` and say why in the commit.'
@@ -66,7 +67,7 @@ def losses(gate, accum):
   """The first five losses of a small model from seed 0, on one device."""
   gates = {f'model__attn__gate__{k}': v for k, v in base.GATES[gate].items()}
   cfg = small.whole(loss__z=1e-3, model__numerics__init_std=0.1, **gates)
-  tx = stability.guard(optim.make(cfg.optim, steps=5, multipliers={}), cfg.stability)
+  tx = guard.guard(optim.make(cfg.optim, steps=5, multipliers={}), cfg.stability)
   schedule = optim.schedule(cfg.optim, 5)
   run = functools.partial(step.train, tx=tx, schedule=schedule, accum=accum)
   run = jax.jit(functools.partial(run, loss=cfg.loss))

@@ -7,7 +7,9 @@ import jax
 import pytest
 from test_train import command, ok
 
-from gated import checkpoint, config, ledger, metrics, plan, storage
+from gated import config, plan, storage
+from gated.run import checkpoint, metrics
+from gated.run import events as spikes
 from scripts import replay
 
 SAVES, STEPS = 4, 10
@@ -35,7 +37,7 @@ def spiky(tmp_path_factory, run_python):
 
 
 def events(workdir):
-  return ledger.read(storage.path(workdir))
+  return spikes.read(storage.path(workdir))
 
 
 def refused(workdir, *flags):
@@ -89,7 +91,7 @@ def copied(spiky, tmp_path):
   def write(change):
     every = events(spiky)
     change(every[-1])
-    path = tmp_path / 'run' / ledger.NAME
+    path = tmp_path / 'run' / spikes.NAME
     path.write_text(''.join(metrics.dumps(e, indent=None) + '\n' for e in every))
     return every[-1]
 

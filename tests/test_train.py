@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from faults import evidence, process
 
-from gated import checkpoint, metrics
+from gated.run import checkpoint, metrics
 
 STEPS = 20
 SAVES = 6  # Steps 6, 12, 18, and the last.

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gated import tokenizer
-from gated.data import mixture, shards
+from gated.data import mixture, shards, tokenizer
 from gated.data.shards import Batch
 
 THREADS = 4  # That read and parse, in each process; a batch is one thread's work.

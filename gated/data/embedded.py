@@ -20,8 +20,7 @@ import time
 import tokenize
 from collections.abc import Iterator
 
-from gated import tokenizer
-from gated.data import packing, shards
+from gated.data import packing, shards, tokenizer
 
 DOMAINS = ('code', 'prose')
 HELDOUT = 0.05

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gated import tokenizer
-from gated.data import shards
+from gated.data import shards, tokenizer
 
 TOKEN = np.dtype([('token', '<u4'), ('bytes', '<u4')])
 DOCUMENT = np.dtype(

@@ -23,8 +23,7 @@ from typing import Any, NamedTuple
 
 import tqdm
 
-from gated import tokenizer
-from gated.data import packing, shards, sources
+from gated.data import packing, shards, sources, tokenizer
 
 log = logging.getLogger(__name__)
 

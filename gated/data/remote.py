@@ -15,8 +15,8 @@ import shutil
 import tempfile
 from collections.abc import Generator
 
-from gated import storage, tokenizer
-from gated.data import shards
+from gated import storage
+from gated.data import shards, tokenizer
 
 log = logging.getLogger(__name__)
 

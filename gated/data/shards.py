@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gated import config, storage, tokenizer
+from gated import config, storage
+from gated.data import tokenizer
 
 FORMAT = 1
 MANIFEST = 'manifest.json'

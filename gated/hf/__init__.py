@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gated import model, trees
+from gated import model
 from gated.config import differences, one_of
+from gated.devices import trees
 from gated.hf import files, knobs, meaning, names
 from gated.hf.files import is_checkpoint
-from gated.layers import DTYPES
+from gated.model.layers import DTYPES
 
 __all__ = ['check', 'config', 'is_checkpoint', 'load', 'read', 'save']
 

@@ -4,7 +4,8 @@ A backend that cannot do a case raises NotImplementedError saying what it lacks;
 'auto' the next one is tried, and the choice is logged once.
 """
 
-from gated.kernels.attention import (
+from gated.kernels.attention.case import scores, soft_cap, with_lse_gradient
+from gated.kernels.attention.contract import (
   ATTENTION,
   NORMALIZERS,
   REFERENCE_LIMIT,
@@ -13,9 +14,8 @@ from gated.kernels.attention import (
   check_backend,
   segment_runs,
 )
-from gated.kernels.case import scores, soft_cap, with_lse_gradient
-from gated.kernels.grouped import GROUPED, check_grouped, grouped_matmul
-from gated.kernels.loss import vocab_loss
+from gated.kernels.cross_entropy import vocab_loss
+from gated.kernels.grouped_matmul.contract import GROUPED, check_grouped, grouped_matmul
 
 __all__ = [
   'ATTENTION',

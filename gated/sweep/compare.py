@@ -13,8 +13,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gated import config, metrics, storage
-from gated import workdir as workdirs
+from gated import config, storage
+from gated.run import metrics
+from gated.run import workdir as workdirs
 from gated.sweep import folder as sweeps
 from gated.sweep.grid import Point, Sweep
 

@@ -11,9 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gated import config, metrics, stability, storage
-from gated.metrics import provenance
-from gated.sweep import code
+from gated import config, storage
+from gated.run import metrics
+from gated.run.metrics import provenance
+from gated.sweep import code, judge
 from gated.sweep.grid import Point, Sweep
 
 NAME, CODE = 'sweep.json', 'code.tar.gz'
@@ -89,7 +90,7 @@ def open(folder: storage.PathLike) -> Sweep:
       overrides=tuple(map(_text, whole['overrides'])),
       flags=tuple(map(_text, whole['flags'])),
       points=points,
-      rule=config.build(stability.Rule, whole['rule'], 'rule'),
+      rule=config.build(judge.Rule, whole['rule'], 'rule'),
       made=_made(whole['made']),
     ).moved(where)
   except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:

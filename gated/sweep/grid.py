@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from gated import config, stability, storage
+from gated import config, storage
 from gated import plan as plans
+from gated.sweep import judge
 
 # A command line of train.py, without its name -> the recipe as it is resolved there.
 Resolve = Callable[[Sequence[str]], dict]
@@ -34,7 +35,7 @@ class Sweep:
   overrides: tuple[str, ...]  # --config.steps=100, of all points
   flags: tuple[str, ...]  # Others of train.py's, of all points.
   points: tuple[Point, ...]
-  rule: stability.Rule
+  rule: judge.Rule
   made: Mapping[str, Any] = field(default_factory=dict)  # Code, versions, environment.
 
   def workdir(self, point: Point) -> storage.Path:
@@ -56,7 +57,7 @@ def plan(
   grid: Sequence[tuple[Mapping[str, str], Mapping[str, Any]]],
   *,
   resolve: Resolve,
-  rule: stability.Rule,
+  rule: judge.Rule,
   overrides: Sequence[str] = (),
   flags: Sequence[str] = (),
   folder: str = '',

@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from gated import chips, config, estimate, mesh
+from gated import config
 from gated import plan as plans
+from gated.devices import chips, mesh
+from gated.pods import estimate
 from gated.sweep.grid import Point
 
 # Bytes of a process that trains on CPU beside its arrays: Python, JAX, the compiler.

@@ -2,17 +2,18 @@
 
 from typing import NamedTuple
 
-from gated import lock, metrics, outcome, storage
-from gated import workdir as workdirs
+from gated import storage
+from gated.run import exit_codes, lock, metrics, outcome
+from gated.run import workdir as workdirs
 
 # What a finished or a diverged point came to is not to be computed again.
 ENDED = 'finished', 'diverged'
 STATES = 'absent', 'partial', *ENDED, 'failed'
 # Of train.py's exit codes; after any other, a point has failed.
 CODES = {
-  outcome.FINISHED: 'finished',
-  outcome.UNSTABLE: 'diverged',
-  outcome.TOLD_TO_LEAVE: 'partial',
+  exit_codes.FINISHED: 'finished',
+  exit_codes.UNSTABLE: 'diverged',
+  exit_codes.PREEMPTED: 'partial',
 }
 
 

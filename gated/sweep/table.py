@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from gated.outcome import TOLD_TO_LEAVE
+from gated.run.exit_codes import PREEMPTED
 from gated.sweep.grid import Sweep
 from gated.sweep.runner import Row, Runner, tail
 
@@ -138,7 +138,7 @@ def told(runner: Runner, swept: Sweep) -> int:
     print(textwrap.indent(tail(log), '  | '))
   if runner.leaving:
     print('told to leave: the same command goes on')
-    return TOLD_TO_LEAVE
+    return PREEMPTED
   if failed:
     print(f'{len(failed)} points failed; the same command tries them again')
     return FAILED

@@ -8,7 +8,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from gated import checkpoint, metrics, trees
+from gated.devices import trees
+from gated.run import checkpoint, metrics
 
 
 def losses(workdir: Path, kind: str = 'train') -> list[tuple[int, float]]:

@@ -42,8 +42,11 @@ from absl import app
 from orbax.checkpoint._src.path import atomicity
 
 import train
-from gated import checkpoint, optim, recorder, step, storage, trees
-from gated.checkpoint import head, manifest, retention
+from gated import storage
+from gated.devices import trees
+from gated.run import checkpoint, recorder
+from gated.run.checkpoint import head, manifest, retention
+from gated.train import optim, step
 
 # Where a fault of the host may happen, in the order of a save.
 AT = (

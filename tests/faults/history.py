@@ -8,8 +8,11 @@ from faults import evidence
 from faults.world import SMALL, World
 
 from configs import tiny
-from gated import config, data, ledger, metrics, plan, trees
-from gated.checkpoint import head
+from gated import config, data, plan
+from gated.devices import trees
+from gated.run import metrics
+from gated.run.checkpoint import head
+from gated.run.events import read as read_events
 
 # What a skipped update changes, of all that is saved.
 COUNTERS = ('in_row', 'skipped', 'spikes', 'verdict', 'loss_zscore', 'grad_norm_zscore')
@@ -52,7 +55,7 @@ def corpus(**knobs) -> data.Corpus:
 
 def events(workdir: Path) -> list[tuple[int, int, str]]:
   """(step, data_step, action) of every line of the ledger."""
-  return [(e['step'], e['data_step'], e['action']) for e in ledger.read(workdir)]
+  return [(e['step'], e['data_step'], e['action']) for e in read_events(workdir)]
 
 
 def values(workdir: Path) -> dict[int, dict]:

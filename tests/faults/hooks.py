@@ -1,6 +1,6 @@
 """What faulty.py sets and watches in a run besides its faults.
 
-set   a constant by its full name, "gated.lock.MAX_PERIOD", "to" a value
+set   a constant by its full name, "gated.run.lock.MAX_PERIOD", "to" a value
 tell  'restored': every state that is restored, by its digest, on standard error
 omit  steps whose update is left out, on the host: batch and step go by, and no more
 """
@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from jax._src import compiler
 from jax.experimental import multihost_utils
 
-from gated import checkpoint, plan, trees
+from gated import plan
+from gated.devices import trees
+from gated.run import checkpoint
 
 
 def patch(wishes: list[dict]) -> None:

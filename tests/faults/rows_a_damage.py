@@ -10,7 +10,8 @@ from faults import evidence
 from faults.rows_a import leave
 from faults.world import Outcome, Row, Straight, Tally, World
 
-from gated import checkpoint, config
+from gated import config
+from gated.run import checkpoint
 
 LEFT = 10  # The step at which the runs below are left; before it stands step 8.
 OLDER = 8

@@ -12,7 +12,7 @@ from faults.process import Child
 from faults.rows_a import leave
 from faults.world import SAVES, STEPS, Outcome, Row, Skip, Straight, Tally, World
 
-from gated import checkpoint
+from gated.run import checkpoint
 
 PAGE = 4096  # Bytes that a file takes at least, on a tmpfs.
 ROOM = 1 << 28  # Bytes of a tmpfs that nothing here fills.

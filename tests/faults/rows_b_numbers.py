@@ -9,7 +9,7 @@ from pathlib import Path
 from faults import evidence, history
 from faults.world import STEPS, Outcome, Row, Tally, World
 
-from gated.checkpoint import head
+from gated.run.checkpoint import head
 
 NEVER = [10**6, 10**6]  # Steps that do not come.
 TELL = {'tell': 'restored'}
@@ -91,7 +91,7 @@ def _left_out(world: World, workdir: Path, reference: Path, gone: list[int]) -> 
     assert in_row or values['loss'] == exact[step]['loss'], f'step {step}: other losses'
   assert history.events(workdir) == [(step, step - 1, 'note') for step in gone]
   data = history.corpus()
-  for event in history.ledger.read(workdir):
+  for event in history.read_events(workdir):
     assert event['skipped']
     assert event['records'] == data.record_ids(event['data_step']), event
 
@@ -218,7 +218,7 @@ def spike(what: str = 'loss', *at: int, by: str = 'data_step') -> Faults:
 
 def spike_goes_back(what: str, world: World) -> None:
   workdir = _past_it(world, spike(what), 12, [(SPIKE, SPIKE - 1)], **BACK)
-  (event,) = history.ledger.read(workdir)
+  (event,) = history.read_events(workdir)
   z = max(event['loss_zscore'], event['grad_norm_zscore'])
   assert z > 6 and event['skipped'] and event['grad_norm'] > 1, event
   assert event['records'] == history.corpus().record_ids(SPIKE - 1), event

@@ -103,7 +103,7 @@ def two_at_once(world: World, straight: Straight) -> None:
 
 def robbed_leaves(world: World, straight: Straight) -> None:
   workdir = world.path('robbed')
-  beats = {'set': 'gated.lock.MAX_PERIOD', 'to': 0.2}
+  beats = {'set': 'gated.run.lock.MAX_PERIOD', 'to': 0.2}
   robbed = _begun(world, workdir, beats)
   note = _note(workdir, beat=1e9)
   robbed.wait().expect(TAKEN, 'was taken over by process 7 on far')
@@ -224,7 +224,7 @@ def crafted(world: World, times: int) -> Outcome:
   leave(world, base, LEFT)
   size = max(p.stat().st_size for p in base.rglob('manifest.json'))
   assert size < 20000, f'a manifest has {size} bytes'
-  limit = {'set': 'gated.checkpoint.manifest.LIMIT', 'to': 20000}
+  limit = {'set': 'gated.run.checkpoint.manifest.LIMIT', 'to': 20000}
   for name, (told, spoil) in list(CRAFTED.items())[:times]:
     with tally.one(name):
       faults = [limit] if name == 'a manifest too large' else []

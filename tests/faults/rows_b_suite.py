@@ -11,16 +11,16 @@ from faults.world import Outcome, Row, Tally, World
 # 20, 23 and 28
 
 PROPERTIES = (
-  'test_prepare_data.py::test_rows_hold_every_token_as_a_target_once',
-  'test_prepare_data.py::test_batches_mask_what_belongs_to_another_document',
-  'test_prepare_data.py::test_any_number_of_processes_gives_the_same_bytes',
-  'test_data.py::test_every_window_of_a_mixture_holds_its_weights_exactly',
-  'test_data.py::test_every_epoch_has_every_row_once_in_another_order',
-  'test_data.py::test_starting_late_is_starting_early_and_reading_on',
-  'test_data.py::test_hosts_together_hold_what_one_would',
-  'test_optim.py::test_a_schedule_warms_up_linearly_and_ends_at_its_floor',
-  'test_optim.py::test_a_run_may_end_within_its_warmup',
-  'test_mesh.py::test_every_parameter_is_split_as_its_axes_say',
+  'data/test_prepare_data.py::test_rows_hold_every_token_as_a_target_once',
+  'data/test_prepare_data.py::test_batches_mask_what_belongs_to_another_document',
+  'data/test_prepare_data.py::test_any_number_of_processes_gives_the_same_bytes',
+  'data/test_data.py::test_every_window_of_a_mixture_holds_its_weights_exactly',
+  'data/test_data.py::test_every_epoch_has_every_row_once_in_another_order',
+  'data/test_data.py::test_starting_late_is_starting_early_and_reading_on',
+  'data/test_data.py::test_hosts_together_hold_what_one_would',
+  'train/test_optim.py::test_a_schedule_warms_up_linearly_and_ends_at_its_floor',
+  'train/test_optim.py::test_a_run_may_end_within_its_warmup',
+  'devices/test_mesh.py::test_every_parameter_is_split_as_its_axes_say',
 )
 
 

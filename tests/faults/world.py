@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from faults import evidence, process
 from faults.process import Child, Done
 
-from gated import trees
+from gated.devices import trees
 
 STEPS, SAVES, EVALS = 24, 4, 6
 

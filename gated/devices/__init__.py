@@ -1,0 +1,1 @@
+"""Where arrays and processes live: mesh, collectives, chips, processes, determinism."""

@@ -1,0 +1,233 @@
+"""Where arrays live: the device mesh, and one table from an array's axes to the mesh's.
+
+Five mesh axes, of type Auto: XLA's partitioner follows the shardings named here (this is
+what `pjit` became: `jax.jit` with `NamedSharding`). An axis of size 1 carries no name.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gated import config
+
+AXES = ('data', 'fsdp', 'expert', 'tensor', 'context')
+
+# The logical axis of a parameter or an activation -> the mesh axes that split it.
+RULES: dict[str | None, tuple[str, ...]] = {
+  'batch': ('data', 'fsdp', 'expert'),
+  'tokens': ('context',),
+  'vocab': ('tensor',),
+  'embed': ('fsdp',),
+  'heads': ('tensor',),
+  'kv_heads': ('tensor',),
+  'head_dim': (),
+  'channels': (),
+  'ffn': ('tensor',),
+  'experts': ('expert',),
+  'layers': (),
+  # Layers while their matrices are whole, on the way there and then (gated/optim.py).
+  'stack': ('fsdp',),
+  'stacks': ('fsdp', 'tensor'),
+  None: (),
+}
+
+# The knob that sets an axis's size, for error messages.
+KNOBS = {
+  'batch': 'config.batch',
+  'tokens': 'config.data.length',
+  'vocab': 'config.model.vocab',
+  'embed': 'config.model.width',
+  'heads': 'config.model.attn.heads',
+  'kv_heads': 'config.model.attn.kv_heads',
+  'ffn': 'config.model.ffn',
+  'experts': 'config.model.moe.experts',
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+  """The sizes of the mesh's axes, or what is known of them."""
+
+  choice: str  # hand, or auto
+  data: int
+  fsdp: int
+  expert: int
+  tensor: int
+  context: int
+
+  def __post_init__(self):
+    config.one_of('config.mesh.choice', self.choice, ('hand', 'auto'))
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    return {axis: getattr(self, axis) for axis in AXES}
+
+
+def make(
+  *, data: int, fsdp: int, expert: int, tensor: int, context: int, devices=None
+) -> Mesh:
+  """The sizes of the five axes, of which one may be -1 (the rest) -> the mesh.
+
+  Raises ValueError unless the sizes multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  asked = dict(zip(AXES, (data, fsdp, expert, tensor, context)))
+  placed = _arranged(filled(asked, len(devices)), list(devices))
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def filled(asked: Mapping[str, int], count: int) -> dict[str, int]:
+  """The sizes of the axes, of which one may be -1, for so many devices -> all of them.
+
+  Raises ValueError unless they multiply to the number of devices.
+  """
+  sizes = dict(asked)
+  for axis, size in sizes.items():
+    if size < 1 and size != -1:
+      raise ValueError(f'config.mesh.{axis}={size}, but it must be positive, or -1')
+  rest = [axis for axis, size in sizes.items() if size == -1]
+  known = math.prod(size for size in sizes.values() if size != -1)
+  if len(rest) > 1:
+    raise ValueError(f'config.mesh.{rest[0]} and .{rest[1]} are -1, but only one may be')
+  if rest and count % known == 0:
+    sizes[rest[0]] = count // known
+  product = math.prod(sizes.values())
+  if product != count:
+    knobs = ' * '.join(f'config.mesh.{axis}={size}' for axis, size in sizes.items())
+    raise ValueError(f'{knobs} is not the {count} devices here')
+  return sizes
+
+
+def slices(devices: Sequence[Any]) -> int:
+  """How many slices devices are of; of GPUs, how many machines."""
+  return len({getattr(device, 'slice_index', None) for device in devices})
+
+
+def _arranged(sizes: dict[str, int], devices: list) -> np.ndarray:
+  """Devices -> an array of them with the five axes, neighbours where it matters.
+
+  Between slices, whose network is slow, lies `data`, or `fsdp` where data does not divide
+  into them; the other axes stay inside of one. Raises ValueError if neither does. JAX
+  calls each machine with GPUs a slice; those keep their order, which puts the last axes
+  within a machine as far as they fit.
+  """
+  shape = tuple(sizes.values())
+  count = 1 if devices[0].platform == 'gpu' else slices(devices)
+  if count == 1:
+    return _along_links(shape, devices)
+  outer = next((a for a in ('data', 'fsdp') if sizes[a] % count == 0), None)
+  if outer is None:
+    data, fsdp = sizes['data'], sizes['fsdp']
+    raise ValueError(
+      f'config.mesh.data={data} or config.mesh.fsdp={fsdp} must be a multiple of the '
+      f'{count} slices, whose slow network no other axis may cross'
+    )
+  across = tuple(count if axis == outer else 1 for axis in AXES)
+  within = tuple(n // m for n, m in zip(shape, across))
+  split = dict(allow_split_physical_axes=True)
+  return mesh_utils.create_hybrid_device_mesh(within, across, devices, **split)
+
+
+def _along_links(shape: tuple[int, ...], devices: list) -> np.ndarray:
+  """Devices of one slice -> an array of them: whole rings of its torus where they fit."""
+  try:
+    return mesh_utils.create_device_mesh(shape, devices)
+  except NotImplementedError:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def platform() -> str:
+  """What the code being traced is for: that of the mesh in use, or of this machine.
+
+  They differ where a program is compiled for devices that are not here.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
+def spec(axes: Sequence[str | None], mesh) -> P:
+  """Logical axes of an array -> its PartitionSpec; mesh axes of size 1 are left out."""
+  names = [tuple(m for m in RULES[axis] if mesh.shape[m] > 1) for axis in axes]
+  return P(*(n[0] if len(n) == 1 else (n or None) for n in names))
+
+
+def ways(axis: str, mesh: Mesh) -> int:
+  """A logical axis -> into how many parts the mesh splits it."""
+  return math.prod(mesh.shape[m] for m in RULES[axis])
+
+
+def check(axis: str, size: int, mesh: Mesh) -> None:
+  """Raises ValueError, naming the knobs, unless the mesh splits `size` evenly."""
+  if size % ways(axis, mesh):
+    split = ' * '.join(f'config.mesh.{m}={mesh.shape[m]}' for m in RULES[axis])
+    raise ValueError(f'{KNOBS.get(axis, axis)}={size} must be a multiple of {split}')
+
+
+def axes_of(variable: nnx.Variable) -> tuple[str | None, ...]:
+  """A parameter -> its logical axes; a leading dim without a name stacks the layers."""
+  axes = variable.get_metadata()['axes']
+  return ('layers',) * (len(variable.shape) - len(axes)) + tuple(axes)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+  """A tree with parameters in it -> a prefix of it with a NamedSharding for each.
+
+  Parameters are split as their axes say; every other leaf is held by all devices.
+  Raises ValueError if one does not split evenly.
+  """
+
+  def sharding(leaf):
+    if not isinstance(leaf, nnx.Variable):
+      return NamedSharding(mesh, P())
+    for axis, size in zip(axes_of(leaf), leaf.shape):
+      if axis is not None:
+        check(axis, size, mesh)
+    return NamedSharding(mesh, spec(axes_of(leaf), mesh))
+
+  return jax.tree.map(sharding, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Asks for `x` to be split by its logical axes; without a mesh, does nothing."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(axes, mesh))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """How a batch of shape (B, T) lies on the mesh."""
+  return NamedSharding(mesh, spec(('batch', 'tokens'), mesh))
+
+
+def rows(mesh: Mesh, batch: int) -> tuple[int, ...]:
+  """Which rows of a global batch this process's devices hold, in ascending order."""
+  shape = batch, ways('tokens', mesh)
+  held = batch_sharding(mesh).addressable_devices_indices_map(shape)
+  return tuple(sorted({r for ix in held.values() if ix for r in range(batch)[ix[0]]}))
+
+
+def place(local: Any, mesh: Mesh, batch: int) -> Any:
+  """This process's rows of a global batch -> the same tree of global arrays (B, T).
+
+  Each leaf of `local` is a NumPy array whose leading dim runs over `rows(mesh, batch)`.
+  """
+  held = np.asarray(rows(mesh, batch))
+
+  def globalise(x: np.ndarray) -> jax.Array:
+    def shard(index):
+      here = np.arange(batch)[index[0]]
+      return x[np.searchsorted(held, here)][(slice(None), *index[1:])]
+
+    shape = (batch, *x.shape[1:])
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), shard)
+
+  return jax.tree.map(globalise, local)

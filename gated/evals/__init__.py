@@ -1,0 +1,6 @@
+"""How good a model is: perplexity and bits per byte by domain, beside two yardsticks."""
+
+from gated.evals.heldout import Config, perplexity, summarize, table
+from gated.evals.yardsticks import Bigram, xz
+
+__all__ = ['Bigram', 'Config', 'perplexity', 'summarize', 'table', 'xz']

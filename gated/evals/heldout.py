@@ -1,0 +1,128 @@
+"""Held-out loss: row sums -> nats per token, perplexity, bits per byte, with errors.
+
+Host arithmetic in float64. The row sums come from `train.step.evaluate`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from gated import config
+from gated.devices import mesh
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+  every: int
+  rows: int
+
+  def __post_init__(self):
+    config.at_least('config.eval.every', self.every, 1)
+    config.at_least('config.eval.rows', self.rows, 0)
+
+
+def perplexity(
+  evaluate: Callable, model: Any, corpus: Any, *, on: Mesh, batch: int, limit: int
+) -> dict:
+  """A model on held-out text -> {'loss': nats per token, 'domains': {name: summary}}.
+
+  `evaluate(model, batch)` gives each row's (nats, weight); of each domain the first
+  `limit` rows are read (0 for all), `batch` of them at a time. Without held-out tokens
+  the loss is None.
+  """
+  held = list(mesh.rows(on, batch))
+  domains, nats, tokens = {}, 0.0, 0.0
+  for domain in corpus.domains:
+    sums = []
+    every = corpus.heldout(domain, batch=batch, rows=range(batch), limit=limit)
+    for whole, bytes_B in every:
+      local = type(whole)(*(x[held] for x in whole))
+      nll_B, weight_B = evaluate(model, mesh.place(local, on, batch))
+      sums.append((np.asarray(nll_B), np.asarray(weight_B), bytes_B))
+    nll_R, weight_R, bytes_R = (np.concatenate(column) for column in zip(*sums))
+    if weight_R.any():
+      domains[domain] = summarize(nll_R, weight_R, bytes_R)
+      nats, tokens = nats + nll_R.sum(dtype=float), tokens + weight_R.sum(dtype=float)
+  return {'loss': float(nats / tokens) if tokens else None, 'domains': domains}
+
+
+def summarize(nll_R: np.ndarray, weight_R: np.ndarray, bytes_R: np.ndarray) -> dict:
+  """Per row R: summed nats, counted tokens, bytes of their text -> the row of a report.
+
+  nats_per_token = sum(nll) / sum(weight) and bits_per_byte = sum(nll) / (ln 2 *
+  sum(bytes)) are ratios r = sum(y) / sum(x) over rows. Tokens of one row are not
+  independent, so rows are the clusters; the ratio estimator's error (Cochran 1977,
+  "Sampling Techniques", chapter 6, without the finite population's correction) is
+
+    stderr(r)^2 = R / (R - 1) * sum((y - r * x)^2) / sum(x)^2.
+
+  Rows without tokens do not count. A standard error of a single row is None.
+  """
+  nll_R, weight_R, bytes_R = (
+    np.asarray(a, np.float64) for a in (nll_R, weight_R, bytes_R)
+  )
+  counted_R = weight_R > 0
+  if not counted_R.any():
+    raise ValueError('there is nothing to evaluate: no row holds a counted token')
+  nll_R, weight_R, bytes_R = nll_R[counted_R], weight_R[counted_R], bytes_R[counted_R]
+  nats, nats_error = _ratio(nll_R, weight_R)
+  bits, bits_error = _ratio(nll_R / math.log(2), bytes_R)
+  return {
+    'nats_per_token': nats,
+    'nats_per_token_stderr': nats_error,
+    'perplexity': float(np.exp(nats)),
+    'bits_per_byte': bits,
+    'bits_per_byte_stderr': bits_error,
+    'tokens': int(weight_R.sum()),
+    'bytes': int(bytes_R.sum()),
+    'rows': len(nll_R),
+  }
+
+
+def _ratio(y_R: np.ndarray, x_R: np.ndarray) -> tuple[float, float | None]:
+  rows, total = len(y_R), x_R.sum()
+  ratio = float(y_R.sum() / total)
+  if rows == 1:
+    return ratio, None
+  square = rows / (rows - 1) * np.square(y_R - ratio * x_R).sum() / total**2
+  return ratio, float(np.sqrt(square))
+
+
+# Heading, the report's key, format. The model's columns, then the yardsticks'.
+COLUMNS = (
+  ('nats/token', 'nats_per_token', '.4f'),
+  ('± stderr', 'nats_per_token_stderr', '.4f'),
+  ('perplexity', 'perplexity', '.3f'),
+  ('bits/byte', 'bits_per_byte', '.4f'),
+  ('± stderr', 'bits_per_byte_stderr', '.4f'),
+  ('tokens', 'tokens', ',d'),
+  ('bigram b/B', 'bigram_bits_per_byte', '.4f'),
+  ('xz -9e b/B', 'xz_bits_per_byte', '.4f'),
+)
+
+
+def table(report: Mapping[str, Any]) -> str:
+  """{'step': int or None, 'domains': {name: summary + yardsticks}} -> a line a domain.
+
+  A yardstick that a domain lacks, and an error of one row, is a dash.
+  """
+  step = 'imported' if report['step'] is None else f'step {report["step"]}'
+  lines = [[step, *(heading for heading, _, _ in COLUMNS)]]
+  for name, domain in report['domains'].items():
+    known = {k: v for k, v in domain.items() if v is not None}
+    cells = [
+      format(known[key], form) if key in known else '-' for _, key, form in COLUMNS
+    ]
+    lines.append([name, *cells])
+  widths = [max(map(len, column)) for column in zip(*lines)]
+  return '\n'.join(
+    '  '.join(
+      cell.ljust(width) if i == 0 else cell.rjust(width)
+      for i, (cell, width) in enumerate(zip(line, widths))
+    )
+    for line in lines
+  )

@@ -1,0 +1,118 @@
+"""Attention on a mesh: rows and heads stay apart, a row's queries are split over devices.
+
+Each device gathers the keys and values of its whole rows, in their order. Of its queries
+it gives some away first: under the causal mask, c contiguous shards would give the last
+device 2 - 1/c times the mean work. In 2c halves of shards, half h needs work in
+proportion to 2h + 1, so halves j and 2c-1-j together always need the same. They meet on
+device j for the kernel's time alone; arrays outside of it stay contiguous.
+
+Why the keys are gathered and not passed around a ring: in bfloat16 a layer gathers
+4 T G K bytes a row, which for 8 KV heads of 128 at T = 32,768 is 128 MiB, held for one
+layer at a time, and as much of gradients. Against the FLOPs of the forward pass,
+2 T^2 H K / c on each device, its transfer takes 2 (c-1) (G/H) F / (T W) of their time,
+with F in FLOP/s and W in bytes/s: at T = 32,768, G/H = 1/2, F = 230e12 and W = 200e9
+(half of a v5p's peak, one axis of its torus) 4% for c = 2 and 25% for c = 8, and half of
+that for the backward pass. A ring could hide most of this time and save the memory, but
+adds merges of partial softmaxes and a second rotation for the gradients. It would pay
+from about a million tokens (4 GiB a row), or where c G / H is large at few tokens.
+
+B batch  T tokens  S keys' tokens  H heads  G KV heads  K head width  c ways
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gated.devices import mesh
+
+
+def ways() -> int:
+  """c: over how many devices the mesh in use splits a row's tokens."""
+  abstract = jax.sharding.get_abstract_mesh()
+  return 1 if abstract.empty else abstract.shape['context']
+
+
+def stretch(length: int) -> int:
+  """How many queries that stand side by side a device holds, of a row of `length`.
+
+  Raises NotImplementedError if they are no whole number.
+  """
+  parts = 2 * ways() if ways() > 1 else 1
+  if length % parts:
+    raise NotImplementedError(
+      f'gives each device two of {parts} equal parts of a row, not of {length} tokens'
+    )
+  return length // parts
+
+
+def order(length: int, ways: int) -> np.ndarray:
+  """The positions of the queries that each device answers: (ways, length / ways)."""
+  if ways == 1:
+    return np.arange(length, dtype=np.int32)[None]
+  half_hT = np.arange(length, dtype=np.int32).reshape(2 * ways, -1)
+  held = np.empty((ways, 2), int)
+  for parity in (0, 1):
+    for origin, target in _moves(ways, parity):
+      held[target, parity] = 2 * origin + parity
+  return half_hT[held].reshape(ways, -1)
+
+
+def attend(run: Callable, q_BTHK, k_BSGK, v_BSGK, segment_BT, *, split: Any, lse: bool):
+  """run(q, k, v, segments of q, of k, split) on each device -> y, or (y, lse).
+
+  On a device, q is its own queries at `order`'s positions, k and v are their rows' from
+  first to last, and of each array in the tree `split`, whose leading dim is `ways()`
+  long, it gets its own part (without that dim).
+  """
+  abstract = jax.sharding.get_abstract_mesh()
+  if abstract.empty or abstract.size == 1:
+    own = jax.tree.map(lambda a: a[0], split)
+    return run(q_BTHK, k_BSGK, v_BSGK, segment_BT, segment_BT, own)
+  count = ways()
+
+  def local(q, k, v, segment, split):
+    own = jax.tree.map(lambda a: a[0], split)
+    seen = segment
+    if count > 1:
+      q = _balanced(q, count)
+      k, v = _gathered(k), _gathered(v)
+      if segment is not None:
+        segment, seen = _balanced(segment, count), _gathered(segment)
+    out = run(q, k, v, segment, seen, own)
+    return out if count == 1 else jax.tree.map(lambda x: _restored(x, count), out)
+
+  spec = lambda *axes: mesh.spec(axes, abstract)
+  q, k = (spec('batch', 'tokens', h, None) for h in ('heads', 'kv_heads'))
+  outs = (q, spec('batch', 'tokens', 'heads')) if lse else q
+  ins = q, k, k, spec('batch', 'tokens'), spec('tokens')
+  # A kernel's outputs do not say over which axes they vary.
+  over = jax.shard_map(
+    local, mesh=abstract, in_specs=ins, out_specs=outs, check_vma=False
+  )
+  return over(q_BTHK, k_BSGK, v_BSGK, segment_BT, split)
+
+
+def _moves(ways: int, parity: int) -> list[tuple[int, int]]:
+  """Who gives its first (parity 0) or its second half of a shard to whom."""
+  return [(h // 2, min(h, 2 * ways - 1 - h)) for h in range(parity, 2 * ways, 2)]
+
+
+def _balanced(x_BT: jax.Array, ways: int) -> jax.Array:
+  """A contiguous shard -> the halves that `order` gives to this device."""
+  halves = jnp.split(x_BT, 2, axis=1)
+  moved = [jax.lax.ppermute(x, 'context', _moves(ways, p)) for p, x in enumerate(halves)]
+  return jnp.concatenate(moved, 1)
+
+
+def _restored(x_BT: jax.Array, ways: int) -> jax.Array:
+  halves = jnp.split(x_BT, 2, axis=1)
+  back = lambda parity: [(b, a) for a, b in _moves(ways, parity)]
+  moved = [jax.lax.ppermute(x, 'context', back(p)) for p, x in enumerate(halves)]
+  return jnp.concatenate(moved, 1)
+
+
+def _gathered(x_BS: jax.Array) -> jax.Array:
+  return jax.lax.all_gather(x_BS, 'context', axis=1, tiled=True)

@@ -1,0 +1,225 @@
+"""The attention contract and its backends.
+
+B batch  T tokens  S keys' tokens  H heads  G KV heads  K head width  M segments
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gated import config
+from gated.devices import determinism, mesh
+from gated.kernels import choice
+from gated.kernels.attention import blockwise, splash
+from gated.kernels.attention.case import Case, scores, soft_cap, with_lse_gradient
+
+# Above this many tokens the quadratic reference runs only where it is named.
+REFERENCE_LIMIT = 4096
+# What softpick's denominator has beside the sum, as its authors do.
+_SOFTPICK_EPS = 1e-8
+
+
+def _sigmoid(score, mask):
+  # The bias keeps the sum of weights near 1 at the start. n is the keys that the query
+  # sees, so that neither what follows nor another document in the row matters.
+  count = jnp.broadcast_to(mask.sum(-1, keepdims=True), (*score.shape[:-1], 1))
+  return jnp.where(mask, jax.nn.sigmoid(score - jnp.log(count)), 0)
+
+
+def _softpick(score, mask):
+  top = jnp.where(mask, score, 0).max(-1, keepdims=True)
+  top = jax.lax.stop_gradient(jnp.maximum(top, 0))
+  e = jnp.where(mask, jnp.exp(jnp.where(mask, score, 0) - top) - jnp.exp(-top), 0)
+  return jax.nn.relu(e) / (jnp.abs(e).sum(-1, keepdims=True) + _SOFTPICK_EPS)
+
+
+def _softmax(score, mask):
+  return jax.nn.softmax(jnp.where(mask, score, jnp.finfo(jnp.float32).min), -1)
+
+
+# (scores, which of them count) -> weights, over the last dim, in float32.
+NORMALIZERS = {
+  'softmax': _softmax,
+  'sigmoid': _sigmoid,  # sigmoid(s - ln n), each key by itself (arXiv 2409.04431)
+  'softpick': _softpick,  # relu(e^s - 1) / sum |e^s - 1| (arXiv 2504.20966)
+}
+
+
+def attend(
+  q_BTHK: jax.Array,
+  k_BSGK: jax.Array,
+  v_BSGK: jax.Array,
+  segment_BT: jax.Array | None,
+  *,
+  backend: str,
+  max_segments: int,
+  normalizer: str = 'softmax',
+  cap: float = 0.0,
+) -> jax.Array:
+  """Causal softmax(q k / sqrt(K)) v -> y_BTHK; head h reads KV head h // (H/G) (Eq. 2).
+
+  With segments, a token attends within its own segment only; equal segment ids must
+  stand together, at most `max_segments` runs of them in a row. Another normalizer of
+  NORMALIZERS takes softmax's place; scores are soft-capped if there is a cap. Raises
+  NotImplementedError, listing what each backend lacks, if none can.
+  """
+  case = Case(max_segments, normalizer, cap, lse=False)
+  return _run(backend, q_BTHK, k_BSGK, v_BSGK, segment_BT, case)
+
+
+def attend_lse(
+  q_BTHK: jax.Array,
+  k_BSGK: jax.Array,
+  v_BSGK: jax.Array,
+  segment_BT: jax.Array | None,
+  *,
+  backend: str,
+  max_segments: int,
+  cap: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+  """As `attend`, by softmax -> (y_BTHK, lse_BTH), both with their gradients.
+
+  lse = ln(sum(exp(score))), in float32. With it, anything that shares the denominator can
+  be added outside of the kernel: a term exp(s) scales y by sigmoid(lse - s).
+  """
+  case = Case(max_segments, 'softmax', cap, lse=True)
+  return _run(backend, q_BTHK, k_BSGK, v_BSGK, segment_BT, case)
+
+
+def _run(backend: str, q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case) -> Any:
+  table = ATTENTION
+  if backend == 'auto' and q_BTHK.shape[1] > REFERENCE_LIMIT:
+    table = ATTENTION | {'reference': _too_long}
+  args = q_BTHK, k_BSGK, v_BSGK, segment_BT, case
+  return choice.run('attention', 'config.model.attn.backend', backend, table, *args)
+
+
+def _too_long(*_):
+  raise NotImplementedError(
+    f'is quadratic in memory and not taken above {REFERENCE_LIMIT} tokens unless named: '
+    "config.model.attn.backend='reference'"
+  )
+
+
+def _reference(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
+  """The definition, scores and softmax in float32, with all T x S of them in memory."""
+  B, T, H, K = q_BTHK.shape
+  # Each device's queries meet the keys of the whole row.
+  k_BSGK = mesh.constrain(k_BSGK, 'batch', None, 'kv_heads', None)
+  v_BSGK = mesh.constrain(v_BSGK, 'batch', None, 'kv_heads', None)
+  score = soft_cap(scores(q_BTHK, k_BSGK), case.cap)
+  mask = jnp.tril(jnp.ones((1, T, T), bool))
+  if segment_BT is not None:
+    mask = mask & (segment_BT[:, :, None] == segment_BT[:, None, :])
+  mask = mask[:, None, None]
+  weight = NORMALIZERS[case.normalizer](score, mask).astype(v_BSGK.dtype)
+  y = jnp.einsum('bghts,bsgk->btghk', weight, v_BSGK).reshape(B, T, H, K)
+  if not case.lse:
+    return y
+  lse = jax.nn.logsumexp(score, -1, where=mask)
+  return y, lse.transpose(0, 3, 1, 2).reshape(B, T, H)
+
+
+def _cudnn(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
+  """cuDNN's fused attention, packed segments as ragged sequences (from Hopper on).
+
+  Where it has to be deterministic, as a mask instead: cuDNN's gradient of them then takes
+  memory that grows with the square of a row, and of ragged ones with the square of a
+  batch (github.com/NVIDIA/cudnn-frontend/pull/398).
+  """
+  if case.normalizer != 'softmax':
+    raise NotImplementedError(f'has no {case.normalizer} attention')
+  if case.cap:
+    raise NotImplementedError('has no soft cap')
+  if mesh.platform() != 'gpu':
+    raise NotImplementedError('needs a GPU')
+  if q_BTHK.dtype not in (jnp.bfloat16, jnp.float16):
+    raise NotImplementedError(f'computes in bfloat16, not {q_BTHK.dtype}')
+  if q_BTHK.shape[-1] % 8 or q_BTHK.shape[-1] > 128:
+    raise NotImplementedError(f'has no head width {q_BTHK.shape[-1]}')
+  abstract = jax.sharding.get_abstract_mesh()
+  if not abstract.empty and abstract.shape['context'] > 1:
+    raise NotImplementedError('has no causal mask for a sharded context')
+  run = functools.partial(_cudnn_call, segment_BT=segment_BT, limit=case.max_segments)
+  if not case.lse:
+    return run(q_BTHK, k_BSGK, v_BSGK)
+  if segment_BT is not None and not abstract.empty and abstract.size > 1:
+    # Each device would number its own segments.
+    raise NotImplementedError('has no log-sum-exp of packed rows on several devices')
+  y_BTHK, lse_BTH = run(q_BTHK, k_BSGK, v_BSGK, residual=True)
+  return y_BTHK, with_lse_gradient(run, q_BTHK, k_BSGK, lse_BTH)
+
+
+def _cudnn_call(q_BTHK, k_BSGK, v_BSGK, *, segment_BT, limit, residual=False):
+  # JAX has no public name for cuDNN's ragged sequences yet, nor for a float32 lse.
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  scale = q_BTHK.shape[-1] ** -0.5
+  call = functools.partial(cudnn.dot_product_attention, q_BTHK, k_BSGK, v_BSGK)
+  call = functools.partial(call, scale=scale, return_residual=residual)
+  if segment_BT is None or determinism.applies(mesh.platform()):
+    out = call(mask=_same(segment_BT), mask_type=cudnn.MaskType.CAUSAL)
+    return (out[0], out[1].transpose(0, 2, 1)) if residual else out
+  start_BM, size_BM = segment_runs(segment_BT, limit)
+  # One more offset than segments; -1 where there is none, in the last column always.
+  offset_BM1 = jnp.pad(start_BM, ((0, 0), (0, 1)), constant_values=-1)
+  out = call(
+    q_seqlen=size_BM,
+    kv_seqlen=size_BM,
+    q_offsets=offset_BM1,
+    kv_offsets=offset_BM1,
+    mask_type=cudnn.MaskType.PADDING_CAUSAL,
+  )
+  if not residual:
+    return out
+  # It comes by segment, those of all rows in one sequence, each from its own start.
+  lse_SHT = out[1]
+  count_B1 = (start_BM >= 0).sum(1, keepdims=True)
+  first_BT = segment_BT != jnp.pad(segment_BT, ((0, 0), (1, 0)))[:, :-1]
+  run_BT = jnp.cumsum(first_BT.at[:, 0].set(True), 1) - 1
+  within_BT = jnp.arange(segment_BT.shape[1])[None] - jnp.take_along_axis(
+    start_BM, run_BT, 1
+  )
+  return out[0], lse_SHT[jnp.cumsum(count_B1, 0) - count_B1 + run_BT, :, within_BT]
+
+
+def _same(segment_BT: jax.Array | None) -> jax.Array | None:
+  """Segment ids -> which tokens share one: (B, 1, T, T)."""
+  if segment_BT is None:
+    return None
+  return segment_BT[:, None, :, None] == segment_BT[:, None, None, :]
+
+
+def segment_runs(segment_BT: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
+  """Segment ids -> the start and the size of each run of equal ids: (B, limit), or -1."""
+  first_BT = segment_BT != jnp.pad(segment_BT, ((0, 0), (1, 0)))[:, :-1]
+  first_BT = first_BT.at[:, 0].set(True)
+  run_BT = jnp.cumsum(first_BT, 1) - 1
+  size_BM = jax.vmap(lambda run: jnp.bincount(run, length=limit))(run_BT)
+  start_BM = jax.vmap(lambda f: jnp.nonzero(f, size=limit, fill_value=-1)[0])(first_BT)
+  size_BM = jnp.where(start_BM < 0, -1, size_BM)
+  return start_BM.astype(jnp.int32), size_BM.astype(jnp.int32)
+
+
+def _splash(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
+  """Pallas's kernel for TPUs."""
+  if mesh.platform() != 'tpu':
+    raise NotImplementedError('needs a TPU')
+  return splash.attend(q_BTHK, k_BSGK, v_BSGK, segment_BT, case)
+
+
+# In the order in which 'auto' tries them.
+ATTENTION: dict[str, Callable] = {
+  'cudnn': _cudnn,
+  'splash': _splash,
+  'reference': _reference,
+  'blockwise': blockwise.attend,
+}
+
+
+def check_backend(backend: str) -> None:
+  """Raises ValueError, naming the knob, for a backend that does not exist."""
+  config.one_of('config.model.attn.backend', backend, ('auto', *ATTENTION))

@@ -1,0 +1,142 @@
+"""Splash attention: JAX's Pallas kernel for TPUs, within the attention contract.
+
+Keys and values are read by their own heads, never repeated. The backward pass is two
+kernels: the fused one would keep a dq for every block of keys, T / 1024 times q.
+
+B batch  T tokens  S keys' tokens  H heads  G KV heads  K head width
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_kernel as splash,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_mask as masks,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_mask_info as mask_info,
+)
+
+from gated.kernels.attention import context
+from gated.kernels.attention.case import Case, with_lse_gradient
+
+# Blocks are as large as divides the tokens; a TPU's vector has 128 lanes.
+BLOCKS = (1024, 512, 256, 128)
+# And as its vector memory holds beside scores, with the queries' gradients and the keys'.
+BLOCK_BYTES = 1 << 19
+# Rows run one after the other beyond this.
+LSE_BYTES = 1 << 28
+
+
+def _seen(query, key):
+  return query >= key
+
+
+def attend(
+  q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case, *, blocks=BLOCKS, interpret=False
+):
+  """The contract of kernels.attend and kernels.attend_lse, on TPUs or interpreted."""
+  if case.normalizer != 'softmax':
+    raise NotImplementedError(f'has no {case.normalizer} attention')
+  if case.cap and case.lse:
+    raise NotImplementedError('has no log-sum-exp of capped scores')
+  if q_BTHK.dtype not in (jnp.bfloat16, jnp.float32):
+    raise NotImplementedError(f'computes in bfloat16 or float32, not {q_BTHK.dtype}')
+  length, stretch = q_BTHK.shape[1], context.stretch(q_BTHK.shape[1])
+  width = q_BTHK.shape[-1] * q_BTHK.dtype.itemsize
+  blocks = [b for b in blocks if b * width <= BLOCK_BYTES]
+  if not blocks:
+    raise NotImplementedError(f'has no blocks for a head width of {q_BTHK.shape[-1]}')
+  sizes = tuple(next((b for b in blocks if n % b == 0), 0) for n in (stretch, length))
+  if not all(sizes):
+    least = blocks[-1] * length // stretch
+    raise NotImplementedError(f'has blocks for multiples of {least} tokens, not {length}')
+  kernel = functools.partial(_kernel, sizes=sizes, cap=case.cap, interpret=interpret)
+
+  def run(q_BTHK, k_BSGK, v_BSGK, segment_BT, segment_BS, infos):
+    def call(q_BTHK, k_BSGK, v_BSGK, residual=False):
+      """y_BTHK, or (y_BTHK, lse_BTH) without a gradient."""
+      q_BHTK = (q_BTHK * q_BTHK.shape[-1] ** -0.5).swapaxes(1, 2)
+      one = kernel(infos, residual=residual)
+      ids = None
+      if segment_BT is not None:
+        ids = splash.SegmentIds(segment_BT, segment_BS)
+      rows = q_BHTK, k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2), ids
+      out = _each(lambda q, k, v, ids: one(q, k, v, segment_ids=ids), rows)
+      return jax.tree.map(lambda x: x.swapaxes(1, 2), out)
+
+    y_BTHK = call(q_BTHK, k_BSGK, v_BSGK)
+    if not case.lse:
+      return y_BTHK
+    # What tells the log-sum-exp has no gradient, so it is called once more.
+    stopped = map(jax.lax.stop_gradient, (q_BTHK, k_BSGK, v_BSGK))
+    _, (lse_BTH,) = call(*stopped, residual=True)
+    return y_BTHK, with_lse_gradient(call, q_BTHK, k_BSGK, lse_BTH)
+
+  args = q_BTHK, k_BSGK, v_BSGK, segment_BT
+  infos = plan(length, context.ways(), *sizes)
+  return context.attend(run, *args, split=infos, lse=case.lse)
+
+
+def _each(call, rows):
+  """call(*row) for all rows, as many at once as the memory for their lse allows."""
+  count, H, T, _ = rows[0].shape
+  # The kernel writes each one 128 times.
+  most = max(1, LSE_BYTES // (H * T * 128 * 4))
+  if count <= most:
+    return jax.vmap(call)(*rows)
+  return jax.lax.map(lambda row: call(*row), rows, batch_size=most)
+
+
+@functools.cache
+def plan(length: int, ways: int, block_q: int, block_kv: int) -> list:
+  """What each kernel visits: masks of the forward pass, of dq and of dk and dv.
+
+  Every array has a leading dim of `ways`, one part for each device.
+  """
+  query = context.order(length, ways).reshape(-1)
+  # The corners of a block tell whether it is full, empty or neither; a block's own mask
+  # is made in the kernel, from where its queries stand.
+  corners = lambda at, block: at.reshape(-1, block)[:, [0, -1]].reshape(-1)
+  rows, columns = corners(query, block_q), corners(np.arange(length), block_kv)
+  mask = masks.MultiHeadMask([masks.NumpyMask(_seen(rows[:, None], columns[None]))])
+
+  def part(array):
+    if array.ndim == 1:  # the queries' positions
+      return array.reshape(ways, -1)
+    # One head's blocks: (1, blocks of queries, blocks of keys).
+    return array.reshape(1, ways, -1, array.shape[2]).swapaxes(0, 1)
+
+  def made(process):
+    info, _ = process(mask, (2, 2), head_shards=1, q_seq_shards=ways)
+    info = info._replace(mask_next=None, partial_mask_blocks=None, q_sequence=query)
+    return jax.tree.map(part, info)
+
+  forward, backward = made(mask_info.process_mask), made(mask_info.process_mask_dkv)
+  return [forward, forward, backward]
+
+
+def _kernel(infos, sizes: tuple[int, ...], cap: float, residual: bool, interpret: bool):
+  block_q, block_kv = sizes
+  return splash.SplashAttentionKernel(
+    *infos,
+    block_sizes=splash.BlockSizes(
+      block_q=block_q,
+      block_kv=block_kv,
+      block_q_dkv=block_q,
+      block_kv_dkv=block_kv,
+      block_q_dq=block_q,
+      block_kv_dq=block_kv,
+    ),
+    is_mqa=False,
+    save_residuals=residual,
+    mask_value=splash.DEFAULT_MASK_VALUE,
+    attn_logits_soft_cap=cap or None,
+    residual_checkpoint_name=None,
+    mask_function=_seen,
+    interpret=interpret,
+  )

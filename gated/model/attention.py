@@ -1,0 +1,219 @@
+"""Attention: projections, QK-norm, RoPE, the kernel, and five places for a gate.
+
+The remedies that others have found for attention sinks stand here beside the gates: what
+shares the softmax's denominator (off-by-one, sink logits, sink tokens), what takes the
+softmax's place, what is done to each head's output.
+
+B batch  T tokens  D width  H heads  G KV heads  K head width  N sink tokens
+E SwitchHead's experts
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+
+from gated import config, kernels
+from gated.devices import mesh
+from gated.model import gate, sinks, switch
+from gated.model.layers import (
+  LARGEST,
+  Dense,
+  Numerics,
+  RMSNorm,
+  Yarn,
+  named,
+  rope,
+)
+
+_NAME = 'config.model.attn'
+
+# Those of softmax differ in what their denominators hold beside the keys.
+OVER_SOFTMAX = ('softmax', 'off_by_one', 'sink_logit')
+NORMALIZERS = (*OVER_SOFTMAX, *(n for n in kernels.NORMALIZERS if n != 'softmax'))
+
+# What is done to each head's output, before its gate (Table 3).
+OUTPUTS = ('none', 'rms_norm', 'silu')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+  """Grouped-query attention (arXiv 2305.13245); the head width is its own."""
+
+  heads: int  # H query heads
+  kv_heads: int  # G heads of keys and values, each shared by H / G query heads
+  head_dim: int  # K
+  qk_norm: bool  # RMSNorm of each head's query and key, before RoPE
+  bias: bool  # on the query, key and value projections
+  out_bias: bool  # on the output projection
+  rope_base: float
+  yarn: Yarn
+  # softmax; off_by_one: 1 joins its denominator (Miller 2023); sink_logit: exp(s) of a
+  # learned s per head does (gpt-oss); sigmoid, softpick: as in kernels.NORMALIZERS
+  normalizer: str
+  sink_tokens: int  # N learned keys per KV head, without a position, that all tokens see
+  sink_values: str  # theirs: learned, or zero
+  logit_cap: float  # c tanh(score / c); 0 for none
+  output: str  # of OUTPUTS
+  switch: switch.Config
+  backend: str  # of kernels.ATTENTION, or auto
+  max_segments: int  # the most documents that a packed row may hold, for fused kernels
+  gate: gate.Config
+
+  def __post_init__(self):
+    config.within(f'{_NAME}.kv_heads', self.kv_heads, 1, LARGEST)
+    config.within(f'{_NAME}.heads', self.heads, 1, LARGEST)
+    config.divides(f'{_NAME}.heads', self.heads, f'{_NAME}.kv_heads', self.kv_heads)
+    config.within(f'{_NAME}.head_dim', self.head_dim, 2, LARGEST)
+    config.divides(f'{_NAME}.head_dim', self.head_dim, 'the pairs of RoPE', 2)
+    # YaRN divides by the logarithm of the base.
+    if not self.rope_base >= 1 or (self.rope_base == 1 and self.yarn.factor != 1):
+      raise ValueError(f'{_NAME}.rope_base={self.rope_base}, but it must be at least 1.0')
+    config.within(f'{_NAME}.max_segments', self.max_segments, 2, 1 << 24)
+    config.one_of(f'{_NAME}.normalizer', self.normalizer, NORMALIZERS)
+    config.within(f'{_NAME}.sink_tokens', self.sink_tokens, 0, LARGEST)
+    config.one_of(f'{_NAME}.sink_values', self.sink_values, ('learned', 'zero'))
+    config.at_least(f'{_NAME}.logit_cap', self.logit_cap, 0.0)
+    config.one_of(f'{_NAME}.output', self.output, OUTPUTS)
+    kernels.check_backend(self.backend)
+    if self.sink_tokens and self.normalizer not in OVER_SOFTMAX:
+      raise ValueError(
+        f'{_NAME}.sink_tokens={self.sink_tokens} with {_NAME}.normalizer='
+        f'{self.normalizer!r}, but they share a softmax: allowed are '
+        f'{", ".join(map(repr, OVER_SOFTMAX))}'
+      )
+    valued = self.sink_tokens and self.sink_values == 'learned'
+    if self.has_sinks and not valued and self.output == 'rms_norm':
+      raise ValueError(
+        f"{_NAME}.output='rms_norm' with sinks that add nothing ({_NAME}.normalizer="
+        f'{self.normalizer!r}, {_NAME}.sink_tokens={self.sink_tokens}): they only scale '
+        'the output, and the norm divides that out again'
+      )
+    if self.qk_norm:
+      self.gate.check_qk_norm()
+      if self.switch.where == 'key_value' and self.switch.top_k == 1:
+        raise ValueError(
+          f"{_NAME}.switch.top_k=1 with where='key_value': QK-norm divides the score of "
+          f'a single key out again, and its router learns nothing: take top_k >= 2, '
+          f"where='value', or {_NAME}.qk_norm=False"
+        )
+
+  @property
+  def has_sinks(self) -> bool:
+    """Whether something shares the softmax's denominator with the keys."""
+    return bool(self.sink_tokens) or self.normalizer in ('off_by_one', 'sink_logit')
+
+
+class Attention(nnx.Module):
+  """One layer's attention: x_BTD, normalised -> what it adds to the residual."""
+
+  def __init__(
+    self, cfg: Config, key: jax.Array, *, width: int, std_out: float, numerics: Numerics
+  ):
+    self.cfg = cfg
+    H, G, K = cfg.heads, cfg.kv_heads, cfg.head_dim
+    dense = functools.partial(Dense, numerics=numerics)
+    inward = functools.partial(dense, std=numerics.init_std, bias=cfg.bias)
+    query = ('embed', 'heads', 'head_dim')
+    keys = ('embed', 'kv_heads', 'head_dim')
+    self.query = inward(named(key, 'query'), (width,), (H, K), axes=query)
+    switched = {'none': '', 'value': 'value', 'key_value': 'key value'}[cfg.switch.where]
+
+    def project(name):
+      if name not in switched.split():
+        return inward(named(key, name), (width,), (G, K), axes=keys)
+      return switch.Switched(
+        cfg.switch,
+        named(key, name),
+        width=width,
+        kv_heads=G,
+        head_dim=K,
+        bias=cfg.bias,
+        numerics=numerics,
+      )
+
+    self.key, self.value = project('key'), project('value')
+    outward = dict(axes=('heads', 'head_dim', 'embed'), std=std_out, bias=cfg.out_bias)
+    self.out = dense(named(key, 'out'), (H, K), (width,), **outward)
+    norm = lambda: RMSNorm(K, axes=('head_dim',), numerics=numerics)
+    self.query_norm = norm() if cfg.qk_norm else None
+    self.key_norm = norm() if cfg.qk_norm else None
+    # A softmax over the keys alone, or one of its replacements, has no sinks.
+    make_sinks = functools.partial(
+      sinks.Sinks,
+      named(key, 'sinks'),
+      tokens=cfg.sink_tokens,
+      values=cfg.sink_values,
+      normalizer=cfg.normalizer,
+      heads=H,
+      kv_heads=G,
+      head_dim=K,
+      cap=cfg.logit_cap,
+      scale=cfg.yarn.scale,
+      numerics=numerics,
+    )
+    self.sinks = make_sinks() if cfg.has_sinks else None
+    # The paper calls it GroupNorm, of "almost no additional parameters": H K of them.
+    by_head = functools.partial(RMSNorm, (H, K), axes=('heads', 'head_dim'))
+    normed = cfg.output == 'rms_norm'
+    self.output_norm = by_head(numerics=numerics) if normed else None
+    heads = G if cfg.gate.position in ('key', 'value') else H
+    make = functools.partial(gate.Gate, width=width, heads=heads, head_dim=K)
+    gated = cfg.gate.position != 'none'
+    key_gate = named(key, 'gate')
+    self.gate = make(cfg.gate, key_gate, numerics=numerics) if gated else None
+
+  def __call__(
+    self, x_BTD: jax.Array, angle_BTk: jax.Array, segment_BT: jax.Array | None
+  ) -> jax.Array:
+    still_BTHK, k_BTGK = self._query_and_key(x_BTD, angle_BTk)
+    v_BTGK = self._gated('value', self.value(x_BTD), x_BTD)
+    # As the activations are; a backend gathers its rows' keys itself.
+    k_BTGK = mesh.constrain(k_BTGK, 'batch', 'tokens', 'kv_heads', None)
+    v_BTGK = mesh.constrain(v_BTGK, 'batch', 'tokens', 'kv_heads', None)
+    q_BTHK = self._turned(still_BTHK, angle_BTk)
+    y_BTHK = self._attend(still_BTHK, q_BTHK, k_BTGK, v_BTGK, segment_BT)
+    if self.output_norm is not None:
+      y_BTHK = self.output_norm(y_BTHK)
+    elif self.cfg.output == 'silu':
+      y_BTHK = jax.nn.silu(y_BTHK)
+    y_BTHK = self._gated('sdpa', y_BTHK, x_BTD)
+    return self._gated('out', self.out(y_BTHK), x_BTD)
+
+  def query_and_key(self, x_BTD, angle_BTk) -> tuple[jax.Array, jax.Array]:
+    """-> (q_BTHK, k_BTGK) as the kernel gets them: normed, gated, turned and scaled."""
+    still_BTHK, k_BTGK = self._query_and_key(x_BTD, angle_BTk)
+    return self._turned(still_BTHK, angle_BTk), k_BTGK
+
+  def _query_and_key(self, x_BTD, angle_BTk) -> tuple[jax.Array, jax.Array]:
+    """Queries before RoPE, as sinks meet them, and keys after it."""
+    q_BTHK = self._normed('query', self.query(x_BTD), x_BTD, self.query_norm)
+    k_BTGK = self._normed('key', self.key(x_BTD), x_BTD, self.key_norm)
+    return q_BTHK, self._turned(k_BTGK, angle_BTk)
+
+  def _turned(self, x_BTHK, angle_BTk) -> jax.Array:
+    return rope(x_BTHK, angle_BTk, self.cfg.yarn.scale)
+
+  def _attend(self, still_BTHK, q_BTHK, k_BTGK, v_BTGK, segment_BT) -> jax.Array:
+    """Attention, with sinks if there are any: they meet queries before RoPE."""
+    cfg, qkvs = self.cfg, (q_BTHK, k_BTGK, v_BTGK, segment_BT)
+    opts: dict[str, Any] = dict(backend=cfg.backend, max_segments=cfg.max_segments)
+    opts |= dict(cap=cfg.logit_cap)
+    if self.sinks is None:
+      return kernels.attend(*qkvs, normalizer=cfg.normalizer, **opts)
+    return self.sinks(*kernels.attend_lse(*qkvs, **opts), still_BTHK)
+
+  def _gated(self, position: str, y: jax.Array, x_BTD: jax.Array) -> jax.Array:
+    """y, gated if the gate stands at this position."""
+    if self.gate is None or self.cfg.gate.position != position:
+      return y
+    return self.gate(y, x_BTD)
+
+  def _normed(self, position: str, y, x_BTD: jax.Array, norm: RMSNorm | None):
+    """QK-norm of a query or a key, with a gate before or after it, or none."""
+    late = self.cfg.gate.place == 'after'
+    y = y if late else self._gated(position, y, x_BTD)
+    y = y if norm is None else norm(y)
+    return self._gated(position, y, x_BTD) if late else y

@@ -1,0 +1,232 @@
+"""The small parts: dense maps with named axes, norms, SwiGLU, embeddings, RoPE.
+
+Every parameter carries the logical name of each of its dims (`axes`), from which
+`mesh.py` places it. Its random key is folded from the parent's key and its own name, so
+that adding a parameter (a gate, say) leaves the initial value of every other as it was.
+"""
+
+import functools
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gated import config
+
+Axes = Sequence[str | None]
+DTYPES = ('float32', 'bfloat16')
+# The most heads, channels, sink tokens or experts that a knob may ask for.
+LARGEST = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numerics:
+  """Precision and initialisation, shared by all parameters of a model."""
+
+  weights: str  # the dtype that parameters are kept in
+  compute: str  # the dtype of activations and matrix products
+  init_std: float  # of the normal distribution that weights are drawn from
+  residual_init: str  # 'plain', or 'depth': maps back to the residual get std / sqrt(2 L)
+  norm_eps: float  # added to the mean square in RMSNorm
+
+  def __post_init__(self):
+    config.one_of('config.model.numerics.weights', self.weights, DTYPES)
+    config.one_of('config.model.numerics.compute', self.compute, DTYPES)
+    config.one_of(
+      'config.model.numerics.residual_init', self.residual_init, ('plain', 'depth')
+    )
+    config.at_least('config.model.numerics.init_std', self.init_std, 0.0)
+    config.at_least('config.model.numerics.norm_eps', self.norm_eps, 0.0)
+
+  def residual_std(self, depth: int) -> float:
+    """The init std of the two maps per layer that write to the residual stream."""
+    return self.init_std / (math.sqrt(2 * depth) if self.residual_init == 'depth' else 1)
+
+
+def named(key: jax.Array, name: str) -> jax.Array:
+  """A parent's key and a child's name -> the child's key."""
+  return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def normal(key: jax.Array, shape: Sequence[int], axes: Axes, *, std: float, dtype):
+  """A parameter drawn from N(0, std^2) in float32, then kept in `dtype`."""
+  value = std * jax.random.normal(key, shape, jnp.float32)
+  return nnx.Param(value.astype(dtype), axes=tuple(axes))
+
+
+def recomputed(f, static_argnums=()):
+  """An elementwise function whose backward pass starts from its inputs again.
+
+  Otherwise its float32 intermediates would be kept, at twice the bytes of a bfloat16
+  input each, and on an accelerator moving bytes costs more than the arithmetic.
+  """
+  return jax.checkpoint(f, static_argnums=static_argnums)
+
+
+class Dense(nnx.Module):
+  """A linear map between tuples of dims, such as (..., D) -> (..., H, K)."""
+
+  def __init__(
+    self,
+    key: jax.Array,
+    dims_in: tuple[int, ...],
+    dims_out: tuple[int, ...],
+    *,
+    axes: Axes,
+    std: float,
+    bias: bool,
+    numerics: Numerics,
+  ):
+    self.dims_in, self.compute = len(dims_in), numerics.compute
+    shape = (*dims_in, *dims_out)
+    self.weight = normal(key, shape, axes, std=std, dtype=numerics.weights)
+    zeros = jnp.zeros(dims_out, numerics.weights)
+    self.bias = nnx.Param(zeros, axes=tuple(axes)[len(dims_in) :]) if bias else None
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = jnp.tensordot(x, self.weight[...].astype(self.compute), self.dims_in)
+    if self.bias is not None:
+      b = self.bias[...].astype(self.compute)
+      y = y + b.reshape((1,) * (y.ndim - b.ndim) + b.shape)
+    return y
+
+
+class RMSNorm(nnx.Module):
+  """x -> scale * x / sqrt(mean(x^2) + eps), in float32 (arXiv 1910.07467)."""
+
+  def __init__(self, dims: int | tuple[int, ...], *, axes: Axes, numerics: Numerics):
+    """The mean is over the last of `dims`; dims before it have scales of their own."""
+    self.eps = numerics.norm_eps
+    self.scale = nnx.Param(jnp.ones(dims, numerics.weights), axes=tuple(axes))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return _rms_norm(x, self.scale[...], self.eps)
+
+
+@functools.partial(recomputed, static_argnums=2)
+def _rms_norm(x, scale, eps):
+  z = x.astype(jnp.float32)
+  z *= jax.lax.rsqrt(jnp.mean(jnp.square(z), -1, keepdims=True) + eps)
+  scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
+  return (z * scale).astype(x.dtype)
+
+
+class GatedNorm(nnx.Module):
+  """y = RMSNorm(x) -> sigmoid(silu(y A) U) * y, of low rank R (arXiv 2601.22966).
+
+  The scores start near one half, as an attention gate's do.
+  """
+
+  def __init__(self, key: jax.Array, dim: int, rank: int, *, numerics: Numerics):
+    dense = functools.partial(Dense, bias=False, numerics=numerics)
+    down, up = named(key, 'down'), named(key, 'up')
+    self.rms = RMSNorm(dim, axes=(None,), numerics=numerics)
+    std = numerics.init_std
+    self.down = dense(down, (dim,), (rank,), axes=('embed', None), std=std)
+    self.up = dense(up, (rank,), (dim,), axes=(None, 'embed'), std=std)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = self.rms(x)
+    return _gated(y, self.up(jax.nn.silu(self.down(y))))
+
+
+@recomputed
+def _gated(y: jax.Array, logit: jax.Array) -> jax.Array:
+  return (y * jax.nn.sigmoid(logit.astype(jnp.float32))).astype(y.dtype)
+
+
+# Norms before a branch: (key, dim, rank, numerics) -> module.
+NORMS = {
+  'rms': lambda key, dim, rank, numerics: RMSNorm(dim, axes=(None,), numerics=numerics),
+  'gated': lambda key, dim, rank, numerics: GatedNorm(key, dim, rank, numerics=numerics),
+}
+
+
+class SwiGLU(nnx.Module):
+  """x -> (silu(x A) * x U) O (arXiv 2002.05202), hidden size F."""
+
+  def __init__(
+    self, key: jax.Array, *, width: int, hidden: int, std_out: float, numerics: Numerics
+  ):
+    dense = functools.partial(Dense, bias=False, numerics=numerics)
+    wide = functools.partial(dense, axes=('embed', 'ffn'), std=numerics.init_std)
+    narrow = functools.partial(dense, axes=('ffn', 'embed'), std=std_out)
+    self.act = wide(named(key, 'act'), (width,), (hidden,))
+    self.up = wide(named(key, 'up'), (width,), (hidden,))
+    self.down = narrow(named(key, 'down'), (hidden,), (width,))
+
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    return self.down(swiglu(self.act(x_BTD), self.up(x_BTD)))
+
+
+@recomputed
+def swiglu(act: jax.Array, up: jax.Array) -> jax.Array:
+  """silu(act) * up, elementwise."""
+  return jax.nn.silu(act) * up
+
+
+@dataclass(frozen=True, kw_only=True)
+class Yarn:
+  """Stretches RoPE beyond the trained context, without training (arXiv 2309.00071)."""
+
+  factor: float  # new context / old context; 1 for none
+  original: int  # tokens of the old context
+  beta_fast: float  # turns over `original` above which a pair of dims stays as it is
+  beta_slow: float  # turns below which it is stretched by the whole factor
+  attention: float  # scales queries and keys; 0 for 0.1 ln(factor) + 1
+
+  def __post_init__(self):
+    name = 'config.model.attn.yarn'
+    config.at_least(f'{name}.factor', self.factor, 1.0)
+    config.at_least(f'{name}.original', self.original, 1)
+    config.at_least(f'{name}.attention', self.attention, 0.0)
+    if not self.beta_fast > self.beta_slow > 0:
+      slow, fast = self.beta_slow, self.beta_fast
+      raise ValueError(
+        f'{name}.beta_slow={slow} must be positive and below {name}.beta_fast={fast}'
+      )
+
+  @property
+  def scale(self) -> float:
+    """What queries and keys are multiplied by (section 3.4)."""
+    if self.factor == 1.0:
+      return 1.0
+    return self.attention or 0.1 * math.log(self.factor) + 1.0
+
+
+def rope_frequencies(dim: int, base: float, yarn: Yarn) -> jax.Array:
+  """Radians per token of each pair of dims, (K/2,): 1 / base^(2i / K), and YaRN's of it.
+
+  YaRN divides slow pairs by its factor and keeps fast ones, with a linear ramp between
+  the dims, rounded outwards, that turn beta_fast and beta_slow times (section 3.2).
+  """
+  frequency = base ** -(jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+  if yarn.factor == 1.0:
+    return frequency
+  pair = lambda turns: (
+    dim * math.log(yarn.original / (turns * 2 * math.pi)) / (2 * math.log(base))
+  )
+  low = max(math.floor(pair(yarn.beta_fast)), 0)
+  high = min(math.ceil(pair(yarn.beta_slow)), dim - 1)
+  ramp = (jnp.arange(dim // 2) - low) / max(high - low, 1e-3)
+  stretched = jnp.clip(ramp, 0, 1)
+  return frequency * (1 - stretched) + frequency / yarn.factor * stretched
+
+
+def rope_angles(position_BT: jax.Array, frequency_k: jax.Array) -> jax.Array:
+  """Positions -> radians (B, T, K/2) (arXiv 2104.09864)."""
+  return position_BT[..., None].astype(jnp.float32) * frequency_k[None, None, :]
+
+
+@functools.partial(recomputed, static_argnums=2)
+def rope(x_BTHK: jax.Array, angle_BTk: jax.Array, scale: float) -> jax.Array:
+  """Rotates the pairs (i, i + K/2) of each head by their angles, in float32."""
+  cos, sin = jnp.cos(angle_BTk)[:, :, None, :], jnp.sin(angle_BTk)[:, :, None, :]
+  if scale != 1.0:
+    cos, sin = scale * cos, scale * sin
+  a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHK.dtype)

@@ -1,0 +1,76 @@
+"""Experts with a capacity: so many tokens of each row, and those beyond are dropped.
+
+The shapes stand still whatever the router does, and XLA's partitioner moves the tokens.
+
+B batch  T tokens  D width  F ffn of an expert  E experts  k experts of a token
+C capacity  j choices of a row  S slots of a row
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from gated.devices import mesh
+from gated.model.layers import swiglu
+from gated.model.moe.dropless import combined
+
+
+def run(
+  weights: list[jax.Array], x_BTD, weight_BTk, choice_BTk, *, live_BT, factor: float
+) -> tuple[jax.Array, jax.Array]:
+  """An expert takes up to C tokens of each row, those that chose it first at first.
+
+  -> (y_BTD, how many choices found no place). C is `factor` times the mean, k T / E.
+  """
+  (B, T, D), k, E = x_BTD.shape, choice_BTk.shape[-1], len(weights[0])
+  C = min(T, math.ceil(factor * k * T / E))
+  # Choices in the order in which they are served: the first ones of all tokens, then on.
+  choice_Bj = choice_BTk.swapaxes(1, 2).reshape(B, k * T)
+  live_Bj = jnp.tile(live_BT, (1, k))
+  taken_BjE = jax.nn.one_hot(choice_Bj, E, dtype=jnp.int32) * live_Bj[..., None]
+  place_Bj = (jnp.cumsum(taken_BjE, 1) * taken_BjE).sum(-1) - 1
+  fits_Bj = live_Bj & (place_Bj < C)
+  slot_Bj = jnp.where(fits_Bj, choice_Bj * C + place_Bj, E * C)
+  token_j = jnp.tile(jnp.arange(T), k)
+  source = lambda slot_j: jnp.full(E * C, T).at[slot_j].set(token_j, mode='drop')
+  x_BSD = _read(x_BTD, jax.vmap(source)(slot_Bj))
+  x_BECD = _to_experts(x_BSD.reshape(B, E, C, D))
+  act, up, down = weights
+  hidden = swiglu(
+    jnp.einsum('becd,edf->becf', x_BECD, act), jnp.einsum('becd,edf->becf', x_BECD, up)
+  )
+  y_BECD = _to_rows(jnp.einsum('becf,efd->becd', hidden, down))
+  y_BSD = y_BECD.reshape(B, E * C, D)
+  y_BjD = _read(y_BSD, slot_Bj)
+  y_BTkD = y_BjD.reshape(B, k, T, D).swapaxes(1, 2)
+  dropped = (live_Bj & ~fits_Bj).sum().astype(jnp.float32)
+  return combined(y_BTkD, weight_BTk), dropped
+
+
+@jax.vmap
+def _read(x_TD, at_S):
+  """The numbered tokens of each row, which stay on the row's device; zeros for none."""
+  return x_TD.at[at_S].get(mode='fill', fill_value=0)
+
+
+def _to_experts(x_BECD: jax.Array) -> jax.Array:
+  """Tokens as their rows lie on the mesh -> as the experts do: an all-to-all."""
+  x_BECD = mesh.constrain(x_BECD, 'batch', None, None, None)
+  return _by_expert(x_BECD)
+
+
+def _to_rows(y_BECD: jax.Array) -> jax.Array:
+  return mesh.constrain(_by_expert(y_BECD), 'batch', None, None, None)
+
+
+def _by_expert(x_BECD: jax.Array) -> jax.Array:
+  """Asks for the experts' dim to be split, and for rows by what axes are left."""
+  on = jax.sharding.get_abstract_mesh()
+  if on.empty or on.size == 1:
+    return x_BECD
+  left = [m for m in mesh.RULES['batch'] if m not in mesh.RULES['experts']]
+  rows = tuple(m for m in left if on.shape[m] > 1) or None
+  experts = mesh.spec(('experts',), on)[0]
+  return jax.lax.with_sharding_constraint(x_BECD, P(rows, experts, None, None))

@@ -1,0 +1,18 @@
+"""A whole recipe, joined and checked, and what follows from it: mesh, state, steps."""
+
+from gated.plan.plan import Plan, amount, evaluate_step, exact, placed, reading
+from gated.plan.prepare import Run, prepare
+from gated.plan.recipe import Config, check_mesh
+
+__all__ = [
+  'Config',
+  'Plan',
+  'Run',
+  'amount',
+  'check_mesh',
+  'evaluate_step',
+  'exact',
+  'placed',
+  'prepare',
+  'reading',
+]

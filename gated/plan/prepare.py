@@ -1,0 +1,81 @@
+"""A recipe and a workdir -> a run that passed every check, before it costs anything."""
+
+import dataclasses
+import logging
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gated import config, data, storage
+from gated.devices import processes
+from gated.plan.plan import Chooser, Plan
+from gated.plan.recipe import Config
+from gated.run import checkpoint, metrics, weights
+from gated.run import workdir as workdirs
+
+_log = logging.getLogger('gated')
+
+
+class Run(NamedTuple):
+  """A run that may start or resume."""
+
+  config: dict  # the resolved recipe
+  workdir: storage.Path
+  plan: Plan
+  corpus: data.Corpus
+  lowered: Any  # the train step, lowered but not compiled
+  weights: weights.Source | None  # of config.init_from
+  resume: workdirs.Resume  # the step to restore, and what changed since
+
+  def first_state(self, saves: checkpoint.Checkpoints) -> Any:
+    """The state that a session starts from: a saved step, other weights, or fresh."""
+    if self.resume.step is not None:
+      state = saves.restore(self.resume.step, self.plan.state)
+      data_step = saves.go_back(self.resume.step)
+      if data_step is None:
+        return state
+      placed = jax.device_put(np.int32(data_step), state.data_step.sharding)
+      return dataclasses.replace(state, data_step=placed)
+    state = self.plan.init()
+    if self.weights:
+      model = weights.read(self.weights, self.plan.state.model, state.model)
+      state = dataclasses.replace(state, model=model)
+    return state
+
+
+def prepare(
+  c: dict,
+  workdir: storage.Path,
+  *,
+  allowed: Collection[str],
+  restore_step: str,
+  choose: Chooser | None,
+) -> Run:
+  """A resolved recipe and a workdir -> Run.
+
+  `allowed` and `restore_step` are as in `workdir.check`, `choose` as in `Plan`. Raises
+  ValueError if the recipe, the data or the workdir cannot be used.
+  """
+  cfg = config.build(Config, c, 'config')
+  metrics.check_wandb(cfg.log.wandb)
+  metrics.check_remote(workdir, profile_first=cfg.log.profile_first)
+  plan = Plan(cfg, choose=choose)
+  corpus = data.open(cfg.data, **plan.reads)
+  fingerprint = corpus.fingerprint
+  resume = workdirs.check(
+    workdir, c, fingerprint, like=plan.state, allowed=allowed, restore_step=restore_step
+  )
+  source = None
+  if cfg.init_from and resume.step is None:
+    source = weights.find(cfg.init_from, plan.state.model, corpus)
+    resume.changed['config.init_from'] = cfg.init_from, str(source)
+    for knob, change in source.differs.items():
+      resume.changed[f'{knob} since config.init_from'] = change
+  agreed = {'config': c, 'data': fingerprint['sha256'], 'step': resume.step}
+  processes.agree('the recipe, the data or the checkpoints', config.digest(agreed))
+  _log.info('%s', plan)
+  if not corpus.domains:
+    _log.info('the data has no held-out rows: no held-out loss, and no best step')
+  return Run(c, workdir, plan, corpus, plan.train_step(), source, resume)

@@ -1,0 +1,77 @@
+"""What a run is to run on: a slice of TPUs, a number of GPUs, or the devices here."""
+
+import importlib.util
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from gated.devices import chips
+
+HERE = 'here'
+GET = (
+  'compiling for TPUs needs libtpu: run `pip install -r requirements-tpu.txt` in an '
+  'environment of its own (`make tpu` makes .venv/tpu), or take --estimate'
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+  """What a run is to run on."""
+
+  topology: str
+  chip: chips.Chip | None  # None for a device that no table knows
+  count: int  # chips, over all slices
+  slices: int
+  compiles: bool  # whether a compiler for it may be had here
+
+
+def machine(topology: str, slices: int) -> Machine:
+  """'v5p:4x4x4', 'h100:64', 'cpu:8' or 'here' -> the machine; ValueError if none is."""
+  if slices < 1:
+    raise ValueError(f'--slices={slices}, but it must be at least 1')
+  if topology == HERE:
+    devices = jax.devices()
+    chip = chips.of(devices[0].device_kind)
+    count = len(devices)
+    return Machine(topology=HERE, chip=chip, count=count, slices=1, compiles=True)
+  name, _, size = topology.partition(':')
+  chip = chips.CHIPS.get(name)
+  if chip is None:
+    known = ', '.join(chips.CHIPS)
+    raise ValueError(f'--topology={topology}, but chips are {known}, or {HERE}')
+  shapes = ['x'.join(map(str, shape)) for shape in chips.topologies(name)]
+  if shapes and size not in shapes:
+    raise ValueError(
+      f'--topology={topology}, but slices of {name} are {" ".join(shapes)}'
+    )
+  if not shapes and not re.fullmatch(r'[1-9]\d{0,6}', size):
+    raise ValueError(f'--topology={topology}, but it is to be {name}:COUNT')
+  count = math.prod(int(side) for side in size.split('x')) * slices
+  if not shapes and slices == 1 and count > chip.slice_size:
+    # What the fast links reach counts as a slice.
+    slices = -(-count // chip.slice_size)
+  return Machine(
+    topology=topology,
+    chip=chip,
+    count=count,
+    slices=slices,
+    compiles=bool(shapes),
+  )
+
+
+def devices(of: Machine) -> list[Any]:
+  """The devices to compile for; raises NotImplementedError where libtpu is missing."""
+  if of.topology == HERE:
+    return jax.devices()
+  if importlib.util.find_spec('libtpu') is None:
+    raise NotImplementedError(GET)
+  from jax.experimental import topologies
+
+  opts = {'num_slices': of.slices} if of.slices > 1 else {}
+  described = topologies.get_topology_desc(
+    platform='tpu', topology_name=of.topology, **opts
+  )
+  return list(described.devices)

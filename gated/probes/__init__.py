@@ -1,0 +1,1 @@
+"""What a model does inside: early warnings and gate scores."""

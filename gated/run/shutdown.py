@@ -1,0 +1,121 @@
+"""How a process ends early: SIGTERM, errors of a run, and lost peers."""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Generator
+from typing import Any, NoReturn, Self
+
+import jax
+from jax.experimental import multihost_utils
+
+from gated import storage
+from gated.run import checkpoint, exit_codes, metrics, workdir
+
+CODES: dict[type[Exception], int] = {
+  workdir.InUse: exit_codes.REFUSED,
+  metrics.Damaged: exit_codes.REFUSED,
+  FloatingPointError: exit_codes.UNSTABLE,
+  checkpoint.SaveFailed: exit_codes.NOT_SAVED,
+  workdir.TakenOver: exit_codes.TAKEN_OVER,
+}
+
+# All processes of a run meet these at the same place, so each can return by itself.
+_COLLECTIVE = workdir.InUse, FloatingPointError
+# After these the workdir belongs to another run.
+_FOREIGN = exit_codes.REFUSED, exit_codes.TAKEN_OVER
+
+
+class Sigterm:
+  """`with Sigterm() as sigterm:` turns the signal into an answer of `sigterm.received`.
+
+  Spot machines and schedulers announce a preemption by SIGTERM. In a run of several
+  processes a signal to one of them stops all of them at the same step: JAX's preemption
+  service carries it, from `processes.start` on. A second signal changes nothing.
+  """
+
+  def __init__(self):
+    self._received = False
+    self._previous: Any = None
+
+  def received(self, step: int) -> bool:
+    """Whether to stop after this step; every process asks after every step."""
+    if jax.process_count() > 1:
+      self._received |= multihost_utils.reached_preemption_sync_point(step)
+    return self._received
+
+  def _handle(self, *_) -> None:
+    self._received = True
+
+  def __enter__(self) -> Self:
+    if jax.process_count() == 1:
+      self._previous = signal.signal(signal.SIGTERM, self._handle)
+    return self
+
+  def __exit__(self, *_) -> None:
+    # After a SIGTERM the process is stopping: a second one must not interrupt that.
+    if self._previous is not None and not self._received:
+      signal.signal(signal.SIGTERM, self._previous)
+
+
+def exit_code(train: Callable[[], int], path: storage.Path, *, program: str) -> int:
+  """Calls `train` -> the exit code of the process; writes WORKDIR/outcome.json.
+
+  An error with an exit code of its own is one line on standard error; any other is
+  recorded and raised. If other processes may wait for this one, it exits at once.
+  """
+  try:
+    code = train()
+    workdir.conclude(path, code, exit_codes.MEANING[code])
+    return code
+  except tuple(CODES) as error:
+    print(f'{program}: {error}', file=sys.stderr)
+    code = CODES[type(error)]
+    if code not in _FOREIGN:
+      workdir.conclude(path, code, str(error))
+    if not isinstance(error, _COLLECTIVE):
+      exit_now(code)
+    return code
+  except Exception as error:
+    full = storage.is_full(error)
+    code = exit_codes.NOT_SAVED if full else exit_codes.FAILED
+    workdir.conclude(path, code, str(error))
+    if not full:
+      raise
+    print(f'{program}: --workdir={path} cannot be written: {error}', file=sys.stderr)
+    exit_now(code)
+
+
+@contextlib.contextmanager
+def without_peers(timeout: float) -> Generator[None]:
+  """Ends this process, in a run of several, after an error that others may not meet.
+
+  They would wait for it in a collective. A broken collective means that another process
+  is gone: JAX's runtime finds that out within `timeout` seconds, names the process and
+  aborts this one; if it does not, this one exits with LOST_PEER. After any other error
+  the exit code is FAILED, with the traceback on standard error.
+  """
+  try:
+    yield
+  except Exception as error:
+    known = type(error) in CODES or storage.is_full(error)
+    if jax.process_count() == 1 or known:
+      raise
+    if not isinstance(error, jax.errors.JaxRuntimeError) and 'Gloo' not in str(error):
+      traceback.print_exception(error)
+      exit_now(exit_codes.FAILED)
+    process = f'process {jax.process_index()} of {jax.process_count()}'
+    reason = str(error).partition('\n')[0]
+    print(f'{process} lost another one: {reason}', file=sys.stderr, flush=True)
+    time.sleep(timeout + 10)
+    exit_now(exit_codes.LOST_PEER)
+
+
+def exit_now(code: int) -> NoReturn:
+  """Exits without waiting for threads, some of which may never end."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)

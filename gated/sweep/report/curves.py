@@ -1,0 +1,200 @@
+"""Figures over steps: the training loss of every point, and what warned of divergence."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib import ticker
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from scipy import ndimage
+
+from gated.sweep.report.figures import COLORS, COLUMN, PAGE, wrapped
+from gated.sweep.report.lines import Line, rate
+from gated.sweep.report.points import Curve, Judged
+
+DRAWN = 240  # Points of a curve in a figure.
+SMOOTH = 60  # Of a curve: so many medians are drawn over what they are of.
+# What is drawn of early warnings, where a run has it.
+INDICATORS = {
+  'grad_norm': 'gradient norm',
+  'attention_logit': 'max. attention logit',
+  'output_logit': 'output logit (rms)',
+  'residual_growth': 'residual growth',
+}
+CALM = ('finished', 'partial')  # States whose losses fill an axis.
+FIRST = 0.1  # Of the steps, whose losses may lie above the axis.
+
+
+def training(lines: list[Line]) -> tuple[Figure, str]:
+  """Training loss over steps, a panel each line; colour is the learning rate."""
+  count = len(lines)
+  columns = count if count < 3 else 2 if count == 4 else 3
+  rows = -(-count // columns)
+  width = COLUMN if columns == 1 else PAGE
+  figure = Figure(figsize=(width, 0.7 + 1.55 * rows))
+  axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+  lrs = sorted({p.lr for line in lines for p in line.points if len(p.train.steps)})
+  # Up to 0.88: beyond it the map is too bright for white paper.
+  hues = matplotlib.colormaps['viridis'](np.linspace(0, 0.88, max(1, len(lrs))))
+  low, top = _losses([p for line in lines for p in line.points])
+  for ax, line in zip(axes.flat, lines, strict=False):
+    ax.set_title(wrapped(line.name, 26))
+    for p in line.points:
+      if len(p.train.steps):
+        _curve(ax, p, hues[lrs.index(p.lr)], top)
+  axes[0][0].set_ylim(low, top)
+  for ax in axes.flat[count:]:
+    ax.set_visible(False)
+  # Above a panel that is not there, the steps are told as well.
+  for ax in axes.flat[max(0, count - columns) : count]:
+    ax.xaxis.set_tick_params(labelbottom=True)
+    _steps(ax)
+  figure.supylabel('training loss (nats/token)', size=8)
+  handles = [
+    Line2D([], [], color=hue, label=f'lr {rate(lr)}')
+    for lr, hue in zip(lrs, hues, strict=False)
+  ]
+  points = [p for line in lines for p in line.points]
+  marks = {'spike': ('v', any(p.spikes for p in points))}
+  marks['diverged'] = ('x', any(p.diverged for p in points))
+  for name, (marker, there) in marks.items():
+    if there:
+      handles.append(
+        Line2D([], [], color='black', marker=marker, ms=4, ls='none', label=name)
+      )
+  most = 4 if width == COLUMN else 6
+  across = -(-len(handles) // -(-len(handles) // most))
+  options: dict[str, Any] = dict(handlelength=1.2, columnspacing=1.2)
+  figure.legend(handles=handles, loc='outside lower center', ncols=across, **options)
+  caption = (
+    'Training loss, pale, and its rolling median; colour is the peak learning rate.'
+  )
+  if marks['spike'][1]:
+    caption += ' Triangles: spikes.'
+  if marks['diverged'][1]:
+    caption += ' Crosses: ends of runs that diverged.'
+  return figure, f'{caption} What lies above the axis is marked at its edge.'
+
+
+def _losses(points: Sequence[Judged]) -> tuple[float, float]:
+  """-> the ends of the axis: what is stable fills it, whatever else does."""
+  shown = [p for p in points if np.isfinite(p.train.values).any()]
+  if not shown:
+    return 0.0, 1.0
+  late = [
+    p.train.values[p.train.steps > FIRST * p.steps] for p in shown if p.state in CALM
+  ]
+  late = [own[np.isfinite(own)] for own in late or [p.train.values for p in shown]]
+  late = [own for own in late if len(own)]
+  if not late:
+    return 0.0, 1.0
+  low = min(float(own.min()) for own in late)
+  # A spike may rise above the axis: its triangle then stands at the edge.
+  high = max(float(np.quantile(own, 0.995)) for own in late)
+  pad = 0.06 * max(high - low, 0.02 * abs(low))
+  return low - pad, high + 2 * pad
+
+
+def _steps(ax: Any) -> None:
+  nice = ticker.MaxNLocator(4, integer=True, steps=[1, 2, 2.5, 5, 10])
+  ax.xaxis.set_major_locator(nice)
+  ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
+  ax.set_xlabel('step')
+
+
+def _strand(ax: Any, curve: Curve, color: Any, dash: Any = '-') -> None:
+  """A curve, pale, and over it its rolling median."""
+  steps, values = curve.thinned(DRAWN)
+  ax.plot(steps, values, color=color, lw=0.5, alpha=0.4, zorder=2)
+  finite = np.isfinite(curve.values)
+  size = len(curve.steps) // SMOOTH
+  if size > 1:
+    smooth = ndimage.median_filter(curve.values[finite], size, mode='nearest')
+    steps, values = curve.steps[finite][:: size // 2], smooth[:: size // 2]
+  ax.plot(steps, values, color=color, lw=0.9, ls=dash, zorder=3)
+
+
+def _curve(ax: Any, p: Judged, color: Any, top: float) -> None:
+  _strand(ax, p.train, color)
+  mark = dict(color=color, ls='none', clip_on=False, zorder=4)
+  if p.spikes:
+    at = [s.step for s in p.spikes]
+    values = np.nan_to_num(p.train.values, nan=np.inf)
+    y = np.minimum(values[np.searchsorted(p.train.steps, at)], top)
+    ax.plot(at, y, marker='v', ms=3.2, mec='black', mew=0.4, **mark)
+  if p.diverged:
+    last = np.median(p.train.values[-max(1, len(p.train.values) // SMOOTH) :])
+    last = last if np.isfinite(last) else np.inf
+    ax.plot([p.train.steps[-1]], [min(last, top)], marker='x', ms=5, mew=1.3, **mark)
+
+
+def warnings(lines: list[Line]) -> tuple[Figure, str]:
+  """What grows before a loss, at the highest stable rate and the lowest diverged."""
+  found = [(line, pair) for line in lines if any(pair := around(line))]
+  names = [
+    name
+    for name in INDICATORS
+    if any(len(p.numbers[name].steps) for _, ps in found for p in ps if p)
+  ]
+  figure = Figure(figsize=(PAGE, 0.75 + 1.15 * len(found)))
+  options: dict[str, Any] = dict(sharex=True, sharey='col', squeeze=False)
+  axes = figure.subplots(len(found), len(names), **options)
+  for row, (line, pair) in zip(axes, found, strict=True):
+    for ax, name in zip(row, names, strict=True):
+      for p, (color, dash, _) in zip(pair, PAIR, strict=True):
+        if p and len(p.numbers[name].steps):
+          steps, values = p.numbers[name]
+          shown = np.isfinite(values) & (values > 0)
+          _strand(ax, Curve(steps[shown], values[shown]), color, dash)
+      ax.set_yscale('log')
+      ax.yaxis.set_major_formatter(ticker.FuncFormatter(_number))
+      ax.yaxis.set_minor_locator(ticker.NullLocator())
+      ax.tick_params(labelsize=6)
+    told = [rate(p.lr) if p else 'none' for p in pair]
+    row[0].set_ylabel(f'{wrapped(line.name, 20)}\n{told[0]} | {told[1]}', size=7)
+  for top, bottom, name in zip(axes[0], axes[-1], names, strict=True):
+    low, high = top.get_ylim()  # Of the column.
+    subs = (1, 2, 5) if high < 300 * low else (1,)
+    for ax in axes[:, names.index(name)]:
+      ax.yaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=6))
+    top.set_title(INDICATORS[name], size=7)
+    _steps(bottom)
+  drawn = [any(pair[i] for _, pair in found) for i in range(2)]
+  handles = [
+    Line2D([], [], color=c, ls=dash, label=text)
+    for (c, dash, text), there in zip(PAIR, drawn, strict=True)
+    if there
+  ]
+  figure.legend(handles=handles, loc='outside lower center', ncols=2)
+  caption = 'Early warnings at the highest learning rate where every seed is stable, and '
+  caption += 'the lowest where one diverged (beside the axis: both rates).'
+  return figure, caption + ('' if drawn[1] else ' None diverged.')
+
+
+def _number(y: float, _: int) -> str:
+  """20000 -> '2e4', 0.05 -> '0.05'."""
+  return f'{y:g}' if y < 10_000 else f'{y:.0e}'.replace('e+0', 'e').replace('e+', 'e')
+
+
+PAIR = (
+  (COLORS[0], '-', 'highest stable learning rate'),
+  (COLORS[1], (0, (4, 1.5)), 'lowest diverged learning rate'),
+)
+
+
+def around(line: Line) -> tuple[Judged | None, Judged | None]:
+  """A line -> a point where every seed is stable, and one that diverged, if any."""
+  stable = [c for c in line.cells() if c.finals and not c.diverged]
+  broken = [p for c in line.cells() for p in c.diverged]
+  return (
+    next(p for p in stable[-1].points if p.done) if stable else None,
+    broken[0] if broken else None,
+  )
+
+
+def warned(lines: list[Line]) -> bool:
+  """Whether there is anything to draw of early warnings."""
+  pairs = [p for line in lines for p in around(line) if p]
+  return any(len(curve.steps) for p in pairs for curve in p.numbers.values())

@@ -1,0 +1,270 @@
+"""Figures that a paper can take as they are: their look, and how they are written.
+
+Drawn at the size they are printed at, a column or a page wide. Lines are told apart by
+colour (Okabe and Ito's, for the colour-blind), by marker and by dash, so that they
+survive print in grey. The same numbers give the same bytes.
+"""
+
+import io
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib import ticker
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.transforms import ScaledTranslation
+
+from gated import storage
+from gated.sweep.report.lines import Line, rate
+
+COLUMN, PAGE = 3.5, 5.5  # Widths in inches.
+COLORS = (
+  '#0072B2',
+  '#D55E00',
+  '#009E73',
+  '#E69F00',
+  '#CC79A7',
+  '#56B4E9',
+  '#000000',
+  '#F0E442',
+)
+MARKERS = ('o', 's', '^', 'D', 'v', 'P', '>')
+DASHES = ('-', (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)))
+GREY = '#666666'
+STYLE: Any = {
+  'font.size': 8,
+  'axes.titlesize': 8,
+  'axes.labelsize': 8,
+  'xtick.labelsize': 7,
+  'ytick.labelsize': 7,
+  'legend.fontsize': 7,
+  'legend.frameon': False,
+  'axes.linewidth': 0.6,
+  'axes.edgecolor': GREY,
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'axes.grid': True,
+  'grid.color': '#e6e6e6',
+  'grid.linewidth': 0.5,
+  'axes.axisbelow': True,
+  'lines.linewidth': 1.2,
+  'lines.markersize': 4,
+  'xtick.major.width': 0.6,
+  'ytick.major.width': 0.6,
+  'figure.constrained_layout.use': True,
+  'savefig.dpi': 300,
+  'svg.hashsalt': 'gated',
+  'pdf.fonttype': 42,  # TrueType, which conferences ask for.
+  # A text of a config is never a formula.
+  'text.parse_math': False,
+}
+# Format -> what would tell the time or the version in it, left out.
+FORMATS = {'svg': {'Date': None}, 'pdf': {'CreationDate': None}, 'png': {}}
+NARROW = 0.15  # Of the axis: stable losses that would fill less get it for themselves.
+
+
+class Look(NamedTuple):
+  color: str
+  marker: str
+  dash: Any
+
+
+class Drawn(NamedTuple):
+  """A figure that was written."""
+
+  name: str
+  caption: str
+
+
+def look(index: int) -> Look:
+  """The look of line so and so; no two of the first 280 are alike."""
+  at = lambda table: table[index % len(table)]
+  return Look(at(COLORS), at(MARKERS), at(DASHES))
+
+
+def wrapped(name: str, width: int) -> str:
+  """A name on as few lines as it needs, three at most."""
+  return '\n'.join(textwrap.wrap(name, width, max_lines=3, placeholder=' ...'))
+
+
+def save(figure: Figure, folder: storage.Path, name: str) -> None:
+  """A figure -> FOLDER/NAME.svg, .pdf and .png."""
+  figure.draw_without_rendering()
+  # The layout holds from here on: it is as long in the making as a drawing.
+  figure.set_layout_engine('none')
+  for kind, metadata in FORMATS.items():
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, metadata=metadata)
+    storage.write(folder / f'{name}.{kind}', buffer.getvalue())
+
+
+def rate_axis(ax: Any, lrs: list[float]) -> None:
+  """A logarithmic axis with the learning rates that were trained at as its ticks."""
+  ax.set_xscale('log')
+  places = np.log(lrs)
+  room = (places[-1] - places[0]) / 9 if len(lrs) > 1 else 0.0
+  kept = [0]
+  for i in range(1, len(lrs)):
+    if places[i] - places[kept[-1]] >= room:
+      kept.append(i)
+  ax.set_xticks([lrs[i] for i in kept], [rate(lrs[i]) for i in kept])
+  ax.xaxis.set_minor_locator(ticker.NullLocator())
+  ax.set_xlabel('peak learning rate')
+
+
+def loss_against_rate(lines: list[Line]) -> tuple[Figure, str]:
+  """Final loss over the learning rate, a line each, with what diverged as crosses."""
+  figure = Figure(figsize=(COLUMN, 2.6 + 0.16 * len(lines)))
+  ax = figure.subplots()
+  lrs = sorted({p.lr for line in lines for p in line.points if p.done})
+  rate_axis(ax, lrs)
+  low, top = _range(lines)
+  ax.set_ylim(low, top)
+  several, crossed = False, Counter()
+  for i, line in enumerate(lines):
+    color, marker, dash = look(i)
+    cells = [c for c in line.cells() if c.finals]
+    x, y = [c.lr for c in cells], [c.mean for c in cells]
+    ax.plot(x, y, color=color, marker=marker, ls=dash, zorder=3)
+    if any(len(c.finals) > 1 for c in cells):
+      several = True
+      least, most = [min(c.finals) for c in cells], [max(c.finals) for c in cells]
+      ax.fill_between(x, least, most, color=color, alpha=0.2, lw=0)
+    _crosses(ax, line, color, crossed, top)
+  said = _init(ax, lines, top)
+  handles = [_handle(i, line.name) for i, line in enumerate(lines)]
+  if any(p.diverged for line in lines for p in line.points):
+    handles.append(Line2D([], [], color=GREY, marker='x', ls='none', label='diverged'))
+  columns = 2 if max(len(line.name) for line in lines) <= 20 else 1
+  below: dict[str, Any] = dict(loc='outside lower center', ncols=columns)
+  figure.legend(handles=handles, handlelength=3, **below)
+  ax.set_ylabel('final loss (nats/token)')
+  caption = 'Final loss against the peak learning rate. '
+  one = all(len(c.points) == 1 for line in lines for c in line.cells())
+  sound = 'Lines are means over the seeds that did not diverge, bands their range. '
+  caption += sound * several
+  caption += 'One seed each: they claim no ordering. ' * one
+  if any(p.diverged for line in lines for p in line.points):
+    caption += 'Crosses: runs that diverged, at min(final loss, loss at initialisation), '
+    caption += 'or at the upper edge where that lies above it. '
+  caption += said
+  return figure, caption.strip()
+
+
+def _range(lines: list[Line]) -> tuple[float, float]:
+  """-> the ends of the axis: what is stable fills a good part of it."""
+  points = [p for line in lines for p in line.points if p.done]
+  stable = [p.final for p in points if not p.diverged and p.final is not None]
+  crosses = [p.capped for p in points if p.diverged and p.capped is not None]
+  if not stable + crosses:
+    return 0.0, 1.0
+  low, high = min(stable or crosses), max(stable + crosses)
+  most = max(stable, default=high)
+  if most - low < NARROW * (high - low):
+    high = most + 0.7 * max(most - low, 0.02 * abs(most))
+    return low - 0.06 * (high - low), high
+  # The loss at initialisation only where the crosses come near it.
+  high = max([high, *(x for x in _inits(lines) if x < low + 1.5 * (high - low))])
+  pad = 0.06 * max(high - low, 0.02 * abs(low))
+  return low - pad, high + pad
+
+
+def _inits(lines: list[Line]) -> list[float]:
+  inits = [p.init for line in lines for p in line.points if p.init is not None]
+  return [x for x in inits if np.isfinite(x)]
+
+
+def _crosses(ax: Any, line: Line, color: str, before: Counter[float], top: float) -> None:
+  """What diverged, side by side by seed, and tied to the last mean that did not.
+
+  `before` counts the lines that have crosses at a rate already.
+  """
+  last = None
+  for cell in line.cells():
+    heights = [top if p.capped is None else min(p.capped, top) for p in cell.diverged]
+    for j, y in enumerate(heights):
+      # In points: seeds beside each other, and at the edge lines below each other.
+      across = 4 * (j - (len(heights) - 1) / 2) + (2 * before[cell.lr] if y < top else 0)
+      down = -5 * before[cell.lr] if y == top else 0
+      shift = ScaledTranslation(across / 72, down / 72, ax.figure.dpi_scale_trans)
+      look_of = dict(color=color, marker='x', ls='none', mew=1.3, ms=4.5, zorder=4)
+      ax.plot([cell.lr], [y], transform=ax.transData + shift, clip_on=False, **look_of)
+    before[cell.lr] += bool(heights)
+    if heights and not cell.finals and last and last.finals:
+      ends = [last.mean, float(np.mean(heights))]
+      ax.plot([last.lr, cell.lr], ends, color=color, ls=':', lw=0.8)
+    last = cell
+
+
+def _init(ax: Any, lines: list[Line], top: float) -> str:
+  """The loss at initialisation, dashed where the axis has it -> a sentence on it."""
+  inits = _inits(lines)
+  if not inits:
+    return ''
+  mean = float(np.mean(inits))
+  if mean <= top:
+    ax.axhline(mean, color=GREY, ls=(0, (4, 3)), lw=0.8, zorder=1)
+    text = dict(xy=(0, mean), xycoords=('axes fraction', 'data'), xytext=(3, -2))
+    ax.annotate(
+      'initial loss', **text, textcoords='offset points', va='top', color=GREY, size=6.5
+    )
+    return f'Dashed: the loss at initialisation, {mean:.2f}.'
+  return f'The loss at initialisation, {mean:.2f}, lies above the axis.'
+
+
+def _handle(index: int, name: str) -> Line2D:
+  color, marker, dash = look(index)
+  return Line2D([], [], color=color, marker=marker, ls=dash, label=wrapped(name, 46))
+
+
+def sensitivity(lines: list[Line]) -> tuple[Figure, str]:
+  """Bars of the LR sensitivity, with each seed's own beside the mean."""
+  shown = [(i, line, line.sensitivities()) for i, line in enumerate(lines)]
+  shown = [(i, line, found) for i, line, found in shown if found]
+  figure = Figure(figsize=(COLUMN, 0.75 + 0.34 * len(shown)))
+  ax = figure.subplots()
+  for y, (i, _, found) in enumerate(shown):
+    each = list(found.values())
+    mean, most = float(np.mean(each)), max(each)
+    ax.barh(y, mean, height=0.62, color=look(i).color, alpha=0.85)
+    if len(each) > 1:
+      ax.plot([min(each), most], [y, y], color='black', lw=0.8)
+      ax.plot(each, [y] * len(each), color='black', marker='|', ls='none', ms=6)
+    ax.annotate(
+      f'{mean:.3f}',
+      (most, y),
+      (4, 0),
+      textcoords='offset points',
+      va='center',
+      size=7,
+    )
+  ax.set_yticks(range(len(shown)), [wrapped(line.name, 24) for _, line, _ in shown])
+  ax.invert_yaxis()
+  ax.grid(axis='y', visible=False)
+  ax.margins(x=0.16)
+  ax.set_xlim(left=0)
+  ax.set_xlabel('LR sensitivity (nats/token)')
+  seeds = ' Strokes are the seeds.' if any(len(f) > 1 for *_, f in shown) else ''
+  if all(len(f) == 1 for *_, f in shown):
+    seeds = ' One seed each: they claim no ordering.'
+  if len({tuple(line.lrs) for _, line, _ in shown}) > 1:
+    seeds += ' The learning rates differ by line: these bars are not comparable.'
+  text = 'LR sensitivity: the mean over learning rates of min(final loss, loss at '
+  return figure, f'{text}initialisation) minus the best final loss.{seeds}'
+
+
+def draw(
+  pictures: dict[str, Callable[[list[Line]], tuple[Figure, str]]],
+  lines: list[Line],
+  folder: storage.Path,
+) -> Iterator[Drawn]:
+  """Draws and writes each, in this style."""
+  with matplotlib.rc_context(STYLE):
+    for name, picture in pictures.items():
+      figure, caption = picture(lines)
+      save(figure, folder, name)
+      yield Drawn(name, caption)

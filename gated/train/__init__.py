@@ -1,0 +1,1 @@
+"""One optimizer step: the losses, the gradients, the optimizer and its guard."""

@@ -1,0 +1,136 @@
+"""The train step: a pure function of a state and a batch, in two halves.
+
+    gradients(model, batch)        -> Gradients
+    update(state, gradients)       -> the next state and the step's metrics
+
+B batch  T tokens  L layers  E experts
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gated.model import moe
+from gated.train import guard, losses
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+  """All that a run carries from step to step."""
+
+  step: jax.Array  # optimizer steps done, skipped updates included
+  data_step: jax.Array  # batches read: the steps, and the batches that rollbacks skipped
+  model: Any
+  opt: guard.Guarded
+
+
+class Gradients(NamedTuple):
+  """The first half's result, on the devices."""
+
+  grads: Any  # of the model's structure
+  losses: dict[str, jax.Array]  # nats per token, by name
+  report: moe.Report | None  # the routers', stacked over layers
+  tokens: jax.Array  # sum of the batch's weights
+
+
+def init(build: Callable[[jax.Array], Any], tx: optax.GradientTransformation, seed: int):
+  """A model builder, a guarded optimizer and a seed -> the first State."""
+  model = build(jax.random.key(seed))
+  zero = jnp.zeros((), jnp.int32)
+  return State(zero, zero, model, cast(guard.Guarded, tx.init(_float32(model))))
+
+
+def train(
+  state: State,
+  batch: Any,
+  *,
+  tx: optax.GradientTransformationExtraArgs,
+  schedule: optax.Schedule,
+  accum: int,
+  loss: losses.Config,
+) -> tuple[State, dict[str, Any]]:
+  """One optimizer step -> (the next state, metrics as scalars on the devices).
+
+  `batch` has tokens, targets, weights, segments and positions (B, T); `tx` is of
+  `guard.guard`. Losses are in nats per token.
+  """
+  return update(
+    state, gradients(state.model, batch, accum=accum, loss=loss), tx=tx, schedule=schedule
+  )
+
+
+def gradients(model: Any, batch: Any, *, accum: int, loss: losses.Config) -> Gradients:
+  """The gradient of the loss over a batch, read in `accum` micro-batches.
+
+  Every token weighs the same, whichever micro-batch it is in.
+  """
+  tokens = jnp.maximum(batch.weights.sum(), 1.0)
+  batch = batch._replace(weights=batch.weights / tokens)
+  routed = jnp.maximum((batch.segments > 0).sum(), 1).astype(jnp.float32)
+
+  def gradient(micro, balanced):
+    run = lambda model: losses.total(model, micro, balanced, routed=routed, cfg=loss)
+    (_, sums), grads = jax.value_and_grad(run, has_aux=True)(model)
+    return grads, sums
+
+  if accum == 1:
+    grads, (terms, report) = gradient(batch, lambda own: own)
+    return Gradients(grads, terms, report, tokens)
+  # Micro-batch a takes rows a, a + accum, ...: each device then keeps the rows it has.
+  split = lambda x: x.reshape(-1, accum, *x.shape[1:]).swapaxes(0, 1)
+  micros = jax.tree.map(split, batch)
+  counts = loss.balance_over == 'global'
+  loads = losses.expert_loads(model, micros) if counts else None
+
+  def body(sums, micro):
+    _, (_, so_far) = sums
+    balanced = {
+      'global': lambda own: loads,
+      'buffer': lambda own: so_far.load_E + own,
+      'micro': lambda own: own,
+    }
+    added = gradient(micro, balanced[loss.balance_over])
+    return jax.tree.map(jnp.add, sums, added), None
+
+  first = jax.tree.map(lambda x: x[0], micros)
+  like = jax.eval_shape(lambda: gradient(first, lambda own: own)[1])
+  start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (model, like))
+  (grads, (terms, report)), _ = jax.lax.scan(body, start, micros)
+  return Gradients(grads, terms, report, tokens)
+
+
+def update(
+  state: State,
+  gradients: Gradients,
+  *,
+  tx: optax.GradientTransformationExtraArgs,
+  schedule: optax.Schedule,
+) -> tuple[State, dict[str, Any]]:
+  """Gradients -> (next state, metrics); a bad step changes no parameter."""
+  grads, terms, report, tokens = gradients
+  inputs = _float32(grads), state.opt, _float32(state.model)
+  updates, new = tx.update(*inputs, loss=terms['loss'])
+  opt = cast(guard.Guarded, new)
+  model = optax.apply_updates(state.model, updates)
+  metrics = terms | {
+    'grad_norm': optax.tree.norm(grads),
+    'param_norm': optax.tree.norm(model),
+    'update_norm': optax.tree.norm(updates),
+    # A skipped update leaves the schedule where it was, like the rest of the optimizer.
+    'lr': schedule(state.step - state.opt.skipped),
+    'tokens': tokens,
+  }
+  metrics |= guard.report(opt)
+  if report is not None:
+    metrics |= moe.statistics(report)
+  return State(state.step + 1, state.data_step + 1, model, opt), metrics
+
+
+def _float32(tree: Any) -> Any:
+  """Gradients, moments and updates are float32, whatever the dtype of the weights."""
+  return jax.tree.map(lambda x: x.astype(jnp.float32), tree)

@@ -1,0 +1,93 @@
+"""The watchdog, on the host: what to do after a step, and why."""
+
+import re
+
+import pytest
+from guarded import INF, NAN, knobs, run, steady, told
+
+from gated.run.watchdog import Watchdog
+from gated.train import guard
+
+FINE = dict(
+  loss=3.0,
+  grad_norm=1.0,
+  param_norm=50.0,
+  verdict=0.0,
+  bad_in_row=0.0,
+  loss_zscore=0.3,
+  grad_norm_zscore=-0.2,
+)
+SPIKE = FINE | dict(verdict=1.0, loss=812.34, loss_zscore=41.23)
+BROKEN = FINE | dict(verdict=2.0, grad_norm=NAN, grad_norm_zscore=INF, bad_in_row=1.0)
+LIMIT = r' \(config\.stability\.max_bad_steps=5\): '
+
+
+@pytest.mark.parametrize(
+  ('values', 'actions', 'why'),
+  [
+    (FINE, ('go', 'go', 'go'), ''),
+    (
+      SPIKE,
+      ('note', 'note', 'rollback'),
+      'the loss 812.3 is 41.2 standard deviations above its mean',
+    ),
+    (
+      SPIKE | dict(grad_norm=99.0, grad_norm_zscore=7.0),
+      ('note', 'note', 'rollback'),
+      'the loss 812.3 is 41.2 .* mean and the gradient norm 99 is 7 .* above its mean',
+    ),
+    (BROKEN, ('note', 'note', 'note'), 'the gradient norm is NaN'),
+    (
+      BROKEN | dict(loss=INF, loss_zscore=INF),
+      ('note', 'note', 'note'),
+      'the loss is infinite and the gradient norm is NaN',
+    ),
+    (
+      BROKEN | dict(grad_norm=1.0, grad_norm_zscore=0.1),
+      ('note', 'note', 'note'),
+      'the update is not finite',
+    ),
+    (BROKEN | dict(bad_in_row=4.0), ('note', 'note', 'note'), 'the gradient norm is NaN'),
+    (
+      BROKEN | dict(bad_in_row=5.0),
+      ('stop', 'stop', 'rollback'),
+      f'5 bad steps in a row{LIMIT}the gradient norm is NaN',
+    ),
+    (
+      SPIKE | dict(bad_in_row=6.0),
+      ('stop', 'stop', 'rollback'),
+      f'6 bad steps in a row{LIMIT}the loss 812.3 is .*',
+    ),
+    (
+      FINE | dict(param_norm=NAN),
+      ('stop', 'stop', 'rollback'),
+      'the parameter norm is NaN',
+    ),
+    (
+      BROKEN | dict(param_norm=INF),
+      ('stop', 'stop', 'rollback'),
+      'the parameter norm is infinite',
+    ),
+  ],
+)
+def test_the_watchdog_says_what_to_do_and_why(values, actions, why):
+  for on_spike, action in zip(guard.ON_SPIKE, actions):
+    cfg = knobs(on_spike=on_spike)
+    said, reason = Watchdog(cfg, rollbacks=1).judge(values)
+    assert said == action
+    assert re.fullmatch(why, reason), reason
+    # None is left: what would have gone back stops, and says so.
+    said, reason = Watchdog(cfg, rollbacks=2).judge(values)
+    assert said == ('stop' if action == 'rollback' else action)
+    spent = r'; no rollback is left \(config\.stability\.max_rollbacks=2\)'
+    assert re.fullmatch(why + (spent if action == 'rollback' else ''), reason), reason
+
+
+def test_the_watchdog_reads_what_the_guard_reports():
+  losses = steady(12)
+  losses[9] = 300.0
+  norms = dict(grad_norm=1.0, param_norm=1.0)
+  watchdog = Watchdog(knobs(on_spike='rollback'), rollbacks=0)
+  for i, (_, state, _) in enumerate(run(losses, on_spike='rollback')):
+    action, _ = watchdog.judge(norms | dict(loss=losses[i]) | told(state))
+    assert action == ('rollback' if i == 9 else 'go')

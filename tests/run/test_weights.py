@@ -1,0 +1,117 @@
+"""What a run may start from, and what is told of it."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+from gated import data, hf, model
+from gated.devices import trees
+from gated.run import checkpoint, weights
+from gated.train import optim, step
+
+GATE = {f'attn__gate__{k}': v for k, v in dict(position='sdpa', init='zero').items()}
+CORPUS = types.SimpleNamespace(fingerprint={'tokenizer': 'ours'})
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  """Step 3 of an ungated run."""
+  folder = tmp_path_factory.mktemp('run')
+  net = small.model_of()
+  tx = optim.make(small.optim_config(), steps=5, multipliers={})
+  state = step.State(jnp.int32(3), jnp.int32(3), net, tx.init(net))
+  about = dict(config=small.recipe(), data={'tokenizer': 'ours'}, heldout_loss=1.0)
+  with checkpoint.Checkpoints(folder / 'checkpoints', keep=1, keep_every=0) as saved:
+    saved.save(3, state, about)
+  return folder
+
+
+def placed(**changes):
+  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shapes = model.abstract(small.model_config(**changes))
+  place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one)
+  return jax.tree.map(place, shapes)
+
+
+def test_weights_of_a_run_are_found_and_read(workdir):
+  like = placed()
+  source = weights.find(f'{workdir}:3', like, CORPUS)
+  assert (str(source), source.differs) == (f'{workdir}:3', {})
+  found = weights.read(source, like, small.filled(like, seed=1))
+  exact = trees.flatten(small.model_of())
+  for name, leaf in trees.flatten(found).items():
+    np.testing.assert_array_equal(leaf, exact[name])
+
+
+def test_a_gate_that_is_not_there_starts_afresh(workdir, caplog):
+  like = placed(**GATE)
+  source = weights.find(str(workdir), like, CORPUS)
+  fresh = small.filled(like, seed=1)
+  with caplog.at_level('INFO', logger='gated'):
+    found = trees.flatten(weights.read(source, like, fresh))
+  assert 'lacks blocks.attn.gate.weight, which starts afresh' in caplog.text
+  name = 'blocks.attn.gate.weight'
+  np.testing.assert_array_equal(found[name], trees.flatten(fresh)[name])
+  assert len(found) == len(trees.flatten(small.model_of())) + 1
+
+
+def test_what_computes_otherwise_at_the_same_shapes_is_told(workdir, caplog):
+  changes = dict(logit_cap=5.0, attn__rope_base=1e6, attn__normalizer='softpick')
+  with caplog.at_level('INFO', logger='gated'):
+    source = weights.find(str(workdir), placed(**changes), CORPUS)
+  assert source.differs == {
+    'config.model.attn.normalizer': ('softmax', 'softpick'),
+    'config.model.attn.rope_base': (1e4, 1e6),
+    'config.model.logit_cap': (0.0, 5.0),
+  }
+  assert (
+    "config.model.attn.normalizer is 'softpick' here, and was 'softmax'" in caplog.text
+  )
+
+
+@pytest.mark.parametrize(
+  ('init_from', 'changes', 'said'),
+  [
+    ('{}:4', {}, 'has the steps 3'),
+    ('{}', dict(ffn=32), 'blocks.ffn.act.weight is'),
+    ('{}', dict(tied=False), 'head.table is not in the checkpoint'),
+    ('{}/nowhere', {}, 'there is neither .*checkpoints nor a config.json'),
+  ],
+)
+def test_weights_that_do_not_fit_are_refused(workdir, init_from, changes, said):
+  with pytest.raises(ValueError, match=rf'config\.init_from=.*{said}'):
+    weights.find(init_from.format(workdir), placed(**changes), CORPUS)
+
+
+def test_weights_of_another_tokenizer_are_refused(workdir):
+  other = types.SimpleNamespace(fingerprint={'tokenizer': 'other'})
+  with pytest.raises(ValueError, match='has another tokenizer than'):
+    weights.find(str(workdir), placed(), other)
+
+
+def test_hugging_faces_tokenizer_has_to_be_that_of_the_data(tmp_path, caplog):
+  folder = tmp_path / 'hf'
+  hf.save(small.model_of(), folder)
+  with caplog.at_level('INFO', logger='gated'):
+    source = weights.find(str(folder), placed(), CORPUS)
+  assert source == weights.Source(folder, None, {})
+  assert 'has no tokenizer.json' in caplog.text
+  found = trees.flatten(weights.read(source, placed(), small.model_of()))
+  exact = trees.flatten(small.model_of())
+  assert all((found[name] == exact[name]).all() for name in exact)
+
+  from gated.data import tokenizer
+
+  tokenizer.train_bpe(['some text, and some more'], 260, str(folder / 'tokenizer.json'))
+  bytes_corpus = types.SimpleNamespace(tokenizer=tokenizer.load('bytes'))
+  bytes_corpus.check_tokenizer = lambda path: data.Corpus.check_tokenizer(
+    bytes_corpus, path
+  )
+  with pytest.raises(ValueError, match=r"the data is of the tokenizer 'bytes', not of"):
+    weights.find(str(folder), placed(), bytes_corpus)
+  bytes_corpus.tokenizer = tokenizer.load(str(folder / 'tokenizer.json'))
+  assert weights.find(str(folder), placed(), bytes_corpus).step is None

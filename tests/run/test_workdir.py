@@ -1,0 +1,301 @@
+"""Whose a workdir is: a run goes on in its own, and nobody else does."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+import small
+
+from gated import storage
+from gated.run import checkpoint, lock, outcome, workdir
+from gated.train import step
+
+DATA = {'sha256': 'd' * 64}
+STEPS = (2, 4)
+
+
+def about(c, **more):
+  return dict(config=c, data=DATA, heldout_loss=None) | more
+
+
+def state(value):
+  zero = lambda: jnp.zeros((), jnp.int32)
+  return step.State(zero(), zero(), {'w': jnp.full((8,), value)}, {'m': jnp.ones(2)})
+
+
+def place(tree):
+  struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+  return jax.tree.map(struct, tree)
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+  """A workdir of a run that saved two steps, of which the first was the better."""
+  home = tmp_path_factory.mktemp('saved') / 'run'
+  with checkpoint.Checkpoints(home / 'checkpoints', keep=2, keep_every=0) as out:
+    for number in STEPS:
+      out.save(number, state(number), about(small.recipe(), heldout_loss=float(number)))
+  (home / 'run.json').write_text(json.dumps(about(small.recipe(), sessions=[])))
+  return home
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+  """A copy of it, to be spoiled."""
+  return storage.path(shutil.copytree(saved, tmp_path / 'run'))
+
+
+def check(home, *, allowed=(), restore_step='', data=DATA, **changes):
+  c = small.recipe(**changes)
+  like = place(state(0))
+  asked = dict(like=like, allowed=allowed, restore_step=restore_step)
+  return workdir.check(home, c, data, **asked)
+
+
+def refused(home, told, **asked):
+  with pytest.raises(ValueError, match=told):
+    check(home, **asked)
+
+
+def files(home):
+  return {path: path.read_bytes() for path in Path(home).rglob('*') if path.is_file()}
+
+
+def test_where_there_is_nothing_a_run_starts_and_nothing_is_made(tmp_path):
+  assert check(tmp_path / 'a' / 'b') == (None, [], {})
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_goes_on_in_its_own_workdir_which_stays_as_it_was(run):
+  before = files(run)
+  assert check(run) == (4, [2, 4], {})
+  assert files(run) == before
+
+
+def test_without_its_run_json_the_checkpoint_says_whose_it_is(run):
+  (run / 'run.json').unlink()
+  assert check(run) == (4, [2, 4], {})
+  refused(run, r'config\.seed: 0 there, 1 here', seed=1)
+
+
+def test_metrics_without_a_run_that_made_them_are_not_overwritten(tmp_path):
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n')
+  refused(tmp_path, 'has a metrics.jsonl, but no run that made it')
+
+
+MAY = {
+  'name': 'other',
+  'steps': 9,
+  'mesh.fsdp': 2,
+  'eval.rows': 1,
+  'checkpoint.keep': 7,
+  'log.every': 3,
+  'paper.row': 'x',
+  'data.workers': 2,
+  'accum': 2,
+  'loss.chunk': 8,
+  'model.layers': 'unroll',
+  'model.remat': 'full',
+  'model.attn.backend': 'reference',
+  'model.attn.max_segments': 32,
+  'model.moe.backend': 'ragged',
+  'stability.on_spike': 'skip',
+  'stability.max_bad_steps': 3,
+  'stability.max_rollbacks': 3,
+  'stability.stuck_after': 9.0,
+  'stability.peer_timeout': 9,
+}
+
+
+@pytest.mark.parametrize('knob', MAY)
+def test_what_does_not_change_the_training_may_differ_and_is_told(knob, run):
+  found = check(run, **{knob: MAY[knob]})
+  assert list(found.changed) == [f'config.{knob}']
+  assert found.changed[f'config.{knob}'][1] == MAY[knob]
+
+
+def test_what_may_differ_covers_every_name_in_the_list(run):
+  asked = [f'config.{knob}' for knob in MAY]
+  assert all(any(k.startswith(name) for k in asked) for name in workdir.MAY_CHANGE)
+
+
+MAY_NOT = {
+  'seed': 1,
+  'batch': 16,
+  'data.length': 32,
+  'model.width': 32,
+  'model.attn.gate.position': 'sdpa',
+  'optim.lr': 1.0,
+  'loss.z': 1e-4,
+  'stability.threshold': 7.0,
+  'stability.window': 64,
+}
+
+
+@pytest.mark.parametrize('knob', MAY_NOT)
+@pytest.mark.parametrize('by', ['knob', 'group', 'group.', 'config'])
+def test_what_changes_the_training_is_refused_unless_allowed(knob, by, run, caplog):
+  value, name = MAY_NOT[knob], f'config.{knob}'
+  refused(run, rf'{name}: .* there, {value!r} here', **{knob: value})
+  refused(run, f'--allow_change={name}, which is recorded', **{knob: value})
+  group = name.rpartition('.')[0]
+  allowed = {'knob': name, 'group': group, 'group.': f'{group}.', 'config': 'config'}[by]
+  found = check(run, allowed=[allowed], **{knob: value})
+  assert list(found.changed) == [name]
+  assert f'{name}: ' in caplog.text and 'as allowed' in caplog.text
+
+
+def test_only_what_was_not_allowed_is_listed(run):
+  with pytest.raises(ValueError) as caught:
+    check(run, allowed=['config.optim'], optim__lr=1.0, optim__warmup=1, seed=3, steps=9)
+  told = str(caught.value)
+  assert 'config.seed: 0 there, 3 here' in told
+  assert '--allow_change=config.seed,' in told
+  assert 'config.optim' not in told and 'config.steps' not in told
+
+
+def test_a_name_that_is_no_knob_is_refused_with_the_nearest(run):
+  for name, nearest in (
+    ('config.optim.lrr', r'did you mean config\.optim\.lr\?'),
+    ('config.optin.lr', r'did you mean config\.optim\.lr\?'),
+    ('optim.lr', 'config.optim.lr'),
+    ('config.opt', 'config.optim'),
+    ('dat', 'data'),
+  ):
+    refused(run, f'--allow_change={name} is no knob; .*{nearest}', allowed=[name])
+
+
+def test_other_data_are_refused_unless_allowed(run):
+  other = {'sha256': 'e' * 64}
+  refused(run, "data: 'dddddddddddd' there, 'eeeeeeeeeeee' here", data=other)
+  refused(run, 'data: ', data=other, allowed=['config.data'])
+  found = check(run, data=other, allowed=['data'])
+  assert found.changed == {'data': ('d' * 12, 'e' * 12)}
+
+
+def test_micro_batches_may_not_change_where_routers_are_balanced_over_them(run):
+  experts = dict(model__moe__experts=4, model__moe__top_k=2)
+  for over, told in (('global', ''), ('micro', r'config\.accum: 1 there, 2 here')):
+    c = small.recipe(loss__balance_over=over, **experts)
+    (run / 'run.json').write_text(json.dumps(about(c, sessions=[])))
+    asked = dict(accum=2, loss__balance_over=over, **experts)
+    if told:
+      refused(run, told, **asked)
+    else:
+      assert list(check(run, **asked).changed) == ['config.accum']
+
+
+@pytest.mark.parametrize(
+  'content',
+  [
+    '',
+    '{"config": {}',
+    '[]',
+    'null',
+    '{"config": {}}',
+    '{"config": 3, "data": {}}',
+    '{"config": {}, "data": "x"}',
+    '[' * 10**5,
+    '{"config": {}, "data": {}}' + ' ' * (1 << 12),
+  ],
+  ids=['empty', 'torn', 'list', 'null', 'no data', 'number', 'text', 'deep', 'large'],
+)
+def test_a_damaged_run_json_is_refused_and_left_alone(content, run, monkeypatch):
+  monkeypatch.setattr(workdir, 'LIMIT', 1 << 10 if content.endswith(' ') else 1 << 26)
+  (run / 'run.json').write_text(content)
+  refused(run, r'--workdir=.*run\.json is damaged')
+  assert (run / 'run.json').read_text() == content
+
+
+def test_a_step_can_be_asked_for_by_number_or_rank(run):
+  asked = {'': 4, 'latest': 4, '4': 4, '2': 2, 'best': 2}
+  found = {which: check(run, restore_step=which) for which in asked}
+  assert {which: f.step for which, f in found.items()} == asked
+  assert all(f.steps == [2, 4] for f in found.values())
+  refused(run, r"--restore_step='3': .* has the steps 2, 4", restore_step='3')
+  refused(run, "--restore_step='first', but allowed are latest", restore_step='first')
+
+
+def test_a_step_that_was_asked_for_is_not_replaced_by_another(run):
+  os.truncate(run / 'checkpoints' / '2' / 'manifest.json', 9)
+  refused(run, r"--restore_step='2': .*manifest\.json", restore_step='2')
+  assert check(run).step == 4
+
+
+def test_a_damaged_step_is_passed_over_by_name_for_the_one_before(run, caplog):
+  os.truncate(run / 'checkpoints' / '4' / 'manifest.json', 9)
+  assert check(run).step == 2
+  assert 'passed over: ' in caplog.text and 'checkpoints/4/manifest.json' in caplog.text
+
+
+def test_where_every_step_is_damaged_a_run_does_not_start_from_scratch(run):
+  for number in STEPS:
+    os.truncate(run / 'checkpoints' / str(number) / 'manifest.json', 9)
+  refused(run, r'--workdir=.*: no checkpoint is left to go on from: .*/4/.*; .*/2/')
+
+
+def test_a_run_that_is_past_its_end_is_refused(run):
+  refused(run, r'config\.steps=3, but .* is at step 4', steps=3)
+  assert check(run, steps=4).step == 4
+
+
+def test_a_file_where_a_folder_must_be_is_told_by_the_flag(tmp_path):
+  (tmp_path / 'file').write_bytes(b'')
+  for home in (tmp_path / 'file', tmp_path / 'file' / 'run'):
+    refused(storage.path(home), 'file is no folder that can be written to')
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason='root may write anywhere')
+def test_a_folder_that_cannot_be_written_to_is_told_by_the_flag(tmp_path):
+  (tmp_path / 'theirs').mkdir(mode=0o500)
+  refused(tmp_path / 'theirs' / 'run', 'theirs is no folder that can be written to')
+
+
+def robbed(home):
+  """Puts a note of another machine in the place of the one that is there."""
+  path = home / 'lock.json'
+  note = json.loads(path.read_text()) | dict(host='far', machine='far', token='theirs')
+  path.write_text(json.dumps(note | dict(beat=time.time())))
+
+
+def test_a_workdir_is_held_by_one_run_at_a_time(tmp_path):
+  with workdir.held(tmp_path) as mine:
+    workdir.check_held(mine)
+    told = rf'--workdir=.* is in use by process {os.getpid()} on .* since '
+    with pytest.raises(workdir.InUse, match=told), workdir.held(tmp_path):
+      pytest.fail('two have it')
+    assert (tmp_path / 'lock.json').exists()
+  assert list(tmp_path.iterdir()) == []
+  assert issubclass(workdir.InUse, ValueError)
+
+
+def test_how_a_session_ended_stays_until_another_is_sure_to_go_on(tmp_path):
+  workdir.conclude(tmp_path, 3, 'not finite')
+  with workdir.held(tmp_path):
+    pass  # It found that the run had moved on, say, and was refused.
+  assert outcome.read(tmp_path).code == 3
+  workdir.begin(tmp_path, workdir.Resume(None, [], {}), [])
+  assert outcome.read(tmp_path) is None
+
+
+def test_a_workdir_is_given_back_whatever_ends_its_run(tmp_path):
+  with pytest.raises(ZeroDivisionError), workdir.held(tmp_path):
+    1 / 0  # noqa: B018
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_was_robbed_of_its_workdir_is_told(tmp_path, monkeypatch):
+  monkeypatch.setattr(lock, 'MAX_PERIOD', 0.02)
+  with workdir.held(tmp_path) as mine:
+    robbed(tmp_path)
+    until = time.monotonic() + 10
+    while not mine.lost and time.monotonic() < until:
+      time.sleep(0.01)
+    with pytest.raises(workdir.TakenOver, match=r'was taken over by process .* on far'):
+      workdir.check_held(mine)
+  assert json.loads((tmp_path / 'lock.json').read_text())['token'] == 'theirs'

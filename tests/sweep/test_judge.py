@@ -1,0 +1,293 @@
+"""Runs are judged by their logs: divergence, sensitivity, seeds and early warnings."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from gated.sweep import judge
+from gated.sweep.judge import Rule, diverged, noise, sensitivity, spread, warnings
+
+NAN, INF = math.nan, math.inf
+RULE = Rule(multiple=1.5, rise=0.5, tail=0.05)
+
+
+def verdict(losses, *, best=2.0, broken=False, rule=RULE, final=None):
+  steps = np.arange(1, len(losses) + 1)
+  return diverged(steps, losses, best=best, rule=rule, broken=broken, final=final)
+
+
+def falling(count, *, seed=0, sigma=0.03):
+  rng = np.random.default_rng(seed)
+  steps = np.arange(count)
+  return 2 + 3.5 * np.exp(-8 * steps / count) + sigma * rng.normal(size=count)
+
+
+@pytest.mark.parametrize('count', [1, 2, 3, 20, 300, 5000])
+def test_a_sound_run_has_not_diverged_however_short(count):
+  for seed in range(5):
+    losses = falling(count, seed=seed)
+    assert verdict(losses, best=float(losses[-1])) == ''
+
+
+@pytest.mark.parametrize('count', [20, 300, 5000])
+def test_a_spike_that_recovered_is_no_divergence(count):
+  losses = falling(count)
+  losses[count // 2] = 12.0
+  losses[count // 2 + 1] = NAN
+  assert verdict(losses) == ''
+
+
+@pytest.mark.parametrize('count', [20, 300, 5000])
+def test_a_run_that_never_recovered_has_diverged(count):
+  losses = falling(count)
+  losses[count // 2 :] += 0.8
+  why = verdict(losses, best=2.5)
+  assert why.startswith('it never recovered: its level at the end, 2.')
+  assert 'the lowest it had held (about step ' in why
+  assert verdict(losses, best=2.5, rule=Rule(multiple=1.5, rise=1.0, tail=0.05)) == ''
+
+
+def test_steps_that_were_not_finite_do_not_hide_a_run_that_never_recovered():
+  losses = falling(1000)
+  losses[500:] += 0.8
+  losses[np.random.default_rng(0).random(1000) < 0.2] = NAN
+  losses[250:330] = NAN
+  losses[-1] = losses[np.isfinite(losses)][-1]
+  assert verdict(losses, best=2.5).startswith('it never recovered')
+  losses[500:] -= 0.8
+  assert verdict(losses) == ''
+
+
+def test_the_level_at_the_end_is_that_of_the_tail():
+  losses = falling(1000)
+  losses[-10:] += 0.9
+  assert verdict(losses, best=2.5) == ''
+  assert verdict(losses, best=2.5, rule=Rule(multiple=1.5, rise=0.5, tail=0.01)) != ''
+
+
+def test_one_high_loss_at_the_end_is_no_level():
+  losses = falling(300)
+  losses[-1] += 5
+  assert verdict(losses) == ''
+
+
+def test_a_final_loss_above_a_multiple_of_the_best_has_diverged():
+  losses = np.full(50, 5.5)
+  assert verdict(losses) == (
+    'its final loss, 5.5, is above 1.5 times the best of the sweep, 2'
+  )
+  assert verdict(losses, best=4.0) == ''
+  # A held-out loss comes before the level of the training loss.
+  assert verdict(losses, final=2.9) == ''
+  assert verdict(falling(50), final=3.1).startswith('its final loss, 3.1, is above')
+  # Where no run has a finite loss there is nothing to compare to.
+  assert verdict(losses, best=INF) == ''
+
+
+def test_a_loss_that_is_not_finite_at_the_end_has_diverged():
+  losses = falling(100)
+  losses[-1] = NAN
+  assert verdict(losses) == 'its loss is not finite at its end, step 100'
+  losses[-6:], losses[-1] = INF, 2.0
+  assert verdict(losses) == 'its loss is not finite at its end, step 100'
+  assert verdict(falling(100), final=NAN) == 'its final loss is not finite'
+
+
+def test_a_run_that_left_as_unstable_has_diverged_whatever_it_logged():
+  assert verdict(falling(30), broken=True) == 'it was left as unstable at step 30'
+  assert verdict([], broken=True) == 'it was left as unstable'
+
+
+def test_what_cannot_be_judged_is_refused():
+  with pytest.raises(ValueError, match='there are no losses'):
+    verdict([])
+  with pytest.raises(ValueError, match='best=nan'):
+    verdict([2.0], best=NAN)
+  with pytest.raises(ValueError, match='the same length'):
+    diverged([1, 2], [2.0], best=2.0, rule=RULE, broken=False)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [
+    ('multiple', 1.0),
+    ('multiple', NAN),
+    ('rise', 0.0),
+    ('rise', INF),
+    ('tail', 0.0),
+    ('tail', 0.6),
+    ('tail', NAN),
+  ],
+)
+def test_a_rule_out_of_range_is_refused_by_name(field, value):
+  fields = dict(multiple=1.5, rise=0.5, tail=0.05) | {field: value}
+  with pytest.raises(ValueError, match=f'{field}={value}, but'):
+    Rule(**fields)
+
+
+def test_a_rule_states_its_numbers():
+  told = str(Rule(multiple=1.25, rise=0.4, tail=0.1))
+  assert '1.25 times the best' in told
+  assert 'the last 10% of' in told
+  assert 'more than 0.4 nats' in told
+
+
+def test_below_the_best_rate_of_a_line_a_run_is_slow_unless_all_of_it_fails():
+  rate = lambda *runs, best=2.0: judge.best_rate(runs, best=best, rule=RULE)
+  assert rate((1e-4, 4.0), (1e-3, 2.2), (1e-2, 2.4), (1e-1, 3.5)) == 1e-3
+  # At 1e-1 it is best by chance: what is stuck at 1e-4 is so at every rate.
+  assert rate((1e-4, 7.02), (1e-2, 7.01), (1e-1, 7.0)) == 0
+  assert rate() == rate((1e-3, NAN)) == 0
+  assert 'it learned slowly' in str(RULE)
+
+
+def test_sensitivity_is_the_mean_of_what_is_lost_over_the_rates():
+  # 3.0 -> 0.5 above the best, 2.5 is the best, 9.0 and NaN count as 5.5 and 5.6.
+  finals, inits = [3.0, 2.5, 9.0, NAN], [5.4, 5.5, 5.5, 5.6]
+  assert sensitivity(finals, inits) == pytest.approx((0.5 + 0 + 3.0 + 3.1) / 4)
+  assert sensitivity(finals, inits, best=2.0) == pytest.approx(1.65 + 0.5)
+  assert sensitivity([2.5, INF], [5.5, 5.5]) == sensitivity([2.5, 70.0], [5.5, 5.5])
+
+
+def test_sensitivity_is_never_negative_nor_minds_the_order_or_a_shift():
+  rng = np.random.default_rng(0)
+  for _ in range(50):
+    finals, inits = rng.uniform(2, 8, 6), rng.uniform(5, 6, 6)
+    finals[rng.random(6) < 0.3] = NAN
+    found = sensitivity(finals, inits)
+    if not np.isfinite(finals).any():
+      assert math.isnan(found)
+      continue
+    assert 0 <= found <= inits.max() - 2
+    order = rng.permutation(6)
+    assert sensitivity(finals[order], inits[order]) == pytest.approx(found)
+    assert sensitivity(finals + 1, inits + 1) == pytest.approx(found)
+
+
+def test_sensitivity_without_a_best_is_not_a_number():
+  assert math.isnan(sensitivity([NAN, INF], [5.5, 5.5]))
+  assert sensitivity([NAN, INF], [5.5, 5.5], best=2.5) == 3.0
+
+
+def test_sensitivity_refuses_what_is_no_grid():
+  with pytest.raises(ValueError, match='one of each for every learning rate'):
+    sensitivity([2.0, 3.0], [5.5])
+  with pytest.raises(ValueError, match='one of each for every learning rate'):
+    sensitivity([], [])
+  with pytest.raises(ValueError, match='but all must be finite'):
+    sensitivity([2.0], [NAN])
+  with pytest.raises(ValueError, match='but a loss of the range is lower'):
+    sensitivity([2.0], [5.5], best=2.1)
+
+
+def test_the_lowest_final_loss_is_a_finite_one():
+  assert judge.lowest([NAN, 2.5, INF, 2.25]) == 2.25
+  assert judge.lowest([NAN]) == INF
+
+
+def test_a_spread_counts_finite_losses_alone():
+  mean, std, n = spread([2.0, 2.2, NAN, 2.4])
+  assert (mean, std, n) == (pytest.approx(2.2), pytest.approx(0.2), 3)
+  assert spread([2.0])[0] == 2.0
+  assert math.isnan(spread([2.0]).std)
+  assert math.isnan(spread([]).mean)
+
+
+def test_the_pooled_noise_is_the_test_of_student_for_two_cells():
+  """Of two cells, what is beyond the noise is what SciPy's own t-test finds."""
+  rng = np.random.default_rng(0)
+  for _ in range(30):
+    a, b = rng.normal(2, 0.02, 3), rng.normal(2.03, 0.02, 4)
+    floor = noise([a, b])
+    assert (floor.dof, floor.cells) == (5, 2)
+    p = scipy.stats.ttest_ind(a, b).pvalue
+    assert floor.differ(spread(a), spread(b)) == (p < 1 - judge.seeds.LEVEL)
+
+
+def test_noise_alone_differs_as_rarely_as_stated():
+  """Means of three seeds of one distribution, pooled over eight cells of them."""
+  rng = np.random.default_rng(0)
+  claims = []
+  for _ in range(400):
+    cells = rng.normal(3, 0.05, (8, 3))
+    claims.append(noise(cells).differ(spread(cells[0]), spread(cells[1])))
+  assert 0.02 < np.mean(claims) < 0.09
+
+
+def test_the_noise_floor_is_stated_in_nats():
+  floor = noise([[2.0, 2.02], [3.0, 3.02, NAN], [4.0]])
+  assert (floor.dof, floor.cells) == (2, 2)
+  assert floor.std == pytest.approx(0.02 / math.sqrt(2))
+  t = scipy.stats.t.ppf(0.975, 2)
+  assert floor.beyond(3, 2) == pytest.approx(t * floor.std * math.sqrt(1 / 3 + 1 / 2))
+  assert f'{floor.beyond(2, 2):.4f} (n=2)' in str(floor)
+  assert '0.0141' in str(floor)
+
+
+@pytest.mark.parametrize('cells', [[], [[2.0], [3.0]], [[2.0, NAN]], [[]]])
+def test_with_one_seed_everywhere_no_ordering_may_be_claimed(cells):
+  floor = noise(cells)
+  assert (floor.dof, floor.cells) == (0, 0)
+  assert math.isnan(floor.std)
+  assert floor.beyond(1, 1) == INF
+  assert not floor.differ(spread([2.0]), spread([9.0]))
+  assert 'no ordering may be claimed' in str(floor)
+
+
+def train(step, **values):
+  usual = dict(loss=2.0, grad_norm=0.5, param_norm=40.0, update_norm=0.02)
+  usual |= dict(skipped=0, verdict=0)
+  return {'step': step, 'kind': 'train'} | usual | values
+
+
+def indicators(step, **values):
+  usual = dict(attention_logit=8.0, output_logit=1.5, residual_growth=3.0)
+  return {'step': step, 'kind': 'indicators'} | usual | values
+
+
+def test_a_sound_run_warns_of_nothing_though_it_starts_with_large_norms():
+  records = [train(s, grad_norm=20.0 if s < 100 else 0.5) for s in range(1, 1001)]
+  records += [indicators(s) for s in range(50, 1001, 50)]
+  found = warnings(records)
+  assert [name for name, v in found.items() if name.endswith('_left') and v] == []
+  assert (found['grad_norm_max'], found['grad_norm_last']) == (20.0, 0.5)
+  assert found['update_ratio_last'] == pytest.approx(0.0005)
+  assert (found['skipped'], found['not_finite']) == (0, 0)
+
+
+@pytest.mark.parametrize('start', [200, 700])
+def test_an_indicator_that_grows_says_when_it_left_its_range(start):
+  """At a fifth of the run or late: the usual is what most of its first half shows."""
+  records = [train(s) for s in range(1, 1001, 10)]
+  for step in range(50, 1001, 50):
+    grown = 8.0 * (1 + max(0, step - start) / 50)
+    records.append(indicators(step, attention_logit=grown))
+  found = warnings(itertools.chain(records))
+  usual = np.median([r['attention_logit'] for r in records[100:110]])
+  first = next(r['step'] for r in records[100:] if r['attention_logit'] > 5 * usual)
+  assert found['attention_logit_left'] == first > start
+  assert found['attention_logit_max'] == records[-1]['attention_logit']
+  assert found['output_logit_left'] is None
+
+
+def test_steps_that_were_skipped_or_not_finite_are_counted_of_all_steps():
+  """Every tenth step is logged, and every bad one."""
+  records = [train(s, skipped=int(s > 503) + int(s > 701)) for s in range(10, 1001, 10)]
+  records.append(train(503, skipped=1, verdict=2, grad_norm=NAN, loss=NAN))
+  records.append(train(701, skipped=2, verdict=1, grad_norm=60.0))
+  records.sort(key=lambda r: r['step'])
+  found = warnings(records)
+  assert (found['skipped'], found['not_finite']) == (0.002, 0.001)
+  assert found['grad_norm_left'] == 503
+  assert math.isnan(found['grad_norm_max'])
+
+
+def test_what_was_not_logged_is_none():
+  found = warnings([])
+  assert set(found.values()) == {None}
+  logged = warnings([train(1), {'step': 1, 'kind': 'heldout', 'loss': 2.0}])
+  assert logged.keys() == found.keys()
+  assert (logged['grad_norm_max'], logged['attention_logit_max']) == (0.5, None)

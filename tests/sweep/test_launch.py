@@ -1,0 +1,1198 @@
+"""A sweep handed to a scheduler: what is submitted is what its own parser takes."""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+import small
+import yaml
+from faults import process
+
+from gated import storage, sweep
+from gated.sweep import launch
+from gated.sweep.launch import desk, jobset, machines, point, skypilot, slurm, tpu, work
+
+cli = importlib.import_module('scripts.sweep')
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEDULERS = ROOT / 'tests/schedulers'
+AWKWARD = 'it\'s $HOME `x` "y" $(z) $$ \\ %a'  # What a shell would make something of.
+
+
+def points(folder, count=2, more=(), label=None):
+  """Points as a sweep has them."""
+  label = label or launch.label(folder)
+  made = []
+  for i in range(count):
+    workdir = f'{folder}/points/lr-{i}-abc123'
+    command = ('train.py', '--config=configs/tiny.py', *more, f'--workdir={workdir}')
+    made.append(launch.Point(f'{label}-{i:03d}', f'lr-{i}-abc123', command, workdir))
+  return made
+
+
+NEEDS = {
+  'slurm': dict(partition='gpu', accelerator='h100:8'),
+  'skypilot': dict(accelerator='h100:8'),
+  'jobset': dict(queue='multislice-queue', accelerator='v5p:4x4x4'),
+  'tpu': dict(zone='us-east5-a', project='mine', accelerator='v5p:4x4x4'),
+}
+FOLDERS = {'slurm': '/shared/lr sweep'}
+
+
+def folder_of(on):
+  return FOLDERS.get(on, 'gs://bucket/lr_sweep')
+
+
+def submission(on, folder='', count=2, more=(), sha256='ab' * 32, **options):
+  folder = folder or folder_of(on)
+  given = launch.Options(**{'on': on} | NEEDS[on] | options)
+  launch.checks.meant(given, folder)
+  made = points(folder, count, more)
+  return launch.prepare(given, folder, made, sha256=sha256, python='3.11')
+
+
+VARIANTS = {
+  'slurm': [
+    dict(),
+    dict(folder='s3://bucket/x'),
+    dict(accelerator='cpu', nodes=2, processes=2, at_once=3, time='1:00:00'),
+  ],
+  'skypilot': [
+    dict(),
+    dict(nodes=4, spot=True, infra='aws/us-east-1', folder='s3://bucket/x'),
+    dict(accelerator='v6e:4x4', spot=True),
+    dict(accelerator='cpu'),
+  ],
+  'jobset': [
+    dict(),
+    dict(accelerator='v6e:2x2', slices=3, spot=True, service_account='writer'),
+    dict(accelerator='h100:8', nodes=2),
+    dict(accelerator='cpu', image='mine:1', namespace='lab'),
+  ],
+  'tpu': [dict(), dict(spot=True, slices=2, service_account='a@b.c', runtime='v2-beta')],
+}
+EVERY = [(on, variant) for on, variants in VARIANTS.items() for variant in variants]
+
+
+# --- What each host runs ---
+
+
+@pytest.fixture(scope='session')
+def shellcheck():
+  """Asserts that a script is sound bash."""
+  found = shutil.which('shellcheck') or ROOT / '.venv/bin/shellcheck'
+  if not Path(found).exists():
+    pytest.skip('no shellcheck: pip install -r requirements-dev.txt')
+
+  # Single quotes around a dollar are what keeps a point's arguments as they are.
+  literal = ['--exclude=SC2016']
+  # `follow` and `trap` call functions that they are told.
+  literal += ['--exclude=SC2329']
+
+  sound = set()
+
+  def check(*scripts):
+    for script in {*scripts} - sound:
+      command = [found, '--shell=bash', '--severity=style', *literal, '-']
+      done = subprocess.run(command, input=script, capture_output=True, text=True)
+      assert done.returncode == 0, done.stdout
+      # A script that does not stop at its first error would go on without its sources.
+      assert 'set -euo pipefail' in script
+      sound.add(script)
+
+  return check
+
+
+def shell(s):
+  """Submission -> every text in it that a shell runs."""
+  for name, text in s.files.items():
+    if name.endswith('.yaml'):
+      made = yaml.safe_load(text)
+      yield made['run'] if 'run' in made else expanded(container(made)['command'][2])
+    else:
+      yield text
+
+
+@pytest.mark.parametrize(('on', 'variant'), EVERY)
+def test_every_script_is_sound(on, variant, shellcheck):
+  shellcheck(*shell(submission(on, more=(f'--x={AWKWARD}',), **variant)))
+
+
+def test_the_check_of_scripts_finds_a_word_that_is_not_quoted(shellcheck):
+  with pytest.raises(AssertionError, match='SC2086'):
+    shellcheck(slurm.files(submission('slurm').work)['sweep.sbatch'] + '\ncat $code\n')
+
+
+def arguments(s, on):
+  """What the first host would hand to job.sh: said by bash itself."""
+  # In place of the job stands a program that prints its arguments.
+  show = r'printf "%s\0" "$@"; exit 9'
+  if on == 'jobset':
+    command = container(yaml.safe_load(next(iter(s.files.values()))))['command']
+    return [expanded(word) for word in command[4:]]
+  text = next(shell(s))
+  text = text.replace(work.embedded(), f"job='{show}'\n")
+  text = text.replace('follow srun', 'srun()  { shift 4; "$@"; }\nfollow srun')
+  text = re.sub(r'log=.*\n', "log=''\n", text)
+  env = {'PATH': os.environ['PATH'], 'HOME': '/home/me'}
+  env |= {'SLURM_ARRAY_JOB_ID': '7', 'SLURM_ARRAY_TASK_ID': '0'}
+  done = subprocess.run(['bash', '-c', text], capture_output=True, text=True, env=env)
+  return done.stdout.split('\0')[:-1]
+
+
+@pytest.mark.parametrize('on', launch.TARGETS)
+def test_each_host_is_given_the_plain_command_and_where_its_sources_are(on):
+  more = (f'--config.name={AWKWARD}',)
+  s = submission(on, more=more)
+  given = arguments(s, on)
+  code = (
+    '/home/me/gated/code.tar.gz' if on == 'skypilot' else f'{folder_of(on)}/code.tar.gz'
+  )
+  first = s.work.points[0]
+  assert given[given.index('--') + 1 :] == list(first.command) and more[0] in given
+  kind = '-cuda' if NEEDS[on]['accelerator'].startswith('h100') else '-tpu'
+  requirements = f'requirements{kind}.lock'
+  requirements += '' if on == 'slurm' else ',requirements-cloud.lock'
+  meet = 'one' if on in ('slurm', 'skypilot') else 'auto'
+  assert set(given[: given.index('--')]) == {
+    f'--code={code}',
+    f'--sha256={"ab" * 32}',
+    f'--requirements={requirements}',
+    '--python=3.11',
+    f'--workdir={first.workdir}',
+    f'--processes={meet}',
+  }
+
+
+SOURCES = {
+  name: (ROOT / 'gated' / name).read_text()
+  for name in (
+    'storage.py',
+    'run/lock.py',
+    'run/exit_codes.py',
+    'run/outcome.py',
+    'sweep/launch/point.py',
+  )
+} | {f'{folder}__init__.py': '' for folder in ('', 'run/', 'sweep/', 'sweep/launch/')}
+
+
+def archived(folder, body):
+  """Sources of a sweep whose train.py is `body` -> FOLDER/code.tar.gz, and its digest."""
+  made = folder / 'made'
+  shutil.rmtree(made, ignore_errors=True)
+  named = {f'gated/{name}': text for name, text in SOURCES.items()}
+  named |= {'train.py': body, 'requirements.lock': '# Nothing.\n'}
+  for name, text in named.items():
+    (made / name).parent.mkdir(parents=True, exist_ok=True)
+    (made / name).write_text(text)
+  archive = folder / 'code.tar.gz'
+  with tarfile.open(archive, 'w:gz') as tar:
+    for path in sorted(made.iterdir()):
+      tar.add(path, path.name)
+  return archive, hashlib.sha256(archive.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def host(tmp_path):
+  """A host with the sources of a sweep whose train.py is `body` -> runs job.sh there."""
+
+  def run(body, *flags, env=None, workdir=None):
+    archive, sha256 = archived(tmp_path, body)
+    workdir = workdir or tmp_path / 'workdir'
+    given = [
+      f'--code={archive}',
+      f'--sha256={sha256}',
+      '--requirements=requirements.lock',
+    ]
+    given += [f'--python={sys.version_info[0]}.{sys.version_info[1]}']
+    given += [f'--workdir={workdir}', f'--cache={tmp_path / "cache"}', '--processes=one']
+    if not any(flag.startswith('--interpreter') for flag in flags):
+      given += [f'--interpreter={sys.executable}']
+    given += [flag for flag in flags if flag != '--interpreter=']
+    command = ['bash', '-c', work.JOB, 'job', *given, '--', 'train.py', '--config=a b']
+    keep = {k: os.environ[k] for k in ('PATH', 'HOME') if k in os.environ}
+    opts = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=keep | (env or {}), **opts)
+
+  return run
+
+
+def ended(child):
+  out, _ = child.communicate(timeout=60)
+  return child.returncode, out
+
+
+@pytest.mark.parametrize(('code', 'left'), [(3, 0), (4, 4), (7, 7)])
+def test_a_host_leaves_as_the_point_did_and_divergence_is_an_end(host, code, left):
+  got, out = ended(host(f'import sys; print(sys.argv[1:]); sys.exit({code})'))
+  assert got == left, out
+  assert "['--config=a b']" in out
+
+
+@pytest.mark.parametrize('code', [3])
+def test_a_point_that_has_ended_is_not_run_again(host, code, tmp_path):
+  (tmp_path / 'workdir').mkdir()
+  (tmp_path / 'workdir/outcome.json').write_text(json.dumps({'code': code, 'step': 9}))
+  got, out = ended(host('raise SystemExit(5)'))
+  assert (got, 'has ended: nothing to do' in out) == (0, True), out
+
+
+def test_a_workdir_that_cannot_be_read_is_not_run_in(host, tmp_path):
+  (tmp_path / 'workdir').mkdir()
+  (tmp_path / 'workdir/outcome.json').write_text('{')
+  got, out = ended(host('print("ran")'))
+  assert got == 1 and 'outcome.json is damaged' in out and 'ran' not in out.splitlines()
+
+
+def test_sources_that_are_not_those_of_the_sweep_are_refused(host):
+  got, out = ended(host('print("ran")', f'--sha256={"0" * 64}'))
+  assert got == 2 and 'is not what was submitted' in out and 'ran' not in out
+
+
+def test_a_network_that_fails_for_a_while_costs_no_more_than_that(host, tmp_path):
+  """The sources come on the third time, from a bucket that gcloud reads."""
+  gcloud = tmp_path / 'bin/gcloud'
+  gcloud.parent.mkdir()
+  gcloud.write_text(
+    f'#!/bin/sh\necho x >>{tmp_path}/tries\n'
+    f'test "$(grep -c x {tmp_path}/tries)" -gt 2 && cp {tmp_path}/code.tar.gz "$5"\n'
+  )
+  gcloud.chmod(0o755)
+  env = {'PATH': f'{gcloud.parent}:{os.environ["PATH"]}', 'GATED_JOB_PAUSE': '0.01'}
+  given = ('print("ran")', '--code=gs://bucket/code.tar.gz')
+  got, out = ended(host(*given, env=env))
+  assert (got, out.count('is tried again'), 'ran' in out) == (0, 2, True), out
+  shutil.rmtree(tmp_path / 'cache')
+  gcloud.write_text('#!/bin/sh\nexit 1\n')
+  got, out = ended(host(*given, env=env))
+  assert (got, out.count('is tried again'), 'ran' in out) == (1, 2, False), out
+
+
+def test_sigterm_reaches_the_point_and_its_exit_code_comes_back(host, tmp_path):
+  child = host(
+    'import pathlib, signal, sys, time\n'
+    'signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.2), sys.exit(4)))\n'
+    f'pathlib.Path({str(tmp_path / "up")!r}).touch()\n'
+    'while True: time.sleep(0.05)'
+  )
+  end = time.monotonic() + 30
+  while not (tmp_path / 'up').exists():
+    assert time.monotonic() < end and child.poll() is None
+    time.sleep(0.01)
+  child.terminate()
+  child.send_signal(15)
+  assert ended(child) == (4, '')
+
+
+def test_a_lock_that_a_dead_run_left_is_waited_for(host, tmp_path):
+  """train.py refuses the workdir, with 2, until the lock goes."""
+  held = tmp_path / 'workdir/lock.json'
+  held.parent.mkdir()
+  held.write_text('{}')
+  body = (
+    'import pathlib, sys\n'
+    f'held = pathlib.Path({str(held)!r}); tries = held.with_name("tries")\n'
+    'tries.write_text(tries.read_text() + "x" if tries.exists() else "x")\n'
+    'if len(tries.read_text()) == 3: held.unlink(); sys.exit(0)\n'
+    'sys.exit(2)'
+  )
+  got, out = ended(host(body, env={'GATED_JOB_PAUSE': '0.01'}))
+  assert (got, held.with_name('tries').read_text()) == (0, 'xxx'), out
+
+
+def test_hosts_of_skypilot_meet_at_the_first_of_them(host):
+  env = {'SKYPILOT_NODE_IPS': '10.0.0.1\n10.0.0.2', 'SKYPILOT_NUM_NODES': '2'}
+  env['SKYPILOT_NODE_RANK'] = '1'
+  got, out = ended(
+    host('import sys; print(*sys.argv[2:])', '--processes=skypilot', env=env)
+  )
+  where = '--coordinator=10.0.0.1:8476 --processes=2 --process=1\n'
+  assert (got, out) == (0, f'--start_timeout=1800 {where}')
+
+
+@pytest.mark.slow
+def test_a_host_installs_once_for_all_its_points(host, tmp_path, monkeypatch):
+  body = 'import sys; print(sys.prefix)'
+  monkeypatch.setitem(SOURCES, 'launch/point.py', 'print("due")')  # It needs packages.
+  _, first = ended(host(body, '--interpreter='))
+  _, second = ended(host(body, '--interpreter='))
+  assert first == second and str(tmp_path / 'cache/env-') in first
+  made = next((tmp_path / 'cache').glob('env-*/made'))
+  made.unlink()  # As if it had been killed in the middle.
+  assert ended(host(body, '--interpreter='))[1] == first
+  assert made.exists()
+
+
+def test_what_is_not_json_in_a_workdir_is_told(tmp_path):
+  assert point.state(storage.path(tmp_path)) == 'due'
+  (tmp_path / 'outcome.json').write_text('{"code": 4, "step": 1}')
+  assert point.state(storage.path(tmp_path)) == 'due'
+  (tmp_path / 'outcome.json').write_text('{"code"')
+  with pytest.raises(ValueError):
+    point.state(storage.path(tmp_path))
+
+
+# --- Each scheduler's own form ---
+
+
+def container(made):
+  pods = made['spec']['replicatedJobs'][0]['template']['spec']['template']['spec']
+  return pods['containers'][0]
+
+
+def expanded(text):
+  """What Kubernetes makes of a word of a command whose variables are not set.
+
+  k8s.io/kubernetes third_party/forked/golang/expansion: $$ is $, $(NAME) is looked up.
+  """
+  out, i = '', 0
+  while i < len(text):
+    two = text[i : i + 2]
+    if two == '$$':
+      out, i = out + '$', i + 2
+    elif two == '$(' and ')' in text[i:]:
+      raise AssertionError(f'a variable of Kubernetes: {text[i : i + 20]}')
+    else:
+      out, i = out + text[i], i + 1
+  return out
+
+
+@pytest.mark.parametrize(
+  'text', [AWKWARD, '$$$(a)$$', '$', 'a$b$', '$$$', '$(', work.JOB]
+)
+def test_kubernetes_leaves_a_command_as_it_was_meant(text):
+  assert expanded(jobset.escaped(text)) == text
+
+
+JOBSET = json.loads((SCHEDULERS / 'jobset.json').read_text())
+jsonschema.Draft202012Validator.check_schema(JOBSET)
+
+
+def check_jobset(text):
+  jsonschema.Draft202012Validator(JOBSET).validate(yaml.safe_load(text))
+
+
+@pytest.mark.parametrize('variant', VARIANTS['jobset'])
+def test_jobsets_are_of_the_published_form(variant):
+  for text in submission('jobset', **variant).files.values():
+    check_jobset(text)
+
+
+@pytest.mark.parametrize(
+  ('right', 'wrong'),
+  [
+    ('replicatedJobs', 'replicatedJob'),
+    ('maxRestarts', 'maxRestart'),
+    ('backoffLimit', 'backOffLimit'),
+    ('completionMode: Indexed', 'completionMode: indexed'),
+    ('nodeSelector', 'nodeSelectors'),
+    ('onExitCodes', 'onExitCode'),
+    ('google.com/tpu: 4', 'google.com/tpu: four'),
+    ('kueue.x-k8s.io/queue-name', 'kueue.x-k8s.io/queue'),
+    ('v1alpha2', 'v1alpha1'),
+  ],
+)
+def test_a_jobset_with_a_slip_is_not(right, wrong):
+  text = next(iter(submission('jobset').files.values()))
+  assert right in text
+  with pytest.raises(jsonschema.ValidationError):
+    check_jobset(text.replace(right, wrong))
+
+
+def test_a_jobset_asks_for_the_slice_and_its_hosts():
+  s = submission('jobset', slices=2, spot=True)
+  made = yaml.safe_load(s.files[f'{s.work.points[1].job}.yaml'])
+  pods = made['spec']['replicatedJobs'][0]
+  job = pods['template']['spec']
+  assert (pods['replicas'], job['parallelism'], job['completions']) == (2, 16, 16)
+  spec = job['template']['spec']
+  assert spec['nodeSelector'] == {
+    'cloud.google.com/gke-tpu-accelerator': 'tpu-v5p-slice',
+    'cloud.google.com/gke-tpu-topology': '4x4x4',
+    'cloud.google.com/gke-spot': 'true',
+  }
+  assert container(made)['resources'] == {'limits': {'google.com/tpu': 4}}
+  assert made['metadata']['labels']['gated-sweep'] == s.work.label
+
+
+def test_a_jobset_with_gpus_tells_its_processes_where_they_are():
+  """By the variables of docs/clusters.md; its pods are named as `clusters` expects."""
+  s = submission('jobset', accelerator='h100:8', nodes=2)
+  made = yaml.safe_load(next(iter(s.files.values())))
+  env = {e['name']: e for e in container(made)['env']}
+  assert {*jobset.VARIABLES, 'PROCESSES_IN_JOB'} < env.keys()
+  assert env['PROCESSES_IN_JOB']['value'] == '2'
+  said = (ROOT / 'docs/clusters.md').read_text()
+  for name in jobset.VARIABLES:
+    assert env[name]['valueFrom']['fieldRef']['fieldPath'] in said
+
+
+def check_gcloud(command):
+  """AssertionError unless `gcloud compute tpus queued-resources` takes it."""
+  table = json.loads((SCHEDULERS / 'gcloud.json').read_text())
+  assert command[:4] == ['gcloud', 'compute', 'tpus', 'queued-resources']
+  verb, words = command[4], command[5:]
+  flags = dict(word[2:].partition('=')[::2] for word in words if word.startswith('--'))
+  plain = [word for word in words if not word.startswith('--')]
+  assert len(plain) == table['positional'][verb], plain
+  known = table[verb] | table['wide']
+  for name, value in flags.items():
+    assert name in known, f'--{name}'
+    assert bool(value) == (known[name] == 'value'), f'--{name}={value}'
+  for some in table['required'][verb]:
+    assert len(flags.keys() & set(some)) == 1, some
+  for name, other in table['together'].items():
+    assert name not in flags or other in flags, name
+  for name in [*plain, flags.get('node-id', 'a'), flags.get('node-prefix', 'a')]:
+    assert re.fullmatch(r'[a-z]([-a-z0-9]{0,61}[a-z0-9])?', name), name
+
+
+def record_of(s, told=()):
+  jobs = [{'job': p.job, 'point': p.name, 'workdir': p.workdir} for p in s.work.points]
+  options = dict(work.changed(s.work.options))
+  named = {'on': s.work.options.on, 'label': s.work.label}
+  return named | {'jobs': jobs, 'told': list(told), 'options': options}
+
+
+@pytest.mark.parametrize('variant', VARIANTS['tpu'])
+def test_gcloud_is_asked_in_words_that_it_documents(variant):
+  s = submission('tpu', **variant)
+  record = record_of(s)
+  states = {s.work.points[0].job: 'SUSPENDED'}
+  renewed = tpu.renew(s.work, record, states)
+  assert [c[4] for c in renewed] == ['delete', 'create', 'create']
+  for command in [*s.commands, *tpu.delete(record), tpu.listing(record), *renewed]:
+    check_gcloud(command)
+
+
+@pytest.mark.parametrize(
+  ('right', 'wrong'),
+  [
+    ('--zone', '--zones'),
+    ('--accelerator-type', '--accelerator'),
+    ('--metadata-from-file', '--metadata-from-files'),
+    ('--node-id', '--node-name'),
+    ('--async', '--async=yes'),
+  ],
+)
+def test_a_flag_of_gcloud_with_a_slip_is_refused(right, wrong):
+  command = submission('tpu').commands[0]
+  assert any(right in word for word in command)
+  with pytest.raises(AssertionError):
+    check_gcloud([word.replace(right, wrong) for word in command])
+
+
+@pytest.mark.slow
+def test_gcloud_itself_takes_the_commands(tmp_path):
+  """By its own linter, which reads words alone: it needs no account and no network."""
+  if not shutil.which('gcloud'):
+    pytest.skip('no gcloud here')
+  commands = []
+  for variant in VARIANTS['tpu']:
+    s = submission('tpu', **variant)
+    commands += [s.commands[0], tpu.delete(record_of(s))[0], tpu.listing(record_of(s))]
+  wrong = [word.replace('--node', '--nodes') for word in commands[0]]
+  asked = tmp_path / 'commands.json'
+  lines = list(dict.fromkeys(map(shlex.join, [*commands, wrong])))
+  asked.write_text(json.dumps([{'command_string': line} for line in lines]))
+  lint = ['gcloud', 'meta', 'lint-gcloud-commands', f'--commands-file={asked}']
+  env = {'PATH': os.environ['PATH'], 'HOME': str(tmp_path)}
+  env |= {'CLOUDSDK_CONFIG': str(tmp_path), 'CLOUDSDK_CORE_DISABLE_USAGE_REPORTING': '1'}
+  done = subprocess.run(lint, capture_output=True, text=True, env=env)
+  assert done.returncode == 0, done.stderr
+  *takes, refuses = json.loads(done.stdout)
+  assert [got['error_message'] for got in takes if not got['success']] == []
+  assert len(takes) == len(lines) - 1 and not refuses['success']
+
+
+def test_cloud_tpus_are_asked_for_by_their_number_of_cores_or_chips():
+  asked = lambda spec: machines.accelerator(spec).type
+  assert asked('v5p:4x4x4') == 'v5p-128' and asked('v4:2x2x1') == 'v4-8'
+  assert asked('v5e:4x4') == 'v5litepod-16' and asked('v6e:2x2') == 'v6e-4'
+  hosts = lambda spec: machines.accelerator(spec).hosts
+  assert (hosts('v5e:2x4'), hosts('v5e:4x4'), hosts('v6e:2x2')) == (1, 4, 1)
+  assert (hosts('v5p:2x2x1'), hosts('v4:4x4x4')) == (1, 16)
+
+
+def test_a_slice_that_was_taken_back_is_asked_for_again_unless_its_point_has_ended():
+  s = submission('tpu', count=4)
+  jobs = [p.job for p in s.work.points]
+  states = {jobs[0]: 'ACTIVE', jobs[1]: 'SUSPENDED', jobs[2]: 'WAITING_FOR_RESOURCES'}
+  told = json.dumps(
+    [{'name': f'projects/p/q/{k}', 'state': {'state': v}} for k, v in states.items()]
+    + [{'name': 'projects/p/q/another', 'state': {'state': 'SUSPENDED'}}]
+  )
+  called = []
+
+  def call(command):
+    called.append(command)
+    return told if command[4] == 'list' else ''
+
+  due = dataclasses.replace(s.work, points=s.work.points[:3])
+  assert launch.renew(due, record_of(s), call) == [jobs[1]]
+  assert [command[4:6] for command in called[1:]] == [
+    ['delete', jobs[1]],
+    ['create', jobs[1]],
+  ]
+
+
+# --- SkyPilot ---
+
+
+@pytest.fixture(scope='session')
+def sky(tmp_path_factory):
+  """What SkyPilot makes of tasks and of its own command's words -> its answers."""
+  python = Path(os.environ.get('GATED_SKY_PYTHON') or ROOT / '.venv/sky/bin/python')
+  if not python.exists():
+    pytest.skip(
+      f'no {python}, to read tasks as SkyPilot does: make sky, or set GATED_SKY_PYTHON'
+    )
+  env = process.environment(tmp_path_factory.mktemp('xla'), 1)
+  # It keeps a folder in the home directory, and would tell its makers of its use.
+  env |= {'HOME': str(tmp_path_factory.mktemp('home')), 'PYTHONPATH': ''}
+  env |= {'SKYPILOT_DISABLE_USAGE_COLLECTION': '1', 'NO_COLOR': '1'}
+
+  def ask(tasks=(), commands=()):
+    asked = json.dumps({'tasks': list(tasks), 'commands': list(commands)})
+    command = [str(python), str(SCHEDULERS / 'sky_tasks.py')]
+    done = subprocess.run(command, input=asked, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer = json.loads(done.stdout)
+    return answer['tasks'], answer['commands']
+
+  return ask
+
+
+@pytest.mark.slow
+def test_skypilot_reads_its_tasks_and_commands_as_they_were_meant(sky):
+  every = [submission('skypilot', **variant) for variant in VARIANTS['skypilot']]
+  written = [text for s in every for text in s.files.values()]
+  meant = [yaml.safe_load(text) for text in written]
+  commands = [c[2:] for s in every for c in [*s.commands, *skypilot.delete(record_of(s))]]
+  commands.append(skypilot.listing({})[2:])
+  read, words = sky(written, commands)
+  for got, task in zip(read, meant):
+    for name in ('name', 'num_nodes', 'run', 'file_mounts'):
+      assert got[name] == task[name]
+    asked = task['resources']
+    assert got['resources'].get('use_spot', False) == asked['use_spot']
+    assert got['resources']['labels'] == asked['labels']
+    recovery = dict(got['resources']['job_recovery'])
+    assert recovery.pop('strategy', None) is None  # Its own, eager one.
+    assert recovery == asked['job_recovery']
+    name, _, count = asked.get('accelerators', '').partition(':')
+    cards = {name: int(count or 1)} if name else None
+    assert got['resources'].get('accelerators') == cards
+    assert got['resources'].get('infra', '') == asked.get('infra', '')
+  assert all(word['yes'] for word in words[:-1]) and words[-1]['output_format'] == 'json'
+  assert words[0]['name'] == meant[0]['name'] and words[0]['detach_run']
+
+  text = written[1]
+  slips = {
+    'num_nodes': 'num_node',
+    'accelerators': 'accelerator',
+    'use_spot': 'use_spots',
+    'file_mounts': 'file_mount',
+    'max_restarts_on_errors': 'max_restart_on_errors',
+  }
+  wrong = [text.replace(f'{a}:', f'{b}:') for a, b in slips.items()]
+  assert text not in wrong
+  flags = [['launch', '--detached', 'a.yaml'], ['cancel', '--yes', '--names=a']]
+  read, words = sky(wrong, flags)
+  assert all('error' in got for got in [*read, *words]), (read, words)
+
+
+def test_the_states_of_skypilot_jobs_are_read():
+  s = submission('skypilot')
+  first, second = (p.job for p in s.work.points)
+  rows = [
+    (second, 'RUNNING'),
+    (first, 'RECOVERING'),
+    ('other', 'RUNNING'),
+    (first, 'FAILED'),
+  ]
+  told = json.dumps([{'job_name': a, 'status': b} for a, b in rows], indent=2)
+  found = skypilot.states(record_of(s), f'Fetching managed jobs...\n{told}\n')
+  assert found == {second: 'RUNNING', first: 'RECOVERING'}
+
+
+def test_the_states_of_jobsets_are_read():
+  s = submission('jobset')
+  first, second = (p.job for p in s.work.points)
+  items = [
+    {'metadata': {'name': first}, 'status': {'terminalState': 'Failed', 'restarts': 2}},
+    {
+      'metadata': {'name': second},
+      'status': {'conditions': [{'type': 'Suspended', 'status': 'True'}]},
+    },
+    {'metadata': {'name': 'c'}},
+  ]
+  found = jobset.states(record_of(s), json.dumps({'items': items}))
+  assert found == {
+    first: 'Failed, restarted 2 times',
+    second: 'Suspended',
+    'c': 'Running',
+  }
+
+
+# --- Refused before the first job ---
+
+
+@pytest.mark.parametrize(
+  ('options', 'folder', 'said'),
+  [
+    (dict(on='pbs'), '/a', "--on='pbs', but allowed are slurm, skypilot, jobset, tpu"),
+    (dict(on='slurm'), '/a', '--on=slurm needs --accelerator=..., --partition=...'),
+    (dict(on='tpu', accelerator='v5p:2x2x1'), 'gs://b/a', '--zone=..., --project=...'),
+    (dict(on='jobset', accelerator='cpu'), 'gs://b/a', 'needs --queue=...'),
+    (dict(on='skypilot', accelerator='cpu'), '/a', '--dir=/a with --on=skypilot, whose'),
+    (dict(NEEDS['tpu'], on='tpu'), 's3://b/a', 'give a bucket, gs://BUCKET/PATH'),
+    (
+      dict(NEEDS['slurm'], on='slurm', zone='a'),
+      '/a',
+      '--zone=a with --on=slurm, but it',
+    ),
+    (dict(NEEDS['slurm'], on='slurm', sbatch=('-C x',)), '/a', "--sbatch='-C x' is no"),
+    (dict(NEEDS['slurm'], on='slurm', nodes=0), '/a', '--nodes=0 must be positive'),
+    (dict(NEEDS['slurm'], on='slurm', restarts=-1), '/a', '--restarts=-1 must not'),
+    (
+      dict(NEEDS['slurm'], on='slurm', accelerator='h100'),
+      '/a',
+      "'h100', but allowed are",
+    ),
+    (dict(NEEDS['slurm'], on='slurm', accelerator='x:8'), '/a', "'x:8', but allowed are"),
+    (
+      dict(NEEDS['slurm'], on='slurm', accelerator='v5p:3x3'),
+      '/a',
+      'is no slice that can',
+    ),
+    (
+      dict(NEEDS['jobset'], on='jobset', nodes=2),
+      'gs://b/a',
+      'several slices are --slices',
+    ),
+    (
+      dict(NEEDS['jobset'], on='jobset', accelerator='cpu', slices=2),
+      'gs://b/a',
+      '--slices=2 is for TPUs',
+    ),
+  ],
+)
+def test_what_cannot_be_meant_is_refused(options, folder, said):
+  with pytest.raises(ValueError) as refused:
+    launch.checks.meant(launch.Options(**options), folder)
+  assert said in str(refused.value) and '\n' not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+  ('on', 'accelerator', 'said'),
+  [
+    ('slurm', 'v5p:2x2x1', 'with --on=slurm, but allowed are cpu and GPUs'),
+    ('tpu', 'h100:8', 'with --on=tpu, but allowed are v4, v5e'),
+    ('jobset', 'gh200:1', 'for which GKE has no name'),
+    ('skypilot', 'h100-nvl:4', 'for which SkyPilot has no name'),
+  ],
+)
+def test_an_accelerator_that_a_scheduler_does_not_have_is_refused(on, accelerator, said):
+  with pytest.raises(ValueError, match=said):
+    submission(on, accelerator=accelerator)
+
+
+@pytest.mark.parametrize('on', launch.TARGETS)
+def test_a_scheduler_that_is_not_installed_is_named_with_the_way_to_it(on, monkeypatch):
+  monkeypatch.setenv('PATH', '/nowhere')
+  target = launch.TARGETS[on]
+  with pytest.raises(ValueError) as refused:
+    launch.checks.installed(on)
+  assert target.command in str(refused.value) and target.install in str(refused.value)
+
+
+@pytest.mark.parametrize(
+  ('on', 'knobs', 'said'),
+  [
+    ('jobset', dict(init_from='/runs/a:3'), 'config.init_from: /runs/a:3 is a folder of'),
+    (
+      'tpu',
+      dict(data__mixture='/shared/code,gs://b/books'),
+      '/shared/code is a folder of',
+    ),
+    (
+      'tpu',
+      dict(data__mixture='gs://b/books,/shared/code'),
+      '/shared/code is a folder of',
+    ),
+    ('slurm', dict(data__mixture='/shared/books=7,s3://b/code'), ''),
+    ('jobset', dict(data__mixture='gs://b/books', init_from='gs://b/a:latest'), ''),
+    ('skypilot', dict(), ''),
+  ],
+)
+def test_data_that_no_job_would_find_is_refused(on, knobs, said):
+  try:
+    launch.checks.reachable(small.recipe(**knobs), on)
+    told = ''
+  except ValueError as error:
+    told = str(error)
+  assert said in told and bool(said) == bool(told)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+  (tmp_path / 'file').touch()
+  with pytest.raises(ValueError, match='cannot be written from here'):
+    launch.checks.writable(str(tmp_path / 'file/below'))
+  launch.checks.writable(str(tmp_path / 'new'))
+  assert list((tmp_path / 'new').iterdir()) == []
+
+
+def test_a_bucket_is_written_once_and_left_as_it_was(remote):
+  launch.checks.writable(f'{remote}/sweep')
+  assert storage.names(f'{remote}/sweep') == []
+  with pytest.raises(ValueError, match='cannot be written from here'):
+    launch.checks.writable('s3://no-such-bucket-of-ours/sweep')
+
+
+# --- Submitted, listed, deleted ---
+
+
+def test_what_a_scheduler_took_is_recorded_and_only_that_is_deleted(tmp_path):
+  folder = str(tmp_path / 'sweep')
+  s = submission('slurm', folder=folder)
+  called = []
+
+  def call(command):
+    called.append(command)
+    return '4711;cluster\n' if command[0] == 'sbatch' else ''
+
+  record = launch.submit(s, call)
+  script = Path(called[0][-1])
+  assert script.read_text() == s.files['sweep.sbatch']
+  assert script.parent == tmp_path / 'sweep/launch'
+  assert launch.read(folder) == record
+  with pytest.raises(ValueError, match='is submitted already, 2 jobs to --on=slurm'):
+    launch.submit(s, call)
+  assert launch.delete(folder, record, call) == []
+  assert called[1:] == [['scancel', '--me', f'--name={record["label"]}', '4711']]
+  with pytest.raises(ValueError, match='is not submitted'):
+    launch.read(folder)
+
+
+def test_a_scheduler_that_refuses_in_the_middle_leaves_what_it_took_on_record(remote):
+  folder = f'{remote}/sweep'
+  s = submission('skypilot', folder=folder, count=3)
+  called = []
+
+  def call(command):
+    called.append(command)
+    if len(called) == 3:
+      raise ValueError('sky jobs launch failed: quota')
+    return ''
+
+  with pytest.raises(ValueError, match='quota'):
+    launch.submit(s, call)
+  record = launch.read(folder)
+  assert [job['job'] for job in record['jobs']] == [p.job for p in s.work.points[:2]]
+  assert storage.names(f'{folder}/launch') == sorted(s.files)
+  del called[:]
+  assert launch.delete(folder, record, lambda command: called.append(command) or '') == []
+  assert [command[-1] for command in called] == [
+    f'--name={p.job}' for p in s.work.points[:2]
+  ]
+
+
+@pytest.mark.parametrize('on', ['slurm', 'tpu'])
+def test_what_is_created_as_we_are_killed_can_be_deleted(on, tmp_path, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  s = submission(on)
+  s = dataclasses.replace(s.work, folder=str(tmp_path)), s.files, s.commands
+  called = []
+
+  def killed(command):
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    launch.submit(launch.Submission(*s), killed)
+  record = launch.read(tmp_path)
+  assert launch.delete(tmp_path, record, lambda c: called.append(c) or '') == []
+  named = {'slurm': f'--name={record["label"]}', 'tpu': record['jobs'][0]['job']}
+  assert [named[on] in command for command in called] == [True]
+
+
+def test_what_cannot_be_deleted_is_told_and_stays_on_record(tmp_path):
+  folder = str(tmp_path)
+  s = submission('slurm', folder=folder)
+  record = launch.submit(s, lambda command: '4711')
+
+  def gone(command):
+    raise ValueError('scancel 4711 failed: Invalid job id specified')
+
+  def down(command):
+    raise ValueError('scancel 4711 failed: Unable to contact slurm controller')
+
+  assert 'Unable to contact' in launch.delete(folder, record, down)[0]
+  assert launch.read(folder) == record
+  assert launch.delete(folder, record, gone) == []
+  assert not (tmp_path / 'launched.json').exists()
+
+
+def test_two_sweeps_of_one_name_do_not_share_a_label():
+  assert launch.label('/a/lr_sweep') != launch.label('/b/lr_sweep')
+  for folder in ('/a/lr_sweep', 'gs://b/LR Sweep, 2026!/', '/1/2', '/x' * 99):
+    assert re.fullmatch(r'[a-z][a-z0-9-]*-[0-9a-f]{7}', launch.label(folder))
+    assert len(launch.label(folder)) <= 32
+
+
+def test_a_failing_command_is_told_with_its_own_words():
+  with pytest.raises(ValueError, match=r'sh -c .* failed: no such partition'):
+    launch.call(['sh', '-c', 'echo no such partition >&2; exit 1'])
+
+
+# --- SLURM, for real ---
+
+
+def wait(seen, what, seconds=240, pause=0.05):
+  end = time.monotonic() + seconds
+  while not (found := seen()):
+    assert time.monotonic() < end, what()
+    time.sleep(pause)
+  return found
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+  """SLURM's commands, as tests/schedulers has them, before any others."""
+  monkeypatch.setenv(
+    'PATH', f'{SCHEDULERS}:{Path(sys.executable).parent}:{os.environ["PATH"]}'
+  )
+  monkeypatch.setenv('SLURM_STANDIN', str(tmp_path / 'slurm'))
+  env = process.environment(tmp_path / 'xla', 1)
+  env['XLA_FLAGS'] += ' --xla_backend_optimization_level=0'  # Compiles in half the time.
+  for name, value in env.items():
+    monkeypatch.setenv(name, value)
+  yield tmp_path / 'slurm'
+  for job in (tmp_path / 'slurm').glob('[0-9]*'):  # What a failed test has left.
+    launch.call(['scancel', job.name])
+
+
+def test_sbatch_refuses_an_option_with_a_slip(cluster, tmp_path):
+  script = tmp_path / 'a.sbatch'
+  text = submission('slurm', folder=str(tmp_path)).files['sweep.sbatch']
+  assert '#SBATCH --ntasks-per-node=1' in text
+  script.write_text(text.replace('--ntasks-per-node', '--tasks-per-nod'))
+  with pytest.raises(ValueError, match='unrecognized arguments: --tasks-per-nod'):
+    launch.call(['sbatch', '--parsable', str(script)])
+
+
+LEAVES = """
+import pathlib, signal, sys, time
+workdir = next(pathlib.Path(a[10:]) for a in sys.argv if a.startswith('--workdir='))
+workdir.mkdir(parents=True, exist_ok=True)
+
+def leave(*_):
+  time.sleep(0.3)
+  (workdir / 'told').touch()
+  sys.exit(4)
+
+if (workdir / 'told').exists():
+  sys.exit(0)
+signal.signal(signal.SIGTERM, leave)
+(workdir / 'up').touch()
+while True:
+  time.sleep(0.02)
+"""
+
+
+def begun(tmp_path, body, **options):
+  """A point whose train.py is `body`, handed to SLURM -> the record, the workdir."""
+  folder = tmp_path / 'a sweep'
+  folder.mkdir()
+  _, sha256 = archived(folder, body)
+  here = dict(
+    accelerator='cpu', interpreter=sys.executable, cache=str(tmp_path / 'cache')
+  )
+  given = here | options
+  s = submission('slurm', folder=str(folder), count=1, sha256=sha256, **given)
+  return launch.submit(s), Path(s.work.points[0].workdir)
+
+
+def at_the_end(cluster, record):
+  """The state of the only task, once it neither waits nor runs."""
+  log = lambda: '\n'.join(path.read_text() for path in cluster.parent.rglob('*.log'))
+  wait(lambda: not launch.states(record), log, 30, pause=0.2)
+  return json.loads((cluster / record['told'][0] / '0.json').read_text())
+
+
+@pytest.mark.slow
+def test_a_task_at_its_time_limit_saves_and_is_requeued(cluster, tmp_path):
+  record, workdir = begun(tmp_path, LEAVES)
+  wait((workdir / 'up').exists, lambda: 'it did not start', 30)
+  # As SLURM does, by --signal=B:USR1@120.
+  launch.call(['scancel', '--signal=USR1', '--batch', f'{record["told"][0]}_0'])
+  task = at_the_end(cluster, record)
+  assert (workdir / 'told').exists()
+  assert (task['state'], task['restarts']) == ('COMPLETED', 1)
+
+
+@pytest.mark.slow
+def test_a_task_that_is_deleted_does_not_come_again(cluster, tmp_path):
+  """It saves in the time that it has, and leaves with the code of who goes on."""
+  record, workdir = begun(tmp_path, LEAVES)
+  wait((workdir / 'up').exists, lambda: 'it did not start', 30)
+  assert launch.delete(workdir.parents[1], record) == []
+  task = at_the_end(cluster, record)
+  assert (workdir / 'told').exists()
+  assert (task['state'], task['restarts'], task['code']) == ('CANCELLED', 0, 4)
+
+
+@pytest.mark.slow
+def test_who_waits_for_a_process_that_failed_is_not_waited_for(
+  cluster, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(slurm, 'PATIENCE', 0.3)
+  body = 'import os, time\nif os.environ["SLURM_PROCID"] == "0": raise SystemExit(7)\n'
+  record, _ = begun(tmp_path, f'{body}time.sleep(600)', processes=2, restarts=1)
+  task = at_the_end(cluster, record)
+  assert (task['state'], task['restarts'], task['code']) == ('FAILED', 1, 137)
+
+
+# --- The commands ---
+
+SWEEP = ('--config=configs/tiny.py', '--axis=optim.lr=1e-3,4e-3')
+
+
+def told(capsys, *argv):
+  """What `sweep.py ARGV` leaves with, and what it says."""
+  code = cli.main([str(word) for word in argv])
+  said = capsys.readouterr()
+  return code, said.out + said.err
+
+
+FLAGS = {
+  on: [f'--{name}={value}' for name, value in {'on': on, **needs}.items()]
+  for on, needs in NEEDS.items()
+}
+
+
+def test_a_dry_run_prints_all_files_and_commands_and_touches_nothing(
+  tmp_path, monkeypatch, capsys
+):
+  def touched(*args, **opts):
+    raise AssertionError(f'touched: {args} {opts}')
+
+  for place, name in ((storage, 'write'), (launch.subprocess, 'run')):
+    monkeypatch.setattr(place, name, touched)
+  folder = tmp_path / 'sweep'
+  argv = ['submit', *SWEEP, f'--dir={folder}', *FLAGS['slurm'], '--dry_run']
+  code, said = told(capsys, *argv)
+  assert code == 0 and list(tmp_path.iterdir()) == []
+  assert '#SBATCH --array=0-1\n' in said and '#SBATCH --gpus-per-node=8\n' in said
+  assert said.count('--config.optim.lr=0.004') == 1
+  assert said.endswith(f'\n\nsbatch --parsable {folder}/launch/sweep.sbatch\n')
+
+
+@pytest.mark.parametrize('on', ['skypilot', 'jobset', 'tpu'])
+def test_a_dry_run_for_a_cloud_prints_a_command_for_each_point(
+  on, gs, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  folder = f'{gs}/{tmp_path.name}'
+  argv = ['submit', *SWEEP, f'--dir={folder}', *FLAGS[on], '--dry_run', '--only=lr=0.004']
+  code, said = told(capsys, *argv)
+  commands = [
+    line for line in said.splitlines() if line.startswith(launch.TARGETS[on].command)
+  ]
+  assert code == 0 and len(commands) == 1, said
+  assert (
+    '--config.optim.lr=0.004' in said and f'--workdir={folder}/points/lr0.004' in said
+  )
+  assert list(tmp_path.iterdir()) == [] and storage.names(folder) == []
+
+
+def test_a_dry_run_needs_no_bucket(tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+
+  def down(*args):
+    raise OSError('gs://bucket/lr: no network')
+
+  monkeypatch.setattr(sweep, 'state', down)
+  argv = ['submit', *SWEEP, '--dir=gs://bucket/lr', *FLAGS['tpu']]
+  code, said = told(capsys, *argv, '--dry_run')
+  assert code == 0 and said.count('\ngcloud compute') == 2
+  assert 'gs://bucket/lr cannot be read from here, so no point is known' in said
+  for place, name in ((desk.checks, 'installed'), (desk.checks, 'writable')):
+    monkeypatch.setattr(place, name, lambda *_: None)
+  monkeypatch.setattr(sweep, 'write', lambda swept: swept)
+  monkeypatch.setattr(storage, 'exists', lambda path: False)
+  code, said = told(capsys, *argv)
+  assert (code, said) == (2, 'sweep.py: gs://bucket/lr: no network\n')
+
+
+@pytest.mark.parametrize(
+  ('argv', 'said'),
+  [
+    (['--on=slurm'], '--on=slurm needs --accelerator=..., --partition=...'),
+    ([*FLAGS['slurm'], '--queue=a'], '--queue=a with --on=slurm, but it is for jobset'),
+    ([*FLAGS['slurm'], '--watch=9'], '--watch=9.0 is for --on=tpu'),
+    ([*FLAGS['jobset']], 'give a bucket'),
+    ([*FLAGS['slurm'], '--only=lr=1'], '--only=lr=1, but of lr there are'),
+    ([*FLAGS['slurm']], 'calls sbatch, which is not installed here: run this where'),
+  ],
+)
+def test_a_submission_that_cannot_be_is_refused_in_one_line(
+  argv, said, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setenv('PATH', '/nowhere')
+  code, out = told(capsys, 'submit', *SWEEP, f'--dir={tmp_path / "sweep"}', *argv)
+  assert code == 2 and said in out and out.count('\n') == 1
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_that_was_never_submitted_has_nothing_to_list_or_delete(tmp_path, capsys):
+  swept = cli.planned(*_parsed(f'--dir={tmp_path / "sweep"}'))
+  sweep.write(swept)
+  for verb in desk.COMMANDS:
+    code, out = told(capsys, verb, swept.folder)
+    assert code == 2 and 'is not submitted: there is no launched.json' in out
+
+
+GCLOUD = """#!/bin/sh
+printf '%s ' "$@" >>"$STAND/asked"
+echo >>"$STAND/asked"
+case "$*" in
+  *" list "*) test -e "$STAND/down" && exit 1; cat "$STAND/states" ;;
+esac
+"""
+
+
+@pytest.mark.slow
+def test_slices_that_are_lost_are_asked_for_again_until_all_points_have_ended(
+  gs, tmp_path, monkeypatch, capsys
+):
+  (tmp_path / 'gcloud').write_text(GCLOUD)
+  (tmp_path / 'gcloud').chmod(0o755)
+  monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+  monkeypatch.setenv('STAND', str(tmp_path))
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  folder = f'{gs}/{tmp_path.name}'
+  argv = ['submit', *SWEEP, f'--dir={folder}', *FLAGS['tpu'], '--spot']
+
+  def asked():
+    words = [line.split()[3:5] for line in (tmp_path / 'asked').read_text().splitlines()]
+    (tmp_path / 'asked').unlink()
+    return [word if word[0] != 'list' else ['list'] for word in words]
+
+  code, said = told(capsys, *argv)
+  assert code == 0 and '2 jobs are with tpu' in said, said
+  one, two = (job['job'] for job in launch.read(folder)['jobs'])
+  assert asked() == [['create', one], ['create', two]]
+
+  states = {one: 'SUSPENDED', two: 'SUSPENDED', 'another': 'SUSPENDED'}
+  rows = [{'name': f'p/q/{k}', 'state': {'state': v}} for k, v in states.items()]
+  (tmp_path / 'states').write_text(json.dumps(rows))
+  swept = sweep.open(folder)
+  ends = lambda p: storage.write(
+    swept.workdir(p) / 'outcome.json',
+    json.dumps({'code': 0, 'step': 280, 'told': '', 'time': ''}).encode(),
+  )
+  ends(swept.points[1])
+  code, said = told(capsys, *argv)
+  assert code == 0 and f'1 points to go; asked for again: {one}\n' in said, said
+  assert asked() == [['list'], ['delete', one], ['create', one]]
+  code, said = told(capsys, *argv, '--project=other')
+  assert code == 2 and 'give the same options' in said
+
+  # A network that fails, and then the last point ends.
+  (tmp_path / 'down').touch()
+  waits = []
+  monkeypatch.setattr(
+    desk.time,
+    'sleep',
+    lambda seconds: (waits.append(seconds), len(waits) == 2 and ends(swept.points[0])),
+  )
+  code, said = told(capsys, *argv, '--watch=9')
+  assert (code, waits) == (0, [9, 9]), said
+  assert said.count('not this time: gcloud') == 2 and 'all points have ended' in said
+  asked()
+  (tmp_path / 'down').unlink()
+  code, said = told(capsys, 'list', folder)
+  assert code == 0 and said.count('SUSPENDED') == 2 and said.count('280/280') == 2
+  code, said = told(capsys, 'delete', folder)
+  assert asked() == [['list'], ['delete', one], ['delete', two]]
+  assert code == 0 and 'deleted: 2 jobs' in said
+
+
+def _parsed(*argv):
+  """Flags of a grid, and the recipe's words."""
+  parser = cli.argparse.ArgumentParser()
+  cli._takes_grid(parser)
+  return parser.parse_known_args([*SWEEP, *argv])
+
+
+# A model whose steps last milliseconds, for two processes with a device each.
+SMALL = (
+  *('--config.model.width=32', '--config.model.depth=1', '--config.model.ffn=64'),
+  *('--config.model.attn.heads=2', '--config.model.attn.kv_heads=1'),
+  *('--config.model.attn.head_dim=16', '--config.data.length=64', '--config.batch=2'),
+  *('--config.optim.warmup=2', '--config.eval.rows=2', '--config.eval.every=1000'),
+  *('--config.checkpoint.every=1000', '--config.log.tensorboard=False'),
+)
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_under_slurm_with_two_processes_each_and_survives_preemption(
+  cluster, tmp_path, capsys
+):
+  """Three points one after another, for real; the first is told to leave on its way."""
+  folder, steps = tmp_path / 'a sweep', 100
+  argv = ['submit', '--config=configs/tiny.py', *SMALL, f'--dir={folder}', '--on=slurm']
+  argv += ['--seeds=3', f'--config.steps={steps}', '--accelerator=cpu']
+  argv += ['--processes=2', '--at_once=1', '--partition=all']
+  argv += [f'--interpreter={sys.executable}', f'--cache={tmp_path / "cache"}']
+  code, said = told(capsys, *argv)
+  assert code == 0 and '3 jobs are with slurm' in said, said
+  swept, record = sweep.open(folder), launch.read(folder)
+  number = record['told'][0]
+  logs = lambda: '\n'.join(
+    log.read_text()[-3000:] for p in swept.points if (log := Path(swept.log(p))).exists()
+  )
+  try:
+    # It exists from just before the first step.
+    wait(Path(swept.workdir(swept.points[0]), 'run.json').exists, logs)
+    code, said = told(capsys, 'list', folder)
+    rows = [line.split() for line in said.splitlines()[1:]]
+    assert [row[2] for row in rows] == ['RUNNING', 'PENDING', 'PENDING'], said
+    launch.call(['scancel', '--signal=USR1', '--batch', f'{number}_0'])
+    # Each look is a process, which takes time from those that are waited for.
+    wait(lambda: not launch.states(record), logs, pause=1)
+  finally:
+    code, said = told(capsys, 'delete', folder)
+    assert code == 0, said
+
+  assert not (folder / 'launched.json').exists()
+  for i, p in enumerate(swept.points):
+    workdir = Path(swept.workdir(p))
+    task = json.loads((cluster / number / f'{i}.json').read_text())
+    assert (task['state'], task['restarts']) == ('COMPLETED', int(i == 0)), logs()
+    assert sweep.state(swept.workdir(p), steps)[:2] == ('finished', steps)
+    sessions = json.loads((workdir / 'run.json').read_text())['sessions']
+    assert [session['processes'] for session in sessions] == [2] * (1 + task['restarts'])
+    rows = [json.loads(x) for x in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    losses = {row['step']: row['loss'] for row in rows if row['kind'] == 'train'}
+    assert list(losses) == list(range(1, steps + 1))
+    command = sessions[0]['command'][1:]
+    assert command == [*p.command[1:], '--start_timeout=1800', '--coordinator=auto']
+    if i == 0:
+      assert 0 < sessions[1]['restored_step'] < steps
+  # All have ended: nothing is left to submit.
+  code, said = told(capsys, *argv)
+  assert code == 2 and 'all of its points have ended' in said
