@@ -1,4 +1,4 @@
-"""Grids of a sweep: what changes from point to point, as plain data.
+"""Grids of a sweep: the knobs that each run changes, as plain data.
 
 A recipe that has a grid defines `get_grid(arg='')` beside `get_config(arg='')`:
 
@@ -18,19 +18,19 @@ from typing import Any, NamedTuple
 class Point(NamedTuple):
   """One run of a sweep."""
 
-  labels: dict[str, str]  # {'variant': 'baseline', 'lr': '0.001'}, to be read
+  labels: dict[str, str]  # {'variant': 'baseline', 'lr': '0.001'}, for display
   changes: dict[str, Any]  # {'optim.lr': 0.001}: knobs and their values
 
 
 def axis(knob: str, values: Iterable[Any], name: str = '') -> list[Point]:
-  """A knob and its values -> a point each; `name` is the knob's last part otherwise."""
+  """A knob and its values -> one point each, labelled `name` or the knob's last part."""
   name = name or knob.rpartition('.')[2]
   values = [_plain(value) for value in values]
   return [Point({name: text(value)}, {knob: value}) for value in values]
 
 
 def choice(name: str, /, **variants: Mapping[str, Any]) -> list[Point]:
-  """Variants by name, each with the knobs that it changes -> a point each."""
+  """Variants by name, each with its changed knobs -> one point each."""
   return [
     Point({name: variant}, {knob: _plain(value) for knob, value in knobs.items()})
     for variant, knobs in variants.items()
@@ -38,53 +38,55 @@ def choice(name: str, /, **variants: Mapping[str, Any]) -> list[Point]:
 
 
 def seeds(count: int) -> list[Point]:
-  """So many seeds, from 0 on: of the weights and of the order of the data."""
+  """Seeds 0 to count - 1, for the weights and the order of the data."""
   return axis('seed', range(count))
 
 
 def product(*grids: Sequence[Point]) -> list[Point]:
   """Every point of one grid with every point of the others; the first varies slowest."""
-  found = [Point({}, {})]
+  points = [Point({}, {})]
   for grid in grids:
-    found = [_both(a, b) for a in found for b in grid]
-  return found
+    points = [_both(a, b) for a in points for b in grid]
+  return points
 
 
 def zipped(*grids: Sequence[Point]) -> list[Point]:
   """The first points of all grids together, the second ones, and so on."""
   sizes = [len(grid) for grid in grids]
   if len(set(sizes)) > 1:
-    raise ValueError(f'grids of {sizes} points cannot be zipped: all must have as many')
-  found = []
+    raise ValueError(
+      f'grids of {sizes} points cannot be zipped: all must have the same size'
+    )
+  zipped_points = []
   for points in zip(*grids, strict=True):
-    found += product(*([point] for point in points))
-  return found
+    zipped_points += product(*([point] for point in points))
+  return zipped_points
 
 
 def chain(*grids: Sequence[Point]) -> list[Point]:
-  """The points of one grid after those of the other."""
+  """The points of all grids, one grid after the other."""
   return [point for grid in grids for point in grid]
 
 
 def text(value: Any) -> str:
-  """A knob's value -> how it is written, so that a float comes back to the last bit."""
+  """A knob's value -> text; a float survives the round trip exactly."""
   return repr(value) if isinstance(value, float) else str(value)
 
 
 def _plain(value: Any) -> Any:
-  """NumPy's numbers as Python's: a range of them is how one writes learning rates."""
+  """NumPy scalars -> Python numbers, so that np.geomspace can give learning rates."""
   return value.item() if hasattr(value, 'item') else value
 
 
 def _both(a: Point, b: Point) -> Point:
-  """Two points -> the point that is both; ValueError where they clash."""
+  """Merges two points; ValueError if they change the same knob."""
   for knob in a.changes:
-    # A group and a knob in it clash as well.
+    # A group also clashes with a knob inside it.
     same = [k for k in b.changes if f'{k}.'.startswith(f'{knob}.')]
     same += [k for k in b.changes if f'{knob}.'.startswith(f'{k}.')]
     if same:
       raise ValueError(f'two axes change config.{same[0]}')
   names = a.labels.keys() & b.labels.keys()
   if names:
-    raise ValueError(f'two axes are named {min(names)!r}: give one another name')
+    raise ValueError(f'two axes are named {min(names)!r}: rename one of them')
   return Point(a.labels | b.labels, a.changes | b.changes)

@@ -3,13 +3,13 @@
 python train.py --config=configs/dense_1b7.py:28l        28 layers, 1.72B parameters
 python train.py --config=configs/dense_1b7.py:48l,gate=elementwise
 python train.py --config=configs/dense_1b7.py:48l,scale=proxy
-A step is 1024 * 4096 tokens; for one GPU with 139 GiB add --config.batch=8. By arithmetic
-and not by a run: 59 h (28l) or 63 h on 64 H200 at 35% MFU, to perplexity 7.499 or 7.421.
+A step is 1024 * 4096 tokens; add --config.batch=8 for one GPU with 139 GiB. Estimated
+time: 59 h (28l) or 63 h (48l) on 64 H200 at 35% MFU; published perplexity 7.499 or 7.421.
 
 Published: the architecture, the peak learning rate, the batch and the tokens. Assumed,
 because unpublished for the dense models: warm-up 1k steps and floor 3e-5 (the MoE's,
 section 3.1), weight decay 0.1, clipping at 1.0, init std 0.02. The FFN is not narrowed
-for the gate here; table2 does that.
+for the gate here; table2.py narrows it.
 """
 
 from configs import base, rows
@@ -20,7 +20,7 @@ SHAPES = {
     'proxy': dict(depth=18, width=512, ffn=1536),
     'test': dict(depth=2, width=32, ffn=96),
   },
-  # Deeper and narrower, and less stable.
+  # Deeper, narrower and less stable.
   '48l': {
     'paper': dict(depth=48, width=1536, ffn=4608),
     'proxy': dict(depth=30, width=384, ffn=1152),

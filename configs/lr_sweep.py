@@ -1,22 +1,22 @@
-"""How much the loss minds the learning rate, with a gate and without: claims C16, C24.
+"""Sensitivity of the loss to the learning rate, with and without a gate: claims C16, C24.
 
 python scripts/sweep.py run --config=configs/lr_sweep.py:scale=test
 python scripts/sweep.py run --config=configs/lr_sweep.py --config.data.mixture=DIR
-Variants by learning rates by seeds, of Table 2's 48 layers, which are the less stable.
-optimizer=muon and precision=fp32 change all of them, =both makes them an axis; seeds=1 to
+Variants x learning rates x seeds of Table 2's 48-layer model, the less stable one.
+optimizer=muon and precision=fp32 change all runs, =both adds an axis; seeds=1 to
 5. scale=proxy (the default): 62M parameters, 33M tokens a run, about 2 minutes each on
-one H200; it wants text of its own, in a vocabulary of at most 8192. scale=paper: 1T
+one H200; it needs prepared text with a vocabulary of at most 8192. scale=paper: 1T
 tokens a run. scale=test: 36 runs, about 8 minutes on 2 CPU cores.
 
-The gated variants' FFN is narrower by the gate's parameters, as in Table 2. The rates
-reach beyond 8e-3, at which the paper's baseline of 48 layers fails: at test scale to 0.3,
-for what is small is stable, and more so with QK-norm: the third variant has none.
+The gated variants' FFN is narrower by the gate's parameters, as in Table 2. The rates go
+beyond 8e-3, where the paper's 48-layer baseline fails. Small models are more stable,
+above all with QK-norm, so the test scale goes to 0.3 and has a variant without QK-norm.
 """
 
 from configs import axes, base, dense_1b7, rows, table2
 
 SCALES = {
-  # As Table 2's rows of 1T tokens.
+  # Same as Table 2's rows of 1T tokens.
   'paper': dict(steps=59_605, batch=4096),
   'proxy': dict(
     steps=1000,
@@ -38,15 +38,15 @@ SCALES = {
   ),
 }
 
-# Even in the logarithm, as the sensitivity to the learning rate takes them; but the last
-# at test scale, beyond which nothing is looked for.
+# Evenly spaced in log scale, as the sensitivity measure assumes, except the last rate at
+# test scale.
 RATES = {
   'paper': (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
   'proxy': (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
   'test': (1e-3, 1e-2, 1e-1, 3e-1),
 }
 
-# Small models are stable where QK-norm is: without it some learning rate breaks them.
+# Small models with QK-norm are stable at all these rates; without it some rate diverges.
 VARIANTS = {
   'paper': ('baseline', 'headwise', 'elementwise', 'sandwich'),
   'proxy': ('baseline', 'headwise', 'elementwise', 'sandwich'),
@@ -70,7 +70,7 @@ def get_config(arg: str = ''):
   c = dense_1b7.at('48l', scale)
   c.update(SCALES[scale])
   c.name = '-'.join(['lr_sweep', scale, *_apart(chosen)])
-  # Of both, the grid tells each point which.
+  # With 'both', the grid overrides this value in each run.
   first = {k: ARGUMENTS[k][0] if v == 'both' else v for k, v in chosen.items() if k}
   c.model.numerics.compute = COMPUTE[first['precision']]
   c.optim.name = first['optimizer']
@@ -99,17 +99,16 @@ def get_rule() -> dict[str, float]:
 
 
 def _apart(chosen: dict[str, str]) -> list[str]:
-  """What of the arguments is not as usual, for the name."""
+  """The arguments that differ from the defaults, for the recipe's name."""
   names = ('precision', 'optimizer')
   word = lambda name: f'{name}s' if chosen[name] == 'both' else chosen[name]
   return [word(name) for name in names if chosen[name] != ARGUMENTS[name][0]]
 
 
 def _changes(name: str, scale: str) -> dict:
-  """A row of Table 2 -> what it changes, with the FFN that it leaves."""
+  """A variant -> its changed knobs, with the narrowed FFN."""
   c = dense_1b7.at('48l', scale)
   rows.change(c, CHANGES[name])
   ffn = table2.MATCHES['exact'](c.model.ffn, table2.surplus(c.model))
   changes = {f'model.{knob}': value for knob, value in CHANGES[name].items()}
-  # Where the FFN stays, the change says nothing of it.
   return changes | ({'model.ffn': ffn} if ffn != c.model.ffn else {})

@@ -2,15 +2,16 @@
 
 python train.py --config=configs/moe_15b.py --config.data.mixture=DIR
 python train.py --config=configs/moe_15b.py:gate=headwise,scale=proxy
-24 layers, 128 experts of which a token visits 8: 15.58B parameters, 1.99B of them active.
-A step is 1024 * 4096 tokens. By arithmetic, not by a run: 66 h on 64 H200 at 35% MFU; the
-paper's perplexity is 6.026 ungated, 5.792 headwise, 5.761 elementwise. At scale=proxy
-626M, 60M of them active: 12 GB on a CPU, at a minute a step. A GPU has the memory for
---config.model.layers=unroll --config.model.remat=none. At scale=test seconds on a CPU.
+24 layers, 8 of 128 experts per token: 15.58B parameters, 1.99B active. A step is 1024 *
+4096 tokens. Estimated time: 66 h on 64 H200 at 35% MFU; published perplexity 6.026
+ungated, 5.792 headwise, 5.761 elementwise. scale=proxy: 626M parameters, 60M active;
+12 GB and a minute a step on a CPU. On a GPU add --config.model.layers=unroll
+--config.model.remat=none for speed. scale=test: seconds on a CPU.
 
 Published: the architecture and the schedule. The paper also calls the model 15A2.54B and
-counts 400M for 4 experts more. Table 7 does not agree (1.99B and 453M), and is followed.
-"400B tokens" are 100k steps, which is 419.4B. Assumed: `ASSUMED`, here and in rows.py.
+counts 400M for 4 extra experts. We follow Table 7, which gives 1.99B and 453M. "400B
+tokens" are 100k steps, which is 419.4B. `ASSUMED`, here and in rows.py, lists our
+choices.
 """
 
 from configs import base, rows
@@ -31,8 +32,8 @@ SCALES = {
     ),
     optim=dict(lr=2e-3, warmup=1000, floor=3e-5),
   ),
-  # From here on the ratios: heads * head_dim = 2 * width, 8 heads a KV head, ffn = 3/8
-  # of the width.
+  # Smaller scales keep the ratios: heads * head_dim = 2 * width, 8 heads per KV head,
+  # ffn = 3/8 of the width.
   'proxy': dict(
     model=dict(
       width=512,

@@ -1,18 +1,18 @@
-"""The rows of the paper's tables: a recipe, what a row changes in it, what was printed.
+"""The rows of the paper's tables: a recipe, a row's changes to it, the published numbers.
 
-A table maps a row's name to (changes, *printed). `changes` has knobs below config.model,
-each with its value, or with a function of the value that stands there: so one table holds
-at every scale. None is printed where the paper prints nothing.
+A table maps a row's name to (changes, *published numbers). `changes` maps knobs below
+config.model to a value, or to a function of the default, so that one table serves every
+scale. None marks a number that the paper does not print.
 
 Scales: `paper` is the paper's own. `proxy` keeps Table 7's ratios of shapes, in a model
-for one GPU. It reads the embedded corpus, whose 3.5M tokens it sees some 23 times, in
-batches that 2 CPU cores can bear: name more text and a larger batch before believing a
+for one GPU. Its default is about 23 epochs of the embedded corpus (3.5M tokens), in
+batches that 2 CPU cores can handle; use more text and a larger batch before trusting a
 difference. `test` trains in seconds on a CPU.
 """
 
 from configs import base
 
-# What all recipes at a scale share.
+# Shared by all recipes at a scale.
 SCALES = {
   'paper': dict(
     loss=dict(chunk=4096),
@@ -34,7 +34,7 @@ SCALES = {
   'test': dict(
     steps=20,
     batch=8,
-    # Wide weights, so that 20 steps are enough to learn something.
+    # Large initial weights, so that 20 steps suffice to learn something.
     model=dict(
       vocab=320,
       width=32,
@@ -48,7 +48,7 @@ SCALES = {
   ),
 }
 
-# Unpublished, whatever the row.
+# Choices for all rows, because unpublished.
 ASSUMED = (
   "optim.b1, b2, weight_decay: Qwen's usual; the paper says AdamW's defaults",
   "optim.clip, model.numerics.init_std: Megatron's defaults",
@@ -57,7 +57,7 @@ ASSUMED = (
   'data: not published',
 )
 
-# Unpublished of the rows that change this knob.
+# Choices for rows that change this knob, because unpublished.
 OPEN = {
   'attn.gate.place': 'attn.gate.place: before QK-norm, as Eq. 1 reads literally',
   'attn.gate.mean': 'attn.gate.mean: which side of the sigmoid is averaged is not said',
@@ -89,10 +89,9 @@ def switch(where: str, experts: int, top_k: int) -> dict:
 
 
 def pick(arg: str, rows: dict, columns: tuple, table: str, start):
-  """'ROW,scale=SCALE' -> that row's recipe, made of what `start(scale)` gives.
+  """'ROW,scale=SCALE' -> that row's recipe: `start(scale)` with the row's changes.
 
-  The first of the columns is the parameters added, in millions; the first row is what the
-  others are counted against.
+  The first column holds the extra parameters in millions, relative to the first row.
   """
   chosen = base.arguments(arg, *rows, scale=tuple(SCALES))
   c = start(chosen['scale'])
@@ -113,11 +112,11 @@ def change(c, changes: dict) -> None:
 
 
 def record(c, table: str, chosen: dict, *, baseline: str, printed: dict, changes: dict):
-  """Writes down which row this is, and what the paper says of it."""
+  """Records the row and its published numbers in config.paper."""
   row, scale = chosen[''], chosen['scale']
   c.name = f'{table}-{row}-{scale}'
   numbers = {k: float(v) for k, v in printed.items() if v is not None}
-  # Of a smaller model the paper prints no parameters.
+  # The paper gives parameter counts only for its own scale.
   added = numbers.pop('added') if 'added' in numbers else -1.0
   added = added if scale == 'paper' else -1.0
   ours = () if scale == 'paper' else (f'scale={scale}: shapes, steps and data are ours',)

@@ -1,14 +1,14 @@
-"""Table 1: where a gate stands and what it scores, in the mixture of experts.
+"""Table 1: positions and variants of the gate, in the mixture of experts.
 
 python train.py --config=configs/table1.py:g1_headwise
 python train.py --config=configs/table1.py:g1_headwise,scale=proxy      (or scale=test)
 python scripts/preflight.py --config=configs/table1.py:g1_headwise --count
-Time and hardware as moe_15b.py; the paper's perplexities stand beside the rows: 6.026
-without a gate, 5.761 with the best one.
+Time and hardware as in moe_15b.py. ROWS holds the published perplexities: 6.026 without a
+gate, 5.761 with the best one.
 
-Contradictions: experts are 453M here where 400M are printed (see moe_15b.py), and the
-GSM8k of g2_elementwise is 53.97 in this table, 51.33 in Table 4. Figure 1 (middle) shows
-g1, g2, g4 and the baseline: its third bar is the query's, not the key's.
+Contradictions: plus4_experts adds 453M here, 400M in the paper (see moe_15b.py). GSM8k of
+g2_elementwise is 53.97 in this table, 51.33 in Table 4. Figure 1 (middle) shows g1, g2,
+g4 and the baseline: its third bar is the query's, not the key's.
 """
 
 from configs import moe_15b, rows

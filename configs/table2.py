@@ -1,18 +1,18 @@
-"""Table 2: the dense 1.7B models, more layers, larger learning rates and batches.
+"""Table 2: the dense 1.7B models with more layers, larger learning rates and batches.
 
 python train.py --config=configs/table2.py:48l_8e-3_sandwich[,scale=proxy|test]
 python train.py --config=configs/table2.py:28l_4e-3_elementwise,match=128
 A row's name is LAYERS[_TOKENS]_RATE_CHANGE: tokens where they are not 400B, the peak
 learning rate, and baseline, elementwise or headwise (a gate after attention), sandwich,
-or, of appendix A.6, clip300 and clip100. Time and hardware as dense_1b7.py; the paper's
-perplexities stand beside the rows.
+or clip300 and clip100 of appendix A.6. Time and hardware as in dense_1b7.py; ROWS holds
+the published perplexities.
 
-A gated row's FFN is narrower by what its gate has more. match=exact, the default, is the
-nearest integer (5461 for 6144), which no tensor-parallel mesh divides; match=128 rounds
-up to a multiple of 128, as the released elementwise model has it (5504); match=none keeps
-the FFN. The rates are the paper's at every scale. The baseline at 1T and 8e-3 diverged;
-clipping did not keep 8e-3 from it either. At 3.5T Figure 1 says 3T in the camera-ready,
-and the released curves end at 3.02T.
+A gated row's FFN is narrowed by as many parameters as its gate adds. match=exact, the
+default, takes the nearest integer (5461 for 6144), which no tensor-parallel mesh divides;
+match=128 rounds up to a multiple of 128, as in the released elementwise model (5504);
+match=none keeps the FFN. Every scale uses the paper's rates. The paper's baseline
+diverged at 1T and 8e-3, and at 8e-3 with clipping. The 3.5T rows are 3T in the
+camera-ready's Figure 1, and the released curves end at 3.02T.
 """
 
 from configs import base, dense_1b7, rows
@@ -62,7 +62,7 @@ NARROWED = (
   'model.ffn: by how much it is narrowed is not said; the released model has 5504'
 )
 
-# How much narrower a gated row's FFN is -> its size.
+# Name -> (FFN size, channels to remove -> narrowed FFN size).
 MATCHES = {
   'exact': lambda ffn, less: round(ffn - less),
   '128': lambda ffn, less: min(ffn, int(-(-(ffn - less) // 128) * 128)),
@@ -73,20 +73,26 @@ MATCHES = {
 def get_config(arg: str = ''):
   scales, matches = tuple(dense_1b7.SCALES), tuple(MATCHES)
   chosen = base.arguments(arg, *ROWS, scale=scales, match=matches)
-  setting, _, what = chosen[''].rpartition('_')
+  setting, _, change = chosen[''].rpartition('_')
   shape, lr, batch, steps = SETTINGS[setting]
   c = dense_1b7.at(shape, chosen['scale'])
   c.optim.lr = lr
-  # At other scales in proportion to the rows of 400B tokens.
+  # Other scales keep the ratio to the rows of 400B tokens.
   c.batch = c.batch * batch // 1024
   c.steps = round(c.steps * steps / 95_367)
-  rows.change(c, CHANGES[what])
+  rows.change(c, CHANGES[change])
   c.model.ffn = MATCHES[chosen['match']](c.model.ffn, surplus(c.model))
   if c.model.attn.gate.position != 'none':
     c.paper.assumed = (*c.paper.assumed, NARROWED)
   printed = {'max_lr': lr} | dict(zip(COLUMNS, ROWS[chosen['']], strict=True))
-  first = f'{setting}_baseline'
-  rows.record(c, 'table2', chosen, baseline=first, printed=printed, changes=CHANGES[what])
+  rows.record(
+    c,
+    'table2',
+    chosen,
+    baseline=f'{setting}_baseline',
+    printed=printed,
+    changes=CHANGES[change],
+  )
   if chosen['match'] != matches[0]:
     c.name += f'-match-{chosen["match"]}'
   return c
@@ -95,19 +101,19 @@ def get_config(arg: str = ''):
 def published() -> list[tuple[str, str, float, float | None]]:
   """Each row's (layers and tokens, change, peak learning rate, perplexity or None).
 
-  None is printed of rows that diverged.
+  None marks rows that diverged.
   """
-  found = []
+  published_rows = []
   for name, (ppl, *_) in ROWS.items():
-    setting, _, what = name.rpartition('_')
+    setting, _, change = name.rpartition('_')
     layers, _, tokens = setting.rpartition('_')[0].partition('_')
     trained = f'{layers.removesuffix("l")} layers, {(tokens or "400b").upper()} tokens'
-    found.append((trained, what, SETTINGS[setting][1], ppl))
-  return found
+    published_rows.append((trained, change, SETTINGS[setting][1], ppl))
+  return published_rows
 
 
 def surplus(m) -> float:
-  """How much of a SwiGLU's hidden size has as many weights as the gate."""
+  """Channels of a SwiGLU's hidden size with as many weights as the gate."""
   attn, gate = m.attn, m.attn.gate
   scores = {'elementwise': attn.heads * attn.head_dim, 'headwise': attn.heads}
   return 0.0 if gate.position == 'none' else scores[gate.granularity] / 3

@@ -1,16 +1,16 @@
-"""Table 3: is it the non-linearity between value and output that helps?
+"""Table 3: the effect of a non-linearity between value and output projection.
 
 python train.py --config=configs/table3.py:sdpa_rmsnorm[,scale=proxy|test]
-Time and hardware as moe_15b.py; the paper's perplexities stand beside the rows: 6.026
-without anything, 5.761 with the gate, 5.847 with a norm and no gate.
+Time and hardware as in moe_15b.py. ROWS holds the published perplexities: 6.026 for the
+baseline, 5.761 with the gate, 5.847 with a norm and no gate.
 
-Rows that Table 1 has too bear its names. g1_additive_identity is linear in both X and the
-attention's output, and has half of the gain.
+Rows shared with Table 1 have the same names. g1_additive_identity is linear in both X and
+the attention's output, and has half of the gain.
 """
 
 from configs import moe_15b, rows
 
-# The paper prints no added parameters here; sdpa_rmsnorm has "almost no" more.
+# The paper prints no added parameters here; the text says "almost no" for sdpa_rmsnorm.
 COLUMNS = ('added', 'ppl', 'hellaswag', 'mmlu', 'gsm8k', 'ceval')
 ROWS = {
   'baseline': ({}, None, 6.026, 73.07, 58.79, 52.92, 60.26),

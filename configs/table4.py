@@ -1,18 +1,18 @@
 """Table 4: sparse scores, the attention sink and massive activations.
 
 python train.py --config=configs/table4.py:input_independent[,scale=proxy|test]
-Time and hardware as moe_15b.py; the paper's numbers stand beside the rows: the first
-token gets 0.467 of the attention without a gate, 0.048 with an elementwise one.
+Time and hardware as in moe_15b.py. ROWS holds the published numbers: the first token gets
+0.467 of the attention without a gate, 0.048 with an elementwise one.
 
-Rows that Table 1 has too bear its names; "the Gate Score column of Tab. 1" is this one's.
-The GSM8k of g2_elementwise is 51.33 here, 53.97 in Tables 1 and 3. The text finds the
-shared gate "comparable to the baseline", which these numbers are not.
+Rows shared with Table 1 have the same names. The paper's "Gate Score column of Tab. 1" is
+in this table. GSM8k of g2_elementwise is 51.33 here, 53.97 in Tables 1 and 3. The text
+calls the shared gate "comparable to the baseline"; these numbers disagree.
 """
 
 from configs import moe_15b, rows
 
-# Mean score of the gate, mean over layers of the largest activation, attention that the
-# first token gets; the paper prints no added parameters here.
+# gate_score: mean gate score. m_act: largest activation, averaged over layers. f_attn:
+# share of attention on the first token. The paper prints no added parameters here.
 COLUMNS = ('added', 'gate_score', 'm_act', 'f_attn', 'ppl', 'hellaswag', 'mmlu', 'gsm8k')
 ROWS = {
   'baseline': ({}, None, None, 1053, 0.467, 6.026, 73.07, 58.79, 52.92),

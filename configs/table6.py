@@ -1,12 +1,12 @@
 """Table 6: SwitchHead's experts of keys and values (arXiv 2312.07987).
 
 python train.py --config=configs/table6.py:switch_v_1top1[,scale=proxy|test]
-Time and hardware as moe_15b.py; the paper's perplexities stand beside the rows: 6.026
-without, 5.808 with one expert a head, which is Table 1's g2_headwise.
+Time and hardware as in moe_15b.py. ROWS holds the published perplexities: 6.026 for the
+baseline, 5.808 with one expert per head, which equals Table 1's g2_headwise.
 
-That row is said to add 3M here, 0.2M in Table 1, and has 2048 * 4 * 24 = 0.197M. None of
-the numbers of this column follows from what the paper describes. Those of values alone
-are 3.1M an expert, or 2048 * 64 * 24; SwitchHead's own experts are 25M each.
+The paper gives 3M extra parameters for that row here, 0.2M in Table 1; it has 2048 * 4 *
+24 = 0.197M. No number in this column follows from the paper's description. The rows with
+value experts match 3.1M per expert, or 2048 * 64 * 24; SwitchHead's own experts have 25M.
 """
 
 from configs import moe_15b, rows
