@@ -20,7 +20,7 @@ from configs import base
 from gated import config, evals, storage
 from gated.devices import determinism, mesh, processes
 from gated.plan import Run, evaluate_step, prepare, recipe
-from gated.run import checkpoint, events, exit_codes, metrics, recorder, shutdown
+from gated.run import checkpoint, exit_codes, recorder, shutdown
 from gated.run import workdir as workdirs
 from gated.run.lock import Lock
 from gated.run.pulse import Pulse
@@ -72,14 +72,7 @@ def train(run: Run) -> int:
     pulse = Pulse(
       cfg.stability.stuck_after, code=exit_codes.STUCK, details=processes.this
     )
-    if jax.process_index() == 0:
-      metrics.manifest(
-        run.workdir / 'run.json',
-        config=run.config,
-        data=run.corpus.fingerprint,
-        restored=run.resume.step,
-        changed=run.resume.changed,
-      )
+    run.record_session()
     with pulse, shutdown.without_peers(cfg.stability.peer_timeout):
       try:
         return _sessions(run, step, Services(saves, lock, sigterm, pulse))
@@ -124,11 +117,7 @@ def _session(run: Run, step: Any, services: Services) -> int:
   ) as record:
     if restored is None and cfg.stability.on_spike == 'rollback':
       _save(run, state, services, record, None)  # A rollback may need it.
-    code = _loop(run, step, state, services, record)
-  if jax.process_index() == 0 and record.events.all:
-    summary = events.summary(record.events.report())
-    print(f'unstable steps: {summary} ({events.NAME})', file=sys.stderr)
-  return code
+    return _loop(run, step, state, services, record)
 
 
 def _loop(run: Run, step, state, services: Services, record: recorder.Recorder) -> int:

@@ -1,6 +1,7 @@
 """How good a model is: perplexity and bits per byte by domain, beside two yardsticks."""
 
 from gated.evals.heldout import Config, perplexity, summarize, table
+from gated.evals.report import yardsticks
 from gated.evals.yardsticks import Bigram, xz
 
-__all__ = ['Bigram', 'Config', 'perplexity', 'summarize', 'table', 'xz']
+__all__ = ['Bigram', 'Config', 'perplexity', 'summarize', 'table', 'xz', 'yardsticks']

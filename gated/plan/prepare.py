@@ -29,6 +29,17 @@ class Run(NamedTuple):
   weights: weights.Source | None  # of config.init_from
   resume: workdirs.Resume  # the step to restore, and what changed since
 
+  def record_session(self) -> None:
+    """Adds this session to run.json, on process 0."""
+    if jax.process_index() == 0:
+      metrics.manifest(
+        self.workdir / 'run.json',
+        config=self.config,
+        data=self.corpus.fingerprint,
+        restored=self.resume.step,
+        changed=self.resume.changed,
+      )
+
   def first_state(self, saves: checkpoint.Checkpoints) -> Any:
     """The state that a session starts from: a saved step, other weights, or fresh."""
     if self.resume.step is not None:

@@ -2,13 +2,14 @@
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, Self
 
 import jax
 
 from gated import data, storage
-from gated.run import metrics, watchdog
+from gated.run import events, metrics, watchdog
 from gated.run.events import Events
 from gated.train import guard
 
@@ -81,6 +82,9 @@ class Recorder:
 
   def __exit__(self, *exception) -> None:
     self._open.__exit__(*exception)
+    if jax.process_index() == 0 and self.events.all and exception[:1] == (None,):
+      summary = events.summary(self.events.report())
+      print(f'unstable steps: {summary} ({events.NAME})', file=sys.stderr)
 
   def take(self, step: int, values: Any, indicators: Any = None) -> None:
     """A step's metrics, still on the device: reads those of the step before.

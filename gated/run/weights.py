@@ -6,12 +6,11 @@ and twice their sigmoid, the first step is then that of the ungated model.
 
 import dataclasses
 import logging
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gated import config, data, hf, model, storage
-from gated.run import checkpoint
+from gated.run import checkpoint, workdir
 
 _log = logging.getLogger('gated')
 
@@ -35,11 +34,9 @@ def find(init_from: str, like: model.Transformer, corpus: data.Corpus) -> Source
   the data are of another tokenizer than theirs. What fits, but computes otherwise (other
   knobs than the gate's, of the same shapes), is told, and is for the caller to record.
   """
-  match = re.fullmatch(r'(.*?)(?::(\d+|latest|best))?', init_from, re.S)
-  assert match  # Anything does.
-  workdir, step = match.groups()
+  place, step = workdir.split_step(init_from)
   try:
-    saves = storage.path(workdir) / 'checkpoints'
+    saves = storage.path(place) / 'checkpoints'
     if not storage.is_remote(saves) and hf.is_checkpoint(init_from):
       return _imported(Path(init_from), like, corpus)
     if not storage.names(saves):

@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Collection, Generator
 from pathlib import Path
@@ -218,3 +219,10 @@ def _check_writable(workdir: storage.Path) -> None:
   parent = next(p for p in (here, *here.parents) if p.exists())
   if not parent.is_dir() or not os.access(parent, os.W_OK):
     raise ValueError(f'--workdir={workdir}: {parent} is no folder that can be written to')
+
+
+def split_step(path: str) -> tuple[str, str]:
+  """'WORKDIR:STEP' -> ('WORKDIR', 'STEP'); STEP is digits, latest or best, or ''."""
+  match = re.fullmatch(r'(.*?)(?::(\d+|latest|best))?', path, re.S)
+  assert match  # Every text matches.
+  return match[1], match[2] or ''

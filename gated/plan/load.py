@@ -1,0 +1,217 @@
+"""A checkpoint as an object: `gated.load(path)` -> model, tokenizer, config, measures.
+
+T tokens  V vocabulary  L layers  H heads  K head width
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gated import config, data, hf, model, storage
+from gated.data import tokenizer
+from gated.devices import mesh
+from gated.plan.plan import evaluate_step, exact, reading
+from gated.probes import gates
+from gated.run import checkpoint, workdir
+
+# What a checkpoint must say about its run.
+NEEDED = (
+  'config.model',
+  'config.data',
+  'config.loss.chunk',
+  'config.seed',
+  'config.batch',
+  'data.sha256',
+  'data.tokenizer',
+  'stability.rollbacks',
+)
+SHORTEST = 16  # Texts are padded to a power of two of at least so many tokens.
+CHUNK = 1024  # Tokens per device whose logits are in memory at a time, for imports.
+
+Text = str | Sequence[int] | np.ndarray
+
+
+class Loaded:
+  """A trained model, as `load` found it. The weights are read when `model` is first used.
+
+  They are split over all devices. Texts are single documents; a text is a string, or a
+  sequence of token ids.
+  """
+
+  def __init__(
+    self,
+    path: storage.Path,
+    cfg: model.Config,
+    *,
+    step: int | None,
+    about: dict[str, Any] | None,
+    cache: str,
+  ):
+    self.path = path  # the workdir, or the Hugging Face folder
+    self.cfg = cfg
+    self.step = step  # None for imported weights
+    self.about = about  # what the run saved with the step; None for imported weights
+    self.cache = cache  # folder of the embedded corpus and of copied datasets
+    self._like: Any = None
+
+  @functools.cached_property
+  def config(self) -> dict[str, Any]:
+    """The resolved recipe of the run; of imported weights, its group `model` alone."""
+    return self.about['config'] if self.about else {'model': dataclasses.asdict(self.cfg)}
+
+  @functools.cached_property
+  def mesh(self) -> jax.sharding.Mesh:
+    """All devices; the weights are split over them."""
+    return reading(self.cfg)[0]
+
+  @functools.cached_property
+  def model(self) -> model.Transformer:
+    """The model: `model(tokens) -> logits`, with its weights."""
+    _, like = reading(self.cfg)
+    if self.step is None:
+      return hf.read(Path(self.path), like)
+    with checkpoint.Reader(self.path / 'checkpoints') as saves:
+      return saves.restore_model(self.step, like)
+
+  @functools.cached_property
+  def tokenizer(self) -> tokenizer.Tokenizer:
+    """The tokenizer that the model was trained with.
+
+    ValueError if the dataset or the Hugging Face folder no longer holds it.
+    """
+    if self.about is None:
+      file = Path(self.path) / 'tokenizer.json'
+      if not file.is_file():
+        raise ValueError(f'{self.path} has no tokenizer.json: pass token ids, not text')
+      return tokenizer.load(str(file))
+    knobs = self.config['data'] | {'cache': self.cache}
+    found = data.open_tokenizer(config.build(data.Config, knobs, 'config.data'))
+    if found.fingerprint != self.about['data']['tokenizer']:
+      raise ValueError(
+        f'config.data.mixture={knobs["mixture"]!r} now has another tokenizer than '
+        f'{self.path} was trained with: pass token ids, not text'
+      )
+    return found
+
+  def fit(self, segments: int) -> 'Loaded':
+    """The same model for rows of that many documents, which cost a fused kernel more."""
+    attn = self.cfg.attn
+    most = max(attn.max_segments, segments)
+    attn = dataclasses.replace(attn, max_segments=most)
+    cfg = dataclasses.replace(self.cfg, attn=attn)
+    return Loaded(self.path, cfg, step=self.step, about=self.about, cache=self.cache)
+
+  def evaluate(self, batch: data.Batch) -> tuple[jax.Array, jax.Array]:
+    """A placed batch (B, T) -> each row's sum of nats and sum of weights: (B,), (B,)."""
+    return self._evaluate(self.model, batch)
+
+  def logits(self, text: Text) -> np.ndarray:
+    """A text -> the logits of each next token, (T, V) in float32."""
+    batch, count = self._batch(self._tokens(text))
+    logit_BTV = self._run(_logits)(self.model, batch)
+    return np.asarray(logit_BTV[0, :count])
+
+  def loss(self, text: Text) -> float:
+    """A text of at least two tokens -> its mean loss, in nats per predicted token."""
+    tokens = self._tokens(text)
+    if len(tokens) < 2:
+      raise ValueError(f'a text of {len(tokens)} tokens has none to predict')
+    batch, _ = self._batch(tokens[:-1], tokens[1:])
+    nats_B, weight_B = self.evaluate(batch)
+    return float(nats_B[0] / weight_B[0])
+
+  def gates(self, text: Text) -> np.ndarray:
+    """A text -> its gates' scores: (L, H, T) headwise, (L, H, T, K) elementwise.
+
+    As `probes.gates.scores`, of one text; ValueError for a model without a gate.
+    """
+    batch, count = self._batch(self._tokens(text))
+    score = self._run(gates.scores)(self.model, batch)
+    return np.moveaxis(np.asarray(score[:, 0, :count]), 1, 2)
+
+  @functools.cached_property
+  def _evaluate(self) -> Any:
+    chunk = self.config['loss']['chunk'] if self.about else CHUNK
+    return evaluate_step(self.cfg, self.mesh, chunk)
+
+  @functools.cache  # noqa: B019
+  def _run(self, function: Any) -> Any:
+    """A function of (model, batch), compiled for all devices."""
+    replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+    compiled = jax.jit(exact(self.cfg, function), out_shardings=replicated)
+
+    def run(net, batch):
+      with jax.set_mesh(self.mesh):
+        return compiled(net, batch)
+
+    return run
+
+  def _tokens(self, text: Text) -> np.ndarray:
+    """A text -> its token ids; ValueError for an id outside of the vocabulary."""
+    ids = self.tokenizer.encode(text)[0] if isinstance(text, str) else np.asarray(text)
+    if not ids.size or ids.ndim != 1 or ids.dtype.kind not in 'iu':
+      raise ValueError(f'{text!r:.100} is neither a text with tokens nor a list of ids')
+    if ids.min() < 0 or ids.max() >= self.cfg.vocab:
+      raise ValueError(f'token ids must be in [0, {self.cfg.vocab})')
+    return ids.astype(np.int32)
+
+  def _batch(self, tokens: np.ndarray, targets: Any = None) -> tuple[data.Batch, int]:
+    """One text -> (a placed batch whose rows all hold it, its number of tokens).
+
+    It has a row for each part that the mesh splits a batch into.
+    """
+    count = len(tokens)
+    length = max(SHORTEST, 1 << (count - 1).bit_length())
+    pad = lambda x: np.pad(np.asarray(x), (0, length - count))
+    live = pad(np.ones(count, np.int32))
+    row = data.Batch(
+      tokens=pad(tokens),
+      targets=pad(tokens if targets is None else targets),
+      weights=live.astype(np.float32),
+      segments=live,
+      positions=np.arange(length, dtype=np.int32),
+    )
+    rows = mesh.ways('batch', self.mesh)
+    held = len(mesh.rows(self.mesh, rows))
+    local = jax.tree.map(lambda x: np.broadcast_to(x, (held, length)), row)
+    return mesh.place(local, self.mesh, rows), count
+
+
+def load(path: storage.PathLike, *, step: str = '', cache: str = '') -> Loaded:
+  """A workdir, WORKDIR:STEP or a Hugging Face folder -> Loaded.
+
+  STEP, which may also be given as `step`, is a number, 'latest' (the default) or 'best',
+  the step with the lowest held-out loss. A workdir may be in an object store (gs://,
+  s3://). Every byte of the step is verified first. `cache` is the folder of the embedded
+  corpus, '' for the platform's. Raises ValueError, with the path, if loading fails.
+  """
+  place, step = (str(path), step) if step else workdir.split_step(str(path))
+  folder = storage.path(place)
+  if not storage.is_remote(folder) and hf.is_checkpoint(place):
+    if step:
+      raise ValueError(f'{path}: a Hugging Face folder has no step {step!r}')
+    return Loaded(folder, hf.config(place), step=None, about=None, cache=cache)
+  saves = folder / 'checkpoints'
+  if not storage.names(saves):
+    raise ValueError(
+      f'{path}: found neither checkpoints, nor config.json with *.safetensors'
+    )
+  with checkpoint.Reader(saves) as reader:
+    number = reader.pick(step or 'latest', f'{place}: step')
+    about = reader.about(number)
+  try:
+    for knob in NEEDED:
+      config.dig(about, knob)
+    cfg = config.build(model.Config, about['config']['model'], 'config.model')
+  except ValueError as error:
+    raise ValueError(f'{saves / str(number)}: {error}') from error
+  return Loaded(folder, cfg, step=number, about=about, cache=cache)
+
+
+def _logits(net: model.Transformer, batch: data.Batch) -> jax.Array:
+  return net(batch.tokens, batch.segments, batch.positions)

@@ -1,0 +1,148 @@
+"""gated.load: a checkpoint as an object, on eight devices."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+import small
+
+import gated
+from gated import config, storage
+from gated.data import tokenizer
+from gated.plan import Config, Plan
+from gated.run import checkpoint
+
+TEXT = 'def f(x):\n  return x\n'
+GATES = {
+  'headwise': dict(granularity='headwise'),
+  'elementwise': {},
+  'shared': dict(granularity='headwise', heads='shared'),
+  'out': dict(position='out'),
+  'value': dict(position='value', source='value'),
+  'parameter': dict(source='parameter'),
+}
+
+
+def saved(folder, tokenizer_digest=None, **gate):
+  """A workdir with the steps 1 and 2 of a run that was never trained."""
+  knobs = {f'model__attn__gate__{k}': v for k, v in gate.items()}
+  c = small.recipe(model__vocab=264, **knobs)
+  plan = Plan(config.build(Config, c, 'config'))
+  digest = tokenizer_digest or tokenizer.load('bytes').fingerprint
+  about = {
+    'config': c,
+    'data': {'sha256': '0', 'tokenizer': digest},
+    'stability': {'rollbacks': 0},
+  }
+  state = plan.init()
+  with checkpoint.Checkpoints(folder / 'checkpoints', keep=9, keep_every=0) as saves:
+    for step, loss in ((1, 2.0), (2, 3.0)):
+      saves.save(step, state, about | {'heldout_loss': loss})
+  return folder, jax.device_get(state.model)
+
+
+@pytest.fixture(scope='module')
+def headwise(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('headwise')
+  return saved(folder, position='sdpa', granularity='headwise')
+
+
+def test_a_workdir_gives_model_tokenizer_config_and_step(headwise):
+  folder, _ = headwise
+  run = gated.load(folder)
+  assert run.step == 2 and run.config['model']['width'] == 16
+  assert run.tokenizer.name == 'bytes'
+  assert gated.load(f'{folder}:best').step == gated.load(f'{folder}:1').step == 1
+  assert gated.load(folder, step='1').step == 1
+
+
+def test_logits_are_those_of_the_model_and_the_loss_is_theirs(headwise):
+  folder, net = headwise
+  run = gated.load(folder)
+  ids_N = np.frombuffer(TEXT.encode(), np.uint8).astype(np.int32)
+  logit_NV = np.asarray(small.jit(lambda m, x: m(x))(net, ids_N[None]))[0]
+  np.testing.assert_allclose(run.logits(TEXT), logit_NV, rtol=1e-4, atol=1e-5)
+  np.testing.assert_array_equal(run.logits(ids_N.tolist()), run.logits(TEXT))
+  p_NV = jax.nn.log_softmax(logit_NV[:-1])
+  loss = -np.asarray(p_NV)[np.arange(len(ids_N) - 1), ids_N[1:]].mean()
+  assert run.loss(TEXT) == pytest.approx(loss, rel=1e-5)
+  assert run.loss(ids_N) == run.loss(TEXT)
+
+
+@pytest.mark.parametrize('name', GATES)
+def test_gate_scores_are_the_formula(name, tmp_path):
+  folder, net = saved(tmp_path, **dict(position='sdpa') | GATES[name])
+  score = gated.load(folder).gates(TEXT)
+  count = len(TEXT)
+  shape = {
+    'headwise': (2, 4, count),
+    'elementwise': (2, 4, count, 8),
+    'shared': (2, 1, count),
+    'out': (2, 1, count, 16),
+    'value': (2, 2, count, 8),
+    'parameter': (2, 4, count, 8),
+  }
+  assert score.shape == shape[name] and score.dtype == np.float32
+  # The first layer reads the normalised embedding.
+  x_ND = net.embed.table[...][np.frombuffer(TEXT.encode(), np.uint8)]
+  h_ND = x_ND / np.sqrt(np.square(x_ND).mean(-1, keepdims=True) + 1e-6)
+  w, v = net.blocks.attn.gate.weight[...][0], net.blocks.attn.value.weight[...][0]
+  logit = {
+    'headwise': lambda: np.einsum('nd,dh->hn', h_ND, w),
+    'elementwise': lambda: np.einsum('nd,dhk->hnk', h_ND, w),
+    'shared': lambda: np.einsum('nd,dh->hn', h_ND, w),
+    'out': lambda: np.einsum('nd,de->ne', h_ND, w)[None],
+    'value': lambda: np.einsum('nhk,hkl->hnl', np.einsum('nd,dhk->nhk', h_ND, v), w),
+    'parameter': lambda: np.broadcast_to(w[:, None], (4, count, 8)),
+  }[name]()
+  expected = 1 / (1 + np.exp(-logit))
+  if name == 'shared':
+    expected = expected.mean(0, keepdims=True)
+  np.testing.assert_allclose(score[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_hugging_face_folder_is_loaded_too():
+  run = gated.load('tests/golden/hf_authors_headwise')
+  assert run.step is None and run.config['model']['attn']['gate']['position'] == 'sdpa'
+  ids = list(range(12))
+  assert run.logits(ids).shape == (12, run.cfg.vocab) and np.isfinite(run.loss(ids))
+  assert run.gates(ids).shape == (run.cfg.depth, run.cfg.attn.heads, 12)
+  with pytest.raises(ValueError, match=r'no tokenizer\.json: pass token ids'):
+    run.loss('text')
+
+
+@pytest.mark.parametrize(
+  ('path', 'message'),
+  [
+    ('{}/none', 'found neither checkpoints'),
+    ('{}:7', r"step='7': .*has the steps 1, 2"),
+    ('tests/golden/hf_qwen3:3', "no step '3'"),
+  ],
+)
+def test_what_cannot_be_loaded_is_refused_with_its_path(headwise, path, message):
+  path = path.format(headwise[0])
+  with pytest.raises(ValueError, match=message) as error:
+    gated.load(path)
+  assert path.partition(':')[0] in str(error.value)
+
+
+def test_texts_that_cannot_be_measured_are_refused(headwise, tmp_path):
+  run = gated.load(headwise[0])
+  with pytest.raises(ValueError, match='1 tokens has none to predict'):
+    run.loss('a')
+  for text in ('', [], [[1, 2]], [0.5]):
+    with pytest.raises(ValueError, match='neither a text with tokens nor'):
+      run.logits(text)
+  with pytest.raises(ValueError, match=re.escape('must be in [0, 264)')):
+    run.logits([264])
+  folder, _ = saved(tmp_path / 'ungated', tokenizer_digest='other')
+  with pytest.raises(ValueError, match="the model has no gate: .*position='none'"):
+    gated.load(folder).gates([1, 2])
+  with pytest.raises(ValueError, match='another tokenizer than'):
+    gated.load(folder).loss(TEXT)
+
+
+def test_a_workdir_in_a_store_is_loaded(remote):
+  folder, _ = saved(storage.path(remote), position='sdpa')
+  assert gated.load(f'{folder}:1').gates([1, 2, 3]).shape == (2, 4, 3, 8)
