@@ -1,7 +1,7 @@
-"""The door: plain mappings from outside become the frozen dataclasses that rooms own.
+"""Plain mappings -> the frozen dataclasses that each module defines, with checks.
 
-A knob has one name from the command line to the room that reads it: `config.` and the
-path through the mapping, such as `config.model.attn.gate.position`.
+A knob has one full name everywhere: `config.` and its path through the mapping, such as
+`config.model.attn.gate.position`.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ C = TypeVar('C')
 
 
 def build(cls: type[C], mapping: Mapping, name: str) -> C:
-  """A mapping -> the frozen dataclass `cls`, with nested dataclasses built likewise.
+  """A mapping -> the frozen dataclass `cls`, nested ones included.
 
-  `name` is the mapping's own knob, such as 'config.model'. Raises ValueError, naming the
-  knob, for one that is unknown, missing, or of another type.
+  `name` is the mapping's full name, such as 'config.model'. ValueError names a knob that
+  is unknown, missing or of the wrong type.
   """
   hints = typing.get_type_hints(cls)
   for key in mapping:
@@ -37,10 +37,10 @@ def build(cls: type[C], mapping: Mapping, name: str) -> C:
 
 
 def nearest(knob: str, known: Iterable[str], prefix: str = '') -> str:
-  """A mistyped knob and the known ones -> '; did you mean ...?', or all that are."""
+  """A mistyped knob, the known ones -> '; did you mean ...?', or all known ones."""
   names = [f'{prefix}.{key}' if prefix else key for key in known]
   group, _, last = knob.rpartition('.')
-  # A neighbour in the same group is likelier than one whose long path looks alike.
+  # Prefer a close match in the same group to one with a similar long path.
   siblings = {n.rpartition('.')[2]: n for n in names if n.rpartition('.')[0] == group}
   close = difflib.get_close_matches(last, siblings, n=1, cutoff=0.6)
   if close:
@@ -52,9 +52,9 @@ def nearest(knob: str, known: Iterable[str], prefix: str = '') -> str:
 
 
 def check_command(argv: Iterable[str], known: Iterable[str]) -> None:
-  """Raises ValueError for a knob or a recipe on a command line that is not there.
+  """Raises ValueError for an unknown knob or a missing recipe on a command line.
 
-  `known` are the full names of all knobs. A recipe is a file with a `get_config`.
+  `known` holds the full names of all knobs. A recipe is a file with a `get_config`.
   """
   lines, known = '\n'.join(argv), list(known)
   for typed in re.findall(r'(?m)^--?(config\.[^=\s]*)', lines):
@@ -66,14 +66,16 @@ def check_command(argv: Iterable[str], known: Iterable[str]) -> None:
   is_recipe = lambda path: path.is_file() and 'def get_config' in path.read_text()
   if not is_recipe(pathlib.Path(recipe[1])):
     files = sorted(pathlib.Path('configs').glob('*.py'))
-    here = ', '.join(str(path) for path in files if is_recipe(path))
-    raise ValueError(f'--config={recipe[1]!r} is no recipe; recipes here: {here}')
+    recipes = ', '.join(str(path) for path in files if is_recipe(path))
+    raise ValueError(f'--config={recipe[1]!r} is no recipe; recipes here: {recipes}')
 
 
 def plain(error: Exception) -> str:
-  """What an error says, in one line; a recipe's own arrives wrapped in its traceback."""
-  told = str(error).split('Error: ')[-1] if 'Traceback' in str(error) else str(error)
-  return ' '.join(told.split())
+  """An error's message in one line, without the traceback that ml_collections adds."""
+  message = str(error)
+  if 'Traceback' in message:
+    message = message.split('Error: ')[-1]
+  return ' '.join(message.split())
 
 
 def _coerce(hint: Any, value: Any, name: str) -> Any:
@@ -120,11 +122,11 @@ def within(name: str, value: float, low: float, high: float) -> None:
 
 
 def nests(value: Any, levels: int) -> bool:
-  """Whether lists and mappings lie in each other more often than that."""
+  """Whether lists and mappings are nested deeper than `levels`."""
   if not isinstance(value, (list, dict)):
     return False
   inner = value.values() if isinstance(value, dict) else value
-  return levels == 0 or any(nests(each, levels - 1) for each in inner)
+  return levels == 0 or any(nests(item, levels - 1) for item in inner)
 
 
 def divides(name: str, value: int, by: str, divisor: int) -> None:
@@ -145,7 +147,7 @@ def flatten(mapping: Mapping, name: str = 'config') -> dict[str, Any]:
 
 
 def dig(mapping: Mapping, knob: str) -> Any:
-  """A nested mapping and a dotted name in it -> the value; ValueError if it is not."""
+  """A nested mapping and a dotted name -> the value; ValueError if it is missing."""
   value: Any = mapping
   for key in knob.split('.'):
     if not isinstance(value, Mapping) or key not in value:
@@ -165,6 +167,6 @@ def differences(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
 
 
 def digest(obj: Any) -> str:
-  """Anything JSON can write -> the SHA-256 of its canonical form, in hexadecimal."""
+  """A JSON-serializable value -> the SHA-256 of its canonical form, in hexadecimal."""
   text = json.dumps(obj, sort_keys=True, separators=(',', ':'), allow_nan=False)
   return hashlib.sha256(text.encode()).hexdigest()

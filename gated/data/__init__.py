@@ -1,13 +1,13 @@
 """Packed rows -> batches, by arithmetic on (seed, data_step).
 
-A dataset is a directory made by scripts/prepare_data.py, here or on gs:// or s3://, or
-'stdlib', the corpus that every machine has. A run's data is a mixture of them. The row
-with global index
+A dataset is a directory made by scripts/prepare_data.py, local or on gs:// or s3://, or
+'stdlib', the embedded corpus. A run reads a mixture of datasets. The row with global
+index
 
   g = data_step * batch + index in the batch
 
-is the same on any number of hosts, threads or worker processes, and is found without
-reading what comes before it, so the position in the data is one integer.
+is the same for any number of hosts, threads and worker processes, and needs no earlier
+rows, so the position in the data is one integer.
 
 B batch  T tokens.
 """
@@ -17,11 +17,11 @@ import logging
 import re
 
 from gated import config, storage
-from gated.data import embedded, mixture, remote, shards
+from gated.data import embedded, mixture, remote, shards, tokenizer
 from gated.data.corpus import Corpus
 from gated.data.shards import Batch
 
-__all__ = ['Batch', 'Config', 'Corpus', 'open']
+__all__ = ['Batch', 'Config', 'Corpus', 'open', 'open_tokenizer']
 
 log = logging.getLogger(__name__)
 
@@ -31,21 +31,20 @@ STDLIB = 'stdlib'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  """What to read, and how."""
+  """Which datasets to read, and how."""
 
   # 'stdlib' or 'DIR[@DOMAIN][=WEIGHT],...'; a DIR may be gs://... or s3://... A part
-  # without a weight weighs 1; without a domain, the rows of all its domains are pooled.
+  # without a weight has weight 1; a part without a domain pools all its domains.
   mixture: str
-  length: int  # T; what the datasets were packed for.
-  tokenizer: str  # Of 'stdlib': 'bytes' or 'bpe:2048'. Other datasets bring their own.
-  # Where 'stdlib' is built, and gs:// and s3:// are copied to; '' is the platform's cache
-  # folder.
+  length: int  # T; must equal the datasets' --length.
+  tokenizer: str  # Of 'stdlib': 'bytes' or 'bpe:SIZE'. Other datasets contain theirs.
+  # Folder for 'stdlib' and copies from gs:// and s3://; '' is the platform's cache.
   cache: str
-  verify: str  # What of a shard is held against the manifest: 'sha256' or 'size'.
-  # Processes that read ahead; 0 reads in threads of this one. Others need absl's flags
-  # parsed and a main module that can be imported, as train.py is.
+  verify: str  # Check of each shard against the manifest: 'sha256' or 'size'.
+  # Processes that read ahead; 0 reads in threads. More than 0 needs parsed absl flags
+  # and an importable main module, such as train.py.
   workers: int
-  prefetch: int  # Batches read ahead, by each worker.
+  prefetch: int  # Batches read ahead, per worker.
 
   def __post_init__(self):
     config.one_of('config.data.verify', self.verify, shards.CHECKS)
@@ -61,12 +60,11 @@ class Config:
 
 
 def open(cfg: Config, *, vocab: int, batch: int, seed: int, max_segments: int) -> Corpus:
-  """The mixture that the config names, held against its manifests -> Corpus.
+  """The config's mixture, checked against its manifests -> Corpus.
 
-  vocab is the model's, batch the rows of a step over all hosts, max_segments the most
-  documents in a row that the model's attention takes (0: any number). ValueError, with
-  the knob's full name, where a dataset is missing, damaged, of another tokenizer or
-  length, of a vocabulary that the model lacks, or shorter than a batch.
+  `vocab` is the model's; `batch` counts rows per step over all hosts; `max_segments`
+  limits the documents per row (0 for no limit). ValueError names the knob of a dataset
+  that is missing, damaged, smaller than a batch, or that differs in tokenizer or length.
   """
   knob = f'config.data.mixture={cfg.mixture!r}'
   terms = mixture.terms(cfg.mixture)
@@ -84,7 +82,7 @@ def open(cfg: Config, *, vocab: int, batch: int, seed: int, max_segments: int) -
   if 0 < max_segments < most:
     raise ValueError(
       f'config.model.attn.max_segments={max_segments}, but a row of the data has {most} '
-      f'documents ({knob}): allow as many'
+      f'documents ({knob}): raise the knob'
     )
   rows = sum(part.rows('train') for part in parts)
   if rows < batch:
@@ -101,6 +99,15 @@ def open(cfg: Config, *, vocab: int, batch: int, seed: int, max_segments: int) -
     made = any(term.directory == STDLIB or '://' in term.directory for term in terms)
     hint = '; delete that folder, and it will be built again' if made else ''
     raise ValueError(f'{knob}: {error}{hint}') from error
+
+
+def open_tokenizer(cfg: Config) -> tokenizer.Tokenizer:
+  """The tokenizer of a mixture; ValueError, naming the knob, if it cannot be opened."""
+  if (cfg.mixture, cfg.tokenizer) == (STDLIB, 'bytes'):
+    return tokenizer.load('bytes')
+  knob = f'config.data.mixture={cfg.mixture!r}'
+  part = _part(mixture.terms(cfg.mixture)[0], cfg, knob)
+  return shards.open_tokenizer(part.directory, part.manifest)
 
 
 def _part(term: mixture.Term, cfg: Config, knob: str) -> mixture.Part:
@@ -124,7 +131,7 @@ def _part(term: mixture.Term, cfg: Config, knob: str) -> mixture.Part:
 
 
 def _directory(place: str, cfg: Config, knob: str) -> str:
-  """Where the dataset lies on this machine, once it was built or copied."""
+  """A term's dataset -> its local directory, built or copied if necessary."""
   cache = cfg.cache or embedded.default_cache()
   if place == STDLIB:
     try:
@@ -162,4 +169,4 @@ def _check(part: mixture.Part, first: mixture.Part, cfg: Config, knob: str) -> N
   if part.domain and part.domain not in domains:
     raise ValueError(f'{knob}: no domain {part.domain!r}, but allowed are {domains}')
   if not part.rows('train'):
-    raise ValueError(f'{knob}: {part.label} has no row to train on')
+    raise ValueError(f'{knob}: {part.label} has no training rows')
