@@ -1,0 +1,59 @@
+"""The examples run, each as its first lines say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+EXAMPLES = Path(__file__).resolve().parents[1] / 'examples'
+SMALL = (
+  '--config.steps=4',
+  '--config.model.width=48',
+  '--config.model.depth=2',
+  '--config.model.ffn=64',
+  '--config.checkpoint.every=2',
+  '--config.eval.every=2',
+  '--config.eval.rows=4',
+  '--config.log.tensorboard=False',
+)
+
+
+@pytest.fixture(scope='module')
+def runs(run_python, tmp_path_factory):
+  """Two runs of four steps, with a gate and without."""
+  folder = tmp_path_factory.mktemp('examples')
+  for gate in ('elementwise', 'none'):
+    recipe = f'--config=configs/tiny.py:gate={gate}'
+    done = run_python(['train.py', recipe, f'--workdir={folder / gate}', *SMALL])
+    assert done.returncode == 0, done.stderr
+  return folder
+
+
+def test_the_notebook_looks_at_the_gates_of_a_run(runs, run_python):
+  pytest.importorskip('matplotlib')
+  notebook = json.loads((EXAMPLES / 'look_at_gates.ipynb').read_text())
+  cells = [cell for cell in notebook['cells'] if cell['cell_type'] == 'code']
+  pictures = [out for cell in cells for out in cell['outputs'] if 'data' in out]
+  assert pictures and 'image/png' in pictures[0]['data']
+  source = '\n'.join(''.join(cell['source']) for cell in cells)
+  assert "'runs/demo'" in source
+  source = source.replace('runs/demo', str(runs / 'elementwise'))
+  done = run_python(['-c', source], env={'MPLBACKEND': 'Agg'})
+  assert done.returncode == 0, done.stderr
+  assert 'layers, heads, tokens, channels = (2, 6,' in done.stdout
+
+
+def test_a_gate_of_ones_own_trains_beside_the_baseline(run_python):
+  done = run_python(['examples/add_a_gate.py', '--steps=10'])
+  assert done.returncode == 0, done.stderr
+  *_, last = done.stdout.splitlines()
+  step, *losses = map(float, last.split())
+  assert step == 10 and len(set(losses)) == 3 and all(0 < loss < 6 for loss in losses)
+
+
+def test_two_runs_are_compared(runs, run_python):
+  done = run_python(['examples/compare_runs.py', runs / 'none', runs / 'elementwise'])
+  assert done.returncode == 0, done.stderr
+  assert 'gate scores: mean 0.' in done.stdout
+  assert [line.split()[0] for line in done.stdout.splitlines()[1:3]] == ['2', '4']
