@@ -1,4 +1,4 @@
-"""scripts/replay.py: a step of the ledger comes out again to the last bit."""
+"""scripts/replay.py: a recomputed step has the bits of the run."""
 
 import json
 import shutil
@@ -14,14 +14,14 @@ from scripts import replay
 
 SAVES, STEPS = 4, 10
 
-# Least time is lost in LLVM; the run and its replay are compiled alike.
+# Compiles fast. The run and its replay need the same flags to have the same bits.
 HURRY = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 ENV = {'XLA_FLAGS': HURRY} if jax.default_backend() == 'cpu' else {}
 
 
 @pytest.fixture(scope='module')
 def spiky(tmp_path_factory, run_python):
-  """The workdir of a run in bfloat16 that calls nearly every step a spike."""
+  """The workdir of a bfloat16 run whose threshold makes nearly every step a spike."""
   workdir = tmp_path_factory.mktemp('spiky') / 'run'
   knobs = {
     'model.depth': 1,
@@ -41,7 +41,7 @@ def events(workdir):
 
 
 def refused(workdir, *flags):
-  """What a replay is refused with; neither a device nor a compiler is asked."""
+  """The error message of a refused replay."""
   with pytest.raises(ValueError) as error:
     replay.prepare(replay.parse([f'--workdir={workdir}', *map(str, flags)]))
   return str(error.value)
@@ -57,81 +57,83 @@ def test_a_replay_has_the_loss_of_the_run_to_the_last_bit(spiky, run_python):
   assert event['step'] % SAVES > 1  # There are steps to train before it.
   script = ['scripts/replay.py', f'--workdir={spiky}', f'--step={event["step"]}']
   done = ok(run_python([*script, '--rows=3'], env=ENV))
-  found = json.loads(done.stdout.splitlines()[-1])
+  report = json.loads(done.stdout.splitlines()[-1])
   for name in ('loss', 'grad_norm'):
-    assert found['recomputed'][name] == found['recorded'][name] == event[name]
-    assert found['float32'][name] != event[name]
-    assert abs(found['float32'][name] - event[name]) < 1e-2
-  assert found['same_bits'] and found['restored_step'] == SAVES * 2
-  assert found['recomputed']['guard'] == found['float32']['guard'] == 'spike'
-  assert found['verdict'] == 'the batch itself does it' == done.stdout.splitlines()[-2]
-  largest = found['float32']['largest']
+    assert report['recomputed'][name] == report['recorded'][name] == event[name]
+    assert report['float32'][name] != event[name]
+    assert abs(report['float32'][name] - event[name]) < 1e-2
+  assert report['same_bits'] and report['restored_step'] == SAVES * 2
+  assert report['recomputed']['guard'] == report['float32']['guard'] == 'spike'
+  assert report['verdict'] == 'the batch itself causes it' == done.stdout.splitlines()[-2]
+  largest = report['float32']['largest']
   assert largest[0][1] == max(norm for _, norm in largest) <= event['grad_norm'] + 1e-2
-  worst = found['worst']
+  worst = report['worst']
   assert [w['record'] for w in worst] == [event['records'][w['row']] for w in worst]
-  assert worst[0]['float32'] >= found['float32']['loss'] and len(worst) == 3
+  assert worst[0]['float32'] >= report['float32']['loss'] and len(worst) == 3
   assert all(w['text'] and repr(w['text']) in done.stdout for w in worst)
   assert contents(spiky) == before
 
 
 @pytest.mark.slow
-def test_a_step_that_is_not_in_the_ledger_is_refused_by_those_that_are(spiky):
+def test_a_step_that_is_not_in_spikes_jsonl_is_refused_with_the_steps_that_are(spiky):
   steps = ', '.join(str(event['step']) for event in events(spiky))
-  told = refused(spiky, '--step=57')
-  assert told == f'--step=57 is not in spikes.jsonl, where there is {steps}'
-  told = refused(spiky, '--step=9', '--data_step=3')
-  assert told == '--data_step=3 is not in spikes.jsonl, where there is 8'
+  message = refused(spiky, '--step=57')
+  assert message == f'--step=57 is not in spikes.jsonl, which has {steps}'
+  message = refused(spiky, '--step=9', '--data_step=3')
+  assert message == '--data_step=3 is not in spikes.jsonl, which has 8'
 
 
 @pytest.fixture
 def copied(spiky, tmp_path):
-  """A copy of the run to be damaged, and what writes other events into its ledger."""
+  """A copy of the run, and a function that changes its last event."""
   shutil.copytree(spiky, tmp_path / 'run')
 
   def write(change):
-    every = events(spiky)
-    change(every[-1])
+    history = events(spiky)
+    change(history[-1])
     path = tmp_path / 'run' / spikes.NAME
-    path.write_text(''.join(metrics.dumps(e, indent=None) + '\n' for e in every))
-    return every[-1]
+    path.write_text(''.join(metrics.dumps(e, indent=None) + '\n' for e in history))
+    return history[-1]
 
   return tmp_path / 'run', write
 
 
 @pytest.mark.slow
-def test_an_event_of_other_records_is_refused_by_the_first_that_differs(copied):
+def test_an_event_with_other_records_is_refused_with_the_first_difference(copied):
   workdir, write = copied
   event = write(lambda event: event['records'][3].__setitem__(2, 1 << 20))
-  told = refused(workdir, f'--step={event["step"]}')
-  assert 'row 3 was' in told and f'{1 << 20}]' in told and f'--workdir={workdir}' in told
+  message = refused(workdir, f'--step={event["step"]}')
+  assert 'row 3 was' in message and f'{1 << 20}]' in message
+  assert f'--workdir={workdir}' in message
 
 
 @pytest.mark.slow
-def test_an_event_that_no_run_wrote_is_refused(copied):
+def test_an_event_with_a_wrong_field_is_refused(copied):
   workdir, write = copied
   event = write(lambda event: event.update(records='none'))
-  told = refused(workdir, f'--step={event["step"]}')
-  assert f'--workdir={workdir}: spikes.jsonl is damaged' in told and 'records' in told
+  message = refused(workdir, f'--step={event["step"]}')
+  assert f'--workdir={workdir}: spikes.jsonl is damaged' in message
+  assert 'records' in message
 
 
 @pytest.mark.slow
-def test_a_step_after_a_rollback_starts_where_the_data_went_on(spiky):
-  """Steps 9 and 10 were taken twice: from step 8, and from there past the batch of 10."""
+def test_a_step_after_a_rollback_starts_past_the_skipped_batch(spiky):
+  """Steps 9 and 10 ran twice from step 8; the second time past the batch of step 10."""
   c, _ = replay.recipe(storage.path(spiky), STEPS)
-  c |= {'init_from': 'elsewhere'}  # What a seed makes anew is no start then.
-  the = plan.Plan(config.build(plan.Config, c, 'config'))
+  c |= {'init_from': 'elsewhere'}  # The state of the seed is no start then.
+  run_plan = plan.Plan(config.build(plan.Config, c, 'config'))
   back = {'step': 10, 'data_step': 9, 'action': 'rollback'}
   with checkpoint.Reader(spiky / 'checkpoints') as saved:
     for at, data_step, start in ((9, 8, 8), (10, 9, 8), (9, 10, 10), (10, 11, 10)):
       event = {'step': at, 'data_step': data_step}
-      restored, state = replay.restore(saved, the, event, [back])
+      restored, state = replay.restore(saved, run_plan, event, [back])
       assert (restored, int(state.step), int(state.data_step)) == (8, 8, start)
-    with pytest.raises(ValueError, match=r'data step 12; before it are 8 .*\[4, 8, 10\]'):
-      replay.restore(saved, the, {'step': 10, 'data_step': 12}, [back])
+    with pytest.raises(ValueError, match=r'data step 12; earlier ones: 8 .*\[4, 8, 10\]'):
+      replay.restore(saved, run_plan, {'step': 10, 'data_step': 12}, [back])
 
 
 @pytest.mark.slow
-def test_a_recipe_is_that_of_the_session_which_did_the_step(copied):
+def test_a_recipe_is_that_of_the_session_that_ran_the_step(copied):
   workdir, _ = copied
   path = workdir / 'run.json'
   run = json.loads(path.read_text())
