@@ -68,13 +68,13 @@ def run(workdir: storage.Path, kind: str, level: float, seed: int, *, heldout: b
     lines.append({'step': STEPS, 'kind': 'heldout', 'time': 1e9} | held)
   storage.write(workdir / 'metrics.jsonl', b''.join(map(records.line, lines)))
   session = {'devices': 2, 'device_kind': 'cpu'}
-  records.write_json(
+  storage.write_json(
     workdir / 'run.json',
     {'config': {}, 'data': {'sha256': '0a1b'}, 'sessions': [session]},
   )
   code = {'broken': 3, 'failed': 1, 'partial': 4}.get(kind, 0)
   told = {'code': code, 'step': len(loss), 'told': f'{kind} | why', 'time': 1e9}
-  records.write_json(workdir / 'outcome.json', told)
+  storage.write_json(workdir / 'outcome.json', told)
 
 
 def point(changes: dict, **labels: str) -> sweep.Point:
@@ -261,7 +261,7 @@ def test_a_point_that_diverged_is_said_to_everywhere(lab, seen):
   told = {r['point']: r for r in rows(tables.of_points(found))}
   assert all(told[name]['state'] == 'diverged' for name in names)
   assert 'above 1.5 times the best' in told[names[0]]['diverged_because']
-  assert 'left as unstable' in told[names[1]]['diverged_because']
+  assert 'stopped as unstable' in told[names[1]]['diverged_because']
   assert 'grad_norm from step 87' in told[names[0]]['warnings']
   assert [r['diverged'] for r in rows(tables.of_summary(gathered))] == [*'002000']
   said = described(lab, seen=seen)
@@ -309,7 +309,7 @@ def test_a_run_left_as_unstable_has_no_final_loss_whatever_it_had_before(tmp_pat
   swept = trained(tmp_path, grid(['baseline'], seeds=[0]), lambda p: ('calm', 2.5))
   last = swept.workdir(swept.points[-1])
   told = {'code': 3, 'step': STEPS - 1, 'told': '8 bad steps in a row', 'time': 1e9}
-  records.write_json(last / 'outcome.json', told)
+  storage.write_json(last / 'outcome.json', told)
   found, (line,) = judged(swept)
   assert [p.diverged for p in found] == [broken(p) for p in swept.points]
   assert math.isnan(found[-1].final) and found[-1].capped == INIT

@@ -1,4 +1,4 @@
-"""Whether a run of a sweep diverged, and how much its loss minds the learning rate."""
+"""Divergence of a run, and the sensitivity of a loss to the learning rate."""
 
 import dataclasses
 import math
@@ -7,22 +7,22 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-LEAST = 3  # Points that a level is the median of, at least.
+LEAST = 3  # Minimum number of points in the median that is a run's level.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-  """When a run counts as diverged; `str` of it is the sentence that a report states."""
+  """When a run counts as diverged; `str` gives the sentence for the report."""
 
-  multiple: float  # of the best final loss of the sweep; above it is diverged
-  rise: float  # nats above its lowest level, at the end of a run that never recovered
-  tail: float  # of a run's logged points; the median of so many is its level
+  multiple: float  # Diverged: a final loss above `multiple` times the sweep's best.
+  rise: float  # Diverged: a final level this many nats above the run's lowest level.
+  tail: float  # The fraction of the logged points in the median that is a level.
 
   def __post_init__(self):
     if not 1 < self.multiple < math.inf:
       raise ValueError(
-        f'multiple={self.multiple}, but it must be above 1: so many times the best final '
-        'loss of the sweep'
+        f'multiple={self.multiple}, but it must be above 1: the limit is a multiple of '
+        'the best final loss of the sweep'
       )
     if not 0 < self.rise < math.inf:
       raise ValueError(f'rise={self.rise}, but it must be positive, in nats')
@@ -33,13 +33,12 @@ class Rule:
 
   def __str__(self) -> str:
     return (
-      'A run has diverged if it was left as unstable; if its loss at the end is not '
-      f'finite; if its final loss is above {self.multiple:g} times the best of the '
-      'sweep, unless its learning rate is below the best one of its line and that one '
-      'did not diverge, for then it learned slowly; or if it never recovered: its level '
-      f'at the end, the median of the last {100 * self.tail:g}% of its logged losses '
-      f'({LEAST} at least), is more than {self.rise:g} nats above the lowest level that '
-      'it had held.'
+      'A run has diverged in any of these cases. It stopped as unstable. Its last loss '
+      f'is not finite. Its final loss is above {self.multiple:g} times the best of the '
+      'sweep; a learning rate below the best stable one of its line is an exception: '
+      'that run learned slowly. It never recovered: its final level, the median of the '
+      f'last {100 * self.tail:g}% of its logged losses (at least {LEAST}), is more than '
+      f'{self.rise:g} nats above its lowest level.'
     )
 
 
@@ -54,11 +53,10 @@ def diverged(
 ) -> str:
   """A run's training losses in nats -> why it counts as diverged; '' if it does not.
 
-  `best` is the lowest final loss of the sweep, inf where there is none, or where the run
-  may be a slow one (`best_rate`); `final` this run's final loss, of the same kind, where
-  that is known better than by the level at its end. `broken` is whether it was left as
-  unstable. A step that was not finite in a run that went on is no divergence. ValueError
-  where there is nothing to judge.
+  `best` is the lowest final loss of the sweep; inf disables that comparison. `final` is
+  this run's final loss of the same kind (default: its final level). `broken` means that
+  the run stopped as unstable. A non-finite step does not count if the run continued.
+  ValueError for an empty log.
   """
   steps, losses = np.asarray(steps), np.asarray(losses, np.float64)
   if steps.ndim != 1 or losses.shape != steps.shape:
@@ -67,13 +65,13 @@ def diverged(
       'two lists of the same length'
     )
   if math.isnan(best):
-    raise ValueError('best=nan, but it is the lowest final loss, or inf without one')
+    raise ValueError('best=nan, but it must be the lowest final loss, or inf')
   if broken:
-    return f'it was left as unstable{f" at step {steps[-1]}" if len(steps) else ""}'
+    return f'it stopped as unstable{f" at step {steps[-1]}" if len(steps) else ""}'
   if not len(steps):
-    raise ValueError('there are no losses to judge a run by')
-  level, at = _levels(losses, rule.tail)
-  end = level[-1]
+    raise ValueError('the log has no losses')
+  levels, centres = _levels(losses, rule.tail)
+  end = levels[-1]
   final = float(end) if final is None else final
   if not math.isfinite(losses[-1]) or not math.isfinite(end):
     return f'its loss is not finite at its end, step {steps[-1]}'
@@ -84,41 +82,41 @@ def diverged(
       f'its final loss, {final:.4g}, is above {rule.multiple:g} times the best of the '
       f'sweep, {best:.4g}'
     )
-  low = int(level.argmin())
-  if end - level[low] > rule.rise:
+  low = int(levels.argmin())
+  if end - levels[low] > rule.rise:
     return (
-      f'it never recovered: its level at the end, {end:.4g}, is {end - level[low]:.3g} '
-      f'nats above {level[low]:.4g}, the lowest it had held (about step {steps[at[low]]})'
+      f'it never recovered: its final level, {end:.4g}, is {end - levels[low]:.3g} nats '
+      f'above its lowest level, {levels[low]:.4g} (about step {steps[centres[low]]})'
     )
   return ''
 
 
 def best_rate(runs: Iterable[tuple[float, float]], *, best: float, rule: Rule) -> float:
-  """(learning rate, final loss) of a line's sound runs -> the rate of the lowest loss.
+  """(learning rate, final loss) of a line's stable runs -> the rate of the lowest loss.
 
-  Below it a final loss that is too far above `best`, the lowest of the sweep, is of a run
-  that learned slowly. 0, so that no run is slow, where none of the line came near enough
-  to `best` to say so: what fails at every rate does not fail for want of rate.
+  Below this rate a high final loss means slow learning, not divergence. 0 if no run of
+  the line is within `rule.multiple` of `best`, the sweep's lowest loss: a line that fails
+  at every rate does not fail because its rate is low.
   """
   near = [(final, rate) for rate, final in runs if final <= rule.multiple * best]
   return min(near)[1] if near else 0.0
 
 
 def _levels(losses: np.ndarray, tail: float) -> tuple[np.ndarray, np.ndarray]:
-  """(n,) losses -> medians of successive points, and each one's middle, as an index.
+  """(n,) losses -> running medians, and the index of the centre of each.
 
-  What is not finite is above all that is.
+  Non-finite losses rank above all finite ones.
   """
   from scipy import ndimage
 
   n = len(losses)
-  # An odd number of points has a middle.
+  # The number of points is odd, so that a window has a centre.
   half = min(max(LEAST, round(tail * n)) // 2, (n - 1) // 2)
   top = np.finfo(np.float64).max
   x = np.where(np.isfinite(losses), losses, top)
-  at = np.arange(half, n - half)
-  level = ndimage.median_filter(x, 2 * half + 1)[at]
-  return np.where(level == top, np.inf, level), at
+  centres = np.arange(half, n - half)
+  levels = ndimage.median_filter(x, 2 * half + 1)[centres]
+  return np.where(levels == top, np.inf, levels), centres
 
 
 def sensitivity(finals: ArrayLike, inits: ArrayLike, best: float | None = None) -> float:
@@ -126,15 +124,14 @@ def sensitivity(finals: ArrayLike, inits: ArrayLike, best: float | None = None) 
 
       E over rates of [min(final, init) - best]
 
-  as Wortsman et al. define it (arXiv 2309.14322): the expectation is over the range of
-  learning rates, and `best` is the lowest loss within it. The rates of a grid are taken
-  as the sample of the range, each with the same weight: they should be even in the
-  logarithm, and what is compared must have the same grid, as more rates beyond the stable
-  ones raise the mean. Give the losses of one seed, or means over seeds.
+  The definition of Wortsman et al. (arXiv 2309.14322): the expectation is over the range
+  of learning rates, `best` is the lowest loss in it. The grid's rates sample the range
+  with equal weights: space them evenly in the logarithm, and compare equal grids only,
+  because more unstable rates raise the mean. Give the losses of one seed, or means.
 
-  A final loss that is not finite counts as the loss at initialisation. NaN where none is
-  finite: then no loss is the best. ValueError where an initial loss is missing, or `best`
-  is not the lowest.
+  A non-finite final loss counts as the loss at initialisation. NaN if no final loss is
+  finite and `best` is not given. ValueError for a non-finite initial loss, or a `best`
+  above the lowest loss.
   """
   finals, inits = np.asarray(finals, np.float64), np.asarray(inits, np.float64)
   if finals.ndim != 1 or finals.shape != inits.shape or not len(finals):
@@ -156,5 +153,5 @@ def sensitivity(finals: ArrayLike, inits: ArrayLike, best: float | None = None) 
 
 
 def lowest(finals: Sequence[float]) -> float:
-  """Final losses of a sweep -> the best: the lowest finite one; inf without one."""
+  """Final losses of a sweep -> the lowest finite one; inf if none is finite."""
   return min((x for x in finals if math.isfinite(x)), default=math.inf)

@@ -1,10 +1,9 @@
-"""Loss spikes: where a logged loss rises above its running median, and how far.
+"""Loss spikes: points where a logged loss rises above its running median.
 
-The measure that was applied to the paper's released curves: what is left of a loss when
-the centred rolling median of 101 logged points is taken off. It is made to hold where
-that plain median does not. Points of an excursion are left out of the median and it is
-taken anew, until none is added: so neither a wide excursion nor a second one beside it
-lifts the median that its height is taken above.
+The method applied to the paper's released curves: subtract the centred rolling median of
+101 logged points from the loss. Here points of a spike are left out of the median, and it
+is recomputed until no point is added. So neither a wide spike nor a second one nearby
+raises the baseline of its height.
 
 n points of a log
 """
@@ -16,13 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-# How often noise alone may be taken for a spike: in one log of a hundred.
-CHANCE = 0.01
-# A normal deviate's standard deviation over its median absolute value.
-SIGMA = 1.4826
-
-
-# As the paper's released curves were measured.
+CHANCE = 0.01  # The chance that noise alone causes a spike in a log.
+SIGMA = 1.4826  # A normal deviate's standard deviation over its median absolute value.
+# The parameters used on the paper's released curves.
 WINDOW, THRESHOLD, WARMUP, GAP = 101, 0.1, 5000, 200
 
 
@@ -31,10 +26,10 @@ class Spike(NamedTuple):
 
   step: int  # of its peak
   height: float  # of the peak above the running median, in nats; inf if not finite
-  first: int  # step that is too high
-  last: int  # one
-  # Whether the log ends in it, or more of its points are too high than half a window has:
-  # it may as well be a lasting change of the level, and its height is less sure.
+  first: int  # the first step above the threshold
+  last: int  # the last one
+  # Whether it reaches the end of the log, or has more high points than half a window. It
+  # may then be a lasting change of the level, and its height is less certain.
   lasting: bool
 
 
@@ -49,84 +44,48 @@ def spikes(
 ) -> list[Spike]:
   """Losses in nats and the steps they were logged at -> their distinct excursions.
 
-  Too high is a point past step `warmup` that is not finite, or lies more than `threshold`
-  nats above the centred median of `window` logged points, however irregular their steps.
-  Two such points are of one excursion if they are at most `gap` steps apart, or if
-  nothing logged between them says that the loss came back: the lowest mean of five
-  successive points there is to be within half a threshold of the median. Where the noise
-  is so strong that by chance alone one log of a hundred would have a normal deviate above
-  `threshold`, the threshold is that deviate: beyond a sigma of 0.02 in 10,000 points.
+  A point is high if it is past step `warmup` and non-finite, or more than `threshold`
+  nats above the centred median of `window` logged points; steps may be irregular. Two
+  high points belong to one excursion if they are at most `gap` steps apart, or if the
+  loss did not return between them: the lowest mean of five successive points there is not
+  within half a threshold of the median. Strong noise raises the threshold to the normal
+  deviate that one log of a hundred exceeds by chance: above a sigma of 0.02 in 10,000
+  points.
 
-  What cannot be told: an excursion of more than half a window (50 points) that begins at
-  once and stays level is a new level to a median, and is not found where it is flat;
-  `diverged` tells if the loss never came back. At the start of a log a fall is no
-  excursion: there the windows are shorter, and a spike at the very first point is not
-  seen. At its end an excursion and a rise look alike. A spike between two logged points
-  leaves no trace.
+  Limits of the method. A flat excursion longer than half a window (50 points) with a
+  sudden start looks like a new level and is missed; `diverged` finds it if the loss never
+  returns. Windows are shorter at the start of a log, so that a falling loss has no spike
+  there; a spike at the first point is missed. At the end of a log an excursion and a
+  lasting rise look alike. A spike between two logged points leaves no trace.
 
-  Defaults are the published ones (window, threshold, warmup and gap of the released
-  curves of arXiv 2505.06708). ValueError where the lengths differ, the steps do not
-  increase, or a number is out of range.
+  The defaults are those of the released curves of arXiv 2505.06708. ValueError for
+  different lengths, steps that do not increase, or a parameter out of range.
   """
   steps, losses = _log(steps, losses)
   _check(window=window, threshold=threshold, warmup=warmup, gap=gap)
   most = limit(steps, losses, threshold=threshold, warmup=warmup)
   above = losses - _baseline(steps, losses, window // 2, most)
   above[~np.isfinite(losses)] = np.inf
-  found = []
+  excursions = []
   high = np.flatnonzero((above > most) & (steps > warmup))
-  for at in _groups(steps, above, high, gap=gap, limit=most):
-    peak = at[np.argmax(above[at])]
-    first, last = int(at[0]), int(at[-1])
-    lasting = last == len(steps) - 1 or len(at) > window // 2
-    where = (int(steps[i]) for i in (first, last))
-    found.append(Spike(int(steps[peak]), float(above[peak]), *where, lasting))
-  return found
+  for group in _groups(steps, above, high, gap=gap, limit=most):
+    peak = group[np.argmax(above[group])]
+    first, last = int(group[0]), int(group[-1])
+    lasting = last == len(steps) - 1 or len(group) > window // 2
+    ends = int(steps[first]), int(steps[last])
+    excursions.append(Spike(int(steps[peak]), float(above[peak]), *ends, lasting))
+  return excursions
 
 
 def limit(steps: ArrayLike, losses: ArrayLike, *, threshold: float, warmup: int) -> float:
-  """Losses in nats -> how far above the median is too high to `spikes`: the threshold,
-  or more where the noise is stronger; to be stated beside what was counted."""
+  """Losses in nats -> the threshold in force in `spikes`: `threshold`, or more if the
+  noise is strong."""
   steps, losses = _log(steps, losses)
   return max(threshold, _reach(losses[steps > warmup]))
 
 
-def excess(
-  steps: ArrayLike, losses: ArrayLike, *, window: int, threshold: float, warmup: int
-) -> dict[str, float]:
-  """Losses in nats -> how what exceeds the running median is spread, past `warmup`.
-
-  By name: `points`, `sigma` (robust, from the median absolute value), `std`, `kurtosis`
-  (3 of a normal deviate), `largest`, and the fractions `above_0.05`, `above_0.1`,
-  `above_0.5`, `above_1` of all points, in nats. What is not finite counts as above all of
-  them, and is left out of the rest. NaN where there are no points.
-  """
-  steps, losses = _log(steps, losses)
-  _check(window=window, threshold=threshold, warmup=warmup, gap=0)
-  most = limit(steps, losses, threshold=threshold, warmup=warmup)
-  above = (losses - _baseline(steps, losses, window // 2, most))[steps > warmup]
-  finite = above[np.isfinite(above)]
-  told = {'points': float(len(above))}
-  for name in ('sigma', 'std', 'kurtosis', 'largest'):
-    told[name] = math.nan
-  if len(finite):
-    std = float(finite.std())
-    told |= {
-      'sigma': float(SIGMA * np.median(np.abs(finite - np.median(finite)))),
-      'std': std,
-      'kurtosis': float(np.mean(((finite - finite.mean()) / std) ** 4))
-      if std
-      else math.nan,
-      'largest': float(finite.max()),
-    }
-  for level in (0.05, 0.1, 0.5, 1):
-    high = ~(above <= level)
-    told[f'above_{level:g}'] = float(high.mean()) if len(above) else math.nan
-  return told
-
-
 def _log(steps: ArrayLike, losses: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-  """Steps and losses -> arrays; ValueError if they are no log."""
+  """Steps and losses -> arrays; ValueError if they are not a log."""
   steps, losses = np.asarray(steps), np.asarray(losses, np.float64)
   if steps.ndim != 1 or losses.shape != steps.shape:
     raise ValueError(
@@ -155,14 +114,14 @@ def _check(*, window: int, threshold: float, warmup: int, gap: int) -> None:
 
 
 def _reach(losses: np.ndarray) -> float:
-  """Losses -> how far up noise alone reaches in so many, in nats.
+  """Losses -> the height that noise alone exceeds with probability CHANCE, in nats.
 
-  Told from differences of successive losses, which know of no trend and of no baseline.
+  The estimate uses differences of successive losses: they do not depend on the trend.
   """
   losses = losses[np.isfinite(losses)]
   if len(losses) < 3:
     return 0.0
-  # Here and below SciPy is imported late: it takes as long as all of a short run's rest.
+  # A late import: SciPy takes as long to load as the rest of a short run.
   from scipy.special import ndtri
 
   sigma = SIGMA * np.median(np.abs(np.diff(losses))) / math.sqrt(2)
@@ -172,11 +131,11 @@ def _reach(losses: np.ndarray) -> float:
 def _baseline(
   steps: np.ndarray, losses: np.ndarray, half: int, limit: float
 ) -> np.ndarray:
-  """Losses -> their running median (n,), points more than `limit` above it left out."""
+  """Losses -> their running median (n,) without points more than `limit` above it."""
   good = np.isfinite(losses)
   base = np.full(len(losses), np.nan)
-  # Each round at least one more point goes. What a window cannot settle in as many rounds
-  # as it has points is a slope, not a spike.
+  # Each round removes at least one point. If a window has not converged after as many
+  # rounds as it has points, it is a slope and not a spike.
   for _ in range(2 * half + 1):
     if not good.any():
       break
@@ -191,9 +150,9 @@ def _baseline(
 def _median(x: np.ndarray, half: int) -> np.ndarray:
   """(n,) -> (n,): the centred running median of 2 half + 1 points.
 
-  Within the first and last half window it is of fewer points, centred all the same: so a
-  falling curve lies nowhere above it. At the end it may not exceed the last whole
-  window's, so that an excursion that the log ends in is seen.
+  The windows near the ends are smaller but still centred, so that a falling curve is
+  never above its median. At the end the median is at most that of the last full window,
+  so that an excursion at the end of the log is found.
   """
   from scipy import ndimage
 
@@ -209,16 +168,16 @@ def _median(x: np.ndarray, half: int) -> np.ndarray:
 def _groups(
   steps: np.ndarray, above: np.ndarray, high: np.ndarray, *, gap: int, limit: float
 ) -> Sequence[np.ndarray]:
-  """Indices of points that are too high -> those of each excursion."""
+  """Indices of high points -> those of each excursion."""
   if not len(high):
     return []
   far = np.flatnonzero(np.diff(steps[high]) > gap)
-  cuts = [i + 1 for i in far if _came_back(above[high[i] + 1 : high[i + 1]], limit)]
+  cuts = [i + 1 for i in far if _returned(above[high[i] + 1 : high[i + 1]], limit)]
   return np.split(high, cuts)
 
 
-def _came_back(between: np.ndarray, limit: float) -> bool:
-  """Points between two that are too high -> whether they lie near the median again."""
+def _returned(between: np.ndarray, limit: float) -> bool:
+  """Points between two high ones -> whether the loss returned to the median there."""
   if not len(between):
     return False
   count = min(5, len(between))

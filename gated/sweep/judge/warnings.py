@@ -1,4 +1,4 @@
-"""Early warnings: what a run's own numbers said before its loss did."""
+"""Early warnings: indicators that change before the loss diverges."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -8,12 +8,10 @@ import numpy as np
 
 from gated.train.guard import VERDICTS
 
-# So many times its usual value, an indicator has left its range.
-TIMES = 5.0
-# Of the steps: before them it is not looked at, as the learning rate still warms up.
-SETTLED = 0.1
+TIMES = 5.0  # An indicator above this multiple of its usual value is out of range.
+SETTLED = 0.1  # The first fraction of the steps is ignored: the learning rate warms up.
 
-# Indicator -> the kind of record it is in, and its field; the ratio where there are two.
+# Indicator -> the kind of its records, and its field; two fields make a ratio.
 INDICATORS = {
   'grad_norm': ('train', 'grad_norm'),
   'update_ratio': ('train', 'update_norm', 'param_norm'),
@@ -24,38 +22,38 @@ INDICATORS = {
 
 
 def warnings(records: Iterable[Mapping[str, Any]]) -> dict[str, float | int | None]:
-  """Records of a metrics.jsonl -> its early warnings by name; None where none was logged.
+  """Records of a metrics.jsonl -> its early warnings by name; None if not logged.
 
   For each of INDICATORS:
 
-    NAME_max     the largest value, or what was not finite
-    NAME_last    the last one
-    NAME_left    the first step at which it left its usual range; None if it never did
+    NAME_max     the largest value, or the first non-finite one
+    NAME_last    the last value
+    NAME_left    the first step at which it left its usual range, or None
 
-  of grad_norm, the global norm before clipping; update_ratio, the norm of the update over
-  that of the parameters; attention_logit, the largest; output_logit, a root mean square;
-  residual_growth, the residual stream's root mean square after the last layer over that
-  before the first. Usual is at most TIMES the median of the finite values of the first
-  half of the steps; what is not finite has left it. The first tenth of the steps is not
-  looked at, as there norms are large in sound runs as well.
+  grad_norm is the global norm before clipping; update_ratio the norm of the update over
+  that of the parameters; attention_logit the largest logit; output_logit a root mean
+  square; residual_growth the residual stream's root mean square after the last layer over
+  that before the first. The usual range ends at TIMES the median of the finite values in
+  the first half of the steps; a non-finite value is out of range. The first tenth of the
+  steps is ignored: stable runs have large norms there too.
 
-  Of all steps: `skipped`, the fraction whose update was left out, and `not_finite`, that
-  whose loss, gradient or update was not finite (such steps are always logged).
+  `skipped` is the fraction of all steps without an update, `not_finite` that with a
+  non-finite loss, gradient or update (such steps are always logged).
   """
   records = list(records)
-  told: dict[str, float | int | None] = {}
+  summary: dict[str, float | int | None] = {}
   for name, (kind, *fields) in INDICATORS.items():
-    own = [r for r in records if r['kind'] == kind and all(f in r for f in fields)]
-    steps = np.array([r['step'] for r in own], np.int64)
-    values = [_ratio(*(r[f] for f in fields)) for r in own]
-    told |= {f'{name}_{k}': v for k, v in _describe(steps, values).items()}
+    logged = [r for r in records if r['kind'] == kind and all(f in r for f in fields)]
+    steps = np.array([r['step'] for r in logged], np.int64)
+    values = [_ratio(*(r[f] for f in fields)) for r in logged]
+    summary |= {f'{name}_{k}': v for k, v in _describe(steps, values).items()}
   train = [r for r in records if r['kind'] == 'train']
-  told |= dict.fromkeys(('skipped', 'not_finite'))
+  summary |= dict.fromkeys(('skipped', 'not_finite'))
   if train and train[-1]['step']:
     count = train[-1]['step']
     bad = sum(VERDICTS[int(r['verdict'])] == 'not finite' for r in train)
-    told |= {'skipped': train[-1]['skipped'] / count, 'not_finite': bad / count}
-  return told
+    summary |= {'skipped': train[-1]['skipped'] / count, 'not_finite': bad / count}
+  return summary
 
 
 def _describe(steps: np.ndarray, values: list[float]) -> dict[str, float | int | None]:
