@@ -72,7 +72,7 @@ def run(workdir: str) -> dict[str, Any]:
     report |= {'data': corpus.fingerprint['sha256'], 'rows_limit': _ROWS.value}
     report['stability'] = loaded.about['stability'] if loaded.about else None
     if loaded.about:
-      storage.write_json(_path(loaded, corpus), report)
+      storage.write_json(_path(loaded, corpus), metrics.plain(report))
   return report
 
 

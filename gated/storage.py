@@ -17,6 +17,7 @@ import concurrent.futures
 import contextlib
 import errno
 import importlib
+import json
 import os
 import pathlib
 import re
@@ -116,6 +117,14 @@ def write(path: PathLike, content: bytes) -> None:
         os.remove(draft)
       raise
     sync(folder or '.')
+
+
+def write_json(
+  path: PathLike, content: Any, *, indent: int = 2, sort_keys: bool = False
+) -> None:
+  """Writes JSON to a file, atomically as `write` does."""
+  text = json.dumps(content, indent=indent, sort_keys=sort_keys, allow_nan=False)
+  write(path, (text + '\n').encode())
 
 
 def is_full(error: Exception) -> bool:

@@ -7,17 +7,14 @@ import bisect
 import functools
 import hashlib
 import itertools
-import multiprocessing
-import os
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gated.data import mixture, shards, tokenizer
+from gated.data import mixture, shards, tokenizer, workers
 from gated.data.shards import Batch
 
 THREADS = 4  # That read and parse, in each process; a batch is one thread's work.
@@ -87,7 +84,7 @@ class Corpus:
         grain.multiprocessing.MultiprocessingOptions(
           num_workers=self._workers, per_worker_buffer_size=ahead
         ),
-        worker_init_fn=_die_with_parent,
+        worker_init_fn=workers.die_with_parent,
       )
       # Their batches lie in memory shared with them; a plain array is anyone's to keep.
       return (Batch(*(np.array(x) for x in batch)) for batch in dataset)
@@ -194,18 +191,6 @@ class _Steps:
   def __getitem__(self, index: int) -> bytes:
     step, i = divmod(int(index), len(self._rows))
     return self._records[self._first + step * self._batch + self._rows[i]]
-
-
-def _die_with_parent(index: int, count: int) -> None:
-  """A worker whose parent was killed would wait for ever, and keep its shared memory."""
-  parent = multiprocessing.parent_process()
-  assert parent
-
-  def watch() -> None:
-    parent.join()
-    os._exit(1)
-
-  threading.Thread(target=watch, daemon=True).start()
 
 
 def _parse_batch(row: np.dtype, records: Sequence[bytes]) -> Batch:

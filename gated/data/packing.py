@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gated import storage
 from gated.data import shards, tokenizer
 
 TOKEN = np.dtype([('token', '<u4'), ('bytes', '<u4')])
@@ -231,7 +232,7 @@ def _write_stream(path: str, units: list[str], split: str) -> tuple[int, int]:
   with open(draft, 'wb') as file:
     file.write(places.tobytes())
   os.replace(draft, f'{path}.order')
-  shards.write_json(f'{path}.units', units)
+  storage.write_json(f'{path}.units', units, indent=1, sort_keys=True)
   return int(places['offset'][-1]), len(table)
 
 
@@ -269,7 +270,7 @@ def _pack_shard(job: _Job) -> dict[str, Any]:
 
   shard = shards.write_shard(job.path, chunks())
   note = stated | counts | {'shard': dataclasses.asdict(shard)}
-  shards.write_json(job.note, note)
+  storage.write_json(job.note, note, indent=1, sort_keys=True)
   return note
 
 

@@ -17,13 +17,12 @@ import multiprocessing
 import os
 import re
 import shutil
-import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tqdm
 
-from gated.data import packing, shards, sources, tokenizer
+from gated.data import packing, shards, sources, tokenizer, workers
 
 log = logging.getLogger(__name__)
 
@@ -273,7 +272,9 @@ def _pool(processes: int) -> Generator[packing.Run, None, None]:
     return
   # Started afresh, not forked: a fork of a process with threads can hang.
   spawn = multiprocessing.get_context('spawn')
-  executor = concurrent.futures.ProcessPoolExecutor(processes, spawn, _die_with_parent)
+  executor = concurrent.futures.ProcessPoolExecutor(
+    processes, spawn, workers.die_with_parent
+  )
   try:
     yield lambda function, jobs, label: _watch(executor.map(function, jobs), jobs, label)
   finally:
@@ -282,15 +283,3 @@ def _pool(processes: int) -> Generator[packing.Run, None, None]:
 
 def _watch(results: Any, jobs: Sequence[Any], label: str) -> list:
   return list(tqdm.tqdm(results, label, len(jobs), unit='unit', disable=None))
-
-
-def _die_with_parent() -> None:
-  """A worker whose parent was killed would wait for ever."""
-
-  def watch(join: Callable[[], None]) -> None:
-    join()
-    os._exit(1)
-
-  parent = multiprocessing.parent_process()
-  assert parent
-  threading.Thread(target=watch, args=(parent.join,), daemon=True).start()

@@ -170,14 +170,9 @@ def write_shard(path: str, chunks: Iterable[np.ndarray]) -> Shard:
   return shard
 
 
-def write_json(path: str, content: Any) -> None:
-  """A tree -> a JSON file that is there whole or not at all."""
-  text = json.dumps(content, indent=1, sort_keys=True) + '\n'
-  storage.write(path, text.encode())
-
-
 def write_manifest(directory: str, manifest: Manifest) -> None:
-  write_json(os.path.join(directory, MANIFEST), dataclasses.asdict(manifest))
+  path = os.path.join(directory, MANIFEST)
+  storage.write_json(path, dataclasses.asdict(manifest), indent=1, sort_keys=True)
 
 
 def sha256(path: str) -> str:

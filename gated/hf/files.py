@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from gated import storage
 from gated.config import nests
 
 CONFIG, INDEX, SINGLE = 'config.json', 'model.safetensors.index.json', 'model.safetensors'
@@ -160,8 +161,9 @@ def write(
     index |= dict.fromkeys(names, file)
   if len(shards) > 1:
     total = {'total_size': sum(map(size, headers.values()))}
-    _write_json(folder / INDEX, {'metadata': total, 'weight_map': index})
-  _write_json(folder / CONFIG, config)
+    content = {'metadata': total, 'weight_map': index}
+    storage.write_json(folder / INDEX, content, sort_keys=True)
+  storage.write_json(folder / CONFIG, config, sort_keys=True)
 
 
 def check_new(folder: Path) -> None:
@@ -202,7 +204,3 @@ def _shards(headers: Mapping[str, Tensor], limit: int) -> list[list[str]]:
 
 def _name(i: int, count: int) -> str:
   return f'model-{i + 1:05d}-of-{count:05d}.safetensors'
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-  path.write_text(json.dumps(content, indent=2, sort_keys=True) + '\n', 'utf-8')

@@ -174,7 +174,7 @@ class Lock:
     return f'{self._path} is gone: another run may have taken {self._workdir} since'
 
   def _write(self, note: Note) -> None:
-    storage.write(self._path, (json.dumps(note._asdict(), indent=2) + '\n').encode())
+    storage.write_json(self._path, note._asdict())
 
   def _read(self) -> Note | None:
     return _read(self._path, self._period)

@@ -41,9 +41,8 @@ def read(workdir: storage.Path) -> Outcome | None:
     raise ValueError(f'{path} is damaged: {error}') from error
 
 
-def write(workdir: storage.Path, found: Outcome) -> None:
-  text = json.dumps(found._asdict(), indent=2) + '\n'
-  storage.write(workdir / NAME, text.encode())
+def write(workdir: storage.Path, outcome: Outcome) -> None:
+  storage.write_json(workdir / NAME, outcome._asdict())
 
 
 def _parse(content: Any) -> Outcome:

@@ -57,7 +57,7 @@ def write(swept: Sweep, environment: Mapping[str, str] | None = None) -> Sweep:
   try:
     storage.write(where / CODE, packed)
     # Last, as it says that all of it is there.
-    metrics.write_json(where / NAME, whole)
+    storage.write_json(where / NAME, metrics.plain(whole))
   except OSError as error:
     raise ValueError(f'--dir={where} cannot be written: {error}') from error
   return open(where)

@@ -12,9 +12,9 @@ from gated.run.metrics.records import (
   dumps,
   exists,
   last_step,
+  plain,
   read,
   truncate,
-  write_json,
 )
 from gated.run.metrics.settings import Config
 from gated.run.metrics.speed import Profile, Timer, check_remote, memory, peak
@@ -35,7 +35,7 @@ __all__ = [
   'manifest',
   'memory',
   'peak',
+  'plain',
   'read',
   'truncate',
-  'write_json',
 ]

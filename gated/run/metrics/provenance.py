@@ -22,7 +22,7 @@ import jax
 
 from gated import storage
 from gated.devices import determinism
-from gated.run.metrics.records import write_json
+from gated.run.metrics.records import plain
 
 PACKAGES = (
   'jax',
@@ -71,7 +71,7 @@ def manifest(
     'changed': changed,
   } | session()
   run = {'config': config, 'data': data, 'sessions': [*sessions, entry]}
-  write_json(path, run)
+  storage.write_json(path, plain(run))
   return run
 
 

@@ -61,11 +61,6 @@ def dumps(value: Any, *, indent: int | None) -> str:
   return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
-def write_json(path: storage.PathLike, value: Any) -> None:
-  """Tree -> a JSON file that is there whole or not at all, whenever the power fails."""
-  storage.write(path, (dumps(value, indent=2) + '\n').encode())
-
-
 def line(record: Mapping[str, Any]) -> bytes:
   """Record -> its line."""
   return (dumps(record, indent=None) + '\n').encode()

@@ -163,7 +163,7 @@ def _record(folder: str, record: dict) -> None:
   """Writes what was launched; removes the record of nothing."""
   path = storage.path(folder) / RECORD
   if record['jobs']:
-    storage.write(path, (json.dumps(record, indent=2) + '\n').encode())
+    storage.write_json(path, record)
   else:
     storage.remove(path)
 
