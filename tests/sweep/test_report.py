@@ -261,7 +261,7 @@ def test_a_point_that_diverged_is_said_to_everywhere(lab, seen):
   told = {r['point']: r for r in rows(tables.of_points(found))}
   assert all(told[name]['state'] == 'diverged' for name in names)
   assert 'above 1.5 times the best' in told[names[0]]['diverged_because']
-  assert 'left as unstable' in told[names[1]]['diverged_because']
+  assert 'stopped as unstable' in told[names[1]]['diverged_because']
   assert 'grad_norm from step 87' in told[names[0]]['warnings']
   assert [r['diverged'] for r in rows(tables.of_summary(gathered))] == [*'002000']
   said = described(lab, seen=seen)
