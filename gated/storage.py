@@ -1,16 +1,15 @@
-"""Files and folders, on a disk or in an object store, by the same few verbs.
+"""Files and folders, on a disk or in an object store, with the same functions.
 
   storage.path('runs/tiny')   storage.path('gs://bucket/runs/tiny')   's3://bucket/...'
 
-An object store has no rename, no append and no lock, and a folder there is only a prefix
-of names. So nothing here needs them: what is written is there whole or not at all, and
-what is listed is what the store says now. `Path` is for spelling; its own methods that
-touch a store (exists, iterdir, mkdir, ...) answer from a cache, so the verbs here stand
-in for them.
+An object store has no rename, append or lock, and a folder there is only a prefix of
+names. No function here needs them: writes are atomic, and listings are always fresh. Use
+`Path` only to build paths; its methods that read a store (exists, iterdir, ...) use a
+stale cache.
 
-Faults of a store, its network or its credentials are OSError; s3fs and gcsfs have tried
-several times by then. Where a store's server is and who may use it are the environment's
-business: AWS_ENDPOINT_URL, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS, ...
+Errors of a store, its network or its credentials are OSError, after the retries of s3fs
+and gcsfs. Server and credentials come from the environment: AWS_ENDPOINT_URL,
+AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS, ...
 """
 
 import concurrent.futures
@@ -31,20 +30,19 @@ from etils import epath
 Path = epath.Path
 PathLike = str | os.PathLike[str]
 
-# Scheme -> the package that speaks with its stores through fsspec.
+# Scheme -> the fsspec package for it.
 STORES = {'gs': 'gcsfs', 's3': 's3fs'}
 REMOTE = tuple(f'{scheme}://' for scheme in STORES)
-THREADS = 8  # That copy at the same time.
-# What a disk says that takes nothing more: full, over quota, read-only, or broken.
+THREADS = 8  # Concurrent copies.
+# Errors of a disk that takes no more data: full, over quota, read-only, broken.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-PART = 1 << 24  # Bytes of a large file that go out at a time; THREADS * 4 are in memory.
+PART = 1 << 24  # Bytes per part of a multipart upload; THREADS * 4 parts are in memory.
 
 
 def path(spec: PathLike) -> Path:
   """A local path, gs://BUCKET/... or s3://BUCKET/... -> Path.
 
-  ValueError for another scheme, a bucket without a name, and where the package that
-  reaches the store is not installed.
+  ValueError for another scheme, a missing bucket name, or a missing package.
   """
   text = os.fspath(spec)
   scheme, colon, rest = text.partition('://')
@@ -83,21 +81,18 @@ def read(path: PathLike, limit: int) -> bytes:
       content = place.store.cat_file(place.key) if size <= limit else b''
     else:
       if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(f'{place} is no file')  # A pipe would be waited for, for ever.
+        raise OSError(f'{place} is no file')  # Reading a pipe could block forever.
       with open(path, 'rb') as file:
         size = os.fstat(file.fileno()).st_size
         content = file.read(limit + 1) if size <= limit else b''
-  size = max(size, len(content))  # It may have grown, or not know its size.
+  size = max(size, len(content))  # The file may have grown or report no size.
   if size > limit:
     raise ValueError(f'{place} has {size} bytes, but {limit} are allowed')
   return content
 
 
 def write(path: PathLike, content: bytes) -> None:
-  """Bytes -> a file that is there whole or not at all, whenever the power fails.
-
-  The folders above it are made, where a file system has such.
-  """
+  """Writes a file atomically, even on a power failure; creates its parent folders."""
   place = _Place(path)
   with place.faults():
     if place.store:
@@ -128,12 +123,12 @@ def write_json(
 
 
 def is_full(error: Exception) -> bool:
-  """Whether an error is a disk's that takes nothing more."""
+  """Whether an error means that the disk takes no more data; see FULL."""
   return isinstance(error, OSError) and error.errno in FULL
 
 
 def sync(folder: PathLike) -> None:
-  """Forces a local folder's names to the disk."""
+  """Flushes a local folder's entries to the disk."""
   handle = os.open(folder, os.O_RDONLY)
   try:
     os.fsync(handle)
@@ -142,10 +137,10 @@ def sync(folder: PathLike) -> None:
 
 
 def remove(path: PathLike) -> None:
-  """Removes a file, or a folder and all that is in it; what is not there is no fault."""
+  """Removes a file or a whole folder, if it exists."""
   place = _Place(path)
   if place.store and '/' not in place.key:
-    raise ValueError(f'{place} is a whole bucket, which nothing here removes')
+    raise ValueError(f'{place} is a whole bucket, which is never removed')
   with place.faults():
     if not place.store:
       if os.path.isdir(path) and not os.path.islink(path):
@@ -153,13 +148,13 @@ def remove(path: PathLike) -> None:
       else:
         pathlib.Path(path).unlink(missing_ok=True)
       return
-    # Names are taken as they are: fsspec's own rm would read [a-z] and * as patterns.
-    found = place.store.find(place.key, detail=True)
-    _together(lambda key: _gone(place.store, key), [place.key, *found])
+    # fsspec's rm would expand [a-z] and * in names as patterns.
+    keys = place.store.find(place.key, detail=True)
+    _for_each(lambda key: _remove_key(place.store, key), [place.key, *keys])
 
 
 def exists(path: PathLike) -> bool:
-  """Whether a file is there, or a folder; in a store, a folder that holds something."""
+  """Whether a file or folder exists; in a store, folders without files do not."""
   place = _Place(path)
   if not place.store:
     return os.path.exists(path)
@@ -172,13 +167,13 @@ def exists(path: PathLike) -> bool:
 
 
 def make(folder: PathLike) -> None:
-  """Makes a folder and those above it, where a file system has such."""
+  """Creates a local folder and its parents; does nothing for a store."""
   if not is_remote(folder):
     os.makedirs(folder, exist_ok=True)
 
 
 def modified(path: PathLike) -> float:
-  """A file -> when it was last written, in seconds since 1970 by its store's clock."""
+  """A file -> its modification time, in seconds since 1970 by the store's clock."""
   place = _Place(path)
   with place.faults():
     if place.store:
@@ -187,44 +182,41 @@ def modified(path: PathLike) -> float:
 
 
 def names(folder: PathLike) -> list[str]:
-  """A folder -> the names directly in it, sorted; [] where there is none."""
+  """A folder -> its entries' names, sorted; [] if it does not exist."""
   place = _Place(folder)
   with place.faults():
     try:
       if not place.store:
         return sorted(os.listdir(folder))
-      found = place.store.ls(place.key, detail=True, refresh=True)
+      entries = place.store.ls(place.key, detail=True, refresh=True)
     except (FileNotFoundError, NotADirectoryError):
       return []
-    inner = (place.below(entry['name'].rstrip('/')) for entry in found)
+    inner = (place.below(entry['name'].rstrip('/')) for entry in entries)
     return sorted({name for name in inner if name})
 
 
 def sizes(folder: PathLike) -> dict[str, int]:
-  """A folder -> the bytes of each file below it, by its name relative to the folder."""
+  """A folder -> {relative name: bytes} of all files below it."""
   place = _Place(folder)
-  found: dict[str, int] = {}
+  result: dict[str, int] = {}
   with place.faults():
     if place.store:
       for key, entry in place.store.find(place.key, detail=True).items():
-        # A key that ends in a slash is how some tools draw an empty folder.
+        # Some tools mark an empty folder by a key that ends in a slash.
         if (name := place.below(key)) and entry['type'] == 'file' and key[-1] != '/':
-          found[name] = entry['size']
-      return found
+          result[name] = entry['size']
+      return result
     for top, _, files in os.walk(folder):
       for file in files:
         with contextlib.suppress(FileNotFoundError):
           full = os.path.join(top, file)
           name = pathlib.Path(full).relative_to(folder).as_posix()
-          found[name] = os.path.getsize(full)
-  return found
+          result[name] = os.path.getsize(full)
+  return result
 
 
 def upload(local: PathLike, remote: PathLike, names: Iterable[str]) -> None:
-  """Copies files, by their names relative to a local folder, to a folder in a store.
-
-  All of them, or an error; several at a time.
-  """
+  """Copies the named files of a local folder to a folder in a store, in parallel."""
 
   def put(name: str) -> None:
     place = _Place(Path(remote) / name)
@@ -232,14 +224,13 @@ def upload(local: PathLike, remote: PathLike, names: Iterable[str]) -> None:
       source = os.fspath(inside(local, name))
       place.store.put_file(source, place.key, chunksize=PART, max_concurrency=4)
 
-  _together(put, [name for name in names if inside(local, name)])
+  _for_each(put, [name for name in names if inside(local, name)])
 
 
 def download(remote: PathLike, local: PathLike, names: Iterable[str]) -> None:
-  """Copies files, by their names relative to a folder in a store, to a local folder.
+  """Copies the named files of a folder in a store to a local folder, in parallel.
 
-  All of them, or an error; several at a time. ValueError for a name that would leave the
-  folder, before anything is copied.
+  ValueError for a name outside the folder, before any copy starts.
   """
 
   def get(name: str) -> None:
@@ -254,13 +245,13 @@ def download(remote: PathLike, local: PathLike, names: Iterable[str]) -> None:
         with contextlib.suppress(OSError):
           os.remove(draft)
 
-  _together(get, [name for name in names if inside(local, name)])
+  _for_each(get, [name for name in names if inside(local, name)])
 
 
 def inside(folder: PathLike, name: str) -> Path:
-  """A name that a stranger wrote -> its path, which lies in the folder, links followed.
+  """An untrusted name -> its path inside the folder.
 
-  ValueError for any other.
+  ValueError for a path outside the folder, also through symbolic links.
   """
   pure = pathlib.PurePosixPath(name)
   inner = bool(pure.name) and '\0' not in name and not pure.is_absolute()
@@ -274,7 +265,7 @@ def inside(folder: PathLike, name: str) -> Path:
 
 
 class _Place:
-  """A path, with the fsspec file system that serves it; None for the local one."""
+  """A path and its fsspec file system, None for a local path."""
 
   def __init__(self, path: PathLike):
     self.text, self.key = os.fspath(path), ''
@@ -288,39 +279,39 @@ class _Place:
     return self.text
 
   def below(self, key: str) -> str:
-    """The store's name of an object -> its name below this place; '' if it is not."""
+    """An object's key -> its name relative to this path; '' if it is outside."""
     prefix = f'{self.key}/'
     return key.removeprefix(prefix) if key.startswith(prefix) else ''
 
   @contextlib.contextmanager
   def faults(self) -> Generator[None, None, None]:
-    """Turns what a store's package raises into OSError that names the place."""
+    """Turns errors of the store's package into OSError with this path."""
     try:
       yield
     except Exception as error:
       if not self.store:
         raise
-      kind = type(error) if isinstance(error, _TELLING) else OSError
+      kind = type(error) if isinstance(error, _SPECIFIC) else OSError
       raise kind(f'{self}: {error or repr(error)}') from error
 
 
-_TELLING = (FileNotFoundError, PermissionError, IsADirectoryError)
+_SPECIFIC = (FileNotFoundError, PermissionError, IsADirectoryError)
 
 
 def _store(scheme: str) -> Any:
-  """Scheme -> its fsspec file system, which fsspec keeps one of for each process."""
+  """Scheme -> its fsspec file system; fsspec keeps one per process."""
   import fsspec
 
   return fsspec.filesystem(scheme, use_listings_cache=False)
 
 
-def _gone(store: Any, key: str) -> None:
+def _remove_key(store: Any, key: str) -> None:
   with contextlib.suppress(FileNotFoundError):
     store.rm_file(key)
 
 
-def _together(do: Callable[[str], None], names: Iterable[str]) -> None:
-  """Does it for every name, several at a time; the first error ends it."""
+def _for_each(do: Callable[[str], None], names: Iterable[str]) -> None:
+  """Calls `do` for every name, in parallel; the first error cancels the rest."""
   with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
     try:
       for _ in pool.map(do, names):

@@ -17,11 +17,11 @@ import numpy as np
 from gated.data import mixture, shards, tokenizer, workers
 from gated.data.shards import Batch
 
-THREADS = 4  # That read and parse, in each process; a batch is one thread's work.
+THREADS = 4  # Readers per process; one thread reads a whole batch.
 
 
 class Corpus:
-  """An opened mixture; rows are read when they are asked for."""
+  """An opened mixture, read lazily."""
 
   def __init__(
     self,
@@ -43,12 +43,12 @@ class Corpus:
     self._records = self._open_records()
     self._heldout = mixture.heldout_domains(parts)
     self.domains = tuple(self._heldout)
-    self.rows = sum(part.rows('train') for part in parts)  # To train on.
-    self.max_segments = max(part.segments() for part in parts)  # In one row.
+    self.rows = sum(part.rows('train') for part in parts)  # Training rows.
+    self.max_segments = max(part.segments() for part in parts)  # Per row.
     self.fingerprint = mixture.fingerprint(parts)
 
   def check_tokenizer(self, path: Path) -> None:
-    """Raises ValueError unless the rows are of the tokenizer in that file."""
+    """Raises ValueError unless the file holds the data's tokenizer."""
     ours = self.tokenizer
     theirs = tokenizer.load(str(path), eos=ours.eos_token if ours.path else '')
     if theirs.fingerprint != ours.fingerprint:
@@ -58,9 +58,9 @@ class Corpus:
       )
 
   def train(self, data_step: int, rows: Sequence[int]) -> Iterator[Batch]:
-    """Batches from data_step on, for ever: of each, the in-batch indices `rows`.
+    """Endless batches from data_step on, each with the in-batch indices `rows`.
 
-    The same rows in the same order whatever config.data.workers and prefetch are.
+    config.data.workers and prefetch do not change the rows or their order.
     """
     import grain
 
@@ -79,14 +79,14 @@ class Corpus:
     )
     dataset = dataset.to_iter_dataset(options)
     if self._workers:
-      # Workers take whole batches in turn, so their number does not show.
+      # Workers take whole batches in turn, so their number does not change the order.
       dataset = dataset.mp_prefetch(
         grain.multiprocessing.MultiprocessingOptions(
           num_workers=self._workers, per_worker_buffer_size=ahead
         ),
         worker_init_fn=workers.die_with_parent,
       )
-      # Their batches lie in memory shared with them; a plain array is anyone's to keep.
+      # Copy the batches out of the memory shared with the workers.
       return (Batch(*(np.array(x) for x in batch)) for batch in dataset)
     return iter(dataset)
 
@@ -98,11 +98,11 @@ class Corpus:
     """[part of the mixture, shard, record] of each row of a step's batch."""
     ids = []
     for g in range(data_step * self._batch, (data_step + 1) * self._batch):
-      which, k = self._turns[g]
-      order, files, starts = self._order(which)
+      part, k = self._turns[g]
+      order, files, starts = self._order(part)
       index = int(order[k])
       shard = bisect.bisect_right(starts, index) - 1
-      ids.append([self._parts[which].label, files[shard].file, index - starts[shard]])
+      ids.append([self._parts[part].label, files[shard].file, index - starts[shard]])
     return ids
 
   def heldout_rows(self, domain: str) -> int:
@@ -114,15 +114,15 @@ class Corpus:
   ) -> Iterator[tuple[Batch, np.ndarray]]:
     """The first `limit` held-out rows (0 is all), always the same -> (Batch, bytes_B).
 
-    bytes_B counts the text that a row's targets cover. Of each batch only the in-batch
-    indices `rows`; the last batch is filled with rows of weight 0.
+    bytes_B counts the text bytes of a row's targets. Each batch holds only the in-batch
+    indices `rows`; the last one is padded with rows of weight 0.
     """
     for first in range(0, self._limit(domain, limit), batch):
       rows_B = self._heldout_block(domain, [first + i for i in rows], limit)
       yield shards.batch(rows_B), rows_B['bytes'].astype(np.int64)
 
   def heldout_text(self, domain: str, limit: int) -> bytes:
-    """The text that the targets of the first `limit` held-out rows (0 is all) spell."""
+    """The text of the targets in the first `limit` held-out rows (0 is all)."""
     pieces = []
     for i in range(self._limit(domain, limit)):
       row = shards.batch(self._heldout_block(domain, [i], limit))
@@ -159,7 +159,7 @@ class Corpus:
 
   @functools.cache  # noqa: B019
   def _order(self, which: int) -> tuple[Any, list[shards.Shard], list[int]]:
-    """-> index in a part to record, shuffled; the part's shards; where each starts."""
+    """-> shuffled record indices of a part, its shards, and each shard's first index."""
     import grain
 
     files = self._parts[which].files('train')
@@ -167,10 +167,10 @@ class Corpus:
     return self._shuffled(grain.MapDataset.range(starts[-1]), which), files, starts[:-1]
 
   def _shuffled(self, dataset: Any, which: int) -> Any:
-    """Every epoch another order of all rows.
+    """Reshuffles all rows in every epoch.
 
-    grain shuffles epoch e with seed + e, so that seeds 1 and 2 would share all orders but
-    one: the seed is hashed first.
+    grain shuffles epoch e with seed + e, so seeds 1 and 2 would share all orders but one;
+    hashing the seed first avoids that.
     """
     part = self._parts[which]
     words = f'{self._seed} {part.manifest.digest} {part.domain}'
@@ -179,13 +179,13 @@ class Corpus:
 
 
 class _Steps:
-  """A data source: what one host needs, batch after batch, of an endless dataset."""
+  """A data source of one host's rows, batch after batch."""
 
   def __init__(self, records: Any, *, first: int, batch: int, rows: list[int]):
     self._records, self._first, self._batch, self._rows = records, first, batch, rows
 
   def __len__(self) -> int:
-    # As good as endless, and small enough for grain to round up.
+    # Practically endless, and small enough that grain can round it up.
     return (sys.maxsize >> 1) // self._batch * len(self._rows) - self._first
 
   def __getitem__(self, index: int) -> bytes:
