@@ -1,8 +1,8 @@
-"""Attention: projections, QK-norm, RoPE, the kernel, and five places for a gate.
+"""Attention: projections, QK-norm, RoPE, the kernel, and five positions for a gate.
 
-The remedies that others have found for attention sinks stand here beside the gates: what
-shares the softmax's denominator (off-by-one, sink logits, sink tokens), what takes the
-softmax's place, what is done to each head's output.
+Beside the gates are other remedies for attention sinks: extra terms in the softmax
+denominator (off-by-one, sink logits, sink tokens), replacements of the softmax, and
+normalization or activation of each head's output.
 
 B batch  T tokens  D width  H heads  G KV heads  K head width  N sink tokens
 E SwitchHead's experts
@@ -24,42 +24,42 @@ from gated.model.layers import (
   Numerics,
   RMSNorm,
   Yarn,
-  named,
+  child_key,
   rope,
 )
 
 _NAME = 'config.model.attn'
 
-# Those of softmax differ in what their denominators hold beside the keys.
+# Normalizers that run the softmax kernel; they differ in the extra denominator terms.
 OVER_SOFTMAX = ('softmax', 'off_by_one', 'sink_logit')
 NORMALIZERS = (*OVER_SOFTMAX, *(n for n in kernels.NORMALIZERS if n != 'softmax'))
 
-# What is done to each head's output, before its gate (Table 3).
+# Applied to each head's output, before its gate (Table 3).
 OUTPUTS = ('none', 'rms_norm', 'silu')
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-  """Grouped-query attention (arXiv 2305.13245); the head width is its own."""
+  """Grouped-query attention (arXiv 2305.13245)."""
 
   heads: int  # H query heads
-  kv_heads: int  # G heads of keys and values, each shared by H / G query heads
-  head_dim: int  # K
+  kv_heads: int  # G KV heads, each shared by H / G query heads
+  head_dim: int  # K, independent of width / heads
   qk_norm: bool  # RMSNorm of each head's query and key, before RoPE
   bias: bool  # on the query, key and value projections
   out_bias: bool  # on the output projection
   rope_base: float
   yarn: Yarn
-  # softmax; off_by_one: 1 joins its denominator (Miller 2023); sink_logit: exp(s) of a
-  # learned s per head does (gpt-oss); sigmoid, softpick: as in kernels.NORMALIZERS
+  # softmax; off_by_one: adds 1 to its denominator (Miller 2023); sink_logit: adds exp(s)
+  # with a learned s per head (gpt-oss); sigmoid, softpick: see kernels.NORMALIZERS
   normalizer: str
-  sink_tokens: int  # N learned keys per KV head, without a position, that all tokens see
-  sink_values: str  # theirs: learned, or zero
-  logit_cap: float  # c tanh(score / c); 0 for none
-  output: str  # of OUTPUTS
+  sink_tokens: int  # N learned keys per KV head; all tokens see them; no RoPE
+  sink_values: str  # values of the sink tokens: learned, or zero
+  logit_cap: float  # c tanh(score / c); 0 turns it off
+  output: str  # one of OUTPUTS
   switch: switch.Config
-  backend: str  # of kernels.ATTENTION, or auto
-  max_segments: int  # the most documents that a packed row may hold, for fused kernels
+  backend: str  # a key of kernels.ATTENTION, or auto
+  max_segments: int  # maximum documents in a packed row, for fused kernels
   gate: gate.Config
 
   def __post_init__(self):
@@ -81,33 +81,34 @@ class Config:
     if self.sink_tokens and self.normalizer not in OVER_SOFTMAX:
       raise ValueError(
         f'{_NAME}.sink_tokens={self.sink_tokens} with {_NAME}.normalizer='
-        f'{self.normalizer!r}, but they share a softmax: allowed are '
+        f'{self.normalizer!r}, but sink tokens need a softmax: allowed are '
         f'{", ".join(map(repr, OVER_SOFTMAX))}'
       )
     valued = self.sink_tokens and self.sink_values == 'learned'
     if self.has_sinks and not valued and self.output == 'rms_norm':
       raise ValueError(
-        f"{_NAME}.output='rms_norm' with sinks that add nothing ({_NAME}.normalizer="
-        f'{self.normalizer!r}, {_NAME}.sink_tokens={self.sink_tokens}): they only scale '
-        'the output, and the norm divides that out again'
+        f"{_NAME}.output='rms_norm' with sinks without values ({_NAME}.normalizer="
+        f'{self.normalizer!r}, {_NAME}.sink_tokens={self.sink_tokens}): such sinks only '
+        "scale the output, and the norm cancels the scale; allowed is output='none' or "
+        "'silu'"
       )
     if self.qk_norm:
       self.gate.check_qk_norm()
       if self.switch.where == 'key_value' and self.switch.top_k == 1:
         raise ValueError(
-          f"{_NAME}.switch.top_k=1 with where='key_value': QK-norm divides the score of "
-          f'a single key out again, and its router learns nothing: take top_k >= 2, '
+          f"{_NAME}.switch.top_k=1 with where='key_value': QK-norm cancels the score of "
+          'a single key, so its router would learn nothing; allowed are top_k >= 2, '
           f"where='value', or {_NAME}.qk_norm=False"
         )
 
   @property
   def has_sinks(self) -> bool:
-    """Whether something shares the softmax's denominator with the keys."""
+    """Whether the softmax denominator has extra terms."""
     return bool(self.sink_tokens) or self.normalizer in ('off_by_one', 'sink_logit')
 
 
 class Attention(nnx.Module):
-  """One layer's attention: x_BTD, normalised -> what it adds to the residual."""
+  """One layer's attention: pre-normalized x_BTD -> the update of the residual stream."""
 
   def __init__(
     self, cfg: Config, key: jax.Array, *, width: int, std_out: float, numerics: Numerics
@@ -118,15 +119,15 @@ class Attention(nnx.Module):
     inward = functools.partial(dense, std=numerics.init_std, bias=cfg.bias)
     query = ('embed', 'heads', 'head_dim')
     keys = ('embed', 'kv_heads', 'head_dim')
-    self.query = inward(named(key, 'query'), (width,), (H, K), axes=query)
+    self.query = inward(child_key(key, 'query'), (width,), (H, K), axes=query)
     switched = {'none': '', 'value': 'value', 'key_value': 'key value'}[cfg.switch.where]
 
     def project(name):
       if name not in switched.split():
-        return inward(named(key, name), (width,), (G, K), axes=keys)
+        return inward(child_key(key, name), (width,), (G, K), axes=keys)
       return switch.Switched(
         cfg.switch,
-        named(key, name),
+        child_key(key, name),
         width=width,
         kv_heads=G,
         head_dim=K,
@@ -136,14 +137,13 @@ class Attention(nnx.Module):
 
     self.key, self.value = project('key'), project('value')
     outward = dict(axes=('heads', 'head_dim', 'embed'), std=std_out, bias=cfg.out_bias)
-    self.out = dense(named(key, 'out'), (H, K), (width,), **outward)
+    self.out = dense(child_key(key, 'out'), (H, K), (width,), **outward)
     norm = lambda: RMSNorm(K, axes=('head_dim',), numerics=numerics)
     self.query_norm = norm() if cfg.qk_norm else None
     self.key_norm = norm() if cfg.qk_norm else None
-    # A softmax over the keys alone, or one of its replacements, has no sinks.
     make_sinks = functools.partial(
       sinks.Sinks,
-      named(key, 'sinks'),
+      child_key(key, 'sinks'),
       tokens=cfg.sink_tokens,
       values=cfg.sink_values,
       normalizer=cfg.normalizer,
@@ -155,26 +155,24 @@ class Attention(nnx.Module):
       numerics=numerics,
     )
     self.sinks = make_sinks() if cfg.has_sinks else None
-    # The paper calls it GroupNorm, of "almost no additional parameters": H K of them.
+    # The paper's GroupNorm with "almost no additional parameters": H K of them.
     by_head = functools.partial(RMSNorm, (H, K), axes=('heads', 'head_dim'))
     normed = cfg.output == 'rms_norm'
     self.output_norm = by_head(numerics=numerics) if normed else None
-    heads = G if cfg.gate.position in ('key', 'value') else H
-    make = functools.partial(gate.Gate, width=width, heads=heads, head_dim=K)
-    gated = cfg.gate.position != 'none'
-    key_gate = named(key, 'gate')
-    self.gate = make(cfg.gate, key_gate, numerics=numerics) if gated else None
+    sizes = dict(width=width, heads=H, kv_heads=G, head_dim=K)
+    make_gate = functools.partial(gate.Gate, cfg.gate, child_key(key, 'gate'), **sizes)
+    self.gate = make_gate(numerics=numerics) if cfg.gate.at else None
 
   def __call__(
     self, x_BTD: jax.Array, angle_BTk: jax.Array, segment_BT: jax.Array | None
   ) -> jax.Array:
-    still_BTHK, k_BTGK = self._query_and_key(x_BTD, angle_BTk)
+    unrotated_BTHK, k_BTGK = self._query_and_key(x_BTD, angle_BTk)
     v_BTGK = self._gated('value', self.value(x_BTD), x_BTD)
-    # As the activations are; a backend gathers its rows' keys itself.
+    # Split like the activations; the backend gathers the keys of its rows.
     k_BTGK = mesh.constrain(k_BTGK, 'batch', 'tokens', 'kv_heads', None)
     v_BTGK = mesh.constrain(v_BTGK, 'batch', 'tokens', 'kv_heads', None)
-    q_BTHK = self._turned(still_BTHK, angle_BTk)
-    y_BTHK = self._attend(still_BTHK, q_BTHK, k_BTGK, v_BTGK, segment_BT)
+    q_BTHK = self._rotated(unrotated_BTHK, angle_BTk)
+    y_BTHK = self._attend(unrotated_BTHK, q_BTHK, k_BTGK, v_BTGK, segment_BT)
     if self.output_norm is not None:
       y_BTHK = self.output_norm(y_BTHK)
     elif self.cfg.output == 'silu':
@@ -183,36 +181,35 @@ class Attention(nnx.Module):
     return self._gated('out', self.out(y_BTHK), x_BTD)
 
   def query_and_key(self, x_BTD, angle_BTk) -> tuple[jax.Array, jax.Array]:
-    """-> (q_BTHK, k_BTGK) as the kernel gets them: normed, gated, turned and scaled."""
-    still_BTHK, k_BTGK = self._query_and_key(x_BTD, angle_BTk)
-    return self._turned(still_BTHK, angle_BTk), k_BTGK
+    """-> (q_BTHK, k_BTGK), the kernel inputs: normed, gated, rotated and scaled."""
+    unrotated_BTHK, k_BTGK = self._query_and_key(x_BTD, angle_BTk)
+    return self._rotated(unrotated_BTHK, angle_BTk), k_BTGK
 
   def _query_and_key(self, x_BTD, angle_BTk) -> tuple[jax.Array, jax.Array]:
-    """Queries before RoPE, as sinks meet them, and keys after it."""
+    """-> queries before RoPE, which the sinks need, and keys after RoPE."""
     q_BTHK = self._normed('query', self.query(x_BTD), x_BTD, self.query_norm)
     k_BTGK = self._normed('key', self.key(x_BTD), x_BTD, self.key_norm)
-    return q_BTHK, self._turned(k_BTGK, angle_BTk)
+    return q_BTHK, self._rotated(k_BTGK, angle_BTk)
 
-  def _turned(self, x_BTHK, angle_BTk) -> jax.Array:
+  def _rotated(self, x_BTHK, angle_BTk) -> jax.Array:
     return rope(x_BTHK, angle_BTk, self.cfg.yarn.scale)
 
-  def _attend(self, still_BTHK, q_BTHK, k_BTGK, v_BTGK, segment_BT) -> jax.Array:
-    """Attention, with sinks if there are any: they meet queries before RoPE."""
+  def _attend(self, unrotated_BTHK, q_BTHK, k_BTGK, v_BTGK, segment_BT) -> jax.Array:
     cfg, qkvs = self.cfg, (q_BTHK, k_BTGK, v_BTGK, segment_BT)
-    opts: dict[str, Any] = dict(backend=cfg.backend, max_segments=cfg.max_segments)
-    opts |= dict(cap=cfg.logit_cap)
+    opts: dict[str, Any] = dict(backend=cfg.backend, cap=cfg.logit_cap)
+    opts['max_segments'] = cfg.max_segments
     if self.sinks is None:
       return kernels.attend(*qkvs, normalizer=cfg.normalizer, **opts)
-    return self.sinks(*kernels.attend_lse(*qkvs, **opts), still_BTHK)
+    return self.sinks(*kernels.attend_lse(*qkvs, **opts), unrotated_BTHK)
 
   def _gated(self, position: str, y: jax.Array, x_BTD: jax.Array) -> jax.Array:
-    """y, gated if the gate stands at this position."""
+    """Applies the gate to y if it is configured for this position."""
     if self.gate is None or self.cfg.gate.position != position:
       return y
     return self.gate(y, x_BTD)
 
   def _normed(self, position: str, y, x_BTD: jax.Array, norm: RMSNorm | None):
-    """QK-norm of a query or a key, with a gate before or after it, or none."""
+    """Applies QK-norm to a query or key, and the gate before or after it."""
     late = self.cfg.gate.place == 'after'
     y = y if late else self._gated(position, y, x_BTD)
     y = y if norm is None else norm(y)

@@ -1,7 +1,8 @@
-"""The decoder: blocks of gated attention and SwiGLU or experts, stacked, and their count.
+"""The decoder, its parameter counts and its FLOPs.
 
-Pre-norm: x += attention(norm(x)); x += ffn(norm(x)). The layers' parameters are stacked
-along a leading dim, and run by `jax.lax.scan` or by an unrolled loop.
+Pre-norm blocks: x += attention(norm(x)); x += ffn(norm(x)), where ffn is SwiGLU or a
+mixture of experts. The parameters of all layers are stacked along a leading dim; the
+layers run in `jax.lax.scan` or in an unrolled loop.
 
 B batch  T tokens  D width  V vocabulary  L layers
 """
@@ -24,42 +25,42 @@ from gated.model.layers import (
   Numerics,
   RMSNorm,
   SwiGLU,
-  named,
+  child_key,
   rope_angles,
   rope_frequencies,
 )
 
 _POLICIES = jax.checkpoint_policies
 
-# The most that a knob may ask for: far beyond every model there is. A larger number is a
-# slip of the hand, or a stranger's, and would take the memory or the time of the machine.
+# Upper limits of the knobs, far above any existing model: a typo or an untrusted config
+# must not exhaust the machine's memory or time.
 LIMITS = {'vocab': 1 << 24, 'width': 1 << 20, 'depth': 1 << 12, 'ffn': 1 << 22}
 
-# What the forward pass keeps for the backward pass; the rest is computed again.
+# What the forward pass stores for the backward pass; the rest is recomputed.
 REMAT = {
-  'none': None,  # keep everything: fastest, most memory
-  'full': _POLICIES.nothing_saveable,  # keep only each layer's input
-  'dots': _POLICIES.dots_with_no_batch_dims_saveable,  # keep the outputs of projections
+  'none': None,  # everything: fastest, most memory
+  'full': _POLICIES.nothing_saveable,  # each layer's input only
+  'dots': _POLICIES.dots_with_no_batch_dims_saveable,  # outputs of projections
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-  """A decoder."""
+  """Model configuration: `config.model`."""
 
   vocab: int  # V
   width: int  # D
   depth: int  # L
-  ffn: int  # hidden size of SwiGLU; of each expert, where there are experts
-  tied: bool  # one table embeds and unembeds
-  mask_documents: bool  # a token attends within its own document; else a row is one
+  ffn: int  # hidden size of SwiGLU, or of each expert
+  tied: bool  # the unembedding is the embedding table
+  mask_documents: bool  # attend within documents; False: a row is one document
   layers: str  # scan, or unroll
-  remat: str  # of REMAT
-  norm: str  # before each branch: rms, or gated (arXiv 2601.22966)
-  norm_rank: int  # of the gated norm
-  branch_norm: str  # on what a branch adds: none, or rms (sandwich norm, section 4.3)
-  branch_clip: float  # clips what a branch adds to (-c, c) (appendix A.6); 0 for none
-  logit_cap: float  # c tanh(logit / c) on the output; 0 for none
+  remat: str  # a key of REMAT
+  norm: str  # norm before each branch: rms, or gated (arXiv 2601.22966)
+  norm_rank: int  # rank of the gated norm
+  branch_norm: str  # norm after each branch: none, or rms (sandwich norm, section 4.3)
+  branch_clip: float  # clips each branch's output to (-c, c) (appendix A.6); 0: off
+  logit_cap: float  # c tanh(logit / c) on the output; 0: off
   numerics: Numerics
   attn: attention.Config
   moe: moe.Config
@@ -77,25 +78,25 @@ class Config:
 
 
 class Block(nnx.Module):
-  """One layer: x_BTD -> (x_BTD, its router's report, or None)."""
+  """One layer: x_BTD -> (x_BTD, the router's report or None)."""
 
   def __init__(self, cfg: Config, key: jax.Array):
     self.clip = cfg.branch_clip
     std_out = cfg.numerics.residual_std(cfg.depth)
     opts: dict[str, Any] = dict(width=cfg.width, std_out=std_out, numerics=cfg.numerics)
     norm = lambda name: NORMS[cfg.norm](
-      named(key, name), cfg.width, cfg.norm_rank, cfg.numerics
+      child_key(key, name), cfg.width, cfg.norm_rank, cfg.numerics
     )
     sandwich = cfg.branch_norm == 'rms'
     branch_norm = lambda: RMSNorm(cfg.width, axes=(None,), numerics=cfg.numerics)
     self.attn_norm = norm('attn_norm')
-    self.attn = attention.Attention(cfg.attn, named(key, 'attn'), **opts)
+    self.attn = attention.Attention(cfg.attn, child_key(key, 'attn'), **opts)
     self.attn_branch_norm = branch_norm() if sandwich else None
     self.ffn_norm = norm('ffn_norm')
     if cfg.moe.experts:
-      self.ffn = moe.MoE(cfg.moe, named(key, 'ffn'), hidden=cfg.ffn, **opts)
+      self.ffn = moe.MoE(cfg.moe, child_key(key, 'ffn'), hidden=cfg.ffn, **opts)
     else:
-      self.ffn = SwiGLU(named(key, 'ffn'), hidden=cfg.ffn, **opts)
+      self.ffn = SwiGLU(child_key(key, 'ffn'), hidden=cfg.ffn, **opts)
     self.ffn_branch_norm = branch_norm() if sandwich else None
 
   def __call__(
@@ -112,24 +113,31 @@ class Block(nnx.Module):
     return x_BTD + self._branch(y_BTD, self.ffn_branch_norm), report
 
   def _branch(self, y_BTD: jax.Array, norm: RMSNorm | None) -> jax.Array:
-    """What a branch adds to the residual, normalised and clipped if so configured."""
+    """A branch's output, normalized and clipped if configured."""
     y_BTD = y_BTD if norm is None else norm(y_BTD)
     return jnp.clip(y_BTD, -self.clip, self.clip) if self.clip else y_BTD
 
 
+# Called in place of a block: (block, x_BTD, angle_BTk, segment_BT, live_BT) -> (x_BTD,
+# extra). `extra` is a pytree of arrays. live_BT is False at padding.
+Through = Callable[
+  [Block, jax.Array, jax.Array, jax.Array | None, jax.Array], tuple[jax.Array, Any]
+]
+
+
 class Transformer(nnx.Module):
-  """A language model: `model(tokens) -> logits`; training goes through `hidden`."""
+  """A language model: `model(tokens) -> logits`; training calls `hidden`."""
 
   def __init__(self, cfg: Config, key: jax.Array):
     self.cfg = cfg
     table = functools.partial(Embed, vocab=cfg.vocab, width=cfg.width)
-    self.embed = table(named(key, 'embed'), numerics=cfg.numerics)
-    keys = jax.random.split(named(key, 'blocks'), cfg.depth)
+    self.embed = table(child_key(key, 'embed'), numerics=cfg.numerics)
+    keys = jax.random.split(child_key(key, 'blocks'), cfg.depth)
     self.blocks = jax.vmap(lambda k: Block(cfg, k))(keys)
     self.norm = NORMS[cfg.norm](
-      named(key, 'norm'), cfg.width, cfg.norm_rank, cfg.numerics
+      child_key(key, 'norm'), cfg.width, cfg.norm_rank, cfg.numerics
     )
-    head = named(key, 'head')
+    head = child_key(key, 'head')
     self.head = None if cfg.tied else table(head, numerics=cfg.numerics)
 
   def hidden(
@@ -138,14 +146,25 @@ class Transformer(nnx.Module):
     segment_BT=None,
     position_BT=None,
     *,
-    through: Callable[..., tuple[jax.Array, Any]] = Block.__call__,
+    through: Through = Block.__call__,
   ) -> tuple[jax.Array, Any]:
-    """Tokens -> (the final, normalised hidden states x_BTD, the routers' reports).
+    """Tokens -> (final normalized hidden states x_BTD, the blocks' second results).
 
-    The states are in the compute dtype; the reports are stacked over layers, or None
-    without experts. Without segments a row is one document; without positions they count
-    from 0. So it is too, whatever is given, where `mask_documents` is off. `through` is
-    called in the place of each block, with it and what it is called with.
+    The states are in the compute dtype. The second results, here the routers' reports,
+    are stacked over layers (None without experts). Without segments, or with
+    `mask_documents` off, a row is one document; without positions, or with
+    `mask_documents` off, positions count from 0.
+
+    `through` replaces the call of each block. Use it to measure activations or to
+    intervene on them without changing the model; it runs under scan, remat, sharding and
+    gradients like the block itself. To read the gate scores of all layers:
+
+      def scores(block, x_BTD, angle_BTk, segment_BT, live_BT):
+        score = block.attn.gate.score(block.attn_norm(x_BTD))
+        x_BTD, _ = block(x_BTD, angle_BTk, segment_BT, live_BT)
+        return x_BTD, score
+
+      x_BTD, score_LBTHK = model.hidden(tokens, segments, positions, through=scores)
     """
     cfg = self.cfg
     # Segment 0 is padding.
@@ -161,21 +180,21 @@ class Transformer(nnx.Module):
       run = jax.checkpoint(run, policy=REMAT[cfg.remat], prevent_cse=cfg.layers != 'scan')
     x_BTD = self.embed(token_BT)
     if cfg.layers == 'scan':
-      x_BTD, reports = jax.lax.scan(run, x_BTD, self.blocks)
+      x_BTD, stacked = jax.lax.scan(run, x_BTD, self.blocks)
     else:
-      each = []
+      extras = []
       for block in unstack(self.blocks, cfg.depth):
-        x_BTD, report = run(x_BTD, block)
-        each.append(report)
-      reports = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-    return self.norm(mesh.constrain(x_BTD, 'batch', 'tokens', None)), reports
+        x_BTD, extra = run(x_BTD, block)
+        extras.append(extra)
+      stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *extras)
+    return self.norm(mesh.constrain(x_BTD, 'batch', 'tokens', None)), stacked
 
   def unembedding(self) -> jax.Array:
-    """The weight w_VD whose product with the hidden states is the logits."""
+    """The weight w_VD that maps hidden states to logits."""
     return (self.embed if self.head is None else self.head).table[...]
 
   def __call__(self, token_BT, segment_BT=None, position_BT=None) -> jax.Array:
-    """Tokens -> logits_BTV in float32, all of them at once: for evaluation and parity."""
+    """Tokens -> logits_BTV in float32, for evaluation; training uses `vocab_loss`."""
     x_BTD, _ = self.hidden(token_BT, segment_BT, position_BT)
     w_VD = self.unembedding().astype(x_BTD.dtype)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -183,7 +202,7 @@ class Transformer(nnx.Module):
 
 
 def unstack(blocks: Block, depth: int) -> list[Block]:
-  """Stacked layers -> a list of them; the gradient is one concatenation per parameter."""
+  """Stacked layers -> a list; its gradient is one concatenation per parameter."""
   leaves, tree = jax.tree.flatten(blocks)
   split = [jax.lax.split(leaf, (1,) * depth) for leaf in leaves]
   return [
@@ -192,30 +211,30 @@ def unstack(blocks: Block, depth: int) -> list[Block]:
 
 
 def abstract(cfg: Config) -> Transformer:
-  """The model's shapes, without memory or computation."""
+  """The model as a tree of shapes; allocates nothing."""
   return jax.eval_shape(lambda: Transformer(cfg, jax.random.key(0)))
 
 
 def count(tree) -> int:
-  """How many numbers a tree of arrays or shapes holds."""
+  """Number of elements in a tree of arrays or shapes."""
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def parts(cfg: Config) -> dict[str, int]:
-  """How many parameters a model has: total, active for a token, and by part.
+  """Parameter counts: total, active per token, and by part.
 
-  `attention` is all of the attention layers but the gate; `experts` those that a router
-  chooses among, of which a token visits the active ones.
+  `attention` excludes the gate; `experts` counts the routed experts, of which `active`
+  includes the top k.
   """
   sizes = {name: leaf.size for name, leaf in trees.flatten(abstract(cfg)).items()}
   within = lambda *groups: sum(
     size for name, size in sizes.items() if any(f'{g}.' in f'{name}.' for g in groups)
   )
   gate, experts = within('attn.gate'), within('ffn.experts')
-  asleep = experts * (cfg.moe.experts - cfg.moe.top_k) // max(cfg.moe.experts, 1)
+  inactive = experts * (cfg.moe.experts - cfg.moe.top_k) // max(cfg.moe.experts, 1)
   return {
     'total': sum(sizes.values()),
-    'active': sum(sizes.values()) - asleep,
+    'active': sum(sizes.values()) - inactive,
     'embedding': within('embed', 'head'),
     'attention': within('blocks.attn') - gate,
     'gate': gate,
@@ -224,10 +243,10 @@ def parts(cfg: Config) -> dict[str, int]:
 
 
 def flops_per_token(cfg: Config, length: int) -> float:
-  """Model FLOPs per trained token: 6 per weight of a matrix, and causal attention.
+  """Model FLOPs per trained token: 6 per matrix weight, plus causal attention.
 
-  2 per multiply-add, forward once and backward twice; of experts, those that a token
-  visits. The embedding's lookup is free, recomputation is not counted, and a packed row
+  6 = 2 per multiply-add, times one forward and two backward passes. Only the top k
+  experts count. The embedding lookup and recomputation do not count, and a packed row
   counts as one document.
   """
   is_parameter = lambda x: isinstance(x, nnx.Variable)
@@ -236,9 +255,9 @@ def flops_per_token(cfg: Config, length: int) -> float:
   routed = sum(p.size for p in matrices if 'experts' in p.axes)
   weights = count(matrices) + cfg.vocab * cfg.width
   weights += routed * cfg.moe.top_k // max(cfg.moe.experts, 1) - routed
-  pairs = (length + 1) / 2  # keys that a query meets, on average
-  if cfg.attn.gate.position == cfg.attn.gate.source == 'value':
-    # Its matrix stands between heads' channels, not at the width.
+  pairs = (length + 1) / 2  # mean number of keys per query
+  if cfg.attn.gate.at and cfg.attn.gate.source == 'value':
+    # Its matrix maps head channels to head channels and has no axis 'embed'.
     weights += parts(cfg)['gate']
   pairs += cfg.attn.sink_tokens
   return 6.0 * weights + 12.0 * cfg.depth * cfg.attn.heads * cfg.attn.head_dim * pairs

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gated.devices import determinism, mesh, teams
-from gated.model.layers import Numerics, normal
+from gated.model.layers import Numerics, normal_param
 
 
 class Embed(nnx.Module):
@@ -19,7 +19,7 @@ class Embed(nnx.Module):
 
   def __init__(self, key: jax.Array, *, vocab: int, width: int, numerics: Numerics):
     self.compute = numerics.compute
-    draw = functools.partial(normal, std=numerics.init_std, dtype=numerics.weights)
+    draw = functools.partial(normal_param, std=numerics.init_std, dtype=numerics.weights)
     self.table = draw(key, (vocab, width), ('vocab', 'embed'))
 
   def __call__(self, token_BT: jax.Array) -> jax.Array:

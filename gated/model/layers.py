@@ -1,8 +1,13 @@
-"""The small parts: dense maps with named axes, norms, SwiGLU, embeddings, RoPE.
+"""Building blocks: linear maps, norms, SwiGLU and RoPE.
 
-Every parameter carries the logical name of each of its dims (`axes`), from which
-`mesh.py` places it. Its random key is folded from the parent's key and its own name, so
-that adding a parameter (a gate, say) leaves the initial value of every other as it was.
+Every parameter stores the logical axis of each of its dims (`axes`), from which
+`devices/mesh.py` derives its sharding. Its random key is derived from the parent's key
+and its own name. Adding a parameter (a gate, say) therefore does not change the initial
+values of the others.
+
+Elementwise functions are wrapped in `jax.checkpoint`: the backward pass recomputes them
+from their inputs. Storing their float32 intermediates would take twice the bytes of a
+bfloat16 input each, and on an accelerator moving bytes costs more than the arithmetic.
 """
 
 import functools
@@ -19,7 +24,7 @@ from gated import config
 
 Axes = Sequence[str | None]
 DTYPES = ('float32', 'bfloat16')
-# The most heads, channels, sink tokens or experts that a knob may ask for.
+# Upper limit of a knob that counts heads, channels, sink tokens or experts.
 LARGEST = 1 << 16
 
 
@@ -27,10 +32,10 @@ LARGEST = 1 << 16
 class Numerics:
   """Precision and initialisation, shared by all parameters of a model."""
 
-  weights: str  # the dtype that parameters are kept in
-  compute: str  # the dtype of activations and matrix products
-  init_std: float  # of the normal distribution that weights are drawn from
-  residual_init: str  # 'plain', or 'depth': maps back to the residual get std / sqrt(2 L)
+  weights: str  # dtype of the parameters
+  compute: str  # dtype of activations and matrix products
+  init_std: float  # standard deviation of the initial weights
+  residual_init: str  # plain; depth: maps into the residual stream get std / sqrt(2 L)
   norm_eps: float  # added to the mean square in RMSNorm
 
   def __post_init__(self):
@@ -47,24 +52,15 @@ class Numerics:
     return self.init_std / (math.sqrt(2 * depth) if self.residual_init == 'depth' else 1)
 
 
-def named(key: jax.Array, name: str) -> jax.Array:
-  """A parent's key and a child's name -> the child's key."""
+def child_key(key: jax.Array, name: str) -> jax.Array:
+  """A module's random key, and the name of a child or parameter -> the child's key."""
   return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-def normal(key: jax.Array, shape: Sequence[int], axes: Axes, *, std: float, dtype):
-  """A parameter drawn from N(0, std^2) in float32, then kept in `dtype`."""
+def normal_param(key: jax.Array, shape: Sequence[int], axes: Axes, *, std: float, dtype):
+  """A parameter drawn from N(0, std^2) in float32, then cast to `dtype`."""
   value = std * jax.random.normal(key, shape, jnp.float32)
   return nnx.Param(value.astype(dtype), axes=tuple(axes))
-
-
-def recomputed(f, static_argnums=()):
-  """An elementwise function whose backward pass starts from its inputs again.
-
-  Otherwise its float32 intermediates would be kept, at twice the bytes of a bfloat16
-  input each, and on an accelerator moving bytes costs more than the arithmetic.
-  """
-  return jax.checkpoint(f, static_argnums=static_argnums)
 
 
 class Dense(nnx.Module):
@@ -83,7 +79,7 @@ class Dense(nnx.Module):
   ):
     self.dims_in, self.compute = len(dims_in), numerics.compute
     shape = (*dims_in, *dims_out)
-    self.weight = normal(key, shape, axes, std=std, dtype=numerics.weights)
+    self.weight = normal_param(key, shape, axes, std=std, dtype=numerics.weights)
     zeros = jnp.zeros(dims_out, numerics.weights)
     self.bias = nnx.Param(zeros, axes=tuple(axes)[len(dims_in) :]) if bias else None
 
@@ -99,7 +95,7 @@ class RMSNorm(nnx.Module):
   """x -> scale * x / sqrt(mean(x^2) + eps), in float32 (arXiv 1910.07467)."""
 
   def __init__(self, dims: int | tuple[int, ...], *, axes: Axes, numerics: Numerics):
-    """The mean is over the last of `dims`; dims before it have scales of their own."""
+    """The mean runs over the last dim only; the scale has all of `dims`."""
     self.eps = numerics.norm_eps
     self.scale = nnx.Param(jnp.ones(dims, numerics.weights), axes=tuple(axes))
 
@@ -107,7 +103,7 @@ class RMSNorm(nnx.Module):
     return _rms_norm(x, self.scale[...], self.eps)
 
 
-@functools.partial(recomputed, static_argnums=2)
+@functools.partial(jax.checkpoint, static_argnums=2)
 def _rms_norm(x, scale, eps):
   z = x.astype(jnp.float32)
   z *= jax.lax.rsqrt(jnp.mean(jnp.square(z), -1, keepdims=True) + eps)
@@ -116,14 +112,14 @@ def _rms_norm(x, scale, eps):
 
 
 class GatedNorm(nnx.Module):
-  """y = RMSNorm(x) -> sigmoid(silu(y A) U) * y, of low rank R (arXiv 2601.22966).
+  """x -> sigmoid(silu(y A) U) * y with y = RMSNorm(x) (arXiv 2601.22966).
 
-  The scores start near one half, as an attention gate's do.
+  A is (D, rank) and U is (rank, D). As in an attention gate, scores start near one half.
   """
 
   def __init__(self, key: jax.Array, dim: int, rank: int, *, numerics: Numerics):
     dense = functools.partial(Dense, bias=False, numerics=numerics)
-    down, up = named(key, 'down'), named(key, 'up')
+    down, up = child_key(key, 'down'), child_key(key, 'up')
     self.rms = RMSNorm(dim, axes=(None,), numerics=numerics)
     std = numerics.init_std
     self.down = dense(down, (dim,), (rank,), axes=('embed', None), std=std)
@@ -134,12 +130,12 @@ class GatedNorm(nnx.Module):
     return _gated(y, self.up(jax.nn.silu(self.down(y))))
 
 
-@recomputed
+@jax.checkpoint
 def _gated(y: jax.Array, logit: jax.Array) -> jax.Array:
   return (y * jax.nn.sigmoid(logit.astype(jnp.float32))).astype(y.dtype)
 
 
-# Norms before a branch: (key, dim, rank, numerics) -> module.
+# Norms before a branch. Each entry: (key, dim, rank, numerics) -> module.
 NORMS = {
   'rms': lambda key, dim, rank, numerics: RMSNorm(dim, axes=(None,), numerics=numerics),
   'gated': lambda key, dim, rank, numerics: GatedNorm(key, dim, rank, numerics=numerics),
@@ -155,15 +151,15 @@ class SwiGLU(nnx.Module):
     dense = functools.partial(Dense, bias=False, numerics=numerics)
     wide = functools.partial(dense, axes=('embed', 'ffn'), std=numerics.init_std)
     narrow = functools.partial(dense, axes=('ffn', 'embed'), std=std_out)
-    self.act = wide(named(key, 'act'), (width,), (hidden,))
-    self.up = wide(named(key, 'up'), (width,), (hidden,))
-    self.down = narrow(named(key, 'down'), (hidden,), (width,))
+    self.act = wide(child_key(key, 'act'), (width,), (hidden,))
+    self.up = wide(child_key(key, 'up'), (width,), (hidden,))
+    self.down = narrow(child_key(key, 'down'), (hidden,), (width,))
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     return self.down(swiglu(self.act(x_BTD), self.up(x_BTD)))
 
 
-@recomputed
+@jax.checkpoint
 def swiglu(act: jax.Array, up: jax.Array) -> jax.Array:
   """silu(act) * up, elementwise."""
   return jax.nn.silu(act) * up
@@ -171,13 +167,13 @@ def swiglu(act: jax.Array, up: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True, kw_only=True)
 class Yarn:
-  """Stretches RoPE beyond the trained context, without training (arXiv 2309.00071)."""
+  """Extends RoPE beyond the training context without training (arXiv 2309.00071)."""
 
-  factor: float  # new context / old context; 1 for none
+  factor: float  # new context / old context; 1 turns YaRN off
   original: int  # tokens of the old context
-  beta_fast: float  # turns over `original` above which a pair of dims stays as it is
-  beta_slow: float  # turns below which it is stretched by the whole factor
-  attention: float  # scales queries and keys; 0 for 0.1 ln(factor) + 1
+  beta_fast: float  # pairs with more turns over `original` keep their frequency
+  beta_slow: float  # pairs with fewer turns have it divided by `factor`
+  attention: float  # multiplies queries and keys; 0 selects 0.1 ln(factor) + 1
 
   def __post_init__(self):
     name = 'config.model.attn.yarn'
@@ -192,17 +188,18 @@ class Yarn:
 
   @property
   def scale(self) -> float:
-    """What queries and keys are multiplied by (section 3.4)."""
+    """Multiplies queries and keys (section 3.4)."""
     if self.factor == 1.0:
       return 1.0
     return self.attention or 0.1 * math.log(self.factor) + 1.0
 
 
 def rope_frequencies(dim: int, base: float, yarn: Yarn) -> jax.Array:
-  """Radians per token of each pair of dims, (K/2,): 1 / base^(2i / K), and YaRN's of it.
+  """Radians per token of each pair of dims, (K/2,): base^(-2i / K), adjusted by YaRN.
 
-  YaRN divides slow pairs by its factor and keeps fast ones, with a linear ramp between
-  the dims, rounded outwards, that turn beta_fast and beta_slow times (section 3.2).
+  YaRN divides the frequency of slow pairs by its factor and keeps that of fast pairs. A
+  linear ramp connects the pairs that turn beta_fast and beta_slow times; the ramp's ends
+  are rounded outwards (section 3.2).
   """
   frequency = base ** -(jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
   if yarn.factor == 1.0:
@@ -222,7 +219,7 @@ def rope_angles(position_BT: jax.Array, frequency_k: jax.Array) -> jax.Array:
   return position_BT[..., None].astype(jnp.float32) * frequency_k[None, None, :]
 
 
-@functools.partial(recomputed, static_argnums=2)
+@functools.partial(jax.checkpoint, static_argnums=2)
 def rope(x_BTHK: jax.Array, angle_BTk: jax.Array, scale: float) -> jax.Array:
   """Rotates the pairs (i, i + K/2) of each head by their angles, in float32."""
   cos, sin = jnp.cos(angle_BTk)[:, :, None, :], jnp.sin(angle_BTk)[:, :, None, :]

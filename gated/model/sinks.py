@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gated import kernels
-from gated.model.layers import Numerics, named, normal, recomputed
+from gated.model.layers import Numerics, child_key, normal_param
 
 
 class Sinks(nnx.Module):
@@ -40,8 +40,8 @@ class Sinks(nnx.Module):
   ):
     self.heads, self.normalizer, self.cap, self.scale = heads, normalizer, cap, scale
     shape, axes = (tokens, kv_heads, head_dim), (None, 'kv_heads', None)
-    draw = lambda name: normal(
-      named(key, name), shape, axes, std=numerics.init_std, dtype=numerics.weights
+    draw = lambda name: normal_param(
+      child_key(key, name), shape, axes, std=numerics.init_std, dtype=numerics.weights
     )
     self.key = draw('key') if tokens else None
     with_values = tokens and values == 'learned'
@@ -83,7 +83,7 @@ class Sinks(nnx.Module):
     return [jnp.broadcast_to(s_BTH1, (*q_BTHK.shape[:-1], 1))]
 
 
-@recomputed
+@jax.checkpoint
 def _merged(y_BTHK, lse_BTH, extra_BTH, u_BTHK) -> jax.Array:
   p_BTH1 = jax.nn.sigmoid(lse_BTH - extra_BTH)[..., None]
   merged = y_BTHK.astype(jnp.float32) * p_BTH1

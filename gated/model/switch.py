@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gated import config
-from gated.model.layers import LARGEST, Dense, Numerics, named
+from gated.model.layers import LARGEST, Dense, Numerics, child_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Switched(nnx.Module):
     E, G, K = cfg.experts, kv_heads, head_dim
     dense = functools.partial(Dense, std=numerics.init_std, numerics=numerics)
     axes = ('embed', 'kv_heads', None, 'head_dim')
-    project, router = named(key, 'project'), named(key, 'router')
+    project, router = child_key(key, 'project'), child_key(key, 'router')
     self.project = dense(project, (width,), (G, E, K), axes=axes, bias=bias)
     self.router = dense(router, (width,), (G, E), axes=axes[:3], bias=False)
 

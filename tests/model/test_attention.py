@@ -377,11 +377,11 @@ def test_a_value_state_gate_reads_the_values_it_gates():
     ),
     (
       dict(normalizer='sink_logit', output='rms_norm'),
-      r"attn\.output='rms_norm' with sinks that add nothing",
+      r"attn\.output='rms_norm' with sinks without values",
     ),
     (
       dict(sink_tokens=2, sink_values='zero', output='rms_norm'),
-      r"attn\.output='rms_norm' with sinks that add nothing",
+      r"attn\.output='rms_norm' with sinks without values",
     ),
     (dict(sink_tokens=-1), r'attn\.sink_tokens=-1'),
     (dict(sink_values='one'), r"attn\.sink_values='one'"),
@@ -394,11 +394,11 @@ def test_a_value_state_gate_reads_the_values_it_gates():
     ),
     (
       dict(switch__where='key_value', switch__experts=4, switch__top_k=1),
-      r"attn\.switch\.top_k=1 with where='key_value': QK-norm divides",
+      r"attn\.switch\.top_k=1 with where='key_value': QK-norm cancels",
     ),
     (
       dict(gate__position='sdpa', gate__source='value'),
-      r"attn\.gate\.source='value' at position 'sdpa'.*position is 'value'",
+      r"attn\.gate\.source='value' with position='sdpa'.*position='value'",
     ),
     (dict(yarn__factor=0.5), r'attn\.yarn\.factor=0\.5'),
     (dict(yarn__beta_slow=40.0), r'attn\.yarn\.beta_slow=40\.0'),

@@ -34,8 +34,8 @@ def combinations(*fields):
 
 
 def build(cfg, key, numerics=NUMERICS):
-  heads = G if cfg.position in ('key', 'value') else H
-  return gate.Gate(cfg, key, width=D, heads=heads, head_dim=K, numerics=numerics)
+  sizes = dict(width=D, heads=H, kv_heads=G, head_dim=K)
+  return gate.Gate(cfg, key, **sizes, numerics=numerics)
 
 
 def g1(**fields):
@@ -70,7 +70,7 @@ def test_every_allowed_combination_builds_and_keeps_the_shape_it_gates(position)
   built = 0
   for fields in combinations(*ALLOWED):
     if refused(position, **fields):
-      with pytest.raises(ValueError, match='there are none to score'):
+      with pytest.raises(ValueError, match='output projection has no heads'):
         small.gate_config(position=position, **fields)
       continue
     cfg = small.gate_config(position=position, **fields)
@@ -136,9 +136,12 @@ def test_the_papers_gates_cost_what_table_1_charges(position, granularity, sourc
     (dict(lr=-1.0), 'lr=-1.0'),
     (
       dict(position='out', granularity='headwise'),
-      "granularity='headwise'.*mixed the heads",
+      "granularity='headwise'.*output projection has no heads",
     ),
-    (dict(position='out', heads='shared'), "heads='shared'.*mixed the heads"),
+    (
+      dict(position='out', heads='shared'),
+      "heads='shared'.*output projection has no heads",
+    ),
   ],
 )
 def test_a_gate_that_cannot_be_is_refused_with_its_reason(fields, said):
@@ -203,7 +206,7 @@ def test_every_gate_is_its_formula(activation):
   for fields in combinations('granularity', 'heads', 'mean', 'form', 'source'):
     fields |= dict(activation=activation)
     cfg = small.gate_config(position='sdpa', **fields)
-    opts = dict(width=D, heads=H, head_dim=2, numerics=NUMERICS)
+    opts = dict(width=D, heads=H, kv_heads=G, head_dim=2, numerics=NUMERICS)
     shapes = jax.eval_shape(
       lambda cfg=cfg, opts=opts: gate.Gate(cfg, jax.random.key(0), **opts)
     )
@@ -277,7 +280,9 @@ def test_zero_init_makes_zeros_and_normal_init_the_std_asked_for():
   key = jax.random.key(0)
   for fields, std in ((dict(init='zero'), 0), (dict(init='normal', std=0.25), 0.25)):
     cfg = small.gate_config(position='sdpa', **fields)
-    wide = gate.Gate(cfg, key, width=256, heads=H, head_dim=K, numerics=NUMERICS)
+    wide = gate.Gate(
+      cfg, key, width=256, heads=H, kv_heads=G, head_dim=K, numerics=NUMERICS
+    )
     assert abs(float(wide.weight[...].std()) - std) <= 0.03 * std
 
 

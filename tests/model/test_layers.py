@@ -78,7 +78,7 @@ def test_weights_are_kept_in_one_dtype_and_multiplied_in_another():
 
 
 def test_initial_weights_have_the_std_asked_for():
-  w = layers.normal(
+  w = layers.normal_param(
     jax.random.key(0), (300, 300), ('embed', 'ffn'), std=0.02, dtype='float32'
   )
   assert abs(float(w[...].std()) / 0.02 - 1) < 0.02
@@ -237,7 +237,7 @@ def test_the_gradient_of_a_bias_is_summed_beyond_bfloat16():
 
 def test_a_child_key_depends_on_the_name_and_the_parent():
   draw = lambda seed, name: jax.random.key_data(
-    layers.named(jax.random.key(seed), name)
+    layers.child_key(jax.random.key(seed), name)
   ).tolist()
   assert draw(0, 'gate') == draw(0, 'gate')
   assert len({str(draw(s, n)) for s in (0, 1) for n in ('gate', 'query')}) == 4

@@ -18,7 +18,7 @@ from flax import nnx
 
 from gated import config, kernels
 from gated.devices import determinism, mesh
-from gated.model.layers import LARGEST, Dense, Numerics, SwiGLU, named, normal
+from gated.model.layers import LARGEST, Dense, Numerics, SwiGLU, child_key, normal_param
 from gated.model.moe import capacity, dropless
 
 _NAME = 'config.model.moe'
@@ -87,7 +87,7 @@ class MoE(nnx.Module):
     # Router weights and logits are float32 throughout.
     wide = dataclasses.replace(numerics, weights='float32', compute='float32')
     self.router = Dense(
-      named(key, 'router'),
+      child_key(key, 'router'),
       (width,),
       (cfg.experts,),
       axes=('embed', None),
@@ -96,8 +96,8 @@ class MoE(nnx.Module):
       numerics=wide,
     )
     opts: dict[str, Any] = dict(width=width, std_out=std_out, numerics=numerics)
-    self.experts = Experts(named(key, 'experts'), cfg.experts, hidden=hidden, **opts)
-    shared = functools.partial(SwiGLU, named(key, 'shared'), **opts)
+    self.experts = Experts(child_key(key, 'experts'), cfg.experts, hidden=hidden, **opts)
+    shared = functools.partial(SwiGLU, child_key(key, 'shared'), **opts)
     self.shared = shared(hidden=cfg.shared * hidden) if cfg.shared else None
 
   def __call__(self, x_BTD: jax.Array, live_BT: jax.Array) -> tuple[jax.Array, Report]:
@@ -130,14 +130,14 @@ class Experts(nnx.Module):
     self, key, count: int, *, width: int, hidden: int, std_out: float, numerics: Numerics
   ):
     self.compute = numerics.compute
-    draw = functools.partial(normal, dtype=numerics.weights)
+    draw = functools.partial(normal_param, dtype=numerics.weights)
     wide = functools.partial(
       draw, axes=('experts', 'embed', 'ffn'), std=numerics.init_std
     )
     narrow = functools.partial(draw, axes=('experts', 'ffn', 'embed'), std=std_out)
-    self.act = wide(named(key, 'act'), (count, width, hidden))
-    self.up = wide(named(key, 'up'), (count, width, hidden))
-    self.down = narrow(named(key, 'down'), (count, hidden, width))
+    self.act = wide(child_key(key, 'act'), (count, width, hidden))
+    self.up = wide(child_key(key, 'up'), (count, width, hidden))
+    self.down = narrow(child_key(key, 'down'), (count, hidden, width))
 
   def weights(self) -> list[jax.Array]:
     return [w[...].astype(self.compute) for w in (self.act, self.up, self.down)]

@@ -32,7 +32,7 @@ from jax.sharding import PartitionSpec as P
 
 from gated import kernels
 from gated.devices import determinism, mesh
-from gated.model.layers import recomputed, swiglu
+from gated.model.layers import swiglu
 
 # Rows of a pass over a device's mean. A balanced router stays below, and a load beyond
 # costs a second pass, while every row more costs memory always.
@@ -93,7 +93,7 @@ def _alone(x_BTD, weight_BTk, choice_BTk, act_EDF, up_EDF, down_EFD, *, backend)
   return combined(y_MD.reshape(1, B, T, k, D), weight_BTk[None])
 
 
-@recomputed
+@jax.checkpoint
 def combined(y_kD: jax.Array, weight_k: jax.Array) -> jax.Array:
   """A token's results (..., k, D) and their weights (..., k) -> their sum (..., D)."""
   y = y_kD.astype(jnp.float32) * weight_k[..., None]
@@ -252,7 +252,7 @@ def _part(inputs, table: _Table, turn, y_ND, *, rows: int, k: int, backend: str)
   return _added(y_ND, multiply(hidden_CF, down_eFD, at.size_e), at)
 
 
-@recomputed
+@jax.checkpoint
 def _weighted(act_CF: jax.Array, up_CF: jax.Array, weight_C: jax.Array) -> jax.Array:
   """SwiGLU, times the router's weights: here, where rows are shorter than after it."""
   act_CF, up_CF, dtype = (

@@ -77,8 +77,8 @@ class Layout:
     self.vocab = m.vocab // self.tensor
     gate = m.attn.gate
     wide = gate.granularity == 'elementwise' and gate.source != 'parameter'
-    shape = {'none': 0, 'out': m.width, 'key': self.key, 'value': self.key}
-    self.gate = shape.get(gate.position, self.query) if wide else 0
+    channels = {'heads': self.query, 'kv_heads': self.key, None: m.width}
+    self.gate = channels[gate.at.heads] if gate.at and wide else 0
     # The routers' own forward pass, before a batch's micro-batches.
     asked = m.moe.experts and cfg.accum > 1 and cfg.loss.balance_over == 'global'
     self.counting = 1 if asked else 0
