@@ -1,7 +1,8 @@
 """Eight CPU devices for every test, a clean environment for every child process.
 
 Set GATED_TEST_PLATFORM=cuda (or tpu) to run on an accelerator; tests marked
-`accelerator` run only then.
+`accelerator` run only then. `make fast` skips the tests marked `slow` or `full`,
+`make test` those marked `full`.
 """
 
 import contextlib
@@ -13,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PLATFORM = os.environ.get('GATED_TEST_PLATFORM', 'cpu')
 
-# JAX reads these as it is imported, so they stand before the import. Eight devices on
-# two cores share one pool of threads; numpy's own pool would fight it.
+# JAX reads these at its import. Eight devices on two cores share one thread pool; a
+# second pool of numpy would compete with it.
 os.environ['JAX_PLATFORMS'] = PLATFORM
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'
@@ -23,66 +24,86 @@ os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
 sys.path.insert(0, str(ROOT))
 from faults import process
 
-# Whatever stores this machine may write to, tests know servers of their own alone.
+# Tests may reach their own object-store servers only, never a store of this machine.
 for name in [name for name in os.environ if name.startswith(process.STORES)]:
   del os.environ[name]
-os.environ['GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT'] = 'false'  # It asks a server at Google.
+os.environ['GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT'] = 'false'  # Contacts Google.
 
 import jax
 import pytest
 import servers
 
-# The files that take longest. With several workers (-n 2 --dist loadfile) a file is one
-# worker's, and these begin first, so that no worker waits for the other at the end.
+# Compiled programs, shared by all tests and their child processes, and kept between runs.
+CACHE = ROOT / '.pytest_cache/xla'
+CACHE.mkdir(parents=True, exist_ok=True)
+jax.config.update('jax_compilation_cache_dir', str(CACHE))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+
+# The slowest files, slowest first. With `--dist loadfile` a worker runs a whole file;
+# starting with these keeps both workers busy until the end.
 LONGEST = (
-  'test_launch.py',
-  'test_arrangements.py',
   'test_train.py',
+  'test_launch.py',
+  'model/test_moe.py',
   'test_faults.py',
-  'test_moe.py',
-  'test_preflight.py',
+  'test_placement.py',
+  'test_configs.py',
+  'test_arrangements.py',
+  'test_golden.py',
+  'test_decoder.py',
+  'test_sweep.py',
+  'test_attention_kernels.py',
   'test_context.py',
 )
+# Fixtures that need the extra environments of `make tpu` and `make sky`.
+EXTRA_ENVIRONMENTS = {'run_for_tpu', 'sky'}
 
 
+def _start(item) -> int:
+  """The position of an item's file in LONGEST; files outside it come last."""
+  path = item.path.as_posix()
+  positions = (i for i, name in enumerate(LONGEST) if path.endswith(f'/{name}'))
+  return next(positions, len(LONGEST))
+
+
+@pytest.hookimpl(tryfirst=True)  # Before -m selects by marker.
 def pytest_collection_modifyitems(items):
-  items.sort(key=lambda item: item.path.name not in LONGEST)
-  if PLATFORM == 'cpu':
-    skip = pytest.mark.skip(reason='needs an accelerator: set GATED_TEST_PLATFORM')
-    for item in items:
-      if item.get_closest_marker('accelerator'):
-        item.add_marker(skip)
+  items.sort(key=_start)
+  skip = pytest.mark.skip(reason='needs an accelerator: set GATED_TEST_PLATFORM')
+  for item in items:
+    if EXTRA_ENVIRONMENTS.intersection(item.fixturenames):
+      item.add_marker(pytest.mark.full)
+    if PLATFORM == 'cpu' and item.get_closest_marker('accelerator'):
+      item.add_marker(skip)
 
 
 @pytest.fixture
 def no_transfers():
-  """Implicit copies between host and device raise: for tests of the hot path.
+  """Implicit copies between host and device raise an error, for tests of the hot path.
 
-  Build the state and place the batch first, then step under it: a step that reads a
-  metric by the way, or is handed numpy, dies here rather than slowing a run.
+  Build the state and place the batch before the step: a step that reads a metric or
+  takes a numpy array fails here.
   """
   with jax.transfer_guard('disallow'):
     yield
 
 
 @pytest.fixture(scope='session')
-def spawn_python(tmp_path_factory):
-  """Starts `python ARGS` from the checkout's root -> Popen; what is left is killed.
+def spawn_python():
+  """Starts `python ARGS`, by default from the root -> Popen, killed at the end if alive.
 
   spawn_python(['train.py', '--config=...'], env={'NAME': 'value'}, devices=8)
 
-  Standard output and error are pipes of text. Children share one compilation cache, so
-  what one has compiled the next one loads.
+  Standard output and error are pipes of text.
   """
-  cache = tmp_path_factory.mktemp('xla')
   children = []
 
-  def spawn(args, *, env=None, devices=1):
-    clean = process.environment(cache, devices) | {'JAX_PLATFORMS': PLATFORM}
+  def spawn(args, *, env=None, devices=1, cwd=ROOT):
+    clean = process.environment(CACHE, devices) | {'JAX_PLATFORMS': PLATFORM}
     command = [sys.executable, *map(str, args)]
     child = subprocess.Popen(
       command,
-      cwd=ROOT,
+      cwd=cwd,
       env=clean | (env or {}),
       stdin=subprocess.DEVNULL,
       stdout=subprocess.PIPE,
@@ -102,11 +123,11 @@ def spawn_python(tmp_path_factory):
 def run_python(spawn_python):
   """Runs `python ARGS` to its end -> CompletedProcess with returncode, stdout, stderr.
 
-  As `spawn_python`, with a timeout in seconds. A failure is the test's to judge.
+  As `spawn_python`, with a timeout in seconds. The test checks the exit code.
   """
 
-  def run(args, *, env=None, devices=1, timeout=300):
-    with spawn_python(args, env=env, devices=devices) as child:
+  def run(args, *, env=None, devices=1, cwd=ROOT, timeout=300):
+    with spawn_python(args, env=env, devices=devices, cwd=cwd) as child:
       try:
         out, err = child.communicate(timeout=timeout)
       except subprocess.TimeoutExpired:
@@ -120,9 +141,9 @@ def run_python(spawn_python):
 
 @pytest.fixture(scope='session')
 def s3():
-  """A server that speaks S3, on this machine alone -> the URL of a bucket in it.
+  """A local S3 server -> the URL of a bucket in it.
 
-  The environment names it, of this process and of every child, while the session lasts.
+  For the session, the environment of this process and its children names the server.
   """
   with _unless_missing(), servers.s3() as bucket:
     yield bucket
@@ -130,7 +151,7 @@ def s3():
 
 @pytest.fixture(scope='session')
 def gs():
-  """As `s3`, a server that speaks Google's: for gcsfs, and for TensorStore itself."""
+  """A local Google Cloud Storage server, as `s3`: for gcsfs and TensorStore."""
   with _unless_missing(), servers.gs() as bucket:
     yield bucket
 
@@ -143,8 +164,7 @@ def _unless_missing():
     pytest.skip(str(missing))
 
 
-# A process that compiles for TPUs takes a lock that is meant for the chips; without chips
-# any number of them may run.
+# libtpu locks the chips; without chips several processes may compile at once.
 TPU = {
   'TPU_SKIP_MDS_QUERY': '1',
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
@@ -153,15 +173,15 @@ TPU = {
 
 
 @pytest.fixture(scope='session')
-def run_for_tpu(tmp_path_factory):
+def run_for_tpu():
   """Runs `python ARGS` with a JAX that compiles for TPUs -> CompletedProcess.
 
-  It is the Python of $GATED_TPU_PYTHON, or the one that `make tpu` has made.
+  Uses $GATED_TPU_PYTHON, or the environment that `make tpu` created.
   """
   python = Path(os.environ.get('GATED_TPU_PYTHON') or ROOT / '.venv/tpu/bin/python')
   if not python.exists():
     pytest.skip(f'no {python}, to compile for TPUs: make tpu, or set GATED_TPU_PYTHON')
-  clean = process.environment(tmp_path_factory.mktemp('xla'), 1) | TPU
+  clean = process.environment(CACHE, 1) | TPU
 
   def run(args, *, timeout=300):
     command = [str(python), *map(str, args)]
@@ -173,5 +193,5 @@ def run_for_tpu(tmp_path_factory):
 
 @pytest.fixture
 def remote(s3, tmp_path):
-  """A folder in a bucket that is this test's own -> its URL, as tmp_path is on disk."""
+  """The URL of an empty folder in a bucket, as tmp_path is on disk."""
   return f'{s3}/{tmp_path.name}'

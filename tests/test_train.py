@@ -61,8 +61,17 @@ def ok(done):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('accum', [1, 2])
-@pytest.mark.parametrize('gate', ['none', 'headwise', 'elementwise'])
+@pytest.mark.parametrize(
+  ('gate', 'accum'),
+  [
+    ('headwise', 1),
+    ('elementwise', 2),
+    pytest.param('none', 1, marks=pytest.mark.full),
+    pytest.param('none', 2, marks=pytest.mark.full),
+    pytest.param('headwise', 2, marks=pytest.mark.full),
+    pytest.param('elementwise', 1, marks=pytest.mark.full),
+  ],
+)
 def test_a_killed_run_goes_on_to_the_last_bit(
   gate, accum, tmp_path, run_python, spawn_python
 ):
@@ -185,6 +194,7 @@ def test_an_evaluation_refuses_a_step_that_is_not_there(trained, run_python):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_run_can_start_from_the_weights_of_another(trained, tmp_path, run_python):
   fresh = tmp_path / 'fresh'
   knobs = dict(init_from=f'{trained}:6', steps=3, seed=1)
@@ -363,6 +373,7 @@ def test_weights_of_another_model_are_refused_by_their_knobs(
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_experts_train_and_report_their_load(tmp_path, run_python):
   workdir = tmp_path / 'run'
   recipe = 'configs/moe_15b.py:gate=headwise,scale=test'

@@ -80,6 +80,7 @@ def test_loss_and_gradients_agree_with_one_device(kind, gate, sizes):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('sizes', MESHES, ids=str)
 @pytest.mark.parametrize('gate', ['none', 'elementwise'])
 @pytest.mark.parametrize('kind', MODELS)

@@ -347,16 +347,16 @@ def first_step(accum=1, over='global', dispatch='dropless', **sizes):
 @pytest.mark.parametrize(
   ('accum', 'sizes'),
   [
-    (4, {}),
     (2, {}),
-    (8, {}),
-    (1, dict(fsdp=2)),
-    (1, dict(fsdp=8)),
-    (1, dict(expert=8)),
-    (4, dict(data=2)),
     (2, dict(fsdp=2, expert=2)),
-    (2, dict(data=2, expert=2, tensor=2)),
-    (1, dict(fsdp=2, tensor=2, context=2)),
+    pytest.param(4, {}, marks=pytest.mark.full),
+    pytest.param(8, {}, marks=pytest.mark.full),
+    pytest.param(1, dict(fsdp=2), marks=pytest.mark.full),
+    pytest.param(1, dict(fsdp=8), marks=pytest.mark.full),
+    pytest.param(1, dict(expert=8), marks=pytest.mark.full),
+    pytest.param(4, dict(data=2), marks=pytest.mark.full),
+    pytest.param(2, dict(data=2, expert=2, tensor=2), marks=pytest.mark.full),
+    pytest.param(1, dict(fsdp=2, tensor=2, context=2), marks=pytest.mark.full),
   ],
   ids=str,
 )
@@ -373,6 +373,7 @@ def test_the_global_balance_is_one_number_however_a_batch_is_split(accum, sizes)
 
 
 @pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('sizes', SPLITS, ids=str)
 def test_a_capacity_drops_the_same_on_any_mesh(sizes):
   exact, exact_model = first_step(dispatch='capacity')
@@ -386,6 +387,7 @@ def test_a_capacity_drops_the_same_on_any_mesh(sizes):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_buffer_and_micro_batches_ask_for_another_balance():
   losses = {
     over: float(first_step(4, over)[0]['balance_loss'])

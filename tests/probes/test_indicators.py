@@ -262,6 +262,7 @@ def told(workdir):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_run_with_them_has_the_losses_of_one_without(
   tmp_path, run_python, spawn_python
 ):

@@ -577,6 +577,7 @@ TRIVIAL = {
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_killed_sweep_goes_on_and_ends_in_the_same_bits(tmp_path):
   env = process.environment(tmp_path / 'cache', 1)
 

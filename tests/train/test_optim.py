@@ -366,6 +366,7 @@ def placed(the, seed, weight=1.0):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_muon_learns_alike_on_one_device_and_on_eight_and_is_saved_to_the_last_bit(
   tmp_path,
 ):
