@@ -258,7 +258,7 @@ def test_a_workdir_that_cannot_be_read_is_not_run_in(host, tmp_path):
 
 def test_sources_that_are_not_those_of_the_sweep_are_refused(host):
   got, out = ended(host('print("ran")', f'--sha256={"0" * 64}'))
-  assert got == 2 and 'is not what was submitted' in out and 'ran' not in out
+  assert got == 2 and 'differs from the submitted sources' in out and 'ran' not in out
 
 
 def test_a_network_that_fails_for_a_while_costs_no_more_than_that(host, tmp_path):
@@ -273,11 +273,11 @@ def test_a_network_that_fails_for_a_while_costs_no_more_than_that(host, tmp_path
   env = {'PATH': f'{gcloud.parent}:{os.environ["PATH"]}', 'GATED_JOB_PAUSE': '0.01'}
   given = ('print("ran")', '--code=gs://bucket/code.tar.gz')
   got, out = ended(host(*given, env=env))
-  assert (got, out.count('is tried again'), 'ran' in out) == (0, 2, True), out
+  assert (got, out.count('retrying'), 'ran' in out) == (0, 2, True), out
   shutil.rmtree(tmp_path / 'cache')
   gcloud.write_text('#!/bin/sh\nexit 1\n')
   got, out = ended(host(*given, env=env))
-  assert (got, out.count('is tried again'), 'ran' in out) == (1, 2, False), out
+  assert (got, out.count('retrying'), 'ran' in out) == (1, 2, False), out
 
 
 def test_sigterm_reaches_the_point_and_its_exit_code_comes_back(host, tmp_path):
@@ -325,7 +325,9 @@ def test_hosts_of_skypilot_meet_at_the_first_of_them(host):
 @pytest.mark.slow
 def test_a_host_installs_once_for_all_its_points(host, tmp_path, monkeypatch):
   body = 'import sys; print(sys.prefix)'
-  monkeypatch.setitem(SOURCES, 'launch/point.py', 'print("due")')  # It needs packages.
+  monkeypatch.setitem(
+    SOURCES, 'sweep/launch/point.py', 'print("due")'
+  )  # It needs packages.
   _, first = ended(host(body, '--interpreter='))
   _, second = ended(host(body, '--interpreter='))
   assert first == second and str(tmp_path / 'cache/env-') in first

@@ -1,17 +1,17 @@
-# follow COMMAND... runs it, and leaves its exit code in $code. On $signal, SIGTERM unless
-# that is said, it calls `hand_on CHILD`, which the caller has.
+# follow COMMAND... runs COMMAND and leaves its exit code in $code. On $signal, by default
+# SIGTERM, it calls `forward CHILD`, which the caller defines.
 follow() {
-  local child='' heard='' again
-  trap 'heard=yes; if [[ -n $child ]]; then hand_on "$child"; fi' "${signal:-TERM}"
+  local child='' signaled='' again
+  trap 'signaled=yes; if [[ -n $child ]]; then forward "$child"; fi' "${signal:-TERM}"
   "$@" &
   child=$!
-  # It may have come before there was a child.
-  if [[ -n $heard ]]; then hand_on "$child"; fi
+  # The signal may have come before the child started.
+  if [[ -n $signaled ]]; then forward "$child"; fi
   code=0
   wait "$child" || code=$?
-  # A signal ends the wait, not the command; 127 says that its end was already told.
-  while [[ -n $heard ]]; do
-    heard='' again=0
+  # A signal ends `wait`, not the child. 127: an earlier `wait` already returned its code.
+  while [[ -n $signaled ]]; do
+    signaled='' again=0
     wait "$child" 2>/dev/null || again=$?
     if [[ $again -ne 127 ]]; then code=$again; fi
   done

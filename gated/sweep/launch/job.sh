@@ -1,11 +1,12 @@
-# One point of a sweep, on one of the hosts that run it: fetches the sweep's sources and
-# checks them, installs what they need, and runs the point unless it has ended.
+# Runs one point of a sweep on one host: fetches and checks the sweep's sources, installs
+# their requirements, and runs train.py unless the point has ended.
 #
 #   job --code=URL --sha256=DIGEST --requirements=FILE,FILE --python=3.11 --workdir=WORKDIR
 #       --processes=one|auto|skypilot [--interpreter=PATH] [--cache=DIR] -- train.py ...
 #
-# It leaves with the exit code of train.py, but with 0 where that is 3: a point that
-# diverged has ended. --interpreter names a Python that has all it needs already.
+# The exit code is that of train.py, but $finished if the point diverged ($unstable): that
+# point has ended too. --interpreter names a Python with all requirements, which skips the
+# installation. work.py sets the exit codes $refused, $unstable and $finished.
 code_url='' sha256='' requirements='' version='' workdir='' processes='' interpreter=''
 cache=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/gated/jobs
 
@@ -19,16 +20,16 @@ while [[ $# -gt 0 && $1 != -- ]]; do
     --processes=*) processes=${1#*=} ;;
     --interpreter=*) interpreter=${1#*=} ;;
     --cache=*) cache=${1#*=} ;;
-    *) echo "job: $1 is not known" >&2; exit 2 ;;
+    *) echo "job: unknown argument $1" >&2; exit "$refused" ;;
   esac
   shift
 done
 shift
 point=("$@")
 
-hand_on() { kill -TERM "$1" 2>/dev/null || true; }
+forward() { kill -TERM "$1" 2>/dev/null || true; }
 
-# A Python that the sources take, the sweep's own version first; '' where there is none.
+# Prints the path of a supported Python, preferably the sweep's version; '' if none exists.
 find_python() {
   local name
   for name in "python$version" python3.12 python3.11 python3; do
@@ -40,7 +41,7 @@ find_python() {
   done
 }
 
-# fetch URL FILE
+# fetch URL FILE: copies an object, or a local file, to FILE.
 fetch() {
   local package tool
   case $1 in
@@ -73,32 +74,33 @@ fetch() {
 fsspec.filesystem(url.partition(":")[0]).get_file(url, file)' "$1" "$2"
 }
 
-# A virtual environment; where there is no Python for it, uv brings one.
+# make_environment FOLDER: makes a virtual environment. Without a supported Python, uv
+# installs one.
 make_environment() {
-  local found
+  local python
   rm -rf -- "$1"
-  found=$(find_python)
-  # Debian's Python has no venv unless that was installed too.
-  if [[ -n $found ]] && "$found" -m venv "$1"; then return; fi
+  python=$(find_python)
+  # On Debian the venv module is a package of its own, so this may fail.
+  if [[ -n $python ]] && "$python" -m venv "$1"; then return; fi
   rm -rf -- "$1"
   if ! command -v uv >/dev/null; then
-    echo "job: no Python that will do here, so uv is asked to bring $version" >&2
+    echo "job: no supported Python on this host: uv will install $version" >&2
     python3 -m pip install --quiet --target "$cache/uv" uv
     PATH=$cache/uv/bin:$PATH
   fi
   uv venv --quiet --seed --python "$version" "$1"
 }
 
-# The sources, once for each digest, under $cache.
+# Unpacks the sources below $cache, once per digest.
 unpack() {
   if [[ -e $sources/train.py ]]; then return; fi
   local draft
-  rm -rf -- "$cache"/draft.*  # Of who was killed: one at a time is here.
+  rm -rf -- "$cache"/draft.*  # Left by killed jobs: the lock admits one job at a time.
   draft=$(mktemp -d "$cache/draft.XXXXXX")
   fetch "$code_url" "$draft/code.tar.gz"
   if ! echo "$sha256  $draft/code.tar.gz" | sha256sum --check --status; then
-    echo "job: $code_url is not what was submitted: its sha256 is not $sha256" >&2
-    exit 2
+    echo "job: $code_url differs from the submitted sources, with sha256 $sha256" >&2
+    exit "$refused"
   fi
   mkdir "$draft/code"
   tar -xzf "$draft/code.tar.gz" -C "$draft/code"
@@ -107,14 +109,14 @@ unpack() {
   rm -rf -- "$draft"
 }
 
-# Where what the sources need is, or will be.
+# Sets $environment, the folder of the virtual environment for these requirements.
 find_environment() {
   local key
   key=$(cd "$sources" && cat requirements* | sha256sum)
   environment=$cache/env-$version-$(uname -m)-${requirements//[^a-z]/}-${key:0:16}
 }
 
-# What the sources need, once for each set of versions, under $cache.
+# Installs the requirements below $cache, once per set of versions.
 install() {
   local files=() hashes=() file
   find_environment
@@ -130,29 +132,29 @@ install() {
   : >"$environment/made"
 }
 
-# 'ended', 'held' by a run whose lock has not gone stale yet, or 'due'.
+# Prints 'ended', 'held' (a lock exists and may belong to a live run) or 'due'.
 state() {
   PYTHONPATH=$sources "$interpreter" -P "$sources/gated/sweep/launch/point.py" "$workdir"
 }
 
-# The processes of a host share the cache, and so may hosts.
+# Processes of a host share the cache; hosts may share it too.
 prepare() {
   mkdir -p "$cache"
   exec 9>"$cache/lock"
   if ! flock 9; then
-    echo "job: $cache cannot be locked: give --cache a folder of the host's own" >&2
-    exit 2
+    echo "job: cannot lock --cache=$cache: name a folder on a local disk" >&2
+    exit "$refused"
   fi
   unpack
   if [[ -z $interpreter ]]; then install; fi
 }
 
 sources=$cache/code-$sha256
-# A network that fails for a while is no reason to give a slice of machines back.
+# A short network failure should not cost a slice of machines.
 for try in {1..3}; do
   follow prepare
-  if [[ $code -eq 0 || $code -eq 2 || $code -gt 128 || $try -eq 3 ]]; then break; fi
-  echo "job: this failed with exit code $code, and is tried again" >&2
+  if [[ $code -eq 0 || $code -eq $refused || $code -gt 128 || $try -eq 3 ]]; then break; fi
+  echo "job: preparation failed with exit code $code: retrying" >&2
   sleep "${GATED_JOB_PAUSE:-60}"
 done
 if [[ $code -ne 0 ]]; then exit "$code"; fi
@@ -161,7 +163,7 @@ if [[ -z $interpreter ]]; then
   interpreter=$environment/bin/python
 fi
 
-# Hosts install at their own pace, and a slice's need not start together.
+# Hosts of a slice may start at different times and install at different speeds.
 if [[ $processes != one ]]; then point+=(--start_timeout=1800); fi
 case $processes in
   one) ;;
@@ -170,26 +172,26 @@ case $processes in
     point+=("--coordinator=$(head -n 1 <<<"$SKYPILOT_NODE_IPS"):8476")
     point+=("--processes=$SKYPILOT_NUM_NODES" "--process=$SKYPILOT_NODE_RANK")
     ;;
-  *) echo "job: --processes=$processes is not known" >&2; exit 2 ;;
+  *) echo "job: --processes=$processes must be one, auto or skypilot" >&2; exit "$refused" ;;
 esac
 
-# On a line of its own: a workdir that cannot be read ends the job here.
+# A plain assignment, so that `set -e` ends the job if the workdir cannot be read.
 now=$(state)
 if [[ $now == ended ]]; then
   echo "job: $workdir has ended: nothing to do"
-  exit 0
+  exit "$finished"
 fi
 cd "$sources"
-# Whoever was killed may have left a lock, which other machines believe for ten minutes.
+# A killed run may leave its lock, which other machines respect for ten minutes.
 for try in {1..15}; do
   follow "$interpreter" "${point[@]}"
-  if [[ $code -ne 2 || $try -eq 15 ]]; then break; fi
+  if [[ $code -ne $refused || $try -eq 15 ]]; then break; fi
   now=$(state)
   if [[ $now != held ]]; then break; fi
   sleep "${GATED_JOB_PAUSE:-60}"
 done
-if [[ $code -eq 3 ]]; then
-  echo "job: $workdir diverged, and has ended"
-  code=0
+if [[ $code -eq $unstable ]]; then
+  echo "job: $workdir diverged: the point has ended"
+  code=$finished
 fi
 exit "$code"

@@ -9,7 +9,7 @@ task was deleted, or taken back, upon which SLURM itself requeues it: the script
 import shlex
 
 from gated import storage
-from gated.run.exit_codes import PREEMPTED, RESUMABLE
+from gated.run.exit_codes import PREEMPTED, REFUSED, RESUMABLE
 from gated.sweep.launch import work
 from gated.sweep.launch.work import FOLLOW, Work
 
@@ -58,8 +58,8 @@ def _body(w: Work, here: bool) -> str:
 {work.embedded()}
 case $SLURM_ARRAY_TASK_ID in
 {cases}  *)
-    echo "there is no point $SLURM_ARRAY_TASK_ID" >&2
-    exit 2
+    echo "unknown point $SLURM_ARRAY_TASK_ID" >&2
+    exit {REFUSED}
     ;;
 esac
 if [[ -n $log ]]; then
@@ -69,9 +69,9 @@ fi
 task=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID
 # srun makes SIGKILL of a SIGTERM of its own, so its processes are told by SLURM.
 signal=USR1
-hand_on() {{ scancel --signal=TERM "$task" || true; }}
+forward() {{ scancel --signal=TERM "$task" || true; }}
 deleted=''
-trap 'deleted=yes heard=yes' TERM
+trap 'deleted=yes signaled=yes' TERM
 # Who waits for a process that failed as it started is not waited for.
 follow srun --ntasks={tasks} --ntasks-per-node={w.options.processes} \\
   --kill-on-bad-exit=0 --wait={PATIENCE} bash -c "$job" job "$@"

@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 from yaml import SafeDumper, dump
 
 from gated import storage
+from gated.run.exit_codes import FINISHED, REFUSED, UNSTABLE
 from gated.sweep.launch import machines
 
 _HERE = Path(__file__).parent
 FOLLOW = (_HERE / 'follow.sh').read_text()
-# What each host runs, as `bash -c JOB job ARGUMENTS`.
-JOB = f'set -euo pipefail\n{FOLLOW}{(_HERE / "job.sh").read_text()}'
+_CODES = f'refused={REFUSED} unstable={UNSTABLE} finished={FINISHED}'
+# The script that each host runs: `bash -c JOB job ARGUMENTS`.
+JOB = f'set -euo pipefail\n{_CODES}\n{FOLLOW}{(_HERE / "job.sh").read_text()}'
 
 
 def _option(default: Any, told: str) -> Any:
