@@ -163,7 +163,7 @@ def test_each_host_is_given_the_plain_command_and_where_its_sources_are(on):
   first = s.work.points[0]
   assert given[given.index('--') + 1 :] == list(first.command) and more[0] in given
   kind = '-cuda' if NEEDS[on]['accelerator'].startswith('h100') else '-tpu'
-  requirements = f'requirements{kind}.lock'
+  requirements = f'requirements.lock,requirements{kind}.lock'
   requirements += '' if on == 'slurm' else ',requirements-cloud.lock'
   meet = 'one' if on in ('slurm', 'skypilot') else 'auto'
   assert set(given[: given.index('--')]) == {

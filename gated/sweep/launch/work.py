@@ -89,7 +89,8 @@ class Work:
 
     `code` is where a host finds the sources, `meet` how processes find each other.
     """
-    stems = [self.accelerator.requirements]
+    # A set, in order: an accelerator's file only adds to requirements.txt.
+    stems = list(dict.fromkeys(['requirements', self.accelerator.requirements]))
     stems += ['requirements-cloud'] if storage.is_remote(self.folder) else []
     kind = 'txt' if self.options.unlocked else 'lock'
     given = {
