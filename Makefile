@@ -81,7 +81,7 @@ tpu: .venv/tpu/made-$(FROM)
 sky: .venv/sky/made-$(FROM)
 
 rows: .venv/run-$(FROM)
-	$(BIN)/python scripts/train_rows.py $(ARGS)
+	$(BIN)/python tests/rows.py $(ARGS)
 
 faults: .venv/dev-$(FROM)
 	$(BIN)/python tests/faults $(ARGS)

@@ -5,12 +5,12 @@ import json
 import math
 
 import pytest
+import rows as trained
 
 from configs import base, dense_1b7, moe_15b, rows, table1, table2
 from gated import config, model, plan
-from scripts import train_rows
 
-TABLES = train_rows.TABLES
+TABLES = trained.TABLES
 ROWS = [f'{name}:{row}' for name, table in TABLES.items() for row in table.ROWS]
 
 # Table 7's mixture of experts: layers, width, query and KV heads, their width, ffn.
@@ -263,17 +263,17 @@ def test_the_scales_are_the_same_everywhere():
 )
 @pytest.mark.slow
 def test_a_row_learns_and_resumes_exactly(row, tmp_path):
-  found = train_rows.train(recipe(row, 'test'), tmp_path)
-  assert found.drop >= train_rows.DROP, found.losses
-  assert found.exact
+  result = trained.train(recipe(row, 'test'), tmp_path)
+  assert result.drop >= trained.DROP, result.losses
+  assert result.exact
 
 
 def test_rows_are_chosen_by_table_or_by_name():
-  assert len(train_rows.recipes([])) == len(ROWS)
-  assert len(train_rows.recipes(['table6'])) == 6
-  assert list(train_rows.recipes(['table1:k8'])) == ['table1:k8']
+  assert len(trained.recipes([])) == len(ROWS)
+  assert len(trained.recipes(['table6'])) == 6
+  assert list(trained.recipes(['table1:k8'])) == ['table1:k8']
   with pytest.raises(ValueError, match=r'--only=table5 is neither .*did you mean table'):
-    train_rows.recipes(['table5'])
+    trained.recipes(['table5'])
 
 
 def count(run_python, *flags):

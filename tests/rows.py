@@ -1,10 +1,10 @@
-"""Trains every row of the paper's tables, at test scale, on one fixed batch.
+"""Trains every row of the paper's tables at test scale on one fixed batch.
 
-  python scripts/train_rows.py [--only table1] [--only table6:switch_v_1top1]
+  python tests/rows.py [--only table1] [--only table6:switch_v_1top1]
 
-20 steps must lower the loss by 0.1 nats (the mean of the last five below the first), and
-a run saved at step 10 and restored must end in the same bits. Prints a line a row; exit
-code 1 if a row fails.
+The mean loss of steps 16 to 20 must be at least 0.1 nats below the loss of step 1. A run
+restored from step 10 must reach the same parameters and losses, bit for bit. Prints one
+line per row. Exit code 1: a row failed.
 """
 
 import argparse
@@ -28,13 +28,16 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLES = {m.__name__.split('.')[-1]: m for m in (table1, table2, table3, table4, table6)}
 STEPS, SAVED, DROP = 20, 10, 0.1  # DROP in nats
 
-# Most of LLVM's optimizing left out: compiling is nearly all of the time.
-HURRY = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
+# Fewer LLVM optimizations: most of the time goes into compilation.
+COMPILER = {
+  'xla_backend_optimization_level': 0,
+  'xla_llvm_disable_expensive_passes': True,
+}
 
 
 class Result(NamedTuple):
   losses: list[float]
-  exact: bool  # the restored run ended in the same bits
+  exact: bool  # the restored run matched bit for bit
   seconds: float
 
   @property
@@ -47,17 +50,17 @@ class Result(NamedTuple):
 
 
 def recipes(only: list[str]) -> dict[str, Callable]:
-  """Every row, 'table1:k8' -> what makes its recipe; or only those so named."""
-  found = {
+  """Row names such as 'table1:k8' -> recipe functions; [] selects every row."""
+  rows = {
     f'{name}:{row}': functools.partial(table.get_config, f'{row},scale=test')
     for name, table in TABLES.items()
     for row in table.ROWS
   }
   for wanted in only:
-    if not any(_within(name, wanted) for name in found):
-      near = config.nearest(wanted, [*TABLES, *found])
+    if not any(_within(name, wanted) for name in rows):
+      near = config.nearest(wanted, [*TABLES, *rows])
       raise ValueError(f'--only={wanted} is neither a table nor TABLE:ROW{near}')
-  return {k: v for k, v in found.items() if not only or any(_within(k, w) for w in only)}
+  return {k: v for k, v in rows.items() if not only or any(_within(k, w) for w in only)}
 
 
 def _within(name: str, wanted: str) -> bool:
@@ -65,13 +68,13 @@ def _within(name: str, wanted: str) -> bool:
 
 
 def train(c: dict, folder: str | Path) -> Result:
-  """A resolved recipe, trained and resumed; `folder` is for its checkpoint."""
+  """Trains a resolved recipe and resumes it from a checkpoint in `folder`."""
   begun = time.perf_counter()
   cfg = config.build(plan.Config, c | {'steps': STEPS, 'accum': 1}, 'config')
-  the = plan.Plan(cfg)
-  hurry = HURRY if jax.default_backend() == 'cpu' else None
-  step = the.train_step().compile(compiler_options=hurry)
-  batch = mesh.place(text(cfg), the.mesh, cfg.batch)
+  built = plan.Plan(cfg)
+  options = COMPILER if jax.default_backend() == 'cpu' else None
+  step = built.train_step().compile(compiler_options=options)
+  batch = mesh.place(text(cfg), built.mesh, cfg.batch)
 
   def run(state, steps):
     losses = []
@@ -81,17 +84,17 @@ def train(c: dict, folder: str | Path) -> Result:
     return state, losses
 
   with checkpoint.Checkpoints(folder, keep=1, keep_every=0) as saved:
-    state, losses = run(the.init(), SAVED)
+    state, losses = run(built.init(), SAVED)
     saved.save(SAVED, state, dict(config=c, data={}, heldout_loss=losses[-1]))
     state, rest = run(state, STEPS - SAVED)
     saved.wait()
-    resumed, again = run(saved.restore(SAVED, the.state), STEPS - SAVED)
+    resumed, again = run(saved.restore(SAVED, built.state), STEPS - SAVED)
   exact = rest == again and trees.digest(state) == trees.digest(resumed)
   return Result(losses + rest, exact, time.perf_counter() - begun)
 
 
 def text(cfg: plan.Config) -> data.Batch:
-  """The license, byte by byte, as rows of one document each."""
+  """The license's bytes as tokens; each row is one document."""
   B, T = cfg.batch, cfg.data.length
   token = np.frombuffer((ROOT / 'LICENSE').read_bytes()[: B * (T + 1)], np.uint8)
   token = token.astype(np.int32).reshape(B, T + 1)
@@ -114,16 +117,16 @@ def main() -> int:
   for name, recipe in chosen.items():
     with tempfile.TemporaryDirectory() as folder:
       try:
-        found = train(recipe().to_dict(), folder)
+        result = train(recipe().to_dict(), folder)
       except (ValueError, NotImplementedError) as error:
         failed.append(name)
         print(f'{name:38}{error}', flush=True)
         continue
-    failed += [] if found.passed else [name]
-    numbers = f'{found.losses[0]:8.3f}{found.losses[-1]:8.3f}{found.drop:8.3f}'
-    resume = 'exact' if found.exact else 'DIFFERS'
-    mark = '' if found.passed else '  FAILED'
-    print(f'{name:38}{numbers}  {resume:7}{found.seconds:8.1f}{mark}', flush=True)
+    failed += [] if result.passed else [name]
+    numbers = f'{result.losses[0]:8.3f}{result.losses[-1]:8.3f}{result.drop:8.3f}'
+    resume = 'exact' if result.exact else 'DIFFERS'
+    mark = '' if result.passed else '  FAILED'
+    print(f'{name:38}{numbers}  {resume:7}{result.seconds:8.1f}{mark}', flush=True)
   minutes = (time.perf_counter() - begun) / 60
   print(f'{len(chosen) - len(failed)} of {len(chosen)} rows passed in {minutes:.1f} min')
   if failed:
