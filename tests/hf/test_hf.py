@@ -634,6 +634,7 @@ def workdir(tmp_path_factory):
   the = plan.Plan(config.build(plan.Config, c, 'config'))
   state, folder = the.init(), tmp_path_factory.mktemp('run')
   about = {'config': c, 'data': {'tokenizer': 'x', 'sha256': 'x'}, 'heldout_loss': None}
+  about |= {'stability': {'rollbacks': []}}
   with checkpoint.Checkpoints(folder / 'checkpoints', keep=2, keep_every=0) as saved:
     saved.save(3, state, about)
   return folder, state.model
@@ -685,11 +686,11 @@ def test_the_script_refuses_in_one_line(workdir, tmp_path, capsys):
   (tmp_path / 'full').mkdir()
   (tmp_path / 'full' / 'notes').touch()
   to = ('to', tmp_path / 'out')
-  for told, *args in (
-    ('no such folder', ('from', tmp_path / 'nothing'), to),
-    ('neither a workdir, nor', ('from', tmp_path / 'full'), to),
+  for message, *args in (
+    ('nothing: found neither checkpoints', ('from', tmp_path / 'nothing'), to),
+    ('full: found neither checkpoints', ('from', tmp_path / 'full'), to),
     ('has the steps 3', ('from', f'{source}:4'), to),
-    ('has no steps', ('from', f'{golden("qwen3")}:4'), to),
+    ("has no step '4'", ('from', f'{golden("qwen3")}:4'), to),
     ('not an empty folder', ('from', source), ('to', tmp_path / 'full')),
     ('--shard_gib=0.0', ('from', source), to, ('shard_gib', 0)),
     ('--shard_gib=inf', ('from', source), to, ('shard_gib', 'inf')),
@@ -709,7 +710,7 @@ def test_the_script_refuses_in_one_line(workdir, tmp_path, capsys):
   ):
     assert convert(*args) == convert_hf.REFUSED
     err = capsys.readouterr().err
-    assert told in err and err.count('\n') == 1
+    assert message in err and err.count('\n') == 1
   assert not (tmp_path / 'out').exists()
 
 
