@@ -194,8 +194,8 @@ def test_a_point_is_told_by_its_own_numbers(lab, seen):
 def test_a_final_loss_is_the_held_out_one_where_the_last_step_has_it(tmp_path):
   swept = trained(tmp_path, grid(['baseline'], [4e-3], [0]), heldout=True)
   (p,), _ = judged(swept)
-  assert p.final_of == 'heldout'
-  assert p.final == losses(*fate(swept.points[0]), 0)[-1] + 0.05
+  assert p.log.final_of == 'heldout'
+  assert p.log.final == losses(*fate(swept.points[0]), 0)[-1] + 0.05
   assert 'Final loss: the held-out loss at the last step.' in described(swept)
 
 
@@ -205,9 +205,9 @@ def test_seconds_are_of_all_steps_and_not_of_the_records(tmp_path):
   kept = [r for r in records.read(path) if r['step'] % 4 == 0]
   storage.write(path, b''.join(map(records.line, kept)))
   ((p,), _), said = judged(swept), described(swept)
-  assert len(p.train.steps) == STEPS / 4 and p.seconds == 0.5 * STEPS
+  assert len(p.log.train.steps) == STEPS / 4 and p.log.seconds == 0.5 * STEPS
   # Without a record of step 1 nobody knows the loss at initialisation.
-  assert p.init is None and 'There is none' in said
+  assert p.init is None and 'Not available' in said
 
 
 def test_a_summary_is_of_the_seeds_that_did_not_diverge(seen):
@@ -216,7 +216,7 @@ def test_a_summary_is_of_the_seeds_that_did_not_diverge(seen):
     own = [
       p for p in found if p.line == told['line'] and p.lr == float(told['learning_rate'])
     ]
-    finals = [p.final for p in own if not p.diverged]
+    finals = [p.log.final for p in own if not p.diverged]
     assert int(told['n']) == len(finals) == 3 - int(told['diverged'])
     assert float(told['mean']) == pytest.approx(statistics.mean(finals))
     if len(finals) > 1:
@@ -231,7 +231,9 @@ def test_sensitivity_is_that_of_each_seed_and_their_mean(seen):
     each = []
     for seed in range(3):
       own = [p for p in found if p.line == name and p.seed == seed]
-      capped = [min(INIT, p.final) if math.isfinite(p.final) else INIT for p in own]
+      capped = [
+        min(INIT, p.log.final) if math.isfinite(p.log.final) else INIT for p in own
+      ]
       each.append(statistics.mean(capped) - min(capped))
     of = [float(r['sensitivity']) for r in told if r['line'] == name]
     assert of == pytest.approx([*each, statistics.mean(each)])
@@ -243,11 +245,11 @@ def test_sensitivity_is_that_of_each_seed_and_their_mean(seen):
 def test_curves_keep_their_spikes_and_their_ends(seen):
   found, _ = seen
   for p in found:
-    steps, values = p.train.thinned(40)
-    assert len(steps) < 60 < len(p.train.steps)
-    assert (steps[0], steps[-1]) == (p.train.steps[0], p.train.steps[-1])
-    assert np.nanmax(values[5:]) == np.nanmax(p.train.values[steps[5] - 1 :])
-    assert np.isnan(values).any() == np.isnan(p.train.values).any()
+    steps, values = p.log.train.thinned(40)
+    assert len(steps) < 60 < len(p.log.train.steps)
+    assert (steps[0], steps[-1]) == (p.log.train.steps[0], p.log.train.steps[-1])
+    assert np.nanmax(values[5:]) == np.nanmax(p.log.train.values[steps[5] - 1 :])
+    assert np.isnan(values).any() == np.isnan(p.log.train.values).any()
   told = rows(tables.of_curves(found))
   assert {r['point'] for r in told} == {p.name for p in found}
   first = next(r for r in told if r['point'] == found[0].name)
@@ -312,13 +314,13 @@ def test_a_run_left_as_unstable_has_no_final_loss_whatever_it_had_before(tmp_pat
   storage.write_json(last / 'outcome.json', told)
   found, (line,) = judged(swept)
   assert [p.diverged for p in found] == [broken(p) for p in swept.points]
-  assert math.isnan(found[-1].final) and found[-1].capped == INIT
+  assert math.isnan(found[-1].log.final) and found[-1].capped == INIT
   # Its last losses are as low as the others'; it counts as the loss at initialisation.
   assert line.sensitivities()[0] == pytest.approx((INIT - 2.5) / 3, abs=0.01)
 
 
 def test_a_threshold_that_noise_raised_is_stated(tmp_path, lab, seen):
-  assert 'Here it takes' not in described(lab, seen=seen)
+  assert 'Batch noise raises' not in described(lab, seen=seen)
   swept = trained(tmp_path, grid(['baseline'], [4e-3], [0]), lambda p: ('calm', 2.5))
   path = swept.workdir(swept.points[0]) / 'metrics.jsonl'
   rng, noisy = np.random.default_rng(0), []
@@ -329,8 +331,8 @@ def test_a_threshold_that_noise_raised_is_stated(tmp_path, lab, seen):
   (p,), _ = judged(swept)
   assert p.spikes == [] and 0.3 < p.limit < 0.5
   said = described(swept)
-  assert f'**Here it takes up to {p.limit:.2f} nats**' in said
-  assert 'the guard noted as they trained: 1, in 1 of 1 runs' in said
+  assert f'**Batch noise raises this threshold to as much as {p.limit:.2f} nats**' in said
+  assert 'the guard counted during training: 1, in 1 of 1 runs' in said
   (told,) = rows(tables.of_points([p]))
   assert float(told['spike_limit']) == p.limit and told['spikes_noted'] == '1'
 
@@ -365,10 +367,10 @@ def test_an_unfinished_sweep_says_what_is_missing(tmp_path):
   assert [p.state for p in found[4:]] == ['finished', 'partial', 'absent', 'failed']
   said = described(swept)
   assert '8 points: 5 finished, 1 partial, 1 failed, 1 absent.' in said
-  assert '3 of 8 points are not done' in said
+  assert '3 of 8 points have not ended' in said
   for p in found:
     why = '' if p.state == 'absent' else f'{p.state} \\| why'
-    row = f'| {p.name} | {p.state} | {p.step} | 200 | {why} |'
+    row = f'| {p.name} | {p.state} | {p.log.step} | 200 | {why} |'
     assert (row in said) == (not p.done)
   assert [len(c.finals) for c in gathered[0].cells()] == [4, 1]
   # A seed that is not done at one rate has no sensitivity.
@@ -378,7 +380,7 @@ def test_an_unfinished_sweep_says_what_is_missing(tmp_path):
 def test_one_seed_claims_no_ordering_and_three_have_a_noise_floor(lab, seen, tmp_path):
   swept = trained(tmp_path, grid(['baseline', 'elementwise'], seeds=[0]))
   said = described(swept)
-  assert 'no ordering of these lines is claimed' in said
+  assert 'claims no ordering of these lines' in said
   assert 'within the noise' not in said and '| lower |' not in said
   said = described(lab, seen=seen)
   assert '| lower |' in said and 'Noise floor' in said
@@ -404,12 +406,12 @@ def test_lines_are_all_labels_but_rate_and_seed(tmp_path):
     *('none, float32', 'none, bfloat16', 'sdpa, float32', 'sdpa, bfloat16')
   ]
   assert all(line.lrs == [1e-3, 4e-3] and line.seeds == [3, 4] for line in gathered)
-  assert found[0].labels.items() >= names.items()
+  assert found[0].point.labels.items() >= names.items()
   plain = [point({'steps': STEPS}, width=w) for w in ('64', '128')]
   swept = trained(tmp_path / 'plain', plain, lambda p: ('calm', 2.5))
   _, gathered = judged(swept)
   assert [line.name for line in gathered] == ['64', '128']
-  assert 'There is none' in described(swept) and '|  | 1e-3 |' in described(swept)
+  assert 'Not available' in described(swept) and '|  | 1e-3 |' in described(swept)
 
 
 def test_the_papers_numbers_are_ratios_of_perplexities(lab, seen):
@@ -467,7 +469,7 @@ def test_lines_with_other_rates_are_not_compared_silently(tmp_path):
   said, (_, caption) = described(swept), figures.sensitivity(gathered)
   assert 'these numbers are not comparable' in said
   assert 'these bars are not comparable' in caption
-  assert 'no ordering of them is claimed' in said and 'claim no ordering' in caption
+  assert 'claims no ordering of them' in said and 'claim no ordering' in caption
 
 
 def test_a_report_says_what_was_trained(lab, seen):
@@ -494,7 +496,7 @@ def test_a_point_that_is_a_row_of_the_paper_stands_beside_it(tmp_path):
   first, second = published.by_row(gathered).rows
   assert first[1:5] == ['28l_4e-3_baseline', '4e-3', '7.499', '+0.0000']
   assert second[4] == f'{math.log(7.404 / 7.499):+.4f}'
-  assert second[6] == f'{found[1].final - found[0].final:+.4f}'
+  assert second[6] == f'{found[1].log.final - found[0].log.final:+.4f}'
 
 
 class Page(html.parser.HTMLParser):
@@ -538,7 +540,7 @@ def test_a_page_refers_to_nothing_and_escapes_what_it_is_told(tmp_path):
 
 
 def test_a_report_without_its_packages_says_what_to_install(lab, tmp_path, monkeypatch):
-  monkeypatch.setattr(report, '_found', lambda module: module != 'matplotlib')
+  monkeypatch.setattr(report, '_installed', lambda module: module != 'matplotlib')
   with pytest.raises(ValueError, match=r'matplotlib.*requirements-report\.txt'):
     report.write(lab, tmp_path / 'out', rule=RULE)
   assert not (tmp_path / 'out').exists()
@@ -561,7 +563,7 @@ def test_a_part_of_a_sweep_is_judged_as_among_all_and_says_that_it_is_one(
   assert [p.diverged for p in the.points] == [False, True]
   said = storage.read(out / 'report.md', 1 << 20).decode()
   assert said.splitlines()[2] == (
-    '2 points: 1 finished, 1 diverged. A part: 2 of the 6 of its grid: '
+    '2 points: 1 finished, 1 diverged. Only a part: 2 of the 6 of its grid: '
     'variant=baseline,lr=0.001,lr=0.008.'
   )
   with pytest.raises(ValueError, match='--only=lr=1, but of lr there are'):

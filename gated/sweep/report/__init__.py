@@ -1,6 +1,6 @@
-"""The report of a sweep: Markdown, CSV, figures, and one page that needs nothing else.
+"""The report of a sweep: Markdown, CSV, figures, and one self-contained page.
 
-The same sweep gives the same bytes: nothing in a report tells when it was written.
+The same sweep gives the same bytes: a report contains no time of writing.
 """
 
 import importlib.util
@@ -28,15 +28,14 @@ def write(
   spikes: Mapping[str, Any] | None = None,
   published: Sequence[Published] = (),
 ) -> Report:
-  """Judges a sweep's points by a rule (its own), and writes the report of them.
+  """Judges a sweep's points by `rule` (default: the sweep's own) and writes the report.
 
-  A sweep that is not finished has one as well, which says what is missing; `only` (as in
-  `sweep.only`) makes it one of some points, which says so; they are judged as among all.
-  `spikes` are arguments of `judge.spikes` other than those that suit the number of
-  steps, `published` the paper's rows to set beside ours. ValueError where a package that
-  draws is not installed.
+  The report of an unfinished sweep lists the missing points. `only` selects points as in
+  `sweep.only`; they are still judged among all points. `spikes` overrides arguments of
+  `judge.spikes`; `published` are the paper's rows to compare with. ValueError if a
+  package for figures or pages is missing.
   """
-  missing = [name for module, name in NEEDED.items() if not _found(module)]
+  missing = [name for module, name in NEEDED.items() if not _installed(module)]
   if missing:
     raise ValueError(
       f'a report needs {" and ".join(missing)}: pip install -r requirements-report.txt'
@@ -51,8 +50,8 @@ def write(
   if only:
     about['points'] = f'{len(chosen)} of the {len(swept.points)} of its grid: {only}'
   lines = gather(judged)
-  captions = {d.name: d.caption for d in figures.draw(_pictures(lines), lines, out)}
-  the = Report(
+  captions = figures.draw(_pictures(lines), lines, out)
+  report = Report(
     name=swept.name,
     about=about,
     points=judged,
@@ -62,50 +61,50 @@ def write(
     published=published,
     captions=captions,
   )
-  text = markdown(the)
+  text = markdown(report)
+  drawn = {f'{name}.svg': storage.read(out / f'{name}.svg', 1 << 30) for name in captions}
   files = {
     'points.csv': tables.of_points(judged).csv(),
     'curves.csv': tables.of_curves(judged).csv(),
     'summary.csv': tables.of_summary(lines).csv(),
     'sensitivity.csv': tables.of_sensitivity(lines).csv(),
     'report.md': text.encode(),
+    'index.html': page(text, swept.name, drawn).encode(),
   }
-  drawn = {f'{name}.svg': storage.read(out / f'{name}.svg', 1 << 30) for name in captions}
-  files['index.html'] = page(text, swept.name, drawn).encode()
   for name, content in files.items():
     storage.write(out / name, content)
-  return the
+  return report
 
 
 def _about(swept: sweep.Sweep) -> dict[str, str]:
-  """What was run, by name."""
+  """The recipe, commit, versions and sources of a sweep, by name."""
   made = swept.made
-  told = {'recipe': ' '.join([swept.recipe, *swept.overrides, *swept.flags])}
+  about = {'recipe': ' '.join([swept.recipe, *swept.overrides, *swept.flags])}
   if made.get('git'):
     changed = ', with changes' if made['git']['dirty'] else ''
-    told['commit'] = f'{made["git"]["commit"]}{changed}'
+    about['commit'] = f'{made["git"]["commit"]}{changed}'
   if made.get('versions'):
     versions = {'python': made['python']} | made['versions']
-    told['versions'] = ', '.join(f'{k} {v}' for k, v in versions.items() if v)
+    about['versions'] = ', '.join(f'{k} {v}' for k, v in versions.items() if v)
   if made.get('sha256'):
-    told['sources'] = f'code.tar.gz with SHA-256 {made["sha256"]}'
-  return told
+    about['sources'] = f'code.tar.gz with SHA-256 {made["sha256"]}'
+  return about
 
 
-def _found(module: str) -> bool:
+def _installed(module: str) -> bool:
   return importlib.util.find_spec(module) is not None
 
 
 def _pictures(lines: list[Line]) -> dict[str, Callable]:
-  """The figures that there is something to draw in."""
+  """The figures that have data."""
   from gated.sweep.report import curves, figures
 
-  every = [p for line in lines for p in line.points]
-  several = len({p.lr for p in every if p.done}) > 1
-  wanted = {
+  judged = [p for line in lines for p in line.points]
+  several = len({p.lr for p in judged if p.done}) > 1
+  pictures = {
     'loss_vs_lr': (figures.loss_against_rate, several),
     'sensitivity': (figures.sensitivity, any(line.sensitivities() for line in lines)),
-    'curves': (curves.training, any(len(p.train.steps) for p in every)),
+    'curves': (curves.training, any(len(p.log.train.steps) for p in judged)),
     'warnings': (curves.warnings, curves.warned(lines)),
   }
-  return {name: draw for name, (draw, there) in wanted.items() if there}
+  return {name: draw for name, (draw, has_data) in pictures.items() if has_data}

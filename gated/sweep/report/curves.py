@@ -35,14 +35,14 @@ def training(lines: list[Line]) -> tuple[Figure, str]:
   width = COLUMN if columns == 1 else PAGE
   figure = Figure(figsize=(width, 0.7 + 1.55 * rows))
   axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-  lrs = sorted({p.lr for line in lines for p in line.points if len(p.train.steps)})
+  lrs = sorted({p.lr for line in lines for p in line.points if len(p.log.train.steps)})
   # Up to 0.88: beyond it the map is too bright for white paper.
   hues = matplotlib.colormaps['viridis'](np.linspace(0, 0.88, max(1, len(lrs))))
   low, top = _losses([p for line in lines for p in line.points])
   for ax, line in zip(axes.flat, lines, strict=False):
     ax.set_title(wrapped(line.name, 26))
     for p in line.points:
-      if len(p.train.steps):
+      if len(p.log.train.steps):
         _curve(ax, p, hues[lrs.index(p.lr)], top)
   axes[0][0].set_ylim(low, top)
   for ax in axes.flat[count:]:
@@ -80,13 +80,15 @@ def training(lines: list[Line]) -> tuple[Figure, str]:
 
 def _losses(points: Sequence[Judged]) -> tuple[float, float]:
   """-> the ends of the axis: what is stable fills it, whatever else does."""
-  shown = [p for p in points if np.isfinite(p.train.values).any()]
+  shown = [p for p in points if np.isfinite(p.log.train.values).any()]
   if not shown:
     return 0.0, 1.0
   late = [
-    p.train.values[p.train.steps > FIRST * p.steps] for p in shown if p.state in CALM
+    p.log.train.values[p.log.train.steps > FIRST * p.steps]
+    for p in shown
+    if p.state in CALM
   ]
-  late = [own[np.isfinite(own)] for own in late or [p.train.values for p in shown]]
+  late = [own[np.isfinite(own)] for own in late or [p.log.train.values for p in shown]]
   late = [own for own in late if len(own)]
   if not late:
     return 0.0, 1.0
@@ -117,17 +119,17 @@ def _strand(ax: Any, curve: Curve, color: Any, dash: Any = '-') -> None:
 
 
 def _curve(ax: Any, p: Judged, color: Any, top: float) -> None:
-  _strand(ax, p.train, color)
+  _strand(ax, p.log.train, color)
   mark = dict(color=color, ls='none', clip_on=False, zorder=4)
   if p.spikes:
     at = [s.step for s in p.spikes]
-    values = np.nan_to_num(p.train.values, nan=np.inf)
-    y = np.minimum(values[np.searchsorted(p.train.steps, at)], top)
+    values = np.nan_to_num(p.log.train.values, nan=np.inf)
+    y = np.minimum(values[np.searchsorted(p.log.train.steps, at)], top)
     ax.plot(at, y, marker='v', ms=3.2, mec='black', mew=0.4, **mark)
   if p.diverged:
-    last = np.median(p.train.values[-max(1, len(p.train.values) // SMOOTH) :])
+    last = np.median(p.log.train.values[-max(1, len(p.log.train.values) // SMOOTH) :])
     last = last if np.isfinite(last) else np.inf
-    ax.plot([p.train.steps[-1]], [min(last, top)], marker='x', ms=5, mew=1.3, **mark)
+    ax.plot([p.log.train.steps[-1]], [min(last, top)], marker='x', ms=5, mew=1.3, **mark)
 
 
 def warnings(lines: list[Line]) -> tuple[Figure, str]:
@@ -136,7 +138,7 @@ def warnings(lines: list[Line]) -> tuple[Figure, str]:
   names = [
     name
     for name in INDICATORS
-    if any(len(p.numbers[name].steps) for _, ps in found for p in ps if p)
+    if any(len(p.log.numbers[name].steps) for _, ps in found for p in ps if p)
   ]
   figure = Figure(figsize=(PAGE, 0.75 + 1.15 * len(found)))
   options: dict[str, Any] = dict(sharex=True, sharey='col', squeeze=False)
@@ -144,8 +146,8 @@ def warnings(lines: list[Line]) -> tuple[Figure, str]:
   for row, (line, pair) in zip(axes, found, strict=True):
     for ax, name in zip(row, names, strict=True):
       for p, (color, dash, _) in zip(pair, PAIR, strict=True):
-        if p and len(p.numbers[name].steps):
-          steps, values = p.numbers[name]
+        if p and len(p.log.numbers[name].steps):
+          steps, values = p.log.numbers[name]
           shown = np.isfinite(values) & (values > 0)
           _strand(ax, Curve(steps[shown], values[shown]), color, dash)
       ax.set_yscale('log')
@@ -197,4 +199,4 @@ def around(line: Line) -> tuple[Judged | None, Judged | None]:
 def warned(lines: list[Line]) -> bool:
   """Whether there is anything to draw of early warnings."""
   pairs = [p for line in lines for p in around(line) if p]
-  return any(len(curve.steps) for p in pairs for curve in p.numbers.values())
+  return any(len(curve.steps) for p in pairs for curve in p.log.numbers.values())

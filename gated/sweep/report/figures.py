@@ -8,7 +8,7 @@ survive print in grey. The same numbers give the same bytes.
 import io
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -71,13 +71,6 @@ class Look(NamedTuple):
   color: str
   marker: str
   dash: Any
-
-
-class Drawn(NamedTuple):
-  """A figure that was written."""
-
-  name: str
-  caption: str
 
 
 def look(index: int) -> Look:
@@ -158,7 +151,7 @@ def loss_against_rate(lines: list[Line]) -> tuple[Figure, str]:
 def _range(lines: list[Line]) -> tuple[float, float]:
   """-> the ends of the axis: what is stable fills a good part of it."""
   points = [p for line in lines for p in line.points if p.done]
-  stable = [p.final for p in points if not p.diverged and p.final is not None]
+  stable = [p.log.final for p in points if not p.diverged and p.log.final is not None]
   crosses = [p.capped for p in points if p.diverged and p.capped is not None]
   if not stable + crosses:
     return 0.0, 1.0
@@ -261,10 +254,11 @@ def draw(
   pictures: dict[str, Callable[[list[Line]], tuple[Figure, str]]],
   lines: list[Line],
   folder: storage.Path,
-) -> Iterator[Drawn]:
-  """Draws and writes each, in this style."""
+) -> dict[str, str]:
+  """Draws and writes the figures in STYLE -> their captions by name."""
+  captions = {}
   with matplotlib.rc_context(STYLE):
     for name, picture in pictures.items():
-      figure, caption = picture(lines)
+      figure, captions[name] = picture(lines)
       save(figure, folder, name)
-      yield Drawn(name, caption)
+  return captions

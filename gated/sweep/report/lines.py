@@ -24,15 +24,13 @@ class Cell:
   @property
   def finals(self) -> list[float]:
     """Final losses of those that finished and did not diverge."""
-    return [p.final for p in self.points if p.final is not None and not p.diverged]
+    return [
+      p.log.final for p in self.points if p.log.final is not None and not p.diverged
+    ]
 
   @property
   def diverged(self) -> list[Judged]:
     return [p for p in self.points if p.diverged]
-
-  @property
-  def missing(self) -> list[Judged]:
-    return [p for p in self.points if not p.done]
 
   @property
   def spread(self) -> judge.Spread:
@@ -72,7 +70,7 @@ class Line:
       own = [p for p in self.points if p.seed == seed]
       whole = all(p.done and math.isfinite(p.init or math.nan) for p in own)
       if whole and {p.lr for p in own} == set(self.lrs):
-        finals = [math.nan if p.final is None else p.final for p in own]
+        finals = [math.nan if p.log.final is None else p.log.final for p in own]
         found[seed] = judge.sensitivity(finals, [p.init for p in own])
     return {seed: value for seed, value in found.items() if math.isfinite(value)}
 

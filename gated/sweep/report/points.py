@@ -1,9 +1,9 @@
-"""What the points of a sweep came to: read from their workdirs, and judged.
+"""Reads the points of a sweep from their workdirs, and judges them.
 
-Final loss, in nats a token: the held-out loss at the point's last step, where it has one,
-else the mean training loss of the last 2% of its records, and of at least 10. NaN of
-a run that was left as unstable: it never came to its end, and what it had before is none.
-Loss at initialisation: the training loss of step 1, which is taken before any update.
+Final loss, in nats per token: the held-out loss at the point's last step if it was
+measured, otherwise the mean training loss of the last 2% of the records, at least 10. NaN
+for a run that was stopped as unstable: it did not reach its end. Loss at initialisation:
+the training loss of step 1, taken before any update.
 """
 
 import json
@@ -19,85 +19,92 @@ from gated.run import metrics
 from gated.run import workdir as workdirs
 from gated.sweep import judge
 from gated.sweep.judge.spikes import GAP, THRESHOLD, WARMUP, WINDOW
+from gated.sweep.judge.warnings import INDICATORS
 
-TAIL, LEAST = 0.02, 10  # Of the records, whose mean is a final training loss.
-DONE = sweep.ENDED
-# Labels that are no part of a line's name: what such a label means -> its knob.
+TAIL, LEAST = 0.02, 10  # Fraction and least number of records in a final training loss.
+# Labels that are not part of a line's name -> their knobs.
 AXES = {'lr': 'optim.lr', 'seed': 'seed'}
-# What is drawn of early warnings -> the kind of record that has it.
-WATCHED = {
-  'grad_norm': 'train',
-  'attention_logit': 'indicators',
-  'output_logit': 'indicators',
-  'residual_growth': 'indicators',
-}
-LIMITED = ('threshold', 'warmup')  # What a spike's height depends on.
+# The early warnings that are drawn.
+WATCHED = 'grad_norm', 'attention_logit', 'output_logit', 'residual_growth'
+LIMITED = ('threshold', 'warmup')  # The arguments of judge.spikes that set the limit.
 
 
 class Curve(NamedTuple):
-  """A number over steps."""
+  """A metric over steps."""
 
   steps: np.ndarray
   values: np.ndarray
 
   def thinned(self, count: int) -> 'Curve':
-    """About so many points: of each stretch the least and the largest."""
+    """About `count` points: the minimum and maximum of each stretch."""
     n = len(self.steps)
     if n <= count:
       return self
     kept = {0, n - 1}
     finite = np.isfinite(self.values)
     for part in np.array_split(np.arange(n), max(1, count // 2)):
-      seen = part[finite[part]]
-      if len(seen):
-        kept |= {seen[np.argmin(self.values[seen])], seen[np.argmax(self.values[seen])]}
+      good = part[finite[part]]
+      if len(good):
+        kept |= {good[np.argmin(self.values[good])], good[np.argmax(self.values[good])]}
       kept |= set(part[~finite[part]][:1])
-    at = np.array(sorted(kept))
-    return Curve(self.steps[at], self.values[at])
+    indices = np.array(sorted(kept))
+    return Curve(self.steps[indices], self.values[indices])
+
+
+class Log(NamedTuple):
+  """What a workdir records; the records themselves, perhaps millions, are dropped."""
+
+  state: str  # absent, partial, finished, diverged or failed
+  step: int
+  message: str  # of the last session, as it ended
+  train: Curve
+  numbers: Mapping[str, Curve]  # early warnings over steps, by name
+  warnings: Mapping[str, float | int | None]  # from judge.warnings
+  noted: int | None  # spikes that the guard counted during training
+  final: float | None  # nats per token; None for a point that has not ended
+  final_of: str  # heldout or train; '' without a final loss
+  seconds: float
+  rate: float | None  # tokens per second
+  device: str
+  data: str  # the fingerprint of its training data
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Judged:
-  """A point, and what became of it."""
+  """A point, its log, and the verdict."""
 
-  name: str
-  line: str  # what its labels but learning rate and seed say
-  labels: Mapping[str, str]
-  apart: Mapping[str, str]  # those labels
-  config: Mapping[str, Any]
-  state: str  # absent, partial, finished, diverged or failed
-  step: int
-  told: str  # what its last session said as it ended
+  point: sweep.Point
+  log: Log
+  line: str
+  line_labels: Mapping[str, str]  # labels except learning rate and seed
   reason: str  # why it counts as diverged, or ''
-  slow: bool  # too far above the best to the rule, but for want of steps
-  train: Curve
-  numbers: Mapping[str, Curve]  # early warnings over steps, by name
-  final: float | None  # nats a token; None for a point that is not done
-  final_of: str  # heldout or train; '' where it is none
+  slow: bool  # above the rule's limit only because it learned slowly
   spikes: Sequence[judge.Spike]
-  limit: float  # nats above the median that a spike is, by this run's noise
-  noted: int | None  # spikes by the guard, step by step, as it trained
-  warnings: Mapping[str, float | int | None]  # as judge.warnings has them
-  seconds: float
-  rate: float | None  # tokens a second
-  device: str
-  data: str  # the fingerprint of what it trained on
+  limit: float  # the height above which this run has a spike, in nats
+
+  @property
+  def name(self) -> str:
+    return self.point.name
 
   @property
   def lr(self) -> float:
-    return self.config['optim']['lr']
+    return self.point.config['optim']['lr']
 
   @property
   def steps(self) -> int:
-    return self.config['steps']
+    return self.point.config['steps']
 
   @property
   def seed(self) -> int:
-    return self.config['seed']
+    return self.point.config['seed']
+
+  @property
+  def state(self) -> str:
+    return 'diverged' if self.reason else self.log.state
 
   @property
   def done(self) -> bool:
-    return self.state in DONE
+    return self.state in sweep.ENDED
 
   @property
   def diverged(self) -> bool:
@@ -105,109 +112,90 @@ class Judged:
 
   @property
   def init(self) -> float | None:
-    first = self.train.steps[:1] == 1
-    return float(self.train.values[0]) if first.any() else None
+    first = self.log.train.steps[:1] == 1
+    return float(self.log.train.values[0]) if first.any() else None
 
   @property
-  def left(self) -> dict[str, int]:
-    """Early warning -> the step at which it left its usual range, in their order."""
-    found = {
+  def alarms(self) -> dict[str, int]:
+    """Early warning -> the step at which it left its usual range, in order of step."""
+    alarms = {
       name.removesuffix('_left'): int(step)
-      for name, step in self.warnings.items()
+      for name, step in self.log.warnings.items()
       if name.endswith('_left') and step is not None
     }
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+    return dict(sorted(alarms.items(), key=lambda item: item[1]))
 
   @property
   def best(self) -> float | None:
-    finite = self.train.values[np.isfinite(self.train.values)]
-    return float(finite.min()) if len(finite) else None
+    values = self.log.train.values[np.isfinite(self.log.train.values)]
+    return float(values.min()) if len(values) else None
 
   @property
   def height(self) -> float:
-    """Of the highest spike, in nats; 0 without one."""
+    """Of the highest spike, in nats; 0 without a spike."""
     return max((s.height for s in self.spikes), default=0.0)
 
   @property
   def capped(self) -> float | None:
-    """min(final, init), which what is not finite does not enter."""
-    known = [x for x in (self.final, self.init) if x is not None and math.isfinite(x)]
-    return min(known, default=None)
+    """min(final, init) of those that are finite."""
+    losses = [x for x in (self.log.final, self.init) if x is not None]
+    return min(filter(math.isfinite, losses), default=None)
 
 
-def read(swept: sweep.Sweep, rule: judge.Rule, how: Mapping[str, Any]) -> list[Judged]:
-  """A sweep -> its points, judged by a rule.
+def read(
+  swept: sweep.Sweep, rule: judge.Rule, spike_args: Mapping[str, Any]
+) -> list[Judged]:
+  """A sweep -> its judged points.
 
-  `how` are arguments of `judge.spikes`, for those that do not suit the steps.
+  `spike_args` override the arguments of `judge.spikes` that `fitting` chooses.
   """
-  lr, seed = (_label(swept.points, axis, knob) for axis, knob in AXES.items())
+  axes = [_label(swept.points, axis, knob) for axis, knob in AXES.items()]
   logs = [_log(swept, point) for point in swept.points]
-  ended = [log for log in logs if log.state == 'finished' and log.final is not None]
-  best = judge.lowest([log.final for log in ended if log.final is not None])
-  names = [_line(swept, point, (lr, seed)) for point in swept.points]
+  labels = [{k: v for k, v in p.labels.items() if k not in axes} for p in swept.points]
+  names = [', '.join(own.values()) or swept.name for own in labels]
   rates = [point.config['optim']['lr'] for point in swept.points]
-  # What diverged whatever the best of the sweep is was not slow.
+  finals = [log.final if log.state == 'finished' else None for log in logs]
+  best = judge.lowest([final for final in finals if final is not None])
+  # A point that diverged even without a comparison to the sweep's best is not slow.
   alone = [_reason(log, math.inf, rule) for log in logs]
-  sound: dict[str, list[tuple[float, float]]] = {line: [] for line in names}
-  for line, lr_of, log, other in zip(names, rates, logs, alone, strict=True):
-    if log.state == 'finished' and log.final is not None and not other:
-      sound[line].append((lr_of, log.final))
-  peaks = {k: judge.best_rate(v, best=best, rule=rule) for k, v in sound.items()}
-  found = []
-  for i, (point, log, line) in enumerate(zip(swept.points, logs, names, strict=True)):
-    apart = {k: v for k, v in point.labels.items() if k not in (lr, seed)}
+  stable: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+  for name, lr, final, reason in zip(names, rates, finals, alone, strict=True):
+    if final is not None and not reason:
+      stable[name].append((lr, final))
+  peaks = {k: judge.best_rate(v, best=best, rule=rule) for k, v in stable.items()}
+  points = []
+  for i, (point, log, name) in enumerate(zip(swept.points, logs, names, strict=True)):
     reason = _reason(log, best, rule)
-    slow = bool(reason and not alone[i] and rates[i] < peaks[line])
-    counted = fitting(point.config['steps']) | dict(how)
-    found.append(
+    slow = bool(reason and not alone[i] and rates[i] < peaks[name])
+    args = fitting(point.config['steps']) | dict(spike_args)
+    points.append(
       Judged(
-        name=point.name,
-        line=line,
-        labels=point.labels,
-        apart=apart,
-        config=point.config,
-        state='diverged' if reason and not slow else log.state,
-        step=log.step,
-        told=log.told,
+        point=point,
+        log=log,
+        line=name,
+        line_labels=labels[i],
         reason='' if slow else reason,
         slow=slow,
-        train=log.train,
-        numbers=log.numbers,
-        final=log.final,
-        final_of=log.final_of,
-        spikes=judge.spikes(*log.train, **counted),
-        limit=judge.limit(*log.train, **{k: counted[k] for k in LIMITED}),
-        noted=log.noted,
-        warnings=log.warnings,
-        seconds=log.seconds,
-        rate=log.rate,
-        device=log.device,
-        data=log.data,
+        spikes=judge.spikes(*log.train, **args),
+        limit=judge.limit(*log.train, **{k: args[k] for k in LIMITED}),
       )
     )
-  return found
+  return points
 
 
-def _line(swept: sweep.Sweep, point: sweep.Point, axes: Sequence[str]) -> str:
-  """The name of a point's line: its labels but those of the axes."""
-  apart = [value for name, value in point.labels.items() if name not in axes]
-  return ', '.join(apart) or swept.name
-
-
-def _reason(log: '_Log', best: float, rule: judge.Rule) -> str:
-  """Why a point that is done counts as diverged; '' if it does not."""
-  if log.state not in DONE or log.final is None:
+def _reason(log: Log, best: float, rule: judge.Rule) -> str:
+  """Why an ended point counts as diverged; '' if it does not."""
+  if log.state not in sweep.ENDED or log.final is None:
     return ''
   broken = log.state == 'diverged'
-  given: dict[str, Any] = dict(best=best, rule=rule, broken=broken, final=log.final)
-  return judge.diverged(*log.train, **given)
+  return judge.diverged(*log.train, best=best, rule=rule, broken=broken, final=log.final)
 
 
 def fitting(steps: int) -> dict[str, Any]:
-  """How spikes are counted in so many steps: the arguments of `judge.spikes`.
+  """A run's steps -> arguments of `judge.spikes`.
 
-  As in the paper's curves; but in a short run a tenth is warm-up, and what is of one
-  spike lies within a twentieth.
+  They are those of the paper's curves, except in a short run: its warm-up is a tenth of
+  the steps, and its gap a twentieth.
   """
   return {
     'window': WINDOW,
@@ -217,44 +205,26 @@ def fitting(steps: int) -> dict[str, Any]:
   }
 
 
-class _Log(NamedTuple):
-  """What a workdir says; of its records no more is kept, for they may be millions."""
-
-  state: str
-  step: int
-  told: str
-  train: Curve
-  numbers: Mapping[str, Curve]
-  warnings: Mapping[str, float | int | None]
-  noted: int | None
-  final: float | None
-  final_of: str
-  seconds: float
-  rate: float | None
-  device: str
-  data: str
-
-
-def _log(swept: sweep.Sweep, point: sweep.Point) -> _Log:
+def _log(swept: sweep.Sweep, point: sweep.Point) -> Log:
   workdir = swept.workdir(point)
-  state, step, told = sweep.state(workdir, point.config['steps'])
+  state, step, message = sweep.state(workdir, point.config['steps'])
   path = workdir / 'metrics.jsonl'
   records = metrics.read(path) if metrics.exists(path) else []
-  train = _curve(records, 'loss', kind='train')
+  train = _curve(records, 'train', 'loss')
   final, final_of = _final(records, train) if state == 'finished' else (None, '')
   if state == 'diverged':
     final = math.nan
   own = [r for r in records if r['kind'] == 'train']
-  # A record tells the seconds of a step, as a mean since the record before.
+  # step_seconds is the mean of a step since the previous record.
   gaps = np.diff([0, *(r['step'] for r in own)])
   timed = [(r, gap) for r, gap in zip(own, gaps, strict=True) if 'step_seconds' in r]
   rates = [r['tokens_per_second'] for r in own if 'tokens_per_second' in r]
-  return _Log(
+  return Log(
     state=state,
     step=step,
-    told=told,
+    message=message,
     train=train,
-    numbers={name: _curve(records, name) for name in WATCHED},
+    numbers={name: _curve(records, *INDICATORS[name]) for name in WATCHED},
     warnings=judge.warnings(records),
     noted=int(own[-1]['spikes']) if own else None,
     final=final,
@@ -265,8 +235,8 @@ def _log(swept: sweep.Sweep, point: sweep.Point) -> _Log:
   )
 
 
-def _curve(records: Sequence[Mapping[str, Any]], name: str, kind: str = '') -> Curve:
-  own = [r for r in records if name in r and r['kind'] == (kind or WATCHED[name])]
+def _curve(records: Sequence[Mapping[str, Any]], kind: str, name: str) -> Curve:
+  own = [r for r in records if name in r and r['kind'] == kind]
   steps = np.array([r['step'] for r in own], np.int64)
   return Curve(steps, np.array([r[name] for r in own], np.float64))
 
@@ -276,9 +246,10 @@ def _final(
 ) -> tuple[float | None, str]:
   if not len(train.steps):
     return None, ''
-  held = [r for r in records if r['kind'] == 'heldout' and r['step'] == train.steps[-1]]
-  if held:
-    return float(held[-1]['loss']), 'heldout'
+  last = train.steps[-1]
+  heldout = [r for r in records if r['kind'] == 'heldout' and r['step'] == last]
+  if heldout:
+    return float(heldout[-1]['loss']), 'heldout'
   count = max(LEAST, math.ceil(TAIL * len(train.values)))
   return float(np.mean(train.values[-count:])), 'train'
 
@@ -288,26 +259,26 @@ def _session(workdir: storage.Path) -> dict[str, str]:
   path = workdir / 'run.json'
   if not storage.exists(path):
     return {'device': '', 'data': ''}
-  found = json.loads(storage.read(path, workdirs.LIMIT))
-  last = found['sessions'][-1]
+  run = json.loads(storage.read(path, workdirs.LIMIT))
+  last = run['sessions'][-1]
   device = f'{last["devices"]} x {last["device_kind"]}'
-  return {'device': device, 'data': found['data'].get('sha256', '')}
+  return {'device': device, 'data': run['data'].get('sha256', '')}
 
 
 def _label(points: Sequence[sweep.Point], axis: str, knob: str) -> str:
-  """The name of the label that tells a knob; '' if none does.
+  """The name of the label that holds a knob's values; '' if no label does.
 
-  An axis may have any name, so one whose labels are the knob's values is taken as well.
+  An axis may have any name, so the values decide if no label is called `axis`.
   """
   names = list(dict.fromkeys(name for p in points for name in p.labels))
   if axis in names:
     return axis
 
-  def tells(name: str) -> bool:
+  def holds_knob(name: str) -> bool:
     pairs = {(p.labels.get(name, ''), config.dig(p.config, knob)) for p in points}
     return len(pairs) > 1 and all(_same(text, value) for text, value in pairs)
 
-  return next((name for name in names if tells(name)), '')
+  return next((name for name in names if holds_knob(name)), '')
 
 
 def _same(text: str, value: float) -> bool:

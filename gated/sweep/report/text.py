@@ -1,4 +1,4 @@
-"""The report in words: Markdown of a sweep that was judged."""
+"""The text of the report: a judged sweep as Markdown."""
 
 import math
 from collections import Counter
@@ -11,42 +11,41 @@ from gated.sweep import judge
 from gated.sweep.judge.warnings import SETTLED, TIMES
 from gated.sweep.report import published, tables
 from gated.sweep.report.lines import Line, rate
-from gated.sweep.report.points import DONE, LEAST, TAIL, Judged, fitting
+from gated.sweep.report.points import LEAST, TAIL, Judged, fitting
 from gated.sweep.report.tables import Table, plain
 
 STATES = ('finished', 'diverged', 'partial', 'failed', 'absent')
-# What a reader asks of a run first; the first three multiply to its tokens.
+# The knobs that the report lists; the first three multiply to a run's tokens.
 KNOBS = (
   *('steps', 'batch', 'data.length', 'model.vocab', 'model.depth', 'model.width'),
   *('model.numerics.compute', 'optim.name', 'optim.schedule', 'optim.warmup'),
   *('optim.weight_decay', 'optim.clip'),
 )
-OF_RUNS = {'device': 'devices', 'data': 'data with SHA-256'}
 UNLIKE = (
-  "Scale, data and tokenizer differ from the paper's, and with them every loss: only the "
-  'signs and the ratios of differences may be compared. The differences are in nats; the '
-  "paper's are the logarithm of a ratio of two of its perplexities."
+  "Scale, data and tokenizer differ from the paper's, and so does every loss: only the "
+  'signs and the ratios of differences may be compared. Differences are in nats; the '
+  "paper's are the logarithm of the ratio of two perplexities."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-  """All that a report is made of."""
+  """The contents of a report."""
 
   name: str
-  about: Mapping[str, str]  # what was run: recipe, commit, ...
+  about: Mapping[str, str]  # recipe, commit, ...
   points: Sequence[Judged]
   lines: Sequence[Line]
   rule: judge.Rule
-  spikes: Mapping[str, Any]  # arguments of judge.spikes that were asked for
+  spikes: Mapping[str, Any]  # arguments of judge.spikes from the command line
   published: Sequence[published.Published]
-  captions: Mapping[str, str]  # of the figures that were drawn, by name
+  captions: Mapping[str, str]  # of the figures, by name
 
   def states(self) -> str:
     """'18 points: 16 finished, 2 diverged'."""
     count = Counter(p.state for p in self.points)
-    told = ', '.join(f'{count[s]} {s}' for s in STATES if count[s])
-    return f'{len(self.points)} points: {told}'
+    counts = ', '.join(f'{count[s]} {s}' for s in STATES if count[s])
+    return f'{len(self.points)} points: {counts}'
 
   @property
   def noise(self) -> judge.Noise:
@@ -54,234 +53,242 @@ class Report:
     return judge.noise([c.finals for c in cells])
 
 
-def markdown(the: Report) -> str:
+def markdown(report: Report) -> str:
   """A report -> report.md."""
-  figures = {name: i + 1 for i, name in enumerate(the.captions)}
+  figures = list(report.captions)
 
   def figure(name: str) -> list[str]:
     if name not in figures:
       return []
-    told = f'Figure {figures[name]}'
-    return [f'![{told}]({name}.svg)', '', f'*{told}.* {the.captions[name]}', '']
+    title = f'Figure {figures.index(name) + 1}'
+    return [f'![{title}]({name}.svg)', '', f'*{title}.* {report.captions[name]}', '']
 
   parts = [
-    [f'# {plain(the.name)}', '', *_opening(the)],
-    ['## Final loss', '', *figure('loss_vs_lr'), *_losses(the)],
-    ['## LR sensitivity', '', *figure('sensitivity'), *_sensitivity(the)],
-    ['## Training curves and spikes', '', *figure('curves'), *_spikes(the)],
-    ['## Divergence', '', *_divergence(the)],
-    ['## Early warnings', '', *figure('warnings'), *_warnings(the)],
-    *_paper(the),
-    ['## How it was measured', '', *_measured(the)],
+    [f'# {plain(report.name)}', '', *_opening(report)],
+    ['## Final loss', '', *figure('loss_vs_lr'), *_losses(report)],
+    ['## LR sensitivity', '', *figure('sensitivity'), *_sensitivity(report)],
+    ['## Training curves and spikes', '', *figure('curves'), *_spikes(report)],
+    ['## Divergence', '', *_divergence(report)],
+    ['## Early warnings', '', *figure('warnings'), *_warnings(report)],
+    *_paper(report),
+    ['## Method', '', *_method(report)],
   ]
   return '\n'.join(line for part in parts for line in [*part, ''])
 
 
-def _opening(the: Report) -> Iterator[str]:
-  part = the.about.get('points')
-  yield f'{the.states()}.{f" A part: {plain(part)}." if part else ""}'
-  left = [p for p in the.points if not p.done]
-  if left:
+def _opening(report: Report) -> Iterator[str]:
+  part = report.about.get('points')
+  yield f'{report.states()}.{f" Only a part: {plain(part)}." if part else ""}'
+  missing = [p for p in report.points if not p.done]
+  if missing:
     yield ''
     yield (
-      f'**This sweep is not finished: {len(left)} of {len(the.points)} points are not '
-      'done.** They are in no mean below:'
+      f'**This sweep is not finished: {len(missing)} of {len(report.points)} points have '
+      'not ended.** The means below leave them out:'
     )
     yield ''
-    rows = [[p.name, p.state, p.step, p.steps, p.told] for p in left]
-    yield from Table(['point', 'state', 'step', 'of', 'told'], rows).markdown()
+    rows = [[p.name, p.state, p.log.step, p.steps, p.log.message] for p in missing]
+    yield from Table(['point', 'state', 'step', 'of', 'message'], rows).markdown()
 
 
-def _losses(the: Report) -> Iterator[str]:
-  yield 'Nats a token; mean and standard deviation over the seeds that did not diverge.'
+def _losses(report: Report) -> Iterator[str]:
+  yield 'Nats per token; mean and standard deviation over the seeds without divergence.'
   yield ''
-  yield from tables.by_rate(the.lines).markdown()
+  yield from tables.by_rate(report.lines, tables.loss_text).markdown()
   yield ''
-  counts = [len(c.points) for line in the.lines for c in line.cells()]
+  counts = [len(c.points) for line in report.lines for c in line.cells()]
   least, most = min(counts), max(counts)
   seeds = f'{most}' if least == most else f'{least} to {most}'
-  noun = 'seed' if most == 1 else 'seeds'
-  yield f'Seeds of each: {seeds} {noun}, where all are done. {the.noise}'
+  yield f'Seeds per learning rate: {seeds}. {report.noise}'
   if most <= 1:
-    yield 'With one seed no ordering of these lines is claimed.'
-  elif len(the.lines) > 1:
+    yield 'One seed per line: the report claims no ordering of these lines.'
+  elif len(report.lines) > 1:
     yield ''
-    yield from _ordering(the)
+    yield from _ordering(report)
 
 
-def _ordering(the: Report) -> Iterator[str]:
-  """Each line at its best against the first."""
-  noise, rows = the.noise, []
-  bests = [(line, cell) for line in the.lines if (cell := line.best())]
+def _ordering(report: Report) -> Iterator[str]:
+  """Compares each line at its best rate with the first line."""
+  noise, rows = report.noise, []
+  bests = [(line, cell) for line in report.lines if (cell := line.best())]
   if not bests or not noise.dof:
     return
   (first, start), *_ = bests
   for line, cell in bests:
-    row = [line.name, rate(cell.lr), tables.told(cell), len(cell.finals)]
+    row = [line.name, rate(cell.lr), tables.loss_text(cell), len(cell.finals)]
     if line is first:
       rows.append([*row, '–', '–', '–'])
       continue
-    apart, beyond = cell.mean - start.mean, noise.beyond(cell.spread.n, start.spread.n)
-    side = 'lower' if apart < 0 else 'higher'
-    said = side if noise.differ(cell.spread, start.spread) else 'within the noise'
-    rows.append([*row, f'{apart:+.4f}', f'{beyond:.4f}', said])
+    difference = cell.mean - start.mean
+    floor = noise.beyond(cell.spread.n, start.spread.n)
+    side = 'lower' if difference < 0 else 'higher'
+    verdict = side if noise.differ(cell.spread, start.spread) else 'within the noise'
+    rows.append([*row, f'{difference:+.4f}', f'{floor:.4f}', verdict])
   yield (
-    f'Each line at its best learning rate without divergence, against '
-    f'{plain(first.name)}. The rate was chosen by the same runs, so that small '
-    'differences say less than the noise floor promises.'
+    f'Each line at its best learning rate without divergence, compared with '
+    f'{plain(first.name)}. The same runs chose that rate, so a small difference is less '
+    'certain than the noise floor suggests.'
   )
   yield ''
-  columns = ['', 'lr', 'final loss', 'seeds', 'difference', 'noise floor', 'is']
+  columns = ['', 'lr', 'final loss', 'seeds', 'difference', 'noise floor', 'verdict']
   yield from Table(columns, rows).markdown()
 
 
-def _sensitivity(the: Report) -> Iterator[str]:
-  found = tables.of_sensitivity(the.lines)
-  rows = [row for row in found.rows if row[1] == 'mean']
+def _sensitivity(report: Report) -> Iterator[str]:
+  rows = [row for row in tables.of_sensitivity(report.lines).rows if row[1] == 'mean']
   if not rows:
     yield (
-      'There is none: it takes a line with several learning rates that are all done, and '
-      'a loss logged at step 1.'
+      'Not available: it needs a line with several learning rates that have all ended, '
+      'and a loss logged at step 1.'
     )
     return
   yield (
-    'The mean over the learning rates of min(final loss, loss at initialisation), less '
-    'the best final loss, in nats (Wortsman et al., arXiv 2309.14322); a seed at a time. '
-    'It is of this grid of rates: what reaches further has more.'
+    'The mean over the learning rates of min(final loss, loss at initialisation), minus '
+    'the best final loss, in nats (Wortsman et al., arXiv 2309.14322), for each seed. '
+    'It depends on this grid of rates: a wider grid has a larger sensitivity.'
   )
   yield ''
   columns = ['', 'sensitivity', 'std over seeds', 'seeds', 'rates', 'from lr', 'to lr']
-  lrs = {line.name: tuple(line.lrs) for line in the.lines if line.sensitivities()}
+  lrs = {line.name: tuple(line.lrs) for line in report.lines if line.sensitivities()}
   cut = [[r[0], *r[2:5], len(lrs[r[0]]), rate(r[5]), rate(r[6])] for r in rows]
   yield from Table(columns, cut).markdown()
   yield ''
   if len(set(lrs.values())) > 1:
-    yield 'Their learning rates are not the same: these numbers are not comparable.'
+    yield 'The learning rates differ by line: these numbers are not comparable.'
   if all(row[4] == 1 for row in rows):
-    yield 'They are of one seed each: no ordering of them is claimed.'
-  short = [line.name for line in the.lines if len(line.sensitivities()) < len(line.seeds)]
-  if short:
-    names = plain(', '.join(short))
-    yield f'Seeds that are not done at every rate are left out. They are of: {names}.'
+    yield 'One seed per line: the report claims no ordering of them.'
+  partial = [x.name for x in report.lines if len(x.sensitivities()) < len(x.seeds)]
+  if partial:
+    names = plain(', '.join(partial))
+    yield f'Seeds that have not ended at every rate are left out, in: {names}.'
 
 
-def _spikes(the: Report) -> Iterator[str]:
-  lengths = {p.steps for p in the.points}
-  how = fitting(min(lengths)) | dict(the.spikes)
-  of = 'In the shortest run, a' if len(lengths) > 1 else 'A'
+def _spikes(report: Report) -> Iterator[str]:
+  lengths = {p.steps for p in report.points}
+  args = fitting(min(lengths)) | dict(report.spikes)
+  article = 'In the shortest run, a' if len(lengths) > 1 else 'A'
   yield (
-    f'{of} spike is an excursion of the training loss of more than '
-    f'{how["threshold"]:g} nats above the centred median of {how["window"]} logged '
-    f'points, after step {how["warmup"]}; what is within {how["gap"]} steps is one.'
+    f'{article} spike is an excursion of the training loss of more than '
+    f'{args["threshold"]:g} nats above the centred median of {args["window"]} logged '
+    f'points, after step {args["warmup"]}; excursions within {args["gap"]} steps count '
+    'once.'
   )
-  limits = [p.limit for p in the.points if len(p.train.steps)]
-  if max(limits, default=0.0) > how['threshold']:
+  limits = [p.limit for p in report.points if len(p.log.train.steps)]
+  if max(limits, default=0.0) > args['threshold']:
     yield (
-      f'**Here it takes up to {max(limits):.2f} nats** ({min(limits):.2f} at least): '
-      'so high the noise of a batch reaches by itself, in one such run of a hundred. '
-      'What is lower than that cannot be told from noise, and is not counted.'
+      f'**Batch noise raises this threshold to as much as {max(limits):.2f} nats** (at '
+      f'least {min(limits):.2f}): noise alone exceeds it in one such run of a hundred. A '
+      'lower excursion is indistinguishable from noise and is not counted.'
     )
-  yield 'Spikes a run, with the highest in nats:'
+  yield 'Spikes per run, and the height of the highest in nats:'
   yield ''
-  yield from tables.of_spikes(the.lines).markdown()
-  noted = [p.noted for p in the.points if p.noted is not None]
+  yield from tables.by_rate(report.lines, tables.spike_text).markdown()
+  noted = [p.log.noted for p in report.points if p.log.noted is not None]
   if noted:
     yield ''
     yield (
-      f'Steps that the guard noted as they trained: {sum(noted)}, in '
-      f'{sum(map(bool, noted))} of {len(noted)} runs. It measures otherwise: a loss or a '
-      'gradient norm that many standard deviations above those before it '
-      '(config.stability.threshold), and a norm may do so where the loss does nothing.'
+      f'Spikes that the guard counted during training: {sum(noted)}, in '
+      f'{sum(map(bool, noted))} of {len(noted)} runs. Its method differs: it counts a '
+      'step if the loss or the gradient norm is config.stability.threshold standard '
+      'deviations above the previous steps. A gradient norm can spike without the loss.'
     )
 
 
-def _divergence(the: Report) -> Iterator[str]:
-  yield str(the.rule)
-  slow = [p.name for p in the.points if p.slow]
+def _divergence(report: Report) -> Iterator[str]:
+  yield str(report.rule)
+  slow = [p.name for p in report.points if p.slow]
   if slow:
     yield f'Slow by this rule, and so counted as finished: {plain(", ".join(slow))}.'
   yield ''
-  found = [p for p in the.points if p.diverged]
-  if not found:
-    done = sum(p.done for p in the.points)
-    yield f'None of the {done} points that are done diverged by this rule.'
-    return
-  rows = [[p.line, rate(p.lr), p.seed, f'diverged: {p.reason}', p.name] for p in found]
-  yield from Table(['', 'lr', 'seed', 'why', 'point'], rows).markdown()
-
-
-def _warnings(the: Report) -> Iterator[str]:
   rows = [
-    [p.line, rate(p.lr), p.seed, p.state, p.step, tables.warned(p)]
-    for p in the.points
-    if p.state in DONE and p.left
+    [p.line, rate(p.lr), p.seed, f'diverged: {p.reason}', p.name]
+    for p in report.points
+    if p.diverged
+  ]
+  if rows:
+    yield from Table(['', 'lr', 'seed', 'reason', 'point'], rows).markdown()
+  else:
+    done = sum(p.done for p in report.points)
+    yield f'None of the {done} points that ended diverged by this rule.'
+
+
+def _warnings(report: Report) -> Iterator[str]:
+  rows = [
+    [p.line, rate(p.lr), p.seed, p.state, p.log.step, tables.warned(p)]
+    for p in report.points
+    if p.done and p.alarms
   ]
   yield (
-    'The first step at which a number left its usual range: more than '
+    'The first step at which an indicator left its usual range: more than '
     f'{TIMES:g} times its median in the first half of the run, or not finite. The first '
-    f'{SETTLED:.0%} of the steps are not looked at.'
+    f'{SETTLED:.0%} of the steps are ignored.'
   )
   yield ''
   if rows:
     columns = ['', 'lr', 'seed', 'state', 'last step', 'left its range']
     yield from Table(columns, rows).markdown()
   else:
-    yield 'None did in a point that is done.'
+    yield 'No indicator did, in any point that ended.'
 
 
-def _paper(the: Report) -> Iterator[list[str]]:
+def _paper(report: Report) -> Iterator[list[str]]:
   parts = []
-  row = published.by_row(the.lines)
+  row = published.by_row(report.lines)
   if row:
-    parts += ['Rows of its tables, each against the row that is its baseline:', '']
+    parts += ["Rows of the paper's tables, each compared with its baseline row:", '']
     parts += [*row.markdown(), '']
-  tables_of = list(published.by_rate(the.lines, the.published))
-  parts += [published.MEANS, ''] if tables_of else []
-  for of, table in tables_of:
-    parts += [f'**{plain(of)}**', '', *table.markdown(), '']
+  settings = list(published.by_rate(report.lines, report.published))
+  parts += [published.MEANS, ''] if settings else []
+  for name, table in settings:
+    parts += [f'**{plain(name)}**', '', *table.markdown(), '']
   if parts:
-    sure = (
+    certainty = (
       'A difference of ours within the noise floor has no sign.'
-      if the.noise.dof
-      else 'Our noise is not known: the signs of our differences may be chance.'
+      if report.noise.dof
+      else 'Our noise is unknown: the signs of our differences may be chance.'
     )
-    yield ['## Beside the paper', '', f'{UNLIKE} {sure}', '', *parts]
+    yield ['## Comparison with the paper', '', f'{UNLIKE} {certainty}', '', *parts]
 
 
-def _measured(the: Report) -> Iterator[str]:
-  kinds = {p.final_of for p in the.points if p.final_of and not p.diverged}
+def _method(report: Report) -> Iterator[str]:
+  points = report.points
+  kinds = {p.log.final_of for p in points if p.log.final_of and not p.diverged}
   names = {
     'heldout': 'the held-out loss at the last step',
     'train': f'the mean training loss of the last {TAIL:.0%} of the records '
     f'({LEAST} at least)',
   }
   if kinds:
-    both = ' (both occur here, and differ in kind)' if len(kinds) > 1 else ''
+    both = ' (this sweep has both, which are not comparable)' if len(kinds) > 1 else ''
     yield f'- Final loss: {" or ".join(names[k] for k in sorted(kinds))}{both}.'
-  inits = [p.init for p in the.points if p.init is not None]
+  inits = [p.init for p in points if p.init is not None]
   ends = f' ({min(inits):.3f} to {max(inits):.3f})' if inits else ''
   yield f'- Loss at initialisation: the training loss of step 1, before any update{ends}.'
-  yield f'- Each run: {", ".join(map(plain, _shared(the.points)))}.'
-  told = {name: sorted({getattr(p, name) for p in the.points} - {''}) for name in OF_RUNS}
-  about = {OF_RUNS[name]: ', '.join(values) for name, values in told.items() if values}
-  for name, value in (dict(the.about) | about).items():
+  yield f'- Each run: {", ".join(map(plain, _shared(points)))}.'
+  used = {
+    'devices': sorted({p.log.device for p in points} - {''}),
+    'data with SHA-256': sorted({p.log.data for p in points} - {''}),
+  }
+  about = {name: ', '.join(values) for name, values in used.items() if values}
+  for name, value in (dict(report.about) | about).items():
     yield f'- {name[0].upper()}{name[1:]}: {plain(value)}.'
   yield (
-    '- Seconds and tokens a second (points.csv) are of runs that may have shared a '
-    'device with others: they compare no speeds.'
+    '- Do not compare speeds: the runs may have shared a device, which affects their '
+    'seconds and tokens per second (points.csv).'
   )
   yield (
-    '- Beside this page: points.csv (every point), summary.csv (every line and learning '
-    'rate), sensitivity.csv, curves.csv (thinned training losses), and each figure as '
-    'SVG, PDF and PNG.'
+    '- Other files in this folder: points.csv (every point), summary.csv (every line and '
+    'learning rate), sensitivity.csv, curves.csv (thinned training losses), and each '
+    'figure as SVG, PDF and PNG.'
   )
 
 
 def _shared(points: Sequence[Judged]) -> Iterator[str]:
-  """'steps 1000', ...: what all points have in common of what they trained, and how."""
+  """'steps 1000', ...: the values of KNOBS that all points share, and their tokens."""
+  configs = [p.point.config for p in points]
   for knob in KNOBS:
-    values = list(dict.fromkeys(str(config.dig(p.config, knob)) for p in points))
-    yield f'{knob} {values[0] if len(values) == 1 else "differs"}'
-  sizes = {math.prod(config.dig(p.config, knob) for knob in KNOBS[:3]) for p in points}
+    values = {str(config.dig(c, knob)) for c in configs}
+    yield f'{knob} {values.pop() if len(values) == 1 else "differs"}'
+  sizes = {math.prod(config.dig(c, knob) for knob in KNOBS[:3]) for c in configs}
   if len(sizes) == 1:
     yield f'which is {sizes.pop() / 1e6:.3g}M tokens with their padding'
