@@ -22,7 +22,17 @@ from faults import process
 
 from gated import storage, sweep
 from gated.sweep import launch
-from gated.sweep.launch import desk, jobset, machines, point, skypilot, slurm, tpu, work
+from gated.sweep.launch import (
+  checks,
+  desk,
+  jobset,
+  machines,
+  point,
+  skypilot,
+  slurm,
+  tpu,
+  work,
+)
 
 cli = importlib.import_module('scripts.sweep')
 
@@ -58,7 +68,7 @@ def folder_of(on):
 def submission(on, folder='', count=2, more=(), sha256='ab' * 32, **options):
   folder = folder or folder_of(on)
   given = launch.Options(**{'on': on} | NEEDS[on] | options)
-  launch.checks.meant(given, folder)
+  checks.options(given, folder)
   made = points(folder, count, more)
   return launch.prepare(given, folder, made, sha256=sha256, python='3.11')
 
@@ -659,14 +669,18 @@ def test_the_states_of_jobsets_are_read():
     (dict(on='slurm'), '/a', '--on=slurm needs --accelerator=..., --partition=...'),
     (dict(on='tpu', accelerator='v5p:2x2x1'), 'gs://b/a', '--zone=..., --project=...'),
     (dict(on='jobset', accelerator='cpu'), 'gs://b/a', 'needs --queue=...'),
-    (dict(on='skypilot', accelerator='cpu'), '/a', '--dir=/a with --on=skypilot, whose'),
+    (
+      dict(on='skypilot', accelerator='cpu'),
+      '/a',
+      '--dir=/a with --on=skypilot: its machines',
+    ),
     (dict(NEEDS['tpu'], on='tpu'), 's3://b/a', 'give a bucket, gs://BUCKET/PATH'),
     (
       dict(NEEDS['slurm'], on='slurm', zone='a'),
       '/a',
       '--zone=a with --on=slurm, but it',
     ),
-    (dict(NEEDS['slurm'], on='slurm', sbatch=('-C x',)), '/a', "--sbatch='-C x' is no"),
+    (dict(NEEDS['slurm'], on='slurm', sbatch=('-C x',)), '/a', "--sbatch='-C x' must be"),
     (dict(NEEDS['slurm'], on='slurm', nodes=0), '/a', '--nodes=0 must be positive'),
     (dict(NEEDS['slurm'], on='slurm', restarts=-1), '/a', '--restarts=-1 must not'),
     (
@@ -678,7 +692,7 @@ def test_the_states_of_jobsets_are_read():
     (
       dict(NEEDS['slurm'], on='slurm', accelerator='v5p:3x3'),
       '/a',
-      'is no slice that can',
+      'is not an available slice',
     ),
     (
       dict(NEEDS['jobset'], on='jobset', nodes=2),
@@ -694,7 +708,7 @@ def test_the_states_of_jobsets_are_read():
 )
 def test_what_cannot_be_meant_is_refused(options, folder, said):
   with pytest.raises(ValueError) as refused:
-    launch.checks.meant(launch.Options(**options), folder)
+    checks.options(launch.Options(**options), folder)
   assert said in str(refused.value) and '\n' not in str(refused.value)
 
 
@@ -703,8 +717,8 @@ def test_what_cannot_be_meant_is_refused(options, folder, said):
   [
     ('slurm', 'v5p:2x2x1', 'with --on=slurm, but allowed are cpu and GPUs'),
     ('tpu', 'h100:8', 'with --on=tpu, but allowed are v4, v5e'),
-    ('jobset', 'gh200:1', 'for which GKE has no name'),
-    ('skypilot', 'h100-nvl:4', 'for which SkyPilot has no name'),
+    ('jobset', 'gh200:1', 'gh200 has no known name on GKE'),
+    ('skypilot', 'h100-nvl:4', 'h100-nvl has no known name on SkyPilot'),
   ],
 )
 def test_an_accelerator_that_a_scheduler_does_not_have_is_refused(on, accelerator, said):
@@ -717,23 +731,27 @@ def test_a_scheduler_that_is_not_installed_is_named_with_the_way_to_it(on, monke
   monkeypatch.setenv('PATH', '/nowhere')
   target = launch.TARGETS[on]
   with pytest.raises(ValueError) as refused:
-    launch.checks.installed(on)
+    checks.installed(on)
   assert target.command in str(refused.value) and target.install in str(refused.value)
 
 
 @pytest.mark.parametrize(
   ('on', 'knobs', 'said'),
   [
-    ('jobset', dict(init_from='/runs/a:3'), 'config.init_from: /runs/a:3 is a folder of'),
+    (
+      'jobset',
+      dict(init_from='/runs/a:3'),
+      'config.init_from: /runs/a:3 is a local folder',
+    ),
     (
       'tpu',
       dict(data__mixture='/shared/code,gs://b/books'),
-      '/shared/code is a folder of',
+      '/shared/code is a local folder',
     ),
     (
       'tpu',
       dict(data__mixture='gs://b/books,/shared/code'),
-      '/shared/code is a folder of',
+      '/shared/code is a local folder',
     ),
     ('slurm', dict(data__mixture='/shared/books=7,s3://b/code'), ''),
     ('jobset', dict(data__mixture='gs://b/books', init_from='gs://b/a:latest'), ''),
@@ -742,7 +760,7 @@ def test_a_scheduler_that_is_not_installed_is_named_with_the_way_to_it(on, monke
 )
 def test_data_that_no_job_would_find_is_refused(on, knobs, said):
   try:
-    launch.checks.reachable(small.recipe(**knobs), on)
+    checks.reachable(small.recipe(**knobs), on)
     told = ''
   except ValueError as error:
     told = str(error)
@@ -752,16 +770,16 @@ def test_data_that_no_job_would_find_is_refused(on, knobs, said):
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
   (tmp_path / 'file').touch()
   with pytest.raises(ValueError, match='cannot be written from here'):
-    launch.checks.writable(str(tmp_path / 'file/below'))
-  launch.checks.writable(str(tmp_path / 'new'))
+    checks.writable(str(tmp_path / 'file/below'))
+  checks.writable(str(tmp_path / 'new'))
   assert list((tmp_path / 'new').iterdir()) == []
 
 
 def test_a_bucket_is_written_once_and_left_as_it_was(remote):
-  launch.checks.writable(f'{remote}/sweep')
+  checks.writable(f'{remote}/sweep')
   assert storage.names(f'{remote}/sweep') == []
   with pytest.raises(ValueError, match='cannot be written from here'):
-    launch.checks.writable('s3://no-such-bucket-of-ours/sweep')
+    checks.writable('s3://no-such-bucket-of-ours/sweep')
 
 
 # --- Submitted, listed, deleted ---
@@ -781,7 +799,7 @@ def test_what_a_scheduler_took_is_recorded_and_only_that_is_deleted(tmp_path):
   assert script.read_text() == s.files['sweep.sbatch']
   assert script.parent == tmp_path / 'sweep/launch'
   assert launch.read(folder) == record
-  with pytest.raises(ValueError, match='is submitted already, 2 jobs to --on=slurm'):
+  with pytest.raises(ValueError, match=r'is already submitted \(2 jobs, --on=slurm\)'):
     launch.submit(s, call)
   assert launch.delete(folder, record, call) == []
   assert called[1:] == [['scancel', '--me', f'--name={record["label"]}', '4711']]
@@ -1030,7 +1048,7 @@ def test_a_dry_run_needs_no_bucket(tmp_path, monkeypatch, capsys):
   argv = ['submit', *SWEEP, '--dir=gs://bucket/lr', *FLAGS['tpu']]
   code, said = told(capsys, *argv, '--dry_run')
   assert code == 0 and said.count('\ngcloud compute') == 2
-  assert 'gs://bucket/lr cannot be read from here, so no point is known' in said
+  assert 'gs://bucket/lr cannot be read from here, so every point is shown' in said
   for place, name in ((desk.checks, 'installed'), (desk.checks, 'writable')):
     monkeypatch.setattr(place, name, lambda *_: None)
   monkeypatch.setattr(sweep, 'write', lambda swept: swept)
@@ -1044,10 +1062,10 @@ def test_a_dry_run_needs_no_bucket(tmp_path, monkeypatch, capsys):
   [
     (['--on=slurm'], '--on=slurm needs --accelerator=..., --partition=...'),
     ([*FLAGS['slurm'], '--queue=a'], '--queue=a with --on=slurm, but it is for jobset'),
-    ([*FLAGS['slurm'], '--watch=9'], '--watch=9.0 is for --on=tpu'),
+    ([*FLAGS['slurm'], '--watch=9'], '--watch=9.0 needs --on=tpu'),
     ([*FLAGS['jobset']], 'give a bucket'),
     ([*FLAGS['slurm'], '--only=lr=1'], '--only=lr=1, but of lr there are'),
-    ([*FLAGS['slurm']], 'calls sbatch, which is not installed here: run this where'),
+    ([*FLAGS['slurm']], 'needs sbatch, which is not installed: run this'),
   ],
 )
 def test_a_submission_that_cannot_be_is_refused_in_one_line(
@@ -1064,7 +1082,7 @@ def test_a_sweep_that_was_never_submitted_has_nothing_to_list_or_delete(tmp_path
   sweep.write(swept)
   for verb in desk.COMMANDS:
     code, out = told(capsys, verb, swept.folder)
-    assert code == 2 and 'is not submitted: there is no launched.json' in out
+    assert code == 2 and 'is not submitted: launched.json is missing' in out
 
 
 GCLOUD = """#!/bin/sh
@@ -1094,7 +1112,7 @@ def test_slices_that_are_lost_are_asked_for_again_until_all_points_have_ended(
     return [word if word[0] != 'list' else ['list'] for word in words]
 
   code, said = told(capsys, *argv)
-  assert code == 0 and '2 jobs are with tpu' in said, said
+  assert code == 0 and 'submitted 2 jobs to tpu' in said, said
   one, two = (job['job'] for job in launch.read(folder)['jobs'])
   assert asked() == [['create', one], ['create', two]]
 
@@ -1108,7 +1126,7 @@ def test_slices_that_are_lost_are_asked_for_again_until_all_points_have_ended(
   )
   ends(swept.points[1])
   code, said = told(capsys, *argv)
-  assert code == 0 and f'1 points to go; asked for again: {one}\n' in said, said
+  assert code == 0 and f'1 points have not ended; created again: {one}\n' in said, said
   assert asked() == [['list'], ['delete', one], ['create', one]]
   code, said = told(capsys, *argv, '--project=other')
   assert code == 2 and 'give the same options' in said
@@ -1123,7 +1141,9 @@ def test_slices_that_are_lost_are_asked_for_again_until_all_points_have_ended(
   )
   code, said = told(capsys, *argv, '--watch=9')
   assert (code, waits) == (0, [9, 9]), said
-  assert said.count('not this time: gcloud') == 2 and 'all points have ended' in said
+  assert (
+    said.count('trying again in 9.0 s: gcloud') == 2 and 'all points have ended' in said
+  )
   asked()
   (tmp_path / 'down').unlink()
   code, said = told(capsys, 'list', folder)
@@ -1161,7 +1181,7 @@ def test_a_sweep_runs_under_slurm_with_two_processes_each_and_survives_preemptio
   argv += ['--processes=2', '--at_once=1', '--partition=all']
   argv += [f'--interpreter={sys.executable}', f'--cache={tmp_path / "cache"}']
   code, said = told(capsys, *argv)
-  assert code == 0 and '3 jobs are with slurm' in said, said
+  assert code == 0 and 'submitted 3 jobs to slurm' in said, said
   swept, record = sweep.open(folder), launch.read(folder)
   number = record['told'][0]
   logs = lambda: '\n'.join(
@@ -1197,4 +1217,4 @@ def test_a_sweep_runs_under_slurm_with_two_processes_each_and_survives_preemptio
       assert 0 < sessions[1]['restored_step'] < steps
   # All have ended: nothing is left to submit.
   code, said = told(capsys, *argv)
-  assert code == 2 and 'all of its points have ended' in said
+  assert code == 2 and 'nothing to submit, all points have ended' in said

@@ -1,9 +1,9 @@
-"""Hands the points of a sweep to a scheduler that exists already.
+"""Submits the points of a sweep to a scheduler; lists and deletes their jobs.
 
-A target turns points into files and commands; here they are checked, written, called and
-recorded in SWEEP/launched.json, so that what was created can be listed and deleted. Each
-point is the same plain command everywhere, run by the same `job.sh`; whether it has ended
-is told by its workdir alone, so that nothing runs twice.
+The scheduler's module turns points into files and commands. This module writes the files,
+runs the commands, and records the jobs in SWEEP/launched.json. Every scheduler runs the
+same command for a point, through `job.sh`. Only the workdir decides whether a point has
+ended, so no point runs twice.
 """
 
 import json
@@ -14,24 +14,23 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from gated import storage, sweep
-from gated.sweep.launch import checks, tpu, work
+from gated.sweep.launch import tpu, work
 from gated.sweep.launch.targets import TARGETS
 from gated.sweep.launch.work import Options, Point, Work, label
 
 RECORD = 'launched.json'
-FOLDER = 'launch'  # In a sweep's: the files that were submitted.
-LIMIT = 1 << 24  # Bytes of a launched.json.
+FOLDER = 'launch'  # The subfolder of a sweep with the submitted files.
+LIMIT = 1 << 24  # The largest launched.json, in bytes.
 
 
 class Submission(NamedTuple):
-  """What would be submitted: nothing is written or called yet."""
+  """The files and commands of a submission, before anything is written or called."""
 
   work: Work
-  files: dict[str, str]  # By their names in `work.files`.
+  files: dict[str, str]  # Their contents by their names in `work.files`.
   commands: list[list[str]]
 
   def __str__(self) -> str:
-    """All of it, to be read."""
     text = ''
     for name, content in self.files.items():
       text += f'# {self.work.files}/{name}\n{content.rstrip()}\n\n'
@@ -39,48 +38,39 @@ class Submission(NamedTuple):
 
 
 def local(folder: str) -> str:
-  """A sweep's folder -> where what is submitted lies: in it, or in the cache."""
+  """A sweep's folder -> the local folder for submitted files: inside it, or a cache."""
   if not storage.is_remote(folder):
     return os.path.join(folder, FOLDER)
   home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
   return os.path.join(home, 'gated', FOLDER, label(folder))
 
 
-def check(options: Options, swept: sweep.Sweep) -> None:
-  """ValueError for a sweep that could not be run so, of what can be told from here."""
-  checks.meant(options, os.fspath(swept.folder))
-  for p in swept.points:
-    checks.reachable(p.config, options.on)
-
-
-def every(swept: sweep.Sweep, chosen: Collection[str] | None = None) -> list[Point]:
-  """A sweep -> its points, of those whose names are chosen."""
-  named = label(os.fspath(swept.folder))
+def points(swept: sweep.Sweep, names: Collection[str]) -> list[Point]:
+  """A sweep -> its points with these names."""
+  prefix = label(os.fspath(swept.folder))
   return [
-    Point(f'{named}-{index:03d}', p.name, p.command, os.fspath(swept.workdir(p)))
+    Point(f'{prefix}-{index:03d}', p.name, p.command, os.fspath(swept.workdir(p)))
     for index, p in enumerate(swept.points)
-    if chosen is None or p.name in chosen
+    if p.name in names
   ]
 
 
-def due(swept: sweep.Sweep, chosen: Collection[str] | None = None) -> list[Point]:
-  """A sweep -> its points that have not ended, of those whose names are chosen."""
+def due(swept: sweep.Sweep, names: Collection[str]) -> list[Point]:
+  """A sweep -> its points with these names that have not ended."""
   steps = {p.name: p.config['steps'] for p in swept.points}
-  ended = lambda p: (
-    sweep.state(storage.path(p.workdir), steps[p.name]).state in sweep.ENDED
-  )
-  return [p for p in every(swept, chosen) if not ended(p)]
+  state = lambda p: sweep.state(storage.path(p.workdir), steps[p.name]).state
+  return [p for p in points(swept, names) if state(p) not in sweep.ENDED]
 
 
 def prepare(
   options: Options, folder: str, points: Sequence[Point], *, sha256: str, python: str
 ) -> Submission:
-  """A sweep's folder and its points -> what would be submitted for them.
+  """A sweep's folder and its points -> their submission.
 
-  `sha256` is of the code.tar.gz there, `python` the version that the sweep was made with.
+  `sha256` is the digest of FOLDER/code.tar.gz, `python` the version that made the sweep.
   """
   if not points:
-    raise ValueError(f'{folder}: all of its points have ended, nothing is left to submit')
+    raise ValueError(f'{folder}: nothing to submit, all points have ended')
   w = Work(
     label=label(folder),
     folder=folder,
@@ -98,16 +88,16 @@ Call = Callable[[list[str]], str]
 
 
 def call(command: list[str]) -> str:
-  """Runs a scheduler's command -> what it printed; ValueError with its complaint."""
+  """Runs a scheduler's command -> its output; ValueError with its error message."""
   done = subprocess.run(command, capture_output=True, text=True)
   if done.returncode:
-    told = (done.stderr.strip() or done.stdout.strip())[-2000:]
-    raise ValueError(f'{shlex.join(command)[:300]} failed: {told}')
+    message = (done.stderr.strip() or done.stdout.strip())[-2000:]
+    raise ValueError(f'{shlex.join(command)[:300]} failed: {message}')
   return done.stdout
 
 
 def write(s: Submission) -> None:
-  """Writes the files that are submitted, and a copy into a sweep that is in a bucket."""
+  """Writes the submitted files, and copies them to the sweep if it is in a bucket."""
   for name, content in s.files.items():
     storage.write(os.path.join(s.work.files, name), content.encode())
     if storage.is_remote(s.work.folder):
@@ -115,52 +105,50 @@ def write(s: Submission) -> None:
 
 
 def submit(s: Submission, call: Call = call) -> dict:
-  """Writes the files, calls the scheduler, and records each job as it was taken.
+  """Writes the files, calls the scheduler, and records each job -> the record.
 
-  ValueError if the sweep is submitted already, or the scheduler refuses; what it took
-  until then stays recorded, and can be deleted.
+  ValueError if the sweep is already submitted or the scheduler refuses. Jobs accepted
+  before a refusal stay recorded, so that `delete` finds them.
   """
   w = s.work
   if storage.exists(storage.path(w.folder) / RECORD):
     before = read(w.folder)
     raise ValueError(
-      f'{w.folder} is submitted already, {len(before["jobs"])} jobs to '
-      f'--on={before["on"]}: look with `scripts/sweep.py list`; `scripts/sweep.py '
-      'delete` ends them, and then the points that have not ended can be submitted again'
+      f'{w.folder} is already submitted ({len(before["jobs"])} jobs, '
+      f'--on={before["on"]}): `scripts/sweep.py list` shows them; after '
+      '`scripts/sweep.py delete` the points that have not ended can be submitted again'
     )
   write(s)
-  record = {'on': w.options.on, 'label': w.label, 'jobs': [], 'told': []}
+  record: dict = {'on': w.options.on, 'label': w.label, 'jobs': [], 'told': []}
   record['options'] = dict(work.changed(w.options))
-  # An array is one command for all, else each point has its own.
-  whole = len(s.commands) == 1
   jobs = [{'job': p.job, 'point': p.name, 'workdir': p.workdir} for p in w.points]
-  for command, some in zip(s.commands, [jobs] if whole else [[job] for job in jobs]):
-    # Before it is there, so that it can be deleted whatever happens here.
-    before = record
-    record = before | {
-      'jobs': [*before['jobs'], *some],
-      'told': [*before['told'], ''],
-    }
+  # A job array is one command for all points.
+  batches = [jobs] if len(s.commands) == 1 else [[job] for job in jobs]
+  for command, batch in zip(s.commands, batches):
+    # Recorded before the call: an interrupted submission can be deleted too.
+    record['jobs'] += batch
+    record['told'].append('')
     _record(w.folder, record)
     try:
       record['told'][-1] = call(command).strip()
     except ValueError:
-      _record(w.folder, before)
+      del record['jobs'][-len(batch) :], record['told'][-1]
       raise
-    _record(w.folder, record)
+    finally:
+      _record(w.folder, record)
   return record
 
 
 def read(folder: storage.PathLike) -> dict:
-  """A sweep's folder -> what was launched for it. ValueError if nothing is."""
+  """A sweep's folder -> the record of its jobs. ValueError if it is not submitted."""
   try:
     return json.loads(storage.read(storage.path(folder) / RECORD, LIMIT))
   except FileNotFoundError:
-    raise ValueError(f'{folder} is not submitted: there is no {RECORD}') from None
+    raise ValueError(f'{folder} is not submitted: {RECORD} is missing') from None
 
 
 def _record(folder: str, record: dict) -> None:
-  """Writes what was launched; removes the record of nothing."""
+  """Writes the record of the jobs; removes the file if no jobs are left."""
   path = storage.path(folder) / RECORD
   if record['jobs']:
     storage.write_json(path, record)
@@ -169,72 +157,48 @@ def _record(folder: str, record: dict) -> None:
 
 
 def states(record: dict, call: Call = call) -> dict[str, str]:
-  """What was launched -> job: its scheduler's state; without those that it forgot."""
+  """A record -> job: the scheduler's state, for the jobs that it still knows."""
   module = TARGETS[record['on']].module
   return module.states(record, call(module.listing(record)))
 
 
-def listed(swept: sweep.Sweep, record: dict, call: Call = call) -> list[tuple[str, ...]]:
-  """A sweep and what was launched for it -> a row for each job.
+def rows(swept: sweep.Sweep, record: dict, call: Call = call) -> list[tuple[str, ...]]:
+  """A sweep and the record of its jobs -> a row for each job.
 
-  Its name, its point, its scheduler's state ('' where that has forgotten it), and its
-  workdir's, with the step.
+  Job, point, the scheduler's state ('' if it no longer knows the job), the workdir's
+  state, and its step.
   """
-  there, rows = states(record, call), []
-  points = {p.name: p for p in swept.points}
+  known, points = states(record, call), {p.name: p for p in swept.points}
+  table = []
   for job in record['jobs']:
     point = points[job['point']]
-    found = sweep.state(swept.workdir(point), point.config['steps'])
-    step = f'{found.step}/{point.config["steps"]}'
-    rows.append((job['job'], point.name, there.get(job['job'], ''), found.state, step))
-  return rows
+    run = sweep.state(swept.workdir(point), point.config['steps'])
+    step = f'{run.step}/{point.config["steps"]}'
+    table.append((job['job'], point.name, known.get(job['job'], ''), run.state, step))
+  return table
 
 
 def delete(folder: storage.PathLike, record: dict, call: Call = call) -> list[str]:
-  """Ends and removes all that was launched -> what could not be, in words.
+  """Ends and removes all recorded jobs -> the error messages of those that remain.
 
-  Then the record goes too, unless something is left. Workdirs and checkpoints stay.
+  Removes the record if no error occurs. Workdirs and checkpoints stay.
   """
-  left = []
+  errors = []
   for command in TARGETS[record['on']].module.delete(record):
     try:
       call(command)
     except ValueError as error:
       gone = ('not found', 'NOT_FOUND', 'No matching', 'Invalid job id')
       if not any(words in str(error) for words in gone):
-        left.append(str(error))
-  if not left:
+        errors.append(str(error))
+  if not errors:
     storage.remove(storage.path(folder) / RECORD)
-  return left
+  return errors
 
 
 def renew(w: Work, record: dict, call: Call = call) -> list[str]:
-  """Asks again for what was taken back -> the jobs that were. For --on=tpu.
-
-  `w` has the points that have not ended.
-  """
+  """Creates lost slices (--on=tpu) of the points in `w` again -> the created jobs."""
   commands = tpu.renew(w, record, states(record, call))
   for command in commands:
     call(command)
   return [command[5] for command in commands if command[4] == 'create']
-
-
-__all__ = [
-  'TARGETS',
-  'Options',
-  'Point',
-  'Submission',
-  'Work',
-  'check',
-  'checks',
-  'delete',
-  'due',
-  'every',
-  'label',
-  'listed',
-  'prepare',
-  'read',
-  'renew',
-  'states',
-  'submit',
-]

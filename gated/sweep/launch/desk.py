@@ -1,8 +1,7 @@
-"""What `scripts/sweep.py` does for its commands submit, list and delete."""
+"""The commands submit, list and delete of `scripts/sweep.py`."""
 
 import argparse
 import hashlib
-import itertools
 import logging
 import os
 import platform
@@ -22,10 +21,12 @@ from gated.sweep.launch.work import Options
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-  """Gives a parser the flags of `submit`: one for each option, and when to act."""
-  parser.add_argument('--dry_run', action='store_true', help='print what would be done')
+  """Adds the flags of `submit` to a parser: one for each option, --dry_run, --watch."""
   parser.add_argument(
-    '--watch', type=float, default=0, help='tpu: seconds between looks for lost slices'
+    '--dry_run', action='store_true', help='print the files and commands, do nothing'
+  )
+  parser.add_argument(
+    '--watch', type=float, default=0, help='tpu: seconds between checks for lost slices'
   )
   for option in fields(Options):
     default: Any = option.default
@@ -37,116 +38,109 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(f'--{option.name}', help=option.metadata['help'], **opts)
 
 
-def _options(args: argparse.Namespace) -> Options:
-  """Parsed flags -> Options."""
-  given: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(Options)}
-  given['sbatch'] = tuple(given['sbatch'])
-  return Options(**given)
-
-
 def submit(
   args: argparse.Namespace, swept: sweep.Sweep, points: Sequence[sweep.Point]
 ) -> int:
-  """Hands points of a sweep to a scheduler -> the exit code; ValueError if refused."""
-  options = _options(args)
-  launch.check(options, swept)
+  """Submits points of a sweep to a scheduler -> exit code; ValueError if refused."""
+  values: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(Options)}
+  values['sbatch'] = tuple(args.sbatch)
+  options = Options(**values)
+  checks.options(options, os.fspath(swept.folder))
+  for p in swept.points:
+    checks.reachable(p.config, options.on)
   if args.watch and options.on != 'tpu':
-    raise ValueError(f'--watch={args.watch} is for --on=tpu: others watch by themselves')
-  chosen = {p.name for p in points}
+    raise ValueError(f'--watch={args.watch} needs --on=tpu: other schedulers watch jobs')
+  names = {p.name for p in points}
   if args.dry_run:
-    print(rehearsed(options, swept, _imagined(swept, chosen)))
+    print(_prepared(options, swept, _possibly_due(swept, names)))
     return 0
   checks.installed(options.on)
   checks.writable(os.fspath(swept.folder))
-  for line in submitted(options, sweep.write(swept), chosen, again=args.watch):
+  for line in _submitted(options, sweep.write(swept), names, watch=args.watch):
     print(line, flush=True)
   return 0
 
 
-def rehearsed(
+def _prepared(
   options: Options, swept: sweep.Sweep, points: Sequence[launch.Point]
 ) -> launch.Submission:
-  """What `submitted` would do first: printed, it is all files and commands."""
   made = swept.made or {
     'python': platform.python_version(),
     'sha256': hashlib.sha256(code.pack(folder.ROOT)).hexdigest(),
   }
-  where = os.fspath(swept.folder)
-  return launch.prepare(
-    options, where, points, sha256=made['sha256'], python=made['python']
-  )
+  sources = {name: made[name] for name in ('sha256', 'python')}
+  return launch.prepare(options, os.fspath(swept.folder), points, **sources)
 
 
-def _imagined(swept: sweep.Sweep, chosen: Collection[str]) -> list[launch.Point]:
-  """The points that are due; all of them where a bucket cannot be read, which is told."""
-  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # It tells what it then raises.
+def _possibly_due(swept: sweep.Sweep, names: Collection[str]) -> list[launch.Point]:
+  """The points that are due; with a warning, all points if the bucket is unreadable."""
+  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # It logs what it also raises.
   try:
-    return launch.due(swept, chosen)
+    return launch.due(swept, names)
   except OSError as error:
-    told = f'{swept.folder} cannot be read from here, so no point is known to have ended'
-    print(f'{told}: {error}', file=sys.stderr)
-    return launch.every(swept, chosen)
+    reason = f'{swept.folder} cannot be read from here, so every point is shown'
+    print(f'{reason}: {error}', file=sys.stderr)
+    return launch.points(swept, names)
 
 
-def submitted(
-  options: Options, swept: sweep.Sweep, chosen: Collection[str], *, again: float
+def _submitted(
+  options: Options, swept: sweep.Sweep, names: Collection[str], *, watch: float
 ) -> Iterator[str]:
-  """Submits a sweep that is written, telling in lines what it does.
+  """Submits a written sweep -> lines for the user.
 
-  For --on=tpu, of a sweep that was submitted before, what was taken back is asked for
-  again; and so every `again` seconds until all points have ended, unless that is 0.
+  With --on=tpu, a sweep that is already submitted gets new slices for lost ones. A
+  positive `watch` repeats this every `watch` seconds until all points have ended.
   """
-  first = options.on != 'tpu' or not storage.exists(swept.folder / launch.RECORD)
-  if first:
-    record = launch.submit(rehearsed(options, swept, launch.due(swept, chosen)))
-    yield f'{len(record["jobs"])} jobs are with {options.on}, named {record["label"]}-...'
+  if options.on != 'tpu' or not storage.exists(swept.folder / launch.RECORD):
+    record = launch.submit(_prepared(options, swept, launch.due(swept, names)))
+    yield f'submitted {len(record["jobs"])} jobs to {options.on}: {record["label"]}-...'
+    if not watch:
+      return
+    time.sleep(watch)
   else:
     record = launch.read(swept.folder)
-    now = dict(work.changed(options))
-    if now != record['options']:
+    current = dict(work.changed(options))
+    if current != record['options']:
       raise ValueError(
-        f'{swept.folder} was submitted with {record["options"]}, and now with {now}: '
+        f'{swept.folder} was submitted with {record["options"]}, and now with {current}: '
         'delete it first, or give the same options'
       )
-  mine = {job['point'] for job in record['jobs']}
-  for look in itertools.count(int(first)) if again else range(int(first), 1):
-    if look:
-      time.sleep(again)
+  submitted = {job['point'] for job in record['jobs']}
+  while True:
     try:
-      points = launch.due(swept, mine)
+      points = launch.due(swept, submitted)
       if not points:
         yield f'{swept.folder}: all points have ended'
         return
-      yield _renewed(rehearsed(options, swept, points), record)
+      s = _prepared(options, swept, points)
+      launch.write(s)
+      created = ', '.join(launch.renew(s.work, record)) or 'none'
+      yield f'{len(points)} points have not ended; created again: {created}'
     except (ValueError, OSError) as error:
-      if not again:
+      if not watch:
         raise
-      yield f'not this time: {error}'  # Who watches for days meets a failing network.
-
-
-def _renewed(s: launch.Submission, record: dict) -> str:
-  """Asks again for what was taken back of the points that have not ended -> a line."""
-  launch.write(s)
-  fresh = ', '.join(launch.renew(s.work, record)) or 'none'
-  return f'{len(s.work.points)} points to go; asked for again: {fresh}'
+      yield f'trying again in {watch} s: {error}'  # A network fails during days of watch.
+    if not watch:
+      return
+    time.sleep(watch)
 
 
 def show(swept: sweep.Sweep) -> int:
-  """Prints where each job stands, by its scheduler and by its workdir."""
+  """Prints each job with the scheduler's state and the workdir's state."""
   table = Table('job', 'point', 'scheduler', 'workdir', 'step', box=None)
-  for row in launch.listed(swept, launch.read(swept.folder)):
+  for row in launch.rows(swept, launch.read(swept.folder)):
     table.add_row(*row)
   Console(soft_wrap=True).print(table)
   return 0
 
 
 def delete(swept: sweep.Sweep) -> int:
-  """Ends and removes what was submitted, telling what could not be."""
+  """Ends and removes the submitted jobs; prints the errors of those that remain."""
   record = launch.read(swept.folder)
-  left = launch.delete(swept.folder, record)
-  print('\n'.join(left) or f'deleted: {len(record["jobs"])} jobs of {swept.folder}')
-  return 1 if left else 0
+  errors = launch.delete(swept.folder, record)
+  print('\n'.join(errors) or f'deleted: {len(record["jobs"])} jobs of {swept.folder}')
+  return 1 if errors else 0
 
 
-# The commands that take a sweep's folder alone.
+# Commands with the sweep's folder as their only argument.
 COMMANDS = {'list': show, 'delete': delete}

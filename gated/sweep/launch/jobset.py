@@ -1,10 +1,9 @@
-"""Kubernetes: a JobSet for each point, queued by Kueue: what xpk makes.
+"""Kubernetes: a JobSet for each point in a Kueue queue, as xpk creates them.
 
 jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2,
 kueue.sigs.k8s.io/docs/tasks/run/jobsets; GKE's labels: its pages "Plan TPUs in GKE" and
-"Deploy TPU Multislices in GKE". A pod whose point is to go on fails its Job, upon which
-JobSet starts all of its pods again; an exit code that only would come again fails the
-JobSet.
+"Deploy TPU Multislices in GKE". A resumable exit code fails the Job, and JobSet restarts
+all of its pods. A final exit code fails the JobSet.
 """
 
 import json
@@ -27,12 +26,12 @@ VARIABLES = {
 
 
 def files(w: Work) -> dict[str, str]:
-  """-> a JobSet's YAML for each point."""
+  """Work -> a YAML file for each point."""
   return {f'{point.job}.yaml': work.yaml(jobset(w, point)) for point in w.points}
 
 
 def jobset(w: Work, point: work.Point) -> dict:
-  """-> what one point's YAML says."""
+  """A point -> its JobSet."""
   o, accelerator = w.options, w.accelerator
   hosts = accelerator.hosts * o.nodes
   metadata: dict = {
@@ -42,7 +41,7 @@ def jobset(w: Work, point: work.Point) -> dict:
     'annotations': {'gated-point': point.name},
   }
   if accelerator.kind == 'tpu':
-    # A node pool of GKE's is a slice, which takes one Job.
+    # A GKE node pool is one slice and runs one Job.
     exclusive = 'alpha.jobset.sigs.k8s.io/exclusive-topology'
     metadata['annotations'][exclusive] = 'cloud.google.com/gke-nodepool'
   rule = {
@@ -88,17 +87,17 @@ def _pod(w: Work, point: work.Point, hosts: int) -> dict:
     tolerations.append({'key': 'google.com/tpu', 'operator': 'Exists'})
     limits['google.com/tpu'] = accelerator.chips_of_host
   elif accelerator.kind == 'gpu':
-    name = machines.called(accelerator, machines.GKE, 'GKE')
+    name = machines.name_of(accelerator, machines.GKE, 'GKE')
     selector['cloud.google.com/gke-accelerator'] = name
     tolerations.append({'key': 'nvidia.com/gpu', 'operator': 'Exists'})
     limits['nvidia.com/gpu'] = accelerator.count
-    # Where GKE puts the driver.
+    # GKE installs the driver there.
     env.append({'name': 'LD_LIBRARY_PATH', 'value': '/usr/local/nvidia/lib64'})
   if o.spot:
     selector['cloud.google.com/gke-spot'] = 'true'
     tolerations.append({'key': 'cloud.google.com/gke-spot', 'operator': 'Exists'})
   if accelerator.kind != 'tpu':
-    # Of TPUs, GKE tells the processes where they are.
+    # With TPUs, GKE itself sets the variables that locate the processes.
     for name, annotation in VARIABLES.items():
       path = {'fieldRef': {'fieldPath': _ANNOTATION.format(annotation)}}
       env.append({'name': name, 'valueFrom': path})
@@ -117,11 +116,11 @@ def _pod(w: Work, point: work.Point, hosts: int) -> dict:
     'nodeSelector': selector,
     'tolerations': tolerations,
     'containers': [container],
-    # Readers of data and NCCL share memory, of which a container has 64 MB otherwise.
+    # Data readers and NCCL use shared memory; the default of a container is 64 MB.
     'volumes': [{'name': 'shm', 'emptyDir': {'medium': 'Memory'}}],
   }
   if accelerator.kind == 'tpu':
-    # As xpk does: a slice's hosts speak with other slices over the network of the host.
+    # Like xpk: hosts reach other slices over the host network.
     pod |= {'hostNetwork': True, 'dnsPolicy': 'ClusterFirstWithHostNet'}
   if o.service_account:
     pod['serviceAccountName'] = o.service_account
@@ -129,38 +128,38 @@ def _pod(w: Work, point: work.Point, hosts: int) -> dict:
 
 
 def escaped(text: str) -> str:
-  """Text -> what Kubernetes makes that text of: it reads $(NAME) and $$ in a command."""
+  """Escapes $(NAME) and $$, which Kubernetes expands in a command."""
   return re.sub(r'\$(?=[$(])', '$$', text)
 
 
 def submit(w: Work) -> list[list[str]]:
-  """-> a command for each point."""
+  """Work -> a command for each point."""
   return [['kubectl', 'create', f'--filename={w.files}/{p.job}.yaml'] for p in w.points]
 
 
-def _mine(record: dict) -> list[str]:
-  space = Options(**record['options']).namespace
-  return [f'--namespace={space}', f'--selector=gated-sweep={record["label"]}']
+def _selection(record: dict) -> list[str]:
+  namespace = Options(**record['options']).namespace
+  return [f'--namespace={namespace}', f'--selector=gated-sweep={record["label"]}']
 
 
 def listing(record: dict) -> list[str]:
-  """-> the command that lists what there is of the sweep."""
-  return ['kubectl', 'get', 'jobsets', *_mine(record), '--output=json']
+  """A record -> the command that lists the sweep's JobSets."""
+  return ['kubectl', 'get', 'jobsets', *_selection(record), '--output=json']
 
 
 def states(record: dict, output: str) -> dict[str, str]:
-  """What `listing` printed -> job: its state."""
-  found = {}
+  """The output of `listing` -> job: its state."""
+  states = {}
   for item in json.loads(output)['items']:
     status = item.get('status', {})
     true = [c['type'] for c in status.get('conditions', []) if c['status'] == 'True']
     restarts = status.get('restarts', 0)
     state = status.get('terminalState') or (true[-1] if true else 'Running')
-    again = f', restarted {restarts} times' if restarts else ''
-    found[item['metadata']['name']] = f'{state}{again}'
-  return found
+    suffix = f', restarted {restarts} times' if restarts else ''
+    states[item['metadata']['name']] = f'{state}{suffix}'
+  return states
 
 
 def delete(record: dict) -> list[list[str]]:
-  """-> the command that removes all there is of the sweep."""
-  return [['kubectl', 'delete', 'jobsets', *_mine(record), '--ignore-not-found']]
+  """A record -> the command that deletes the sweep's JobSets."""
+  return [['kubectl', 'delete', 'jobsets', *_selection(record), '--ignore-not-found']]

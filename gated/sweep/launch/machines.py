@@ -1,4 +1,4 @@
-"""Which machines a point is run on: one accelerator, as each scheduler calls it.
+"""The accelerator of a point, and its name for each scheduler.
 
   cpu      h100:8 (GPUs of a host)      v5p:4x4x4 (the slice)
 
@@ -35,8 +35,8 @@ GKE = {
   'v5p': 'tpu-v5p-slice',
   'v6e': 'tpu-v6e-slice',
 }
-# What stands before the size of a Cloud TPU's accelerator type, and what it counts: cores
-# of v4 and v5p, which have two, chips of the others.
+# Cloud TPU's accelerator type is PREFIX-SIZE. SIZE counts the cores of v4 and v5p, two a
+# chip, and the chips of the others.
 CLOUD_TPU = {
   'v4': ('v4', 2),
   'v5e': ('v5litepod', 1),
@@ -53,7 +53,7 @@ RUNTIMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Accelerator:
-  """What one host, or one slice of TPUs, has."""
+  """The accelerators of one host, or of one TPU slice."""
 
   name: str  # 'cpu', or a key of chips.CHIPS
   count: int  # GPUs of a host, chips of a slice; 0 for CPUs
@@ -62,64 +62,60 @@ class Accelerator:
   @property
   def kind(self) -> str:
     """'cpu', 'gpu' or 'tpu'."""
-    if self.topology:
-      return 'tpu'
-    return 'gpu' if self.count else 'cpu'
+    return 'tpu' if self.topology else 'gpu' if self.count else 'cpu'
 
   @property
   def chips_of_host(self) -> int:
-    """A slice of up to 8 v5e or v6e is one host's; all larger ones have four a host."""
+    """Up to 8 chips of v5e or v6e are one host; larger slices have 4 chips a host."""
     flat = self.name in ('v5e', 'v6e')
     return self.count if flat and self.count <= 8 else min(self.count, 4)
 
   @property
   def hosts(self) -> int:
-    """Of one slice."""
+    """The number of hosts of one slice."""
     return self.count // self.chips_of_host if self.topology else 1
 
   @property
   def type(self) -> str:
-    """A slice -> Cloud TPU's accelerator type: 'v5p-128'."""
+    """Cloud TPU's accelerator type of a slice: 'v5p-128'."""
     name, cores = CLOUD_TPU[self.name]
     return f'{name}-{self.count * cores}'
 
   @property
   def requirements(self) -> str:
-    """The stem of the file that says what a run on it needs."""
-    return {'cpu': 'requirements', 'gpu': 'requirements-cuda', 'tpu': 'requirements-tpu'}[
-      self.kind
-    ]
+    """The requirements file, without its extension."""
+    suffixes = {'cpu': '', 'gpu': '-cuda', 'tpu': '-tpu'}
+    return f'requirements{suffixes[self.kind]}'
 
 
 def accelerator(spec: str) -> Accelerator:
-  """'cpu', 'h100:8' or 'v5p:4x4x4' -> Accelerator; ValueError for what is none."""
+  """'cpu', 'h100:8' or 'v5p:4x4x4' -> Accelerator; ValueError if it is invalid."""
   name, _, size = spec.partition(':')
-  told = f'--accelerator={spec!r}'
   if name == 'cpu' and not size:
     return Accelerator(name=name, count=0, topology='')
   if name in CLOUD_TPU:
     shapes = {'x'.join(map(str, shape)): shape for shape in chips.topologies(name)}
     if size not in shapes:
-      some = ', '.join(f'{name}:{shape}' for shape in list(shapes)[:12])
-      raise ValueError(f'{told} is no slice that can be had; there are {some}, ...')
+      smallest = ', '.join(f'{name}:{shape}' for shape in list(shapes)[:12])
+      raise ValueError(
+        f'--accelerator={spec!r} is not an available slice; allowed are {smallest}, ...'
+      )
     return Accelerator(name=name, count=math.prod(shapes[size]), topology=size)
-  if name in chips.CHIPS and name not in ('cpu', 'v7x') and size in _COUNTS:
+  gpus = [n for n in chips.CHIPS if n not in (*CLOUD_TPU, 'cpu', 'v7x')]
+  if name in gpus and size in map(str, range(1, 17)):
     return Accelerator(name=name, count=int(size), topology='')
-  gpus = ', '.join(n for n in chips.CHIPS if n not in (*CLOUD_TPU, 'cpu', 'v7x'))
   raise ValueError(
-    f'{told}, but allowed are cpu; a GPU and how many a host has, 1 to 16 ({gpus}; '
-    f'h100:8); a TPU and its slice ({", ".join(CLOUD_TPU)}; v5p:4x4x4)'
+    f'--accelerator={spec!r}, but allowed are cpu; a GPU and the number per host, 1 to '
+    f'16 ({", ".join(gpus)}; h100:8); a TPU and its slice ({", ".join(CLOUD_TPU)}; '
+    'v5p:4x4x4)'
   )
 
 
-_COUNTS = tuple(map(str, range(1, 17)))
-
-
-def called(accelerator: Accelerator, names: dict[str, str], by: str) -> str:
-  """What a scheduler calls it; ValueError where it has no name that is known here."""
+def name_of(accelerator: Accelerator, names: dict[str, str], scheduler: str) -> str:
+  """A scheduler's name of an accelerator; ValueError if the table `names` has none."""
   if accelerator.name not in names:
     raise ValueError(
-      f'--accelerator={accelerator.name}, for which {by} has no name that is known here; '
-      f'allowed are {", ".join(names)}'
+      f'--accelerator={accelerator.name} has no known name on {scheduler}; allowed are '
+      f'{", ".join(names)}'
     )
   return names[accelerator.name]

@@ -1,7 +1,8 @@
-"""Whether job.sh runs a point: `python -P gated/sweep/launch/point.py WORKDIR`.
+"""`python -P gated/sweep/launch/point.py WORKDIR` prints the state of a point.
 
-Prints 'ended' if it finished or diverged, 'held' if a run that may live has its workdir,
-and 'due' otherwise. It is run as a file, for the package would bring in all of JAX.
+'ended': the point finished or diverged. 'held': a lock exists and may belong to a live
+run. 'due': neither. job.sh runs this file by its path, because importing the package
+would import JAX.
 """
 
 import sys
@@ -12,8 +13,8 @@ from gated.run import lock, outcome
 
 def state(workdir: storage.Path) -> str:
   """A workdir -> 'ended', 'held' or 'due'."""
-  found = outcome.read(workdir)
-  if found and found.ended:
+  last = outcome.read(workdir)
+  if last and last.ended:
     return 'ended'
   return 'held' if storage.exists(workdir / lock.NAME) else 'due'
 

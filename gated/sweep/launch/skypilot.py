@@ -29,7 +29,7 @@ def task(w: Work, point: work.Point) -> dict:
       'runtime_version': machines.RUNTIMES[accelerator.name]
     }
   elif accelerator.kind == 'gpu':
-    name = machines.called(accelerator, machines.SKYPILOT, 'SkyPilot')
+    name = machines.name_of(accelerator, machines.SKYPILOT, 'SkyPilot')
     resources['accelerators'] = f'{name}:{accelerator.count}'
   resources |= {
     'use_spot': o.spot,
