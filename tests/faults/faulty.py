@@ -46,7 +46,7 @@ from gated import storage
 from gated.devices import trees
 from gated.run import checkpoint, recorder
 from gated.run.checkpoint import head, manifest, retention
-from gated.train import optim, step
+from gated.train import losses, optim, step
 
 # Where a fault of the host may happen, in the order of a save.
 AT = (
@@ -182,7 +182,7 @@ class Numbers:
   def patch(self) -> None:
     if not self._faults:
       return
-    taken, lost, made = step.train, step._loss, optim.make
+    taken, lost, made = step.train, losses.total, optim.make
 
     def poisoned_train(state, batch, **options):
       self._now = {'step': state.step + 1, 'data_step': state.data_step + 1}
@@ -191,10 +191,10 @@ class Numbers:
 
     def poisoned_loss(model, *args, **options):
       model = _leak(model, self._scales('gradients', model))
-      total, (losses, report) = lost(model, *args, **options)
+      total, (terms, report) = lost(model, *args, **options)
       factor = self._scales('loss', total)
-      losses = losses | {'loss': losses['loss'] * factor}
-      return total * factor, (losses, report)
+      terms = terms | {'loss': terms['loss'] * factor}
+      return total * factor, (terms, report)
 
     def poisoned_make(*args, **options):
       tx = optax.with_extra_args_support(made(*args, **options))
@@ -205,7 +205,7 @@ class Numbers:
 
       return optax.GradientTransformationExtraArgs(tx.init, update)
 
-    step.train, step._loss, optim.make = poisoned_train, poisoned_loss, poisoned_make
+    step.train, losses.total, optim.make = poisoned_train, poisoned_loss, poisoned_make
 
   def _poison(self, what: str, tree):
     return jax.tree.map(

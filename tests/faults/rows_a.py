@@ -152,7 +152,7 @@ def _told_at(world: World, steps: list[int], straight: Straight) -> None:
     if done.expect(done.code if done.code == 0 else 4).code == 0:
       break  # It was told at its very last step.
     at = evidence.last_step(workdir)
-    assert f'told to leave at step {at}, which is saved' in done.err, done.tail()
+    assert f'SIGTERM: stopped at step {at}, which is saved' in done.err, done.tail()
     assert at == max(evidence.saved(workdir)), f'left at {at}, which is not saved'
   world.finish(workdir)
   world.check(workdir, straight)

@@ -54,13 +54,13 @@ def _told(world: World, workdir: Path, step: int, process: int, twice=False) -> 
   children[process].signal(signal.SIGTERM)
   if twice:
     # A save that was due anyhow does not rest; then the second finds them leaving.
-    seen = ('fault: sleep at renaming', 'told to leave')
+    seen = ('fault: sleep at renaming', 'SIGTERM: stopped')
     assert children[0].until(lambda: any(text in children[0].err for text in seen))
     for child in children:
       child.signal(signal.SIGTERM)
   ended = [child.wait().expect(4) for child in children]
   at = evidence.last_step(workdir)
-  assert f'told to leave at step {at}, which is saved' in ended[0].err, ended[0].tail()
+  assert f'SIGTERM: stopped at step {at}, which is saved' in ended[0].err, ended[0].tail()
   assert at == max(evidence.saved(workdir)), f'left at {at}, which is not saved'
 
 

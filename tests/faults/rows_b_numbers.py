@@ -65,7 +65,7 @@ def steps_of(spans: Sequence[tuple[int, int]]) -> list[int]:
 def skipped(what: str, do: str, world: World) -> None:
   faults, gone = bad(do, what, *SPANS), steps_of(SPANS)
   workdir, reference = world.path('skipped'), world.path('reference')
-  told = 'not undisturbed: 12 bad steps, 12 skipped updates'
+  told = 'unstable steps: 12 bad steps, 12 skipped updates'
   world.train(workdir, fault=faults, **WARM).wait().expect(0, told)
   left_out = [*never(faults), {'omit': gone}]
   world.finish(reference, fault=left_out, checkpoint__every=3, **WARM)
@@ -99,7 +99,10 @@ def _left_out(world: World, workdir: Path, reference: Path, gone: list[int]) -> 
 def poisoned(do: str, span: tuple[int, int], on_spike: str, world: World) -> None:
   faults, how = bad(do, 'parameters', span), dict(stability__on_spike=on_spike, **WARM)
   straight, workdir = world.straight(fault=never(faults), **how), world.path('poisoned')
-  told = f'step {span[0]}: the parameter norm is', 'it was not saved, the last that was'
+  told = (
+    f'step {span[0]}: the parameter norm is',
+    'it was not saved, the last saved step is',
+  )
   world.train(workdir, fault=faults, **how).wait().expect(UNSTABLE, *told)
   assert evidence.saved(workdir) == list(range(4, span[0], 4)), evidence.saved(workdir)
   history.check_finite(world, workdir)
@@ -126,7 +129,7 @@ def _past_it(
   how = WARM | dict(stability__on_spike='rollback') | knobs
   straight, workdir = world.straight(fault=never(faults), **how), world.path('back')
   done = world.train(workdir, fault=faults, **how).wait()
-  done.expect(0, f'{len(events)} rollbacks', f'going back to step {good}')
+  done.expect(0, f'{len(events)} rollbacks', f'rolling back to step {good}')
   back = f'restored: step {good} is {world.digest(straight.workdir, good)}'
   assert done.err.count(back) == len(events), f'not {back}: {done.tail()}'
   rollbacks = [e for e in history.events(workdir) if e[2] == 'rollback']
@@ -252,7 +255,7 @@ def spike_in_two_processes(world: World) -> None:
   how, both = WARM | BACK, lambda given: dict(processes=2, faults={0: given, 1: given})
   straight, workdir = world.straight(**both(calm), **how), world.path('pair')
   done = world.finish(workdir, **both(faults), **how)
-  done.expect(0, '1 rollbacks', 'going back to step 12')
+  done.expect(0, '1 rollbacks', 'rolling back to step 12')
   assert history.events(workdir) == [(SPIKE, SPIKE - 1, 'rollback')]
   where = world, straight.workdir, 12, SPIKE
   reference = history.from_there(*where, **both(calm), **how)
@@ -283,7 +286,7 @@ def no_rollback_is_left(world: World) -> None:
 def spike_is_skipped(what: str, world: World) -> None:
   faults, how = spike(what, by='step'), WINDOW | dict(stability__on_spike='skip')
   workdir, reference = world.path('skip'), world.path('reference')
-  told = 'not undisturbed: 1 bad steps, 1 skipped updates'
+  told = 'unstable steps: 1 bad steps, 1 skipped updates'
   world.train(workdir, fault=faults, **how).wait().expect(0, told)
   world.finish(reference, fault=[*never(faults), {'omit': [SPIKE]}], **how)
   _trained_alike(world, workdir, reference)
@@ -293,11 +296,11 @@ def spike_is_skipped(what: str, world: World) -> None:
 def spike_is_noted(world: World) -> None:
   """Where nothing counts as a spike the same spike has the same effect."""
   faults, workdir, deaf = spike(by='step'), world.path('none'), world.path('deaf')
-  told = 'not undisturbed: 1 bad steps (spikes.jsonl)'
+  told = 'unstable steps: 1 bad steps (spikes.jsonl)'
   world.train(workdir, fault=faults, **WINDOW).wait().expect(0, told)
   how = WINDOW | dict(stability__threshold=1e9)
   done = world.train(deaf, fault=faults, **how).wait().expect(0)
-  assert 'not undisturbed' not in done.err
+  assert 'unstable steps' not in done.err
   _trained_alike(world, workdir, deaf)
   assert evidence.losses(workdir) == evidence.losses(deaf)
   assert history.events(workdir) == [(SPIKE, SPIKE - 1, 'note')]

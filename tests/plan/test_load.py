@@ -137,7 +137,7 @@ def test_texts_that_cannot_be_measured_are_refused(headwise, tmp_path):
   with pytest.raises(ValueError, match=re.escape('must be in [0, 264)')):
     run.logits([264])
   folder, _ = saved(tmp_path / 'ungated', tokenizer_digest='other')
-  with pytest.raises(ValueError, match="the model has no gate: .*position='none'"):
+  with pytest.raises(ValueError, match=r"the model has no gate: .*position='none'"):
     gated.load(folder).gates([1, 2])
   with pytest.raises(ValueError, match='another tokenizer than'):
     gated.load(folder).loss(TEXT)
