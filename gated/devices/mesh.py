@@ -153,6 +153,12 @@ def platform() -> str:
   return jax.default_backend() if device is None else device.platform
 
 
+def current() -> Any:
+  """The abstract mesh in use; None without one, or with a single device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty or mesh.size == 1 else mesh
+
+
 def spec(axes: Sequence[str | None], mesh) -> P:
   """Logical axes of an array -> its PartitionSpec; mesh axes of size 1 are left out."""
   names = [tuple(m for m in RULES[axis] if mesh.shape[m] > 1) for axis in axes]
@@ -196,9 +202,9 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Asks for `x` to be split by its logical axes; without a mesh, does nothing."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  """Shards `x` by its logical axes; without a mesh, returns it unchanged."""
+  mesh = current()
+  if mesh is None:
     return x
   return jax.lax.with_sharding_constraint(x, spec(axes, mesh))
 

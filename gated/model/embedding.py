@@ -1,6 +1,6 @@
-"""The embedding table, and how the devices that share it read it and add its gradient.
+"""The embedding table: the sharded lookup and its gradient.
 
-V vocabulary  D width  B batch  T tokens  N tokens of a device and its neighbours
+V vocabulary  D width  B batch  T tokens  N tokens of an inner group
 """
 
 import functools
@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from gated.devices import determinism, mesh, teams
+from gated.devices import collectives, determinism, mesh
 from gated.model.layers import Numerics, normal_param
 
 
 class Embed(nnx.Module):
-  """A table of V vectors of width D, read by token (B, T) -> (B, T, D)."""
+  """A table of V vectors of width D: tokens (B, T) -> (B, T, D)."""
 
   def __init__(self, key: jax.Array, *, vocab: int, width: int, numerics: Numerics):
     self.compute = numerics.compute
@@ -28,81 +28,83 @@ class Embed(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _look_up(table_VD: jax.Array, token_BT: jax.Array, compute: str) -> jax.Array:
-  run = _on_devices(_read, ('VD', 'BT'), 'BTD', width=table_VD.shape[1])
-  return run(table_VD.astype(compute), token_BT)
+  read = _sharded(_read, ('VD', 'BT'), 'BTD', width=table_VD.shape[1])
+  return read(table_VD.astype(compute), token_BT)
 
 
 def _look_up_forward(table_VD, token_BT, compute):
   return _look_up(table_VD, token_BT, compute), (token_BT, table_VD)
 
 
-def _look_up_backward(compute, kept, dx_BTD):
-  token_BT, table_VD = kept
+def _look_up_backward(compute, saved, dx_BTD):
+  token_BT, table_VD = saved
   count, width = table_VD.shape
-  add = functools.partial(_add_up, count=count)
-  d_VD = _on_devices(add, ('BT', 'BTD'), 'VD', width=width)(token_BT, dx_BTD)
+  add = functools.partial(_sum_rows, count=count)
+  d_VD = _sharded(add, ('BT', 'BTD'), 'VD', width=width)(token_BT, dx_BTD)
   return d_VD.astype(table_VD.dtype), None
 
 
 _look_up.defvjp(_look_up_forward, _look_up_backward)
 
-# Neighbours share a table by its columns, of which each takes at least so many: the rows
-# that an accelerator's memory reads and adds at a time are no narrower.
+# The devices of an inner group split the table's columns; each takes at least so many,
+# the width of the rows that an accelerator's memory reads and adds at a time.
 COLUMNS = 128
 
 
-def _on_devices(run, ins: tuple[str, ...], out: str, *, width: int):
-  """A function of a device's own parts -> the function of the whole arrays.
+def _sharded(run, ins: tuple[str, ...], out: str, *, width: int):
+  """A function of one device's shards -> the function of the whole arrays.
 
-  They are named by their dims: 'VD' is a table, 'BT' tokens, 'BTD' their vectors.
+  Arrays are named by their dims: 'VD' is a table, 'BT' tokens, 'BTD' their vectors.
   """
-  on = jax.sharding.get_abstract_mesh()
-  if on.empty or on.size == 1:
-    return functools.partial(run, devices=teams.Sharing())
-  VD, BT = mesh.spec(('vocab', 'embed'), on), mesh.spec(('batch', 'tokens'), on)
+  current = mesh.current()
+  if current is None:
+    return functools.partial(run, groups=collectives.TableGroups())
+  VD, BT = (
+    mesh.spec(axes, current) for axes in (('vocab', 'embed'), ('batch', 'tokens'))
+  )
   specs = {'VD': VD, 'BT': BT, 'BTD': P(*BT, None)}
-  devices = teams.sharing(on, VD, BT)
-  n = max(n for n in devices.width.sizes() if n == 1 or n * COLUMNS <= width)
+  groups = collectives.table_groups(current, VD, BT)
+  n = max(n for n in groups.width.sizes() if n == 1 or n * COLUMNS <= width)
   return jax.shard_map(
-    functools.partial(run, devices=devices.by(n)),
-    mesh=on,
+    functools.partial(run, groups=groups.with_inner(n)),
+    mesh=current,
     in_specs=tuple(specs[name] for name in ins),
     out_specs=specs[out],
     check_vma=False,
   )
 
 
-def _read(table_VD, token_BT, *, devices: teams.Sharing):
-  """Reads one's own columns for all neighbours' tokens; then each gets all of its own."""
-  near, far, (B, T) = devices.near, devices.far, token_BT.shape
-  table_VD = far.gather(table_VD, 1)
-  row_N = _rows(near.gather(token_BT.reshape(-1), 0), len(table_VD), devices)
-  x_ND = devices.vocab.sum(table_VD.at[row_N].get(mode='fill', fill_value=0))
-  x_ND = near.exchange(x_ND, split=0, join=1)
-  # A neighbour's columns lie apart in the table: one part in each of the teams.
-  return x_ND.reshape(B, T, near.size, far.size, -1).swapaxes(2, 3).reshape(B, T, -1)
+def _read(table_VD, token_BT, *, groups: collectives.TableGroups):
+  """Reads some columns for the group's tokens -> all columns for this device's."""
+  inner, outer, (B, T) = groups.inner, groups.outer, token_BT.shape
+  table_VD = outer.all_gather(table_VD, 1)
+  row_N = _rows(inner.all_gather(token_BT.reshape(-1), 0), len(table_VD), groups)
+  x_ND = groups.vocab.sum(table_VD.at[row_N].get(mode='fill', fill_value=0))
+  x_ND = inner.all_to_all(x_ND, split=0, join=1)
+  # A device's columns are not contiguous in the table: one part for each outer index.
+  return x_ND.reshape(B, T, inner.size, outer.size, -1).swapaxes(2, 3).reshape(B, T, -1)
 
 
-def _add_up(token_BT, dx_BTD, *, count: int, devices: teams.Sharing):
-  """The gradient in a table of `count` rows: the way of `_read`, backwards."""
-  near, far, (B, T) = devices.near, devices.far, token_BT.shape
-  dx_ND = dx_BTD.reshape(B * T, far.size, near.size, -1).swapaxes(1, 2)
-  dx_ND = near.exchange(dx_ND.reshape(B * T, -1), split=1, join=0)
-  rows = count // devices.vocab.size
-  row_N = _rows(near.gather(token_BT.reshape(-1), 0), rows, devices)
-  # In float32, for a frequent token's gradient has thousands of terms.
+def _sum_rows(token_BT, dx_BTD, *, count: int, groups: collectives.TableGroups):
+  """The gradient in a table of `count` rows: the steps of `_read` in reverse."""
+  inner, outer, (B, T) = groups.inner, groups.outer, token_BT.shape
+  dx_ND = dx_BTD.reshape(B * T, outer.size, inner.size, -1).swapaxes(1, 2)
+  dx_ND = inner.all_to_all(dx_ND.reshape(B * T, -1), split=1, join=0)
+  rows = count // groups.vocab.size
+  row_N = _rows(inner.all_gather(token_BT.reshape(-1), 0), rows, groups)
+  # A frequent token's gradient has thousands of terms, hence float32.
   dx_ND = dx_ND.astype(jnp.float32)
   d_VD = jnp.zeros((rows, dx_ND.shape[1]), jnp.float32)
   if determinism.applies(mesh.platform()):
     d_VD = determinism.add_rows(d_VD, row_N, dx_ND)
   else:
     d_VD = d_VD.at[row_N].add(dx_ND, mode='drop')
-  return devices.rest.sum(far.scatter(d_VD, 1))
+  return groups.replicas.sum(outer.reduce_scatter(d_VD, 1))
 
 
-def _rows(token_N, rows: int, devices: teams.Sharing):
-  """Tokens -> their rows in one's own part of the vocabulary; `rows` for others'."""
-  if devices.vocab.size == 1:
+def _rows(token_N, rows: int, groups: collectives.TableGroups):
+  """Tokens -> rows of this device's shard; `rows` for tokens of other shards."""
+  if groups.vocab.size == 1:
     return token_N
-  row_N = token_N - rows * devices.vocab.place()
+  row_N = token_N - rows * groups.vocab.index()
   return jnp.where((row_N >= 0) & (row_N < rows), row_N, rows)

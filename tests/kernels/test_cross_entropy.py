@@ -10,7 +10,7 @@ import pytest
 import small
 
 from gated import kernels
-from gated.devices import mesh, teams
+from gated.devices import collectives, mesh
 from gated.kernels import cross_entropy
 
 N_ROWS, LENGTH, WIDTH, VOCAB = 4, 12, 8, 16
@@ -128,13 +128,13 @@ def placed(problem, on):
   )
 
 
-def share_between(monkeypatch, n, *, vocab, width=WIDTH):
-  """Makes n neighbours share so many rows: fewer do not fit, more would send more."""
+def set_inner_size(monkeypatch, n, *, vocab, width=WIDTH):
+  """Sets the limit so that inner groups have n devices: fewer do not fit."""
   monkeypatch.setattr(cross_entropy, 'LIMIT', 4 * width * vocab / n)
 
 
-# Of what the mesh is made, how many neighbours share the vocabulary, and V: 18 rows on 8
-# devices are 3 a device, of which the last two have none.
+# The sizes of the mesh's axes, the inner size, and V. 18 rows on 8 devices are 3 a device:
+# the last two devices hold only padding.
 SHARED = [
   *((dict(fsdp=8), n, 16) for n in (1, 2, 4, 8)),
   *((dict(fsdp=8), n, 18) for n in (1, 2, 8)),
@@ -155,7 +155,7 @@ def on_one_device(vocab):
   return loss_and_gradients(*MANY[vocab], **OPTIONS)
 
 
-# Few neighbours and all; a split vocabulary; rows that do not divide.
+# Small inner groups and the whole group; a split vocabulary; rows that do not divide.
 FEW = [SHARED[n] for n in (0, 6, 8, 12)]
 
 
@@ -165,7 +165,7 @@ FEW = [SHARED[n] for n in (0, 6, 8, 12)]
   ids=str,
 )
 def test_vocab_loss_on_a_mesh_is_that_of_one_device(sizes, n, vocab, monkeypatch):
-  share_between(monkeypatch, n, vocab=vocab // sizes.get('tensor', 1))
+  set_inner_size(monkeypatch, n, vocab=vocab // sizes.get('tensor', 1))
   on = small.mesh_of(**sizes)
   with jax.set_mesh(on):
     ours = loss_and_gradients(*placed(MANY[vocab], on), **OPTIONS)
@@ -174,7 +174,7 @@ def test_vocab_loss_on_a_mesh_is_that_of_one_device(sizes, n, vocab, monkeypatch
 
 def test_a_logit_far_below_zero_is_not_outweighed_by_rows_of_padding(monkeypatch):
   """A row of zeros has the logit 0, beside which exp(-200) would be nothing."""
-  share_between(monkeypatch, 8, vocab=18)
+  set_inner_size(monkeypatch, 8, vocab=18)
   x, w, targets, weights = loss_problem(rows=8, length=16, vocab=18)
   problem = jnp.abs(x) + 10, -jnp.abs(w) - 10, targets, weights
   on = small.mesh_of(fsdp=8)
@@ -186,7 +186,7 @@ def test_a_logit_far_below_zero_is_not_outweighed_by_rows_of_padding(monkeypatch
 
 @pytest.mark.parametrize('n', [1, 4])
 def test_vocab_loss_of_bfloat16_on_a_mesh_is_summed_in_float32(n, monkeypatch):
-  share_between(monkeypatch, n, vocab=16)
+  set_inner_size(monkeypatch, n, vocab=16)
   problem = loss_problem(jnp.bfloat16, rows=8, length=16)
   on = small.mesh_of(fsdp=4, data=2)
   with jax.set_mesh(on):
@@ -198,7 +198,7 @@ def test_vocab_loss_of_bfloat16_on_a_mesh_is_summed_in_float32(n, monkeypatch):
 
 @pytest.mark.parametrize('grad', [True, False])
 def test_no_device_holds_an_array_as_large_as_the_unembedding(grad):
-  """Of fewer tokens than V / 8 a device: all eight neighbours share the vocabulary."""
+  """With fewer than V / 8 tokens a device, one inner group of 8 shares the vocabulary."""
   width, vocab = 64, 1024
   problem = loss_problem(rows=8, length=16, width=width, vocab=vocab)
   total = lambda *a: kernels.vocab_loss(*a, z=0.01, chunk=8)[0]
@@ -209,25 +209,25 @@ def test_no_device_holds_an_array_as_large_as_the_unembedding(grad):
   assert small.largest_array(compiled) <= width * vocab // 4
 
 
-def test_neighbours_are_as_many_as_move_the_fewest_bytes():
-  pod = teams.Team(('fsdp',), 64)
-  ask = lambda tokens, rows=151_936, width=1024: cross_entropy.neighbours(
+def test_the_inner_size_moves_the_fewest_bytes():
+  pod = collectives.Group(('fsdp',), 64)
+  size = lambda tokens, rows=151_936, width=1024: cross_entropy.inner_size(
     pod, rows, width, tokens
   )
-  # Between n and 2 n the tokens, n of them more, weigh as much as the rows saved.
+  # At `even` tokens, groups of n and 2 n move the same number of bytes.
   for n in (1, 2, 4, 8, 16, 32):
     even = 151_936 / (2 * n * n)
-    assert (ask(0.99 * even), ask(1.01 * even)) == (2 * n, n)
+    assert (size(0.99 * even), size(1.01 * even)) == (2 * n, n)
 
 
-def test_neighbours_are_as_many_as_the_gradient_needs_to_fit():
-  pod = teams.Team(('fsdp',), 64)
+def test_the_inner_size_lets_the_gradient_fit():
+  pod = collectives.Group(('fsdp',), 64)
   gib = 1 << 30
-  assert cross_entropy.neighbours(pod, gib // 4096, 1024, gib) == 1
-  assert cross_entropy.neighbours(pod, gib // 4096 + 1, 1024, gib) == 2
-  assert cross_entropy.neighbours(pod, 151_936, 2048, gib) == 2
-  assert cross_entropy.neighbours(pod, 65 * gib // 4096, 1024, gib) == 64
-  assert cross_entropy.neighbours(teams.ALONE, 151_936, 2048, 1) == 1
+  assert cross_entropy.inner_size(pod, gib // 4096, 1024, gib) == 1
+  assert cross_entropy.inner_size(pod, gib // 4096 + 1, 1024, gib) == 2
+  assert cross_entropy.inner_size(pod, 151_936, 2048, gib) == 2
+  assert cross_entropy.inner_size(pod, 65 * gib // 4096, 1024, gib) == 64
+  assert cross_entropy.inner_size(collectives.ALONE, 151_936, 2048, 1) == 1
 
 
 @pytest.mark.parametrize('cap', [0.7, 5.0])

@@ -1,7 +1,7 @@
 """A recipe on a mesh of chips, by arithmetic: memory, FLOPs, traffic, time; and a choice.
 
 Nothing is compiled. What the code does is counted from the same tables that it is built
-from (the parameters' axes, `mesh.RULES`, `kernels.loss.neighbours`), and time follows
+from (the parameters' axes, `mesh.RULES`, `cross_entropy.inner_size`), and time follows
 from the assumptions in `roofline.ASSUMED`.
 
   of(cfg, sizes, chip)      a recipe on a mesh -> its Estimate

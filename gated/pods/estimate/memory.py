@@ -4,7 +4,7 @@ What stands through the step (weights, optimizer, gradients), what the forward p
 and the largest of what comes and goes: a layer's backward pass, or a chunk of the loss.
 """
 
-from gated.devices import teams
+from gated.devices import collectives
 from gated.kernels import cross_entropy
 from gated.model import embedding
 from gated.pods.estimate.layout import WIDE, Layout
@@ -82,9 +82,9 @@ def _experts(layout: Layout) -> float:
 
 def neighbours(layout: Layout) -> int:
   """How many chips share their tokens in the vocabulary loss, as it decides."""
-  team = teams.Team(('fsdp',), layout.fsdp)
-  return cross_entropy.neighbours(
-    team, layout.vocab, layout.cfg.model.width, layout.tokens
+  group = collectives.Group(('fsdp',), layout.fsdp)
+  return cross_entropy.inner_size(
+    group, layout.vocab, layout.cfg.model.width, layout.tokens
   )
 
 
@@ -101,8 +101,8 @@ def _loss(layout: Layout) -> float:
 def readers(layout: Layout) -> int:
   """How many chips share their tokens in the embedding, as `embedding.Embed` decides."""
   width = layout.cfg.model.width
-  team = teams.Team(('fsdp',), layout.fsdp)
-  return max(n for n in team.sizes() if n == 1 or n * embedding.COLUMNS <= width)
+  group = collectives.Group(('fsdp',), layout.fsdp)
+  return max(n for n in group.sizes() if n == 1 or n * embedding.COLUMNS <= width)
 
 
 def _table(layout: Layout) -> float:
