@@ -175,7 +175,7 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
   slots = room.slots[: len(points)]
   swept = swept or sweep.write(begun, room.environment)
   code = sweep.unpacked(swept)
-  print(f'{swept.folder}: {len(points)} points, {len(slots)} at a time ({room.why})')
+  print(f'{swept.folder}: {len(points)} points, {len(slots)} at a time ({room.reason})')
   if not sweep.is_current(swept):
     print(f'they are run with their own sources, of {swept.made["time"]}: not as here')
   given = ' '.join(f'{k}={v}' for k, v in swept.made['environment'].items())

@@ -1,8 +1,14 @@
-"""The worker processes of data preparation and of training's data loading."""
+"""Child processes that exit when their parent dies: data workers, and runs of a sweep."""
 
+import ctypes
 import multiprocessing
 import os
+import signal
+import sys
 import threading
+from collections.abc import Callable
+
+PR_SET_PDEATHSIG = 1  # Of prctl(2).
 
 
 def die_with_parent(*_) -> None:
@@ -19,3 +25,20 @@ def die_with_parent(*_) -> None:
     os._exit(1)
 
   threading.Thread(target=watch, daemon=True).start()
+
+
+def terminate_with_parent() -> Callable[[], None] | None:
+  """-> the preexec_fn of a command that gets SIGTERM when this process dies.
+
+  None where the kernel cannot do this.
+  """
+  if sys.platform != 'linux':
+    return None
+  parent, prctl = os.getpid(), ctypes.CDLL(None, use_errno=True).prctl
+
+  def request() -> None:
+    prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+      os._exit(128 + signal.SIGTERM)  # The parent died before the request.
+
+  return request

@@ -1,4 +1,4 @@
-"""A point's metrics as they are written: the last loss, spikes, and how fast it goes."""
+"""Follows a point's metrics as they are written: last loss, spikes, speed."""
 
 import json
 import os
@@ -7,32 +7,29 @@ from gated import storage
 
 
 class Follower:
-  """Reads what a point's metrics.jsonl has more than when it was last looked at.
-
-  For a local workdir; in a store nothing is followed.
-  """
+  """Reads the new records of a point's metrics.jsonl, in a local workdir only."""
 
   def __init__(self, workdir: storage.Path, *, since: float = 0.0):
-    """`since`, in seconds since 1970, is when the session began whose speed is told."""
+    """`since` is the start of the session that is timed, in seconds since 1970."""
     self._path, self._since = os.fspath(workdir / 'metrics.jsonl'), since
     self._remote = storage.is_remote(workdir)
     self._first: tuple[int, float] | None = None
-    self._forget()
+    self._reset()
 
-  def _forget(self) -> None:
+  def _reset(self) -> None:
     self._file, self._offset = 0, 0
     self.step, self.loss, self.spikes = 0, '', 0
-    self.seconds = 0.0  # Of a step; 0 where it is not known yet.
+    self.seconds = 0.0  # Per step; 0 until it is known.
 
   def look(self) -> None:
-    """Reads on; a file that was cut is read anew."""
+    """Reads the new records; a truncated or replaced file is read from its start."""
     if self._remote:
       return
     try:
-      found = os.stat(self._path)
-      if found.st_ino != self._file or found.st_size < self._offset:
-        self._forget()
-        self._file = found.st_ino
+      status = os.stat(self._path)
+      if status.st_ino != self._file or status.st_size < self._offset:
+        self._reset()
+        self._file = status.st_ino
       with open(self._path, 'rb') as file:
         file.seek(self._offset)
         content = file.read()
@@ -49,11 +46,11 @@ class Follower:
       if record['kind'] != 'train':
         return
       step, at, loss = record['step'], record['time'], record['loss']
-      # What is not finite is a word.
+      # A non-finite number is a string.
       self.loss = loss if isinstance(loss, str) else f'{loss:.4f}'
       self.spikes = int(record['spikes'])
     except (ValueError, KeyError, TypeError):
-      return  # No record of ours: who reads the whole file tells.
+      return  # Not our record: metrics.read reports the damage.
     self.step = step
     if at < self._since:
       return

@@ -1,4 +1,4 @@
-"""A recipe and its grid -> the points of a sweep, checked before anything is run."""
+"""A recipe and its grid -> the points of a sweep, checked before any of them runs."""
 
 import math
 import os
@@ -11,14 +11,14 @@ from gated import config, storage
 from gated import plan as plans
 from gated.sweep import judge
 
-# A command line of train.py, without its name -> the recipe as it is resolved there.
+# Arguments of train.py -> the recipe that they resolve to.
 Resolve = Callable[[Sequence[str]], dict]
 
 
 class Point(NamedTuple):
   """One run of a sweep."""
 
-  name: str  # A slug to be read, and a digest of what it changes; its folder's name.
+  name: str  # Its folder: a readable slug, and a digest of its changes.
   labels: Mapping[str, str]
   changes: Mapping[str, Any]  # Knobs, without `config.`.
   command: tuple[str, ...]  # train.py --config=... --workdir=...
@@ -27,13 +27,13 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-  """What a sweep.json says."""
+  """The contents of a sweep.json."""
 
   folder: storage.Path
   name: str
   recipe: str  # configs/lr_sweep.py:scale=test
   overrides: tuple[str, ...]  # --config.steps=100, of all points
-  flags: tuple[str, ...]  # Others of train.py's, of all points.
+  flags: tuple[str, ...]  # Other flags of train.py, of all points.
   points: tuple[Point, ...]
   rule: judge.Rule
   made: Mapping[str, Any] = field(default_factory=dict)  # Code, versions, environment.
@@ -62,12 +62,11 @@ def plan(
   flags: Sequence[str] = (),
   folder: str = '',
 ) -> Sweep:
-  """A recipe and the labels and changes of its points -> Sweep, with nothing written.
+  """A recipe, and the labels and changes of its points -> Sweep; writes nothing.
 
-  `overrides` are `--config.x=y` of all points. '' as `folder` is sweeps/ with a name that
-  tells the grid. ValueError, naming the knob or the points, if one is no knob or takes no
-  such value, two points are the same, an override is changed by the grid, or there is no
-  point.
+  `overrides` are `--config.x=y` of all points. The default folder is sweeps/NAME-DIGEST.
+  ValueError for an unknown knob, a bad value, an empty grid, two equal points, or a knob
+  in both the overrides and the grid.
   """
   if not grid:
     raise ValueError(f'--config={recipe}: its grid is empty')
@@ -88,14 +87,14 @@ def plan(
   _check_apart(points)
   for point in points:
     _check_paths(point)
-  where = storage.path(folder or f'sweeps/{base["name"]}-{_digest(points, flags)}')
-  if not storage.is_remote(where):
-    where = storage.Path(os.path.abspath(where))
+  root = storage.path(folder or f'sweeps/{base["name"]}-{_digest(points, flags)}')
+  if not storage.is_remote(root):
+    root = storage.Path(os.path.abspath(root))
   points = [
-    p._replace(command=(*p.command, *flags, _workdir(where, p.name))) for p in points
+    p._replace(command=(*p.command, *flags, _workdir(root, p.name))) for p in points
   ]
   return Sweep(
-    folder=where,
+    folder=root,
     name=base['name'],
     recipe=recipe,
     overrides=tuple(overrides),
@@ -105,31 +104,32 @@ def plan(
   )
 
 
-def only(points: Sequence[Point], wanted: str) -> list[Point]:
-  """Points and 'variant=baseline,lr=0.001,lr=0.002' -> those with one of each label.
+def only(points: Sequence[Point], selection: str) -> list[Point]:
+  """Points and 'variant=baseline,lr=0.001,lr=0.002' -> the points that match.
 
-  ValueError for a label or a value that no point has.
+  A point matches if each label has one of its listed values. ValueError for a label or a
+  value that no point has.
   """
   chosen: dict[str, list[str]] = {}
-  for part in filter(None, wanted.split(',')):
+  for part in filter(None, selection.split(',')):
     name, _, value = part.partition('=')
-    there = list(dict.fromkeys(p.labels[name] for p in points if name in p.labels))
-    if not there:
+    values = list(dict.fromkeys(p.labels[name] for p in points if name in p.labels))
+    if not values:
       names = dict.fromkeys(label for p in points for label in p.labels)
-      raise ValueError(f'--only={part}, but labels are {", ".join(names)}')
-    same = [text for text in there if _same(text, value)]
+      raise ValueError(f'--only={part}, but the labels are {", ".join(names)}')
+    same = [text for text in values if _same(text, value)]
     if not same:
-      raise ValueError(f'--only={part}, but of {name} there are {", ".join(there)}')
+      raise ValueError(f'--only={part}, but {name} has the values {", ".join(values)}')
     chosen.setdefault(name, []).extend(same)
-  meant = lambda p: all(p.labels.get(k) in values for k, values in chosen.items())
-  found = [p for p in points if meant(p)]
-  if not found:
-    raise ValueError(f'--only={wanted}, but no point has all of that')
-  return found
+  match = lambda p: all(p.labels.get(k) in values for k, values in chosen.items())
+  matches = [p for p in points if match(p)]
+  if not matches:
+    raise ValueError(f'--only={selection}, but no point matches all of it')
+  return matches
 
 
 def _point(recipe, labels, changes, *, overrides, resolve) -> Point:
-  """One point; its flags of all points and its workdir are yet to come."""
+  """A point whose command still lacks the common flags and the workdir."""
   words = [f'--config.{knob}={_text(value)}' for knob, value in changes.items()]
   command = [f'--config={recipe}', *overrides, *words]
   name = '-'.join(filter(None, [_slug(labels), config.digest(dict(changes))[:6]]))
@@ -137,18 +137,17 @@ def _point(recipe, labels, changes, *, overrides, resolve) -> Point:
     resolved = resolve(command)
     config.build(plans.Config, resolved, 'config')
     for knob, value in changes.items():
-      there = config.dig(resolved, knob)
-      if _plain(there) != _plain(value) or isinstance(there, bool) != isinstance(
-        value, bool
-      ):
-        raise ValueError(f'config.{knob}={value!r} cannot be: it becomes {there!r}')
+      actual = config.dig(resolved, knob)
+      same_kind = isinstance(actual, bool) == isinstance(value, bool)
+      if _plain(actual) != _plain(value) or not same_kind:
+        raise ValueError(f'config.{knob}={value!r} is read as {actual!r}')
   except ValueError as error:
     raise ValueError(f'the point {name}: {config.plain(error)}') from error
   return Point(name, dict(labels), dict(changes), ('train.py', *command), resolved)
 
 
 def _check_apart(points: Sequence[Point]) -> None:
-  """ValueError for two points that are the same run, or cannot be told apart."""
+  """ValueError for two points with the same recipe or the same labels."""
   seen: dict[str, Point] = {}
   named: dict[tuple[str, ...], Point] = {}
   for point in points:
@@ -163,25 +162,25 @@ def _check_apart(points: Sequence[Point]) -> None:
     if other is not point:
       raise ValueError(
         f'the points {other.name} and {point.name} of the grid have the same labels, but '
-        f'change {dict(other.changes)} and {dict(point.changes)}: label them apart'
+        f'change {dict(other.changes)} and {dict(point.changes)}: add a label'
       )
 
 
 def check_here(points: Sequence[Point]) -> None:
-  """ValueError for data that are not on this machine, where points are to run."""
+  """ValueError for a dataset that is missing on this machine."""
   for place in sorted({place for point in points for place in _data(point)}):
     if os.path.isabs(place) and not storage.exists(place):
-      raise ValueError(f'config.data.mixture names {place}, which is not there')
+      raise ValueError(f'config.data.mixture names {place}, which does not exist')
 
 
 def _data(point: Point) -> list[str]:
-  """A point -> the folders and buckets that its mixture names."""
+  """A point -> the folders and buckets in its mixture."""
   terms = point.config['data']['mixture'].split(',')
   return [term.split('@')[0].split('=')[0].strip() for term in terms]
 
 
 def _check_paths(point: Point) -> None:
-  """ValueError for a relative path: points run in the folder of the sweep's sources."""
+  """ValueError for a relative path: points run in another working directory."""
   named = [('data.mixture', place) for place in _data(point)]
   named += [('data.cache', point.config['data']['cache'])]
   named += [('init_from', point.config['init_from'])]
@@ -190,20 +189,20 @@ def _check_paths(point: Point) -> None:
     if not (remote or os.path.isabs(place)):
       value = config.dig(point.config, knob)
       raise ValueError(
-        f'config.{knob}={value!r} has a relative path, but points run in a folder of '
-        f'their own: write {os.path.abspath(place)}'
+        f'config.{knob}={value!r} has a relative path, but points run in the folder '
+        f"of the sweep's sources: write {os.path.abspath(place)}"
       )
 
 
 def _digest(points: Sequence[Point], flags: Sequence[str]) -> str:
-  """What names a sweep's default folder."""
+  """The digest in the name of a sweep's default folder."""
   configs = [{k: v for k, v in p.config.items() if k != 'paper'} for p in points]
   return config.digest([configs, list(flags)])[:8]
 
 
 def _slug(labels: Mapping[str, str]) -> str:
   """{'variant': 'baseline', 'lr': '0.001'} -> 'baseline-lr0.001'."""
-  bare = re.compile(r'[-+.\d]|(True|False)$')  # Says nothing without its label.
+  bare = re.compile(r'[-+.\d]|(True|False)$')  # Unclear without the label.
   words = [k + v if bare.match(v) else v for k, v in labels.items()]
   return '-'.join(re.sub(r'[^A-Za-z0-9._+]+', '_', word) for word in words)[:80]
 
@@ -213,7 +212,7 @@ def _workdir(folder: storage.Path, name: str) -> str:
 
 
 def _text(value: Any) -> str:
-  """A knob's value -> as a command line has it, so that it comes back as it was."""
+  """A knob's value -> the text that a command line parses to the same value."""
   return value if isinstance(value, str) else repr(value)
 
 

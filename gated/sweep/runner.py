@@ -1,11 +1,10 @@
-"""Runs points here, several at a time, each in a process of its own.
+"""Runs points on this machine, several at a time, each in its own process.
 
-A point is owned through its workdir's lock, which train.py holds: so several runners may
-share a sweep's folder, on one machine or on many. What another has is waited for, and
-what it left undone is taken up.
+train.py holds the lock of its workdir, so several runners, on one machine or many, can
+share a sweep's folder. A runner waits for a point that another one runs, and resumes it
+if that one leaves it unfinished.
 """
 
-import ctypes
 import os
 import shlex
 import signal
@@ -13,33 +12,33 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from gated import storage
+from gated.data import workers
 from gated.sweep.follow import Follower
 from gated.sweep.grid import Point, Sweep
 from gated.sweep.machine import Slot
-from gated.sweep.state import ENDED, State, living, state
+from gated.sweep.state import ENDED, living, state
 
-SECONDS = 0.5  # Between two looks at the processes.
-TAIL = 15  # Lines of a failed point's log that are told.
-_DIES = 1  # PR_SET_PDEATHSIG of prctl(2).
+SECONDS = 0.5  # Between two checks of the processes.
+TAIL = 15  # Lines of a failed point's log that are printed.
 
 
 @dataclass
 class Row:
-  """A point as it is shown."""
+  """The status of a point."""
 
   point: Point
   state: str  # One of state.STATES, or running, elsewhere.
   step: int
   follower: Follower
   slot: str = ''
-  code: int | None = None  # Of its last process here.
-  took: float = 0.0  # Seconds from its start to its end here, if it was run whole.
-  told: str = ''  # What its last session said as it ended.
+  code: int | None = None  # The exit code of its last process here.
+  took: float = 0.0  # Seconds of the whole run, if this runner ran all of it.
+  message: str = ''  # Of its last session, as it ended.
 
   @property
   def steps(self) -> int:
@@ -49,9 +48,12 @@ class Row:
   def ended(self) -> bool:
     return self.state in ENDED
 
-  def look(self, workdir: storage.Path) -> None:
-    """Sees where the point stands, and whether another has it."""
-    self.state, self.step, self.told = _state(workdir, self.steps)
+  def update(self, workdir: storage.Path) -> None:
+    """Reads the state of the workdir, and whether another runner holds its lock."""
+    try:
+      self.state, self.step, self.message = state(workdir, self.steps)
+    except ValueError as error:  # Damaged: train.py decides and reports.
+      self.state, self.step, self.message = 'failed', 0, str(error)
     self.follower.look()
     if not self.ended and living(workdir):
       self.state, self.step = 'elsewhere', max(self.step, self.follower.step)
@@ -62,31 +64,21 @@ class _Job:
   row: Row
   process: subprocess.Popen
   slot: Slot
-  fresh: bool  # Whether it began at step 0.
-  told: int = 0  # How often it was told to leave.
-  begun: float = field(default_factory=time.monotonic)
+  fresh: bool  # Whether it started at step 0.
+  stops: int = 0  # How many stop signals it got.
+  start: float = field(default_factory=time.monotonic)
 
 
 def rows(swept: Sweep, points: Sequence[Point]) -> list[Row]:
-  """Points -> where they stand."""
-  found = []
-  for point in points:
-    workdir = swept.workdir(point)
-    found.append(Row(point, 'absent', 0, Follower(workdir)))
-    found[-1].look(workdir)
-  return found
-
-
-def _state(workdir: storage.Path, steps: int) -> State:
-  """As `state` has it; where what is there is damaged, train.py is to judge and tell."""
-  try:
-    return state(workdir, steps)
-  except ValueError as error:
-    return State('failed', 0, str(error))
+  """Points -> their current status."""
+  status = [Row(p, 'absent', 0, Follower(swept.workdir(p))) for p in points]
+  for row in status:
+    row.update(swept.workdir(row.point))
+  return status
 
 
 class Runner:
-  """`run` brings all points to their end, or as far as they go."""
+  """`run` runs all points until they end."""
 
   def __init__(
     self,
@@ -98,39 +90,39 @@ class Runner:
     show: Callable[[Sequence[Row]], None],
     keep_checkpoints: bool,
   ):
-    """`code` is where the sweep's sources are; `show` is called about twice a second."""
+    """`code` is the folder of the sweep's sources; `show` runs about twice a second."""
     self._swept, self._code, self._show = swept, code, show
     self._keep = keep_checkpoints
     self.rows = rows(swept, points)
     self._free = list(slots)
     self._jobs: list[_Job] = []
-    self._told = 0
+    self._stops = 0  # How many stop signals this process got.
 
   def leave(self, *_) -> None:
-    """Starts nothing more, and tells what runs to save and leave; a second time: kills.
+    """A signal handler: starts no more points, and makes the running ones save and exit.
 
-    A handler of signals.
+    A second call kills them.
     """
-    self._told += 1
-    self._tell()
+    self._stops += 1
+    self._forward()
 
-  def _tell(self) -> None:
-    """Passes on what the runner was told, also to what began at that very moment."""
+  def _forward(self) -> None:
+    """Forwards the stop signal, also to a process that started at that moment."""
     for job in self._jobs:
-      if job.told < self._told:
-        job.told = self._told
-        job.process.send_signal(signal.SIGTERM if job.told == 1 else signal.SIGKILL)
+      if job.stops < self._stops:
+        job.stops = self._stops
+        job.process.send_signal(signal.SIGTERM if job.stops == 1 else signal.SIGKILL)
 
   @property
   def leaving(self) -> bool:
-    return self._told > 0
+    return self._stops > 0
 
   def run(self) -> None:
-    """Until every point has ended, failed or been left; their rows tell which."""
+    """Returns when every point has ended or failed, or after `leave`."""
     try:
       self._run()
     except BaseException:
-      self.leave()  # Nothing is left running that nobody looks after.
+      self.leave()  # Leave no process behind.
       for job in self._jobs:
         job.process.wait()
       raise
@@ -144,7 +136,7 @@ class Runner:
       self._reap()
       if not self.leaving:
         self._start()
-      self._tell()
+      self._forward()
       waiting = [row for row in self.rows if row.state == 'elsewhere']
       for row in [*waiting, *(job.row for job in self._jobs)]:
         row.follower.look()
@@ -155,7 +147,7 @@ class Runner:
       time.sleep(SECONDS)
 
   def _start(self) -> None:
-    """Fills the free slots with points that are due."""
+    """Starts pending points in the free slots."""
     for row in self.rows:
       if not self._free or self.leaving:
         return
@@ -164,50 +156,47 @@ class Runner:
       workdir = self._swept.workdir(row.point)
       if row.state == 'elsewhere' and living(workdir):
         continue
-      row.look(workdir)  # Another may have begun or ended it.
+      row.update(workdir)  # Another runner may have started or finished it.
       if row.state != 'elsewhere' and not row.ended:
         self._launch(row, self._free.pop(0))
 
   def _launch(self, row: Row, slot: Slot) -> None:
     log = self._swept.log(row.point)
     storage.make(log.parent)
-    given = {'PYTHONUNBUFFERED': '1', **self.environment, **slot.environment}
-    told = ' '.join(f'{k}={v}' for k, v in given.items())
+    # The sweep's environment is the same for every point, wherever it is resumed.
+    common = self._swept.made['environment']
+    environment = {'PYTHONUNBUFFERED': '1', **common, **slot.environment}
+    prefix = ' '.join(f'{k}={v}' for k, v in environment.items())
     command = [sys.executable, *row.point.command]
     with open(log, 'ab') as out, warnings.catch_warnings():
-      out.write(f'$ {told} {shlex.join(command)}\n'.encode())
+      out.write(f'$ {prefix} {shlex.join(command)}\n'.encode())
       out.flush()
-      # JAX minds a fork of a process with threads; what runs in it before exec is ours.
+      # JAX warns of a fork with threads; here only our preexec_fn runs before the exec.
       warnings.simplefilter('ignore', RuntimeWarning)
       process = subprocess.Popen(
         command,
         cwd=self._code,
-        env=os.environ | given,
+        env=os.environ | environment,
         stdin=subprocess.DEVNULL,
         stdout=out,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # A terminal's Ctrl-C is for us, who pass it on.
-        preexec_fn=_dies_with(os.getpid()),
+        start_new_session=True,  # Ctrl-C reaches only this process, which forwards it.
+        preexec_fn=workers.terminate_with_parent(),
       )
     row.follower = Follower(self._swept.workdir(row.point), since=time.time())
     row.state, row.slot = 'running', slot.name
     self._jobs.append(_Job(row, process, slot, fresh=not row.step))
 
-  @property
-  def environment(self) -> Mapping[str, str]:
-    """Of every point, wherever it runs again."""
-    return self._swept.made['environment']
-
   def _reap(self) -> None:
-    """Takes note of the processes that have ended."""
+    """Updates the rows of the processes that have exited."""
     for job in [job for job in self._jobs if job.process.poll() is not None]:
       self._jobs.remove(job)
       self._free.append(job.slot)
       row, workdir = job.row, self._swept.workdir(job.row.point)
       row.code, row.slot = job.process.returncode, ''
-      row.look(workdir)
+      row.update(workdir)
       if row.ended:
-        row.took = time.monotonic() - job.begun if job.fresh else 0.0
+        row.took = time.monotonic() - job.start if job.fresh else 0.0
         if not self._keep:
           self._drop(row)
       elif row.state == 'elsewhere':
@@ -222,7 +211,7 @@ class Runner:
 
 
 def tail(path: storage.Path) -> str:
-  """A log -> its last lines, since the last command in it."""
+  """A log -> its last lines, after the last command in it."""
   try:
     with open(path, 'rb') as file:
       file.seek(max(0, os.path.getsize(path) - (1 << 16)))
@@ -231,17 +220,3 @@ def tail(path: storage.Path) -> str:
     return ''
   starts = [i for i, line in enumerate(lines) if line.startswith('$ ')]
   return '\n'.join(lines[starts[-1] + 1 if starts else 0 :][-TAIL:])
-
-
-def _dies_with(parent: int) -> Callable[[], None] | None:
-  """-> what a new process does first: to be told to leave when its parent dies."""
-  if sys.platform != 'linux':
-    return None
-  prctl = ctypes.CDLL(None, use_errno=True).prctl
-
-  def ask() -> None:
-    prctl(_DIES, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:
-      os._exit(143)  # It died before.
-
-  return ask

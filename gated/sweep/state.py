@@ -1,4 +1,4 @@
-"""What became of a point: told by its workdir alone, whoever launched it."""
+"""The state of a point, read from its workdir alone."""
 
 from typing import NamedTuple
 
@@ -6,10 +6,10 @@ from gated import storage
 from gated.run import exit_codes, lock, metrics, outcome
 from gated.run import workdir as workdirs
 
-# What a finished or a diverged point came to is not to be computed again.
+# Points in these states are never run again.
 ENDED = 'finished', 'diverged'
 STATES = 'absent', 'partial', *ENDED, 'failed'
-# Of train.py's exit codes; after any other, a point has failed.
+# Exit codes of train.py; any other means that the point failed.
 CODES = {
   exit_codes.FINISHED: 'finished',
   exit_codes.UNSTABLE: 'diverged',
@@ -18,31 +18,30 @@ CODES = {
 
 
 class State(NamedTuple):
-  """Where a point stands."""
+  """The state of a point."""
 
   state: str  # One of STATES.
-  step: int  # The last that its metrics tell of; 0 for none.
-  told: str = ''  # What its last session said as it ended.
+  step: int  # The last in its metrics; 0 for none.
+  message: str = ''  # Of its last session, as it ended.
 
 
 def state(workdir: storage.Path, steps: int) -> State:
   """A workdir and the steps of its whole run -> State.
 
-  A point is `partial` if the same command goes on with it, and `failed` if its last
-  session ended in an error, after which the same command tries again. ValueError if what
-  a workdir says is damaged.
+  The same command resumes a `partial` point, and retries a `failed` one, whose last
+  session ended in an error. ValueError for a damaged workdir.
   """
-  found = outcome.read(workdir)
-  if found is None:
+  last = outcome.read(workdir)
+  if last is None:
     step = metrics.last_step(workdir / 'metrics.jsonl')
-    there = step or storage.exists(workdir / 'run.json')
-    return State('partial' if there else 'absent', step)
-  name = CODES.get(found.code, 'failed')
-  if name == 'finished' and found.step < steps:
+    started = step or storage.exists(workdir / 'run.json')
+    return State('partial' if started else 'absent', step)
+  name = CODES.get(last.code, 'failed')
+  if name == 'finished' and last.step < steps:
     name = 'partial'
-  return State(name, found.step, found.told)
+  return State(name, last.step, last.told)
 
 
 def living(workdir: storage.Path) -> bool:
-  """Whether a run that lives, as far as its lock tells, has the workdir."""
+  """Whether a live run holds the workdir's lock."""
   return lock.living(workdir, stale_after=workdirs.STALE_AFTER)

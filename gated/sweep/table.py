@@ -153,5 +153,5 @@ def show(rows: Sequence[Row], swept: Sweep) -> None:
   ]
   console().print(table(rows, f'{swept.name}  {swept.folder}'))
   for row in rows:
-    if row.state == 'failed' and row.told:
-      print(f'{row.point.name} failed: {row.told}; see {swept.log(row.point)}')
+    if row.state == 'failed' and row.message:
+      print(f'{row.point.name} failed: {row.message}; see {swept.log(row.point)}')

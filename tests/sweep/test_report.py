@@ -566,7 +566,7 @@ def test_a_part_of_a_sweep_is_judged_as_among_all_and_says_that_it_is_one(
     '2 points: 1 finished, 1 diverged. Only a part: 2 of the 6 of its grid: '
     'variant=baseline,lr=0.001,lr=0.008.'
   )
-  with pytest.raises(ValueError, match='--only=lr=1, but of lr there are'):
+  with pytest.raises(ValueError, match='--only=lr=1, but lr has the values'):
     report.write(swept, out, only='lr=1')
 
 

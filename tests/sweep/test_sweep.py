@@ -167,7 +167,8 @@ def test_only_takes_points_by_their_labels():
 
 
 @pytest.mark.parametrize(
-  'wanted, told', [('variant=a', 'labels are lr, seed'), ('lr=2', 'there are 0.001, 0.')]
+  'wanted, told',
+  [('variant=a', 'the labels are lr, seed'), ('lr=2', 'lr has the values 0.001, 0.')],
 )
 def test_only_refuses_labels_that_no_point_has(wanted, told):
   with pytest.raises(ValueError, match=told):
@@ -201,7 +202,7 @@ def run(*words, expect=0):
     ([], '--config=configs/RECIPE.py is missing'),
     (
       ['--config=configs/tiny.py', '--seeds=2', '--config.data.mixture=/no/data@code=2'],
-      'config.data.mixture names /no/data, which is not there',
+      'config.data.mixture names /no/data, which does not exist',
     ),
     (['--config.steps=3'], '--config.steps=3 needs --config'),
     (['tests'], "unknown argument 'tests'; go on with a sweep by --dir=DIR"),
@@ -415,7 +416,7 @@ def test_cpus_are_shared_out_by_cores_and_memory(monkeypatch):
   assert len(two.slots) == 2 and two.environment == {'NPROC': '4'}
   monkeypatch.setattr(machine, 'available', lambda: 4 << 30)
   few = machine.room(points * 8, 0)
-  assert 1 <= len(few.slots) <= 3 and 'memory for' in few.why
+  assert 1 <= len(few.slots) <= 3 and 'memory for' in few.reason
 
 
 # Points that run, with a train.py of our own that is fast.
@@ -561,7 +562,7 @@ def test_damage_in_a_workdir_is_told_and_stops_no_other_point(fast, capsys):
   storage.write(workdir / 'outcome.json', b'{')
   rows = sweep.rows(swept, swept.points)
   assert states(rows) == {0: 'failed', 1: 'absent'}
-  assert 'outcome.json is damaged' in rows[0].told
+  assert 'outcome.json is damaged' in rows[0].message
   it.run()
   assert states(it.rows) == {0: 'finished', 1: 'diverged'}
 
