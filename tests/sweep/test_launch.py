@@ -1064,7 +1064,7 @@ def test_a_dry_run_needs_no_bucket(tmp_path, monkeypatch, capsys):
     ([*FLAGS['slurm'], '--queue=a'], '--queue=a with --on=slurm, but it is for jobset'),
     ([*FLAGS['slurm'], '--watch=9'], '--watch=9.0 needs --on=tpu'),
     ([*FLAGS['jobset']], 'give a bucket'),
-    ([*FLAGS['slurm'], '--only=lr=1'], '--only=lr=1, but of lr there are'),
+    ([*FLAGS['slurm'], '--only=lr=1'], '--only=lr=1, but lr has the values'),
     ([*FLAGS['slurm']], 'needs sbatch, which is not installed: run this'),
   ],
 )

@@ -81,12 +81,6 @@ class Accelerator:
     name, cores = CLOUD_TPU[self.name]
     return f'{name}-{self.count * cores}'
 
-  @property
-  def requirements(self) -> str:
-    """The requirements file, without its extension."""
-    suffixes = {'cpu': '', 'gpu': '-cuda', 'tpu': '-tpu'}
-    return f'requirements{suffixes[self.kind]}'
-
 
 def accelerator(spec: str) -> Accelerator:
   """'cpu', 'h100:8' or 'v5p:4x4x4' -> Accelerator; ValueError if it is invalid."""

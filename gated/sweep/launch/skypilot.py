@@ -1,7 +1,7 @@
-"""SkyPilot: a managed job for each point, on any cloud that it knows.
+"""SkyPilot: a managed job for each point, on any cloud that it supports.
 
-docs.skypilot.co/en/latest/reference/yaml-spec.html; tried with SkyPilot 0.14.1. Machines
-that are taken back are replaced by SkyPilot, and the point goes on from the bucket.
+docs.skypilot.co/en/latest/reference/yaml-spec.html; tested with SkyPilot 0.14.1. SkyPilot
+replaces preempted machines, and the point resumes from the bucket.
 """
 
 import json
@@ -10,16 +10,16 @@ from gated.run.exit_codes import PREEMPTED
 from gated.sweep.launch import machines, work
 from gated.sweep.launch.work import Work
 
-CODE = '~/gated/code.tar.gz'  # Where SkyPilot puts the sources on every host.
+CODE = '~/gated/code.tar.gz'  # The path of the sources on every host.
 
 
 def files(w: Work) -> dict[str, str]:
-  """-> a task's YAML for each point."""
+  """Work -> a YAML file for each point."""
   return {f'{point.job}.yaml': work.yaml(task(w, point)) for point in w.points}
 
 
 def task(w: Work, point: work.Point) -> dict:
-  """-> what one point's YAML says."""
+  """A point -> its task."""
   accelerator, o = w.accelerator, w.options
   resources: dict = {'infra': o.infra} if o.infra else {}
   if accelerator.kind == 'tpu':
@@ -39,52 +39,45 @@ def task(w: Work, point: work.Point) -> dict:
       'recover_on_exit_codes': [PREEMPTED],
     },
   }
-  # A slice's hosts find each other by Google's metadata, others by what SkyPilot tells.
-  meet = 'auto' if accelerator.kind == 'tpu' else 'skypilot'
-  arguments = w.arguments(point, code='CODE', meet=meet)
+  # Hosts of a slice find each other by Google's metadata, others by SkyPilot's variables.
+  processes = 'auto' if accelerator.kind == 'tpu' else 'skypilot'
+  arguments = w.arguments(point, code='', processes=processes)
   return {
     'name': point.job,
     'num_nodes': o.nodes,
     'resources': resources,
     'file_mounts': {CODE: f'{w.folder}/code.tar.gz'},
-    'run': run(arguments),
+    'run': (
+      f'set -euo pipefail\n{work.embedded()}exec bash -c "$job" job '
+      f'--code="$HOME{CODE[1:]}" \\\n    {work.quoted(arguments)}\n'
+    ),
   }
 
 
-def run(arguments: list[str]) -> str:
-  """-> what every host runs."""
-  arguments = [word for word in arguments if word != '--code=CODE']
-  return (
-    f'set -euo pipefail\n{work.embedded()}'
-    f'exec bash -c "$job" job --code="$HOME{CODE[1:]}" \\\n    {work.words(arguments)}\n'
-  )
-
-
 def submit(w: Work) -> list[list[str]]:
-  """-> a command for each point."""
+  """Work -> a command for each point."""
   launch = ['sky', 'jobs', 'launch', '--yes', '--detach-run']
   return [[*launch, f'--name={p.job}', f'{w.files}/{p.job}.yaml'] for p in w.points]
 
 
 def listing(record: dict) -> list[str]:
-  """-> the command that lists all managed jobs."""
+  """A record -> the command that lists all managed jobs."""
   return ['sky', 'jobs', 'queue', '--all', '--output=json']
 
 
 def states(record: dict, output: str) -> dict[str, str]:
-  """What `listing` printed -> job: its state."""
-  lines = output.splitlines()  # It may tell of what it does before.
-  begins = next(i for i, line in enumerate(lines) if line.startswith('['))
-  rows = json.loads('\n'.join(lines[begins:]))
-  mine = {job['job'] for job in record['jobs']}
-  # The newest comes first, and a name may have been used before.
+  """The output of `listing` -> job: its state."""
+  # Log lines may precede the JSON, whose first line starts with a bracket.
+  rows = json.loads('[' + f'\n{output}'.partition('\n[')[2])
+  jobs = {job['job'] for job in record['jobs']}
+  # Rows start with the newest job, and an earlier job may have the same name.
   return {
-    row['job_name']: row['status'] for row in reversed(rows) if row['job_name'] in mine
+    row['job_name']: row['status'] for row in reversed(rows) if row['job_name'] in jobs
   }
 
 
 def delete(record: dict) -> list[list[str]]:
-  """-> the commands that end what was submitted, and what it runs on."""
+  """A record -> the commands that end its jobs and release their machines."""
   return [
     ['sky', 'jobs', 'cancel', '--yes', f'--name={j["job"]}'] for j in record['jobs']
   ]

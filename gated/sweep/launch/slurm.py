@@ -1,9 +1,10 @@
 """SLURM: a job array with a task for each point.
 
 slurm.schedmd.com/sbatch.html, srun.html, scancel.html and scontrol.html. Two minutes
-before the time limit SLURM sends SIGUSR1 to the batch script, which has the processes
-told to leave, and puts its task back into the queue when they have. SIGTERM says that the
-task was deleted, or taken back, upon which SLURM itself requeues it: the script does not.
+before the time limit SLURM sends SIGUSR1 to the batch script. The script then has SIGTERM
+sent to the processes, waits until they have saved, and requeues its task. SIGTERM to the
+script means that the task was cancelled or preempted; it requeues nothing, because SLURM
+itself requeues a preempted task.
 """
 
 import shlex
@@ -14,20 +15,20 @@ from gated.sweep.launch import work
 from gated.sweep.launch.work import FOLLOW, Work
 
 SCRIPT = 'sweep.sbatch'
-# Seconds that a point's other processes have after the first has left. A lost peer is
-# noticed sooner (config.stability.peer_timeout).
+# Seconds from the exit of a point's first process until the others are killed. Processes
+# notice a lost peer sooner (config.stability.peer_timeout).
 PATIENCE = 300
 
 
 def files(w: Work) -> dict[str, str]:
-  """-> the batch script."""
+  """Work -> the batch script."""
   accelerator, o = w.accelerator, w.options
   if accelerator.kind == 'tpu':
     raise ValueError(
       f'--accelerator={o.accelerator} with --on=slurm, but allowed are cpu and GPUs'
     )
-  here = not storage.is_remote(w.folder)
-  given = {
+  local = not storage.is_remote(w.folder)
+  headers = {
     'job-name': w.label,
     'array': f'0-{len(w.points) - 1}' + (f'%{o.at_once}' if o.at_once else ''),
     'partition': o.partition,
@@ -37,24 +38,24 @@ def files(w: Work) -> dict[str, str]:
     'gpus-per-node': accelerator.count or '',
     'signal': 'B:USR1@120',
     'open-mode': 'append',
-    # A percent sign begins a pattern: %a is the task's number.
-    'output': f'{w.files.replace("%", "%%")}/%a.out' if here else '',
+    # A percent sign starts a pattern: %a is the index of the task.
+    'output': f'{w.files.replace("%", "%%")}/%a.out' if local else '',
   }
-  lines = [f'--{k}={shlex.quote(str(v))}' for k, v in given.items() if v != '']
-  headers = ''.join(f'#SBATCH {line}\n' for line in [*lines, '--requeue', *o.sbatch])
-  return {SCRIPT: f'#!/usr/bin/env bash\n{headers}set -euo pipefail\n{_body(w, here)}'}
+  lines = [f'--{k}={shlex.quote(str(v))}' for k, v in headers.items() if v != '']
+  text = ''.join(f'#SBATCH {line}\n' for line in [*lines, '--requeue', *o.sbatch])
+  return {SCRIPT: f'#!/usr/bin/env bash\n{text}set -euo pipefail\n{_body(w, local)}'}
 
 
-def _body(w: Work, here: bool) -> str:
+def _body(w: Work, local: bool) -> str:
   cases = ''
   for index, point in enumerate(w.points):
-    log = f'{w.folder}/logs/{point.name}.log' if here else ''
+    log = f'{w.folder}/logs/{point.name}.log' if local else ''
     cases += f'  {index})\n    log={shlex.quote(log)}\n'
-    cases += f'    set -- {work.words(w.arguments(point))}\n    ;;\n'
+    cases += f'    set -- {work.quoted(w.arguments(point))}\n    ;;\n'
   tasks = w.options.nodes * w.options.processes
   return f"""\
 {FOLLOW}
-# What each process runs.
+# The script of each process.
 {work.embedded()}
 case $SLURM_ARRAY_TASK_ID in
 {cases}  *)
@@ -67,12 +68,12 @@ if [[ -n $log ]]; then
   exec >>"$log" 2>&1
 fi
 task=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID
-# srun makes SIGKILL of a SIGTERM of its own, so its processes are told by SLURM.
+# srun answers SIGTERM by killing its processes, so scancel signals them directly.
 signal=USR1
 forward() {{ scancel --signal=TERM "$task" || true; }}
 deleted=''
 trap 'deleted=yes signaled=yes' TERM
-# Who waits for a process that failed as it started is not waited for.
+# --wait ends processes that still wait for one that failed at its start.
 follow srun --ntasks={tasks} --ntasks-per-node={w.options.processes} \\
   --kill-on-bad-exit=0 --wait={PATIENCE} bash -c "$job" job "$@"
 if [[ -n $deleted ]]; then exit "$code"; fi
@@ -89,34 +90,34 @@ exit "$code"
 
 
 def submit(w: Work) -> list[list[str]]:
-  """-> the command that submits, which prints the array's number."""
+  """Work -> the command that submits the array and prints its number."""
   return [['sbatch', '--parsable', f'{w.files}/{SCRIPT}']]
 
 
 def listing(record: dict) -> list[str]:
-  """-> the command that lists what waits or runs."""
+  """A record -> the command that lists pending and running tasks."""
   name = f'--name={record["label"]}'
   return ['squeue', '--me', name, '--noheader', '--array', '--format=%i|%T']
 
 
 def states(record: dict, output: str) -> dict[str, str]:
-  """What `listing` printed -> job: its state."""
+  """The output of `listing` -> job: its state."""
   jobs = [job['job'] for job in record['jobs']]
-  found = {}
+  states = {}
   for line in output.split():
     number, _, state = line.partition('|')
     index = number.partition('_')[2]
     if index.isdecimal() and int(index) < len(jobs):
-      found[jobs[int(index)]] = state
-  return found
+      states[jobs[int(index)]] = state
+  return states
 
 
 def delete(record: dict) -> list[list[str]]:
-  """-> the commands that end what was submitted.
+  """A record -> the commands that cancel its jobs.
 
-  Numbers come again one day, so what is ended has the sweep's name too; a number that was
-  never told is of who was killed while sbatch answered.
+  SLURM reuses job numbers, so the name must match too. The number is empty if the
+  submission was interrupted before sbatch answered.
   """
-  numbers = [told.partition(';')[0].strip() for told in record['told']]
-  mine = ['scancel', '--me', f'--name={record["label"]}']
-  return [[*mine, number] if number else mine for number in numbers]
+  numbers = [output.partition(';')[0].strip() for output in record['told']]
+  command = ['scancel', '--me', f'--name={record["label"]}']
+  return [[*command, number] if number else command for number in numbers]

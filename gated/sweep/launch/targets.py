@@ -1,4 +1,4 @@
-"""The schedulers there are: what each needs, and which module speaks its language."""
+"""The supported schedulers, with their modules and options."""
 
 from types import ModuleType
 from typing import NamedTuple
@@ -9,20 +9,19 @@ from gated.sweep.launch import jobset, skypilot, slurm, tpu
 class Target(NamedTuple):
   """A scheduler."""
 
-  module: ModuleType  # files, submit, listing, states, delete
-  command: str  # That speaks with it.
-  install: str
-  needs: tuple[str, ...]  # Options that it cannot do without.
-  takes: tuple[str, ...]  # Those that mean something to it.
-  stores: tuple[str, ...]  # What a sweep's folder may begin with; () is anywhere.
+  module: ModuleType  # Has files, submit, listing, states and delete.
+  command: str  # Its command-line program.
+  install: str  # How to install `command`.
+  needs: tuple[str, ...]  # Required options.
+  takes: tuple[str, ...]  # Options that it supports.
+  stores: tuple[str, ...]  # Allowed prefixes of a sweep's folder; () allows any.
 
 
-_GOOGLE = 'https://cloud.google.com/sdk/docs/install'
 TARGETS = {
   'slurm': Target(
     slurm,
     'sbatch',
-    'run this where SLURM is, on a login node of the cluster',
+    'run this on a login node of the cluster',
     ('partition',),
     ('nodes', 'restarts', 'partition', 'time', 'processes', 'at_once', 'sbatch'),
     (),
@@ -30,8 +29,8 @@ TARGETS = {
   'skypilot': Target(
     skypilot,
     'sky',
-    "pip install 'skypilot[gcp]' (or aws, kubernetes, ...) in an environment of its own, "
-    'then sky check',
+    "pip install 'skypilot[gcp]' (or aws, kubernetes, ...) in its own environment, then "
+    'sky check',
     (),
     ('nodes', 'restarts', 'spot', 'infra'),
     ('gs://', 's3://'),
@@ -39,8 +38,8 @@ TARGETS = {
   'jobset': Target(
     jobset,
     'kubectl',
-    'https://kubernetes.io/docs/tasks/tools, and JobSet and Kueue in the cluster (xpk '
-    'makes such a one)',
+    'https://kubernetes.io/docs/tasks/tools; the cluster needs JobSet and Kueue, as xpk '
+    'sets them up',
     ('queue',),
     (
       *('nodes', 'slices', 'restarts', 'spot', 'queue', 'namespace', 'image'),
@@ -51,7 +50,7 @@ TARGETS = {
   'tpu': Target(
     tpu,
     'gcloud',
-    _GOOGLE,
+    'https://cloud.google.com/sdk/docs/install',
     ('zone', 'project'),
     ('slices', 'restarts', 'spot', 'service_account', 'zone', 'project', 'runtime'),
     ('gs://',),

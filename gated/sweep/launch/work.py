@@ -1,10 +1,10 @@
-"""What is to be run, however it is launched: points, and what each host does for one."""
+"""The work of a submission: options, points, and the script that each host runs."""
 
 import hashlib
 import re
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +21,8 @@ _CODES = f'refused={REFUSED} unstable={UNSTABLE} finished={FINISHED}'
 JOB = f'set -euo pipefail\n{_CODES}\n{FOLLOW}{(_HERE / "job.sh").read_text()}'
 
 
-def _option(default: Any, told: str) -> Any:
-  return field(default=default, metadata={'help': told})
+def _option(default: Any, text: str) -> Any:
+  return field(default=default, metadata={'help': text})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,33 +30,33 @@ class Options:
   """How a sweep is submitted: the flags of `scripts/sweep.py submit`."""
 
   on: str = _option('', 'the scheduler: slurm, skypilot, jobset or tpu')
-  accelerator: str = _option('', 'of a point: cpu, h100:8 (GPUs a host), v5p:4x4x4')
-  nodes: int = _option(1, 'hosts of a point; of TPUs the slice says it')
-  slices: int = _option(1, 'slices of TPUs of a point (jobset, tpu)')
-  spot: bool = _option(False, 'machines that may be taken back (all but slurm)')
-  restarts: int = _option(20, 'of a point for any reason but having been told to leave')
-  interpreter: str = _option('', 'a Python with all a run needs: nothing is installed')
-  cache: str = _option('', 'folder on the hosts for sources and packages; ~/.cache/gated')
-  unlocked: bool = _option(False, 'installs from requirements*.txt, not the .lock files')
-  partition: str = _option('', 'slurm: where to run')
-  time: str = _option('', 'slurm: limit of a session, HH:MM:SS; a longer run is requeued')
-  processes: int = _option(1, 'slurm: processes of a host, each with its own devices')
-  at_once: int = _option(0, 'slurm: points that run at a time; 0 for all')
-  sbatch: tuple[str, ...] = _option((), 'slurm: more of its options, --NAME=VALUE')
+  accelerator: str = _option('', 'per point: cpu, h100:8 (GPUs a host), v5p:4x4x4')
+  nodes: int = _option(1, 'hosts per point; with TPUs the slice sets it')
+  slices: int = _option(1, 'TPU slices per point (jobset, tpu)')
+  spot: bool = _option(False, 'use preemptible machines (all but slurm)')
+  restarts: int = _option(20, 'restarts per point, not counting preemptions')
+  interpreter: str = _option('', 'a Python with all requirements; installs nothing')
+  cache: str = _option('', 'host folder for sources and packages (~/.cache/gated/jobs)')
+  unlocked: bool = _option(False, 'install requirements*.txt, not the .lock files')
+  partition: str = _option('', 'slurm: the partition')
+  time: str = _option('', 'slurm: time limit HH:MM:SS; longer runs are requeued')
+  processes: int = _option(1, 'slurm: processes per host, each with its own devices')
+  at_once: int = _option(0, 'slurm: points that run at the same time; 0: all')
+  sbatch: tuple[str, ...] = _option((), 'slurm: another option of sbatch, --NAME=VALUE')
   infra: str = _option('', 'skypilot: CLOUD[/REGION[/ZONE]] or k8s[/CONTEXT]')
   queue: str = _option('', "jobset: Kueue's LocalQueue")
-  namespace: str = _option('default', 'jobset: of Kubernetes')
-  image: str = _option('', 'jobset: with bash and Python; python:3.X as here otherwise')
-  service_account: str = _option('', 'jobset, tpu: who may write to the bucket')
-  zone: str = _option('', 'tpu: of Google Cloud')
-  project: str = _option('', 'tpu: of Google Cloud')
-  runtime: str = _option('', "tpu: the software version, otherwise the TPU's usual one")
+  namespace: str = _option('default', 'jobset: the Kubernetes namespace')
+  image: str = _option('', 'jobset: an image with bash and Python (python:3.X)')
+  service_account: str = _option('', 'jobset, tpu: an account that may write the bucket')
+  zone: str = _option('', 'tpu: the zone of Google Cloud')
+  project: str = _option('', 'tpu: the project of Google Cloud')
+  runtime: str = _option('', 'tpu: the software version, if not the usual one')
 
 
 class Point(NamedTuple):
   """One run of a sweep."""
 
-  job: str  # What a scheduler calls it.
+  job: str  # Its name for the scheduler.
   name: str
   command: tuple[str, ...]  # train.py --config=... --workdir=...
   workdir: str
@@ -64,13 +64,13 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-  """A sweep's points, and the machines they are for."""
+  """Points of a sweep, and the machines for them."""
 
-  label: str  # Names and labels of all that is created carry it.
-  folder: str  # The sweep's, absolute, or in an object store.
-  files: str  # The local folder of what is submitted.
-  sha256: str  # Of FOLDER/code.tar.gz.
-  python: str  # '3.11': the version that the sweep was made with.
+  label: str  # The prefix of all job names.
+  folder: str  # The sweep's folder: an absolute path or a URL.
+  files: str  # The local folder of the submitted files.
+  sha256: str  # The digest of FOLDER/code.tar.gz.
+  python: str  # The version that made the sweep: '3.11'.
   points: tuple[Point, ...]
   options: Options
 
@@ -80,45 +80,47 @@ class Work:
 
   @property
   def processes(self) -> int:
-    """All of a point's."""
+    """The number of processes of a point."""
     hosts = self.options.nodes * self.accelerator.hosts * self.options.slices
     return hosts * self.options.processes
 
-  def arguments(self, point: Point, *, code: str = '', meet: str = 'auto') -> list[str]:
-    """What job.sh is given for a point.
+  def arguments(
+    self, point: Point, *, code: str | None = None, processes: str = 'auto'
+  ) -> list[str]:
+    """A point -> the arguments of job.sh.
 
-    `code` is where a host finds the sources, `meet` how processes find each other.
+    `code` is the path of the sources for a host ('' omits the flag); `processes` says how
+    several processes find each other.
     """
-    # A set, in order: an accelerator's file only adds to requirements.txt.
-    stems = list(dict.fromkeys(['requirements', self.accelerator.requirements]))
-    stems += ['requirements-cloud'] if storage.is_remote(self.folder) else []
-    kind = 'txt' if self.options.unlocked else 'lock'
-    given = {
-      'code': code or f'{self.folder}/code.tar.gz',
+    extras = {'cpu': [], 'gpu': ['-cuda'], 'tpu': ['-tpu']}[self.accelerator.kind]
+    extras += ['-cloud'] if storage.is_remote(self.folder) else []
+    suffix = 'txt' if self.options.unlocked else 'lock'
+    values = {
+      'code': f'{self.folder}/code.tar.gz' if code is None else code,
       'sha256': self.sha256,
-      'requirements': ','.join(f'{stem}.{kind}' for stem in stems),
+      'requirements': ','.join(f'requirements{name}.{suffix}' for name in ['', *extras]),
       'python': self.python,
       'workdir': point.workdir,
-      'processes': meet if self.processes > 1 else 'one',
+      'processes': processes if self.processes > 1 else 'one',
       'interpreter': self.options.interpreter,
       'cache': self.options.cache,
     }
-    flags = [f'--{name}={value}' for name, value in given.items() if value]
+    flags = [f'--{name}={value}' for name, value in values.items() if value]
     return [*flags, '--', *point.command]
 
 
 def embedded() -> str:
-  """-> lines of bash after which $job holds what each host runs."""
+  """Lines of bash that set $job to the script of each host."""
   return f"job=$(\n  cat <<'JOB'\n{JOB}JOB\n)\n"
 
 
-def words(arguments: list[str] | tuple[str, ...]) -> str:
-  """Arguments -> the words of a shell, a line each."""
+def quoted(arguments: Iterable[str]) -> str:
+  """Arguments -> words of a shell command, one a line."""
   return ' \\\n    '.join(map(shlex.quote, arguments))
 
 
 class _Blocks(SafeDumper):
-  """Writes texts of several lines as they are read."""
+  """Writes strings of several lines as YAML blocks."""
 
 
 def _text(dumper: SafeDumper, text: str) -> Any:
@@ -129,16 +131,16 @@ def _text(dumper: SafeDumper, text: str) -> Any:
 _Blocks.add_representer(str, _text)
 
 
-def yaml(made: Mapping[str, Any]) -> str:
-  """-> YAML, its keys in the order that they have."""
-  return dump(made, Dumper=_Blocks, sort_keys=False)
+def yaml(content: Mapping[str, Any]) -> str:
+  """A mapping -> YAML, with its keys in their order."""
+  return dump(content, Dumper=_Blocks, sort_keys=False)
 
 
 def label(folder: str) -> str:
-  """A sweep's folder -> what names all that is created for it.
+  """A sweep's folder -> the prefix of its jobs' names.
 
-  Lower case letters, digits and dashes, at most 32: Kubernetes and Google Cloud take no
-  other names, and put something of their own behind them.
+  At most 32 lower case letters, digits and dashes: Kubernetes and Google Cloud allow no
+  other characters and append suffixes of their own.
   """
   folder = folder.rstrip('/')
   name = re.sub(r'[^a-z0-9]+', '-', folder.rpartition('/')[2].lower())
@@ -147,10 +149,10 @@ def label(folder: str) -> str:
 
 
 def changed(options: Options) -> Mapping[str, Any]:
-  """Options -> those that differ from their defaults."""
-  every = {f.name: (getattr(options, f.name), f.default) for f in fields(options)}
+  """Options -> those that differ from their defaults, as values of JSON."""
+  defaults = asdict(Options())
   return {
     name: list(value) if isinstance(value, tuple) else value
-    for name, (value, default) in every.items()
-    if value != default
+    for name, value in asdict(options).items()
+    if value != defaults[name]
   }
