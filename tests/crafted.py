@@ -354,7 +354,7 @@ def many(h: dict) -> None:
   h.update({f'e{i}': empty for i in range(10**4)})
 
 
-WHOLE, MEANS = 'is no whole safetensors', 'config.json'
+WHOLE, MEANS = 'is not a complete safetensors', 'config.json'
 
 EXPORTS = {
   'a header longer than the file': Case(WHOLE, header(lambda h: None, 10**7)),
@@ -388,9 +388,9 @@ EXPORTS = {
   'weights of /dev/zero': Case('a link out', linked(files.SINGLE, '/dev/zero')),
   'weights from a pipe': Case('no such file', pipe(files.SINGLE)),
   'a config linked out': Case('a link out', linked(files.CONFIG)),
-  'a pickle': Case('pickles above all', renamed('pytorch_model.bin')),
-  'a pickle by another name': Case('pickles above all', renamed('model.pkl')),
-  'an array of objects': Case('pickles above all', renamed('model.npy')),
+  'a pickle': Case('such as pickles', renamed('pytorch_model.bin')),
+  'a pickle by another name': Case('such as pickles', renamed('model.pkl')),
+  'an array of objects': Case('such as pickles', renamed('model.npy')),
   'a pickle that says it is none': Case(WHOLE, text(files.SINGLE, PICKLE)),
   'a config of 10^9 layers': Case(
     MEANS, model(num_hidden_layers=10**9, layer_types=None)

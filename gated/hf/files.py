@@ -1,8 +1,8 @@
-"""Folders of safetensors: headers first, then a tensor, or a row of one, at a time.
+"""Reads and writes folders of safetensors; no code from a file is executed.
 
-Nothing here is executed: a header is JSON, and a pickle is not read at all. A folder is
-written tensor by tensor, one file's tensors in memory, and config.json last: without it
-a folder is no checkpoint.
+Opening a folder reads headers only; `read` then returns one tensor, or one row of it.
+Writing holds the tensors of one file in memory. config.json is written last, because a
+folder without it is not a checkpoint.
 """
 
 import json
@@ -21,18 +21,18 @@ from gated import storage
 from gated.config import nests
 
 CONFIG, INDEX, SINGLE = 'config.json', 'model.safetensors.index.json', 'model.safetensors'
-MAX_JSON = 1 << 26  # Bytes; the index of a mixture of 100,000 tensors takes about 10 MB.
-MAX_DEPTH = 32  # Of lists and objects in each other.
+MAX_JSON = 1 << 26  # Bytes; an index of 100,000 tensors takes about 10 MB.
+MAX_DEPTH = 32  # Nesting of lists and objects.
 
-# Theirs -> ours.
+# Hugging Face dtype -> ours.
 DTYPES = {'F32': 'float32', 'BF16': 'bfloat16'}
 
 
 class Tensor(NamedTuple):
-  """What a header says of a tensor."""
+  """The header of a tensor."""
 
   shape: tuple[int, ...]
-  dtype: str  # Theirs: F32, BF16, or another that is not read.
+  dtype: str  # F32, BF16, or an unsupported one.
 
 
 def is_checkpoint(directory: str | Path) -> bool:
@@ -42,7 +42,7 @@ def is_checkpoint(directory: str | Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-  """A file -> its JSON object; ValueError names the path and the fault."""
+  """A file -> its JSON object; ValueError if the file is missing or invalid."""
   inside(path.parent, path.name)
   if not path.is_file():
     raise ValueError(f'{path}: no such file')
@@ -63,14 +63,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def inside(folder: Path, name: str) -> Path:
-  """A name in a folder -> its path; ValueError where links lead out of the folder.
+  """A name in a folder -> its path; ValueError if a link leads out of the folder.
 
-  The hub's cache is made of links: snapshots/REVISION/NAME leads to ../../blobs/HASH.
+  Links of the hub's cache are allowed: snapshots/REVISION/NAME -> ../../blobs/HASH.
   """
   root, real = os.path.realpath(folder), os.path.realpath(folder / name)
   home = Path(root).parent
   roots = [root, str(home.parent / 'blobs')] if home.name == 'snapshots' else [root]
-  if not any(real.startswith(each + os.sep) for each in roots):
+  if not real.startswith(tuple(root + os.sep for root in roots)):
     raise ValueError(f'{folder / name} is a link out of the folder')
   return folder / name
 
@@ -78,8 +78,8 @@ def inside(folder: Path, name: str) -> Path:
 class Tensors:
   """The tensors of a folder; opening it reads headers only.
 
-  Raises ValueError, naming the file, for a header that does not fit its file, an index
-  that its files do not bear out, or a file of the index outside the folder.
+  Raises ValueError, with the file's name, if a file is damaged, if it does not match the
+  index, or if the index names a file outside the folder.
   """
 
   def __init__(self, directory: str | Path):
@@ -89,7 +89,7 @@ class Tensors:
     for path, names in _files(self.directory).items():
       self._open(path, names)
 
-  def _open(self, path: Path, promised: set[str] | None) -> None:
+  def _open(self, path: Path, indexed: set[str] | None) -> None:
     inside(self.directory, str(path.relative_to(self.directory)))
     if not path.is_file():
       raise ValueError(f'{path}: no such file')
@@ -98,41 +98,41 @@ class Tensors:
       names = file.keys()
       headers = {name: file.get_slice(name) for name in names}
     except (SafetensorError, OSError) as error:
-      raise ValueError(f'{path} is no whole safetensors file: {error}') from error
-    if promised is not None and promised != headers.keys():
-      differ = ', '.join(sorted(promised ^ headers.keys())[:20])
-      raise ValueError(f'{path} does not hold what {INDEX} says it does: {differ}')
+      raise ValueError(f'{path} is not a complete safetensors file: {error}') from error
+    if indexed is not None and indexed != headers.keys():
+      tensors = ', '.join(sorted(indexed ^ headers.keys())[:20])
+      raise ValueError(f'{path} and {INDEX} differ in the tensors {tensors}')
     for name, header in headers.items():
       self.headers[name] = Tensor(tuple(header.get_shape()), header.get_dtype())
       self._files[name] = file
 
   def read(self, name: str, row: int | None = None) -> np.ndarray:
-    """A tensor, or one row of its leading dim, in its own dtype; copied to memory."""
+    """A tensor, or one row of its leading dim, copied to memory in its own dtype."""
     file = self._files[name]
     return file.get_tensor(name) if row is None else file.get_slice(name)[row]
 
 
 def _files(folder: Path) -> dict[Path, set[str] | None]:
-  """A folder -> its files, each with the tensors that an index promises, or None."""
+  """A folder -> each file with its tensors in the index; None without an index."""
   if not (folder / INDEX).exists():
-    found = sorted(folder.glob('*.safetensors'))
-    if (folder / SINGLE).exists() or len(found) == 1:
-      return {folder / SINGLE if (folder / SINGLE).exists() else found[0]: None}
-    held = f'{len(found)} *.safetensors without {INDEX}' if found else 'no *.safetensors'
+    matches = sorted(folder.glob('*.safetensors'))
+    if (folder / SINGLE).exists() or len(matches) == 1:
+      return {folder / SINGLE if (folder / SINGLE).exists() else matches[0]: None}
     raise ValueError(
-      f'{folder} holds {held}; other formats, pickles above all, are not read'
+      f'{folder} holds {len(matches)} *.safetensors files and no {INDEX}; other formats, '
+      'such as pickles, are not supported'
     )
-  where = read_json(folder / INDEX).get('weight_map')
-  if not isinstance(where, dict) or not where:
+  weight_map = read_json(folder / INDEX).get('weight_map')
+  if not isinstance(weight_map, dict) or not weight_map:
     raise ValueError(f'{folder / INDEX} has no weight_map')
   files: dict[Path, set[str]] = {}
-  for name, file in where.items():
+  for name, file in weight_map.items():
     path = PurePosixPath(file) if isinstance(file, str) else PurePosixPath('')
-    inside = not path.is_absolute() and '..' not in path.parts and '\\' not in str(path)
-    if not inside or path.suffix != '.safetensors':
+    safe = not path.is_absolute() and '..' not in path.parts and '\\' not in str(path)
+    if not safe or path.suffix != '.safetensors':
       raise ValueError(
-        f'{folder / INDEX}: {name} is said to lie in {file!r}, but only a .safetensors '
-        'file inside the folder is read'
+        f'{folder / INDEX}: the file of {name} is {file!r}, but only a .safetensors '
+        'file inside the folder is allowed'
       )
     files.setdefault(folder / path, set()).add(name)
   return dict(files)
@@ -145,18 +145,16 @@ def write(
   arrays: Iterable[tuple[str, np.ndarray]],
   shard_bytes: int,
 ) -> None:
-  """Tensors, in the order of `headers`, -> a new folder, in files of about that size.
-
-  Raises ValueError if the folder exists and is not empty, or cannot be made.
-  """
+  """Writes tensors, in the order of `headers`, to a new folder; see `check_new`."""
   folder = Path(directory)
   check_new(folder)
   folder.mkdir(parents=True, exist_ok=True)
   shards = _shards(headers, shard_bytes)
   stream, index = iter(arrays), {}
   for i, names in enumerate(shards):
-    file = SINGLE if len(shards) == 1 else _name(i, len(shards))
-    # transformers reads a file only if it says of which framework it is.
+    part = f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
+    file = SINGLE if len(shards) == 1 else part
+    # transformers needs the framework in the metadata.
     save_file(_next(stream, names), folder / file, metadata={'format': 'pt'})
     index |= dict.fromkeys(names, file)
   if len(shards) > 1:
@@ -167,14 +165,14 @@ def write(
 
 
 def check_new(folder: Path) -> None:
-  """Raises ValueError unless the folder is empty, or can be made; and be written to."""
-  there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-  if there != folder and not os.path.isdir(there):
-    raise ValueError(f'{folder} cannot be made: {there} is not a folder')
-  if os.path.isdir(there) and not os.access(there, os.R_OK | os.W_OK | os.X_OK):
-    raise ValueError(f'{folder} cannot be written: {there} allows no writing')
-  if there == folder and (not os.path.isdir(folder) or any(folder.iterdir())):
-    raise ValueError(f'{folder} is not an empty folder, and nothing is overwritten')
+  """Raises ValueError unless the folder is new or empty, and writable."""
+  parent = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+  if parent != folder and not os.path.isdir(parent):
+    raise ValueError(f'{folder} cannot be created: {parent} is not a folder')
+  if os.path.isdir(parent) and not os.access(parent, os.R_OK | os.W_OK | os.X_OK):
+    raise ValueError(f'{folder} cannot be written: {parent} is not writable')
+  if parent == folder and (not os.path.isdir(folder) or any(folder.iterdir())):
+    raise ValueError(f'{folder} is not an empty folder; choose a new one')
 
 
 def size(tensor: Tensor) -> int:
@@ -183,15 +181,15 @@ def size(tensor: Tensor) -> int:
 
 
 def _next(stream: Iterator[tuple[str, np.ndarray]], names: list[str]) -> dict:
-  """The next tensors of a stream, which come in the order of `names`."""
-  found = dict(next(stream) for _ in names)
-  assert list(found) == names, (list(found), names)
-  # safetensors writes the memory of an array as it lies.
-  return {name: np.ascontiguousarray(array) for name, array in found.items()}
+  """The next tensors of a stream in the order of `names`."""
+  arrays = dict(next(stream) for _ in names)
+  assert list(arrays) == names, (list(arrays), names)
+  # safetensors ignores strides.
+  return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
 def _shards(headers: Mapping[str, Tensor], limit: int) -> list[list[str]]:
-  """Names, in order, cut where a file would exceed the limit."""
+  """Splits the names, in order, into files of at most `limit` bytes."""
   shards, room = [], -1
   for name, tensor in headers.items():
     room -= size(tensor)
@@ -200,7 +198,3 @@ def _shards(headers: Mapping[str, Tensor], limit: int) -> list[list[str]]:
       room = limit - size(tensor)
     shards[-1].append(name)
   return shards
-
-
-def _name(i: int, count: int) -> str:
-  return f'model-{i + 1:05d}-of-{count:05d}.safetensors'

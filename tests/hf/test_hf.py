@@ -520,7 +520,7 @@ def test_an_index_names_files_inside_its_folder_only(place, copy):
   index = json.loads((folder / files.INDEX).read_text())
   index['weight_map']['model.norm.weight'] = place
   (folder / files.INDEX).write_text(json.dumps(index))
-  with pytest.raises(ValueError, match=r'model\.norm\.weight is said to lie in'):
+  with pytest.raises(ValueError, match=r'the file of model\.norm\.weight is '):
     hf.load(folder)
 
 
@@ -562,14 +562,16 @@ def test_pickles_and_broken_json_are_refused(copy, tmp_path):
   assert hf.is_checkpoint(folder)
   (folder / files.SINGLE).rename(folder / 'pytorch_model.bin')
   assert not hf.is_checkpoint(folder)
-  with pytest.raises(ValueError, match=r'no \*\.safetensors; other formats, pickles'):
+  with pytest.raises(
+    ValueError, match=r'holds 0 \*\.safetensors files .* such as pickles'
+  ):
     hf.load(folder)
   folder = copy('qwen3')
   for content in ('{', '[]', '{"a": ' + '[' * 100_000 + ']' * 100_000 + '}'):
     (folder / files.CONFIG).write_text(content)
     with pytest.raises(ValueError, match=r'config\.json (is not|nests)'):
       hf.load(folder)
-  with pytest.raises(ValueError, match=r'nothing holds no'):
+  with pytest.raises(ValueError, match=r'nothing holds 0'):
     hf.load(tmp_path / 'nothing')
 
 
@@ -724,4 +726,4 @@ def test_a_folder_that_allows_no_writing_is_refused_before_weights_are_read(
   args = ('from', golden('qwen3')), ('to', tmp_path / 'shut' / 'out')
   assert convert(*args) == convert_hf.REFUSED
   err = capsys.readouterr().err
-  assert 'allows no writing' in err and err.count('\n') == 1
+  assert 'is not writable' in err and err.count('\n') == 1
