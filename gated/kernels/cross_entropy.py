@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from gated.devices import collectives, mesh
 from gated.devices.collectives import TableGroups
-from gated.kernels.attention.contract import soft_cap
+from gated.kernels.attention.case import soft_cap
 
 LIMIT = 1 << 30  # bytes of a device's float32 gradient in w, if any group size allows it
 PADDING = -1e9  # a padded row's logit: its exp is 0, without overflow

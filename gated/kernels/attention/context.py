@@ -31,8 +31,8 @@ from gated.devices import mesh
 
 def ways() -> int:
   """c: over how many devices the mesh in use splits a row's tokens."""
-  abstract = jax.sharding.get_abstract_mesh()
-  return 1 if abstract.empty else abstract.shape['context']
+  current = mesh.current()
+  return 1 if current is None else current.shape['context']
 
 
 def stretch(length: int) -> int:
@@ -67,8 +67,8 @@ def attend(run: Callable, q_BTHK, k_BSGK, v_BSGK, segment_BT, *, split: Any, lse
   first to last, and of each array in the tree `split`, whose leading dim is `ways()`
   long, it gets its own part (without that dim).
   """
-  abstract = jax.sharding.get_abstract_mesh()
-  if abstract.empty or abstract.size == 1:
+  current = mesh.current()
+  if current is None:
     own = jax.tree.map(lambda a: a[0], split)
     return run(q_BTHK, k_BSGK, v_BSGK, segment_BT, segment_BT, own)
   count = ways()
@@ -84,14 +84,12 @@ def attend(run: Callable, q_BTHK, k_BSGK, v_BSGK, segment_BT, *, split: Any, lse
     out = run(q, k, v, segment, seen, own)
     return out if count == 1 else jax.tree.map(lambda x: _restored(x, count), out)
 
-  spec = lambda *axes: mesh.spec(axes, abstract)
+  spec = lambda *axes: mesh.spec(axes, current)
   q, k = (spec('batch', 'tokens', h, None) for h in ('heads', 'kv_heads'))
   outs = (q, spec('batch', 'tokens', 'heads')) if lse else q
   ins = q, k, k, spec('batch', 'tokens'), spec('tokens')
   # A kernel's outputs do not say over which axes they vary.
-  over = jax.shard_map(
-    local, mesh=abstract, in_specs=ins, out_specs=outs, check_vma=False
-  )
+  over = jax.shard_map(local, mesh=current, in_specs=ins, out_specs=outs, check_vma=False)
   return over(q_BTHK, k_BSGK, v_BSGK, segment_BT, split)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from gated import config
 from gated.devices import determinism, mesh
 from gated.kernels import choice
-from gated.kernels.attention import blockwise, splash
+from gated.kernels.attention import blockwise, context, splash
 from gated.kernels.attention.case import Case, scores, soft_cap, with_lse_gradient
 
 # Above this many tokens the quadratic reference runs only where it is named.
@@ -140,13 +140,12 @@ def _cudnn(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
     raise NotImplementedError(f'computes in bfloat16, not {q_BTHK.dtype}')
   if q_BTHK.shape[-1] % 8 or q_BTHK.shape[-1] > 128:
     raise NotImplementedError(f'has no head width {q_BTHK.shape[-1]}')
-  abstract = jax.sharding.get_abstract_mesh()
-  if not abstract.empty and abstract.shape['context'] > 1:
+  if context.ways() > 1:
     raise NotImplementedError('has no causal mask for a sharded context')
   run = functools.partial(_cudnn_call, segment_BT=segment_BT, limit=case.max_segments)
   if not case.lse:
     return run(q_BTHK, k_BSGK, v_BSGK)
-  if segment_BT is not None and not abstract.empty and abstract.size > 1:
+  if segment_BT is not None and mesh.current() is not None:
     # Each device would number its own segments.
     raise NotImplementedError('has no log-sum-exp of packed rows on several devices')
   y_BTHK, lse_BTH = run(q_BTHK, k_BSGK, v_BSGK, residual=True)

@@ -67,10 +67,10 @@ def _to_rows(y_BECD: jax.Array) -> jax.Array:
 
 def _by_expert(x_BECD: jax.Array) -> jax.Array:
   """Asks for the experts' dim to be split, and for rows by what axes are left."""
-  on = jax.sharding.get_abstract_mesh()
-  if on.empty or on.size == 1:
+  current = mesh.current()
+  if current is None:
     return x_BECD
   left = [m for m in mesh.RULES['batch'] if m not in mesh.RULES['experts']]
-  rows = tuple(m for m in left if on.shape[m] > 1) or None
-  experts = mesh.spec(('experts',), on)[0]
+  rows = tuple(m for m in left if current.shape[m] > 1) or None
+  experts = mesh.spec(('experts',), current)[0]
   return jax.lax.with_sharding_constraint(x_BECD, P(rows, experts, None, None))

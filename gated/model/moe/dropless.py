@@ -49,13 +49,13 @@ def run(
 
   The weights are (E, D, F), (E, D, F) and (E, F, D), split as the mesh splits parameters.
   """
-  abstract = jax.sharding.get_abstract_mesh()
+  current = mesh.current()
   routed = x_BTD, weight_BTk, choice_BTk
-  if abstract.empty or abstract.size == 1:
+  if current is None:
     return _alone(*routed, *weights, backend=backend)[0]
-  rows = P(*mesh.spec(('batch', 'tokens'), abstract), None)
-  wide = mesh.spec(('experts', 'embed', 'ffn'), abstract)
-  narrow = mesh.spec(('experts', 'ffn', 'embed'), abstract)
+  rows = P(*mesh.spec(('batch', 'tokens'), current), None)
+  wide = mesh.spec(('experts', 'embed', 'ffn'), current)
+  narrow = mesh.spec(('experts', 'ffn', 'embed'), current)
   experts, embed, ffn = wide
 
   def local(x_BTD, weight_BTk, choice_BTk, act, up, down):
@@ -71,7 +71,7 @@ def run(
   # Devices that split F each add a part of y: the parts stand in a dim of their own.
   parts = jax.shard_map(
     local,
-    mesh=abstract,
+    mesh=current,
     in_specs=(rows, rows, rows, wide, wide, narrow),
     out_specs=P(ffn, *rows),
     check_vma=False,
