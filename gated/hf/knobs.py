@@ -1,11 +1,11 @@
-"""model.Config -> config.json, and the tables that both directions go by.
+"""model.Config -> config.json, and the tables shared by both directions.
 
-A knob of ours that their architectures lack is refused by its name.
+A model that their architectures cannot express raises ValueError with the knob's name.
 """
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from gated import config, model
@@ -28,8 +28,8 @@ SAME = {
   'vocab_size': ('vocab', int),
 }
 
-# What all their architectures compute. Read, the knobs get these values; written, they
-# must have them.
+# Fixed in all their architectures. Reading sets the knobs to these values; writing
+# requires them.
 MEANT = {
   'norm': 'rms',
   'branch_norm': 'none',
@@ -79,26 +79,28 @@ def write(
 ) -> tuple[dict[str, Any], int, bool]:
   """Our config -> (config.json, groups and centred of names.Layout).
 
-  `also` are further keys. Raises ValueError that names each knob that they cannot say.
+  `also` are further keys. ValueError names each knob that config.json cannot express.
   """
   config.one_of('packing', packing, ('grouped', 'per_head'))
+  for key in also:
+    config.one_of('a further key of config.json', key, HARMLESS)
   gate, attn, experts = cfg.attn.gate, cfg.attn, cfg.moe.experts
   gated, next_ = gate.position != 'none', packing == 'per_head'
-  meant = MEANT | (MEANT_BY_GATE if gated else {}) | (MEANT_BY_EXPERTS if experts else {})
-  meant |= {'attn.out_bias': attn.bias}
+  required = MEANT | {'attn.out_bias': attn.bias}
+  required |= (MEANT_BY_GATE if gated else {}) | (MEANT_BY_EXPERTS if experts else {})
   if next_:
-    meant |= {'attn.gate.position': 'sdpa', 'attn.gate.granularity': 'elementwise'}
-    meant |= {'moe.experts': 0}
+    required |= {'attn.gate.position': 'sdpa', 'attn.gate.granularity': 'elementwise'}
+    required |= {'moe.experts': 0}
   if next_ or not gated:
-    meant |= {'attn.qk_norm': True}
+    required |= {'attn.qk_norm': True}
   flat = config.flatten(dataclasses.asdict(cfg), 'config.model')
-  told = [
-    f'config.model.{knob}={flat[f"config.model.{knob}"]!r}, but there it is {value!r}'
-    for knob, value in meant.items()
-    if flat[f'config.model.{knob}'] != value
+  faults = [
+    f'{knob}={flat[knob]!r}, but only {value!r} is supported'
+    for knob, value in config.flatten(required, 'config.model').items()
+    if flat[knob] != value
   ]
-  if told:
-    raise ValueError('Hugging Face has no such model: ' + '; '.join(told))
+  if faults:
+    raise ValueError('Hugging Face format: ' + '; '.join(faults))
   kind = 'qwen3_next' if next_ else 'qwen3_moe' if experts else 'qwen3'
   out = {key: flat[f'config.model.{knob}'] for key, (knob, _) in SAME.items()}
   out |= _positions(cfg) | {
@@ -120,18 +122,12 @@ def write(
     out |= {'qkv_bias': attn.bias, 'use_qk_norm': attn.qk_norm}
     for granularity in ('headwise', 'elementwise'):
       out[f'{granularity}_attn_output_gate'] = gate.granularity == granularity
-  _check_harmless(also)
   groups = (attn.heads if next_ else attn.kv_heads) if gated else 0
   return out | dict(also), groups, next_
 
 
-def _check_harmless(keys: Collection[str]) -> None:
-  for key in keys:
-    config.one_of('a further key of config.json', key, HARMLESS)
-
-
 def _positions(cfg: model.Config) -> dict[str, Any]:
-  """RoPE as transformers 4 spells it, which 5 reads too."""
+  """RoPE in the format of transformers 4, which 5 reads too."""
   yarn = cfg.attn.yarn
   base = {'rope_theta': cfg.attn.rope_base}
   if yarn.factor == 1:
@@ -144,28 +140,20 @@ def _positions(cfg: model.Config) -> dict[str, Any]:
     'beta_slow': yarn.beta_slow,
   }
   scaling |= {'attention_factor': yarn.attention} if yarn.attention else {}
-  # Some of transformers 4 take the quotient of the two lengths for the factor.
+  # Some versions of transformers 4 compute the factor from these two lengths.
   length = math.ceil(yarn.original * yarn.factor)
   return base | {'rope_scaling': scaling, 'max_position_embeddings': length}
 
 
 def _write_ffn(cfg: model.Config, kind: str) -> dict[str, Any]:
-  dense = {'intermediate_size': cfg.ffn}
-  if kind == 'qwen3':
-    return dense
-  every = {
-    'decoder_sparse_step': 1,
-    'mlp_only_layers': [],
-    'num_experts': cfg.moe.experts,
-  }
-  if not cfg.moe.experts:
-    return dense | every
-  return (
-    dense
-    | every
-    | {
+  keys: dict[str, Any] = {'intermediate_size': cfg.ffn}
+  if kind != 'qwen3':
+    experts = cfg.moe.experts
+    keys |= {'decoder_sparse_step': 1, 'mlp_only_layers': [], 'num_experts': experts}
+  if cfg.moe.experts:
+    keys |= {
       'moe_intermediate_size': cfg.ffn,
       'num_experts_per_tok': cfg.moe.top_k,
       'norm_topk_prob': cfg.moe.norm_topk,
     }
-  )
+  return keys

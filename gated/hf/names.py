@@ -1,9 +1,9 @@
-"""ONE TABLE OF NAMES: where each of our parameters lies in their tensors, both ways.
+"""One table of tensor names: Hugging Face <-> our parameters.
 
-A linear map of theirs is (rows, columns) = (out, in), so ours are transposed, and their
-dims of heads opened. A gate of theirs is no tensor of its own but rows of q_proj, in as
-many blocks as `Layout.groups`: one for each KV head in the authors' code, [its queries |
-their gates]; one for each query head in Qwen3-Next, MaxText and torchtitan, [q | gate].
+"Theirs" are tensors of a Hugging Face checkpoint. Their linear weights are (out, in), the
+transpose of ours, and have no separate head dims. Their gate is a part of q_proj's rows,
+which form `Layout.groups` blocks: one per KV head in the authors' code, [its queries |
+their gates]; one per query head in Qwen3-Next, MaxText and torchtitan, [q | gate].
 
 H heads  G KV heads  K head width  D width  L layers  E experts
 """
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 GATE = 'blocks.attn.gate.weight'
-# Ours have none: it is written as zeros, and read only if it is.
+# Our gates have no bias: it is written as zeros, and must be zero when read.
 GATE_BIAS = 'blocks.attn.gate.bias'
 
 LAYER = 'model.layers.{layer}.'
@@ -24,7 +24,7 @@ ATTN, MLP = LAYER + 'self_attn.', LAYER + 'mlp.'
 EXPERT = MLP + 'experts.{expert}.'
 OURS_ATTN, OURS_FFN = 'blocks.attn.', 'blocks.ffn.'
 
-# Theirs, ours (several share a tensor by rows), and how one becomes the other.
+# Their tensor, our leaves (several share its rows), and the conversion in FORMS.
 TABLE = (
   ('model.embed_tokens.weight', ('embed.table',), 'plain'),
   (LAYER + 'input_layernorm.weight', ('blocks.attn_norm.scale',), 'scale'),
@@ -50,7 +50,7 @@ TABLE = (
   ('lm_head.weight', ('head.table',), 'plain'),
 )
 
-# Newer transformers may write all experts of a layer as one tensor, (E, rows, columns).
+# Newer transformers may store all experts of a layer in one tensor, (E, rows, columns).
 FUSED = (
   (
     MLP + 'experts.gate_up_proj',
@@ -62,11 +62,11 @@ FUSED = (
 
 
 class Form(NamedTuple):
-  """An array of ours, its layer and expert taken <-> rows of theirs."""
+  """Conversion of one layer and expert of our array <-> rows of their tensor."""
 
-  there: Any  # array -> rows
-  back: Any  # rows, our shape -> array
-  shape: Any  # our shape -> that of the rows
+  export: Any  # array -> rows
+  restore: Any  # rows, our shape -> array
+  shape: Any  # our shape -> shape of the rows
 
 
 _rows = lambda s: (s[0], math.prod(s[1:]))
@@ -88,9 +88,9 @@ FORMS = {
     lambda t, s: t.T.reshape(s),
     lambda s: _columns(s)[::-1],
   ),
-  # Qwen3-Next keeps a norm's scale less one, w. The difference is exact for scales of
-  # at least 1/2, and so is 1 + w in float32 where w comes from bfloat16 and is 0 or at
-  # least 2**-16. In bfloat16, 1 + w would lose most of a small w, so ours are float32.
+  # Qwen3-Next stores w = scale - 1 of a norm. The difference is exact for scales of at
+  # least 1/2. 1 + w is exact in float32 if w comes from bfloat16 and is 0 or at least
+  # 2**-16. In bfloat16, 1 + w would lose most of a small w, so our scales are float32.
   'centred': Form(
     lambda w: w.astype(np.float32) - 1,
     lambda t, s: t.astype(np.float32) + 1,
@@ -101,25 +101,23 @@ FORMS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-  """How a checkpoint lays its tensors out."""
+  """The tensor layout of a checkpoint."""
 
-  groups: (
-    int  # Blocks of rows in q_proj, each with its own share of the gate; 0: no gate.
-  )
-  centred: bool  # Norms' scales less one.
-  fused: bool  # One tensor for all experts of a layer.
+  groups: int  # blocks of q_proj's rows, each with its part of the gate; 0: no gate
+  centred: bool  # norms store their scale minus one
+  fused: bool  # one tensor holds all experts of a layer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-  """A line of the table, in one checkpoint's layout."""
+  """A row of the table, in the layout of one checkpoint."""
 
   theirs: str
   ours: tuple[str, ...]
   form: Form
   groups: int
-  shapes: tuple[tuple[int, ...], ...]  # Of ours, without the leading dims.
-  leading: tuple[int, ...]  # (), (L,) or (L, E), the same of each of ours.
+  shapes: tuple[tuple[int, ...], ...]  # of our leaves, without the leading dims
+  leading: tuple[int, ...]  # (), (L,) or (L, E), equal for all leaves of the entry
 
   @property
   def fused(self) -> bool:
@@ -127,23 +125,22 @@ class Entry:
 
   @property
   def rows(self) -> list[tuple[int, ...]]:
-    """The shape of each of ours in the form of theirs."""
+    """The exported shape of each of our leaves."""
     return [self.form.shape(shape) for shape in self.shapes]
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of a tensor of theirs."""
-    first, *_ = rows = self.rows
-    inner = (sum(r[0] for r in rows), *first[1:])
+    """The shape of their tensor."""
+    inner = (sum(row[0] for row in self.rows), *self.rows[0][1:])
     return (self.leading[1], *inner) if self.fused else inner
 
   def places(self) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
-    """Each tensor's name, its index in ours, and the row of it if experts are fused."""
+    """Each tensor's name, its index in our leaves, and its row if experts are fused."""
     for index in np.ndindex(self.leading):
       yield self._name(index), index, index[1] if self.fused else None
 
   def names(self) -> list[str]:
-    """Of the tensors of theirs, in order."""
+    """The names of their tensors, in order."""
     leading = self.leading[:1] if self.fused else self.leading
     return [self._name(index) for index in np.ndindex(leading)]
 
@@ -151,8 +148,8 @@ class Entry:
     return self.theirs.format(**dict(zip(('layer', 'expert'), index)))
 
   def pack(self, arrays: list[np.ndarray]) -> np.ndarray:
-    """Of each of ours one layer, and expert -> the tensor of theirs."""
-    parts = [self.form.there(array) for array in arrays]
+    """One layer and expert of each of our leaves -> their tensor."""
+    parts = [self.form.export(array) for array in arrays]
     if len(parts) == 1:
       return parts[0]
     blocks = [p.reshape(self.groups, -1, *p.shape[1:]) for p in parts]
@@ -166,32 +163,32 @@ class Entry:
       ends = np.cumsum([r[0] // self.groups for r in self.rows])[:-1]
       split = np.split(blocks, ends, 1)
       parts = [p.reshape(-1, *tensor.shape[1:]) for p in split]
-    return [self.form.back(p, s) for p, s in zip(parts, self.shapes)]
+    return [self.form.restore(p, s) for p, s in zip(parts, self.shapes)]
 
 
 def table(leaves: Mapping[str, Any], layout: Layout) -> list[Entry]:
-  """Our leaves by name, and their layout -> the lines that hold them."""
-  taken = {theirs: (ours, form) for theirs, ours, form in TABLE}
+  """Our leaves by name -> the rows of the table that hold them."""
+  rows = TABLE
   if layout.fused:
-    taken = {t: e for t, e in taken.items() if '{expert}' not in t}
-    taken |= {theirs: (ours, form) for theirs, ours, form in FUSED}
+    rows = (*(row for row in TABLE if '{expert}' not in row[0]), *FUSED)
   entries = []
-  for theirs, (ours, form) in taken.items():
+  for theirs, ours, form in rows:
     if ours[0] not in leaves:
       continue
     if not layout.groups:
       ours = tuple(name for name in ours if name not in (GATE, GATE_BIAS))
-    form = 'centred' if form == 'scale' and layout.centred else form
+    if form == 'scale':
+      form = 'centred' if layout.centred else 'plain'
     depth = ('blocks.' in ours[0]) + ('.experts.' in ours[0])
-    whole = [_shape(name, leaves) for name in ours]
+    full = [_shape(name, leaves) for name in ours]
     entries.append(
       Entry(
         theirs=theirs,
         ours=ours,
-        form=FORMS['plain' if form == 'scale' else form],
+        form=FORMS[form],
         groups=1 if '.experts.' in ours[0] else layout.groups,
-        shapes=tuple(shape[depth:] for shape in whole),
-        leading=whole[0][:depth],
+        shapes=tuple(shape[depth:] for shape in full),
+        leading=full[0][:depth],
       )
     )
   return entries
