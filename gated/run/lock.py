@@ -1,20 +1,19 @@
-"""One run owns a workdir: WORKDIR/lock.json says which, and that it still lives.
+"""The lock of a workdir: WORKDIR/lock.json names its owner and carries a heartbeat.
 
-An object store can neither lock nor create a file only if it is missing, so the lock is
-a note, and good manners: read it; if nobody lives in it write your name; wait; read it
-again; whoever's name stands there then is the owner. The owner renews the note (its
-beat) and looks each time whether it is still there.
+An object store offers neither locks nor exclusive creation, so the protocol is: read the
+note; if its owner is dead, write a new one; wait; read it back. The token read back
+decides the owner, who then renews the note (its beat) and checks that it is unchanged.
 
-Whose note it is decides how a dead owner is told from a living one:
+An owner is dead if its note is from
 
-  this machine      no process has the owner's pid and start time: dead, at once
-  another machine   its beat is older than `stale_after` seconds, and does not change
-                    while we look on for one of its periods, so that no two clocks need
-                    agree: dead. A beat from the future counts as fresh.
-  not readable      judged by when it was written, as if from another machine
+  this machine      and no process has its pid and start time
+  another machine   and its beat is older than `stale_after` seconds and does not change
+                    within one more period, so the clocks need not agree. A beat in the
+                    future counts as fresh.
+  an unknown one    (a damaged note) by the same rule, with the time of the last write
 
-A machine here is what shares process ids: a boot of a kernel, a host name and a pid
-namespace, so that two containers with one name do not take each other's pids for theirs.
+A machine is one kernel boot, host name and pid namespace, because pids are comparable
+only there: two containers with the same name are two machines.
 """
 
 import hashlib
@@ -25,7 +24,7 @@ import platform
 import secrets
 import threading
 import time
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from gated import storage
 
@@ -37,12 +36,12 @@ _log = logging.getLogger('gated')
 
 
 class Note(NamedTuple):
-  """What a lock.json says."""
+  """The fields of lock.json."""
 
   host: str
-  machine: str  # A digest of what two processes share that see each other's pids.
+  machine: str  # A digest, equal for processes that share pids.
   pid: int
-  started: int  # Of the process, in ticks since boot; 0 where the platform hides it.
+  started: int  # Start of the process in ticks since boot; 0 if unknown.
   since: float  # When the lock was taken; seconds since 1970, as `beat`.
   beat: float
   period: float  # Seconds until the next beat.
@@ -50,20 +49,21 @@ class Note(NamedTuple):
 
   def __str__(self) -> str:
     if not self.pid:
-      return f'somebody whose {NAME} cannot be read, last written {_when(self.beat)}'
+      return f'an unknown process ({NAME} is damaged, last written {_when(self.beat)})'
     return (
-      f'process {self.pid} on {self.host} since {_when(self.since)}, last heard of '
+      f'process {self.pid} on {self.host} since {_when(self.since)}, last beat '
       f'{_when(self.beat)}'
     )
 
 
 class Lock:
-  """Holds a workdir for this process, from `acquire` (or `with`) to `release`."""
+  """Holds a workdir for this process, from `acquire` to `release`."""
 
   def __init__(self, workdir: storage.PathLike, *, stale_after: float, settle: float):
-    """`stale_after` seconds of silence make another machine's lock stale.
+    """Another machine's lock is stale `stale_after` seconds after its last beat.
 
-    `settle` seconds pass before a note is believed: longer than a write takes to show.
+    `settle` is the delay in seconds before a note is read back: longer than the storage
+    needs to show a write.
     """
     self._path = storage.Path(workdir) / NAME
     self._workdir, self._stale_after, self._settle = workdir, stale_after, settle
@@ -75,23 +75,22 @@ class Lock:
 
   @property
   def lost(self) -> str:
-    """'' while the workdir is ours, else a sentence: who has it. For a loop to ask."""
+    """'' while this process owns the workdir, else a message with the new owner."""
     return self._lost
 
   def acquire(self) -> None:
-    """Takes the workdir. ValueError if it can't be used, or a run that lives has it."""
+    """Takes the lock. ValueError if another run holds it or the storage fails."""
     try:
       self._acquire()
     except OSError as error:
       raise ValueError(f'--workdir={self._workdir} cannot be used: {error}') from error
 
   def _acquire(self) -> None:
-    found = self._read()
-    if found:
-      self._refuse_living(found)
-      _log.warning('%s was left locked by %s: taking it over', self._workdir, found)
+    if note := self._read():
+      self._refuse_living(note)
+      _log.warning('%s was left locked by %s: taking it over', self._workdir, note)
     now = time.time()
-    mine = Note(
+    own = Note(
       host=platform.node(),
       machine=machine(),
       pid=os.getpid(),
@@ -101,77 +100,69 @@ class Lock:
       period=self._period,
       token=secrets.token_hex(16),
     )
-    self._write(mine)
+    self._write(own)
     time.sleep(self._settle)
-    found = self._read()
-    if not found or found.token != mine.token:
-      other = found or 'somebody who is gone already'
+    note = self._read()
+    if not note or note.token != own.token:
+      other = note or 'another process, which has ended'
       raise ValueError(f'--workdir={self._workdir} was taken at the same time by {other}')
-    self._note, self._lost = mine, ''
+    self._note, self._lost = own, ''
     self._ended.clear()
     self._thread = threading.Thread(target=self._keep, name='lock', daemon=True)
     self._thread.start()
 
   def release(self) -> None:
-    """Gives the workdir back, if it is still ours; a second call does nothing."""
+    """Removes the lock if this process still owns it; a second call does nothing."""
     if not self._note or not self._thread:
       return
     self._ended.set()
     self._thread.join()
     try:
-      found = self._read()
-      if found and found.token == self._note.token:
+      note = self._read()
+      if note and note.token == self._note.token:
         storage.remove(self._path)
     except OSError as error:
       _log.warning('%s could not be removed: %s', self._path, error)
     self._note = self._thread = None
 
-  def __enter__(self) -> Self:
-    self.acquire()
-    return self
-
-  def __exit__(self, *_) -> None:
-    self.release()
-
-  def _refuse_living(self, found: Note) -> None:
-    """ValueError if who left the note may live; returns once it is surely dead."""
-    living = _living(found, self._stale_after)
-    if not living and found.machine != machine():
-      # Its clock may be far behind ours; its next beat would tell.
-      time.sleep(found.period + self._settle)
-      living = self._read() != found
-    if living:
+  def _refuse_living(self, note: Note) -> None:
+    """Raises ValueError unless the owner of the note is dead."""
+    alive = _alive(note, self._stale_after)
+    if not alive and note.machine != machine():
+      # Its clock may be far behind: wait for another beat.
+      time.sleep(note.period + self._settle)
+      alive = self._read() != note
+    if alive:
       raise ValueError(
-        f'--workdir={self._workdir} is in use by {found}: wait for it, end it, or name '
-        f'another workdir; if it is surely gone, remove {self._path}'
+        f'--workdir={self._workdir} is in use by {note}: wait for it, stop it, or choose '
+        f'another workdir; if that process no longer exists, remove {self._path}'
       )
 
   def _keep(self) -> None:
-    """Renews the note until the end, or until it is another's."""
-    hiccup = ''
+    """Renews the note until `release`, or until another process owns the workdir."""
+    failing = False
     while not self._ended.wait(self._period):
       assert self._note
       try:
-        found = self._read()
-        self._lost = self._taken(found, self._note.token)
+        self._lost = self._takeover(self._read(), self._note.token)
         if self._lost:
           return
         self._write(self._note._replace(beat=time.time()))
-        hiccup = ''
+        failing = False
       except OSError as error:
-        # A storage that does not answer is no reason to end a run, and told once.
-        if not hiccup:
-          _log.warning('%s could not be renewed, and will be: %s', self._path, error)
-        hiccup = str(error)
+        # A storage outage does not end the run, and is logged once.
+        if not failing:
+          _log.warning('%s could not be renewed, will retry: %s', self._path, error)
+        failing = True
 
-  def _taken(self, found: Note | None, token: str) -> str:
-    if found and found.token == token:
-      return ''
-    if found:
-      return f'{self._workdir} was taken over by {found}'
+  def _takeover(self, note: Note | None, token: str) -> str:
+    """The note in the workdir -> '' if it has our token, else a message."""
+    if note:
+      taken = note.token != token
+      return f'{self._workdir} was taken over by {note}' if taken else ''
     if not storage.is_remote(self._workdir) and not storage.exists(self._workdir):
-      raise FileNotFoundError(f'{self._workdir} is not there')  # Not mounted, perhaps.
-    return f'{self._path} is gone: another run may have taken {self._workdir} since'
+      raise FileNotFoundError(f'{self._workdir} does not exist')  # Perhaps unmounted.
+    return f'{self._path} is missing: another run may have taken over {self._workdir}'
 
   def _write(self, note: Note) -> None:
     storage.write_json(self._path, note._asdict())
@@ -181,35 +172,35 @@ class Lock:
 
 
 def _read(path: storage.Path, period: float = MAX_PERIOD) -> Note | None:
-  """The note that is there; one that cannot be read tells its time of writing alone."""
+  """Reads lock.json -> Note; for a damaged one, a note with only the time of writing."""
   try:
     try:
       return _parse(json.loads(storage.read(path, MAX_BYTES)))
     except (ValueError, RecursionError):
-      at = storage.modified(path)
-      return Note('', '', 0, 0, at, at, period, f'written at {at}')
+      written = storage.modified(path)
+      return Note('', '', 0, 0, written, written, period, f'written at {written}')
   except FileNotFoundError:
     return None
 
 
-def _living(note: Note, stale_after: float) -> bool:
-  """By the process, on this machine; else by how long its beat is past."""
+def _alive(note: Note, stale_after: float) -> bool:
+  """Checks the process on this machine, or the age of the beat on another one."""
   if note.machine == machine():
     return lives(note.pid, note.started)
   return time.time() - note.beat < stale_after
 
 
 def _parse(content: Any) -> Note:
-  """A stranger's JSON -> Note; ValueError if it is none."""
+  """Untrusted JSON -> Note; ValueError if its fields are wrong."""
   if not isinstance(content, dict) or content.keys() != set(Note._fields):
-    raise ValueError('not the fields of a lock')
+    raise ValueError('wrong field names')
   for name, kind in Note.__annotations__.items():
     value = content[name]
     allowed = (int, float) if kind is float else kind
     if not isinstance(value, allowed) or isinstance(value, bool):
       raise ValueError(f'{name}={value!r}')
   note = Note(**content)
-  # Ranges that the sleep, the calendar and the kernel take.
+  # Ranges that time.sleep, time.gmtime and os.kill accept.
   if not (0 <= note.period <= 3600 and note.pid > 0 and note.started >= 0):
     raise ValueError('out of range')
   if not all(0 <= at < 1 << 34 for at in (note.since, note.beat)):
@@ -218,35 +209,35 @@ def _parse(content: Any) -> Note:
 
 
 def living(workdir: storage.PathLike, *, stale_after: float) -> bool:
-  """Whether a run that lives has the workdir, as far as its note tells at one look."""
-  found = _read(storage.Path(workdir) / NAME)
-  return found is not None and _living(found, stale_after)
+  """Tests if a running process holds the workdir, from one read of its note."""
+  note = _read(storage.Path(workdir) / NAME)
+  return note is not None and _alive(note, stale_after)
 
 
 def machine() -> str:
-  """-> a digest that two processes share if and while each sees the other's pid."""
-  known = [platform.node()]
+  """-> a digest, equal for processes that share a kernel boot and a pid namespace."""
+  parts = [platform.node()]
   try:
     with open('/proc/sys/kernel/random/boot_id') as file:
-      known.append(file.read().strip())
-    known.append(os.readlink('/proc/self/ns/pid'))
+      parts.append(file.read().strip())
+    parts.append(os.readlink('/proc/self/ns/pid'))
   except OSError:
-    pass  # No Linux: the name alone.
-  return hashlib.sha256('\n'.join(known).encode()).hexdigest()[:32]
+    pass  # Not Linux: use only the host name.
+  return hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:32]
 
 
 def started(pid: int) -> int | None:
-  """A process here -> when it started, in ticks since boot.
+  """A pid on this machine -> its start time in ticks since boot.
 
-  0 where that is not told; None if no such process lives.
+  0 if the start time is unknown; None if the process does not exist.
   """
   try:
     with open(f'/proc/{pid}/stat', 'rb') as file:
-      # The name stands in parentheses and may hold anything, parentheses too.
+      # The name is in parentheses and may itself contain parentheses.
       fields = file.read().rpartition(b')')[2].split()
     return None if fields[0] in (b'Z', b'X') else int(fields[19])
   except OSError:
-    pass  # Gone, or a platform or a user that /proc says nothing to.
+    pass  # No such process, or /proc is not readable.
   try:
     os.kill(pid, 0)
   except (ProcessLookupError, OverflowError):
@@ -257,10 +248,10 @@ def started(pid: int) -> int | None:
 
 
 def lives(pid: int, start: int) -> bool:
-  """Whether the process of that id that started then is still there."""
+  """Tests if the process with that pid and start time still exists."""
   now = started(pid)
   return now is not None and (now == start or not now or not start)
 
 
-def _when(at: float) -> str:
-  return time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime(at))
+def _when(seconds: float) -> str:
+  return time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime(seconds))

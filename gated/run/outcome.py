@@ -1,7 +1,7 @@
-"""How the last session in a workdir ended: WORKDIR/outcome.json.
+"""The result of the last session in a workdir: WORKDIR/outcome.json.
 
-train.py writes it as it leaves; who launched the run, here or on a cluster, reads it. It
-needs few packages, for a host reads it before it has more.
+train.py writes it at exit; the launcher of the run reads it. This module imports few
+packages, because a launcher may run before the others are installed.
 """
 
 import json
@@ -15,11 +15,11 @@ LIMIT = 1 << 20  # Bytes.
 
 
 class Outcome(NamedTuple):
-  """What an outcome.json says."""
+  """The fields of outcome.json."""
 
   code: int  # An exit code of train.py.
-  step: int  # The last that its metrics tell of; 0 for none.
-  told: str = ''  # Why, in words.
+  step: int  # The last step in metrics.jsonl; 0 for none.
+  told: str = ''  # The reason, one sentence.
   time: float = 0.0  # Seconds since 1970.
 
   @property
@@ -28,9 +28,9 @@ class Outcome(NamedTuple):
 
 
 def read(workdir: storage.Path) -> Outcome | None:
-  """A workdir -> how its last session ended; None if that is not told.
+  """A workdir -> the outcome of its last session; None without outcome.json.
 
-  ValueError for a file that no run wrote.
+  ValueError if the file is damaged.
   """
   path = workdir / NAME
   try:
@@ -46,14 +46,14 @@ def write(workdir: storage.Path, outcome: Outcome) -> None:
 
 
 def _parse(content: Any) -> Outcome:
-  """A stranger's JSON -> Outcome; ValueError if it is none."""
+  """Untrusted JSON -> Outcome; ValueError if its fields are wrong."""
   if not isinstance(content, dict):
-    raise ValueError('not an object')
-  known = {name: content[name] for name in Outcome._fields if name in content}
+    raise ValueError('not a JSON object')
+  fields = {name: content[name] for name in Outcome._fields if name in content}
   for name in ('code', 'step'):
-    value = known.get(name)
+    value = fields.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
       raise ValueError(f'{name}={value!r}')
-  if not isinstance(known.get('told', ''), str):
-    raise ValueError(f'told={known["told"]!r}')
-  return Outcome(**known)
+  if not isinstance(fields.get('told', ''), str):
+    raise ValueError(f'told={fields["told"]!r}')
+  return Outcome(**fields)

@@ -1,7 +1,7 @@
-"""Whose a workdir is, from where its run goes on, and what may differ from before.
+"""A workdir: its owner, the step to resume from, and the knobs that may change.
 
-How its last session ended is in its outcome.json (gated/outcome.py), which is not there
-while a session lasts, nor after one that was killed.
+outcome.json holds the result of the last session (gated/run/outcome.py). The file does
+not exist during a session, nor after a session that was killed.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from gated.devices import determinism, processes
 from gated.run import checkpoint, lock, metrics, outcome
 from gated.run.metrics import provenance
 
-# What may differ between a run and its resumption; the data are held by fingerprint.
+# Knobs that may change when a run resumes; the data are compared by fingerprint.
 MAY_CHANGE = (
   'config.name',
   'config.steps',
@@ -31,7 +31,7 @@ MAY_CHANGE = (
   'config.log.',
   'config.paper.',
   'config.data.',
-  # How a step is computed, which moves its last bits only, and what other devices need.
+  # How a step is computed, for other devices: changes only the last bits.
   'config.accum',
   'config.loss.chunk',
   'config.model.layers',
@@ -39,34 +39,39 @@ MAY_CHANGE = (
   'config.model.attn.backend',
   'config.model.attn.max_segments',
   'config.model.moe.backend',
-  # What is done about a bad step; what counts as one (threshold and window) may not.
+  # The response to a bad step. Its definition (threshold and window) may not change.
   'config.stability.on_spike',
   'config.stability.max_',
   'config.stability.stuck_after',
   'config.stability.peer_timeout',
 )
 
-LIMIT = provenance.MAX_BYTES  # Of a run.json.
-STALE_AFTER = 600.0  # Seconds of silence after which another machine's lock is stale.
-SETTLE = {False: 0.2, True: 2.0}  # Seconds until a lock is believed: a disk's, a store's.
+LIMIT = provenance.MAX_BYTES  # The largest run.json, in bytes.
+STALE_AFTER = (
+  600.0  # Seconds without a beat after which the lock of another machine is stale.
+)
+SETTLE = {
+  False: 0.2,
+  True: 2.0,
+}  # Seconds before reading a new lock back: on a disk, in a store.
 
 _log = logging.getLogger('gated')
 
 
 class InUse(ValueError):
-  """A run that lives has the workdir."""
+  """Another running process holds the workdir."""
 
 
 class TakenOver(RuntimeError):
-  """Another run has taken the workdir over; this one may not write there any more."""
+  """Another run took over the workdir; this run must stop writing to it."""
 
 
 class Resume(NamedTuple):
-  """What a workdir holds of the run that starts or resumes there."""
+  """The state of a workdir when a run starts or resumes in it."""
 
-  step: int | None  # To restore, verified; None for a fresh start.
-  steps: list[int]  # All that are committed.
-  changed: dict[str, Any]  # knob: (value in the session before, value now)
+  step: int | None  # The verified step to restore; None for a fresh start.
+  steps: list[int]  # All committed steps.
+  changed: dict[str, Any]  # knob: (value in the previous session, value now)
 
 
 def check(
@@ -78,19 +83,21 @@ def check(
   allowed: Collection[str],
   restore_step: str,
 ) -> Resume:
-  """A workdir, a resolved recipe and its data's fingerprint -> Resume.
+  """A workdir, a resolved recipe and the fingerprint of its data -> Resume.
 
-  `like` is the abstract state that a step is to be restored to. `allowed` names knobs,
-  groups of them (`config.optim.`) or 'data' that may differ though they change what is
-  trained. `restore_step` is a step, or '' for the newest that is whole.
+  `like` is the abstract state to restore. `allowed` lists knobs, groups of knobs
+  (`config.optim.`) or 'data' that may change although they change the training.
+  `restore_step` is a step, or '' for the newest valid one.
 
-  ValueError if more differs than may, if no step can be trusted or none fits, or if
-  nothing can be written there.
+  ValueError if another knob changed, if no step is valid, if the state does not fit, or
+  if the workdir is not writable.
   """
   known = [*config.flatten(c), 'data']
   for name in allowed:
     if not any(_within(k, name) for k in known):
-      raise ValueError(f'--allow_change={name} is no knob{config.nearest(name, known)}')
+      raise ValueError(
+        f'--allow_change={name} is not a knob{config.nearest(name, known)}'
+      )
   _check_writable(workdir)
   saves = workdir / 'checkpoints'
   with checkpoint.Reader(saves) as saved:
@@ -105,15 +112,13 @@ def check(
     old = _owner(workdir) or (saved.about(step) if step is not None else None)
     if old is None:
       if metrics.exists(workdir / 'metrics.jsonl'):
-        told = 'has a metrics.jsonl, but no run that made it'
-        raise ValueError(f'--workdir={workdir} {told}')
+        raise ValueError(f'--workdir={workdir} has a metrics.jsonl but no run.json')
       return Resume(None, steps, {})
     changed = config.differences(old['config'], c)
     if old['data'].get('sha256') != fingerprint['sha256']:
-      there = str(old['data'].get('sha256'))
-      changed['data'] = there[:12], fingerprint['sha256'][:12]
+      changed['data'] = str(old['data'].get('sha256'))[:12], fingerprint['sha256'][:12]
     _refuse(workdir, c, changed, allowed)
-    # It moves the last bits only, as the knobs that say how a step is computed.
+    # Allowed: it changes only the last bits.
     before, now = old.get('deterministic'), determinism.asked(os.environ)
     if before is not None and before != now:
       changed['--deterministic'] = before, now
@@ -126,86 +131,91 @@ def check(
 
 @contextlib.contextmanager
 def held(workdir: storage.Path) -> Generator[lock.Lock]:
-  """The lock of a workdir, which process 0 holds for all processes of a run.
+  """Holds the lock of a workdir; process 0 takes it for all processes of the run.
 
-  InUse, in all of them, if a run that lives has it.
+  Raises InUse in all processes if another running process holds it.
   """
   remote = storage.is_remote(workdir)
-  mine = lock.Lock(workdir, stale_after=STALE_AFTER, settle=SETTLE[remote])
+  workdir_lock = lock.Lock(workdir, stale_after=STALE_AFTER, settle=SETTLE[remote])
   fault = ''
   if jax.process_index() == 0:
     try:
-      mine.acquire()
+      workdir_lock.acquire()
     except ValueError as error:
       fault = str(error)
   try:
     if fault := max(processes.gather(fault)):
       raise InUse(fault)
-    yield mine
+    yield workdir_lock
   finally:
-    mine.release()
+    workdir_lock.release()
 
 
-def check_held(mine: lock.Lock) -> None:
-  """Raises TakenOver if the lock was lost."""
-  if mine.lost:
-    raise TakenOver(mine.lost)
+def check_held(held_lock: lock.Lock) -> None:
+  """Raises TakenOver if another run took over the workdir."""
+  if held_lock.lost:
+    raise TakenOver(held_lock.lost)
 
 
 def begin(workdir: storage.Path, resume: Resume, steps: list[int]) -> None:
-  """Removes the outcome of the session before, once this process holds the lock.
+  """Removes the outcome of the previous session; call it while holding the lock.
 
-  `steps` are those that are committed now. InUse if another run saved one since `check`.
+  `steps` are the steps committed now. InUse if another run saved a step since `check`.
   """
   if steps != resume.steps:
-    raise InUse(f'--workdir={workdir} was changed by another run meanwhile: start again')
+    raise InUse(
+      f'--workdir={workdir}: another run saved a step since the check: start again'
+    )
   if jax.process_index() == 0:
     storage.remove(workdir / outcome.NAME)
 
 
-def conclude(workdir: storage.Path, code: int, told: str) -> None:
-  """Writes how a session ended, on process 0; a disk that takes nothing is no fault."""
+def conclude(workdir: storage.Path, code: int, reason: str) -> None:
+  """Writes outcome.json on process 0; only warns if the disk rejects it."""
   if jax.process_index():
     return
   try:
     step = metrics.last_step(workdir / 'metrics.jsonl')
-    outcome.write(workdir, outcome.Outcome(code, step, told, time.time()))
+    outcome.write(workdir, outcome.Outcome(code, step, reason, time.time()))
   except (OSError, metrics.Damaged) as error:
     _log.warning('%s could not be written: %s', workdir / outcome.NAME, error)
 
 
 def _refuse(workdir: storage.Path, c: dict, changed: dict, allowed: Collection[str]):
-  """Raises ValueError, listing the knobs, if more has changed than may."""
+  """Raises ValueError with a list of the changed knobs that may not change."""
   never = {'config.data.length'}
   if c['model']['moe']['experts'] and c['loss']['balance_over'] != 'global':
-    never.add('config.accum')  # Routers are asked to balance by micro-batch.
-  asked = {k for k in changed if not k.startswith(MAY_CHANGE) or k in never}
-  by_name = {k for k in asked if any(_within(k, name) for name in allowed)}
-  refused = {k: changed[k] for k in sorted(asked - by_name)}
+    never.add('config.accum')  # Routers balance their load within each micro-batch.
+  fixed = {k for k in changed if not k.startswith(MAY_CHANGE) or k in never}
+  permitted = {k for k in fixed if any(_within(k, name) for name in allowed)}
+  refused = {k: changed[k] for k in sorted(fixed - permitted)}
   if refused:
     listed = '\n'.join(f'  {k}: {a!r} there, {b!r} here' for k, (a, b) in refused.items())
     raise ValueError(
       f'--workdir={workdir} belongs to a run that differs in\n{listed}\n'
-      'Name another workdir, start from its weights with --config.init_from, or go on '
-      f'all the same with --allow_change={",".join(refused)}, which is recorded'
+      'Choose another workdir, start from its weights with --config.init_from, or resume '
+      f'with --allow_change={",".join(refused)}, which run.json records'
     )
-  for knob in sorted(by_name):
-    _log.warning('%s: %r before, %r from here on, as allowed', knob, *changed[knob])
+  for knob in sorted(permitted):
+    _log.warning('%s: changed from %r to %r (--allow_change)', knob, *changed[knob])
 
 
 def _within(knob: str, name: str) -> bool:
-  """'config.optim.lr' is within itself, 'config.optim' and 'config.optim.'."""
+  """Tests if a knob is `name` or in that group: 'config.optim' or 'config.optim.'."""
   return f'{knob}.'.startswith(f'{name.rstrip(".")}.')
 
 
 def _owner(workdir: storage.Path) -> dict | None:
-  """The session before, from run.json: config, data's fingerprint, if deterministic."""
+  """Reads run.json -> config, data and deterministic flag of the previous session."""
   path = workdir / 'run.json'
   try:
     old = json.loads(storage.read(path, LIMIT))
     *_, last = {}, *old['sessions']
-    found = {'config': dict(old['config']), 'data': dict(old['data'])}
-    return found | {'deterministic': dict(last).get('deterministic')}
+    return {
+      'config': dict(old['config']),
+      'data': dict(old['data']),
+      'deterministic': dict(last).get('deterministic'),
+    }
   except FileNotFoundError:
     return None
   except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
@@ -214,15 +224,15 @@ def _owner(workdir: storage.Path) -> dict | None:
 
 def _check_writable(workdir: storage.Path) -> None:
   if storage.is_remote(workdir):
-    return  # A store tells when the lock is written.
-  here = Path(workdir).absolute()
-  parent = next(p for p in (here, *here.parents) if p.exists())
+    return  # A store reports errors when the lock is written.
+  path = Path(workdir).absolute()
+  parent = next(p for p in (path, *path.parents) if p.exists())
   if not parent.is_dir() or not os.access(parent, os.W_OK):
-    raise ValueError(f'--workdir={workdir}: {parent} is no folder that can be written to')
+    raise ValueError(f'--workdir={workdir}: {parent} is not a writable folder')
 
 
 def split_step(path: str) -> tuple[str, str]:
-  """'WORKDIR:STEP' -> ('WORKDIR', 'STEP'); STEP is digits, latest or best, or ''."""
+  """'WORKDIR:STEP' -> ('WORKDIR', 'STEP'); STEP is digits, 'latest', 'best' or ''."""
   match = re.fullmatch(r'(.*?)(?::(\d+|latest|best))?', path, re.S)
-  assert match  # Every text matches.
+  assert match  # The pattern matches any text.
   return match[1], match[2] or ''

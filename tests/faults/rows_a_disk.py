@@ -163,7 +163,7 @@ def _read_only_parent(world: World, straight: Straight) -> None:
   folder = world.path('read-only')
   with _mounted(folder, '--bind', folder.parent), _read_only(folder):
     refused = world.train(folder / 'run').wait()
-    refused.expect(2, '--workdir', 'no folder that can be written to')
+    refused.expect(2, '--workdir', 'not a writable folder')
 
 
 def _read_only_workdir(world: World, straight: Straight) -> None:
@@ -173,7 +173,7 @@ def _read_only_workdir(world: World, straight: Straight) -> None:
   before = evidence.contents(workdir)
   with _mounted(workdir, '--bind', workdir), _read_only(workdir):
     refused = world.train(workdir).wait()
-    refused.expect(2, '--workdir', 'no folder that can be written to')
+    refused.expect(2, '--workdir', 'not a writable folder')
   assert evidence.contents(workdir) == before
   world.finish(workdir)
   world.check(workdir, straight)
@@ -190,7 +190,7 @@ def _file_as_workdir(world: World, straight: Straight) -> None:
   """a plain file stands where the workdir is to be"""
   workdir = world.path('file')
   workdir.write_text('in the way\n')
-  world.train(workdir).wait().expect(2, '--workdir', 'no folder that can be written to')
+  world.train(workdir).wait().expect(2, '--workdir', 'not a writable folder')
   assert workdir.read_text() == 'in the way\n'
 
 

@@ -1,5 +1,6 @@
 """One run owns a workdir, on a disk and in an object store."""
 
+import contextlib
 import json
 import os
 import platform
@@ -16,10 +17,21 @@ FAST = dict(stale_after=0.4, settle=0.05)  # A beat every 0.1 s.
 HOLD = """
 import sys, time
 from gated.run import lock
-with lock.Lock(sys.argv[1], stale_after=60, settle=0):
-  print('held', flush=True)
-  time.sleep(600)
+lock.Lock(sys.argv[1], stale_after=60, settle=0).acquire()
+print('held', flush=True)
+time.sleep(600)
 """
+
+
+@contextlib.contextmanager
+def hold(workdir, **settings):
+  """Holds a workdir with a fresh lock inside a `with` block."""
+  held = lock.Lock(workdir, **settings)
+  held.acquire()
+  try:
+    yield held
+  finally:
+    held.release()
 
 
 @pytest.fixture(params=['local', 's3'])
@@ -61,19 +73,20 @@ def refused(workdir, told):
 
 
 def test_a_workdir_is_held_and_given_back(workdir):
-  with lock.Lock(workdir, **FAST) as held:
+  with hold(workdir, **FAST) as held:
     found = note(workdir)
     assert (found['host'], found['pid']) == (platform.node(), os.getpid())
     assert found['since'] == pytest.approx(time.time(), abs=10)
     assert not held.lost
   assert storage.names(workdir) == []
   held.release()
-  with held:
-    assert note(workdir)['token'] != found['token']
+  held.acquire()
+  assert note(workdir)['token'] != found['token']
+  held.release()
 
 
 def test_the_beat_goes_on_and_nothing_else_changes(workdir):
-  with lock.Lock(workdir, **FAST) as held:
+  with hold(workdir, **FAST) as held:
     first = note(workdir)
     wait_for(lambda: note(workdir)['beat'] > first['beat'])
     assert note(workdir) | {'beat': 0} == first | {'beat': 0}
@@ -89,13 +102,13 @@ def test_a_run_that_lives_keeps_its_workdir_and_a_killed_one_does_not(
   assert note(workdir)['pid'] == child.pid
   child.kill()
   wait_for(lambda: lock.started(child.pid) is None)  # A zombie, not waited for, is dead.
-  with lock.Lock(workdir, stale_after=3600, settle=0.05):
+  with hold(workdir, stale_after=3600, settle=0.05):
     assert note(workdir)['pid'] == os.getpid()
   assert f'left locked by process {child.pid} on {platform.node()}' in caplog.text
 
 
 def test_the_same_process_cannot_hold_it_twice(workdir):
-  with lock.Lock(workdir, **FAST):
+  with hold(workdir, **FAST):
     refused(workdir, f'is in use by process {os.getpid()}')
     assert lock.living(workdir, stale_after=1)
   assert not lock.living(workdir, stale_after=1)
@@ -106,7 +119,7 @@ def test_a_pid_that_was_given_to_another_process_is_no_owner(workdir):
   leave(workdir, **here, started=lock.started(os.getpid()))
   refused(workdir, 'is in use')
   leave(workdir, **here, started=lock.started(os.getpid()) - 1)
-  with lock.Lock(workdir, **FAST):
+  with hold(workdir, **FAST):
     pass
 
 
@@ -116,7 +129,7 @@ def test_another_machine_is_judged_by_its_beat(workdir, caplog):
   leave(workdir, beat=time.time() - 5)
   with pytest.raises(ValueError, match='is in use by process 7 on far'):
     lock.Lock(workdir, stale_after=60, settle=0).acquire()
-  with lock.Lock(workdir, **FAST):
+  with hold(workdir, **FAST):
     assert note(workdir)['host'] == platform.node()
   assert 'left locked by process 7 on far since 2001-09-09 01:46:40 UTC' in caplog.text
 
@@ -156,13 +169,13 @@ def test_another_machine_whose_clock_is_far_behind_is_seen_to_live(workdir):
 def test_a_note_that_cannot_be_read_is_judged_by_its_age(tmp_path, content, caplog):
   path = tmp_path / 'lock.json'
   path.write_bytes(content)
-  refused(tmp_path, r'is in use by somebody whose lock.json cannot be read')
+  refused(tmp_path, r'is in use by an unknown process \(lock.json is damaged')
   assert path.read_bytes() == content and lock.living(tmp_path, stale_after=60)
   os.utime(path, (1e9, 1e9))
   assert not lock.living(tmp_path, stale_after=60)
-  with lock.Lock(tmp_path, **FAST) as held:
+  with hold(tmp_path, **FAST) as held:
     assert not held.lost
-  assert 'cannot be read, last written 2001-09-09' in caplog.text
+  assert 'lock.json is damaged, last written 2001-09-09' in caplog.text
 
 
 def test_of_two_that_start_at_once_one_is_refused(workdir):
@@ -192,7 +205,7 @@ def test_of_two_that_start_at_once_one_is_refused(workdir):
 
 
 def test_an_owner_that_was_robbed_learns_it_and_leaves_the_note_alone(workdir):
-  with lock.Lock(workdir, **FAST) as held:
+  with hold(workdir, **FAST) as held:
     leave(workdir)
     wait_for(lambda: held.lost)
     assert f'{workdir} was taken over by process 7 on far' in held.lost
@@ -200,15 +213,15 @@ def test_an_owner_that_was_robbed_learns_it_and_leaves_the_note_alone(workdir):
 
 
 def test_a_note_that_is_gone_is_a_lock_that_is_lost(workdir):
-  with lock.Lock(workdir, **FAST) as held:
+  with hold(workdir, **FAST) as held:
     storage.remove(workdir / 'lock.json')
     wait_for(lambda: held.lost)
-    assert 'lock.json is gone' in held.lost
+    assert 'lock.json is missing' in held.lost
   assert storage.names(workdir) == []
 
 
 def test_a_storage_that_does_not_answer_ends_no_run(tmp_path, monkeypatch, caplog):
-  with lock.Lock(tmp_path, **FAST) as held:
+  with hold(tmp_path, **FAST) as held:
     before, faults = note(tmp_path)['beat'], []
 
     def refuse(*_):
@@ -224,7 +237,7 @@ def test_a_storage_that_does_not_answer_ends_no_run(tmp_path, monkeypatch, caplo
 
 
 def test_a_workdir_that_is_away_for_a_while_is_not_lost(tmp_path, caplog):
-  with lock.Lock(tmp_path / 'run', **FAST) as held:
+  with hold(tmp_path / 'run', **FAST) as held:
     first = note(tmp_path / 'run')['beat']
     wait_for(lambda: note(tmp_path / 'run')['beat'] > first)  # So that none comes now.
     (tmp_path / 'run').rename(tmp_path / 'away')

@@ -85,7 +85,7 @@ def test_without_its_run_json_the_checkpoint_says_whose_it_is(run):
 
 def test_metrics_without_a_run_that_made_them_are_not_overwritten(tmp_path):
   (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n')
-  refused(tmp_path, 'has a metrics.jsonl, but no run that made it')
+  refused(tmp_path, 'has a metrics.jsonl but no run.json')
 
 
 MAY = {
@@ -142,12 +142,12 @@ MAY_NOT = {
 def test_what_changes_the_training_is_refused_unless_allowed(knob, by, run, caplog):
   value, name = MAY_NOT[knob], f'config.{knob}'
   refused(run, rf'{name}: .* there, {value!r} here', **{knob: value})
-  refused(run, f'--allow_change={name}, which is recorded', **{knob: value})
+  refused(run, f'--allow_change={name}, which run.json records', **{knob: value})
   group = name.rpartition('.')[0]
   allowed = {'knob': name, 'group': group, 'group.': f'{group}.', 'config': 'config'}[by]
   found = check(run, allowed=[allowed], **{knob: value})
   assert list(found.changed) == [name]
-  assert f'{name}: ' in caplog.text and 'as allowed' in caplog.text
+  assert f'{name}: ' in caplog.text and '(--allow_change)' in caplog.text
 
 
 def test_only_what_was_not_allowed_is_listed(run):
@@ -167,7 +167,7 @@ def test_a_name_that_is_no_knob_is_refused_with_the_nearest(run):
     ('config.opt', 'config.optim'),
     ('dat', 'data'),
   ):
-    refused(run, f'--allow_change={name} is no knob; .*{nearest}', allowed=[name])
+    refused(run, f'--allow_change={name} is not a knob; .*{nearest}', allowed=[name])
 
 
 def test_other_data_are_refused_unless_allowed(run):
@@ -247,13 +247,13 @@ def test_a_run_that_is_past_its_end_is_refused(run):
 def test_a_file_where_a_folder_must_be_is_told_by_the_flag(tmp_path):
   (tmp_path / 'file').write_bytes(b'')
   for home in (tmp_path / 'file', tmp_path / 'file' / 'run'):
-    refused(storage.path(home), 'file is no folder that can be written to')
+    refused(storage.path(home), 'file is not a writable folder')
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason='root may write anywhere')
 def test_a_folder_that_cannot_be_written_to_is_told_by_the_flag(tmp_path):
   (tmp_path / 'theirs').mkdir(mode=0o500)
-  refused(tmp_path / 'theirs' / 'run', 'theirs is no folder that can be written to')
+  refused(tmp_path / 'theirs' / 'run', 'theirs is not a writable folder')
 
 
 def robbed(home):
