@@ -1,4 +1,4 @@
-"""A sweep handed to a scheduler: what is submitted is what its own parser takes."""
+"""Submissions to schedulers: their files and commands pass the scheduler's own parser."""
 
 import dataclasses
 import hashlib
@@ -38,18 +38,18 @@ cli = importlib.import_module('scripts.sweep')
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEDULERS = ROOT / 'tests/schedulers'
-AWKWARD = 'it\'s $HOME `x` "y" $(z) $$ \\ %a'  # What a shell would make something of.
+AWKWARD = 'it\'s $HOME `x` "y" $(z) $$ \\ %a'  # Characters that a shell expands.
 
 
 def points(folder, count=2, more=(), label=None):
-  """Points as a sweep has them."""
+  """Points of a sweep in `folder`."""
   label = label or launch.label(folder)
-  made = []
+  batch = []
   for i in range(count):
     workdir = f'{folder}/points/lr-{i}-abc123'
     command = ('train.py', '--config=configs/tiny.py', *more, f'--workdir={workdir}')
-    made.append(launch.Point(f'{label}-{i:03d}', f'lr-{i}-abc123', command, workdir))
-  return made
+    batch.append(launch.Point(f'{label}-{i:03d}', f'lr-{i}-abc123', command, workdir))
+  return batch
 
 
 NEEDS = {
@@ -67,10 +67,10 @@ def folder_of(on):
 
 def submission(on, folder='', count=2, more=(), sha256='ab' * 32, **options):
   folder = folder or folder_of(on)
-  given = launch.Options(**{'on': on} | NEEDS[on] | options)
-  checks.options(given, folder)
-  made = points(folder, count, more)
-  return launch.prepare(given, folder, made, sha256=sha256, python='3.11')
+  flags = launch.Options(**{'on': on} | NEEDS[on] | options)
+  checks.options(flags, folder)
+  batch = points(folder, count, more)
+  return launch.prepare(flags, folder, batch, sha256=sha256, python='3.11')
 
 
 VARIANTS = {
@@ -93,32 +93,32 @@ VARIANTS = {
   ],
   'tpu': [dict(), dict(spot=True, slices=2, service_account='a@b.c', runtime='v2-beta')],
 }
-EVERY = [(on, variant) for on, variants in VARIANTS.items() for variant in variants]
+CASES = [(on, variant) for on, variants in VARIANTS.items() for variant in variants]
 
 
-# --- What each host runs ---
+# --- The job of each host ---
 
 
 @pytest.fixture(scope='session')
 def shellcheck():
-  """Asserts that a script is sound bash."""
-  found = shutil.which('shellcheck') or ROOT / '.venv/bin/shellcheck'
-  if not Path(found).exists():
+  """Asserts that shellcheck accepts a script."""
+  program = shutil.which('shellcheck') or ROOT / '.venv/bin/shellcheck'
+  if not Path(program).exists():
     pytest.skip('no shellcheck: pip install -r requirements-dev.txt')
 
-  # Single quotes around a dollar are what keeps a point's arguments as they are.
+  # Single quotes around a dollar protect a point's arguments from expansion.
   literal = ['--exclude=SC2016']
-  # `follow` and `trap` call functions that they are told.
+  # `follow` and `trap` call functions by name.
   literal += ['--exclude=SC2329']
 
   sound = set()
 
   def check(*scripts):
     for script in {*scripts} - sound:
-      command = [found, '--shell=bash', '--severity=style', *literal, '-']
+      command = [program, '--shell=bash', '--severity=style', *literal, '-']
       done = subprocess.run(command, input=script, capture_output=True, text=True)
       assert done.returncode == 0, done.stdout
-      # A script that does not stop at its first error would go on without its sources.
+      # Without it, a script would continue after a failed download.
       assert 'set -euo pipefail' in script
       sound.add(script)
 
@@ -126,28 +126,28 @@ def shellcheck():
 
 
 def shell(s):
-  """Submission -> every text in it that a shell runs."""
+  """A submission -> its shell scripts."""
   for name, text in s.files.items():
     if name.endswith('.yaml'):
-      made = yaml.safe_load(text)
-      yield made['run'] if 'run' in made else expanded(container(made)['command'][2])
+      task = yaml.safe_load(text)
+      yield task['run'] if 'run' in task else expanded(container(task)['command'][2])
     else:
       yield text
 
 
-@pytest.mark.parametrize(('on', 'variant'), EVERY)
-def test_every_script_is_sound(on, variant, shellcheck):
+@pytest.mark.parametrize(('on', 'variant'), CASES)
+def test_shellcheck_accepts_every_script(on, variant, shellcheck):
   shellcheck(*shell(submission(on, more=(f'--x={AWKWARD}',), **variant)))
 
 
-def test_the_check_of_scripts_finds_a_word_that_is_not_quoted(shellcheck):
+def test_shellcheck_reports_an_unquoted_variable(shellcheck):
   with pytest.raises(AssertionError, match='SC2086'):
     shellcheck(slurm.files(submission('slurm').work)['sweep.sbatch'] + '\ncat $code\n')
 
 
 def arguments(s, on):
-  """What the first host would hand to job.sh: said by bash itself."""
-  # In place of the job stands a program that prints its arguments.
+  """The arguments of job.sh on the first host, as bash expands them."""
+  # A script that prints its arguments replaces the job.
   show = r'printf "%s\0" "$@"; exit 9'
   if on == 'jobset':
     command = container(yaml.safe_load(next(iter(s.files.values()))))['command']
@@ -163,26 +163,26 @@ def arguments(s, on):
 
 
 @pytest.mark.parametrize('on', launch.TARGETS)
-def test_each_host_is_given_the_plain_command_and_where_its_sources_are(on):
+def test_each_host_gets_the_command_and_the_path_of_its_sources(on):
   more = (f'--config.name={AWKWARD}',)
   s = submission(on, more=more)
-  given = arguments(s, on)
+  words = arguments(s, on)
   code = (
     '/home/me/gated/code.tar.gz' if on == 'skypilot' else f'{folder_of(on)}/code.tar.gz'
   )
   first = s.work.points[0]
-  assert given[given.index('--') + 1 :] == list(first.command) and more[0] in given
+  assert words[words.index('--') + 1 :] == list(first.command) and more[0] in words
   kind = '-cuda' if NEEDS[on]['accelerator'].startswith('h100') else '-tpu'
   requirements = f'requirements.lock,requirements{kind}.lock'
   requirements += '' if on == 'slurm' else ',requirements-cloud.lock'
-  meet = 'one' if on in ('slurm', 'skypilot') else 'auto'
-  assert set(given[: given.index('--')]) == {
+  processes = 'one' if on in ('slurm', 'skypilot') else 'auto'
+  assert set(words[: words.index('--')]) == {
     f'--code={code}',
     f'--sha256={"ab" * 32}',
     f'--requirements={requirements}',
     '--python=3.11',
     f'--workdir={first.workdir}',
-    f'--processes={meet}',
+    f'--processes={processes}',
   }
 
 
@@ -199,39 +199,39 @@ SOURCES = {
 
 
 def archived(folder, body):
-  """Sources of a sweep whose train.py is `body` -> FOLDER/code.tar.gz, and its digest."""
-  made = folder / 'made'
-  shutil.rmtree(made, ignore_errors=True)
-  named = {f'gated/{name}': text for name, text in SOURCES.items()}
-  named |= {'train.py': body, 'requirements.lock': '# Nothing.\n'}
-  for name, text in named.items():
-    (made / name).parent.mkdir(parents=True, exist_ok=True)
-    (made / name).write_text(text)
+  """Writes FOLDER/code.tar.gz with `body` as train.py -> its path and digest."""
+  sources = folder / 'sources'
+  shutil.rmtree(sources, ignore_errors=True)
+  texts = {f'gated/{name}': text for name, text in SOURCES.items()}
+  texts |= {'train.py': body, 'requirements.lock': '# Nothing.\n'}
+  for name, text in texts.items():
+    (sources / name).parent.mkdir(parents=True, exist_ok=True)
+    (sources / name).write_text(text)
   archive = folder / 'code.tar.gz'
   with tarfile.open(archive, 'w:gz') as tar:
-    for path in sorted(made.iterdir()):
+    for path in sorted(sources.iterdir()):
       tar.add(path, path.name)
   return archive, hashlib.sha256(archive.read_bytes()).hexdigest()
 
 
 @pytest.fixture
 def host(tmp_path):
-  """A host with the sources of a sweep whose train.py is `body` -> runs job.sh there."""
+  """A function that starts job.sh on a host, with `body` as the sweep's train.py."""
 
   def run(body, *flags, env=None, workdir=None):
     archive, sha256 = archived(tmp_path, body)
     workdir = workdir or tmp_path / 'workdir'
-    given = [
+    words = [
       f'--code={archive}',
       f'--sha256={sha256}',
       '--requirements=requirements.lock',
     ]
-    given += [f'--python={sys.version_info[0]}.{sys.version_info[1]}']
-    given += [f'--workdir={workdir}', f'--cache={tmp_path / "cache"}', '--processes=one']
+    words += [f'--python={sys.version_info[0]}.{sys.version_info[1]}']
+    words += [f'--workdir={workdir}', f'--cache={tmp_path / "cache"}', '--processes=one']
     if not any(flag.startswith('--interpreter') for flag in flags):
-      given += [f'--interpreter={sys.executable}']
-    given += [flag for flag in flags if flag != '--interpreter=']
-    command = ['bash', '-c', work.JOB, 'job', *given, '--', 'train.py', '--config=a b']
+      words += [f'--interpreter={sys.executable}']
+    words += [flag for flag in flags if flag != '--interpreter=']
+    command = ['bash', '-c', work.JOB, 'job', *words, '--', 'train.py', '--config=a b']
     keep = {k: os.environ[k] for k in ('PATH', 'HOME') if k in os.environ}
     opts = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(command, env=keep | (env or {}), **opts)
@@ -244,35 +244,37 @@ def ended(child):
   return child.returncode, out
 
 
-@pytest.mark.parametrize(('code', 'left'), [(3, 0), (4, 4), (7, 7)])
-def test_a_host_leaves_as_the_point_did_and_divergence_is_an_end(host, code, left):
+@pytest.mark.parametrize(('code', 'expected'), [(3, 0), (4, 4), (7, 7)])
+def test_job_returns_the_exit_code_of_the_point_and_0_after_divergence(
+  host, code, expected
+):
   got, out = ended(host(f'import sys; print(sys.argv[1:]); sys.exit({code})'))
-  assert got == left, out
+  assert got == expected, out
   assert "['--config=a b']" in out
 
 
 @pytest.mark.parametrize('code', [3])
-def test_a_point_that_has_ended_is_not_run_again(host, code, tmp_path):
+def test_an_ended_point_does_not_run_again(host, code, tmp_path):
   (tmp_path / 'workdir').mkdir()
   (tmp_path / 'workdir/outcome.json').write_text(json.dumps({'code': code, 'step': 9}))
   got, out = ended(host('raise SystemExit(5)'))
   assert (got, 'has ended: nothing to do' in out) == (0, True), out
 
 
-def test_a_workdir_that_cannot_be_read_is_not_run_in(host, tmp_path):
+def test_an_unreadable_workdir_stops_the_job(host, tmp_path):
   (tmp_path / 'workdir').mkdir()
   (tmp_path / 'workdir/outcome.json').write_text('{')
   got, out = ended(host('print("ran")'))
   assert got == 1 and 'outcome.json is damaged' in out and 'ran' not in out.splitlines()
 
 
-def test_sources_that_are_not_those_of_the_sweep_are_refused(host):
+def test_sources_with_another_digest_are_refused(host):
   got, out = ended(host('print("ran")', f'--sha256={"0" * 64}'))
   assert got == 2 and 'differs from the submitted sources' in out and 'ran' not in out
 
 
-def test_a_network_that_fails_for_a_while_costs_no_more_than_that(host, tmp_path):
-  """The sources come on the third time, from a bucket that gcloud reads."""
+def test_failed_downloads_are_tried_three_times(host, tmp_path):
+  """gcloud first fails twice, then always."""
   gcloud = tmp_path / 'bin/gcloud'
   gcloud.parent.mkdir()
   gcloud.write_text(
@@ -281,16 +283,16 @@ def test_a_network_that_fails_for_a_while_costs_no_more_than_that(host, tmp_path
   )
   gcloud.chmod(0o755)
   env = {'PATH': f'{gcloud.parent}:{os.environ["PATH"]}', 'GATED_JOB_PAUSE': '0.01'}
-  given = ('print("ran")', '--code=gs://bucket/code.tar.gz')
-  got, out = ended(host(*given, env=env))
+  job = 'print("ran")', '--code=gs://bucket/code.tar.gz'
+  got, out = ended(host(*job, env=env))
   assert (got, out.count('retrying'), 'ran' in out) == (0, 2, True), out
   shutil.rmtree(tmp_path / 'cache')
   gcloud.write_text('#!/bin/sh\nexit 1\n')
-  got, out = ended(host(*given, env=env))
+  got, out = ended(host(*job, env=env))
   assert (got, out.count('retrying'), 'ran' in out) == (1, 2, False), out
 
 
-def test_sigterm_reaches_the_point_and_its_exit_code_comes_back(host, tmp_path):
+def test_sigterm_reaches_the_point_and_job_returns_its_exit_code(host, tmp_path):
   child = host(
     'import pathlib, signal, sys, time\n'
     'signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.2), sys.exit(4)))\n'
@@ -306,8 +308,8 @@ def test_sigterm_reaches_the_point_and_its_exit_code_comes_back(host, tmp_path):
   assert ended(child) == (4, '')
 
 
-def test_a_lock_that_a_dead_run_left_is_waited_for(host, tmp_path):
-  """train.py refuses the workdir, with 2, until the lock goes."""
+def test_job_waits_for_the_lock_of_a_dead_run(host, tmp_path):
+  """train.py exits with 2 until the lock is gone."""
   held = tmp_path / 'workdir/lock.json'
   held.parent.mkdir()
   held.write_text('{}')
@@ -322,32 +324,32 @@ def test_a_lock_that_a_dead_run_left_is_waited_for(host, tmp_path):
   assert (got, held.with_name('tries').read_text()) == (0, 'xxx'), out
 
 
-def test_hosts_of_skypilot_meet_at_the_first_of_them(host):
+def test_skypilot_hosts_use_the_first_host_as_coordinator(host):
   env = {'SKYPILOT_NODE_IPS': '10.0.0.1\n10.0.0.2', 'SKYPILOT_NUM_NODES': '2'}
   env['SKYPILOT_NODE_RANK'] = '1'
   got, out = ended(
     host('import sys; print(*sys.argv[2:])', '--processes=skypilot', env=env)
   )
-  where = '--coordinator=10.0.0.1:8476 --processes=2 --process=1\n'
-  assert (got, out) == (0, f'--start_timeout=1800 {where}')
+  flags = '--coordinator=10.0.0.1:8476 --processes=2 --process=1\n'
+  assert (got, out) == (0, f'--start_timeout=1800 {flags}')
 
 
 @pytest.mark.slow
-def test_a_host_installs_once_for_all_its_points(host, tmp_path, monkeypatch):
+def test_a_host_installs_the_requirements_once(host, tmp_path, monkeypatch):
   body = 'import sys; print(sys.prefix)'
   monkeypatch.setitem(
     SOURCES, 'sweep/launch/point.py', 'print("due")'
-  )  # It needs packages.
+  )  # The real one needs packages.
   _, first = ended(host(body, '--interpreter='))
   _, second = ended(host(body, '--interpreter='))
   assert first == second and str(tmp_path / 'cache/env-') in first
-  made = next((tmp_path / 'cache').glob('env-*/made'))
-  made.unlink()  # As if it had been killed in the middle.
+  mark = next((tmp_path / 'cache').glob('env-*/made'))
+  mark.unlink()  # As after a killed installation.
   assert ended(host(body, '--interpreter='))[1] == first
-  assert made.exists()
+  assert mark.exists()
 
 
-def test_what_is_not_json_in_a_workdir_is_told(tmp_path):
+def test_a_damaged_outcome_is_an_error(tmp_path):
   assert point.state(storage.path(tmp_path)) == 'due'
   (tmp_path / 'outcome.json').write_text('{"code": 4, "step": 1}')
   assert point.state(storage.path(tmp_path)) == 'due'
@@ -356,18 +358,18 @@ def test_what_is_not_json_in_a_workdir_is_told(tmp_path):
     point.state(storage.path(tmp_path))
 
 
-# --- Each scheduler's own form ---
+# --- The format of each scheduler ---
 
 
-def container(made):
-  pods = made['spec']['replicatedJobs'][0]['template']['spec']['template']['spec']
+def container(task):
+  pods = task['spec']['replicatedJobs'][0]['template']['spec']['template']['spec']
   return pods['containers'][0]
 
 
 def expanded(text):
-  """What Kubernetes makes of a word of a command whose variables are not set.
+  """A word of a command after Kubernetes has expanded it.
 
-  k8s.io/kubernetes third_party/forked/golang/expansion: $$ is $, $(NAME) is looked up.
+  k8s.io/kubernetes third_party/forked/golang/expansion: $$ becomes $, $(NAME) a variable.
   """
   out, i = '', 0
   while i < len(text):
@@ -375,7 +377,7 @@ def expanded(text):
     if two == '$$':
       out, i = out + '$', i + 2
     elif two == '$(' and ')' in text[i:]:
-      raise AssertionError(f'a variable of Kubernetes: {text[i : i + 20]}')
+      raise AssertionError(f'Kubernetes variable: {text[i : i + 20]}')
     else:
       out, i = out + text[i], i + 1
   return out
@@ -384,7 +386,7 @@ def expanded(text):
 @pytest.mark.parametrize(
   'text', [AWKWARD, '$$$(a)$$', '$', 'a$b$', '$$$', '$(', work.JOB]
 )
-def test_kubernetes_leaves_a_command_as_it_was_meant(text):
+def test_kubernetes_does_not_change_an_escaped_command(text):
   assert expanded(jobset.escaped(text)) == text
 
 
@@ -397,7 +399,7 @@ def check_jobset(text):
 
 
 @pytest.mark.parametrize('variant', VARIANTS['jobset'])
-def test_jobsets_are_of_the_published_form(variant):
+def test_jobsets_fit_the_published_schema(variant):
   for text in submission('jobset', **variant).files.values():
     check_jobset(text)
 
@@ -416,17 +418,17 @@ def test_jobsets_are_of_the_published_form(variant):
     ('v1alpha2', 'v1alpha1'),
   ],
 )
-def test_a_jobset_with_a_slip_is_not(right, wrong):
+def test_the_schema_refuses_a_jobset_with_a_typo(right, wrong):
   text = next(iter(submission('jobset').files.values()))
   assert right in text
   with pytest.raises(jsonschema.ValidationError):
     check_jobset(text.replace(right, wrong))
 
 
-def test_a_jobset_asks_for_the_slice_and_its_hosts():
+def test_a_jobset_requests_the_slice_and_its_hosts():
   s = submission('jobset', slices=2, spot=True)
-  made = yaml.safe_load(s.files[f'{s.work.points[1].job}.yaml'])
-  pods = made['spec']['replicatedJobs'][0]
+  manifest = yaml.safe_load(s.files[f'{s.work.points[1].job}.yaml'])
+  pods = manifest['spec']['replicatedJobs'][0]
   job = pods['template']['spec']
   assert (pods['replicas'], job['parallelism'], job['completions']) == (2, 16, 16)
   spec = job['template']['spec']
@@ -435,51 +437,51 @@ def test_a_jobset_asks_for_the_slice_and_its_hosts():
     'cloud.google.com/gke-tpu-topology': '4x4x4',
     'cloud.google.com/gke-spot': 'true',
   }
-  assert container(made)['resources'] == {'limits': {'google.com/tpu': 4}}
-  assert made['metadata']['labels']['gated-sweep'] == s.work.label
+  assert container(manifest)['resources'] == {'limits': {'google.com/tpu': 4}}
+  assert manifest['metadata']['labels']['gated-sweep'] == s.work.label
 
 
-def test_a_jobset_with_gpus_tells_its_processes_where_they_are():
-  """By the variables of docs/clusters.md; its pods are named as `clusters` expects."""
+def test_a_jobset_with_gpus_sets_the_variables_that_locate_its_processes():
+  """docs/clusters.md lists these variables."""
   s = submission('jobset', accelerator='h100:8', nodes=2)
-  made = yaml.safe_load(next(iter(s.files.values())))
-  env = {e['name']: e for e in container(made)['env']}
+  manifest = yaml.safe_load(next(iter(s.files.values())))
+  env = {e['name']: e for e in container(manifest)['env']}
   assert {*jobset.VARIABLES, 'PROCESSES_IN_JOB'} < env.keys()
   assert env['PROCESSES_IN_JOB']['value'] == '2'
-  said = (ROOT / 'docs/clusters.md').read_text()
+  page = (ROOT / 'docs/clusters.md').read_text()
   for name in jobset.VARIABLES:
-    assert env[name]['valueFrom']['fieldRef']['fieldPath'] in said
+    assert env[name]['valueFrom']['fieldRef']['fieldPath'] in page
 
 
 def check_gcloud(command):
-  """AssertionError unless `gcloud compute tpus queued-resources` takes it."""
+  """Asserts that the documented flags of gcloud allow a command."""
   table = json.loads((SCHEDULERS / 'gcloud.json').read_text())
   assert command[:4] == ['gcloud', 'compute', 'tpus', 'queued-resources']
   verb, words = command[4], command[5:]
   flags = dict(word[2:].partition('=')[::2] for word in words if word.startswith('--'))
   plain = [word for word in words if not word.startswith('--')]
   assert len(plain) == table['positional'][verb], plain
-  known = table[verb] | table['wide']
+  allowed = table[verb] | table['wide']
   for name, value in flags.items():
-    assert name in known, f'--{name}'
-    assert bool(value) == (known[name] == 'value'), f'--{name}={value}'
-  for some in table['required'][verb]:
-    assert len(flags.keys() & set(some)) == 1, some
+    assert name in allowed, f'--{name}'
+    assert bool(value) == (allowed[name] == 'value'), f'--{name}={value}'
+  for group in table['required'][verb]:
+    assert len(flags.keys() & set(group)) == 1, group
   for name, other in table['together'].items():
     assert name not in flags or other in flags, name
   for name in [*plain, flags.get('node-id', 'a'), flags.get('node-prefix', 'a')]:
     assert re.fullmatch(r'[a-z]([-a-z0-9]{0,61}[a-z0-9])?', name), name
 
 
-def record_of(s, told=()):
+def record_of(s, outputs=()):
   jobs = [{'job': p.job, 'point': p.name, 'workdir': p.workdir} for p in s.work.points]
   options = dict(work.changed(s.work.options))
-  named = {'on': s.work.options.on, 'label': s.work.label}
-  return named | {'jobs': jobs, 'told': list(told), 'options': options}
+  names = {'on': s.work.options.on, 'label': s.work.label}
+  return names | {'jobs': jobs, 'told': list(outputs), 'options': options}
 
 
 @pytest.mark.parametrize('variant', VARIANTS['tpu'])
-def test_gcloud_is_asked_in_words_that_it_documents(variant):
+def test_commands_use_documented_flags_of_gcloud(variant):
   s = submission('tpu', **variant)
   record = record_of(s)
   states = {s.work.points[0].job: 'SUSPENDED'}
@@ -499,7 +501,7 @@ def test_gcloud_is_asked_in_words_that_it_documents(variant):
     ('--async', '--async=yes'),
   ],
 )
-def test_a_flag_of_gcloud_with_a_slip_is_refused(right, wrong):
+def test_a_gcloud_flag_with_a_typo_is_refused(right, wrong):
   command = submission('tpu').commands[0]
   assert any(right in word for word in command)
   with pytest.raises(AssertionError):
@@ -507,8 +509,8 @@ def test_a_flag_of_gcloud_with_a_slip_is_refused(right, wrong):
 
 
 @pytest.mark.slow
-def test_gcloud_itself_takes_the_commands(tmp_path):
-  """By its own linter, which reads words alone: it needs no account and no network."""
+def test_the_linter_of_gcloud_accepts_the_commands(tmp_path):
+  """The linter needs no account and no network."""
   if not shutil.which('gcloud'):
     pytest.skip('no gcloud here')
   commands = []
@@ -516,33 +518,33 @@ def test_gcloud_itself_takes_the_commands(tmp_path):
     s = submission('tpu', **variant)
     commands += [s.commands[0], tpu.delete(record_of(s))[0], tpu.listing(record_of(s))]
   wrong = [word.replace('--node', '--nodes') for word in commands[0]]
-  asked = tmp_path / 'commands.json'
+  path = tmp_path / 'commands.json'
   lines = list(dict.fromkeys(map(shlex.join, [*commands, wrong])))
-  asked.write_text(json.dumps([{'command_string': line} for line in lines]))
-  lint = ['gcloud', 'meta', 'lint-gcloud-commands', f'--commands-file={asked}']
+  path.write_text(json.dumps([{'command_string': line} for line in lines]))
+  lint = ['gcloud', 'meta', 'lint-gcloud-commands', f'--commands-file={path}']
   env = {'PATH': os.environ['PATH'], 'HOME': str(tmp_path)}
   env |= {'CLOUDSDK_CONFIG': str(tmp_path), 'CLOUDSDK_CORE_DISABLE_USAGE_REPORTING': '1'}
   done = subprocess.run(lint, capture_output=True, text=True, env=env)
   assert done.returncode == 0, done.stderr
-  *takes, refuses = json.loads(done.stdout)
-  assert [got['error_message'] for got in takes if not got['success']] == []
-  assert len(takes) == len(lines) - 1 and not refuses['success']
+  *right, typo = json.loads(done.stdout)
+  assert [result['error_message'] for result in right if not result['success']] == []
+  assert len(right) == len(lines) - 1 and not typo['success']
 
 
-def test_cloud_tpus_are_asked_for_by_their_number_of_cores_or_chips():
-  asked = lambda spec: machines.accelerator(spec).type
-  assert asked('v5p:4x4x4') == 'v5p-128' and asked('v4:2x2x1') == 'v4-8'
-  assert asked('v5e:4x4') == 'v5litepod-16' and asked('v6e:2x2') == 'v6e-4'
+def test_accelerator_types_count_cores_or_chips():
+  type_of = lambda spec: machines.accelerator(spec).type
+  assert type_of('v5p:4x4x4') == 'v5p-128' and type_of('v4:2x2x1') == 'v4-8'
+  assert type_of('v5e:4x4') == 'v5litepod-16' and type_of('v6e:2x2') == 'v6e-4'
   hosts = lambda spec: machines.accelerator(spec).hosts
   assert (hosts('v5e:2x4'), hosts('v5e:4x4'), hosts('v6e:2x2')) == (1, 4, 1)
   assert (hosts('v5p:2x2x1'), hosts('v4:4x4x4')) == (1, 16)
 
 
-def test_a_slice_that_was_taken_back_is_asked_for_again_unless_its_point_has_ended():
+def test_a_preempted_slice_is_created_again_unless_its_point_has_ended():
   s = submission('tpu', count=4)
   jobs = [p.job for p in s.work.points]
   states = {jobs[0]: 'ACTIVE', jobs[1]: 'SUSPENDED', jobs[2]: 'WAITING_FOR_RESOURCES'}
-  told = json.dumps(
+  listing = json.dumps(
     [{'name': f'projects/p/q/{k}', 'state': {'state': v}} for k, v in states.items()]
     + [{'name': 'projects/p/q/another', 'state': {'state': 'SUSPENDED'}}]
   )
@@ -550,7 +552,7 @@ def test_a_slice_that_was_taken_back_is_asked_for_again_unless_its_point_has_end
 
   def call(command):
     called.append(command)
-    return told if command[4] == 'list' else ''
+    return listing if command[4] == 'list' else ''
 
   due = dataclasses.replace(s.work, points=s.work.points[:3])
   assert launch.renew(due, record_of(s), call) == [jobs[1]]
@@ -565,21 +567,19 @@ def test_a_slice_that_was_taken_back_is_asked_for_again_unless_its_point_has_end
 
 @pytest.fixture(scope='session')
 def sky(tmp_path_factory):
-  """What SkyPilot makes of tasks and of its own command's words -> its answers."""
+  """A function that returns tasks and commands as SkyPilot parses them."""
   python = Path(os.environ.get('GATED_SKY_PYTHON') or ROOT / '.venv/sky/bin/python')
   if not python.exists():
-    pytest.skip(
-      f'no {python}, to read tasks as SkyPilot does: make sky, or set GATED_SKY_PYTHON'
-    )
+    pytest.skip(f'{python} is missing: run `make sky` or set GATED_SKY_PYTHON')
   env = process.environment(tmp_path_factory.mktemp('xla'), 1)
-  # It keeps a folder in the home directory, and would tell its makers of its use.
+  # SkyPilot writes to the home directory and reports its use.
   env |= {'HOME': str(tmp_path_factory.mktemp('home')), 'PYTHONPATH': ''}
   env |= {'SKYPILOT_DISABLE_USAGE_COLLECTION': '1', 'NO_COLOR': '1'}
 
   def ask(tasks=(), commands=()):
-    asked = json.dumps({'tasks': list(tasks), 'commands': list(commands)})
+    request = json.dumps({'tasks': list(tasks), 'commands': list(commands)})
     command = [str(python), str(SCHEDULERS / 'sky_tasks.py')]
-    done = subprocess.run(command, input=asked, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, input=request, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     answer = json.loads(done.stdout)
     return answer['tasks'], answer['commands']
@@ -588,42 +588,44 @@ def sky(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_skypilot_reads_its_tasks_and_commands_as_they_were_meant(sky):
-  every = [submission('skypilot', **variant) for variant in VARIANTS['skypilot']]
-  written = [text for s in every for text in s.files.values()]
-  meant = [yaml.safe_load(text) for text in written]
-  commands = [c[2:] for s in every for c in [*s.commands, *skypilot.delete(record_of(s))]]
+def test_skypilot_parses_tasks_and_commands_without_change(sky):
+  submissions = [submission('skypilot', **variant) for variant in VARIANTS['skypilot']]
+  texts = [text for s in submissions for text in s.files.values()]
+  tasks = [yaml.safe_load(text) for text in texts]
+  commands = [
+    c[2:] for s in submissions for c in [*s.commands, *skypilot.delete(record_of(s))]
+  ]
   commands.append(skypilot.listing({})[2:])
-  read, words = sky(written, commands)
-  for got, task in zip(read, meant):
+  parsed, words = sky(texts, commands)
+  for got, task in zip(parsed, tasks):
     for name in ('name', 'num_nodes', 'run', 'file_mounts'):
       assert got[name] == task[name]
-    asked = task['resources']
-    assert got['resources'].get('use_spot', False) == asked['use_spot']
-    assert got['resources']['labels'] == asked['labels']
+    resources = task['resources']
+    assert got['resources'].get('use_spot', False) == resources['use_spot']
+    assert got['resources']['labels'] == resources['labels']
     recovery = dict(got['resources']['job_recovery'])
-    assert recovery.pop('strategy', None) is None  # Its own, eager one.
-    assert recovery == asked['job_recovery']
-    name, _, count = asked.get('accelerators', '').partition(':')
+    assert recovery.pop('strategy', None) is None  # The default.
+    assert recovery == resources['job_recovery']
+    name, _, count = resources.get('accelerators', '').partition(':')
     cards = {name: int(count or 1)} if name else None
     assert got['resources'].get('accelerators') == cards
-    assert got['resources'].get('infra', '') == asked.get('infra', '')
+    assert got['resources'].get('infra', '') == resources.get('infra', '')
   assert all(word['yes'] for word in words[:-1]) and words[-1]['output_format'] == 'json'
-  assert words[0]['name'] == meant[0]['name'] and words[0]['detach_run']
+  assert words[0]['name'] == tasks[0]['name'] and words[0]['detach_run']
 
-  text = written[1]
-  slips = {
+  text = texts[1]
+  typos = {
     'num_nodes': 'num_node',
     'accelerators': 'accelerator',
     'use_spot': 'use_spots',
     'file_mounts': 'file_mount',
     'max_restarts_on_errors': 'max_restart_on_errors',
   }
-  wrong = [text.replace(f'{a}:', f'{b}:') for a, b in slips.items()]
+  wrong = [text.replace(f'{a}:', f'{b}:') for a, b in typos.items()]
   assert text not in wrong
   flags = [['launch', '--detached', 'a.yaml'], ['cancel', '--yes', '--names=a']]
-  read, words = sky(wrong, flags)
-  assert all('error' in got for got in [*read, *words]), (read, words)
+  parsed, words = sky(wrong, flags)
+  assert all('error' in got for got in [*parsed, *words]), (parsed, words)
 
 
 def test_the_states_of_skypilot_jobs_are_read():
@@ -635,9 +637,9 @@ def test_the_states_of_skypilot_jobs_are_read():
     ('other', 'RUNNING'),
     (first, 'FAILED'),
   ]
-  told = json.dumps([{'job_name': a, 'status': b} for a, b in rows], indent=2)
-  found = skypilot.states(record_of(s), f'Fetching managed jobs...\n{told}\n')
-  assert found == {second: 'RUNNING', first: 'RECOVERING'}
+  queue = json.dumps([{'job_name': a, 'status': b} for a, b in rows], indent=2)
+  states = skypilot.states(record_of(s), f'Fetching managed jobs...\n{queue}\n')
+  assert states == {second: 'RUNNING', first: 'RECOVERING'}
 
 
 def test_the_states_of_jobsets_are_read():
@@ -651,8 +653,8 @@ def test_the_states_of_jobsets_are_read():
     },
     {'metadata': {'name': 'c'}},
   ]
-  found = jobset.states(record_of(s), json.dumps({'items': items}))
-  assert found == {
+  states = jobset.states(record_of(s), json.dumps({'items': items}))
+  assert states == {
     first: 'Failed, restarted 2 times',
     second: 'Suspended',
     'c': 'Running',
