@@ -57,8 +57,8 @@ def _chip(
 # v5p. Links, per chip and direction: 2,400 Gbit/s on v4, 1,600 on v5e, 4,800 on v5p and
 # 3,200 on v6e (newer pages print the double, "bidirectional"). Network: a pod's bandwidth
 # over its chips, 6.4 Tbit/s over 256 on v5e and 25.6 on v6e; 50 Gbit/s a chip on v4 and
-# v5p, where four share a host's 200. GPUs: NVLink, or PCIe for cards without it, and a NIC
-# each of 200 (A100) or 400 Gbit/s, or 100 for those on PCIe.
+# v5p, where four share a host's 200. GPUs: NVLink, or PCIe for cards without it, and a
+# NIC each of 200 (A100) or 400 Gbit/s, or 100 for those on PCIe.
 CHIPS: dict[str, Chip] = {
   chip.name: chip
   for chip in (

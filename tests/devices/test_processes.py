@@ -1,4 +1,4 @@
-"""The processes of a run find each other, or one says which is missing."""
+"""The processes of a run connect, or report the missing ones."""
 
 import contextlib
 import http.server
@@ -19,7 +19,7 @@ from gated.devices.processes import clusters, meeting
 
 LIMITS = dict(start_timeout=9, peer_timeout=9)
 
-# What a child process does: start, tell what it found, and leave when told to.
+# A child process: starts, prints its view of the run, and handles SIGTERM.
 CHILD = """
 import os, signal, sys
 import jax
@@ -38,33 +38,33 @@ if jax.process_count() == 1:
   with shutdown.Sigterm() as sigterm:
     before = sigterm.received(1)
     os.kill(os.getpid(), signal.SIGTERM)
-    print('told', before, sigterm.received(2))
+    print('sigterm', before, sigterm.received(2))
 """
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-  """Nobody is far away here."""
+  """All processes are on this machine: short timeouts."""
   monkeypatch.setattr(meeting, 'ANSWER', 1.0)
 
 
 @pytest.fixture
 def together(spawn_python):
-  """Each process's (coordinator, environment, --process) -> what each said."""
+  """Each process's (coordinator, environment, --process) -> its output lines."""
 
   def run(members, count=1, limit=60):
     children = [
       spawn_python(['-c', CHILD, where, count, i, limit], env=env, devices=2)
       for where, env, i in members
     ]
-    said = []
+    output = []
     for child in children:
       out, err = child.communicate(timeout=120)
       assert child.returncode == 0, err[-3000:]
-      # Gloo tells of itself in pieces, between which a line may end.
+      # Gloo's own log may be split over lines.
       gloo = lambda line: '[Gloo]' in line or 'peer ranks' in line
-      said.append([line for line in out.splitlines() if not gloo(line)])
-    return said
+      output.append([line for line in out.splitlines() if not gloo(line)])
+    return output
 
   return run
 
@@ -74,7 +74,7 @@ def place(port, count=1, i=0, host='127.0.0.1'):
 
 
 def meeting_of(*places, limit=1.0):
-  """All come at once, each in a thread -> what each was told, '' to go."""
+  """Runs `meet` for all places at once, in threads -> each one's error, or ''."""
 
   def come(where):
     try:
@@ -88,16 +88,16 @@ def meeting_of(*places, limit=1.0):
 
 
 @pytest.mark.parametrize(
-  ('count', 'i', 'said'),
+  ('count', 'i', 'output'),
   [(2, 0, '--processes=2 without'), (2, 2, '--process=2 must'), (1, -1, '--process=-1')],
 )
-def test_a_process_that_would_run_alone_by_mistake_is_refused(count, i, said):
-  with pytest.raises(ValueError, match=said):
+def test_several_processes_without_a_coordinator_are_an_error(count, i, output):
+  with pytest.raises(ValueError, match=output):
     processes.start('', count, i, **LIMITS)
 
 
 @pytest.mark.parametrize(
-  ('coordinator', 'limit', 'said'),
+  ('coordinator', 'limit', 'output'),
   [
     ('somewhere', 9, "--coordinator='somewhere' is neither 'auto' nor HOST:PORT"),
     (':1234', 9, "--coordinator=':1234'"),
@@ -108,8 +108,8 @@ def test_a_process_that_would_run_alone_by_mistake_is_refused(count, i, said):
     ('here:1234', float('nan'), '--start_timeout=nan must be positive'),
   ],
 )
-def test_what_names_no_place_is_refused_by_its_flag(coordinator, limit, said):
-  with pytest.raises(ValueError, match=said):
+def test_an_invalid_coordinator_or_timeout_is_an_error(coordinator, limit, output):
+  with pytest.raises(ValueError, match=output):
     processes.start(coordinator, 2, 1, start_timeout=limit, peer_timeout=9)
 
 
@@ -118,7 +118,7 @@ def test_start_leaves_a_single_process_alone():
   assert not jax.distributed.is_initialized()
 
 
-def test_whoever_comes_waits_for_all():
+def test_processes_wait_until_all_are_connected():
   port = process.free_port()
   # The last is late, and process 0 is not the first.
   assert meeting_of(*(place(port, 5, i) for i in (3, 1, 0, 4, 2)), limit=9) == [''] * 5
@@ -127,17 +127,17 @@ def test_whoever_comes_waits_for_all():
     pass
 
 
-def test_a_process_that_does_not_come_is_named_to_all_that_did():
+def test_missing_processes_are_reported_to_all_others():
   port = process.free_port()
-  told = meeting_of(place(port, 12, 0), place(port, 12, 5))
-  for said in told:
-    assert said.startswith(f'--coordinator=127.0.0.1:{port}: ')
-    assert 'missing of 12: process 1, 2, 3, 4, 6, 7, 8, 9 and 2 more' in said
+  messages = meeting_of(place(port, 12, 0), place(port, 12, 5))
+  for output in messages:
+    assert output.startswith(f'--coordinator=127.0.0.1:{port}: ')
+    assert 'missing of 12: process 1, 2, 3, 4, 6, 7, 8, 9 and 2 more' in output
 
 
 @contextlib.contextmanager
 def knocking(port, **hello):
-  """As a process that says what it likes to process 0 -> the lines that it is told."""
+  """Sends any hello to process 0, as a process would -> the messages it receives."""
   known = {'process': 1, 'host': 'x', 'facts': meeting._facts(2)}
   for _ in range(500):
     with contextlib.suppress(ConnectionRefusedError):
@@ -150,15 +150,15 @@ def knocking(port, **hello):
   pytest.fail(f'nobody listens at port {port}')
 
 
-def test_a_process_that_left_while_it_waited_is_missing_until_it_comes_again():
+def test_a_process_that_disconnects_is_missing_until_it_returns():
   port = process.free_port()
   with ThreadPoolExecutor(1) as pool:
     first = pool.submit(meeting_of, place(port, 3, 0), limit=9)
-    with knocking(port, facts=meeting._facts(3)) as told:
-      while 'process 2' not in (why := next(told)['why']):
+    with knocking(port, facts=meeting._facts(3)) as messages:
+      while 'process 2' not in (why := next(messages)['why']):
         assert 'missing of 3' in why
-    with knocking(port, process=2, facts=meeting._facts(3)) as told:
-      while 'process 1' not in next(told)['why']:
+    with knocking(port, process=2, facts=meeting._facts(3)) as messages:
+      while 'process 1' not in next(messages)['why']:
         pass
     assert not first.done()
     assert meeting_of(place(port, 3, 1), place(port, 3, 2), limit=9) == ['', '']
@@ -166,61 +166,61 @@ def test_a_process_that_left_while_it_waited_is_missing_until_it_comes_again():
 
 
 @pytest.mark.parametrize('noise', [dict(process='x'), dict(facts=3)])
-def test_whoever_is_no_process_of_a_run_is_let_go(noise):
+def test_a_connection_with_an_invalid_hello_is_closed(noise):
   port = process.free_port()
   with ThreadPoolExecutor(1) as pool:
     first = pool.submit(meeting_of, place(port, 2, 0), limit=9)
-    with knocking(port, **noise) as told:
-      assert list(told) == []
+    with knocking(port, **noise) as messages:
+      assert list(messages) == []
     assert meeting_of(place(port, 2, 1), limit=9) == ['']
     assert first.result() == ['']
 
 
-def test_processes_that_do_not_fit_together_are_named_to_all():
+def test_conflicting_processes_are_reported_to_all():
   port = process.free_port()
-  told = meeting_of(*(place(port, 3, i) for i in (0, 1, 1)), limit=9)
-  assert len(set(told)) == 1 and 'there are two of process 1 (--process)' in told[0]
-  assert socket.gethostname() in told[0]
+  messages = meeting_of(*(place(port, 3, i) for i in (0, 1, 1)), limit=9)
+  assert len(set(messages)) == 1 and 'two processes have --process=1' in messages[0]
+  assert socket.gethostname() in messages[0]
   port = process.free_port()
-  told = meeting_of(place(port, 3, 0), place(port, 2, 1), limit=9)
-  assert len(set(told)) == 1 and '--processes=2 of process 1' in told[0]
-  assert 'but 3 of process 0' in told[0]
+  messages = meeting_of(place(port, 3, 0), place(port, 2, 1), limit=9)
+  assert len(set(messages)) == 1 and '--processes=2 of process 1' in messages[0]
+  assert 'but 3 of process 0' in messages[0]
 
 
-def test_another_version_of_jax_is_named():
+def test_another_version_of_jax_is_reported():
   port, other = process.free_port(), meeting._facts(2) | {'the version of jax': '0.1'}
   with ThreadPoolExecutor(1) as pool:
     first = pool.submit(meeting_of, place(port, 2, 0), limit=9)
-    with knocking(port, facts=other) as told:
-      wrong = next(told)['wrong']
+    with knocking(port, facts=other) as messages:
+      wrong = next(messages)['wrong']
     assert wrong in first.result()[0]
   here = f'but {jax.__version__} of process 0'
   assert wrong == f'the version of jax=0.1 of process 1 on x, {here}'
 
 
-def test_a_wrong_host_or_port_is_named():
+def test_a_wrong_host_or_port_is_reported():
   port = process.free_port()
-  [said] = meeting_of(place(port, 2, 1))
-  assert f'process 1: nothing listens at 127.0.0.1:{port}' in said
-  assert '--start_timeout' in said and '(is this its machine?)' not in said
-  [said] = meeting_of(place(port, 2, 1, host='no-such-host.invalid'))
-  assert "there is no host 'no-such-host.invalid'" in said
+  [output] = meeting_of(place(port, 2, 1))
+  assert f'process 1: nothing listens at 127.0.0.1:{port}' in output
+  assert '--start_timeout' in output and '(is this its machine?)' not in output
+  [output] = meeting_of(place(port, 2, 1, host='no-such-host.invalid'))
+  assert "does not know the host 'no-such-host.invalid'" in output
 
 
-def test_process_0_is_told_that_it_may_be_on_the_wrong_machine(monkeypatch):
-  """It listens here, and the address leads elsewhere, to where nobody does."""
+def test_process_0_reports_that_it_may_be_on_the_wrong_machine(monkeypatch):
+  """It listens here, while its address leads to another machine."""
 
   def elsewhere(*_):
     raise ConnectionRefusedError
 
   monkeypatch.setattr(meeting.socket, 'create_connection', elsewhere)
-  [said] = meeting_of(place(process.free_port(), 2, 0))
-  assert '(is this its machine?)' in said
+  [output] = meeting_of(place(process.free_port(), 2, 0))
+  assert '(is this its machine?)' in output
 
 
 @contextlib.contextmanager
 def saying(line):
-  """A program that says one line to whoever comes, and hangs up -> its port."""
+  """A program that sends one line to each connection and closes it -> its port."""
   with socket.create_server(('127.0.0.1', 0)) as other:
 
     def greet():
@@ -240,19 +240,22 @@ def saying(line):
 @pytest.mark.parametrize(
   'line', [b'SSH-2.0-OpenSSH_9.2', b'\0\0\x12\x04\xff', b'{"go": 1}']
 )
-def test_a_port_that_another_program_has_is_named(line):
+def test_a_port_of_another_program_is_reported(line):
   with saying(line) as port:
-    [said] = meeting_of(place(port, 2, 1), limit=0.3)
-    assert f'what answers at 127.0.0.1:{port} is not process 0' in said
-    [said] = meeting_of(place(port, 2, 0), limit=0.3)
-    assert f'process 0 cannot have port {port} of its machine' in said
+    [output] = meeting_of(place(port, 2, 1), limit=0.3)
+    assert f'another program than process 0 answers at 127.0.0.1:{port}' in output
+    [output] = meeting_of(place(port, 2, 0), limit=0.3)
+    assert f'process 0 cannot bind port {port} of its machine' in output
 
 
-def test_a_process_0_that_has_left_is_named():
+def test_a_process_0_that_disconnects_is_reported():
   with saying(b'{"go": false, "wrong": "", "why": "missing of 2: process 7"}') as port:
-    [said] = meeting_of(place(port, 2, 1), limit=0.3)
-  # It may be caught while it still waits.
-  assert f'process 0 was at 127.0.0.1:{port}, and left' in said or 'process 7' in said
+    [output] = meeting_of(place(port, 2, 1), limit=0.3)
+  # The timeout may also end while the connection is open.
+  assert (
+    f'process 0 at 127.0.0.1:{port} closed the connection' in output
+    or 'process 7' in output
+  )
 
 
 NONE = ('SLURM_', 'OMPI_', 'TPU_', 'MEGASCALE_', 'JOB', 'JAX_COORDINATOR', 'KUBERNETES_')
@@ -260,7 +263,7 @@ NONE = ('SLURM_', 'OMPI_', 'TPU_', 'MEGASCALE_', 'JOB', 'JAX_COORDINATOR', 'KUBE
 
 @pytest.fixture
 def environment(monkeypatch):
-  """Sets variables, where else nothing tells of a cluster."""
+  """Sets variables, after removing those of any cluster."""
   for name in [name for name in os.environ if name.startswith(NONE)]:
     monkeypatch.delenv(name)
   return lambda env: [monkeypatch.setenv(*item) for item in env.items()]
@@ -293,35 +296,35 @@ def slice_of_two(i):
 
 def test_the_pods_of_a_jobset_meet_at_its_first(environment):
   environment(jobset(1))
-  found = clusters.find(9)
-  assert found[:3] == (f'run-pods-0-0.run:{clusters.PORT}', 2, 1) and not found.shared
-  assert str(found) == f'--coordinator=auto (run-pods-0-0.run:{clusters.PORT})'
+  first = clusters.find(9)
+  assert first[:3] == (f'run-pods-0-0.run:{clusters.PORT}', 2, 1) and not first.shared
+  assert str(first) == f'--coordinator=auto (run-pods-0-0.run:{clusters.PORT})'
   environment({'REPLICATED_JOB_REPLICAS': '3', 'JOB_INDEX': '2'})
   environment({'JAX_COORDINATOR_PORT': '99'})
   assert clusters.find(9)[:3] == ('run-pods-0-0.run:99', 6, 5)
   environment({'JAX_COORDINATOR_ADDRESS': 'head:77', 'JOB_COMPLETION_INDEX': '7'})
   assert clusters.find(9)[:3] == ('head:77', 6, 11)
-  with pytest.raises(ValueError, match=r'auto \(head:77\): there is no process 11 of 6'):
+  with pytest.raises(ValueError, match=r'auto \(head:77\): process 11 is outside of 6'):
     processes.start('auto', 1, 0, **LIMITS)
 
 
-def test_a_variable_that_a_cluster_should_have_set_is_named(environment, monkeypatch):
+def test_a_missing_variable_of_a_cluster_is_reported(environment, monkeypatch):
   environment(jobset(0))
   monkeypatch.delenv('PROCESSES_IN_JOB')
   with pytest.raises(ValueError, match=r"--coordinator=auto, .*'PROCESSES_IN_JOB' is"):
     clusters.find(9)
 
 
-def test_without_a_cluster_the_error_lists_what_is_known_and_not_set(environment):
+def test_without_a_cluster_the_error_lists_the_unset_variables(environment):
   environment({'SLURM_JOB_ID': '1', 'SLURM_NTASKS': '4'})
   with pytest.raises(ValueError) as raised:
     processes.start('auto', 1, 0, **LIMITS)
-  said = str(raised.value)
-  assert 'SLURM: SLURM_STEP_NODELIST, SLURM_PROCID, SLURM_LOCALID;' in said
+  output = str(raised.value)
+  assert 'SLURM: SLURM_STEP_NODELIST, SLURM_PROCID, SLURM_LOCALID;' in output
   for name in ('JOBSET_NAME', 'OMPI_MCA_orte_hnp_uri', 'TPU_WORKER_HOSTNAMES', 'libtpu'):
-    assert name in said
-  assert '--coordinator=HOST:PORT --processes=N --process=I' in said
-  assert '\n' not in said
+    assert name in output
+  assert '--coordinator=HOST:PORT --processes=N --process=I' in output
+  assert '\n' not in output
 
 
 def test_a_process_alone_on_its_machine_keeps_all_devices(environment):
@@ -338,22 +341,22 @@ def test_slices_of_tpus_on_gke_are_one_run(environment, monkeypatch):
   environment(slice_of_two(1) | {'TPU_WORKER_HOSTNAMES': 'a,b', 'TPU_WORKER_ID': '1'})
   monkeypatch.setattr(cloud_tpu_cluster, 'running_in_cloud_tpu_vm', True)
   assert clusters.find(9)[:3] == ('127.0.0.1:8482', 4, 3)
-  # In a JobSet, too, JAX knows better.
+  # A JobSet with TPUs is left to JAX.
   environment(jobset(3))
   assert clusters.find(9)[:3] == ('127.0.0.1:8482', 4, 3)
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
-  """What Google's server tells a TPU VM, the third host of four."""
+  """Google's metadata server for a TPU VM, the third host of four."""
 
-  told = {
+  values = {
     'agent-worker-number': '2',
     'worker-network-endpoints': 'x:y:127.0.0.1,x:y:10.0.0.2,x:y:10.0.0.3,x:y:10.0.0.4',
     'tpu-env': "ACCELERATOR_TYPE: 'v5p-32'\nZONE: 'z'",
   }
 
   def do_GET(self):
-    value = self.told.get(self.path.rpartition('/')[2])
+    value = self.values.get(self.path.rpartition('/')[2])
     self.send_response(200 if value and self.headers['Metadata-Flavor'] else 404)
     self.end_headers()
     self.wfile.write((value or '').encode())
@@ -371,7 +374,7 @@ def test_the_hosts_of_a_tpu_pod_are_found_by_googles_metadata(environment, monke
     server.shutdown()
 
 
-def test_a_cluster_that_cannot_be_asked_is_told_in_one_line(environment, monkeypatch):
+def test_an_unreachable_metadata_server_is_reported_in_one_line(environment, monkeypatch):
   environment({'GCE_METADATA_IP': f'127.0.0.1:{process.free_port()}'})
   monkeypatch.setattr(cloud_tpu_cluster, 'running_in_cloud_tpu_vm', True)
   with pytest.raises(ValueError, match='auto, but the cluster cannot be read: Conn'):
@@ -381,9 +384,9 @@ def test_a_cluster_that_cannot_be_asked_is_told_in_one_line(environment, monkeyp
 @pytest.mark.slow
 def test_two_processes_find_each_other_by_hand_in_spite_of_a_proxy(together):
   where, proxy = f'127.0.0.1:{process.free_port()}', {'http_proxy': 'http://127.0.0.1:9'}
-  said = together([(where, proxy, i) for i in range(2)], count=2)
+  output = together([(where, proxy, i) for i in range(2)], count=2)
   for i in range(2):
-    assert said[i] == [f'{i} 2 4', 'process0 process1', 'cuda all']
+    assert output[i] == [f'{i} 2 4', 'process0 process1', 'cuda all']
 
 
 CLUSTERS = {
@@ -400,17 +403,17 @@ def test_two_processes_find_each_other_as_their_cluster_says(name, together):
   env, devices = CLUSTERS[name]
   port = str(process.free_port())
   here = {'JAX_COORDINATOR_PORT': port}
-  if name == 'JobSet':  # Whose own names no machine but its pods knows.
+  if name == 'JobSet':  # Its host names resolve only in its pods.
     here['JAX_COORDINATOR_ADDRESS'] = f'127.0.0.1:{port}'
-  said = together([('auto', env(i) | here, 0) for i in range(2)])
+  output = together([('auto', env(i) | here, 0) for i in range(2)])
   for i in range(2):
-    assert said[i] == [f'{i} 2 4', 'process0 process1', devices[i]]
+    assert output[i] == [f'{i} 2 4', 'process0 process1', devices[i]]
 
 
 @pytest.mark.slow
-def test_one_process_with_a_coordinator_is_a_run_that_can_be_told_to_leave(together):
-  [said] = together([(f'localhost:{process.free_port()}', {}, 0)])
-  assert said == ['0 1 2', 'process0', 'cuda all', 'told False True']
+def test_one_process_with_a_coordinator_handles_sigterm(together):
+  [output] = together([(f'localhost:{process.free_port()}', {}, 0)])
+  assert output == ['0 1 2', 'process0', 'cuda all', 'sigterm False True']
 
 
 @pytest.mark.slow

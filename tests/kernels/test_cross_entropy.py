@@ -133,8 +133,8 @@ def set_inner_size(monkeypatch, n, *, vocab, width=WIDTH):
   monkeypatch.setattr(cross_entropy, 'LIMIT', 4 * width * vocab / n)
 
 
-# The sizes of the mesh's axes, the inner size, and V. 18 rows on 8 devices are 3 each: the
-# last two devices hold only padding.
+# The sizes of the mesh's axes, the inner size, and V. 18 rows on 8 devices are 3 each,
+# and the last two devices hold only padding.
 SHARED = [
   *((dict(fsdp=8), n, 16) for n in (1, 2, 4, 8)),
   *((dict(fsdp=8), n, 18) for n in (1, 2, 8)),

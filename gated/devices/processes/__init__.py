@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, and what they tell each other."""
+"""The processes of a run: how they connect, and small messages between them."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from gated.devices.processes import clusters, meeting
 
-# The variables in which gRPC finds the hosts that it reaches without a proxy.
+# gRPC reaches the hosts in these variables without a proxy.
 DIRECT = 'no_grpc_proxy', 'no_proxy'
 
 
@@ -24,13 +24,12 @@ def start(
   start_timeout: float,
   peer_timeout: int,
 ) -> None:
-  """Joins the other processes of a run; call it before anything touches a device.
+  """Connects the processes of a run; call it before anything touches a device.
 
-  `coordinator` is '' for a run that is one process, 'auto' to ask the cluster's own
-  environment (docs/clusters.md), or 'host:port' of process 0, also for one process.
-  ValueError if not all have come after `start_timeout` seconds, naming who is missing. A
-  process that later gives no sign of life for `peer_timeout` seconds ends the others,
-  which name it.
+  `coordinator` is '' for a single process, 'auto' to read the cluster's environment
+  (docs/clusters.md), or 'host:port' of process 0. ValueError, listing the missing
+  processes, unless all connect within `start_timeout` seconds. Later, if a process sends
+  no heartbeat for `peer_timeout` seconds, the others end and report it.
   """
   if not start_timeout > 0:
     raise ValueError(f'--start_timeout={start_timeout} must be positive')
@@ -43,12 +42,16 @@ def start(
   end = time.monotonic() + start_timeout
   if coordinator == 'auto':
     if processes > 1:
-      raise ValueError(f'--processes={processes}, but --coordinator=auto finds them out')
+      raise ValueError(
+        f'--processes={processes}, but --coordinator=auto sets the number itself'
+      )
     place = clusters.find(start_timeout)
   else:
     place = clusters.by_hand(coordinator, processes, process)
   if place.process not in range(place.processes):
-    raise ValueError(f'{place}: there is no process {place.process} of {place.processes}')
+    raise ValueError(
+      f'{place}: process {place.process} is outside of {place.processes} processes'
+    )
   meeting.meet(place, end)
   _go_direct(place.address)
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
@@ -62,56 +65,55 @@ def start(
 
 
 def _go_direct(address: str) -> None:
-  """Keeps JAX's runtime from looking for process 0 through a proxy for the web.
-
-  gRPC would, wherever the environment names one, and then waits for ever.
-  """
+  """Excludes process 0 from web proxies, through which gRPC would wait for ever."""
   before = [os.environ[name] for name in DIRECT if os.environ.get(name)]
   host = address.rpartition(':')[0].strip('[]')
   os.environ[DIRECT[0]] = ','.join([*before, host])
-  jax.config.update('jax_check_proxy_envs', False)  # It would warn of them.
+  jax.config.update('jax_check_proxy_envs', False)  # Silences a warning about proxies.
 
 
 def gather(text: str) -> list[str]:
-  """Each process's text, at most 1000 bytes of it, by process; all must call it."""
+  """Each process's text, cut to 1000 bytes; all processes must call it."""
   if jax.process_count() == 1:
     return [text]
-  mine = np.zeros(1000, np.uint8)
-  encoded = text.encode()[: len(mine)]
-  mine[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-  every = np.asarray(multihost_utils.process_allgather(mine))
-  return [row.tobytes().rstrip(b'\0').decode(errors='replace') for row in every]
+  row = np.zeros(1000, np.uint8)
+  encoded = text.encode()[: len(row)]
+  row[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+  rows = np.asarray(multihost_utils.process_allgather(row))
+  return [row.tobytes().rstrip(b'\0').decode(errors='replace') for row in rows]
 
 
-def agree(what: str, digest: str) -> None:
-  """Raises ValueError unless all processes of a run hold the same hexadecimal digest."""
+def agree(subject: str, digest: str) -> None:
+  """Raises ValueError unless the digest is equal in all processes."""
   if set(gather(digest)) != {digest}:
     process = jax.process_index()
-    raise ValueError(f'{what} of process {process} differ from those of another')
+    raise ValueError(
+      f'{subject} of process {process} differ from those of another process'
+    )
 
 
-def same_host(what: str) -> None:
+def same_host(subject: str) -> None:
   """Raises ValueError unless all processes of a run are on one machine."""
   if len(set(gather(platform.node()))) > 1:
-    raise ValueError(f'{what} need all processes of the run on one machine')
+    raise ValueError(f'{subject} need all processes of the run on one machine')
 
 
 def this() -> str:
-  """'This was process 1 of 4.'"""
+  """For example 'This was process 1 of 4.'"""
   return f'This was process {jax.process_index()} of {jax.process_count()}.'
 
 
 def define(flags: Any) -> Callable[[], dict[str, Any]]:
-  """Defines the flags of a run of several processes -> a call that gives their values.
+  """Defines the flags of a run of several processes -> a function that reads them.
 
-  `flags` is absl's module. The values are the arguments of `start`.
+  `flags` is absl's module; the values are arguments of `start`.
   """
   coordinator = flags.DEFINE_string(
     'coordinator', '', "'auto', or HOST:PORT of process 0; '' for a single process."
   )
   count = flags.DEFINE_integer('processes', 1, 'Number of processes of the run.')
   process = flags.DEFINE_integer('process', 0, 'Number of this process, from 0.')
-  timeout = flags.DEFINE_float('start_timeout', 300, 'Seconds to wait for all of them.')
+  timeout = flags.DEFINE_float('start_timeout', 300, 'Seconds to wait for all processes.')
   return lambda: dict(
     coordinator=coordinator.value,
     processes=count.value,

@@ -1,7 +1,7 @@
-"""Where a cluster's own environment says that a run meets: what 'auto' knows.
+"""Finds process 0 of a run in the environment of a cluster, for --coordinator=auto.
 
-JAX knows most clusters, if through a module that is private to it. CLUSTERS are asked
-before, for what JAX would ask of the cluster's interface, or of another package.
+CLUSTERS come first: they read environment variables only, where JAX would need the
+cluster's API or another package. A private module of JAX knows the other clusters.
 """
 
 import os
@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 from jax._src import clusters
 
-PORT = 8476  # Of process 0, where nothing else names one.
+PORT = 8476  # The default port of process 0.
 
-# What JAX looks for. It asks Google's metadata server on machines that have TPU chips.
+# The variables that JAX reads. On machines with TPU chips it queries Google's metadata
+# server.
 SLURM = 'SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID'
 KNOWN = {
   'JobSet': ('JOBSET_NAME',),
@@ -24,21 +25,21 @@ KNOWN = {
 
 
 class Place(NamedTuple):
-  """Where the processes of a run meet, and which of them this is."""
+  """The address of process 0, the number of processes, and the number of this one."""
 
   address: str  # HOST:PORT of process 0
   processes: int
   process: int
-  shared: bool  # Whether the processes of a machine take one of its devices each.
-  named: str  # How the person who started the run named the place.
+  shared: bool  # Whether each process takes one device of its machine.
+  named: str  # The flag that chose the address, for messages.
 
   def __str__(self) -> str:
-    found = f' ({self.address})' if self.address not in self.named else ''
-    return f'{self.named}{found}'
+    address = f' ({self.address})' if self.address not in self.named else ''
+    return f'{self.named}{address}'
 
 
 def by_hand(coordinator: str, processes: int, process: int) -> Place:
-  """What three flags say -> Place; ValueError, naming the flag, if that is none."""
+  """The three flags -> Place; ValueError if --coordinator is not HOST:PORT."""
   host, _, port = coordinator.rpartition(':')
   if not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
     raise ValueError(f"--coordinator={coordinator!r} is neither 'auto' nor HOST:PORT")
@@ -46,9 +47,9 @@ def by_hand(coordinator: str, processes: int, process: int) -> Place:
 
 
 def find(limit: float) -> Place:
-  """What the environment says -> Place, within about `limit` seconds.
+  """The environment -> Place, within about `limit` seconds.
 
-  ValueError if it is of no cluster that is known, or does not say enough.
+  ValueError if no known cluster set it, or if it is incomplete.
   """
   named = '--coordinator=auto'
   try:
@@ -57,28 +58,31 @@ def find(limit: float) -> Place:
         return Place(*place, shared=False, named=named)
     auto = clusters.ClusterEnv.auto_detect_unset_distributed_params
     address, processes, process, _ = auto(None, None, None, [], None, round(limit))
-  except Exception as error:  # Of whatever kind the cluster's own packages raise.
-    told = f'{type(error).__name__}: {error}'.partition('\n')[0][:300]
-    told = f'{error} is not set' if isinstance(error, KeyError) else told
-    raise ValueError(f'{named}, but the cluster cannot be read: {told}') from error
+  except Exception as error:  # The clusters' packages raise any kind.
+    reason = f'{type(error).__name__}: {error}'.partition('\n')[0][:300]
+    reason = f'{error} is not set' if isinstance(error, KeyError) else reason
+    message = f'{named}, but the cluster cannot be read: {reason}'
+    raise ValueError(message) from error
   if address is None or processes is None or process is None:
     unset = {
       name: ', '.join(v for v in variables if v not in os.environ)
       for name, variables in KNOWN.items()
     }
-    each = '; '.join(f'{name}: {what}' if what else name for name, what in unset.items())
+    known = '; '.join(
+      f'{name}: {names}' if names else name for name, names in unset.items()
+    )
     raise ValueError(
-      f'{named}, but this is no cluster that is known (and what is not set here): '
-      f'{each}; a Cloud TPU VM: its chips, and the package libtpu. Elsewhere write '
-      '--coordinator=HOST:PORT --processes=N --process=I'
+      f'{named}, but this is not a known cluster. Known clusters and their variables '
+      f'that are not set: {known}; a Cloud TPU VM: TPU chips and the package libtpu. '
+      'Elsewhere use --coordinator=HOST:PORT --processes=N --process=I'
     )
   return Place(address, processes, process, _one_device_each(os.environ), named)
 
 
 def _one_device_each(env: Mapping[str, str]) -> bool:
-  """Whether the devices of a machine are shared out, one to a process, as JAX would.
+  """Whether JAX should give each process one device of its machine.
 
-  Not where a process is alone on its machine, or the scheduler has shared them out.
+  False if a process is alone on its machine, or if the scheduler assigns the devices.
   """
   tasks, machines = env.get('SLURM_NTASKS'), env.get('SLURM_STEP_NUM_NODES')
   alone = tasks == machines if tasks else env.get('OMPI_COMM_WORLD_LOCAL_SIZE') == '1'
@@ -86,10 +90,10 @@ def _one_device_each(env: Mapping[str, str]) -> bool:
 
 
 def _jobset(env: Mapping[str, str]) -> tuple[str, int, int] | None:
-  """The variables that a JobSet's pods are given -> where, how many, which.
+  """The variables of a JobSet's pod -> (address, processes, process).
 
-  JobSet names its pods NAME-REPLICATED_JOB-JOB-POD, in the domain NAME. Where the pods
-  hold TPUs, JAX knows better.
+  JobSet names its pods NAME-REPLICATED_JOB-JOB-POD, in the domain NAME. Pods with TPUs
+  are left to JAX.
   """
   if 'JOBSET_NAME' not in env or 'TPU_WORKER_HOSTNAMES' in env:
     return None
@@ -102,5 +106,5 @@ def _jobset(env: Mapping[str, str]) -> tuple[str, int, int] | None:
   return env.get('JAX_COORDINATOR_ADDRESS', first), jobs * int(pods), process
 
 
-# Each: the environment -> (HOST:PORT of process 0, how many, which), None if of another.
+# The environment -> (HOST:PORT of process 0, processes, process); None if not set.
 CLUSTERS: dict[str, Callable] = {'JobSet': _jobset}
