@@ -1,8 +1,7 @@
-"""Hugging Face both ways: safetensors <-> parameter tree, config.json <-> model.Config.
+"""Hugging Face checkpoints: safetensors <-> parameter tree, config.json <-> model.Config.
 
-Read are Qwen3, dense or with experts, with or without the authors' gates; and the gate of
-Qwen3-Next, where it has no layers of linear attention. Written are Qwen3 and its gated
-kin. One table of names serves both directions.
+Supports Qwen3, dense or with experts, with or without the authors' gates, and dense
+Qwen3-Next without linear attention.
 """
 
 import dataclasses
@@ -24,7 +23,7 @@ from gated.model.layers import DTYPES
 
 __all__ = ['check', 'config', 'is_checkpoint', 'load', 'read', 'save']
 
-# What a run may set otherwise than the checkpoint that it starts from: a longer context.
+# Knobs that may differ from the initial checkpoint, for a longer context.
 MAY_DIFFER = (
   'config.model.attn.rope_base',
   'config.model.attn.yarn.',
@@ -32,7 +31,7 @@ MAY_DIFFER = (
 )
 SHARD_BYTES = 2 << 30
 CENTRED = (
-  'norms are kept less one there, and 1 + w loses most of a small w unless weights are '
+  'norms store w = scale - 1 there, and 1 + w loses most of a small w unless weights are '
   'kept in float32 (config.model.numerics.weights)'
 )
 
@@ -44,9 +43,9 @@ def load(
 ) -> model.Transformer:
   """A folder -> the model, `model(tokens) -> logits`, on the default device.
 
-  Weights are kept in `dtype`, by default as the embedding is in the files, and compute is
-  in the same unless told otherwise. Those of Qwen3-Next are kept in float32, for its
-  norms add 1 to what is in the files. ValueError names what cannot be read.
+  Weights are kept in `dtype`, by default the dtype of the embedding in the files;
+  `compute` defaults to the same. Qwen3-Next needs float32 weights, because 1 is added to
+  its norms. ValueError if the checkpoint is invalid or unsupported.
   """
   cfg = config(directory, dtype=dtype, compute=compute)
   return read(directory, model.abstract(cfg))
@@ -61,9 +60,9 @@ def config(
   for name, value in (('dtype', kept), ('compute', compute or kept)):
     one_of(name, value, DTYPES)
   numerics = {'weights': kept, 'compute': compute or kept}
-  there = _meaning(source, {'numerics': numerics})
-  if not there.centred or kept == 'float32':
-    return there.cfg
+  meant = _meaning(source, {'numerics': numerics})
+  if not meant.centred or kept == 'float32':
+    return meant.cfg
   if dtype:
     raise ValueError(f'{source.directory}: dtype={dtype!r}, but {CENTRED}')
   return _meaning(source, {'numerics': numerics | {'weights': 'float32'}}).cfg
@@ -72,7 +71,7 @@ def config(
 def check(directory: str | Path, like: model.Transformer, *, fresh: bool = False) -> None:
   """Raises ValueError unless `read` can fill `like`; reads headers only.
 
-  With `fresh`, a gate that the checkpoint lacks is no fault.
+  With `fresh`, the checkpoint may lack a gate.
   """
   _matched(files.Tensors(directory), like, fresh)
 
@@ -80,12 +79,11 @@ def check(directory: str | Path, like: model.Transformer, *, fresh: bool = False
 def read(
   directory: str | Path, like: model.Transformer, fresh: model.Transformer | None = None
 ) -> model.Transformer:
-  """A folder -> the model, placed as the abstract model `like` says.
+  """A folder -> the model, with the dtypes and shardings of the abstract model `like`.
 
-  Leaves of `like` are `jax.ShapeDtypeStruct`, with shardings or without. A gate that the
-  checkpoint lacks is taken from `fresh`. Host memory holds one leaf at a time, and one
-  tensor of theirs. The ValueError of a checkpoint that does not fit names each of its
-  tensors that does not.
+  Leaves of `like` are `jax.ShapeDtypeStruct`; shardings are optional. A gate missing from
+  the checkpoint is copied from `fresh`. Host memory holds one leaf and one of the file's
+  tensors at a time. ValueError names the tensors that do not fit `like`.
   """
   source = files.Tensors(directory)
   entries = _matched(source, like, fresh is not None)
@@ -97,11 +95,11 @@ def read(
         filled[name] = _place(_gather(source, entry, name, leaves[name]), leaves[name])
       else:
         _check_zero(source, entry, name)
-  kept = leaves.keys() - filled.keys()
-  if kept:
+  missing = leaves.keys() - filled.keys()
+  if missing:
     start = trees.flatten(fresh)
-    filled |= {name: start[name] for name in kept}
-    _log.info('%s lacks %s, which starts afresh', directory, ', '.join(sorted(kept)))
+    filled |= {name: start[name] for name in missing}
+    _log.info('%s lacks %s: initialized', directory, ', '.join(sorted(missing)))
   return trees.unflatten(like, filled)
 
 
@@ -114,16 +112,16 @@ def save(
   packing: str = 'grouped',
   also: Mapping[str, Any] | None = None,
 ) -> None:
-  """A model -> a new folder, which transformers opens where it knows the architecture.
+  """Writes a model to a new folder.
 
-  Without a gate that is Qwen3 or Qwen3-MoE. With one, packing 'grouped' is the authors'
-  Qwen3, which only their code opens; 'per_head' writes a dense model with an elementwise
-  gate as Qwen3-Next, which transformers knows. Tensors keep their dtype unless `dtype`
-  names another. `also` are keys of config.json without an effect on logits. ValueError
-  names each knob that Hugging Face has no word for.
+  Without a gate, the format is Qwen3 or Qwen3-MoE. With a gate, packing 'grouped' writes
+  the authors' Qwen3, which only their code opens; 'per_head' writes a dense model with an
+  elementwise gate as Qwen3-Next, which transformers opens. `dtype` defaults to that of
+  each tensor. `also` are keys of config.json without an effect on logits. ValueError
+  names each unsupported knob.
   """
   if jax.process_count() > 1:
-    raise ValueError('only a single process writes a Hugging Face checkpoint')
+    raise ValueError('saving a Hugging Face checkpoint needs a single process')
   one_of('dtype', dtype, (None, *DTYPES))
   kept = dtype or params.cfg.numerics.weights
   content, groups, centred = knobs.write(params.cfg, packing, kept, also or {})
@@ -133,10 +131,10 @@ def save(
   assert leaves.keys() <= {name for entry in entries for name in entry.ours}
   pieces = list(_pieces(entries))
   headers = {}
+  their_dtypes = {ours: theirs for theirs, ours in files.DTYPES.items()}
   for entry, name, _ in pieces:
-    wanted = dtype or str(leaves[entry.ours[0]].dtype)
-    theirs = next(k for k, ours in files.DTYPES.items() if ours == wanted)
-    headers[name] = files.Tensor(entry.shape, theirs)
+    written = dtype or str(leaves[entry.ours[0]].dtype)
+    headers[name] = files.Tensor(entry.shape, their_dtypes[written])
   arrays = _packed(pieces, leaves, headers)
   files.write(directory, content, headers, arrays, shard_bytes)
 
@@ -145,13 +143,13 @@ def _meaning(source: files.Tensors, base: Mapping[str, Any]) -> meaning.Meaning:
   path = source.directory / files.CONFIG
   content = files.read_json(path)
   try:
-    found = meaning.read(content, base)
-    # Names are about to be made for all of them.
-    experts = 0 if _fused(source) else found.cfg.moe.experts
-    for name, count in (('layers', found.cfg.depth), ('experts', experts)):
+    meant = meaning.read(content, base)
+    # Checked before a name is made for each layer and expert.
+    experts = 0 if _fused(source) else meant.cfg.moe.experts
+    for name, count in (('layers', meant.cfg.depth), ('experts', experts)):
       if count > len(source.headers):
         raise ValueError(f'{count} {name}, but there are {len(source.headers)} tensors')
-    return found
+    return meant
   except ValueError as error:
     raise ValueError(f'{path}: {error}'[:1000]) from error
 
@@ -161,7 +159,7 @@ def _fused(source: files.Tensors) -> bool:
 
 
 def _dtype(source: files.Tensors) -> str:
-  """The dtype that the embedding has in the files; another kind is named by `check`."""
+  """The embedding's dtype in the files; float32 if it is missing or unsupported."""
   embedding = source.headers.get(names.TABLE[0][0])
   return files.DTYPES.get(embedding.dtype if embedding else '', 'float32')
 
@@ -169,55 +167,56 @@ def _dtype(source: files.Tensors) -> str:
 def _matched(
   source: files.Tensors, like: model.Transformer, fresh: bool
 ) -> list[names.Entry]:
-  """The lines of the table that fill `like`; ValueError if headers do not suit them."""
-  there = _meaning(source, dataclasses.asdict(like.cfg))
-  adds = fresh and not there.groups
-  _check_knobs(source, there.cfg, like.cfg, adds)
-  layout = names.Layout(groups=there.groups, centred=there.centred, fused=_fused(source))
+  """The rows of the table that fill `like`; ValueError if the headers do not fit."""
+  meant = _meaning(source, dataclasses.asdict(like.cfg))
+  adds = fresh and not meant.groups
+  _check_knobs(source, meant.cfg, like.cfg, adds)
+  layout = names.Layout(groups=meant.groups, centred=meant.centred, fused=_fused(source))
   leaves = trees.flatten(like)
   entries = names.table(leaves, layout)
   covered = {name for entry in entries for name in entry.ours}
   faults = [
-    f'{name} of ours has no counterpart'
+    f'{name} is missing in the checkpoint'
     for name in leaves.keys() - covered - ({names.GATE} if adds else set())
   ]
-  wanted = {name: entry.shape for entry in entries for name in entry.names()}
-  faults += _faults(source, wanted, tied=like.cfg.tied)
+  shapes = {name: entry.shape for entry in entries for name in entry.names()}
+  faults += _faults(source, shapes, tied=like.cfg.tied)
   faults += [
-    f'{name} of ours is {leaves[name].dtype}, but {CENTRED}'
+    f'{name} is {leaves[name].dtype}, but {CENTRED}'
     for entry in entries
     for name in entry.ours
     if entry.form is names.FORMS['centred'] and leaves[name].dtype != jnp.float32
   ]
   if faults:
-    told = '; '.join(sorted(faults)[:20])
-    raise ValueError(f'{source.directory} has {len(faults)} faults: {told}')
+    first = '; '.join(sorted(faults)[:20])
+    raise ValueError(f'{source.directory} has {len(faults)} faults: {first}')
   return entries
 
 
 def _check_knobs(source, theirs: model.Config, ours: model.Config, adds: bool) -> None:
-  """Raises ValueError, naming each knob, if two configs do not compute the same."""
+  """Raises ValueError, with the knobs, if two configs differ in what they compute."""
   a, b = ({'model': dataclasses.asdict(cfg)} for cfg in (theirs, ours))
   may = MAY_DIFFER + (('config.model.attn.gate.',) if adds else ())
-  told = [
-    f'{knob}={here!r}, but {there!r} there'
-    for knob, (there, here) in differences(a, b).items()
+  faults = [
+    f'{knob}={our!r}, but the checkpoint has {their!r}'
+    for knob, (their, our) in differences(a, b).items()
     if not knob.startswith(may)
   ]
-  if told:
-    raise ValueError(f'{source.directory}: ' + '; '.join(told))
+  if faults:
+    raise ValueError(f'{source.directory}: ' + '; '.join(faults))
 
 
 def _faults(
-  source: files.Tensors, wanted: dict[str, tuple[int, ...]], tied: bool
+  source: files.Tensors, shapes: dict[str, tuple[int, ...]], tied: bool
 ) -> list[str]:
-  """What is missing, extra, of another shape, or of a dtype that is not read."""
-  have = source.headers
-  faults = [f'{name} is missing' for name in wanted.keys() - have.keys()]
-  for name, tensor in have.items():
-    shape = wanted.get(name)
+  """Lists tensors that are missing, unexpected, or of another shape or dtype."""
+  faults = [f'{name} is missing' for name in shapes.keys() - source.headers.keys()]
+  for name, tensor in source.headers.items():
+    shape = shapes.get(name)
     if tensor.dtype not in files.DTYPES:
-      faults.append(f'{name} has dtype {tensor.dtype}, but F32 and BF16 are read')
+      faults.append(
+        f'{name} has dtype {tensor.dtype}, but only F32 and BF16 are supported'
+      )
     elif shape is None:
       if not (tied and _repeats_embedding(source, name)):
         faults.append(f'{name} is not expected')
@@ -227,7 +226,7 @@ def _faults(
 
 
 def _repeats_embedding(source: files.Tensors, name: str) -> bool:
-  """Whether a tensor is an unembedding equal to the embedding, as some files have it."""
+  """Whether a tensor is an unembedding equal to the embedding; some files store both."""
   embed, head = names.TABLE[0][0], names.TABLE[-1][0]
   if name != head or source.headers.get(embed) != source.headers[name]:
     return False
@@ -237,9 +236,9 @@ def _repeats_embedding(source: files.Tensors, name: str) -> bool:
 
 
 def _gather(source: files.Tensors, entry: names.Entry, name: str, like) -> np.ndarray:
-  """One leaf of ours, all its layers, in its dtype.
+  """Reads all layers of one of our leaves, in its dtype.
 
-  Where leaves share a tensor, it is read for each: one pass would hold them all.
+  A tensor shared by several leaves is read once per leaf, to hold one leaf at a time.
   """
   array = np.empty(like.shape, like.dtype)
   at = entry.ours.index(name)
@@ -249,7 +248,7 @@ def _gather(source: files.Tensors, entry: names.Entry, name: str, like) -> np.nd
 
 
 def _check_zero(source: files.Tensors, entry: names.Entry, name: str) -> None:
-  """Raises ValueError unless the rows of a leaf that ours lack are zero."""
+  """Raises ValueError unless the rows of a leaf that our model lacks are zero."""
   at = entry.ours.index(name)
   for theirs, _, row in entry.places():
     if entry.unpack(source.read(theirs, row))[at].any():
@@ -262,37 +261,31 @@ def _place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
   else:
     take = lambda index: array[index]
     placed = jax.make_array_from_callback(array.shape, like.sharding, take)
-  # A transfer under way would keep its leaf in host memory beside the next one.
+  # Waits, because an unfinished transfer keeps its leaf in host memory.
   return jax.block_until_ready(placed)
 
 
 def _pieces(entries: list[names.Entry]) -> Iterator[tuple[names.Entry, str, tuple]]:
-  """Each tensor of theirs with its line and index: those outside of layers come first."""
-  outside = [entry for entry in entries if not entry.leading]
-  inside = [entry for entry in entries if entry.leading]
-  for entry in outside:
-    yield from ((entry, name, index) for name, index, _ in entry.places())
-  by_layer: dict[int, list] = {}
-  for entry in inside:
-    for name, index, _ in entry.places():
-      by_layer.setdefault(index[0], []).append((entry, name, index))
-  for pieces in by_layer.values():
-    yield from pieces
+  """Each of their tensors with its entry and index; those outside of layers first."""
+  pieces = [
+    (entry, name, index) for entry in entries for name, index, _ in entry.places()
+  ]
+  yield from sorted(pieces, key=lambda piece: piece[2][:1])  # A stable sort, by layer.
 
 
 def _packed(pieces, leaves, headers) -> Iterator[tuple[str, np.ndarray]]:
-  """The tensors of theirs, in order; one layer of a leaf is in host memory at a time."""
-  held: tuple[Any, list[np.ndarray]] = (None, [])
+  """Their tensors, in order; host memory holds one layer of an entry at a time."""
+  loaded, arrays = None, []
   for entry, name, index in pieces:
-    if held[0] != (entry.ours, index[:1]):
-      held = (entry.ours, index[:1]), _layer(entry, leaves, index[:1])
-    packed = entry.pack([array[index[1:]] for array in held[1]])
+    if loaded != (entry.ours, index[:1]):
+      loaded, arrays = (entry.ours, index[:1]), _layer(entry, leaves, index[:1])
+    packed = entry.pack([array[index[1:]] for array in arrays])
     dtype = jnp.dtype(files.DTYPES[headers[name].dtype])
     yield name, packed.astype(dtype)
 
 
 def _layer(entry: names.Entry, leaves, index: tuple) -> list[np.ndarray]:
-  """One layer of the arrays of ours that a line holds; zeros where ours have none."""
+  """One layer of an entry's arrays; zeros for leaves that our model lacks."""
   first = leaves[entry.ours[0]]
   return [
     np.asarray(leaves[name][index] if index else leaves[name])
