@@ -25,8 +25,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import train_step
 
-from gated import plan
 from gated.devices import mesh
+from gated.plan import Plan
 from gated.run import checkpoint
 from gated.train import step
 
@@ -223,12 +223,12 @@ def memory(folder):
   """-> MB in use after each save of a run of tiny steps."""
   recipe = str(Path(__file__).resolve().parents[1] / 'configs/tiny.py')
   cfg = train_step.recipe(recipe, [f'steps={STEPS}', *TINY])
-  the = plan.Plan(cfg)
-  run, state = the.train_step().compile(), the.init()
+  plan = Plan(cfg)
+  run, state = plan.train_step().compile(), plan.init()
   rng, used = np.random.default_rng(0), []
   with checkpoint.Checkpoints(folder / 'tiny', keep=2, keep_every=0) as saved:
     for number in range(1, STEPS + 1):
-      batch = mesh.place(train_step.random_batch(cfg, rng), the.mesh, cfg.batch)
+      batch = mesh.place(train_step.random_batch(cfg, rng), plan.mesh, cfg.batch)
       state, _ = run(state, batch)
       if number % (STEPS // SAVES) == 0:
         saved.save(number, state, ABOUT)

@@ -19,8 +19,9 @@ import jax
 import numpy as np
 
 from configs import base
-from gated import config, data, plan
+from gated import config, data
 from gated.devices import mesh
+from gated.plan import Config, Plan
 from gated.run import metrics
 
 
@@ -40,7 +41,7 @@ def recipe(spec, overrides):
     for part in path:
       group = group[part]
     group[last] = value if isinstance(group[last], str) else ast.literal_eval(value)
-  return config.build(plan.Config, c.to_dict(), 'config')
+  return config.build(Config, c.to_dict(), 'config')
 
 
 def random_batch(cfg, rng):
@@ -55,22 +56,24 @@ def random_batch(cfg, rng):
 
 
 def measure(cfg, steps):
-  the = plan.Plan(cfg)
+  plan = Plan(cfg)
   begun = time.perf_counter()
-  step = the.train_step().compile()
+  step = plan.train_step().compile()
   compiled = time.perf_counter() - begun
   rng = np.random.default_rng(0)
-  batches = [mesh.place(random_batch(cfg, rng), the.mesh, cfg.batch) for _ in range(4)]
-  state, times = the.init(), []
+  batches = [mesh.place(random_batch(cfg, rng), plan.mesh, cfg.batch) for _ in range(4)]
+  state, times = plan.init(), []
   for i in range(steps + 2):
     begun = time.perf_counter()
     state, values = step(state, batches[i % 4])
     jax.block_until_ready(values)
     times.append(time.perf_counter() - begun)
   seconds = statistics.median(times[2:])
-  rate = the.tokens_per_step / seconds
+  rate = plan.tokens_per_step / seconds
   peak = metrics.peak(jax.devices()[0])
-  mfu = rate * the.flops_per_token / (peak * jax.device_count()) if peak else float('nan')
+  mfu = (
+    rate * plan.flops_per_token / (peak * jax.device_count()) if peak else float('nan')
+  )
   stats = step.memory_analysis()
   need = (stats.argument_size_in_bytes + stats.temp_size_in_bytes) / 2**30
   used = metrics.memory().get('memory_peak_bytes', 0) / 2**30
