@@ -665,7 +665,7 @@ def test_the_states_of_jobsets_are_read():
 
 
 @pytest.mark.parametrize(
-  ('options', 'folder', 'said'),
+  ('options', 'folder', 'message'),
   [
     (dict(on='pbs'), '/a', "--on='pbs', but allowed are slurm, skypilot, jobset, tpu"),
     (dict(on='slurm'), '/a', '--on=slurm needs --accelerator=..., --partition=...'),
@@ -708,14 +708,14 @@ def test_the_states_of_jobsets_are_read():
     ),
   ],
 )
-def test_what_cannot_be_meant_is_refused(options, folder, said):
+def test_invalid_options_are_refused(options, folder, message):
   with pytest.raises(ValueError) as refused:
     checks.options(launch.Options(**options), folder)
-  assert said in str(refused.value) and '\n' not in str(refused.value)
+  assert message in str(refused.value) and '\n' not in str(refused.value)
 
 
 @pytest.mark.parametrize(
-  ('on', 'accelerator', 'said'),
+  ('on', 'accelerator', 'message'),
   [
     ('slurm', 'v5p:2x2x1', 'with --on=slurm, but allowed are cpu and GPUs'),
     ('tpu', 'h100:8', 'with --on=tpu, but allowed are v4, v5e'),
@@ -723,13 +723,13 @@ def test_what_cannot_be_meant_is_refused(options, folder, said):
     ('skypilot', 'h100-nvl:4', 'h100-nvl has no known name on SkyPilot'),
   ],
 )
-def test_an_accelerator_that_a_scheduler_does_not_have_is_refused(on, accelerator, said):
-  with pytest.raises(ValueError, match=said):
+def test_an_accelerator_that_a_scheduler_lacks_is_refused(on, accelerator, message):
+  with pytest.raises(ValueError, match=message):
     submission(on, accelerator=accelerator)
 
 
 @pytest.mark.parametrize('on', launch.TARGETS)
-def test_a_scheduler_that_is_not_installed_is_named_with_the_way_to_it(on, monkeypatch):
+def test_a_missing_scheduler_is_refused_with_instructions(on, monkeypatch):
   monkeypatch.setenv('PATH', '/nowhere')
   target = launch.TARGETS[on]
   with pytest.raises(ValueError) as refused:
@@ -738,7 +738,7 @@ def test_a_scheduler_that_is_not_installed_is_named_with_the_way_to_it(on, monke
 
 
 @pytest.mark.parametrize(
-  ('on', 'knobs', 'said'),
+  ('on', 'knobs', 'message'),
   [
     (
       'jobset',
@@ -760,16 +760,16 @@ def test_a_scheduler_that_is_not_installed_is_named_with_the_way_to_it(on, monke
     ('skypilot', dict(), ''),
   ],
 )
-def test_data_that_no_job_would_find_is_refused(on, knobs, said):
+def test_data_that_no_job_can_read_is_refused(on, knobs, message):
   try:
     checks.reachable(small.recipe(**knobs), on)
-    told = ''
-  except ValueError as error:
-    told = str(error)
-  assert said in told and bool(said) == bool(told)
+    error = ''
+  except ValueError as refusal:
+    error = str(refusal)
+  assert message in error and bool(message) == bool(error)
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+def test_a_read_only_folder_is_refused(tmp_path):
   (tmp_path / 'file').touch()
   with pytest.raises(ValueError, match='cannot be written from here'):
     checks.writable(str(tmp_path / 'file/below'))
@@ -777,7 +777,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
   assert list((tmp_path / 'new').iterdir()) == []
 
 
-def test_a_bucket_is_written_once_and_left_as_it_was(remote):
+def test_the_write_check_leaves_a_bucket_unchanged(remote):
   checks.writable(f'{remote}/sweep')
   assert storage.names(f'{remote}/sweep') == []
   with pytest.raises(ValueError, match='cannot be written from here'):
@@ -787,7 +787,7 @@ def test_a_bucket_is_written_once_and_left_as_it_was(remote):
 # --- Submitted, listed, deleted ---
 
 
-def test_what_a_scheduler_took_is_recorded_and_only_that_is_deleted(tmp_path):
+def test_accepted_jobs_are_recorded_and_only_they_are_deleted(tmp_path):
   folder = str(tmp_path / 'sweep')
   s = submission('slurm', folder=folder)
   called = []
@@ -809,7 +809,7 @@ def test_what_a_scheduler_took_is_recorded_and_only_that_is_deleted(tmp_path):
     launch.read(folder)
 
 
-def test_a_scheduler_that_refuses_in_the_middle_leaves_what_it_took_on_record(remote):
+def test_jobs_accepted_before_a_refusal_stay_recorded(remote):
   folder = f'{remote}/sweep'
   s = submission('skypilot', folder=folder, count=3)
   called = []
@@ -833,7 +833,7 @@ def test_a_scheduler_that_refuses_in_the_middle_leaves_what_it_took_on_record(re
 
 
 @pytest.mark.parametrize('on', ['slurm', 'tpu'])
-def test_what_is_created_as_we_are_killed_can_be_deleted(on, tmp_path, monkeypatch):
+def test_jobs_of_an_interrupted_submission_can_be_deleted(on, tmp_path, monkeypatch):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
   s = submission(on)
   s = dataclasses.replace(s.work, folder=str(tmp_path)), s.files, s.commands
@@ -846,11 +846,11 @@ def test_what_is_created_as_we_are_killed_can_be_deleted(on, tmp_path, monkeypat
     launch.submit(launch.Submission(*s), killed)
   record = launch.read(tmp_path)
   assert launch.delete(tmp_path, record, lambda c: called.append(c) or '') == []
-  named = {'slurm': f'--name={record["label"]}', 'tpu': record['jobs'][0]['job']}
-  assert [named[on] in command for command in called] == [True]
+  names = {'slurm': f'--name={record["label"]}', 'tpu': record['jobs'][0]['job']}
+  assert [names[on] in command for command in called] == [True]
 
 
-def test_what_cannot_be_deleted_is_told_and_stays_on_record(tmp_path):
+def test_jobs_that_cannot_be_deleted_are_reported_and_stay_recorded(tmp_path):
   folder = str(tmp_path)
   s = submission('slurm', folder=folder)
   record = launch.submit(s, lambda command: '4711')
@@ -867,32 +867,31 @@ def test_what_cannot_be_deleted_is_told_and_stays_on_record(tmp_path):
   assert not (tmp_path / 'launched.json').exists()
 
 
-def test_two_sweeps_of_one_name_do_not_share_a_label():
+def test_two_sweeps_with_the_same_name_have_different_labels():
   assert launch.label('/a/lr_sweep') != launch.label('/b/lr_sweep')
   for folder in ('/a/lr_sweep', 'gs://b/LR Sweep, 2026!/', '/1/2', '/x' * 99):
     assert re.fullmatch(r'[a-z][a-z0-9-]*-[0-9a-f]{7}', launch.label(folder))
     assert len(launch.label(folder)) <= 32
 
 
-def test_a_failing_command_is_told_with_its_own_words():
+def test_the_error_of_a_failed_command_contains_its_message():
   with pytest.raises(ValueError, match=r'sh -c .* failed: no such partition'):
     launch.call(['sh', '-c', 'echo no such partition >&2; exit 1'])
 
 
-# --- SLURM, for real ---
+# --- SLURM's commands, by stand-ins ---
 
 
-def wait(seen, what, seconds=240, pause=0.05):
+def wait(condition, message, seconds=240, pause=0.05):
   end = time.monotonic() + seconds
-  while not (found := seen()):
-    assert time.monotonic() < end, what()
+  while not condition():
+    assert time.monotonic() < end, message()
     time.sleep(pause)
-  return found
 
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-  """SLURM's commands, as tests/schedulers has them, before any others."""
+  """Puts the stand-ins of tests/schedulers first in PATH."""
   monkeypatch.setenv(
     'PATH', f'{SCHEDULERS}:{Path(sys.executable).parent}:{os.environ["PATH"]}'
   )
@@ -902,11 +901,11 @@ def cluster(tmp_path, monkeypatch):
   for name, value in env.items():
     monkeypatch.setenv(name, value)
   yield tmp_path / 'slurm'
-  for job in (tmp_path / 'slurm').glob('[0-9]*'):  # What a failed test has left.
+  for job in (tmp_path / 'slurm').glob('[0-9]*'):  # Left by a failed test.
     launch.call(['scancel', job.name])
 
 
-def test_sbatch_refuses_an_option_with_a_slip(cluster, tmp_path):
+def test_sbatch_refuses_an_option_with_a_typo(cluster, tmp_path):
   script = tmp_path / 'a.sbatch'
   text = submission('slurm', folder=str(tmp_path)).files['sweep.sbatch']
   assert '#SBATCH --ntasks-per-node=1' in text
@@ -922,10 +921,10 @@ workdir.mkdir(parents=True, exist_ok=True)
 
 def leave(*_):
   time.sleep(0.3)
-  (workdir / 'told').touch()
+  (workdir / 'stopped').touch()
   sys.exit(4)
 
-if (workdir / 'told').exists():
+if (workdir / 'stopped').exists():
   sys.exit(0)
 signal.signal(signal.SIGTERM, leave)
 (workdir / 'up').touch()
@@ -935,20 +934,18 @@ while True:
 
 
 def begun(tmp_path, body, **options):
-  """A point whose train.py is `body`, handed to SLURM -> the record, the workdir."""
+  """Submits a point with `body` as train.py to SLURM -> the record, the workdir."""
   folder = tmp_path / 'a sweep'
   folder.mkdir()
   _, sha256 = archived(folder, body)
-  here = dict(
-    accelerator='cpu', interpreter=sys.executable, cache=str(tmp_path / 'cache')
-  )
-  given = here | options
-  s = submission('slurm', folder=str(folder), count=1, sha256=sha256, **given)
+  cache = str(tmp_path / 'cache')
+  local = dict(accelerator='cpu', interpreter=sys.executable, cache=cache) | options
+  s = submission('slurm', folder=str(folder), count=1, sha256=sha256, **local)
   return launch.submit(s), Path(s.work.points[0].workdir)
 
 
 def at_the_end(cluster, record):
-  """The state of the only task, once it neither waits nor runs."""
+  """Waits for the end of the only task -> its state."""
   log = lambda: '\n'.join(path.read_text() for path in cluster.parent.rglob('*.log'))
   wait(lambda: not launch.states(record), log, 30, pause=0.2)
   return json.loads((cluster / record['told'][0] / '0.json').read_text())
@@ -958,26 +955,26 @@ def at_the_end(cluster, record):
 def test_a_task_at_its_time_limit_saves_and_is_requeued(cluster, tmp_path):
   record, workdir = begun(tmp_path, LEAVES)
   wait((workdir / 'up').exists, lambda: 'it did not start', 30)
-  # As SLURM does, by --signal=B:USR1@120.
+  # SLURM sends this signal because of --signal=B:USR1@120.
   launch.call(['scancel', '--signal=USR1', '--batch', f'{record["told"][0]}_0'])
   task = at_the_end(cluster, record)
-  assert (workdir / 'told').exists()
+  assert (workdir / 'stopped').exists()
   assert (task['state'], task['restarts']) == ('COMPLETED', 1)
 
 
 @pytest.mark.slow
-def test_a_task_that_is_deleted_does_not_come_again(cluster, tmp_path):
-  """It saves in the time that it has, and leaves with the code of who goes on."""
+def test_a_deleted_task_saves_and_is_not_requeued(cluster, tmp_path):
+  """Its exit code says that it could resume."""
   record, workdir = begun(tmp_path, LEAVES)
   wait((workdir / 'up').exists, lambda: 'it did not start', 30)
   assert launch.delete(workdir.parents[1], record) == []
   task = at_the_end(cluster, record)
-  assert (workdir / 'told').exists()
+  assert (workdir / 'stopped').exists()
   assert (task['state'], task['restarts'], task['code']) == ('CANCELLED', 0, 4)
 
 
 @pytest.mark.slow
-def test_who_waits_for_a_process_that_failed_is_not_waited_for(
+def test_a_failed_process_ends_the_processes_that_wait_for_it(
   cluster, tmp_path, monkeypatch
 ):
   monkeypatch.setattr(slurm, 'PATIENCE', 0.3)
@@ -992,11 +989,11 @@ def test_who_waits_for_a_process_that_failed_is_not_waited_for(
 SWEEP = ('--config=configs/tiny.py', '--axis=optim.lr=1e-3,4e-3')
 
 
-def told(capsys, *argv):
-  """What `sweep.py ARGV` leaves with, and what it says."""
+def call(capsys, *argv):
+  """Runs `sweep.py ARGV` -> exit code, output."""
   code = cli.main([str(word) for word in argv])
-  said = capsys.readouterr()
-  return code, said.out + said.err
+  output = capsys.readouterr()
+  return code, output.out + output.err
 
 
 FLAGS = {
@@ -1005,7 +1002,7 @@ FLAGS = {
 }
 
 
-def test_a_dry_run_prints_all_files_and_commands_and_touches_nothing(
+def test_a_dry_run_prints_files_and_commands_and_changes_nothing(
   tmp_path, monkeypatch, capsys
 ):
   def touched(*args, **opts):
@@ -1015,11 +1012,11 @@ def test_a_dry_run_prints_all_files_and_commands_and_touches_nothing(
     monkeypatch.setattr(place, name, touched)
   folder = tmp_path / 'sweep'
   argv = ['submit', *SWEEP, f'--dir={folder}', *FLAGS['slurm'], '--dry_run']
-  code, said = told(capsys, *argv)
+  code, out = call(capsys, *argv)
   assert code == 0 and list(tmp_path.iterdir()) == []
-  assert '#SBATCH --array=0-1\n' in said and '#SBATCH --gpus-per-node=8\n' in said
-  assert said.count('--config.optim.lr=0.004') == 1
-  assert said.endswith(f'\n\nsbatch --parsable {folder}/launch/sweep.sbatch\n')
+  assert '#SBATCH --array=0-1\n' in out and '#SBATCH --gpus-per-node=8\n' in out
+  assert out.count('--config.optim.lr=0.004') == 1
+  assert out.endswith(f'\n\nsbatch --parsable {folder}/launch/sweep.sbatch\n')
 
 
 @pytest.mark.parametrize('on', ['skypilot', 'jobset', 'tpu'])
@@ -1029,14 +1026,12 @@ def test_a_dry_run_for_a_cloud_prints_a_command_for_each_point(
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   folder = f'{gs}/{tmp_path.name}'
   argv = ['submit', *SWEEP, f'--dir={folder}', *FLAGS[on], '--dry_run', '--only=lr=0.004']
-  code, said = told(capsys, *argv)
+  code, out = call(capsys, *argv)
   commands = [
-    line for line in said.splitlines() if line.startswith(launch.TARGETS[on].command)
+    line for line in out.splitlines() if line.startswith(launch.TARGETS[on].command)
   ]
-  assert code == 0 and len(commands) == 1, said
-  assert (
-    '--config.optim.lr=0.004' in said and f'--workdir={folder}/points/lr0.004' in said
-  )
+  assert code == 0 and len(commands) == 1, out
+  assert '--config.optim.lr=0.004' in out and f'--workdir={folder}/points/lr0.004' in out
   assert list(tmp_path.iterdir()) == [] and storage.names(folder) == []
 
 
@@ -1048,19 +1043,19 @@ def test_a_dry_run_needs_no_bucket(tmp_path, monkeypatch, capsys):
 
   monkeypatch.setattr(sweep, 'state', down)
   argv = ['submit', *SWEEP, '--dir=gs://bucket/lr', *FLAGS['tpu']]
-  code, said = told(capsys, *argv, '--dry_run')
-  assert code == 0 and said.count('\ngcloud compute') == 2
-  assert 'gs://bucket/lr cannot be read from here, so every point is shown' in said
+  code, out = call(capsys, *argv, '--dry_run')
+  assert code == 0 and out.count('\ngcloud compute') == 2
+  assert 'gs://bucket/lr cannot be read from here, so every point is shown' in out
   for place, name in ((desk.checks, 'installed'), (desk.checks, 'writable')):
     monkeypatch.setattr(place, name, lambda *_: None)
   monkeypatch.setattr(sweep, 'write', lambda swept: swept)
   monkeypatch.setattr(storage, 'exists', lambda path: False)
-  code, said = told(capsys, *argv)
-  assert (code, said) == (2, 'sweep.py: gs://bucket/lr: no network\n')
+  code, out = call(capsys, *argv)
+  assert (code, out) == (2, 'sweep.py: gs://bucket/lr: no network\n')
 
 
 @pytest.mark.parametrize(
-  ('argv', 'said'),
+  ('argv', 'message'),
   [
     (['--on=slurm'], '--on=slurm needs --accelerator=..., --partition=...'),
     ([*FLAGS['slurm'], '--queue=a'], '--queue=a with --on=slurm, but it is for jobset'),
@@ -1070,26 +1065,26 @@ def test_a_dry_run_needs_no_bucket(tmp_path, monkeypatch, capsys):
     ([*FLAGS['slurm']], 'needs sbatch, which is not installed: run this'),
   ],
 )
-def test_a_submission_that_cannot_be_is_refused_in_one_line(
-  argv, said, tmp_path, monkeypatch, capsys
+def test_an_impossible_submission_is_refused_in_one_line(
+  argv, message, tmp_path, monkeypatch, capsys
 ):
   monkeypatch.setenv('PATH', '/nowhere')
-  code, out = told(capsys, 'submit', *SWEEP, f'--dir={tmp_path / "sweep"}', *argv)
-  assert code == 2 and said in out and out.count('\n') == 1
+  code, out = call(capsys, 'submit', *SWEEP, f'--dir={tmp_path / "sweep"}', *argv)
+  assert code == 2 and message in out and out.count('\n') == 1
   assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sweep_that_was_never_submitted_has_nothing_to_list_or_delete(tmp_path, capsys):
+def test_a_sweep_without_submission_cannot_be_listed_or_deleted(tmp_path, capsys):
   swept = cli.planned(*_parsed(f'--dir={tmp_path / "sweep"}'))
   sweep.write(swept)
   for verb in desk.COMMANDS:
-    code, out = told(capsys, verb, swept.folder)
+    code, out = call(capsys, verb, swept.folder)
     assert code == 2 and 'is not submitted: launched.json is missing' in out
 
 
 GCLOUD = """#!/bin/sh
-printf '%s ' "$@" >>"$STAND/asked"
-echo >>"$STAND/asked"
+printf '%s ' "$@" >>"$STAND/calls"
+echo >>"$STAND/calls"
 case "$*" in
   *" list "*) test -e "$STAND/down" && exit 1; cat "$STAND/states" ;;
 esac
@@ -1097,7 +1092,7 @@ esac
 
 
 @pytest.mark.slow
-def test_slices_that_are_lost_are_asked_for_again_until_all_points_have_ended(
+def test_lost_slices_are_created_again_until_all_points_have_ended(
   gs, tmp_path, monkeypatch, capsys
 ):
   (tmp_path / 'gcloud').write_text(GCLOUD)
@@ -1108,15 +1103,15 @@ def test_slices_that_are_lost_are_asked_for_again_until_all_points_have_ended(
   folder = f'{gs}/{tmp_path.name}'
   argv = ['submit', *SWEEP, f'--dir={folder}', *FLAGS['tpu'], '--spot']
 
-  def asked():
-    words = [line.split()[3:5] for line in (tmp_path / 'asked').read_text().splitlines()]
-    (tmp_path / 'asked').unlink()
+  def calls():
+    words = [line.split()[3:5] for line in (tmp_path / 'calls').read_text().splitlines()]
+    (tmp_path / 'calls').unlink()
     return [word if word[0] != 'list' else ['list'] for word in words]
 
-  code, said = told(capsys, *argv)
-  assert code == 0 and 'submitted 2 jobs to tpu' in said, said
+  code, out = call(capsys, *argv)
+  assert code == 0 and 'submitted 2 jobs to tpu' in out, out
   one, two = (job['job'] for job in launch.read(folder)['jobs'])
-  assert asked() == [['create', one], ['create', two]]
+  assert calls() == [['create', one], ['create', two]]
 
   states = {one: 'SUSPENDED', two: 'SUSPENDED', 'another': 'SUSPENDED'}
   rows = [{'name': f'p/q/{k}', 'state': {'state': v}} for k, v in states.items()]
@@ -1127,13 +1122,13 @@ def test_slices_that_are_lost_are_asked_for_again_until_all_points_have_ended(
     json.dumps({'code': 0, 'step': 280, 'told': '', 'time': ''}).encode(),
   )
   ends(swept.points[1])
-  code, said = told(capsys, *argv)
-  assert code == 0 and f'1 points have not ended; created again: {one}\n' in said, said
-  assert asked() == [['list'], ['delete', one], ['create', one]]
-  code, said = told(capsys, *argv, '--project=other')
-  assert code == 2 and 'give the same options' in said
+  code, out = call(capsys, *argv)
+  assert code == 0 and f'1 points have not ended; created again: {one}\n' in out, out
+  assert calls() == [['list'], ['delete', one], ['create', one]]
+  code, out = call(capsys, *argv, '--project=other')
+  assert code == 2 and 'give the same options' in out
 
-  # A network that fails, and then the last point ends.
+  # The network fails, then the last point ends.
   (tmp_path / 'down').touch()
   waits = []
   monkeypatch.setattr(
@@ -1141,28 +1136,28 @@ def test_slices_that_are_lost_are_asked_for_again_until_all_points_have_ended(
     'sleep',
     lambda seconds: (waits.append(seconds), len(waits) == 2 and ends(swept.points[0])),
   )
-  code, said = told(capsys, *argv, '--watch=9')
-  assert (code, waits) == (0, [9, 9]), said
+  code, out = call(capsys, *argv, '--watch=9')
+  assert (code, waits) == (0, [9, 9]), out
   assert (
-    said.count('trying again in 9.0 s: gcloud') == 2 and 'all points have ended' in said
+    out.count('trying again in 9.0 s: gcloud') == 2 and 'all points have ended' in out
   )
-  asked()
+  calls()
   (tmp_path / 'down').unlink()
-  code, said = told(capsys, 'list', folder)
-  assert code == 0 and said.count('SUSPENDED') == 2 and said.count('280/280') == 2
-  code, said = told(capsys, 'delete', folder)
-  assert asked() == [['list'], ['delete', one], ['delete', two]]
-  assert code == 0 and 'deleted: 2 jobs' in said
+  code, out = call(capsys, 'list', folder)
+  assert code == 0 and out.count('SUSPENDED') == 2 and out.count('280/280') == 2
+  code, out = call(capsys, 'delete', folder)
+  assert calls() == [['list'], ['delete', one], ['delete', two]]
+  assert code == 0 and 'deleted: 2 jobs' in out
 
 
 def _parsed(*argv):
-  """Flags of a grid, and the recipe's words."""
+  """The flags of a grid, and the words of the recipe."""
   parser = cli.argparse.ArgumentParser()
   cli._takes_grid(parser)
   return parser.parse_known_args([*SWEEP, *argv])
 
 
-# A model whose steps last milliseconds, for two processes with a device each.
+# A model with steps of milliseconds, for two processes with one device each.
 SMALL = (
   *('--config.model.width=32', '--config.model.depth=1', '--config.model.ffn=64'),
   *('--config.model.attn.heads=2', '--config.model.attn.kv_heads=1'),
@@ -1176,31 +1171,31 @@ SMALL = (
 def test_a_sweep_runs_under_slurm_with_two_processes_each_and_survives_preemption(
   cluster, tmp_path, capsys
 ):
-  """Three points one after another, for real; the first is told to leave on its way."""
+  """Three points run one after another; the first is preempted and resumes."""
   folder, steps = tmp_path / 'a sweep', 100
   argv = ['submit', '--config=configs/tiny.py', *SMALL, f'--dir={folder}', '--on=slurm']
   argv += ['--seeds=3', f'--config.steps={steps}', '--accelerator=cpu']
   argv += ['--processes=2', '--at_once=1', '--partition=all']
   argv += [f'--interpreter={sys.executable}', f'--cache={tmp_path / "cache"}']
-  code, said = told(capsys, *argv)
-  assert code == 0 and 'submitted 3 jobs to slurm' in said, said
+  code, out = call(capsys, *argv)
+  assert code == 0 and 'submitted 3 jobs to slurm' in out, out
   swept, record = sweep.open(folder), launch.read(folder)
   number = record['told'][0]
   logs = lambda: '\n'.join(
     log.read_text()[-3000:] for p in swept.points if (log := Path(swept.log(p))).exists()
   )
   try:
-    # It exists from just before the first step.
+    # run.json exists just before the first step.
     wait(Path(swept.workdir(swept.points[0]), 'run.json').exists, logs)
-    code, said = told(capsys, 'list', folder)
-    rows = [line.split() for line in said.splitlines()[1:]]
-    assert [row[2] for row in rows] == ['RUNNING', 'PENDING', 'PENDING'], said
+    code, out = call(capsys, 'list', folder)
+    rows = [line.split() for line in out.splitlines()[1:]]
+    assert [row[2] for row in rows] == ['RUNNING', 'PENDING', 'PENDING'], out
     launch.call(['scancel', '--signal=USR1', '--batch', f'{number}_0'])
-    # Each look is a process, which takes time from those that are waited for.
+    # Each check starts a process, which slows the tasks.
     wait(lambda: not launch.states(record), logs, pause=1)
   finally:
-    code, said = told(capsys, 'delete', folder)
-    assert code == 0, said
+    code, out = call(capsys, 'delete', folder)
+    assert code == 0, out
 
   assert not (folder / 'launched.json').exists()
   for i, p in enumerate(swept.points):
@@ -1217,6 +1212,6 @@ def test_a_sweep_runs_under_slurm_with_two_processes_each_and_survives_preemptio
     assert command == [*p.command[1:], '--start_timeout=1800', '--coordinator=auto']
     if i == 0:
       assert 0 < sessions[1]['restored_step'] < steps
-  # All have ended: nothing is left to submit.
-  code, said = told(capsys, *argv)
-  assert code == 2 and 'nothing to submit, all points have ended' in said
+  # All points have ended.
+  code, out = call(capsys, *argv)
+  assert code == 2 and 'nothing to submit, all points have ended' in out
