@@ -195,7 +195,7 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
     finally:
       for number, handler in before.items():
         signal.signal(number, handler)
-  return sweep.told(runner, swept)
+  return sweep.conclude(runner, swept)
 
 
 def status(args: argparse.Namespace, words: Sequence[str]) -> int:

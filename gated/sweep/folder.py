@@ -1,4 +1,4 @@
-"""A sweep's folder: written when it is begun, read by whoever goes on with it."""
+"""The folder of a sweep: written at the start, read to resume it."""
 
 import dataclasses
 import hashlib
@@ -24,16 +24,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def write(swept: Sweep, environment: Mapping[str, str] | None = None) -> Sweep:
-  """Writes a sweep's folder, with the sources as they are -> Sweep, as it stands there.
+  """Writes a sweep's folder with the current sources -> the Sweep in it.
 
-  `environment` is what its points are given on this machine. A folder that has the same
-  sweep already is left as it is; ValueError, telling what differs, if it has another one,
-  or cannot be written.
+  `environment` holds the variables of its points on this machine. An existing folder of
+  the same sweep stays as it is. ValueError for a folder of another sweep, listing the
+  differences, or one that cannot be written.
   """
-  where = swept.folder
-  if storage.exists(where / NAME):
-    old = open(where)
-    _refuse(old, swept)
+  root = swept.folder
+  if storage.exists(root / NAME):
+    old = open(root)
+    _check_same(old, swept)
     return old
   packed = code.pack(ROOT)
   made = {
@@ -44,7 +44,7 @@ def write(swept: Sweep, environment: Mapping[str, str] | None = None) -> Sweep:
     'versions': provenance.versions(),
     'environment': dict(environment or {}),
   }
-  whole = {
+  content = {
     'format': FORMAT,
     'name': swept.name,
     'recipe': swept.recipe,
@@ -55,123 +55,128 @@ def write(swept: Sweep, environment: Mapping[str, str] | None = None) -> Sweep:
     'points': [p._asdict() for p in swept.points],
   }
   try:
-    storage.write(where / CODE, packed)
-    # Last, as it says that all of it is there.
-    storage.write_json(where / NAME, metrics.plain(whole))
+    storage.write(root / CODE, packed)
+    # Last: it marks the folder as complete.
+    storage.write_json(root / NAME, metrics.plain(content))
   except OSError as error:
-    raise ValueError(f'--dir={where} cannot be written: {error}') from error
-  return open(where)
+    raise ValueError(f'--dir={root} cannot be written: {error}') from error
+  return open(root)
 
 
 def open(folder: storage.PathLike) -> Sweep:
-  """A sweep's folder, wherever it has been moved to -> Sweep, from its sweep.json alone.
+  """A sweep's folder, which may have been moved -> Sweep.
 
-  ValueError if there is none, or one that no sweep wrote.
+  ValueError for a missing or damaged sweep.json.
   """
-  where = storage.path(folder)
-  if not storage.is_remote(where):
-    where = storage.Path(os.path.abspath(where))
+  root = storage.path(folder)
+  if not storage.is_remote(root):
+    root = storage.Path(os.path.abspath(root))
   try:
-    whole = json.loads(storage.read(where / NAME, LIMIT))
+    content = json.loads(storage.read(root / NAME, LIMIT))
   except FileNotFoundError:
-    raise ValueError(f'{where} is no sweep: there is no {NAME}') from None
+    raise ValueError(f'{root} is not a sweep: {NAME} is missing') from None
   except (ValueError, RecursionError, OSError) as error:
-    raise ValueError(f'{where / NAME} cannot be read: {error}') from error
+    raise ValueError(f'{root / NAME} cannot be read: {error}') from error
   try:
-    if whole['format'] != FORMAT:
-      raise ValueError(f'format {whole["format"]}, but {FORMAT} is known')
-    points = tuple(_point(p) for p in whole['points'])
+    if content['format'] != FORMAT:
+      raise ValueError(f'format {content["format"]}, but only {FORMAT} is supported')
+    points = tuple(_point(p) for p in content['points'])
     if not points or len({p.name for p in points}) < len(points):
-      raise ValueError('no points, or two of one name')
+      raise ValueError('no points, or two with the same name')
     return Sweep(
-      folder=where,
-      name=_text(whole['name']),
-      recipe=_text(whole['recipe']),
-      overrides=tuple(map(_text, whole['overrides'])),
-      flags=tuple(map(_text, whole['flags'])),
+      folder=root,
+      name=_text(content['name']),
+      recipe=_text(content['recipe']),
+      overrides=tuple(map(_text, content['overrides'])),
+      flags=tuple(map(_text, content['flags'])),
       points=points,
-      rule=config.build(judge.Rule, whole['rule'], 'rule'),
-      made=_made(whole['made']),
-    ).moved(where)
+      rule=config.build(judge.Rule, content['rule'], 'rule'),
+      made=_made(content['made']),
+    ).moved(root)
   except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-    raise ValueError(f'{where / NAME} is damaged: {error!r}') from error
+    raise ValueError(f'{root / NAME} is damaged: {error!r}') from error
 
 
 def unpacked(swept: Sweep) -> Path:
-  """A sweep in a local folder -> where its sources stand there, whole.
+  """A sweep in a local folder -> the folder of its unpacked sources.
 
-  ValueError if they are not what its sweep.json says, or it is in a store.
+  ValueError for a remote sweep, or sources that do not match its sweep.json.
   """
-  where = local(swept.folder)
-  packed = storage.read(where / CODE, LIMIT)
-  return code.unpack(packed, where, sha256=swept.made['sha256'])
+  root = local(swept.folder)
+  packed = storage.read(root / CODE, LIMIT)
+  return code.unpack(packed, root, sha256=swept.made['sha256'])
 
 
 def local(folder: storage.Path) -> Path:
-  """A sweep's folder -> the same, of this machine; ValueError for one in a store."""
+  """A sweep's folder -> its local path; ValueError for one in an object store."""
   if storage.is_remote(folder):
     raise ValueError(
-      f'--dir={folder}: what runs here keeps its logs and sources in a local folder; a '
-      'bucket is for `scripts/sweep.py submit`'
+      f'--dir={folder}: `run` needs a local folder for logs and sources; a bucket is for '
+      '`scripts/sweep.py submit`'
     )
   return Path(folder)
 
 
 def is_current(swept: Sweep) -> bool:
-  """Whether the sources that a sweep carries are those that stand here."""
+  """Whether a sweep's sources equal the current ones."""
   return hashlib.sha256(code.pack(ROOT)).hexdigest() == swept.made['sha256']
 
 
-def _point(found: Mapping[str, Any]) -> Point:
-  """A stranger's JSON -> Point; any of several errors if it is none."""
-  name, command = _text(found['name']), tuple(map(_text, found['command']))
+def _point(entry: Mapping[str, Any]) -> Point:
+  """Untrusted JSON -> Point; any of several errors if it is invalid."""
+  name, command = _text(entry['name']), tuple(map(_text, entry['command']))
   if not re.fullmatch(r'[\w+-][\w.+-]{0,200}', name, re.ASCII):
     raise ValueError(f'the point {name!r}')
   if command[0] != 'train.py' or not command[-1].startswith('--workdir='):
     raise ValueError(f'the command of {name}')
-  c = dict(found['config'])
-  # What is read of a point without a look at the rest of its recipe.
+  c = dict(entry['config'])
+  # The knobs that are used without a check of the whole recipe.
   for knob, kind in {'steps': int, 'seed': int, 'optim.lr': (int, float)}.items():
     if not isinstance(value := config.dig(c, knob), kind) or isinstance(value, bool):
       raise ValueError(f'config.{knob}={value!r} of {name}')
-  return Point(name, _texts(found['labels']), dict(found['changes']), command, c)
+  return Point(name, _texts(entry['labels']), dict(entry['changes']), command, c)
 
 
-def _made(found: Mapping[str, Any]) -> dict[str, Any]:
-  known = {key: _text(found[key]) for key in ('time', 'sha256', 'python')}
-  return (
-    {'git': None} | dict(found) | known | {'environment': _texts(found['environment'])}
-  )
+def _made(entry: Mapping[str, Any]) -> dict[str, Any]:
+  checked: dict[str, Any] = {k: _text(entry[k]) for k in ('time', 'sha256', 'python')}
+  checked['environment'] = _texts(entry['environment'])
+  return {'git': None} | dict(entry) | checked
 
 
-def _texts(found: Mapping[str, Any]) -> dict[str, str]:
-  return {_text(key): _text(value) for key, value in found.items()}
+def _texts(entry: Mapping[str, Any]) -> dict[str, str]:
+  return {_text(key): _text(value) for key, value in entry.items()}
 
 
-def _text(found: Any) -> str:
-  if not isinstance(found, str):
-    raise ValueError(f'{found!r} is no text')
-  return found
+def _text(value: Any) -> str:
+  if not isinstance(value, str):
+    raise ValueError(f'{value!r} is not a string')
+  return value
 
 
-def _refuse(old: Sweep, new: Sweep) -> None:
-  """ValueError, telling what differs, if two sweeps are not the same."""
-  there, here = ({p.name: p for p in s.points} for s in (old, new))
-  told = [f'the point {name} is there only' for name in there if name not in here]
-  told += [f'the point {name} is new' for name in here if name not in there]
-  for name in there.keys() & here.keys():
-    a, b = (json.loads(metrics.dumps(s[name].config, indent=None)) for s in (there, here))
+def _check_same(old: Sweep, new: Sweep) -> None:
+  """ValueError with a list of the differences if two sweeps are not the same."""
+  before, after = ({p.name: p for p in s.points} for s in (old, new))
+  lines = [
+    f'the point {name} is only in the folder' for name in before if name not in after
+  ]
+  lines += [f'the point {name} is new' for name in after if name not in before]
+  for name in before.keys() & after.keys():
+    a, b = (
+      json.loads(metrics.dumps(s[name].config, indent=None)) for s in (before, after)
+    )
     changed = config.differences(a, b)
-    told += [f'{k}: {x!r} there, {y!r} here' for k, (x, y) in changed.items()]
-  if old.flags != new.flags:
-    told.append(f'flags: {" ".join(old.flags)!r} there, {" ".join(new.flags)!r} here')
-  if old.rule != new.rule:
-    told.append(f'the rule of divergence: {old.rule!r} there, {new.rule!r} here')
-  told = list(dict.fromkeys(told))
-  if told:
-    rest = [f'and {len(told) - 20} more'] if len(told) > 20 else []
-    listed = '\n'.join(f'  {line}' for line in [*told[:20], *rest])
+    lines += [f'{k}: {x!r} in the folder, {y!r} now' for k, (x, y) in changed.items()]
+  settings = {
+    'flags': (' '.join(old.flags), ' '.join(new.flags)),
+    'the rule of divergence': (old.rule, new.rule),
+  }
+  for name, (x, y) in settings.items():
+    lines += [f'{name}: {x!r} in the folder, {y!r} now'] if x != y else []
+  lines = list(dict.fromkeys(lines))
+  if lines:
+    rest = [f'and {len(lines) - 20} more'] if len(lines) > 20 else []
+    listed = '\n'.join(f'  {line}' for line in [*lines[:20], *rest])
     raise ValueError(
-      f'--dir={old.folder} has a sweep that differs in\n{listed}\n'
-      'Name another folder; or go on with that sweep as it is recorded, by --dir alone'
+      f'--dir={old.folder} holds another sweep; differences:\n{listed}\n'
+      'Choose another folder, or resume that sweep with --dir alone'
     )

@@ -1,4 +1,4 @@
-"""Where the points of a sweep stand, as a table: live on a terminal, else lines."""
+"""The status of a sweep's points: a live table on a terminal, lines elsewhere."""
 
 import collections
 import dataclasses
@@ -16,9 +16,9 @@ from gated.run.exit_codes import PREEMPTED
 from gated.sweep.grid import Sweep
 from gated.sweep.runner import Row, Runner, tail
 
-FAILED = 1  # An exit code: some points did.
-LINE = 30.0  # Seconds between lines, where no terminal shows a table.
-WIDTH = 120  # Of a table that no terminal shows.
+FAILED = 1  # The exit code if points failed.
+LINE = 30.0  # Seconds between lines without a terminal.
+WIDTH = 120  # Columns of a table without a terminal.
 COLORS = {
   'running': 'cyan',
   'elsewhere': 'cyan',
@@ -26,7 +26,7 @@ COLORS = {
   'diverged': 'magenta',
   'failed': 'red',
 }
-# Those that are shown where there is no room for all.
+# Which states are shown first if the terminal is too short for all rows.
 FIRST = 'failed', 'running', 'elsewhere', 'diverged', 'partial', 'finished', 'absent'
 
 
@@ -35,52 +35,51 @@ def console() -> Console:
 
 
 def table(rows: Sequence[Row], title: str, most: int = 0) -> Group:
-  """Rows -> a table of at most so many of them (0: all), the most urgent."""
+  """Rows -> a table of the `most` most urgent ones (0: all)."""
   shown = list(rows)
   if most and len(shown) > most:
     urgent = sorted(shown, key=lambda row: FIRST.index(row.state))[:most]
-    shown = [row for row in shown if any(row is each for each in urgent)]
-  found = Table(box=None, pad_edge=False)
+    shown = [row for row in shown if any(row is other for other in urgent)]
+  grid = Table(box=None, pad_edge=False)
   names = list(dict.fromkeys(name for row in rows for name in row.point.labels))
   for name in names:
-    found.add_column(Text(name))
-  found.add_column('state')
+    grid.add_column(Text(name))
+  grid.add_column('state')
   for name in ('step', 'loss', 'spikes', 'left'):
-    found.add_column(name, justify='right')
+    grid.add_column(name, justify='right')
   for row in shown:
     color = COLORS.get(row.state, 'dim')
     left = (row.steps - row.step) * row.follower.seconds
-    where = f'{row.state} {row.slot}'.strip()
-    found.add_row(
+    grid.add_row(
       *(Text(row.point.labels.get(name, '')) for name in names),
-      Text(where, color),
+      Text(f'{row.state} {row.slot}'.strip(), color),
       f'{row.step}/{row.steps}',
       row.follower.loss,
       str(row.follower.spikes or ''),
       time_left(left) if row.state == 'running' and left else '',
     )
   hidden = len(rows) - len(shown)
-  more = [Text(f'{hidden} more are not shown')] if hidden else []
+  more = [Text(f'{hidden} more points')] if hidden else []
   line = lambda text: Text(text, overflow='ellipsis', no_wrap=True)
-  return Group(line(title), found, *more, line(summary(rows)))
+  return Group(line(title), grid, *more, line(summary(rows)))
 
 
 def summary(rows: Sequence[Row]) -> str:
-  """Rows -> how many are in which state, and how long it takes until all have ended."""
+  """Rows -> the number of points in each state, and the time until all have ended."""
   counts = collections.Counter(row.state for row in rows)
-  told = ', '.join(f'{n} {name}' for name, n in sorted(counts.items()))
+  states = ', '.join(f'{n} {name}' for name, n in sorted(counts.items()))
   running = [row for row in rows if row.state == 'running']
   own = [row.follower.seconds for row in running if row.follower.seconds]
-  # Of a step, with a point's share of starting and ending, where one was seen whole.
+  # Seconds per step, including start-up and shutdown if a whole run was timed.
   whole = [row.took / row.steps for row in rows if row.took] or own
   if not (running and whole):
-    return told
+    return states
   left = 0.0
   for row in rows:
     if row.state in ('running', 'absent', 'partial'):
       seconds = row.follower.seconds if row.state == 'running' else 0.0
       left += (row.steps - row.step) * (seconds or sum(whole) / len(whole))
-  return f'{told}; about {time_left(left / len(running))} left'
+  return f'{states}; about {time_left(left / len(running))} left'
 
 
 def time_left(seconds: float) -> str:
@@ -90,13 +89,13 @@ def time_left(seconds: float) -> str:
 
 
 class View:
-  """`with View(title) as view:` shows rows whenever it is called with them."""
+  """`with View(title) as view:` shows the rows of each call `view(rows)`."""
 
   def __init__(self, title: str):
     self._title, self._console = title, console()
     self._live: Live | None = None
     self._states: dict[str, str] = {}
-    self._told = time.monotonic()
+    self._printed = time.monotonic()
 
   def __enter__(self) -> 'View':
     if self._console.is_terminal:
@@ -120,34 +119,34 @@ class View:
         step = f', step {row.step}/{row.steps}' if row.state != 'running' else ''
         print(f'{row.point.name}: {row.state}{step}{loss}', flush=True)
         self._states[row.point.name] = row.state
-    if time.monotonic() - self._told >= LINE:
-      self._told = time.monotonic()
+    if time.monotonic() - self._printed >= LINE:
+      self._printed = time.monotonic()
       running = [row for row in rows if row.state == 'running']
-      told = [f'{r.point.name} {r.step}/{r.steps} {r.follower.loss}' for r in running]
-      print('; '.join([summary(rows), *told]), flush=True)
+      steps = [f'{r.point.name} {r.step}/{r.steps} {r.follower.loss}' for r in running]
+      print('; '.join([summary(rows), *steps]), flush=True)
 
 
-def told(runner: Runner, swept: Sweep) -> int:
-  """Tells what a runner's points came to -> the exit code, as train.py's are."""
+def conclude(runner: Runner, swept: Sweep) -> int:
+  """Prints the result of a runner's points -> the exit code."""
   if not sys.stdout.isatty():
     show(runner.rows, swept)
   failed = [row for row in runner.rows if row.state == 'failed']
   for row in failed:
     log = swept.log(row.point)
-    print(f'{row.point.name} failed with exit code {row.code}; {log} ends in')
+    print(f'{row.point.name} failed with exit code {row.code}; the end of {log}:')
     print(textwrap.indent(tail(log), '  | '))
   if runner.leaving:
-    print('told to leave: the same command goes on')
+    print('stopped: the same command resumes the sweep')
     return PREEMPTED
   if failed:
-    print(f'{len(failed)} points failed; the same command tries them again')
+    print(f'{len(failed)} points failed; the same command retries them')
     return FAILED
   print(f'done: {swept.folder}')
   return 0
 
 
 def show(rows: Sequence[Row], swept: Sweep) -> None:
-  """Prints all rows once; whoever runs a point, it is running."""
+  """Prints all rows once; `elsewhere` is shown as `running`."""
   rows = [
     dataclasses.replace(r, state='running') if r.state == 'elsewhere' else r for r in rows
   ]

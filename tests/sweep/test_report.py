@@ -639,4 +639,4 @@ def test_the_command_reports_a_sweep_by_its_folder_alone(tmp_path, capsys):
   assert script.main(['report', str(swept.folder), '--multiple=0.5']) == 2
   assert 'multiple=0.5' in capsys.readouterr().err
   assert script.main(['report', str(tmp_path)]) == 2
-  assert 'is no sweep' in capsys.readouterr().err
+  assert 'is not a sweep' in capsys.readouterr().err

@@ -206,7 +206,7 @@ def run(*words, expect=0):
     ),
     (['--config.steps=3'], '--config.steps=3 needs --config'),
     (['tests'], "unknown argument 'tests'; go on with a sweep by --dir=DIR"),
-    (['--dir=nowhere'], 'is no sweep: there is no sweep.json'),
+    (['--dir=nowhere'], 'is not a sweep: sweep.json is missing'),
   ],
 )
 def test_a_bad_command_is_refused_in_one_line(words, told, capsys):
@@ -298,7 +298,7 @@ def test_a_folder_of_another_sweep_is_refused_and_told_what_differs(tmp_path):
   there = sweep.write(plan(LR, folder=str(tmp_path)))
   assert sweep.write(plan(LR, folder=str(tmp_path))) == there
   other = plan(LR, folder=str(tmp_path), overrides=['--config.steps=7'])
-  with pytest.raises(ValueError, match=r'config\.steps: 280 there, 7 here'):
+  with pytest.raises(ValueError, match=r'config\.steps: 280 in the folder, 7 now'):
     sweep.write(other)
   with pytest.raises(ValueError, match=r'the rule of divergence: Rule\(multiple=1\.5'):
     sweep.write(
@@ -481,14 +481,14 @@ def test_a_failure_stops_no_other_point_and_is_tried_again(fast, capsys):
   swept, first = fast(0, 1, 2)
   first.run()
   assert states(first.rows) == {0: 'finished', 1: 'diverged', 2: 'failed'}
-  assert sweep.told(first, swept) == 1
+  assert sweep.conclude(first, swept) == 1
   said = capsys.readouterr().out
   assert 'failed with exit code 1' in said and '  | no luck' in said
   _, again = fast(0, 1, 2)
   again.run()
   assert states(again.rows) == {0: 'finished', 1: 'diverged', 2: 'finished'}
   assert counts(swept) == [1, 1, 2]
-  assert sweep.told(again, swept) == 0
+  assert sweep.conclude(again, swept) == 0
 
 
 def test_who_is_told_to_leave_tells_the_points_and_goes_on_later(fast):
@@ -499,7 +499,7 @@ def test_who_is_told_to_leave_tells_the_points_and_goes_on_later(fast):
 
   swept, it = fast(3, show=show)
   it.run()
-  assert states(it.rows) == {3: 'partial'} and sweep.told(it, swept) == 4
+  assert states(it.rows) == {3: 'partial'} and sweep.conclude(it, swept) == 4
   _, again = fast(3)
   again.run()
   assert states(again.rows) == {3: 'finished'} and counts(swept) == [2]
