@@ -266,13 +266,13 @@ def from_flags(flags: Mapping[str, str]) -> plan.Config:
 
 PREFACE = f"""# Scaling on paper
 
-Made by `{COMMAND}`: nothing here was run on the chips it speaks of, and
-no number was typed by hand. Each row is the fastest that fits of all meshes, remat
-policies and numbers of micro-batches, at 4,194,304 tokens a step, by `gated/estimate/`.
-Bytes are of one chip and one step; efficiency is the speed of a chip against that at the
-smallest number that fits; v5e and v6e beyond 256 chips are several slices over the
-data-centre network. Where nothing fits, the row says by how much the mesh that needs
-least, with full remat, is too large.
+Made by `{COMMAND}`. No number was typed by hand, and nothing was run on these
+chips. Each row is the fastest fit of all meshes, remat policies and numbers of
+micro-batches, at 4,194,304 tokens a step, from `gated/pods/estimate/`. Bytes are per
+chip and step. Efficiency is the speed per chip relative to the smallest number of chips
+that fits. v5e and v6e beyond 256 chips are several slices over the data-centre network.
+If nothing fits, the row gives the excess of the mesh with the least memory, with full
+remat.
 """
 
 LEFT_OUT = """The step is the slowest of compute, memory and traffic that hides, plus what

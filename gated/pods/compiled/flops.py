@@ -1,6 +1,6 @@
-"""Multiply-adds of a compiled program: matrix products, and the kernels that hold them.
+"""FLOPs of a compiled program's matrix products, and of kernels with matrix products.
 
-2 FLOPs a multiply-add. Additions, exponentials and the like are not counted.
+A multiply-add is 2 FLOPs. Additions, exponentials and the like are not counted.
 """
 
 import math
@@ -11,7 +11,7 @@ from gated.pods.compiled.hlo import Computation, Instruction, Shape
 
 GROUPED = 'grouped products'
 
-# Custom calls that place, check, transfer or draw, and multiply nothing.
+# Custom calls without matrix products: placement, checks, transfers, random numbers.
 FREE = re.compile(
   r'AllocateBuffer|PrepareAsync|ConcatBitcast|ZeroCrop|SliceId|Assume|AsyncCollective'
   r'|Sharding|SPMD|annotate|MoveTo|Barrier|Pin'
@@ -21,61 +21,48 @@ FREE = re.compile(
 
 
 def of(computation: Computation, op: Instruction, fill: float = 1.0) -> float | None:
-  """FLOPs of one run of an instruction, what it calls left out; None if not known.
+  """FLOPs of one run of an instruction without its callees; None if not known.
 
-  `fill` is the share of the rows of grouped products that are somebody's.
+  `fill` is the share of the rows of grouped products that hold tokens.
   """
-  found = _each(computation, op)
-  rows = op.opcode == 'ragged-dot' or (found and kernel(op) == GROUPED)
-  return found * fill if found and rows else found
-
-
-def _each(computation: Computation, op: Instruction) -> float | None:
   if op.opcode in ('dot', 'ragged-dot'):
-    return _PRODUCTS[op.opcode](computation, op)
-  if op.opcode == 'convolution':
-    return _convolution(computation, op)
-  if op.opcode == 'custom-call':
-    return _custom_call(computation, op)
-  return 0.0
+    flops = _product(computation, op)
+  elif op.opcode == 'convolution':
+    flops = _convolution(computation, op)
+  elif op.opcode == 'custom-call':
+    flops = _custom_call(computation, op)
+  else:
+    return 0.0
+  grouped = op.opcode == 'ragged-dot' or kernel(op) == GROUPED
+  return flops * fill if flops and grouped else flops
 
 
 def kernel(op: Instruction) -> str:
-  """A custom call -> what it is called in the table, or by whoever wrote it."""
+  """A custom call -> its name in KERNELS, or else in its source."""
   if op.opcode != 'custom-call':
     return ''
-  found = _entry(op)
-  if found:
-    return found[0]
+  entry = _entry(op)
+  if entry:
+    return entry[0]
   names = [op.target, *reversed(op.source.split('/'))]
   plain = [n for n in names if n not in ('', 'pallas_call', *_GENERIC)]
   return plain[0] if plain else op.target
 
 
-def _dot(computation: Computation, op: Instruction) -> float:
+def _product(computation: Computation, op: Instruction) -> float:
+  """A (ragged) dot; each row of a ragged one meets the matrix of its group."""
   left = computation.operand(op, 0).dims
-  summed = math.prod(left[d] for d in op.dims('lhs_contracting_dims'))
-  return 2.0 * op.shapes[0].size * summed
-
-
-def _ragged_dot(computation: Computation, op: Instruction) -> float:
-  """Rows are a group's or no group's: each meets one matrix."""
-  left = computation.operand(op, 0).dims
-  summed = math.prod(left[d] for d in op.dims('lhs_contracting_dims'))
-  ragged = op.dims('lhs_ragged_dims')
-  groups = 1
-  if set(ragged) & set(op.dims('lhs_contracting_dims')):
-    groups = op.shapes[0].dims[0]
+  summed_dims = op.dims('lhs_contracting_dims')
+  summed = math.prod(left[d] for d in summed_dims)
+  ragged_sum = set(op.dims('lhs_ragged_dims')) & set(summed_dims)
+  groups = op.shapes[0].dims[0] if ragged_sum else 1
   return 2.0 * op.shapes[0].size * summed / groups
 
 
-_PRODUCTS = {'dot': _dot, 'ragged-dot': _ragged_dot}
-
-
 def _convolution(computation: Computation, op: Instruction) -> float:
-  """Products of places that exist: what padding and dilation add is not multiplied.
+  """Products of real input elements, without the zeros of padding and dilation.
 
-  TPUs write a matrix product as a convolution, its batch dims as dims of the window.
+  TPUs write a matrix product as a convolution, with batch dims as window dims.
   """
   labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', op.words)
   assert labels, op.name
@@ -97,10 +84,10 @@ def _convolution(computation: Computation, op: Instruction) -> float:
 
 def _window(words: str) -> list[dict[str, int]]:
   """`window={size=2x3 stride=1x2 pad=0_0x1_1}` -> each dim's stride, pad, dilation."""
-  found = re.search(r'window={([^}]*)}', words)
-  if not found:
+  match = re.search(r'window={([^}]*)}', words)
+  if not match:
     return []
-  fields = dict(part.split('=') for part in found[1].split())
+  fields = dict(part.split('=') for part in match[1].split())
   rank = len(fields['size'].split('x'))
   number = lambda name, n: int(fields[name].split('x')[n]) if name in fields else 1
   dims = []
@@ -118,38 +105,38 @@ def _window(words: str) -> list[dict[str, int]]:
 
 
 def _meetings(left, right, out, *, stride, low, left_step, right_step) -> int:
-  """Pairs (place of the output, place of the window) that meet a place of the input."""
+  """Pairs (output position, window position) that read an input element."""
   if left_step == stride == right_step == 1 and low == 0 and left == out + right - 1:
     return out * right
-  met = 0
+  pairs = 0
   last = (left - 1) * left_step
   for k in range(right):
-    # The output's places o with 0 <= o * stride + at <= last, at a multiple of left_step.
+    # Output positions o with 0 <= o * stride + at <= last, a multiple of left_step.
     at = k * right_step - low
     first, final = max(0, -(at // stride)), min(out - 1, (last - at) // stride)
     period = left_step // math.gcd(stride, left_step)
     for o in range(first, min(final, first + period - 1) + 1):
       if (o * stride + at) % left_step == 0:
-        met += (final - o) // period + 1
+        pairs += (final - o) // period + 1
         break
-  return met
+  return pairs
 
 
 def _custom_call(computation: Computation, op: Instruction) -> float | None:
-  found = _entry(op)
-  if found:
-    return found[1]([computation.body[name].shapes for name in op.operands], op)
+  entry = _entry(op)
+  if entry:
+    return entry[1]([computation.body[name].shapes for name in op.operands], op)
   return 0.0 if FREE.search(op.target) else None
 
 
-# What a kernel computes is told from its name; these say only who made it.
+# Targets that name a kernel's compiler; the kernel's own name is in its source.
 _GENERIC = ('tpu_custom_call', '__gpu$xla.gpu.triton', 'triton_kernel_call', 'mosaic_gpu')
 
 
 def _entry(op: Instruction):
-  """A custom call -> (the kernel's name, its count), or None.
+  """A custom call -> its entry in KERNELS, or None.
 
-  The innermost name that the table knows decides, where the target is anybody's.
+  With a generic target, the innermost name of its source that KERNELS knows decides.
   """
   names = (op.target,)
   if op.target.startswith(_GENERIC):
@@ -162,11 +149,10 @@ def _entry(op: Instruction):
 
 
 def _splash(products: int, fused: int = 0) -> Callable:
-  """q (..., H, T, K) and k (..., S, K): `products` of H T S K, the causal half.
+  """q (..., H, T, K) and k (..., S, K): the causal half of `products` of H T S K.
 
-  Blocks above the diagonal are skipped, so half is what is done, and what is needed. The
-  kernel of dk and dv that makes dq too has a result for it with a dim more than q, and
-  does `fused` products.
+  Blocks above the diagonal are skipped. The kernel of dk and dv may compute dq too, in a
+  result with one dim more than q; it then does `fused` products.
   """
 
   def count(operands: list[tuple[Shape, ...]], op: Instruction) -> float:
@@ -191,17 +177,17 @@ def _grouped(operands: list[tuple[Shape, ...]], op: Instruction) -> float | None
 
 
 def _gemm(operands: list[tuple[Shape, ...]], op: Instruction) -> float | None:
-  """cuBLAS: which dims are summed stands in its configuration."""
-  found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.words)
-  if not found:
+  """cuBLAS; its configuration holds the contracting dims."""
+  contracting = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.words)
+  if not contracting:
     return None
   left = operands[0][0].dims
-  summed = math.prod(left[int(n)] for n in re.findall(r'\d+', found[1]))
+  summed = math.prod(left[int(n)] for n in re.findall(r'\d+', contracting[1]))
   return 2.0 * op.shapes[0].size * summed
 
 
 def _cudnn(products: int) -> Callable:
-  """q (B, T, H, K) and k (B, S, G, K), as JAX hands them over."""
+  """q (B, T, H, K) and k (B, S, G, K), JAX's layout."""
 
   def count(operands: list[tuple[Shape, ...]], op: Instruction) -> float:
     half = 2 if 'CAUSAL' in op.words else 1
@@ -214,8 +200,8 @@ def _is_float(shape: Shape) -> bool:
   return shape.dtype.startswith(('bf', 'f'))
 
 
-# A pattern of a custom call's target or name -> (its name here, its count). Backward
-# passes make the scores again: 5 products, or 3 for dq and 4 for dk and dv.
+# A pattern of a custom call's target or name -> (its name here, its FLOPs). Backward
+# passes recompute the scores: 5 products, or 3 for dq and 4 for dk and dv.
 KERNELS: dict[str, tuple[str, Callable]] = {
   r'splash_\w+_fwd': ('splash forward', _splash(2)),
   r'splash_\w+_dq': ('splash dq', _splash(3)),

@@ -1,6 +1,6 @@
-"""What a program of ours must not do, told from what was compiled.
+"""Checks of a compiled program: no gathered experts, large buffers or square arrays.
 
-Each returns the offences as lines to read; none is the wish.
+Each check returns the violations as lines of text.
 """
 
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from gated.devices.chips import GIB
 from gated.pods.compiled import Buffer, Program
 
-# Into so many parts at most a mesh splits an expert's matrix.
+# A mesh splits an expert's matrix into at most this many parts.
 PART = 8
 
-# Files whose arrays are the attention's and the loss's.
+# Files that make the arrays of attention and of the loss.
 ATTENTION = ('gated/model/attention.py', 'gated/kernels/attention')
 LOSS = ('gated/kernels/cross_entropy',)
 NEITHER = ('gated/kernels/grouped',)
@@ -20,42 +20,42 @@ NEITHER = ('gated/kernels/grouped',)
 def whole_experts(program: Program, *, experts: int, width: int, ffn: int) -> list[str]:
   """All-gathers whose result holds (a part of) each expert of a layer.
 
-  Such a result has a dim of all experts beside one of the model's or the FFN's width, or
-  is as large as a number of whole stacks of their matrices. What is less than a PART of
-  one is a router's.
+  Such a result has a dim of all experts and one of the model's or the FFN's width, or
+  the size of whole stacks of their matrices. Results below 1/PART of a stack belong to
+  routers.
   """
   stack = experts * width * ffn
-  found = []
+  violations = []
   for gather in program.gathers:
     dims, size = gather.dims, gather.size
     named = experts in dims and (width in dims or ffn in dims)
     if (named and size * PART >= stack) or size % stack == 0:
-      found.append(f'an all-gather holds all experts: {_line(gather)}')
-  return found
+      violations.append(f'an all-gather holds all experts: {_line(gather)}')
+  return violations
 
 
 def large_buffers(program: Program, limit: int = GIB) -> list[str]:
-  """Arrays of the loss or of attention that take more than `limit` bytes of a chip."""
-  held = {'the loss': of_loss, 'attention': of_attention}
+  """Arrays of the loss or of attention larger than `limit` bytes on a chip."""
+  parts = {'the loss': of_loss, 'attention': of_attention}
   return [
     f'a buffer of {name} is over {limit / GIB:g} GiB: {_line(buffer)}'
     for buffer in program.buffers
     if buffer.bytes > limit
-    for name, of in held.items()
-    if of(buffer)
+    for name, is_part in parts.items()
+    if is_part(buffer)
   ]
 
 
 def squares(
   program: Program, *, length: int, parts: int, also: Sequence[int]
 ) -> list[str]:
-  """Arrays that have a row of all tokens for each token, a shard's tokens included.
+  """Arrays with two dims of tokens: both whole, or one of a shard's tokens.
 
-  `parts` is into how many shards the mesh splits a row of `length`. Where the length is
-  also another size of the model (`also`), only what attention makes can be told.
+  The mesh splits a row of `length` into `parts` shards. If the length equals another size
+  of the model (`also`), only the arrays of attention are checked.
   """
   rows = {length, length // parts}
-  found = []
+  violations = []
   for buffer in program.buffers:
     dims = list(buffer.dims)
     if length not in dims:
@@ -63,8 +63,8 @@ def squares(
     dims.remove(length)
     square = any(n in rows for n in dims)
     if square and (of_attention(buffer) or not rows & set(also)):
-      found.append(f'an array of tokens by tokens: {_line(buffer)}')
-  return found
+      violations.append(f'an array of tokens by tokens: {_line(buffer)}')
+  return violations
 
 
 def of_loss(buffer: Buffer) -> bool:
@@ -72,11 +72,14 @@ def of_loss(buffer: Buffer) -> bool:
 
 
 def of_attention(buffer: Buffer) -> bool:
-  """Made in attention, as far as is known."""
-  file = buffer.place.file
+  """Whether attention made the buffer."""
+  return attention_file(buffer.place.file)
+
+
+def attention_file(file: str) -> bool:
   return file.startswith(ATTENTION) and not file.startswith((*LOSS, *NEITHER))
 
 
 def _line(buffer: Buffer) -> str:
-  where = str(buffer.place) or buffer.source
-  return f'{buffer.shape}, {buffer.bytes / GIB:.3g} GiB, {where}'
+  origin = str(buffer.place) or buffer.source
+  return f'{buffer.shape}, {buffer.bytes / GIB:.3g} GiB, {origin}'

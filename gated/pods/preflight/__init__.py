@@ -1,13 +1,13 @@
-"""What a run would cost on a machine that is not here: compiled for it, or by arithmetic.
+"""The cost of a run on another machine, from the compiler or by arithmetic.
 
-  report = preflight.compiled_for(cfg, machine)     by the compiler, for TPUs and for what
-                                                    is here
-  report = preflight.by_arithmetic(cfg, machine)    an estimate, for anything
+  report = preflight.compiled_for(cfg, machine)     for TPUs and for the devices here
+  report = preflight.by_arithmetic(cfg, machine)    an estimate, for any known chip
 
-A report is a dict that JSON can hold; `table` makes it readable.
+A report is a dict for JSON; `table` formats it as text.
 """
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -25,11 +25,11 @@ from gated.pods.preflight.machines import HERE, Machine, devices, machine
 
 __all__ = ['HERE', 'Machine', 'by_arithmetic', 'compiled_for', 'devices', 'machine']
 
-# So many ways to make a recipe fit are told.
+# A report's `advice` lists at most this many changes.
 FEW = 3
-# So many times twice as many chips are tried.
+# `suggestions` doubles the number of chips at most this many times.
 DOUBLINGS = 6
-# How XLA says that a program is too large, and by how much.
+# XLA's errors for a program that exceeds the memory.
 _TOO_LARGE = (
   re.compile(r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm'),
   re.compile(
@@ -39,11 +39,11 @@ _TOO_LARGE = (
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
-def compiled_for(cfg: plan.Config, of: Machine) -> dict[str, Any]:
-  """A recipe and a machine -> what the compiler made of its train step."""
-  what = plan.Plan(cfg, devices=devices(of), choose=estimate.sizes)
+def compiled_for(cfg: plan.Config, target: Machine) -> dict[str, Any]:
+  """A recipe and a machine -> the report on its compiled train step."""
+  layout = plan.Plan(cfg, devices=devices(target), choose=estimate.sizes)
   start = time.perf_counter()
-  lowered = what.train_step()
+  lowered = layout.train_step()
   executable, refused = None, ''
   try:
     executable = lowered.compile()
@@ -52,68 +52,70 @@ def compiled_for(cfg: plan.Config, of: Machine) -> dict[str, Any]:
     if 'RESOURCE_EXHAUSTED' not in refused:
       raise
   took = {'source': 'compiled', 'compile_seconds': time.perf_counter() - start}
-  base = _recipe(cfg, what.mesh.shape, of) | took
+  base = _recipe(cfg, layout.mesh.shape, target) | took
   if executable is None:
-    return _advised(base | _too_large(refused, what) | {'offences': []}, cfg, of)
-  flat = list(what.mesh.devices.flat)
-  where = [_slice(device) for device in flat]
-  program = compiled.read(executable, dict(what.mesh.shape), where, assumed(what))
+    return _advised(base | _too_large(refused, layout) | {'offences': []}, cfg, target)
+  flat = list(layout.mesh.devices.flat)
+  slices = [_slice(device) for device in flat]
+  program = compiled.read(executable, dict(layout.mesh.shape), slices, assumed(layout))
   assert program.memory is not None
-  held = parts(what)
+  held = parts(layout)
   memory = {
     **held,
     'outputs': program.memory.outputs,
     'temporaries': program.memory.temporaries,
     'code': program.memory.code,
   }
-  # What a chip's layout adds to an argument.
+  # The chip's layout pads arguments.
   memory['padding'] = program.memory.arguments - sum(held.values())
   memory['total'] = program.memory.total
-  limit = of.chip.memory if of.chip else None
-  report = base | _fit(memory, limit, {}) | _costs(what, program, of)
-  return _advised(report | {'offences': offences(what, program)}, cfg, of)
+  limit = target.chip.memory if target.chip else None
+  report = base | _fit(memory, limit, {}) | _costs(layout, program, target)
+  return _advised(report | {'offences': offences(layout, program)}, cfg, target)
 
 
-def _advised(report: dict[str, Any], cfg: plan.Config, of: Machine) -> dict[str, Any]:
-  """A report, and what would make the recipe fit where it does not."""
-  return report | {'advice': [] if report['fits'] else suggestions(cfg, of)[:FEW]}
+def _advised(report: dict[str, Any], cfg: plan.Config, target: Machine) -> dict[str, Any]:
+  """Adds changes that would make the recipe fit, if it does not."""
+  return report | {'advice': [] if report['fits'] else suggestions(cfg, target)[:FEW]}
 
 
-def _too_large(error: str, what: plan.Plan) -> dict[str, Any]:
-  """What XLA says of a program that does not fit -> by how much."""
-  held = parts(what)
+def _too_large(error: str, layout: plan.Plan) -> dict[str, Any]:
+  """XLA's error for a program that does not fit -> its memory."""
+  held = parts(layout)
   for pattern in _TOO_LARGE:
-    found = pattern.search(error)
-    if found:
-      used, limit = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
-      if 'temporaries' in found[0]:
+    match = pattern.search(error)
+    if match:
+      used, limit = (float(match[i]) * _UNITS[match[i + 1]] for i in (1, 3))
+      if 'temporaries' in match[0]:
         held['temporaries'], used = int(used), used + sum(held.values())
       return _fit({'total': used}, limit, held)
   raise ValueError(f'the program does not fit: {error.splitlines()[0]}')
 
 
-def assumed(what: plan.Plan) -> compiled.Assumed:
-  """What depends on the data: that routers are balanced, so that one pass is enough."""
-  m, sizes = what.cfg.model, what.mesh.shape
+def assumed(layout: plan.Plan) -> compiled.Assumed:
+  """Assumes balanced routers: one pass over the experts, partly filled."""
+  m, sizes = layout.cfg.model, layout.mesh.shape
   if not m.moe.experts or sizes['expert'] == 1:
     return compiled.Assumed()
-  tokens = what.micro // mesh.ways('batch', what.mesh)
-  tokens *= what.cfg.data.length // mesh.ways('tokens', what.mesh)
+  tokens = layout.micro // mesh.ways('batch', layout.mesh)
+  tokens *= layout.cfg.data.length // mesh.ways('tokens', layout.mesh)
   team, mine = sizes['expert'], m.moe.experts // sizes['expert']
   mean = tokens * m.moe.top_k
   rows = dropless.pass_rows(mean, worst=tokens * team * min(m.moe.top_k, mine))
   return compiled.Assumed(fill=mean / rows, idle=('gated/model/moe/dropless',))
 
 
-def by_arithmetic(cfg: plan.Config, of: Machine) -> dict[str, Any]:
-  """A recipe and a machine -> the same report, estimated; nothing is compiled."""
-  if of.chip is None:
-    raise ValueError(f'--topology={of.topology} is of no chip that is known here')
-  sizes, reason = estimate.sizes(cfg, of.count, of.chip, of.slices)
-  found = estimate.of(cfg, sizes, of.chip, of.slices)
-  limit = of.chip.memory
-  report = _recipe(cfg, sizes, of) | {'source': 'estimate', 'reason': reason}
-  report |= _fit({**found.memory, 'total': found.bytes}, limit, {})
+def by_arithmetic(cfg: plan.Config, target: Machine) -> dict[str, Any]:
+  """A recipe and a machine -> an estimated report; nothing is compiled."""
+  if target.chip is None:
+    raise ValueError(
+      f'--topology={target.topology} has a chip that is not in chips.CHIPS'
+    )
+  sizes, reason = estimate.sizes(cfg, target.count, target.chip, target.slices)
+  e = estimate.of(cfg, sizes, target.chip, target.slices)
+  limit = target.chip.memory
+  report = _recipe(cfg, sizes, target) | {'source': 'estimate', 'reason': reason}
+  report |= _fit({**e.memory, 'total': e.bytes}, limit, {})
   sent: list[dict[str, Any]] = [
     {
       'kind': t.kind,
@@ -122,61 +124,60 @@ def by_arithmetic(cfg: plan.Config, of: Machine) -> dict[str, Any]:
       'network': network,
       'bytes': number,
     }
-    for t in found.traffic
+    for t in e.traffic
     for network, number in (('links', t.link), ('network', t.network))
     if number
   ]
   report |= {
-    'flops': {'model': found.model_flops, 'expected': dict(found.flops)},
-    'bytes_moved': found.moved,
+    'flops': {'model': e.model_flops, 'expected': dict(e.flops)},
+    'bytes_moved': e.moved,
     'collectives': sorted(sent, key=lambda t: -t['bytes']),
   }
-  report |= _time(found.time, found.model_flops, of.chip) | {'offences': []}
-  return _advised(report, cfg, of)
+  report |= _time(e.time, e.model_flops, target.chip) | {'offences': []}
+  return _advised(report, cfg, target)
 
 
-def suggestions(cfg: plan.Config, of: Machine) -> list[dict[str, Any]]:
-  """Meshes, remat policies and micro-batches that fit, by arithmetic, best first.
+def suggestions(cfg: plan.Config, target: Machine) -> list[dict[str, Any]]:
+  """Meshes, remat policies and micro-batches that fit by arithmetic, best first.
 
-  Where none does, those of the fewest chips that are enough, in doublings.
+  If none fits, the number of chips doubles until one does.
   """
-  if of.chip is None:
+  if target.chip is None:
     return []
   for doubling in range(DOUBLINGS + 1):
-    chips_of = of.count * 2**doubling
-    found = estimate.suggest(cfg, of.chip, chips_of, of.slices)
-    if found:
-      return [_way(knobs, e, chips_of) for knobs, e in found]
+    count = target.count * 2**doubling
+    matches = estimate.suggest(cfg, target.chip, count, target.slices)
+    if matches:
+      return [_suggestion(knobs, e, count) for knobs, e in matches]
   return []
 
 
-def _way(knobs: Mapping[str, Any], found: estimate.Estimate, count: int) -> dict:
+def _suggestion(knobs: Mapping[str, Any], e: estimate.Estimate, count: int) -> dict:
   return {
     'chips': count,
     'flags': estimate.tail(knobs),
-    'mesh': dict(found.sizes),
-    'memory': found.bytes,
-    'seconds': found.time.step,
-    'bound': found.time.bound,
-    'mfu': found.mfu,
+    'mesh': dict(e.sizes),
+    'memory': e.bytes,
+    'seconds': e.time.step,
+    'bound': e.time.bound,
+    'mfu': e.mfu,
   }
 
 
 def _slice(device: Any) -> int:
-  """Which slice, or on other machines which host, a device is in."""
+  """The slice of a TPU, or the host of another device."""
   index = getattr(device, 'slice_index', None)
   if index is not None or device.platform == 'tpu':
     return index or 0
   return device.process_index
 
 
-def parts(what: plan.Plan) -> dict[str, int]:
-  """Bytes on the fullest chip of what a step is given: weights, optimizer, batch."""
-  batch = what.batch_shapes(what.cfg.batch)
+def parts(layout: plan.Plan) -> dict[str, int]:
+  """Bytes of a step's arguments on the fullest chip: weights, optimizer, batch."""
   return {
-    'weights': _bytes(what.state.model),
-    'optimizer': _bytes(what.state.opt),
-    'batch': _bytes(batch),
+    'weights': _bytes(layout.state.model),
+    'optimizer': _bytes(layout.state.opt),
+    'batch': _bytes(layout.batch_shapes(layout.cfg.batch)),
   }
 
 
@@ -190,12 +191,12 @@ def _bytes(tree: Any) -> int:
   return total
 
 
-def _recipe(cfg: plan.Config, sizes: Mapping, of: Machine) -> dict[str, Any]:
+def _recipe(cfg: plan.Config, sizes: Mapping, target: Machine) -> dict[str, Any]:
   return {
     'name': cfg.name,
-    'topology': of.topology,
-    'slices': of.slices,
-    'chips': of.count,
+    'topology': target.topology,
+    'slices': target.slices,
+    'chips': target.count,
     'mesh': dict(sizes),
     'batch': [cfg.batch, cfg.data.length],
     'accum': cfg.accum,
@@ -206,7 +207,7 @@ def _recipe(cfg: plan.Config, sizes: Mapping, of: Machine) -> dict[str, Any]:
 
 
 def _fit(memory: Mapping[str, float], limit: float | None, held: Mapping) -> dict:
-  """Bytes of a chip by name, `total` among them -> them, and whether they fit."""
+  """Bytes of a chip by name, with `total` -> a report's memory fields."""
   total = memory['total']
   over = total - limit if limit is not None else None
   return {
@@ -218,10 +219,12 @@ def _fit(memory: Mapping[str, float], limit: float | None, held: Mapping) -> dic
   }
 
 
-def _costs(what: plan.Plan, program: compiled.Program, of: Machine) -> dict[str, Any]:
+def _costs(
+  layout: plan.Plan, program: compiled.Program, target: Machine
+) -> dict[str, Any]:
   """FLOPs, traffic, buffers and time of a step on one chip."""
-  cfg, count = what.cfg, what.mesh.size
-  needed = what.flops_per_token * what.tokens_per_step / count
+  cfg, count = layout.cfg, layout.mesh.size
+  needed = layout.flops_per_token * layout.tokens_per_step / count
   report: dict[str, Any] = {
     'flops': {
       'counted': program.flops,
@@ -236,50 +239,48 @@ def _costs(what: plan.Plan, program: compiled.Program, of: Machine) -> dict[str,
     'idle_loops': list(program.idle_loops),
     'conditionals': program.conditionals,
   }
-  if of.chip is None:
+  if target.chip is None:
     return report
-  expected = estimate.of(cfg, dict(what.mesh.shape), of.chip, of.slices)
+  expected = estimate.of(cfg, dict(layout.mesh.shape), target.chip, target.slices)
   report['flops']['expected'] = {**expected.flops, 'scores again': program.again}
-  sent = [_sent(t, what, of) for t in program.collectives]
+  sent = [_sent(t, layout, target) for t in program.collectives]
   time_of = estimate.roofline(
-    flops=kinds(program), moved=program.bytes, sent=sent, chip=of.chip
+    flops=kinds(program), moved=program.bytes, sent=sent, chip=target.chip
   )
-  return report | _time(time_of, needed, of.chip)
+  return report | _time(time_of, needed, target.chip)
 
 
-def _time(of: estimate.Roofline, needed: float, chip: chips.Chip) -> dict[str, Any]:
+def _time(time_of: estimate.Roofline, needed: float, chip: chips.Chip) -> dict[str, Any]:
   return {
-    'seconds': dataclasses.asdict(of) | {'bound': of.bound},
-    'mfu': needed / (of.step * chip.flops),
+    'seconds': dataclasses.asdict(time_of) | {'bound': time_of.bound},
+    'mfu': needed / (time_of.step * chip.flops),
     'assumed': {name: [n, text] for name, (n, text) in estimate.ASSUMED.items()},
   }
 
 
 def kinds(program: compiled.Program) -> dict[str, float]:
-  """FLOPs by the kind that a roofline tells apart."""
-  found = {'matmul': 0.0, 'attention': 0.0, 'grouped': 0.0}
+  """FLOPs by the roofline's kinds of product."""
+  totals = {'matmul': 0.0, 'attention': 0.0, 'grouped': 0.0}
   for file, flops in program.work.items():
     if file.startswith(('gated/model/moe', *limits.NEITHER)):
       kind = 'grouped'
-    elif file.startswith(limits.ATTENTION) and not file.startswith(limits.LOSS):
+    elif limits.attention_file(file):
       kind = 'attention'
     else:
       kind = 'matmul'
-    found[kind] += flops
-  return found
+    totals[kind] += flops
+  return totals
 
 
-def _sent(t: compiled.Traffic, what: plan.Plan, of: Machine) -> estimate.Traffic:
-  """What was counted -> what the roofline takes.
+def _sent(t: compiled.Traffic, layout: plan.Plan, target: Machine) -> estimate.Traffic:
+  """Traffic as counted -> traffic for the roofline.
 
-  What travels along axes that only split rows and weights may hide behind compute.
+  Only traffic along `data` and `fsdp` may hide behind compute.
   """
-  assert of.chip is not None
+  assert target.chip is not None
   axes = t.axis.split('+') if t.axis else list(mesh.AXES)
-  inside = 1
-  for axis in axes:
-    inside *= what.mesh.shape[axis]
-  links = share(inside, of.count // of.slices, of.chip)
+  inside = math.prod(layout.mesh.shape[axis] for axis in axes)
+  links = share(inside, target.count // target.slices, target.chip)
   return estimate.Traffic(
     what=t.kind,
     kind=t.kind,
@@ -301,16 +302,16 @@ def _buffer(b: compiled.Buffer) -> dict[str, Any]:
   }
 
 
-def offences(what: plan.Plan, program: compiled.Program) -> list[str]:
-  """What a program of ours must not do (`compiled.limits`), and this one does."""
-  cfg, m = what.cfg, what.cfg.model
-  found = limits.large_buffers(program)
-  parts_of_row = mesh.ways('tokens', what.mesh)
+def offences(layout: plan.Plan, program: compiled.Program) -> list[str]:
+  """The checks of `compiled.limits` that the program fails, as lines of text."""
+  cfg, m = layout.cfg, layout.cfg.model
+  violations = limits.large_buffers(program)
+  shards = mesh.ways('tokens', layout.mesh)
   heads, kv_heads = (n * m.attn.head_dim for n in (m.attn.heads, m.attn.kv_heads))
   sizes = (m.width, m.ffn, m.vocab, heads, kv_heads, m.attn.head_dim)
-  found += limits.squares(program, length=cfg.data.length, parts=parts_of_row, also=sizes)
+  violations += limits.squares(program, length=cfg.data.length, parts=shards, also=sizes)
   if m.moe.experts:
-    found += limits.whole_experts(
+    violations += limits.whole_experts(
       program, experts=m.moe.experts, width=m.width, ffn=m.ffn
     )
-  return found
+  return violations
