@@ -192,7 +192,7 @@ def main(argv: list[str]) -> int:
   try:
     cfg = config.build(recipe.Config, c, 'config')
     if _DETERMINISTIC.value:
-      determinism.ask()
+      determinism.enable()
     workdir = storage.path(_WORKDIR.value or f'runs/{c["name"]}-{recipe.digest(c)}')
     processes.start(**_PROCESSES(), peer_timeout=cfg.stability.peer_timeout)
     run = prepare(

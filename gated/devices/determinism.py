@@ -1,10 +1,9 @@
-"""Bitwise repeatability on GPUs: what it asks of XLA, of NCCL and of our own code.
+"""Bitwise repeatability on GPUs: settings of XLA and NCCL, and ordered sums.
 
-CPUs and TPUs compute a step alike each time. GPUs do not: adding by atomics goes in any
-order, XLA takes the kernels that were fastest when it measured them, and NVLink's
-switches add in any order too. `ask` puts what prevents that into the environment, where
-XLA and NCCL read it as the first device is touched; what computes in another way then
-looks there with `asked`.
+CPUs and TPUs repeat a step bit for bit. GPUs do not: atomics and NVLink's switches add in
+any order, and XLA's autotuning chooses kernels by measured time. `enable` prevents this by
+environment variables, which XLA and NCCL read when the first device is used. Our own
+code checks them with `enabled`.
 
 R rows of a table  D width  N values to add
 """
@@ -25,7 +24,7 @@ ON = 'true', '1', ''
 
 
 class Setting(NamedTuple):
-  """What is set where the user says nothing, and what else he may say: () is anything."""
+  """The default, and the allowed values of the user's own setting; () allows any."""
 
   value: str
   allowed: tuple[str, ...]
@@ -34,84 +33,84 @@ class Setting(NamedTuple):
 FLAGS = {
   # cuDNN's gradient of attention and scatters in a fixed order; no kernel with atomics.
   'xla_gpu_exclude_nondeterministic_ops': Setting('true', ON),
-  # Older versions go on to measure kernels, and take the fastest, unless told by these.
+  # Older versions of XLA autotune kernels unless these forbid it.
   'xla_gpu_deterministic_ops': Setting('true', ON),
   'xla_gpu_autotune_level': Setting('0', ('0',)),
-  # Where none is measured, cuBLAS knows better than the first that Triton has.
+  # Without autotuning, cuBLAS chooses better than Triton's first candidate.
   'xla_gpu_enable_triton_gemm': Setting('false', ()),
 }
 
 VARIABLES = {
   # Switches add in any order (github.com/NVIDIA/nccl/issues/1497).
   'NCCL_NVLS_ENABLE': Setting('0', ('0',)),
-  # By itself NCCL takes others for other sizes, numbers of channels and topologies.
+  # By default NCCL chooses by message size, number of channels and topology.
   'NCCL_ALGO': Setting('Ring', ('Ring',)),
   'NCCL_PROTO': Setting('Simple', ('Simple', 'LL', 'LL128')),
 }
 
 
-def ask(environ: MutableMapping[str, str] = os.environ) -> None:
-  """Adds to the environment what repeatability needs; nothing that is there is changed.
+def enable(environ: MutableMapping[str, str] = os.environ) -> None:
+  """Adds the missing flags and variables to the environment; keeps existing ones.
 
   Call it before anything touches a device. ValueError, naming the flag or the variable,
-  if what is there forbids it.
+  if an existing value is not allowed.
   """
   text = environ.get('XLA_FLAGS', '')
   if text.strip() and not text.strip().startswith('-'):
     raise ValueError(
-      f'XLA_FLAGS={text!r} names a file, and --deterministic has flags to add: put the '
-      "file's own into XLA_FLAGS"
+      f'XLA_FLAGS={text!r} names a file, but --deterministic must add flags: move the '
+      "file's flags into XLA_FLAGS"
     )
-  there = flags(text)
+  present = flags(text)
   for name, setting in FLAGS.items():
-    _check(f'--{name}', there.get(name), setting, 'from XLA_FLAGS')
+    _check(f'--{name}', present.get(name), setting, 'from XLA_FLAGS')
   for name, setting in VARIABLES.items():
     _check(name, environ.get(name), setting, 'from the environment')
-  added = [f'--{name}={s.value}' for name, s in FLAGS.items() if name not in there]
+  added = [f'--{name}={s.value}' for name, s in FLAGS.items() if name not in present]
   environ['XLA_FLAGS'] = ' '.join([*filter(None, [text.strip()]), *added])
   for name, setting in VARIABLES.items():
     environ.setdefault(name, setting.value)
   _log.info(
-    '--deterministic: GPUs take other kernels, slower or faster as the model has it '
-    '(bench/deterministic.py); CPUs and TPUs it changes in nothing'
+    '--deterministic: GPUs use other kernels, slower or faster depending on the model '
+    '(bench/deterministic.py); CPUs and TPUs are not affected'
   )
 
 
-def _check(name: str, value: str | None, setting: Setting, where: str) -> None:
-  allowed = [each.lower() for each in setting.allowed]
+def _check(name: str, value: str | None, setting: Setting, source: str) -> None:
+  allowed = [option.lower() for option in setting.allowed]
   if value is not None and allowed and value.lower() not in allowed:
-    needs = ' or '.join(repr(each) for each in setting.allowed if each)
+    needs = ' or '.join(repr(option) for option in setting.allowed if option)
     raise ValueError(
-      f'{name}={value!r}, but --deterministic needs {needs}: remove one of them {where} '
-      'or from the command line'
+      f'{name}={value!r}, but --deterministic needs {needs}: remove it {source} '
+      'or omit --deterministic'
     )
 
 
 def flags(text: str) -> dict[str, str]:
-  """XLA_FLAGS -> {name: value}, '' for one without a value; the last of several holds."""
+  """XLA_FLAGS -> {name: value}, '' for a flag without a value; the last one wins."""
   words = [re.fullmatch(r'--?([^=]+)=?(.*)', word) for word in shlex.split(text)]
   return {word[1]: word[2] for word in words if word}
 
 
-def asked(environ: Mapping[str, str]) -> bool:
-  """Whether XLA is told to be deterministic, by us or by the user's own flags."""
+def enabled(environ: Mapping[str, str]) -> bool:
+  """Whether XLA runs deterministically, by `enable` or by the user's own flags."""
   text = environ.get('XLA_FLAGS', '')
-  there = flags(text) if text.strip().startswith('-') else {}
+  present = flags(text) if text.strip().startswith('-') else {}
   switch = 'xla_gpu_exclude_nondeterministic_ops'
-  return there.get(switch, 'false').lower() in ON
+  return present.get(switch, 'false').lower() in ON
 
 
 def applies(platform: str) -> bool:
-  """Whether what is traced for a platform of JAX has to compute in a fixed order."""
-  return platform == 'gpu' and asked(os.environ)
+  """Whether code traced for a JAX platform must add in a fixed order."""
+  return platform == 'gpu' and enabled(os.environ)
 
 
 def add_rows(table_RD: jax.Array, row_N: jax.Array, value_ND: jax.Array) -> jax.Array:
-  """A table, and values by row -> the table with each added to its row, in an order of
-  its own; what belongs to a row that the table lacks is dropped.
+  """Adds each value to its row of the table in a fixed order; drops rows outside of it.
 
-  Sorted by row, a scan adds up the values of each, and its last sum is the row's. XLA's
-  own deterministic scatter adds one row at a time, or sorts every single number.
+  The values are sorted by row; a segmented scan adds them, and a row's last partial sum
+  is its total. XLA's own deterministic scatter adds one row at a time, or sorts every
+  number.
   """
   order_N = jnp.argsort(row_N, stable=True)
   row_N, value_ND = row_N[order_N], value_ND[order_N]
@@ -122,7 +121,7 @@ def add_rows(table_RD: jax.Array, row_N: jax.Array, value_ND: jax.Array) -> jax.
     return new_a | new_b, jnp.where(new_b, sum_b, sum_a + sum_b)
 
   _, sum_ND = jax.lax.associative_scan(add, (new_N[:, None], value_ND))
-  every_R = jnp.arange(len(table_RD), dtype=row_N.dtype)
-  first_R, end_R = (jnp.searchsorted(row_N, every_R, side=s) for s in ('left', 'right'))
+  id_R = jnp.arange(len(table_RD), dtype=row_N.dtype)
+  first_R, end_R = (jnp.searchsorted(row_N, id_R, side=s) for s in ('left', 'right'))
   sum_RD = sum_ND[jnp.maximum(end_R - 1, 0)]
   return table_RD + jnp.where((end_R > first_R)[:, None], sum_RD, 0)

@@ -119,7 +119,7 @@ def check(
       changed['data'] = str(old['data'].get('sha256'))[:12], fingerprint['sha256'][:12]
     _refuse(workdir, c, changed, allowed)
     # Allowed: it changes only the last bits.
-    before, now = old.get('deterministic'), determinism.asked(os.environ)
+    before, now = old.get('deterministic'), determinism.enabled(os.environ)
     if before is not None and before != now:
       changed['--deterministic'] = before, now
     if step is not None:

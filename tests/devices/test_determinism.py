@@ -1,4 +1,4 @@
-"""What --deterministic sets, what it refuses, and sums that have an order."""
+"""The settings of --deterministic, its errors, and sums in a fixed order."""
 
 import functools
 import json
@@ -19,9 +19,9 @@ from gated.train import step
 SWITCH = '--xla_gpu_exclude_nondeterministic_ops'
 
 
-def test_flags_are_added_to_those_that_are_there():
+def test_flags_are_added_to_existing_ones():
   environ = {'XLA_FLAGS': ' --xla_dump_to=/d --xla_gpu_enable_triton_gemm=true', 'A': 'b'}
-  determinism.ask(environ)
+  determinism.enable(environ)
   words = environ.pop('XLA_FLAGS').split()
   assert words[:2] == ['--xla_dump_to=/d', '--xla_gpu_enable_triton_gemm=true']
   assert set(words[2:]) == {
@@ -33,18 +33,18 @@ def test_flags_are_added_to_those_that_are_there():
   assert environ == {'A': 'b'} | rings
 
 
-def test_what_agrees_is_kept_and_asking_twice_changes_nothing():
+def test_allowed_values_are_kept_and_a_second_call_changes_nothing():
   environ = {'XLA_FLAGS': f'{SWITCH} --xla_gpu_autotune_level=0', 'NCCL_PROTO': 'll128'}
-  determinism.ask(environ)
+  determinism.enable(environ)
   once = dict(environ)
-  determinism.ask(environ)
+  determinism.enable(environ)
   assert environ == once
   assert once['NCCL_PROTO'] == 'll128'
   assert once['XLA_FLAGS'].startswith(f'{SWITCH} --xla_gpu_autotune_level=0 --xla_gpu_de')
 
 
 @pytest.mark.parametrize(
-  ('environ', 'said'),
+  ('environ', 'message'),
   [
     (
       {'XLA_FLAGS': f'{SWITCH}=false'},
@@ -59,24 +59,24 @@ def test_what_agrees_is_kept_and_asking_twice_changes_nothing():
     ({'NCCL_NVLS_ENABLE': '2'}, "NCCL_NVLS_ENABLE='2'"),
   ],
 )
-def test_what_forbids_it_is_refused_and_nothing_is_set(environ, said):
+def test_a_conflicting_value_is_an_error_and_nothing_is_set(environ, message):
   before = dict(environ)
-  with pytest.raises(ValueError, match=said):
-    determinism.ask(environ)
+  with pytest.raises(ValueError, match=message):
+    determinism.enable(environ)
   assert environ == before
 
 
-def test_it_is_asked_for_where_the_flag_is_on():
-  asked = lambda flags: determinism.asked({'XLA_FLAGS': flags})
-  assert asked(SWITCH) and asked(f'--a=b {SWITCH}=1') and asked(f'{SWITCH}=True')
-  assert not asked('') and not asked(f'{SWITCH}=false') and not asked('/etc/flags')
-  assert not determinism.asked({})
+def test_it_is_enabled_by_the_flag():
+  enabled = lambda flags: determinism.enabled({'XLA_FLAGS': flags})
+  assert enabled(SWITCH) and enabled(f'--a=b {SWITCH}=1') and enabled(f'{SWITCH}=True')
+  assert not enabled('') and not enabled(f'{SWITCH}=false') and not enabled('/etc/flags')
+  assert not determinism.enabled({})
   environ = {}
-  determinism.ask(environ)
-  assert determinism.asked(environ)
+  determinism.enable(environ)
+  assert determinism.enabled(environ)
 
 
-def test_only_what_runs_on_a_gpu_is_computed_in_another_way(monkeypatch):
+def test_it_applies_to_gpus_only(monkeypatch):
   monkeypatch.setenv('XLA_FLAGS', f'{SWITCH}=true')
   assert determinism.applies('gpu')
   assert not determinism.applies('cpu') and not determinism.applies('tpu')
@@ -87,15 +87,15 @@ def test_only_what_runs_on_a_gpu_is_computed_in_another_way(monkeypatch):
 def test_rows_are_added_as_a_scatter_adds_them():
   rng = np.random.default_rng(0)
   table, value = (jnp.asarray(rng.normal(size=(n, 3)), jnp.float32) for n in (7, 13))
-  # Row 2 has none, most have several, and rows beyond the table are nobody's.
+  # Row 2 has no value, most have several, and the table lacks rows 7 and 9.
   row = jnp.asarray(rng.choice([0, 1, 3, 6, 7, 9], 13), jnp.int32)
-  found = small.jit(determinism.add_rows)(table, row, value)
+  sums = small.jit(determinism.add_rows)(table, row, value)
   expected = np.array(table, np.float64)
   for r, v in zip(np.asarray(row), np.asarray(value, np.float64)):
     if r < 7:
       expected[r] += v
-  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-  np.testing.assert_array_equal(found[2], table[2])
+  np.testing.assert_allclose(sums, expected, rtol=1e-5, atol=1e-6)
+  np.testing.assert_array_equal(sums[2], table[2])
 
 
 def test_a_router_gives_the_same_weights_and_gradients_in_order(monkeypatch):
@@ -111,26 +111,26 @@ def test_a_router_gives_the_same_weights_and_gradients_in_order(monkeypatch):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_a_session_tells_of_it_and_the_next_one_of_its_change(tmp_path, monkeypatch):
+def test_a_session_records_it_and_the_next_one_reports_the_change(tmp_path, monkeypatch):
   c, data = small.recipe(), {'sha256': 'd' * 64}
   home = storage.path(tmp_path / 'run')
-  asked = dict(like={}, allowed=(), restore_step='')
+  opts = dict(like={}, allowed=(), restore_step='')
   monkeypatch.setenv('XLA_FLAGS', f'{SWITCH}=true')
   metrics.manifest(home / 'run.json', config=c, data=data, restored=None, changed={})
   (session,) = json.loads((home / 'run.json').read_text())['sessions']
   assert session['deterministic'] is True
-  assert workdir.check(home, c, data, **asked).changed == {}
+  assert workdir.check(home, c, data, **opts).changed == {}
   monkeypatch.setenv('XLA_FLAGS', '')
-  found = workdir.check(home, c, data, **asked)
-  assert found.changed == {'--deterministic': (True, False)}
+  owner = workdir.check(home, c, data, **opts)
+  assert owner.changed == {'--deterministic': (True, False)}
 
 
 @pytest.mark.slow
-def test_a_run_takes_the_flag_and_refuses_flags_against_it(run_python):
+def test_a_run_accepts_the_flag_and_rejects_conflicting_flags(run_python):
   command = ['train.py', '--config=configs/tiny.py', '--dry_run', '--deterministic']
   done = run_python([*command, '--config.steps=2'])
   assert done.returncode == 0, done.stderr[-3000:]
-  assert 'CPUs and TPUs it changes in nothing' in done.stderr
+  assert 'CPUs and TPUs are not affected' in done.stderr
   done = run_python(command, env={'XLA_FLAGS': '--xla_gpu_autotune_level=3'})
   assert done.returncode == 2
   assert "--xla_gpu_autotune_level='3', but --deterministic needs '0'" in done.stderr
@@ -150,10 +150,10 @@ def test_a_step_for_gpus_adds_no_floats_by_a_scatter(monkeypatch):
     """The shapes of floats that values are added to where indices may be the same."""
     opts = dict(tx=the.tx, schedule=the.schedule, loss=cfg.loss, accum=1)
     run = jax.jit(functools.partial(step.train, **opts)).trace(the.state, batch)
-    found = run.lower(lowering_platforms=('cuda',)).as_text().split('"stablehlo.scatter"')
-    for each in found[1:]:
-      shapes = re.search(r'\}\) : \(tensor<(\w+)>', each)
-      head = each[: shapes.start()]
+    text = run.lower(lowering_platforms=('cuda',)).as_text()
+    for scatter in text.split('"stablehlo.scatter"')[1:]:
+      shapes = re.search(r'\}\) : \(tensor<(\w+)>', scatter)
+      head = scatter[: shapes.start()]
       adds = 'stablehlo.add' in head and 'unique_indices = false' in head
       if adds and not shapes[1].endswith('i32'):
         yield shapes[1]
@@ -176,8 +176,8 @@ def test_packed_attention_in_order_is_the_reference(monkeypatch):
   segment = jnp.asarray(np.sort(rng.integers(1, 4, (2, 128)), 1), jnp.int32)
 
   def run(backend):
-    asked = dict(backend=backend, max_segments=4)
-    total = lambda *qkv: jnp.sum(share * kernels.attend(*qkv, segment, **asked))
+    opts = dict(backend=backend, max_segments=4)
+    total = lambda *qkv: jnp.sum(share * kernels.attend(*qkv, segment, **opts))
     return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(q, k, v)
 
   for ours, theirs in zip(run('cudnn'), run('reference')):

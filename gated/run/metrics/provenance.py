@@ -90,7 +90,7 @@ def session() -> dict:
     'devices': len(devices),
     'processes': jax.process_count(),
     'environment': environment(os.environ),
-    'deterministic': determinism.asked(os.environ),
+    'deterministic': determinism.enabled(os.environ),
   }
 
 
