@@ -1,21 +1,21 @@
-"""Sweeps: a recipe's grid of runs, executed here or handed to a scheduler, and judged.
+"""Sweeps: runs a recipe's grid here or on a scheduler, and judges the results.
 
   python scripts/sweep.py run --config=configs/lr_sweep.py:scale=test
   python scripts/sweep.py run --config=configs/tiny.py --axis=optim.lr=1e-3,4e-3 --seeds=2
-  python scripts/sweep.py run --dir=DIR                   goes on with that sweep
-  python scripts/sweep.py submit --config=... --on=slurm  hands it to a scheduler; then
+  python scripts/sweep.py run --dir=DIR                   resumes that sweep
+  python scripts/sweep.py submit --config=... --on=slurm  submits it to a scheduler; then
   python scripts/sweep.py list DIR, delete DIR            (docs/clusters.md)
   python scripts/sweep.py status DIR
   python scripts/sweep.py report DIR                      its index.html, tables, figures
   python scripts/sweep.py compare A B                     runs, or sweeps point by point
   python scripts/sweep.py COMMAND --help
 
-`--config` and `--config.KNOB=VALUE` are as in train.py, for all points. A sweep's
-folder holds all that is needed to run it again (gated/sweep/__init__.py).
+`--config` and `--config.KNOB=VALUE` work as in train.py, for all points. A sweep's
+folder is enough to run it again (gated/sweep/__init__.py).
 
 Exit codes: 0 done; compare: the same losses to the last bit. 1: some points failed,
-or the losses differ. 2: refused. 3: compare: the runs are not comparable. 4: told to
-leave, and the same command goes on.
+or the losses differ. 2: bad arguments. 3: compare: the runs are not comparable. 4:
+stopped by a signal; the same command resumes the sweep.
 """
 
 import argparse
@@ -37,23 +37,25 @@ from gated.sweep.launch import desk
 
 ROOT = Path(__file__).resolve().parents[1]
 REFUSED, INTERRUPTED = 2, 130
-AS_IN_TRAIN = '--config=configs/RECIPE.py:ARG and --config.KNOB=VALUE are as in train.py.'
-# What a report may be told to judge by otherwise than the sweep's own recipe says.
+AS_IN_TRAIN = (
+  '--config=configs/RECIPE.py:ARG and --config.KNOB=VALUE work as in train.py.'
+)
+# Flags of a report that override the sweep's rule.
 RULE = {
-  'multiple': 'above so many times the best final loss',
-  'rise': 'that many nats above its lowest level at the end',
+  'multiple': 'above this multiple of the best final loss',
+  'rise': 'ends this many nats above its lowest level',
   'tail': 'fraction of a run whose median is its level',
 }
 SPIKES: dict[str, tuple[type, str]] = {
-  'window': (int, 'logged points that the median is of'),
+  'window': (int, 'logged points in the median'),
   'threshold': (float, 'nats above the median'),
-  'warmup': (int, 'first steps that have none'),
-  'gap': (int, 'steps within which two are one'),
+  'warmup': (int, 'first steps, without spikes'),
+  'gap': (int, 'steps within which two spikes count as one'),
 }
 
 
 class Recipe(NamedTuple):
-  """What `--config` and its knobs say."""
+  """`--config` and its knobs."""
 
   spec: str  # configs/lr_sweep.py:scale=test
   overrides: tuple[str, ...]  # --config.steps=100
@@ -61,42 +63,41 @@ class Recipe(NamedTuple):
 
 
 def recipe(words: Sequence[str]) -> Recipe:
-  """The words of a command line that are the recipe's -> Recipe; ValueError if bad."""
+  """The recipe's arguments -> Recipe; ValueError if they are wrong."""
   if words and all(word.startswith('--config.') for word in words):
-    raise ValueError(f'{words[0]} needs --config: a sweep that is there keeps its knobs')
+    raise ValueError(f'{words[0]} needs --config: an existing sweep keeps its knobs')
   values = _parse(words)
   flag: Any = values['config']
   spec = flag.value and flag.config_filename
   if not spec:
     raise ValueError('--config=configs/RECIPE.py is missing')
-  given = config_flags.get_override_values(flag)
-  overrides = tuple(f'--config.{k}={axes.text(v)}' for k, v in given.items())
+  values = config_flags.get_override_values(flag)
+  overrides = tuple(f'--config.{k}={axes.text(v)}' for k, v in values.items())
   name, colon, arg = spec.partition(':')
-  inside = Path(name).resolve()
-  if not any(inside.is_relative_to(ROOT / each) for each in sweep.CARRIED):
+  path = Path(name).resolve()
+  if not any(path.is_relative_to(ROOT / folder) for folder in sweep.CARRIED):
     raise ValueError(
       f'--config={name} is not in {ROOT}/configs, so a sweep could not carry it'
     )
-  module = importlib.util.spec_from_file_location(f'recipe_{inside.stem}', inside)
-  assert module and module.loader
-  loaded = importlib.util.module_from_spec(module)
-  module.loader.exec_module(loaded)
-  spec = f'{inside.relative_to(ROOT)}{colon}{arg}'
-  return Recipe(spec, overrides, loaded)
+  module_spec = importlib.util.spec_from_file_location(f'recipe_{path.stem}', path)
+  assert module_spec and module_spec.loader
+  module = importlib.util.module_from_spec(module_spec)
+  module_spec.loader.exec_module(module)
+  return Recipe(f'{path.relative_to(ROOT)}{colon}{arg}', overrides, module)
 
 
 def resolve(words: Sequence[str]) -> dict:
-  """`--config=...` and `--config.x=y` -> the recipe, as train.py would have it."""
+  """`--config=...` and `--config.x=y` -> the recipe that train.py resolves."""
   words = list(words)
   for i, word in enumerate(words):
-    if word.startswith('--config='):  # As a sweep names it, from wherever it is called.
+    if word.startswith('--config='):  # A sweep's spec is relative to ROOT.
       words[i] = f'--config={ROOT / word.partition("=")[2]}'
   flag: Any = _parse(words)['config']
   return flag.value.to_dict()
 
 
 def _parse(words: Sequence[str]) -> flags.FlagValues:
-  """The recipe's words -> absl's flags; a mistake is told in one line, by its knob."""
+  """The recipe's arguments -> absl's flags; ValueError in one line for a bad knob."""
   words = ['sweep.py', *words]
   values = flags.FlagValues()
   config_flags.DEFINE_config_file(
@@ -110,76 +111,76 @@ def _parse(words: Sequence[str]) -> flags.FlagValues:
   except Exception as error:
     raise ValueError(config.plain(error)) from error
   if len(left) > 1:
-    there = '; go on with a sweep by --dir=DIR' if Path(left[1]).is_dir() else ''
-    raise ValueError(f'unknown argument {left[1]!r}{there}')
+    hint = '; resume a sweep with --dir=DIR' if Path(left[1]).is_dir() else ''
+    raise ValueError(f'unknown argument {left[1]!r}{hint}')
   return values
 
 
 def planned(args: argparse.Namespace, words: Sequence[str]) -> sweep.Sweep:
-  """The flags of a command that takes a grid, and the recipe's -> Sweep, unwritten."""
-  of = recipe(words)
+  """The arguments of `run` or `submit` -> a Sweep that is not written yet."""
+  source = recipe(words)
   parts: list[list[axes.Point]] = []
-  if hasattr(of.module, 'get_grid'):
-    parts.append(of.module.get_grid(of.spec.partition(':')[2]))
-  parts += [_axis(text, of) for text in args.axis]
+  if hasattr(source.module, 'get_grid'):
+    parts.append(source.module.get_grid(source.spec.partition(':')[2]))
+  parts += [_axis(text, source) for text in args.axis]
   if args.seeds is not None:
     if args.seeds < 1:
       raise ValueError(f'--seeds={args.seeds} must be positive')
     parts.append(axes.seeds(args.seeds))
   if not parts:
     raise ValueError(
-      f'--config={of.spec} has no get_grid: name its axes, --axis=optim.lr=1e-3,2e-3 '
+      f'--config={source.spec} has no get_grid: name its axes, --axis=optim.lr=1e-3,2e-3 '
       '(and --seeds=3)'
     )
-  rule = getattr(of.module, 'get_rule', base.rule)()
+  rule = getattr(source.module, 'get_rule', base.rule)()
   return sweep.plan(
-    of.spec,
+    source.spec,
     axes.product(*parts),
     resolve=resolve,
-    overrides=of.overrides,
+    overrides=source.overrides,
     flags=['--deterministic'] if args.deterministic else [],
     folder=args.dir,
     rule=config.build(judge.Rule, rule, 'rule'),
   )
 
 
-def _axis(text: str, of: Recipe) -> list[axes.Point]:
-  """'optim.lr=1e-3,2e-3' -> a point each, its value as the knob's type reads it."""
+def _axis(text: str, source: Recipe) -> list[axes.Point]:
+  """'optim.lr=1e-3,2e-3' -> a point for each value, parsed as the knob's type."""
   knob, equals, values = text.partition('=')
   knob = knob.removeprefix('config.')
   if not (knob and equals):
     raise ValueError(f'--axis={text!r} is not KNOB=VALUE,VALUE')
-  words = [f'--config={of.spec}', *of.overrides]
+  words = [f'--config={source.spec}', *source.overrides]
   read = lambda value: config.dig(resolve([*words, f'--config.{knob}={value}']), knob)
   return axes.axis(knob, [read(value) for value in values.split(',') if value])
 
 
-def found(args: argparse.Namespace, words: Sequence[str]) -> sweep.Sweep | None:
-  """The sweep that `--dir` alone names; None where a recipe is given."""
+def existing(args: argparse.Namespace, words: Sequence[str]) -> sweep.Sweep | None:
+  """The sweep in `--dir`; None if the arguments contain a recipe or a grid."""
   if words or args.axis or args.seeds is not None or not args.dir:
     return None
   swept = sweep.open(args.dir)
   if args.deterministic and '--deterministic' not in swept.flags:
-    raise ValueError(f'--deterministic, but the sweep in {args.dir} was begun without')
+    raise ValueError(f'--deterministic, but the sweep in {args.dir} is not')
   return swept
 
 
 def run(args: argparse.Namespace, words: Sequence[str]) -> int:
-  swept = found(args, words)
-  begun = swept or planned(args, words)
-  points = sweep.only(begun.points, args.only)
-  if not (sweep.local(begun.folder) / sweep.NAME).exists():
+  swept = existing(args, words)
+  draft = swept or planned(args, words)
+  points = sweep.only(draft.points, args.only)
+  if not (sweep.local(draft.folder) / sweep.NAME).exists():
     sweep.check_here(points)
   # Of all points, so that a part has the same environment, and losses, as the whole.
-  room = sweep.room(begun.points, args.jobs)
+  room = sweep.room(draft.points, args.jobs)
   slots = room.slots[: len(points)]
-  swept = swept or sweep.write(begun, room.environment)
+  swept = swept or sweep.write(draft, room.environment)
   code = sweep.unpacked(swept)
   print(f'{swept.folder}: {len(points)} points, {len(slots)} at a time ({room.reason})')
   if not sweep.is_current(swept):
-    print(f'they are run with their own sources, of {swept.made["time"]}: not as here')
-  given = ' '.join(f'{k}={v}' for k, v in swept.made['environment'].items())
-  print(f'each point is given {given or "the environment as it is"}', flush=True)
+    print(f"points use the sweep's sources of {swept.made['time']}, not the current ones")
+  variables = ' '.join(f'{k}={v}' for k, v in swept.made['environment'].items())
+  print(f'environment of each point: {variables or "unchanged"}', flush=True)
   with sweep.View(f'{swept.name}  {swept.folder}') as view:
     runner = sweep.Runner(
       swept,
@@ -203,18 +204,20 @@ def status(args: argparse.Namespace, words: Sequence[str]) -> int:
   rows = sweep.rows(swept, swept.points)
   sweep.show(rows, swept)
   if any(row.state in sweep.ENDED for row in rows):
-    print('diverged: left as unstable (exit code 3); `report` judges the losses as well')
+    print(
+      'diverged: stopped as unstable (exit code 3); `report` judges the losses as well'
+    )
   return 0
 
 
 def compare(args: argparse.Namespace, words: Sequence[str]) -> int:
-  code, told = sweep.folders(storage.path(args.a), storage.path(args.b))
-  print(f'A  {args.a}\nB  {args.b}\n{told}')
+  code, text = sweep.folders(storage.path(args.a), storage.path(args.b))
+  print(f'A  {args.a}\nB  {args.b}\n{text}')
   return code
 
 
 def submit(args: argparse.Namespace, words: Sequence[str]) -> int:
-  swept = found(args, words) or planned(args, words)
+  swept = existing(args, words) or planned(args, words)
   return desk.submit(args, swept, sweep.only(swept.points, args.only))
 
 
@@ -224,33 +227,33 @@ def launched(args: argparse.Namespace, words: Sequence[str]) -> int:
 
 def write_report(args: argparse.Namespace, words: Sequence[str]) -> int:
   swept = sweep.open(args.dir)
-  given = {k: v for k, v in vars(args).items() if v is not None}
-  rule = replace(swept.rule, **{k: given[k] for k in RULE if k in given})
+  options = {k: v for k, v in vars(args).items() if v is not None}
+  rule = replace(swept.rule, **{k: options[k] for k in RULE if k in options})
   out = storage.path(args.out) if args.out else swept.folder / 'report'
   rows = [report.Published(*row) for row in table2.published()]
-  spikes = {k: given[k] for k in SPIKES if k in given}
+  spikes = {k: options[k] for k in SPIKES if k in options}
   try:
-    found = report.write(
+    written = report.write(
       swept, out, only=args.only, rule=rule, spikes=spikes, published=rows
     )
   except OSError as error:
     raise ValueError(f'the report of {swept.folder} in {out}: {error}') from error
-  print(f'{found.states()}: {out / "index.html"}')
+  print(f'{written.states()}: {out / "index.html"}')
   return 0
 
 
 def _takes_only(parser: argparse.ArgumentParser) -> None:
-  told = 'points with those labels: variant=baseline,lr=0.001'
-  parser.add_argument('--only', default='', help=told)
+  text = 'points with these labels: variant=baseline,lr=0.001'
+  parser.add_argument('--only', default='', help=text)
 
 
 def _takes_grid(parser: argparse.ArgumentParser) -> None:
-  """The flags of commands that may begin a sweep."""
-  parser.add_argument('--dir', default='', help='of the sweep; default sweeps/NAME-HASH')
+  """The flags of commands that may start a sweep."""
+  parser.add_argument('--dir', default='', help='folder; default sweeps/NAME-DIGEST')
   parser.add_argument(
     '--axis', action='append', default=[], help='KNOB=VALUE,VALUE,...; repeatable'
   )
-  parser.add_argument('--seeds', type=int, help='an axis of so many seeds')
+  parser.add_argument('--seeds', type=int, help='number of seeds, as an axis')
   _takes_only(parser)
   parser.add_argument('--deterministic', action='store_true', help='as in train.py')
 
@@ -266,7 +269,7 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--drop_checkpoints',
     action='store_true',
-    help='of a point that has ended; its metrics stay',
+    help='remove the checkpoints of points that ended; metrics stay',
   )
 
 
@@ -283,10 +286,10 @@ def _report_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('dir', help="a sweep's folder")
   parser.add_argument('--out', default='', help='folder; default DIR/report')
   _takes_only(parser)
-  for name, told in RULE.items():
-    parser.add_argument(f'--{name}', type=float, help=f'diverged: {told}')
-  for name, (kind, told) in SPIKES.items():
-    parser.add_argument(f'--{name}', type=kind, help=f'spikes: {told}')
+  for name, text in RULE.items():
+    parser.add_argument(f'--{name}', type=float, help=f'diverged: {text}')
+  for name, (kind, text) in SPIKES.items():
+    parser.add_argument(f'--{name}', type=kind, help=f'spikes: {text}')
 
 
 def _compare_flags(parser: argparse.ArgumentParser) -> None:
@@ -295,22 +298,22 @@ def _compare_flags(parser: argparse.ArgumentParser) -> None:
 
 
 class Command(NamedTuple):
-  """A subcommand: what it does, its flags, and whether `--config` is for it."""
+  """A subcommand: its function, its flags, its help, and whether it takes `--config`."""
 
   do: Callable[[argparse.Namespace, Sequence[str]], int]
   flags: Callable[[argparse.ArgumentParser], None]
-  told: str
+  help: str
   recipe: bool = False
 
 
 COMMANDS = {
   'run': Command(run, _run_flags, 'run the points here', recipe=True),
-  'submit': Command(submit, _submit_flags, 'hand points to a scheduler', recipe=True),
-  'list': Command(launched, _status_flags, 'list what was submitted'),
-  'delete': Command(launched, _status_flags, 'end and remove what was submitted'),
-  'status': Command(status, _status_flags, 'print where the points stand'),
+  'submit': Command(submit, _submit_flags, 'submit points to a scheduler', recipe=True),
+  'list': Command(launched, _status_flags, 'list the submitted jobs'),
+  'delete': Command(launched, _status_flags, 'stop and remove the submitted jobs'),
+  'status': Command(status, _status_flags, 'print the state of the points'),
   'report': Command(write_report, _report_flags, 'judge the points: tables, figures'),
-  'compare': Command(compare, _compare_flags, 'say whether runs are alike'),
+  'compare': Command(compare, _compare_flags, 'compare two runs or sweeps'),
 }
 
 
@@ -323,9 +326,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   below = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
   for name, command in COMMANDS.items():
-    told = f'{command.told}. {AS_IN_TRAIN}' if command.recipe else command.told
+    text = f'{command.help}. {AS_IN_TRAIN}' if command.recipe else command.help
     command.flags(
-      below.add_parser(name, help=command.told, description=told, allow_abbrev=False)
+      below.add_parser(name, help=command.help, description=text, allow_abbrev=False)
     )
   args, words = parser.parse_known_args(argv)
   chosen = COMMANDS[args.command]

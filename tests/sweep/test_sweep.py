@@ -205,7 +205,7 @@ def run(*words, expect=0):
       'config.data.mixture names /no/data, which does not exist',
     ),
     (['--config.steps=3'], '--config.steps=3 needs --config'),
-    (['tests'], "unknown argument 'tests'; go on with a sweep by --dir=DIR"),
+    (['tests'], "unknown argument 'tests'; resume a sweep with --dir=DIR"),
     (['--dir=nowhere'], 'is not a sweep: sweep.json is missing'),
   ],
 )
@@ -252,10 +252,10 @@ def test_a_part_of_a_grid_has_the_environment_of_the_whole(tmp_path, monkeypatch
   run('run', *command)
   assert sweep.open(tmp_path).made['environment'] == {'NPROC': '2'}
   said = capsys.readouterr().out
-  assert '1 points, 1 at a time' in said and 'own sources' not in said
+  assert '1 points, 1 at a time' in said and "sweep's sources" not in said
   monkeypatch.setattr(code, 'pack', lambda root: b'edited since')
   run('run', *command)
-  assert 'they are run with their own sources' in capsys.readouterr().out
+  assert "points use the sweep's sources" in capsys.readouterr().out
 
 
 # The folder.
