@@ -1,7 +1,6 @@
-"""config.json -> model.Config: what each key means to us.
+"""config.json -> model.Config.
 
-A key that nobody here knows is refused by its name, for it may change what the model
-computes.
+Unknown keys raise ValueError, because they may change what the model computes.
 """
 
 import math
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 from gated import config, model
 from gated.hf.knobs import HARMLESS, MEANT, MEANT_BY_EXPERTS, MEANT_BY_GATE, SAME
 
-# model_type -> what transformers assumes where config.json does not say.
+# model_type -> the defaults of transformers for keys missing in config.json.
 _COMMON = {
   'attention_bias': False,
   'hidden_act': 'silu',
@@ -33,8 +32,8 @@ ASSUMED = {
   | {'head_dim': 256, 'norm_topk_prob': True, 'partial_rotary_factor': 0.25},
 }
 
-# Knobs that config.json knows nothing of and no logit depends on: how a model is run,
-# how parameters start, and what is off above.
+# Knobs without a key in config.json and without an effect on logits: execution,
+# initialization, and details of features that are off in MEANT.
 UNSAID = MEANT_BY_GATE | {
   'mask_documents': True,
   'layers': 'scan',
@@ -64,64 +63,61 @@ UNSAID = MEANT_BY_GATE | {
   'moe.backend': 'auto',
 }
 
-
-MAX_WHOLE = 2**62  # Arrays have no longer dims.
+MAX_WHOLE = 2**62  # Array dims are smaller.
 
 
 class Meaning(NamedTuple):
-  """What a config.json says."""
+  """A parsed config.json; `groups` and `centred` as in names.Layout."""
 
   cfg: model.Config
-  groups: int  # Of names.Layout.
-  centred: bool  # Likewise.
+  groups: int
+  centred: bool
 
 
 class _Keys:
-  """A config.json being read; what nobody took is refused in the end."""
+  """The keys of a config.json; `end` raises ValueError for unread ones."""
 
   def __init__(self, content: Mapping[str, Any]):
     self.left = dict(content)
     self.kind = self.left.pop('model_type', None)
     if not isinstance(self.kind, str) or self.kind not in ASSUMED:
       allowed = ', '.join(map(repr, ASSUMED))
-      raise ValueError(f'model_type={self.kind!r}, but what is read is {allowed}')
+      raise ValueError(f'model_type={self.kind!r}, but supported are {allowed}')
 
   def take(self, key: str, of: type) -> Any:
-    """A key's value, or what transformers assumes; ValueError if there is neither."""
+    """A key's value or default; ValueError if it has neither."""
     value = self.maybe(key, of)
     if value is None and key not in ASSUMED[self.kind]:
       raise ValueError(f'{key} is missing')
     return ASSUMED[self.kind][key] if value is None else value
 
   def maybe(self, key: str, of: type) -> Any:
-    """A key's value, or None where it is absent or null."""
+    """A key's value; None if it is missing or null."""
     value = self.left.pop(key, None)
     return None if value is None else _typed(key, value, of)
 
   def require(self, key: str, allowed: Any) -> None:
-    """Raises ValueError unless the key has, or is assumed to have, that value."""
+    """Raises ValueError unless the key's value or default is `allowed`."""
     value = self.take(key, type(allowed))
     if value != allowed:
       raise ValueError(f'{key}={value!r}, but only {allowed!r} is implemented')
 
   def drop(self, *keys: str) -> None:
-    """Keys that have no effect beside others."""
+    """Ignores keys that have no effect in this config."""
     for key in keys:
       self.left.pop(key, None)
 
   def end(self) -> None:
-    """Raises ValueError, naming them, for keys that nobody took.
+    """Raises ValueError for unread keys.
 
-    HARMLESS ones pass, and so do unknown ones that are off: null, false, [] or {}. A
-    number is never off: a scale of 0 is one.
+    HARMLESS keys pass, and unknown keys with the value null, false, [] or {}. Numbers
+    never pass: 0 may be a scale.
     """
     off = lambda v: v is None or v is False or v == [] or v == {}
     left = {k: v for k, v in self.left.items() if k not in HARMLESS and not off(v)}
     if left:
-      told = ', '.join(f'{k}={v!r}' for k, v in sorted(left.items()))
-      raise ValueError(
-        f'{told}: not known here, so it may change what the model computes'
-      )
+      keys = ', '.join(f'{k}={v!r}' for k, v in sorted(left.items()))
+      raise ValueError(f'{keys}: not known, so it may change what the model computes')
 
 
 def _typed(key: str, value: Any, of: type) -> Any:
@@ -138,10 +134,10 @@ def _typed(key: str, value: Any, of: type) -> Any:
 
 
 def read(content: Mapping[str, Any], base: Mapping[str, Any]) -> Meaning:
-  """A config.json, and knobs for what it does not say -> Meaning.
+  """A config.json, and defaults for knobs without a key -> Meaning.
 
-  `base` is nested, and holds at least numerics.weights and numerics.compute. Raises
-  ValueError, naming the key, for what we cannot compute.
+  `base` is nested, and holds at least numerics.weights and numerics.compute. ValueError
+  names the unsupported key.
   """
   keys = _Keys(content)
   knobs = {knob: keys.take(key, of) for key, (knob, of) in SAME.items()}
@@ -173,10 +169,10 @@ def _head(keys: _Keys, knobs: Mapping[str, Any]) -> dict[str, Any]:
     head_dim = keys.maybe('head_dim', int) or width // max(heads, 1)
   else:
     head_dim = keys.take('head_dim', int)
-  # The authors' flag, which in their code takes the place of attention_bias.
+  # In the authors' code, qkv_bias overrides attention_bias.
   bias = keys.take('attention_bias', bool)
-  flag = keys.maybe('qkv_bias', bool)
-  bias = bias if flag is None else flag
+  override = keys.maybe('qkv_bias', bool)
+  bias = bias if override is None else override
   qk_norm = keys.take('use_qk_norm', bool)
   return {
     'attn.head_dim': head_dim,
@@ -187,7 +183,7 @@ def _head(keys: _Keys, knobs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(keys: _Keys) -> dict[str, Any]:
-  """rope_scaling (transformers 4) or rope_parameters (5), which names the base too."""
+  """RoPE from rope_scaling (transformers 4) or rope_parameters (5, with the base)."""
   scaling = keys.maybe('rope_scaling', dict)
   parameters = keys.maybe('rope_parameters', dict)
   left = dict(scaling or parameters or {})
@@ -197,9 +193,9 @@ def _rope(keys: _Keys) -> dict[str, Any]:
   if length is None:
     length = keys.take('max_position_embeddings', int)
 
-  def take(key, of, otherwise):
+  def take(key, of, default):
     value = left.pop(key, None)
-    return otherwise if value is None else _typed(f'rope_parameters.{key}', value, of)
+    return default if value is None else _typed(f'rope_parameters.{key}', value, of)
 
   kind = take('rope_type', str, left.pop('type', None) or 'default')
   base, part = take('rope_theta', float, base), take('partial_rotary_factor', float, part)
@@ -213,27 +209,27 @@ def _rope(keys: _Keys) -> dict[str, Any]:
     raise ValueError(f'rope_parameters.rope_type={kind!r}, but implemented are {allowed}')
   left = {key: value for key, value in left.items() if value is not None}
   if left:
-    told = ', '.join(f'rope_parameters.{k}={v!r}' for k, v in sorted(left.items()))
-    raise ValueError(f'{told}: unknown for rope_type={kind!r}')
+    unknown = ', '.join(f'rope_parameters.{k}={v!r}' for k, v in sorted(left.items()))
+    raise ValueError(f'{unknown}: unknown for rope_type={kind!r}')
   return knobs
 
 
 def _yarn(take, length: int) -> dict[str, Any]:
-  """The knobs of YaRN; `length` is the context that the other keys state."""
+  """The knobs of YaRN; `length` is the default of the original context, in tokens."""
   original = take('original_max_position_embeddings', int, length)
   for tokens in (original, length):
     if tokens < 1:
       raise ValueError(
-        f'original_max_position_embeddings={tokens}, or max_position_embeddings in its '
-        'place, but at least 1 is expected'
+        f'original_max_position_embeddings={tokens} (default: max_position_embeddings) '
+        'must be at least 1'
       )
   factor = take('factor', float, length / original)
   if factor < 1:
     raise ValueError(f'rope_parameters.factor={factor}, but at least 1 is expected')
   attention = take('attention_factor', float, 0.0)
-  mscale, over = take('mscale', float, 0.0), take('mscale_all_dim', float, 0.0)
-  if not attention and mscale and over:
-    attention = _attention(factor, mscale, over)
+  mscale, all_dim = take('mscale', float, 0.0), take('mscale_all_dim', float, 0.0)
+  if not attention and mscale and all_dim:
+    attention = _attention(factor, mscale, all_dim)
   if factor == 1 and attention not in (0, 1):
     raise ValueError(f'rope_parameters.attention_factor={attention} with a factor of 1')
   if not take('truncate', bool, True):
@@ -247,22 +243,23 @@ def _yarn(take, length: int) -> dict[str, Any]:
   }
 
 
-def _attention(factor: float, mscale: float, over: float) -> float:
-  """What a pair of mscale makes of attention_factor, as in transformers."""
+def _attention(factor: float, mscale: float, all_dim: float) -> float:
+  """attention_factor from mscale and mscale_all_dim, as in transformers."""
   scale = lambda m: 0.1 * m * math.log(factor) + 1
-  above, below = scale(mscale), scale(over)
+  above, below = scale(mscale), scale(all_dim)
   if not below or not math.isfinite(above / below) or above / below <= 0:
     raise ValueError(
-      f'rope_parameters.mscale={mscale} and mscale_all_dim={over} with factor={factor} '
-      f'make {above} / {below} of attention, but a positive number is expected'
+      f'rope_parameters.mscale={mscale} and mscale_all_dim={all_dim} with '
+      f'factor={factor} give an attention factor of {above} / {below}; '
+      'it must be positive'
     )
   return above / below
 
 
 def _ffn(keys: _Keys) -> dict[str, Any]:
-  """One FFN a layer, or experts in every layer."""
-  beside = ('decoder_sparse_step', 'mlp_only_layers', 'moe_intermediate_size')
-  beside += ('norm_topk_prob', 'num_experts_per_tok')
+  """A dense FFN, or experts, in every layer."""
+  sparse = ('decoder_sparse_step', 'mlp_only_layers', 'moe_intermediate_size')
+  sparse += ('norm_topk_prob', 'num_experts_per_tok')
   linear = ('conv_kernel_dim', 'key_head_dim', 'value_head_dim')
   linear += ('num_key_heads', 'num_value_heads')
   if keys.kind == 'qwen3_next':
@@ -276,16 +273,16 @@ def _ffn(keys: _Keys) -> dict[str, Any]:
     if experts is None:
       raise ValueError('num_experts is missing')
   if not experts:
-    keys.drop(*beside, *(['shared_expert_intermediate_size'] if experts == 0 else []))
+    keys.drop(*sparse, *(['shared_expert_intermediate_size'] if experts == 0 else []))
     return {'ffn': keys.take('intermediate_size', int), 'moe.experts': 0, 'moe.shared': 0}
   if keys.kind == 'qwen3_next':
     raise ValueError(
-      f'num_experts={experts} with model_type={keys.kind!r}, whose shared_expert has a '
-      'gate of its own, shared_expert_gate, but that is not implemented'
+      f'num_experts={experts} with model_type={keys.kind!r}: the gate of its shared '
+      'expert, shared_expert_gate, is not implemented'
     )
   keys.require('decoder_sparse_step', 1)
   keys.require('mlp_only_layers', [])
-  keys.drop('intermediate_size')  # Of dense layers, and there are none.
+  keys.drop('intermediate_size')  # Only dense layers use it.
   return {
     'ffn': keys.take('moe_intermediate_size', int),
     'moe.experts': experts,
@@ -295,7 +292,7 @@ def _ffn(keys: _Keys) -> dict[str, Any]:
 
 
 def _gate(keys: _Keys) -> tuple[str, dict[str, Any]]:
-  """-> how the gate is packed into q_proj, and its knobs."""
+  """-> (packing of the gate in q_proj, its knobs)."""
   flags = (
     'headwise_attn_output_gate',
     'elementwise_attn_output_gate',
@@ -308,7 +305,7 @@ def _gate(keys: _Keys) -> tuple[str, dict[str, Any]]:
     on['attn_output_gate'] = True
   chosen = [flag for flag in flags if on[flag]]
   if len(chosen) > 1:
-    raise ValueError(f'{chosen[0]} and {chosen[1]} are both on, but only one may be')
+    raise ValueError(f'{chosen[0]} and {chosen[1]} are both on, but only one is allowed')
   if not chosen:
     return 'none', {'attn.gate.position': 'none'}
   granularity = 'headwise' if chosen[0].startswith('headwise') else 'elementwise'
@@ -317,7 +314,7 @@ def _gate(keys: _Keys) -> tuple[str, dict[str, Any]]:
 
 
 def _check_full_attention(keys: _Keys, depth: int) -> None:
-  """Raises ValueError for a layer of linear attention or with a sliding window."""
+  """Raises ValueError for layers with linear attention or a sliding window."""
   types = keys.maybe('layer_types', list)
   interval = keys.maybe('full_attention_interval', int)
   sliding = keys.take('use_sliding_window', bool)
@@ -330,10 +327,11 @@ def _check_full_attention(keys: _Keys, depth: int) -> None:
       )
   elif keys.kind == 'qwen3_next' and interval != 1:
     raise ValueError(
-      'layer_types is missing, without which Qwen3-Next has layers of linear attention'
+      'layer_types is missing: by default, Qwen3-Next has layers of linear attention'
     )
-  every = keys.kind != 'qwen3'
-  if sliding and window is not None and (every or (types is None and below < depth)):
+  all_layers = keys.kind != 'qwen3'
+  some_layers = types is None and below < depth
+  if sliding and window is not None and (all_layers or some_layers):
     raise ValueError(
       f'use_sliding_window=True, sliding_window={window!r}: not implemented'
     )
