@@ -362,8 +362,11 @@ def test_weights_of_another_model_are_refused_by_their_knobs(
   ungated, tmp_path, run_python
 ):
   for knobs, told in (
-    (dict(model__ffn=96), 'config.model.ffn=96, but 64 there'),
-    (dict(model__attn__qk_norm=False), 'config.model.attn.qk_norm=False, but True there'),
+    (dict(model__ffn=96), 'config.model.ffn=96, but the checkpoint has 64'),
+    (
+      dict(model__attn__qk_norm=False),
+      'config.model.attn.qk_norm=False, but the checkpoint has True',
+    ),
   ):
     knobs |= dict(init_from=str(ungated[1]))
     recipe = 'configs/tiny.py:gate=none'
