@@ -20,7 +20,11 @@ os.environ['JAX_PLATFORMS'] = PLATFORM
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 os.environ['OMP_NUM_THREADS'] = os.environ['OPENBLAS_NUM_THREADS'] = '1'
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+# XLA aborts a process whose devices meet too late, which busy cores may cause.
+os.environ['XLA_FLAGS'] = (
+  '--xla_force_host_platform_device_count=8'
+  ' --xla_cpu_collective_call_terminate_timeout_seconds=600'
+)
 sys.path.insert(0, str(ROOT))
 from faults import process
 
