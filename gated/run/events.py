@@ -1,12 +1,12 @@
-"""spikes.jsonl: every step that was not fine, what was done about it, and its records.
+"""spikes.jsonl: all bad steps, the response to each, and the records in its batch.
 
   {"step": 57, "data_step": 57, "action": "rollback", "why": ..., "loss": ...,
    "loss_zscore": ..., "grad_norm": ..., "grad_norm_zscore": ..., "skipped": true,
    "records": [[part of the mixture, shard, record], ...]}
 
-`data_step` counts the batches read before it, and never goes back, as a step does after
-a rollback: it says which events are of the history that a run goes on from. A run that
-was rescued forty times has forty lines here, and cannot pass as stable.
+`data_step` is the number of batches read before the step. Unlike `step` it never
+decreases, even after a rollback, so it decides which events belong to the history of a
+resumed run. A run with forty rollbacks has forty lines here and cannot pass as stable.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,17 +20,17 @@ KEPT = ('loss', 'loss_zscore', 'grad_norm', 'grad_norm_zscore', 'param_norm')
 
 
 class Events:
-  """The events of a run, with those of earlier sessions that still stand."""
+  """The events of a run, including the valid ones of earlier sessions."""
 
   def __init__(self, workdir: storage.Path, *, data_step: int, enabled: bool):
-    """Drops the events from `data_step` on: those batches are about to be read again.
+    """Drops the events from `data_step` on: the run reads those batches again.
 
-    All processes of a run read it; only one that is `enabled` writes.
+    All processes of a run read the file; only the `enabled` one writes it.
     """
     self._path, self._enabled = workdir / NAME, enabled
-    every = read(workdir)
-    self.all = [event for event in every if event['data_step'] < data_step]
-    if enabled and len(self.all) < len(every):
+    saved = read(workdir)
+    self.all = [event for event in saved if event['data_step'] < data_step]
+    if enabled and len(self.all) < len(saved):
       lines = [metrics.dumps(event, indent=None) + '\n' for event in self.all]
       storage.write(self._path, ''.join(lines).encode())
 
@@ -44,7 +44,7 @@ class Events:
     values: Mapping[str, float],
     records: Sequence[Sequence],
   ) -> None:
-    """One event; `values` are the step's metrics, `records` say which its batch held."""
+    """Appends an event: the step's metrics `values` and the `records` of its batch."""
     event: dict[str, Any] = {'step': step, 'data_step': data_step}
     event |= {'action': action, 'why': why, 'skipped': values['bad_in_row'] > 0}
     event |= {name: values[name] for name in KEPT}
@@ -54,7 +54,7 @@ class Events:
       metrics.append(self._path, event)
 
   def report(self) -> dict[str, int]:
-    """How many steps were spikes or not finite, updates skipped, rollbacks made."""
+    """Counts the bad steps, the skipped updates and the rollbacks."""
     return {
       'bad steps': len(self.all),
       'skipped updates': sum(bool(event['skipped']) for event in self.all),
@@ -63,10 +63,7 @@ class Events:
 
 
 def read(workdir: storage.Path) -> list[dict[str, Any]]:
-  """A workdir -> the events of its run, in the order in which they happened.
-
-  metrics.Damaged if a line is none.
-  """
+  """A workdir -> the events of its run, in order; metrics.Damaged for a bad line."""
   path = workdir / NAME
   events = metrics.read(path) if metrics.exists(path) else []
   for event in events:
@@ -76,5 +73,5 @@ def read(workdir: storage.Path) -> list[dict[str, Any]]:
 
 
 def summary(report: Mapping[str, int]) -> str:
-  """A report -> what of it happened: '2 bad steps, 1 rollbacks'."""
-  return ', '.join(f'{n} {what}' for what, n in report.items() if n)
+  """A report -> its nonzero counts as text: '2 bad steps, 1 rollbacks'."""
+  return ', '.join(f'{n} {name}' for name, n in report.items() if n)

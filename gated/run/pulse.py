@@ -1,7 +1,7 @@
-"""A host thread that ends a process whose steps no longer come.
+"""A watchdog thread that exits the process when its steps stop.
 
-A collective waits for a hanging peer for ever, and so do all other processes: nothing in
-JAX ends that (jax#38503). What helps whoever looks is where every thread stood.
+A collective waits for a hanging peer forever, and JAX has no timeout for that
+(jax#38503). Before the exit, the stacks of all threads go to standard error.
 """
 
 import faulthandler
@@ -11,19 +11,18 @@ import time
 from collections.abc import Callable
 from typing import Self
 
-_GRACE = 10.0  # Seconds that telling what happened may take.
-_STDERR = 2  # Written to by number: whoever is stuck may hold the lock of sys.stderr.
+_GRACE = 10.0  # Seconds that the report before the exit may take.
+_STDERR = 2  # A file descriptor: a stuck thread may hold the lock of sys.stderr.
 
 
 class Pulse:
-  """Leaves the process when no beat came for so many seconds; 0 does nothing at all.
+  """Exits the process after `seconds` without a beat; 0 disables it.
 
-  `with Pulse(600.0, code=6, details=...) as pulse:` is around the loop, whose steps call
-  `pulse.beat(step)`. When they do not, standard error gets how long it was and the stacks
-  of all threads, then what `details` returns (it may raise or
-  hang), and the process leaves with `code`, whatever its main thread is at. If that keeps
-  Python's lock, so that no other thread runs, faulthandler leaves with 1 after twice the
-  time.
+  `with Pulse(600.0, code=6, details=...) as pulse:` surrounds the loop, and each step
+  calls `pulse.beat(step)`. After the timeout, standard error gets the stacks of all
+  threads and the text of `details` (which may raise or hang), and the process exits with
+  `code`. If the main thread holds the GIL, so that no other thread runs, faulthandler
+  exits with code 1 after twice the timeout.
   """
 
   def __init__(self, seconds: float, *, code: int, details: Callable[[], str]):
@@ -33,7 +32,7 @@ class Pulse:
     self._thread = threading.Thread(target=self._watch, name='pulse', daemon=True)
 
   def beat(self, step: int) -> None:
-    """A step was finished; its number is told if it was the last."""
+    """Restarts the timeout after a finished step."""
     self._last = str(step)
     self._beaten = time.monotonic()
 
@@ -59,23 +58,25 @@ class Pulse:
     else:
       return
     faulthandler.dump_traceback_later(2 * _GRACE, exit=True, file=_STDERR)
-    # A thread of its own, as the telling may hang.
-    teller = threading.Thread(target=self._tell, args=(silent,), daemon=True)
-    teller.start()
-    teller.join(_GRACE)
+    # A separate thread, because the report may hang.
+    reporter = threading.Thread(target=self._report, args=(silent,), daemon=True)
+    reporter.start()
+    reporter.join(_GRACE)
     os._exit(self._code)
 
   def _arm(self) -> None:
-    """Sets faulthandler's timer anew; it runs out if this is not called again."""
+    """Restarts the timer of faulthandler."""
     faulthandler.dump_traceback_later(2 * self._seconds, exit=True, file=_STDERR)
 
-  def _tell(self, silent: float) -> None:
+  def _report(self, silent: float) -> None:
     knob = f'config.stability.stuck_after={self._seconds:g}'
-    told = f'no step was finished for {silent:.1f} s ({knob}); the last was {self._last}'
-    os.write(_STDERR, f'{told}. All threads:\n'.encode())
+    summary = (
+      f'no step was finished for {silent:.1f} s ({knob}); the last was {self._last}'
+    )
+    os.write(_STDERR, f'{summary}. All threads:\n'.encode())
     faulthandler.dump_traceback(file=_STDERR, all_threads=True)
     try:
       more = self._details()
     except Exception as error:
-      more = f'what else there is to tell could not be found out: {error!r}'
-    os.write(_STDERR, f'{told}. {more}\nLeaving with {self._code}.\n'.encode())
+      more = f'further details are not available: {error!r}'
+    os.write(_STDERR, f'{summary}. {more}\nExiting with code {self._code}.\n'.encode())

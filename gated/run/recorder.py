@@ -1,4 +1,4 @@
-"""What is done with a step's numbers: read one step late, written, shown, and judged."""
+"""Reads the metrics of each step one step late, logs them and judges them."""
 
 import contextlib
 import math
@@ -15,15 +15,15 @@ from gated.train import guard
 
 
 class Rollback(Exception):
-  """The run is to go back to a good step; its data goes on at `data_step`."""
+  """The run must restore a good step and continue its data at `data_step`."""
 
-  def __init__(self, data_step: int, why: str):
-    super().__init__(why)
+  def __init__(self, data_step: int, reason: str):
+    super().__init__(reason)
     self.data_step = data_step
 
 
 class Recorder:
-  """The recorder of one session, from a restored state to the end; use it in a `with`."""
+  """Records one session, from the restored state to its end; a context manager."""
 
   def __init__(
     self,
@@ -39,9 +39,9 @@ class Recorder:
     data_step: int,
     beat: Callable[[int], None],
   ):
-    """Begins at the `restored` step (None: a fresh start), after `data_step` batches.
+    """Starts at the `restored` step (None: a fresh start), after `data_step` batches.
 
-    `steps` are those of the whole run; `beat` is called with each finished step.
+    `steps` is the length of the whole run; `beat` is called with each finished step.
     """
     step = restored or 0
     self._every, self._steps = log.every, steps
@@ -87,17 +87,17 @@ class Recorder:
       print(f'unstable steps: {summary} ({events.NAME})', file=sys.stderr)
 
   def take(self, step: int, values: Any, indicators: Any = None) -> None:
-    """A step's metrics, still on the device: reads those of the step before.
+    """Takes a step's metrics on the device, and reads those of the previous step.
 
-    `indicators` are those of the state after it, where they are due.
+    `indicators` describe the state after the step; None when they are not due.
     """
     self.settle()
     self._late = step, values, indicators
 
   def settle(self) -> bool:
-    """Reads what was taken last, if that is still to be done -> whether it is finite.
+    """Reads the metrics that `take` holds -> True if the last step was finite.
 
-    Raises Rollback where the run is to go back, FloatingPointError where it is to stop.
+    Raises Rollback if the run must go back, FloatingPointError if it must stop.
     """
     if self._late:
       late, self._late = self._late, None
@@ -109,42 +109,42 @@ class Recorder:
     indicators = jax.device_get(indicators)
     self.timer.tick()
     self._beat(step)
-    action, why = self._watchdog.judge(values)
+    action, reason = self._watchdog.judge(values)
     if step % self._every == 0 or step == self._steps or action != 'go':
-      told = values | self.timer.read() | metrics.memory()
-      self._log.write(step, 'train', told)
-      self._progress.update(step, told)
+      row = values | self.timer.read() | metrics.memory()
+      self._log.write(step, 'train', row)
+      self._progress.update(step, row)
     if indicators:
       self._log.write(step, 'indicators', {k: x.item() for k, x in indicators.items()})
     if action != 'go':
-      self.say(f'step {step}: {why}')
+      self.say(f'step {step}: {reason}')
       data_step = step - 1 + self._ahead
       records = self._corpus.record_ids(data_step)
       self.events.write(
-        step, data_step, action=action, why=why, values=values, records=records
+        step, data_step, action=action, why=reason, values=values, records=records
       )
       if action == 'rollback':
-        raise Rollback(data_step + 1, why)
+        raise Rollback(data_step + 1, reason)
       if action == 'stop':
-        raise FloatingPointError(f'step {step}: {why}')
-    # The verdict is of the loss, the gradient and the update.
+        raise FloatingPointError(f'step {step}: {reason}')
+    # The verdict covers the loss, the gradient and the update, but not the parameters.
     broken = guard.VERDICTS[int(values['verdict'])] == 'not finite'
     return not broken and math.isfinite(values['param_norm'])
 
-  def heldout(self, step: int, found: dict) -> float | None:
-    """A held-out evaluation -> its loss in nats, written; None where nothing is held out.
+  def heldout(self, step: int, report: dict) -> float | None:
+    """Logs a held-out evaluation -> its loss in nats; None without held-out data.
 
-    FloatingPointError where it is not finite.
+    FloatingPointError if the loss is not finite.
     """
     self._beat(step)
-    if found['loss'] is None:
+    if report['loss'] is None:
       return None
-    flat = {'loss': found['loss']}
-    for domain, summary in found['domains'].items():
+    flat = {'loss': report['loss']}
+    for domain, summary in report['domains'].items():
       flat |= {f'{domain}/{k}': summary[k] for k in ('nats_per_token', 'bits_per_byte')}
     self._log.write(step, 'heldout', flat)
-    bits = [f'{d} {s["bits_per_byte"]:.4f}' for d, s in found['domains'].items()]
+    bits = [f'{d} {s["bits_per_byte"]:.4f}' for d, s in report['domains'].items()]
     self.say(f'step {step}: held-out bits per byte: {", ".join(bits)}')
-    if not math.isfinite(found['loss']):
-      raise FloatingPointError(f'step {step}: the held-out loss is {found["loss"]}')
-    return found['loss']
+    if not math.isfinite(report['loss']):
+      raise FloatingPointError(f'step {step}: the held-out loss is {report["loss"]}')
+    return report['loss']

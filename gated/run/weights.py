@@ -1,7 +1,7 @@
-"""Weights to start from: those of another run, or of a folder of Hugging Face's.
+"""Initial weights from another run, or from a Hugging Face folder.
 
-A gate that they lack is no fault: it stays as it is made. With zero-initialised logits
-and twice their sigmoid, the first step is then that of the ungated model.
+A gate without saved weights keeps its initial values. With zero-initialised logits and
+twice their sigmoid, the first step then equals that of the ungated model.
 """
 
 import dataclasses
@@ -16,23 +16,24 @@ _log = logging.getLogger('gated')
 
 
 class Source(NamedTuple):
-  """Where weights are, and what of the model that had them is another now."""
+  """The location of the weights, and how their model differs from the new one."""
 
-  folder: Path | storage.Path  # a workdir's checkpoints, or Hugging Face's folder
-  step: int | None  # None for Hugging Face's
-  differs: dict[str, tuple[Any, Any]]  # knob: (there, here)
+  folder: Path | storage.Path  # the checkpoints of a workdir, or a Hugging Face folder
+  step: int | None  # None for a Hugging Face folder
+  differs: dict[str, tuple[Any, Any]]  # knob: (source, new)
 
   def __str__(self) -> str:
-    run = f'{self.folder.parent}:{self.step}'
-    return str(self.folder) if self.step is None else run
+    if self.step is None:
+      return str(self.folder)
+    return f'{self.folder.parent}:{self.step}'
 
 
 def find(init_from: str, like: model.Transformer, corpus: data.Corpus) -> Source:
-  """'WORKDIR[:STEP]' or a folder of Hugging Face's -> Source.
+  """'WORKDIR[:STEP]' or a Hugging Face folder -> Source.
 
-  `like` is the abstract model to be filled. ValueError if the weights do not fit it, or
-  the data are of another tokenizer than theirs. What fits, but computes otherwise (other
-  knobs than the gate's, of the same shapes), is told, and is for the caller to record.
+  `like` is the abstract model. ValueError if the weights do not fit it, or if the data
+  use another tokenizer. Knobs of the model that differ but keep all shapes are logged
+  and returned in `differs`.
   """
   place, step = workdir.split_step(init_from)
   try:
@@ -40,7 +41,7 @@ def find(init_from: str, like: model.Transformer, corpus: data.Corpus) -> Source
     if not storage.is_remote(saves) and hf.is_checkpoint(init_from):
       return _imported(Path(init_from), like, corpus)
     if not storage.names(saves):
-      raise ValueError(f'there is neither {saves} nor a config.json with *.safetensors')
+      raise ValueError(f'neither {saves} nor a config.json with *.safetensors exists')
     return _saved(saves, step or 'latest', like, corpus)
   except ValueError as error:
     raise ValueError(f'config.init_from={init_from!r}: {error}') from error
@@ -48,30 +49,32 @@ def find(init_from: str, like: model.Transformer, corpus: data.Corpus) -> Source
 
 def _imported(folder: Path, like: model.Transformer, corpus: data.Corpus) -> Source:
   hf.check(folder, like, fresh=True)
-  theirs = folder / 'tokenizer.json'
-  if theirs.is_file():
-    corpus.check_tokenizer(theirs)
+  tokenizer = folder / 'tokenizer.json'
+  if tokenizer.is_file():
+    corpus.check_tokenizer(tokenizer)
   else:
-    _log.warning('%s has no tokenizer.json: the data may be of another', folder)
+    _log.warning(
+      '%s has no tokenizer.json: cannot compare it with the tokenizer of the data', folder
+    )
   return Source(folder, None, {})
 
 
 def _saved(saves: storage.Path, step: str, like: model.Transformer, corpus) -> Source:
   with checkpoint.Reader(saves) as source:
-    at = source.pick(step, 'step')
-    source.check_model(at, like, fresh=True)
-    about = source.about(at)
+    number = source.pick(step, 'step')
+    source.check_model(number, like, fresh=True)
+    about = source.about(number)
   if about['data'].get('tokenizer') != corpus.fingerprint['tokenizer']:
-    raise ValueError('its data has another tokenizer than config.data.mixture here')
-  here = {'model': dataclasses.asdict(like.cfg)}
-  differs = config.differences({'model': about['config']['model']}, here)
-  for knob, (there, now) in differs.items():
-    _log.info('%s is %r here, and was %r for the weights', knob, now, there)
-  return Source(saves, at, differs)
+    raise ValueError('its data has another tokenizer than config.data.mixture')
+  current = {'model': dataclasses.asdict(like.cfg)}
+  differs = config.differences({'model': about['config']['model']}, current)
+  for knob, (old, new) in differs.items():
+    _log.info('%s is %r, but was %r for the weights', knob, new, old)
+  return Source(saves, number, differs)
 
 
 def read(source: Source, like: model.Transformer, fresh: model.Transformer) -> Any:
-  """The model, placed as `like` says; a gate that the weights lack is that of `fresh`."""
+  """Reads the model with the shardings of `like`; gates that are missing from `fresh`."""
   _log.info('starting from the weights of %s', source)
   if source.step is None:
     return hf.read(Path(source.folder), like, fresh=fresh)

@@ -68,9 +68,7 @@ def test_what_computes_otherwise_at_the_same_shapes_is_told(workdir, caplog):
     'config.model.attn.rope_base': (1e4, 1e6),
     'config.model.logit_cap': (0.0, 5.0),
   }
-  assert (
-    "config.model.attn.normalizer is 'softpick' here, and was 'softmax'" in caplog.text
-  )
+  assert "config.model.attn.normalizer is 'softpick', but was 'softmax'" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -79,7 +77,7 @@ def test_what_computes_otherwise_at_the_same_shapes_is_told(workdir, caplog):
     ('{}:4', {}, 'has the steps 3'),
     ('{}', dict(ffn=32), 'blocks.ffn.act.weight is'),
     ('{}', dict(tied=False), 'head.table is not in the checkpoint'),
-    ('{}/nowhere', {}, 'there is neither .*checkpoints nor a config.json'),
+    ('{}/nowhere', {}, 'neither .*checkpoints nor a config.json'),
   ],
 )
 def test_weights_that_do_not_fit_are_refused(workdir, init_from, changes, said):
