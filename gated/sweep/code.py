@@ -1,7 +1,7 @@
-"""The sources of a sweep: packed when it is planned, unpacked where its points run.
+"""The sources of a sweep: packed at its start, unpacked where its points run.
 
-So all points are of the same code, whatever is edited meanwhile. The same sources give
-the same bytes.
+So all points run the same code, whatever is edited meanwhile. The same sources give the
+same bytes.
 """
 
 import gzip
@@ -16,11 +16,11 @@ from pathlib import Path
 CARRIED = 'configs', 'gated', 'scripts'
 FILES = 'train.py', 'eval.py', 'pyproject.toml', 'LICENSE', 'requirements*'
 LEFT_OUT = '__pycache__', '.pyc', '.partial'
-MOST = 1 << 26  # Bytes: sources are small, and a sweep carries no data.
+MOST = 1 << 26  # Bytes; a sweep carries no data.
 
 
 def pack(root: Path) -> bytes:
-  """A checkout -> its sources as a .tar.gz; ValueError if they are no sources' size."""
+  """A checkout -> its sources as a .tar.gz; ValueError if they are too large."""
   paths = [p for pattern in FILES for p in root.glob(pattern)]
   paths += [p for folder in CARRIED for p in (root / folder).rglob('*')]
   paths = [p for p in paths if p.is_file() and not str(p).endswith(LEFT_OUT)]
@@ -47,10 +47,7 @@ def pack(root: Path) -> bytes:
 
 
 def unpack(packed: bytes, folder: Path, *, sha256: str) -> Path:
-  """A packed checkout -> FOLDER/code-DIGEST, where it stands whole.
-
-  ValueError if its digest is another.
-  """
+  """A packed checkout -> FOLDER/code-DIGEST, complete; ValueError for a wrong digest."""
   digest = hashlib.sha256(packed).hexdigest()
   if digest != sha256:
     raise ValueError(
@@ -67,7 +64,7 @@ def unpack(packed: bytes, folder: Path, *, sha256: str) -> Path:
     draft.chmod(0o755)
     draft.rename(target)
   except OSError:
-    if not target.is_dir():  # Another may have been faster.
+    if not target.is_dir():  # Another process may have been faster.
       raise
   finally:
     shutil.rmtree(draft, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Figures over steps: the training loss of every point, and what warned of divergence."""
+"""Figures over steps: the training loss of every point, and early warnings."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,20 +15,20 @@ from gated.sweep.report.lines import Line, rate
 from gated.sweep.report.points import Curve, Judged
 
 DRAWN = 240  # Points of a curve in a figure.
-SMOOTH = 60  # Of a curve: so many medians are drawn over what they are of.
-# What is drawn of early warnings, where a run has it.
+SMOOTH = 60  # Windows of the rolling median per curve.
+# The early warnings that are drawn -> their titles.
 INDICATORS = {
   'grad_norm': 'gradient norm',
   'attention_logit': 'max. attention logit',
   'output_logit': 'output logit (rms)',
   'residual_growth': 'residual growth',
 }
-CALM = ('finished', 'partial')  # States whose losses fill an axis.
-FIRST = 0.1  # Of the steps, whose losses may lie above the axis.
+CALM = ('finished', 'partial')  # States whose losses set the range of the axis.
+FIRST = 0.1  # The first fraction of the steps may lie above the axis.
 
 
 def training(lines: list[Line]) -> tuple[Figure, str]:
-  """Training loss over steps, a panel each line; colour is the learning rate."""
+  """Training loss over steps, a panel for each line; colour is the learning rate."""
   count = len(lines)
   columns = count if count < 3 else 2 if count == 4 else 3
   rows = -(-count // columns)
@@ -36,7 +36,7 @@ def training(lines: list[Line]) -> tuple[Figure, str]:
   figure = Figure(figsize=(width, 0.7 + 1.55 * rows))
   axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
   lrs = sorted({p.lr for line in lines for p in line.points if len(p.log.train.steps)})
-  # Up to 0.88: beyond it the map is too bright for white paper.
+  # Above 0.88 the map is too bright for white paper.
   hues = matplotlib.colormaps['viridis'](np.linspace(0, 0.88, max(1, len(lrs))))
   low, top = _losses([p for line in lines for p in line.points])
   for ax, line in zip(axes.flat, lines, strict=False):
@@ -47,7 +47,7 @@ def training(lines: list[Line]) -> tuple[Figure, str]:
   axes[0][0].set_ylim(low, top)
   for ax in axes.flat[count:]:
     ax.set_visible(False)
-  # Above a panel that is not there, the steps are told as well.
+  # Panels above a hidden one show step labels too.
   for ax in axes.flat[max(0, count - columns) : count]:
     ax.xaxis.set_tick_params(labelbottom=True)
     _steps(ax)
@@ -79,7 +79,7 @@ def training(lines: list[Line]) -> tuple[Figure, str]:
 
 
 def _losses(points: Sequence[Judged]) -> tuple[float, float]:
-  """-> the ends of the axis: what is stable fills it, whatever else does."""
+  """-> the ends of the axis, set by the stable runs."""
   shown = [p for p in points if np.isfinite(p.log.train.values).any()]
   if not shown:
     return 0.0, 1.0
@@ -107,7 +107,7 @@ def _steps(ax: Any) -> None:
 
 
 def _strand(ax: Any, curve: Curve, color: Any, dash: Any = '-') -> None:
-  """A curve, pale, and over it its rolling median."""
+  """Draws a pale curve and its rolling median."""
   steps, values = curve.thinned(DRAWN)
   ax.plot(steps, values, color=color, lw=0.5, alpha=0.4, zorder=2)
   finite = np.isfinite(curve.values)
@@ -133,17 +133,17 @@ def _curve(ax: Any, p: Judged, color: Any, top: float) -> None:
 
 
 def warnings(lines: list[Line]) -> tuple[Figure, str]:
-  """What grows before a loss, at the highest stable rate and the lowest diverged."""
-  found = [(line, pair) for line in lines if any(pair := around(line))]
+  """Early warnings at the highest stable rate and the lowest diverged one."""
+  rows = [(line, pair) for line in lines if any(pair := around(line))]
   names = [
     name
     for name in INDICATORS
-    if any(len(p.log.numbers[name].steps) for _, ps in found for p in ps if p)
+    if any(len(p.log.numbers[name].steps) for _, ps in rows for p in ps if p)
   ]
-  figure = Figure(figsize=(PAGE, 0.75 + 1.15 * len(found)))
+  figure = Figure(figsize=(PAGE, 0.75 + 1.15 * len(rows)))
   options: dict[str, Any] = dict(sharex=True, sharey='col', squeeze=False)
-  axes = figure.subplots(len(found), len(names), **options)
-  for row, (line, pair) in zip(axes, found, strict=True):
+  axes = figure.subplots(len(rows), len(names), **options)
+  for row, (line, pair) in zip(axes, rows, strict=True):
     for ax, name in zip(row, names, strict=True):
       for p, (color, dash, _) in zip(pair, PAIR, strict=True):
         if p and len(p.log.numbers[name].steps):
@@ -154,8 +154,8 @@ def warnings(lines: list[Line]) -> tuple[Figure, str]:
       ax.yaxis.set_major_formatter(ticker.FuncFormatter(_number))
       ax.yaxis.set_minor_locator(ticker.NullLocator())
       ax.tick_params(labelsize=6)
-    told = [rate(p.lr) if p else 'none' for p in pair]
-    row[0].set_ylabel(f'{wrapped(line.name, 20)}\n{told[0]} | {told[1]}', size=7)
+    rates = [rate(p.lr) if p else 'none' for p in pair]
+    row[0].set_ylabel(f'{wrapped(line.name, 20)}\n{rates[0]} | {rates[1]}', size=7)
   for top, bottom, name in zip(axes[0], axes[-1], names, strict=True):
     low, high = top.get_ylim()  # Of the column.
     subs = (1, 2, 5) if high < 300 * low else (1,)
@@ -163,7 +163,7 @@ def warnings(lines: list[Line]) -> tuple[Figure, str]:
       ax.yaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=6))
     top.set_title(INDICATORS[name], size=7)
     _steps(bottom)
-  drawn = [any(pair[i] for _, pair in found) for i in range(2)]
+  drawn = [any(pair[i] for _, pair in rows) for i in range(2)]
   handles = [
     Line2D([], [], color=c, ls=dash, label=text)
     for (c, dash, text), there in zip(PAIR, drawn, strict=True)
@@ -187,7 +187,7 @@ PAIR = (
 
 
 def around(line: Line) -> tuple[Judged | None, Judged | None]:
-  """A line -> a point where every seed is stable, and one that diverged, if any."""
+  """A line -> its points of highest stable and lowest diverged rate, or None."""
   stable = [c for c in line.cells() if c.finals and not c.diverged]
   broken = [p for c in line.cells() for p in c.diverged]
   return (
@@ -197,6 +197,6 @@ def around(line: Line) -> tuple[Judged | None, Judged | None]:
 
 
 def warned(lines: list[Line]) -> bool:
-  """Whether there is anything to draw of early warnings."""
+  """Whether `warnings` has data to draw."""
   pairs = [p for line in lines for p in around(line) if p]
   return any(len(curve.steps) for p in pairs for curve in p.log.numbers.values())

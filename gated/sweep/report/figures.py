@@ -1,8 +1,8 @@
-"""Figures that a paper can take as they are: their look, and how they are written.
+"""Figures ready for a paper: style, drawing and files.
 
-Drawn at the size they are printed at, a column or a page wide. Lines are told apart by
-colour (Okabe and Ito's, for the colour-blind), by marker and by dash, so that they
-survive print in grey. The same numbers give the same bytes.
+Sizes are those in print, one column or one page wide. Lines differ in colour (Okabe and
+Ito's, for the colour-blind), marker and dash, so that they are distinct in grey print.
+The same numbers give the same bytes.
 """
 
 import io
@@ -58,13 +58,13 @@ STYLE: Any = {
   'figure.constrained_layout.use': True,
   'savefig.dpi': 300,
   'svg.hashsalt': 'gated',
-  'pdf.fonttype': 42,  # TrueType, which conferences ask for.
-  # A text of a config is never a formula.
+  'pdf.fonttype': 42,  # TrueType, required by conferences.
+  # Config values are not formulas.
   'text.parse_math': False,
 }
-# Format -> what would tell the time or the version in it, left out.
+# Format -> metadata to leave out, as it holds the time or the version.
 FORMATS = {'svg': {'Date': None}, 'pdf': {'CreationDate': None}, 'png': {}}
-NARROW = 0.15  # Of the axis: stable losses that would fill less get it for themselves.
+NARROW = 0.15  # If stable losses fill less of the axis, it shows them alone.
 
 
 class Look(NamedTuple):
@@ -74,20 +74,19 @@ class Look(NamedTuple):
 
 
 def look(index: int) -> Look:
-  """The look of line so and so; no two of the first 280 are alike."""
-  at = lambda table: table[index % len(table)]
-  return Look(at(COLORS), at(MARKERS), at(DASHES))
+  """The look of the line with this index; the first 280 are distinct."""
+  return Look(*(table[index % len(table)] for table in (COLORS, MARKERS, DASHES)))
 
 
 def wrapped(name: str, width: int) -> str:
-  """A name on as few lines as it needs, three at most."""
+  """A name wrapped to at most three lines."""
   return '\n'.join(textwrap.wrap(name, width, max_lines=3, placeholder=' ...'))
 
 
 def save(figure: Figure, folder: storage.Path, name: str) -> None:
   """A figure -> FOLDER/NAME.svg, .pdf and .png."""
   figure.draw_without_rendering()
-  # The layout holds from here on: it is as long in the making as a drawing.
+  # Keep this layout: computing it takes as long as drawing.
   figure.set_layout_engine('none')
   for kind, metadata in FORMATS.items():
     buffer = io.BytesIO()
@@ -96,7 +95,7 @@ def save(figure: Figure, folder: storage.Path, name: str) -> None:
 
 
 def rate_axis(ax: Any, lrs: list[float]) -> None:
-  """A logarithmic axis with the learning rates that were trained at as its ticks."""
+  """Makes the x axis logarithmic, with ticks at the learning rates."""
   ax.set_xscale('log')
   places = np.log(lrs)
   room = (places[-1] - places[0]) / 9 if len(lrs) > 1 else 0.0
@@ -110,7 +109,7 @@ def rate_axis(ax: Any, lrs: list[float]) -> None:
 
 
 def loss_against_rate(lines: list[Line]) -> tuple[Figure, str]:
-  """Final loss over the learning rate, a line each, with what diverged as crosses."""
+  """Final loss over the learning rate; crosses are diverged runs."""
   figure = Figure(figsize=(COLUMN, 2.6 + 0.16 * len(lines)))
   ax = figure.subplots()
   lrs = sorted({p.lr for line in lines for p in line.points if p.done})
@@ -128,7 +127,7 @@ def loss_against_rate(lines: list[Line]) -> tuple[Figure, str]:
       least, most = [min(c.finals) for c in cells], [max(c.finals) for c in cells]
       ax.fill_between(x, least, most, color=color, alpha=0.2, lw=0)
     _crosses(ax, line, color, crossed, top)
-  said = _init(ax, lines, top)
+  init_text = _init(ax, lines, top)
   handles = [_handle(i, line.name) for i, line in enumerate(lines)]
   if any(p.diverged for line in lines for p in line.points):
     handles.append(Line2D([], [], color=GREY, marker='x', ls='none', label='diverged'))
@@ -138,18 +137,18 @@ def loss_against_rate(lines: list[Line]) -> tuple[Figure, str]:
   ax.set_ylabel('final loss (nats/token)')
   caption = 'Final loss against the peak learning rate. '
   one = all(len(c.points) == 1 for line in lines for c in line.cells())
-  sound = 'Lines are means over the seeds that did not diverge, bands their range. '
-  caption += sound * several
+  means = 'Lines are means over the seeds that did not diverge, bands their range. '
+  caption += means * several
   caption += 'One seed each: they claim no ordering. ' * one
   if any(p.diverged for line in lines for p in line.points):
     caption += 'Crosses: runs that diverged, at min(final loss, loss at initialisation), '
     caption += 'or at the upper edge where that lies above it. '
-  caption += said
+  caption += init_text
   return figure, caption.strip()
 
 
 def _range(lines: list[Line]) -> tuple[float, float]:
-  """-> the ends of the axis: what is stable fills a good part of it."""
+  """-> the ends of the axis, so that stable losses fill a good part of it."""
   points = [p for line in lines for p in line.points if p.done]
   stable = [p.log.final for p in points if not p.diverged and p.log.final is not None]
   crosses = [p.capped for p in points if p.diverged and p.capped is not None]
@@ -160,7 +159,7 @@ def _range(lines: list[Line]) -> tuple[float, float]:
   if most - low < NARROW * (high - low):
     high = most + 0.7 * max(most - low, 0.02 * abs(most))
     return low - 0.06 * (high - low), high
-  # The loss at initialisation only where the crosses come near it.
+  # Include the loss at initialisation only if it is near the crosses.
   high = max([high, *(x for x in _inits(lines) if x < low + 1.5 * (high - low))])
   pad = 0.06 * max(high - low, 0.02 * abs(low))
   return low - pad, high + pad
@@ -172,15 +171,15 @@ def _inits(lines: list[Line]) -> list[float]:
 
 
 def _crosses(ax: Any, line: Line, color: str, before: Counter[float], top: float) -> None:
-  """What diverged, side by side by seed, and tied to the last mean that did not.
+  """Draws diverged seeds side by side, and a dotted line from the last mean.
 
-  `before` counts the lines that have crosses at a rate already.
+  `before` counts the earlier lines with crosses at each rate.
   """
   last = None
   for cell in line.cells():
     heights = [top if p.capped is None else min(p.capped, top) for p in cell.diverged]
     for j, y in enumerate(heights):
-      # In points: seeds beside each other, and at the edge lines below each other.
+      # In points: seeds are side by side, and lines at the edge below each other.
       across = 4 * (j - (len(heights) - 1) / 2) + (2 * before[cell.lr] if y < top else 0)
       down = -5 * before[cell.lr] if y == top else 0
       shift = ScaledTranslation(across / 72, down / 72, ax.figure.dpi_scale_trans)
@@ -194,7 +193,7 @@ def _crosses(ax: Any, line: Line, color: str, before: Counter[float], top: float
 
 
 def _init(ax: Any, lines: list[Line], top: float) -> str:
-  """The loss at initialisation, dashed where the axis has it -> a sentence on it."""
+  """Draws the loss at initialisation if it is on the axis -> a caption."""
   inits = _inits(lines)
   if not inits:
     return ''
@@ -215,18 +214,18 @@ def _handle(index: int, name: str) -> Line2D:
 
 
 def sensitivity(lines: list[Line]) -> tuple[Figure, str]:
-  """Bars of the LR sensitivity, with each seed's own beside the mean."""
+  """Bars of the mean LR sensitivity, with a stroke for each seed."""
   shown = [(i, line, line.sensitivities()) for i, line in enumerate(lines)]
-  shown = [(i, line, found) for i, line, found in shown if found]
+  shown = [(i, line, by_seed) for i, line, by_seed in shown if by_seed]
   figure = Figure(figsize=(COLUMN, 0.75 + 0.34 * len(shown)))
   ax = figure.subplots()
-  for y, (i, _, found) in enumerate(shown):
-    each = list(found.values())
-    mean, most = float(np.mean(each)), max(each)
+  for y, (i, _, by_seed) in enumerate(shown):
+    values = list(by_seed.values())
+    mean, most = float(np.mean(values)), max(values)
     ax.barh(y, mean, height=0.62, color=look(i).color, alpha=0.85)
-    if len(each) > 1:
-      ax.plot([min(each), most], [y, y], color='black', lw=0.8)
-      ax.plot(each, [y] * len(each), color='black', marker='|', ls='none', ms=6)
+    if len(values) > 1:
+      ax.plot([min(values), most], [y, y], color='black', lw=0.8)
+      ax.plot(values, [y] * len(values), color='black', marker='|', ls='none', ms=6)
     ax.annotate(
       f'{mean:.3f}',
       (most, y),

@@ -1,4 +1,4 @@
-"""Lines: the points that differ in learning rate and seed alone, and their numbers."""
+"""Lines: points that differ only in learning rate and seed."""
 
 import math
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ def rate(lr: float) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-  """A line at a learning rate: its seeds."""
+  """The seeds of a line at one learning rate."""
 
   lr: float
   points: tuple[Judged, ...]
 
   @property
   def finals(self) -> list[float]:
-    """Final losses of those that finished and did not diverge."""
+    """Final losses of the points without divergence."""
     return [
       p.log.final for p in self.points if p.log.final is not None and not p.diverged
     ]
@@ -59,23 +59,23 @@ class Line:
     return [Cell(lr, at(lr)) for lr in self.lrs]
 
   def best(self) -> Cell | None:
-    """At the learning rate whose mean is the lowest, of those where no seed diverged."""
-    sound = [c for c in self.cells() if c.finals and not c.diverged]
-    return min(sound, key=lambda c: c.mean, default=None)
+    """The cell with the lowest mean, of those without a diverged seed."""
+    stable = [c for c in self.cells() if c.finals and not c.diverged]
+    return min(stable, key=lambda c: c.mean, default=None)
 
   def sensitivities(self) -> dict[int, float]:
-    """Seed -> LR sensitivity, of the seeds that are done at every learning rate."""
-    found = {}
+    """Seed -> LR sensitivity, for seeds that have ended at every learning rate."""
+    by_seed = {}
     for seed in self.seeds if len(self.lrs) > 1 else []:
       own = [p for p in self.points if p.seed == seed]
       whole = all(p.done and math.isfinite(p.init or math.nan) for p in own)
       if whole and {p.lr for p in own} == set(self.lrs):
         finals = [math.nan if p.log.final is None else p.log.final for p in own]
-        found[seed] = judge.sensitivity(finals, [p.init for p in own])
-    return {seed: value for seed, value in found.items() if math.isfinite(value)}
+        by_seed[seed] = judge.sensitivity(finals, [p.init for p in own])
+    return {seed: value for seed, value in by_seed.items() if math.isfinite(value)}
 
 
 def gather(points: Sequence[Judged]) -> list[Line]:
-  """Points -> lines, in the order in which they first come."""
+  """Points -> lines, in the order of their first points."""
   names = dict.fromkeys(p.line for p in points)
   return [Line(name, tuple(p for p in points if p.line == name)) for name in names]

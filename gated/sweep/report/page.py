@@ -1,4 +1,4 @@
-"""The report as one page: Markdown, and from it HTML that needs nothing beside it."""
+"""Markdown -> one self-contained HTML page."""
 
 import base64
 import html
@@ -23,12 +23,12 @@ th, td[style] { white-space: nowrap; }
 img { background: #fff; max-width: 100%; border-radius: 4px; }
 code, pre { font-size: 0.85rem; overflow-wrap: anywhere; white-space: pre-wrap; }
 """
-# Nothing is fetched and nothing is run, whatever a text in it says.
+# The page fetches nothing and runs no script.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def page(text: str, title: str, pictures: Mapping[str, bytes]) -> str:
-  """Markdown, and SVGs by the names under which it shows them -> an HTML page."""
+  """Markdown, and its SVGs by file name -> an HTML page."""
   reader = MarkdownIt('commonmark', {'html': False}).enable('table')
 
   def image(self, tokens, index, options, env) -> str:
