@@ -1,8 +1,8 @@
 """Bitwise repeatability on GPUs: settings of XLA and NCCL, and ordered sums.
 
 CPUs and TPUs repeat a step bit for bit. GPUs do not: atomics and NVLink's switches add in
-any order, and XLA's autotuning chooses kernels by measured time. `enable` prevents this by
-environment variables, which XLA and NCCL read when the first device is used. Our own
+any order, and XLA's autotuning chooses kernels by measured time. `enable` prevents this
+by environment variables, which XLA and NCCL read when the first device is used. Our own
 code checks them with `enabled`.
 
 R rows of a table  D width  N values to add

@@ -1,7 +1,7 @@
-"""Where arrays live: the device mesh, and one table from an array's axes to the mesh's.
+"""The device mesh, and one table from logical axes of arrays to mesh axes.
 
-Five mesh axes, of type Auto: XLA's partitioner follows the shardings named here (this is
-what `pjit` became: `jax.jit` with `NamedSharding`). An axis of size 1 carries no name.
+The five mesh axes have type Auto: `jax.jit` with `NamedSharding`, and XLA's partitioner
+does the rest. Specs omit mesh axes of size 1.
 """
 
 import math
@@ -20,7 +20,7 @@ from gated import config
 
 AXES = ('data', 'fsdp', 'expert', 'tensor', 'context')
 
-# The logical axis of a parameter or an activation -> the mesh axes that split it.
+# The logical axis of a parameter or an activation -> the mesh axes that shard it.
 RULES: dict[str | None, tuple[str, ...]] = {
   'batch': ('data', 'fsdp', 'expert'),
   'tokens': ('context',),
@@ -33,7 +33,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
   'ffn': ('tensor',),
   'experts': ('expert',),
   'layers': (),
-  # Layers while their matrices are whole, on the way there and then (gated/optim.py).
+  # Stacked layers with whole matrices, for the optimizer (gated/train/optim.py).
   'stack': ('fsdp',),
   'stacks': ('fsdp', 'tensor'),
   None: (),
@@ -54,7 +54,7 @@ KNOBS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-  """The sizes of the mesh's axes, or what is known of them."""
+  """The sizes of the mesh's axes; -1 for the remaining devices."""
 
   choice: str  # hand, or auto
   data: int
@@ -74,22 +74,22 @@ class Config:
 def make(
   *, data: int, fsdp: int, expert: int, tensor: int, context: int, devices=None
 ) -> Mesh:
-  """The sizes of the five axes, of which one may be -1 (the rest) -> the mesh.
+  """The sizes of the five axes -> the mesh; one may be -1 for the remaining devices.
 
   Raises ValueError unless the sizes multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  asked = dict(zip(AXES, (data, fsdp, expert, tensor, context)))
-  placed = _arranged(filled(asked, len(devices)), list(devices))
+  sizes = dict(zip(AXES, (data, fsdp, expert, tensor, context)))
+  placed = _arranged(filled(sizes, len(devices)), list(devices))
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def filled(asked: Mapping[str, int], count: int) -> dict[str, int]:
-  """The sizes of the axes, of which one may be -1, for so many devices -> all of them.
+def filled(requested: Mapping[str, int], count: int) -> dict[str, int]:
+  """Sizes, one of which may be -1, and the number of devices -> the complete sizes.
 
   Raises ValueError unless they multiply to the number of devices.
   """
-  sizes = dict(asked)
+  sizes = dict(requested)
   for axis, size in sizes.items():
     if size < 1 and size != -1:
       raise ValueError(f'config.mesh.{axis}={size}, but it must be positive, or -1')
@@ -107,17 +107,17 @@ def filled(asked: Mapping[str, int], count: int) -> dict[str, int]:
 
 
 def slices(devices: Sequence[Any]) -> int:
-  """How many slices devices are of; of GPUs, how many machines."""
+  """The number of slices of the devices; for GPUs, the number of machines."""
   return len({getattr(device, 'slice_index', None) for device in devices})
 
 
 def _arranged(sizes: dict[str, int], devices: list) -> np.ndarray:
-  """Devices -> an array of them with the five axes, neighbours where it matters.
+  """Devices -> an array with the five axes, which keeps the busiest axes on fast links.
 
-  Between slices, whose network is slow, lies `data`, or `fsdp` where data does not divide
-  into them; the other axes stay inside of one. Raises ValueError if neither does. JAX
-  calls each machine with GPUs a slice; those keep their order, which puts the last axes
-  within a machine as far as they fit.
+  The network between slices is slow: only `data` crosses it, or `fsdp` if the slices do
+  not divide `data`. Raises ValueError if they divide neither. JAX calls each machine with
+  GPUs a slice; GPUs keep their order, which puts the last axes within a machine as far as
+  they fit.
   """
   shape = tuple(sizes.values())
   count = 1 if devices[0].platform == 'gpu' else slices(devices)
@@ -137,7 +137,7 @@ def _arranged(sizes: dict[str, int], devices: list) -> np.ndarray:
 
 
 def _along_links(shape: tuple[int, ...], devices: list) -> np.ndarray:
-  """Devices of one slice -> an array of them: whole rings of its torus where they fit."""
+  """Devices of one slice -> an array, along whole rings of the torus if they fit."""
   try:
     return mesh_utils.create_device_mesh(shape, devices)
   except NotImplementedError:
@@ -145,9 +145,9 @@ def _along_links(shape: tuple[int, ...], devices: list) -> np.ndarray:
 
 
 def platform() -> str:
-  """What the code being traced is for: that of the mesh in use, or of this machine.
+  """The platform that code is traced for: the mesh's, or else this machine's.
 
-  They differ where a program is compiled for devices that are not here.
+  They differ if a program is compiled for another machine.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   return jax.default_backend() if device is None else device.platform
@@ -166,7 +166,7 @@ def spec(axes: Sequence[str | None], mesh) -> P:
 
 
 def ways(axis: str, mesh: Mesh) -> int:
-  """A logical axis -> into how many parts the mesh splits it."""
+  """A logical axis -> the number of parts that the mesh splits it into."""
   return math.prod(mesh.shape[m] for m in RULES[axis])
 
 
@@ -184,10 +184,10 @@ def axes_of(variable: nnx.Variable) -> tuple[str | None, ...]:
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-  """A tree with parameters in it -> a prefix of it with a NamedSharding for each.
+  """A tree with parameters -> a prefix of it with a NamedSharding for each.
 
-  Parameters are split as their axes say; every other leaf is held by all devices.
-  Raises ValueError if one does not split evenly.
+  Parameters are sharded by their axes; all other leaves are replicated. Raises ValueError
+  if an axis does not split evenly.
   """
 
   def sharding(leaf):
@@ -210,12 +210,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """How a batch of shape (B, T) lies on the mesh."""
+  """The sharding of a batch of shape (B, T)."""
   return NamedSharding(mesh, spec(('batch', 'tokens'), mesh))
 
 
 def rows(mesh: Mesh, batch: int) -> tuple[int, ...]:
-  """Which rows of a global batch this process's devices hold, in ascending order."""
+  """The rows of a global batch on this process's devices, in ascending order."""
   shape = batch, ways('tokens', mesh)
   held = batch_sharding(mesh).addressable_devices_indices_map(shape)
   return tuple(sorted({r for ix in held.values() if ix for r in range(batch)[ix[0]]}))
@@ -228,12 +228,12 @@ def place(local: Any, mesh: Mesh, batch: int) -> Any:
   """
   held = np.asarray(rows(mesh, batch))
 
-  def globalise(x: np.ndarray) -> jax.Array:
+  def to_global(x: np.ndarray) -> jax.Array:
     def shard(index):
-      here = np.arange(batch)[index[0]]
-      return x[np.searchsorted(held, here)][(slice(None), *index[1:])]
+      wanted = np.arange(batch)[index[0]]
+      return x[np.searchsorted(held, wanted)][(slice(None), *index[1:])]
 
     shape = (batch, *x.shape[1:])
     return jax.make_array_from_callback(shape, batch_sharding(mesh), shard)
 
-  return jax.tree.map(globalise, local)
+  return jax.tree.map(to_global, local)

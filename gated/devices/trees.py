@@ -10,19 +10,19 @@ import numpy as np
 def name(path) -> str:
   """A key path of JAX -> attributes, keys and indices joined by dots.
 
-  Flax keeps a parameter's array in a field called value; the name leaves it out.
+  Omits a last part `value`, the field of Flax's parameters.
   """
   parts = [str(getattr(k, 'name', getattr(k, 'key', getattr(k, 'idx', k)))) for k in path]
   return '.'.join(parts[:-1] if parts[-1:] == ['value'] else parts)
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-  """A tree -> {name: leaf}, in the tree's own order."""
+  """A tree -> {name: leaf}, in the order of the tree."""
   return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def unflatten(like: Any, leaves: dict[str, Any]) -> Any:
-  """{name: leaf} -> a tree of the structure of `like`, which has those names."""
+  """{name: leaf} -> a tree with the structure and the names of `like`."""
   return jax.tree_util.tree_map_with_path(lambda path, _: leaves[name(path)], like)
 
 

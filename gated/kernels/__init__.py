@@ -1,7 +1,7 @@
 """Three contracts, each with its backends: attention, grouped matmul, vocabulary loss.
 
-A backend that cannot do a case raises NotImplementedError saying what it lacks; with
-'auto' the next one is tried, and the choice is logged once.
+A backend that does not support a case raises NotImplementedError with the reason; 'auto'
+then tries the next one, and logs the choice once.
 """
 
 from gated.kernels.attention.case import scores, soft_cap, with_lse_gradient

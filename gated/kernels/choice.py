@@ -1,4 +1,4 @@
-"""Which backend of a contract runs: the one that is named, or the first that can."""
+"""Chooses a contract's backend: the named one, or the first that supports the case."""
 
 import functools
 import logging
@@ -6,31 +6,33 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def run(what: str, knob: str, backend: str, table: Mapping[str, Callable], *args) -> Any:
-  """Runs `table[backend]`, or with 'auto' the first of the table that can, on `args`.
+def run(
+  contract: str, knob: str, backend: str, table: Mapping[str, Callable], *args
+) -> Any:
+  """Calls `table[backend]`, or with 'auto' the first backend that supports `args`.
 
-  A backend that cannot raises NotImplementedError saying what it lacks. With 'auto' the
-  choice is logged once; if none can, the error lists what each lacks.
+  A backend raises NotImplementedError with the reason if it does not support them. With
+  'auto' the choice is logged once; if all fail, the error lists each reason.
   """
   if backend != 'auto':
     try:
       return table[backend](*args)
     except NotImplementedError as error:
       raise NotImplementedError(f'{knob}={backend!r}, but {backend} {error}') from error
-  lacks = []
+  reasons = []
   for name, call in table.items():
     try:
       out = call(*args)
     except NotImplementedError as error:
-      lacks.append(f'{name} {error}')
+      reasons.append(f'{name} {error}')
     else:
-      log(what, name, '; '.join(lacks))
+      log(contract, name, '; '.join(reasons))
       return out
-  raise NotImplementedError(f'no backend can do {what} here: ' + '; '.join(lacks))
+  raise NotImplementedError(f'no backend can do {contract} here: ' + '; '.join(reasons))
 
 
 @functools.cache
-def log(what: str, name: str, lacks: str) -> None:
-  """Says once which backend was chosen, and what those before it lack."""
-  reason = f' ({lacks})' if lacks else ''
-  logging.getLogger('gated').info('%s runs on the %s backend%s', what, name, reason)
+def log(contract: str, name: str, reasons: str) -> None:
+  """Logs once the chosen backend, and why the earlier ones do not support the case."""
+  detail = f' ({reasons})' if reasons else ''
+  logging.getLogger('gated').info('%s runs on the %s backend%s', contract, name, detail)

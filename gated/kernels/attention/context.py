@@ -1,10 +1,10 @@
-"""Attention on a mesh: rows and heads stay apart, a row's queries are split over devices.
+"""Attention on a mesh, with rows, heads and a row's queries sharded over devices.
 
-Each device gathers the keys and values of its whole rows, in their order. Of its queries
-it gives some away first: under the causal mask, c contiguous shards would give the last
-device 2 - 1/c times the mean work. In 2c halves of shards, half h needs work in
-proportion to 2h + 1, so halves j and 2c-1-j together always need the same. They meet on
-device j for the kernel's time alone; arrays outside of it stay contiguous.
+Each device gathers the keys and values of its whole rows, in order. Queries are first
+rebalanced: under the causal mask, c contiguous shards would give the last device 2 - 1/c
+times the mean work. Split each shard in two: of these 2c halves, half h needs work in
+proportion to 2h + 1, so halves j and 2c-1-j together always need the same. Device j
+computes both; arrays outside of the kernel stay contiguous.
 
 Why the keys are gathered and not passed around a ring: in bfloat16 a layer gathers
 4 T G K bytes a row, which for 8 KV heads of 128 at T = 32,768 is 128 MiB, held for one
@@ -30,15 +30,15 @@ from gated.devices import mesh
 
 
 def ways() -> int:
-  """c: over how many devices the mesh in use splits a row's tokens."""
+  """c, the number of devices that the mesh splits a row's tokens over."""
   current = mesh.current()
   return 1 if current is None else current.shape['context']
 
 
 def stretch(length: int) -> int:
-  """How many queries that stand side by side a device holds, of a row of `length`.
+  """The number of contiguous queries on a device, for a row of `length` tokens.
 
-  Raises NotImplementedError if they are no whole number.
+  Raises NotImplementedError if the row does not split evenly.
   """
   parts = 2 * ways() if ways() > 1 else 1
   if length % parts:
@@ -49,7 +49,7 @@ def stretch(length: int) -> int:
 
 
 def order(length: int, ways: int) -> np.ndarray:
-  """The positions of the queries that each device answers: (ways, length / ways)."""
+  """The positions of each device's queries: (ways, length / ways)."""
   if ways == 1:
     return np.arange(length, dtype=np.int32)[None]
   half_hT = np.arange(length, dtype=np.int32).reshape(2 * ways, -1)
@@ -63,9 +63,9 @@ def order(length: int, ways: int) -> np.ndarray:
 def attend(run: Callable, q_BTHK, k_BSGK, v_BSGK, segment_BT, *, split: Any, lse: bool):
   """run(q, k, v, segments of q, of k, split) on each device -> y, or (y, lse).
 
-  On a device, q is its own queries at `order`'s positions, k and v are their rows' from
-  first to last, and of each array in the tree `split`, whose leading dim is `ways()`
-  long, it gets its own part (without that dim).
+  On a device, q holds its queries at the positions from `order`, k and v hold the whole
+  rows. `split` is a tree of arrays with a leading dim of `ways()`; each device gets its
+  own slice, without that dim.
   """
   current = mesh.current()
   if current is None:
@@ -75,31 +75,33 @@ def attend(run: Callable, q_BTHK, k_BSGK, v_BSGK, segment_BT, *, split: Any, lse
 
   def local(q, k, v, segment, split):
     own = jax.tree.map(lambda a: a[0], split)
-    seen = segment
+    key_segment = segment
     if count > 1:
       q = _balanced(q, count)
       k, v = _gathered(k), _gathered(v)
       if segment is not None:
-        segment, seen = _balanced(segment, count), _gathered(segment)
-    out = run(q, k, v, segment, seen, own)
+        segment, key_segment = _balanced(segment, count), _gathered(segment)
+    out = run(q, k, v, segment, key_segment, own)
     return out if count == 1 else jax.tree.map(lambda x: _restored(x, count), out)
 
   spec = lambda *axes: mesh.spec(axes, current)
   q, k = (spec('batch', 'tokens', h, None) for h in ('heads', 'kv_heads'))
   outs = (q, spec('batch', 'tokens', 'heads')) if lse else q
   ins = q, k, k, spec('batch', 'tokens'), spec('tokens')
-  # A kernel's outputs do not say over which axes they vary.
-  over = jax.shard_map(local, mesh=current, in_specs=ins, out_specs=outs, check_vma=False)
-  return over(q_BTHK, k_BSGK, v_BSGK, segment_BT, split)
+  # Kernels' outputs carry no varying-axes types, hence no check_vma.
+  sharded = jax.shard_map(
+    local, mesh=current, in_specs=ins, out_specs=outs, check_vma=False
+  )
+  return sharded(q_BTHK, k_BSGK, v_BSGK, segment_BT, split)
 
 
 def _moves(ways: int, parity: int) -> list[tuple[int, int]]:
-  """Who gives its first (parity 0) or its second half of a shard to whom."""
+  """(source, target) of each shard's first (parity 0) or second half."""
   return [(h // 2, min(h, 2 * ways - 1 - h)) for h in range(parity, 2 * ways, 2)]
 
 
 def _balanced(x_BT: jax.Array, ways: int) -> jax.Array:
-  """A contiguous shard -> the halves that `order` gives to this device."""
+  """A contiguous shard -> this device's halves by `order`."""
   halves = jnp.split(x_BT, 2, axis=1)
   moved = [jax.lax.ppermute(x, 'context', _moves(ways, p)) for p, x in enumerate(halves)]
   return jnp.concatenate(moved, 1)

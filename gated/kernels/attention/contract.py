@@ -16,15 +16,15 @@ from gated.kernels import choice
 from gated.kernels.attention import blockwise, context, splash
 from gated.kernels.attention.case import Case, scores, soft_cap, with_lse_gradient
 
-# Above this many tokens the quadratic reference runs only where it is named.
+# Above this many tokens the quadratic reference runs only by name.
 REFERENCE_LIMIT = 4096
-# What softpick's denominator has beside the sum, as its authors do.
+# A constant in softpick's denominator, from the authors' code.
 _SOFTPICK_EPS = 1e-8
 
 
 def _sigmoid(score, mask):
-  # The bias keeps the sum of weights near 1 at the start. n is the keys that the query
-  # sees, so that neither what follows nor another document in the row matters.
+  # The bias keeps the sum of weights near 1 at the start. n counts the visible keys only,
+  # so that later tokens and other documents in the row do not matter.
   count = jnp.broadcast_to(mask.sum(-1, keepdims=True), (*score.shape[:-1], 1))
   return jnp.where(mask, jax.nn.sigmoid(score - jnp.log(count)), 0)
 
@@ -40,7 +40,7 @@ def _softmax(score, mask):
   return jax.nn.softmax(jnp.where(mask, score, jnp.finfo(jnp.float32).min), -1)
 
 
-# (scores, which of them count) -> weights, over the last dim, in float32.
+# (scores, mask) -> weights, over the last dim, in float32.
 NORMALIZERS = {
   'softmax': _softmax,
   'sigmoid': _sigmoid,  # sigmoid(s - ln n), each key by itself (arXiv 2409.04431)
@@ -82,8 +82,8 @@ def attend_lse(
 ) -> tuple[jax.Array, jax.Array]:
   """As `attend`, by softmax -> (y_BTHK, lse_BTH), both with their gradients.
 
-  lse = ln(sum(exp(score))), in float32. With it, anything that shares the denominator can
-  be added outside of the kernel: a term exp(s) scales y by sigmoid(lse - s).
+  lse = ln(sum(exp(score))), in float32. It allows extra terms in the denominator outside
+  of the kernel: a term exp(s) scales y by sigmoid(lse - s).
   """
   case = Case(max_segments, 'softmax', cap, lse=True)
   return _run(backend, q_BTHK, k_BSGK, v_BSGK, segment_BT, case)
@@ -107,7 +107,7 @@ def _too_long(*_):
 def _reference(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
   """The definition, scores and softmax in float32, with all T x S of them in memory."""
   B, T, H, K = q_BTHK.shape
-  # Each device's queries meet the keys of the whole row.
+  # Each device needs the keys of its whole rows.
   k_BSGK = mesh.constrain(k_BSGK, 'batch', None, 'kv_heads', None)
   v_BSGK = mesh.constrain(v_BSGK, 'batch', None, 'kv_heads', None)
   score = soft_cap(scores(q_BTHK, k_BSGK), case.cap)
@@ -126,9 +126,9 @@ def _reference(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
 def _cudnn(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
   """cuDNN's fused attention, packed segments as ragged sequences (from Hopper on).
 
-  Where it has to be deterministic, as a mask instead: cuDNN's gradient of them then takes
-  memory that grows with the square of a row, and of ragged ones with the square of a
-  batch (github.com/NVIDIA/cudnn-frontend/pull/398).
+  In deterministic mode segments become a mask: its gradient takes memory quadratic in the
+  row, where ragged sequences would take memory quadratic in the batch
+  (github.com/NVIDIA/cudnn-frontend/pull/398).
   """
   if case.normalizer != 'softmax':
     raise NotImplementedError(f'has no {case.normalizer} attention')
@@ -146,7 +146,7 @@ def _cudnn(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
   if not case.lse:
     return run(q_BTHK, k_BSGK, v_BSGK)
   if segment_BT is not None and mesh.current() is not None:
-    # Each device would number its own segments.
+    # The result is indexed by segment, and each device numbers its own segments.
     raise NotImplementedError('has no log-sum-exp of packed rows on several devices')
   y_BTHK, lse_BTH = run(q_BTHK, k_BSGK, v_BSGK, residual=True)
   return y_BTHK, with_lse_gradient(run, q_BTHK, k_BSGK, lse_BTH)
@@ -163,7 +163,7 @@ def _cudnn_call(q_BTHK, k_BSGK, v_BSGK, *, segment_BT, limit, residual=False):
     out = call(mask=_same(segment_BT), mask_type=cudnn.MaskType.CAUSAL)
     return (out[0], out[1].transpose(0, 2, 1)) if residual else out
   start_BM, size_BM = segment_runs(segment_BT, limit)
-  # One more offset than segments; -1 where there is none, in the last column always.
+  # One more offset than segments; -1 for unused ones, always in the last column.
   offset_BM1 = jnp.pad(start_BM, ((0, 0), (0, 1)), constant_values=-1)
   out = call(
     q_seqlen=size_BM,
@@ -174,7 +174,7 @@ def _cudnn_call(q_BTHK, k_BSGK, v_BSGK, *, segment_BT, limit, residual=False):
   )
   if not residual:
     return out
-  # It comes by segment, those of all rows in one sequence, each from its own start.
+  # cuDNN returns it by segment, over all rows in sequence, each from its own start.
   lse_SHT = out[1]
   count_B1 = (start_BM >= 0).sum(1, keepdims=True)
   first_BT = segment_BT != jnp.pad(segment_BT, ((0, 0), (1, 0)))[:, :-1]
@@ -186,7 +186,7 @@ def _cudnn_call(q_BTHK, k_BSGK, v_BSGK, *, segment_BT, limit, residual=False):
 
 
 def _same(segment_BT: jax.Array | None) -> jax.Array | None:
-  """Segment ids -> which tokens share one: (B, 1, T, T)."""
+  """Segment ids -> a mask of tokens in the same segment: (B, 1, T, T)."""
   if segment_BT is None:
     return None
   return segment_BT[:, None, :, None] == segment_BT[:, None, None, :]
