@@ -1,9 +1,9 @@
-"""A stand-in for SLURM: one machine that plays all nodes, and no queue.
+"""A stand-in for SLURM on one machine, without a queue.
 
-`sbatch`, `srun`, `squeue`, `scancel` and `scontrol` beside this file call it. It knows
-the options that slurm.schedmd.com documents, as far as they are named here, and refuses
-others as SLURM would. State lies in the folder $SLURM_STANDIN: JOB/ has the script, and
-for each task of the array its state and the process of its batch script.
+The scripts `sbatch`, `srun`, `squeue`, `scancel` and `scontrol` in this folder call it.
+It supports a subset of the options at slurm.schedmd.com and refuses all others. Its state
+is in the folder $SLURM_STANDIN: JOB/ has the batch script, and the state and process ID
+of each task.
 """
 
 import argparse
@@ -36,13 +36,13 @@ def sbatch(argv):
     bare = {'action': 'store_true'} if name in ('requeue', 'exclusive') else {}
     parser.add_argument(f'--{name}', **bare)
   parser.add_argument('script', type=Path)
-  given = parser.parse_args(argv)
-  text = given.script.read_text()
+  args = parser.parse_args(argv)
+  text = args.script.read_text()
   assert text.startswith('#!'), 'This does not look like a batch script.'
   headers = []
   for line in text.splitlines()[1:]:
     if line and not line.startswith('#'):
-      break  # What comes after the first command is not read.
+      break  # SLURM reads no headers after the first command.
     if line.startswith('#SBATCH'):
       headers += shlex.split(line.removeprefix('#SBATCH'))
   options = vars(parser.parse_args([*headers, *argv]))
@@ -52,9 +52,9 @@ def sbatch(argv):
   folder.mkdir(parents=True)
   (folder / 'script').write_text(text)
   tasks = list(range(int(first), int(last) + 1))
-  about = {k: v for k, v in options.items() if k != 'script'}
-  about |= {'number': number, 'tasks': tasks, 'limit': int(limit or len(tasks))}
-  (folder / 'job.json').write_text(json.dumps(about))
+  job = {k: v for k, v in options.items() if k != 'script'}
+  job |= {'number': number, 'tasks': tasks, 'limit': int(limit or len(tasks))}
+  (folder / 'job.json').write_text(json.dumps(job))
   for task in tasks:
     _write(folder, task, state='PENDING', restarts=0)
   subprocess.Popen(
@@ -64,11 +64,11 @@ def sbatch(argv):
     stderr=subprocess.STDOUT,
     start_new_session=True,
   )
-  print(number if given.parsable else f'Submitted batch job {number}')
+  print(number if args.parsable else f'Submitted batch job {number}')
 
 
 def run(argv):
-  """All tasks of a job, so many at a time as its array allows."""
+  """Runs all tasks of a job, at most `limit` at the same time."""
   folder = Path(argv[0])
   job = json.loads((folder / 'job.json').read_text())
   places = threading.Semaphore(job['limit'])
@@ -83,15 +83,13 @@ def run(argv):
 
 def _task(folder, job, task, places):
   restarts = 0
-  while True:
-    again = _once(folder, job, task, restarts)
-    if not again:
-      places.release()
-      return
+  while _run_once(folder, job, task, restarts):
     restarts += 1
+  places.release()
 
 
-def _once(folder, job, task, restarts):
+def _run_once(folder, job, task, restarts):
+  """Runs the batch script of a task -> whether the task was requeued."""
   if _read(folder, task)['state'] == 'CANCELLED':
     return False
   nodes, per_node = int(job['nodes'] or 1), int(job['ntasks_per_node'] or 1)
@@ -119,15 +117,15 @@ def _once(folder, job, task, restarts):
     _write(folder, task, state='RUNNING', restarts=restarts, pid=batch.pid)
     code = batch.wait()
   now = _read(folder, task)
-  again = now['state'] == 'REQUEUED' and bool(job['requeue'])
+  requeued = now['state'] == 'REQUEUED' and bool(job['requeue'])
   _steps(folder, task).unlink(missing_ok=True)
   state = 'COMPLETED' if code == 0 else 'FAILED'
-  if again:
+  if requeued:
     state = 'PENDING'
   elif now['state'] == 'CANCELLED':
     state = 'CANCELLED'
   _write(folder, task, state=state, restarts=restarts, code=code)
-  return again
+  return requeued
 
 
 def srun(argv):
@@ -137,8 +135,8 @@ def srun(argv):
   parser.add_argument('--kill-on-bad-exit', type=int, default=0)
   parser.add_argument('--wait', type=float, default=0)
   parser.add_argument('command', nargs=argparse.REMAINDER)
-  given = parser.parse_args(argv)
-  count, per_node = given.ntasks, given.ntasks_per_node
+  args = parser.parse_args(argv)
+  count, per_node = args.ntasks, args.ntasks_per_node
   nodes = count // per_node
   if nodes > int(os.environ['SLURM_NNODES']):
     sys.exit('srun: error: More processors requested than permitted')
@@ -153,24 +151,24 @@ def srun(argv):
       'SLURM_LOCALID': str(i % per_node),
       'SLURM_NODEID': str(i // per_node),
     }
-    children.append(subprocess.Popen(given.command, env=env, stdin=subprocess.DEVNULL))
-  # A SIGTERM of its own ends all: "srun: forcing job termination".
+    children.append(subprocess.Popen(args.command, env=env, stdin=subprocess.DEVNULL))
+  # At SIGTERM, srun kills all tasks: "srun: forcing job termination".
   signal.signal(signal.SIGTERM, lambda *_: _signal(children, signal.SIGKILL))
-  where = _root() / os.environ['SLURM_ARRAY_JOB_ID']
-  steps = _steps(where, os.environ['SLURM_ARRAY_TASK_ID'])
+  folder = _root() / os.environ['SLURM_ARRAY_JOB_ID']
+  steps = _steps(folder, os.environ['SLURM_ARRAY_TASK_ID'])
   steps.write_text(' '.join(str(child.pid) for child in children))
-  sys.exit(_ends(children, given))
+  sys.exit(_wait(children, args))
 
 
-def _ends(children, given):
-  """Waits for a step's tasks, as long as srun's options say -> its exit code."""
+def _wait(children, args):
+  """Waits for the tasks of a step, within the limits of srun's options -> exit code."""
   first = None
   while any(child.poll() is None for child in children):
     codes = [child.returncode for child in children if child.returncode is not None]
     if codes and first is None:
       first = time.monotonic()
-    late = given.wait and first and time.monotonic() > first + given.wait
-    if late or (given.kill_on_bad_exit and any(codes)):
+    late = args.wait and first and time.monotonic() > first + args.wait
+    if late or (args.kill_on_bad_exit and any(codes)):
       _signal(children, signal.SIGKILL)
     time.sleep(0.01)
   return max(128 - c.returncode if c.returncode < 0 else c.returncode for c in children)
@@ -187,14 +185,14 @@ def squeue(argv):
     parser.add_argument(flag, action='store_true')
   parser.add_argument('--name', required=True)
   parser.add_argument('--format', required=True)
-  given = parser.parse_args(argv)
+  args = parser.parse_args(argv)
   for folder in sorted(_root().glob('[0-9]*')):
     job = json.loads((folder / 'job.json').read_text())
-    for task in job['tasks'] if job['job_name'] == given.name else ():
+    for task in job['tasks'] if job['job_name'] == args.name else ():
       state = _read(folder, task)['state']
       if state in WAITING:
         number = f'{job["number"]}_{task}'
-        print(given.format.replace('%i', number).replace('%T', state))
+        print(args.format.replace('%i', number).replace('%T', state))
 
 
 def scancel(argv):
@@ -204,36 +202,36 @@ def scancel(argv):
   parser.add_argument('--me', action='store_true')
   parser.add_argument('--name')
   parser.add_argument('job', nargs='?')
-  given = parser.parse_args(argv)
-  if not given.job:
-    assert given.name and given.me, 'scancel: error: No job identification provided'
-    named = lambda f: json.loads((f / 'job.json').read_text())['job_name'] == given.name
+  args = parser.parse_args(argv)
+  if not args.job:
+    assert args.name and args.me, 'scancel: error: No job identification provided'
+    named = lambda f: json.loads((f / 'job.json').read_text())['job_name'] == args.name
     for folder in filter(named, _root().glob('[0-9]*')):
       scancel([folder.name])
     return
-  number, _, task = given.job.partition('_')
+  number, _, task = args.job.partition('_')
   folder = _root() / number
   if not folder.is_dir():
-    sys.exit(f'scancel: error: Kill job error on job id {given.job}: Invalid job id')
+    sys.exit(f'scancel: error: Kill job error on job id {args.job}: Invalid job id')
   job = json.loads((folder / 'job.json').read_text())
-  if given.name and given.name != job['job_name']:
+  if args.name and args.name != job['job_name']:
     return
-  for each in [int(task)] if task else job['tasks']:
-    now = _read(folder, each)
-    if given.signal:
-      number = signal.Signals[f'SIG{given.signal}']
-      if given.batch:
+  for index in [int(task)] if task else job['tasks']:
+    now = _read(folder, index)
+    if args.signal:
+      number = signal.Signals[f'SIG{args.signal}']
+      if args.batch:
         os.kill(now['pid'], number)
       else:
-        _tell_steps(folder, each, number)
+        _signal_steps(folder, index, number)
     elif now['state'] in WAITING:
-      _write(folder, each, **now | {'state': 'CANCELLED'})
+      _write(folder, index, **now | {'state': 'CANCELLED'})
       if now['state'] == 'RUNNING':
-        _tell_steps(folder, each, signal.SIGTERM)
+        _signal_steps(folder, index, signal.SIGTERM)
         _kill(now['pid'])
 
 
-def _tell_steps(folder, task, number):
+def _signal_steps(folder, task, number):
   steps = _steps(folder, task)
   for pid in steps.read_text().split() if steps.exists() else ():
     with contextlib.suppress(ProcessLookupError):
@@ -241,9 +239,9 @@ def _tell_steps(folder, task, number):
 
 
 def _kill(pid):
-  """SIGTERM to the batch script, and SIGKILL to all that it started and that is left.
+  """Sends SIGTERM to the batch script; after KILL_WAIT, SIGKILL to its process group.
 
-  SLURM tells srun, too, which adds nothing here: its tasks have been told.
+  SLURM also signals srun, which has no effect here: its tasks already got the signal.
   """
   with contextlib.suppress(ProcessLookupError):
     os.kill(pid, signal.SIGTERM)
@@ -268,12 +266,12 @@ def _root():
 
 
 def _steps(folder, task):
-  """The file that says which processes srun has started."""
+  """The file with the process IDs that srun has started."""
   return folder / f'{task}.steps'
 
 
 def _number():
-  """A job's number of which JAX makes a port that is free: 61440 + number % 4096."""
+  """A job number for which the port that JAX derives, 61440 + number % 4096, is free."""
   for number in range(time.time_ns() // 1000 % 10**8, 10**9):
     with socket.socket() as probe:
       try:
@@ -281,7 +279,7 @@ def _number():
       except OSError:
         continue
       return number
-  raise AssertionError('no port is free')
+  raise AssertionError('no free port')
 
 
 def _write(folder, task, **values):
