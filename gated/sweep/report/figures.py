@@ -75,7 +75,8 @@ class Look(NamedTuple):
 
 def look(index: int) -> Look:
   """The look of the line with this index; the first 280 are distinct."""
-  return Look(*(table[index % len(table)] for table in (COLORS, MARKERS, DASHES)))
+  at = lambda table: table[index % len(table)]
+  return Look(at(COLORS), at(MARKERS), at(DASHES))
 
 
 def wrapped(name: str, width: int) -> str:
