@@ -12,7 +12,7 @@ from gated.model.layers import Numerics, child_key, normal_param
 
 
 class Sinks(nnx.Module):
-  """What shares the denominator of a softmax: (y_BTHK, lse_BTH, q_BTHK) -> y_BTHK.
+  """Extra terms in the softmax's denominator: (y_BTHK, lse_BTH, q_BTHK) -> y_BTHK.
 
   Logits e_n with values u_n join the softmax over the keys: e = 0 for a 1 in the
   denominator and e = s_h for a learned sink logit, both with u = 0, e = q k_n / sqrt(K)
@@ -20,8 +20,8 @@ class Sinks(nnx.Module):
 
     y' = y * p + u * (1 - p),    p = exp(lse) / (exp(lse) + sum(exp(e)))
 
-  outside of the kernel, which has only to tell its log-sum-exp. q is the query before
-  RoPE, so that a sink token stands at no position.
+  outside of the kernel, which only needs to return its log-sum-exp. q is the query before
+  RoPE, so that a sink token has no position.
   """
 
   def __init__(

@@ -21,9 +21,9 @@ def grouped_matmul(
   """Rows sorted by group, a matrix and a number of rows per group -> y_NB.
 
   The sizes are integers; a group may be empty. Rows beyond their sum, at the end, are
-  nobody's: what y and the gradient of x hold there is any number or none, and what x and
-  the gradient of y hold there counts for nothing. No backend but 'ragged' pays for every
-  matrix on every row. Raises NotImplementedError if none can.
+  unassigned: y and the gradient of x may hold garbage or NaN there, and x and the
+  gradient of y are ignored there. Only 'ragged' multiplies every row by every matrix.
+  Raises NotImplementedError if no backend supports the case.
   """
   knob = 'config.model.moe.backend'
   args = x_NA, w_EAB, size_E
@@ -48,16 +48,16 @@ def _megablox(x_NA, w_EAB, size_E):
   """JAX's own kernels for TPUs."""
   if mesh.platform() != 'tpu':
     raise NotImplementedError('needs a TPU')
-  for what, n in zip(('rows', 'width in', 'width out'), (len(x_NA), *w_EAB.shape[1:])):
+  for dim, n in zip(('rows', 'width in', 'width out'), (len(x_NA), *w_EAB.shape[1:])):
     if n % tpu.LANES:
-      raise NotImplementedError(f'takes multiples of 128, not {what} of {n}')
+      raise NotImplementedError(f'takes multiples of 128, not {dim} of {n}')
   return tpu.multiply(x_NA, w_EAB, size_E)
 
 
 def _ragged(x_NA, w_EAB, size_E):
-  """XLA's own, which only TPUs have a kernel for, and not for the gradient of w.
+  """XLA's ragged_dot, for small sizes on TPUs.
 
-  That one is a dense product of every matrix and every row: for sizes beneath notice.
+  The gradient of w has no kernel: it multiplies every row by every matrix.
   """
   if mesh.platform() != 'tpu':
     raise NotImplementedError('pays for every matrix on every row')
@@ -65,14 +65,14 @@ def _ragged(x_NA, w_EAB, size_E):
 
 
 def _blocked(x_NA, w_EAB, size_E):
-  """Each group is padded to whole blocks of rows, and a block has one matrix.
+  """Pads each group to whole blocks of rows, so that a block has one matrix.
 
-  A loop over blocks on a CPU, which skips those that turn out to be empty; elsewhere
-  batches of blocks, each with a copy of its matrix: right anywhere, and slow.
+  On a CPU, a loop over the blocks that are not empty; elsewhere batches of blocks, each
+  with a copy of its matrix: correct on any platform, and slow.
   """
   rows, dtype = block_rows(len(x_NA), len(w_EAB)), x_NA.dtype
   if mesh.platform() == 'cpu':
-    # Which has no products in bfloat16; those of float32 are as exact, and faster.
+    # CPUs have no products in bfloat16; float32 is as exact, and faster.
     x_NA, w_EAB = x_NA.astype(jnp.float32), w_EAB.astype(jnp.float32)
   return _by_blocks(x_NA, w_EAB, size_E, rows).astype(dtype)
 
@@ -106,7 +106,7 @@ def _gathered(x_NA, row_MR):
 def _by_blocks(x_NA, w_EAB, size_E, rows):
   group_M, row_MR = _blocks(size_E, len(x_NA), rows)
   y_MRB = _products(_gathered(x_NA, row_MR), w_EAB, group_M)
-  # Each row stands in exactly one block.
+  # Each row is in exactly one block.
   y_NB = jnp.zeros((len(x_NA), w_EAB.shape[2]), x_NA.dtype)
   flat = y_MRB.reshape(-1, w_EAB.shape[2])
   return y_NB.at[row_MR.reshape(-1)].set(flat, mode='drop')
@@ -116,8 +116,8 @@ def _by_blocks_forward(x_NA, w_EAB, size_E, rows):
   return _by_blocks(x_NA, w_EAB, size_E, rows), (x_NA, w_EAB, size_E)
 
 
-def _by_blocks_backward(rows, kept, dy_NB):
-  x_NA, w_EAB, size_E = kept
+def _by_blocks_backward(rows, saved, dy_NB):
+  x_NA, w_EAB, size_E = saved
   dx_NA = _by_blocks(dy_NB, w_EAB.swapaxes(1, 2), size_E, rows)
   group_M, row_MR = _blocks(size_E, len(x_NA), rows)
   x_MRA, dy_MRB = _gathered(x_NA, row_MR), _gathered(dy_NB, row_MR)
@@ -127,7 +127,7 @@ def _by_blocks_backward(rows, kept, dy_NB):
 
 _by_blocks.defvjp(_by_blocks_forward, _by_blocks_backward)
 
-# Blocks that are multiplied at a time where batches pay: on a CPU they do not.
+# Blocks multiplied at a time; on a CPU batches do not pay.
 _BATCH = 128
 
 

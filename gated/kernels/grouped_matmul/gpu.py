@@ -1,8 +1,8 @@
 """The grouped matmul on GPUs: two Pallas kernels, lowered through Triton.
 
 `rows` times their groups' matrices, for the product and for the gradient of x; sums of
-x^T dy over each group's rows, for the gradient of w. Groups start where they start: a
-block of rows belongs to one group, and rows of its neighbours are masked, not moved.
+x^T dy over each group's rows, for the gradient of w. Groups start
+at any row: a block belongs to one group, and masks the rows of other groups.
 
 N rows  E groups  A width in  B width out  M blocks  R rows of a block
 """
@@ -30,8 +30,8 @@ def _forward(x_NA, w_EAB, size_E, interpret):
   return multiply(x_NA, w_EAB, size_E, interpret), (x_NA, w_EAB, size_E)
 
 
-def _backward(interpret, kept, dy_NB):
-  x_NA, w_EAB, size_E = kept
+def _backward(interpret, saved, dy_NB):
+  x_NA, w_EAB, size_E = saved
   dx_NA = _products(dy_NB, w_EAB, size_E, transposed=True, interpret=interpret)
   return dx_NA, _outer_products(x_NA, dy_NB, size_E, w_EAB.dtype, interpret), None
 
@@ -62,7 +62,7 @@ def _products(x_NA, w_EAB, size_E, *, transposed: bool, interpret: bool):
   def kernel(group_ref, first_ref, end_ref, x_ref, w_ref, y_ref):
     m, column = pl.program_id(0), pl.program_id(1) * C
     group, first, end = group_ref[m], first_ref[m], end_ref[m]
-    # The last blocks reach back, so that no row beyond N is ever touched.
+    # The last blocks start earlier, so that no row beyond N is accessed.
     start = jnp.minimum(first, N - R)
     row_R = start + jnp.arange(R)
     mine_R1 = ((row_R >= first) & (row_R < end))[:, None]

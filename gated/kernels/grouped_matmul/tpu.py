@@ -1,7 +1,7 @@
 """The grouped matmul on TPUs: JAX's own Pallas kernels, megablox, in blocks that fit.
 
-Their products visit only blocks with rows of a group in them: rows beyond the groups cost
-nothing, are never read into a sum, and hold in y what was in memory before.
+The products visit only blocks with rows of a group: rows beyond the groups cost nothing,
+are never summed, and hold uninitialized memory in y.
 
 N rows  E groups  A width in  B width out
 """
@@ -27,8 +27,8 @@ def _forward(x_NA, w_EAB, size_E, interpret):
   return multiply(x_NA, w_EAB, size_E, interpret), (x_NA, w_EAB, size_E)
 
 
-def _backward(interpret, kept, dy_NB):
-  x_NA, w_EAB, size_E = kept
+def _backward(interpret, saved, dy_NB):
+  x_NA, w_EAB, size_E = saved
   opts = dict(tiling=_blocks, interpret=interpret)
   dx_NA = gmm(dy_NB, w_EAB, size_E, x_NA.dtype, transpose_rhs=True, **opts)
   dw_EAB = tgmm(x_NA.T, dy_NB, size_E, w_EAB.dtype, **opts)

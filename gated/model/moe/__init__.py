@@ -1,8 +1,8 @@
-"""Mixture of experts: a softmax router, top-k dropless experts, and what balances them.
+"""Mixture of experts: a softmax router, top-k experts, and balancing losses.
 
-What experts do with the tokens that chose them stands in `dropless.py`, where no token is
-left out, and in `capacity.py`, where an expert takes so many of each row, and what it
-drops is reported. The gradient is exact in both.
+`dropless.py` computes every selected expert of every token. `capacity.py` limits the
+tokens of an expert in each row, and reports the dropped ones. The gradient is exact in
+both.
 
 B batch  T tokens  D width  F ffn of an expert  E experts  k experts of a token
 """
@@ -26,12 +26,12 @@ _NAME = 'config.model.moe'
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-  """Experts in the place of an FFN; with none, the other fields are checked, no more."""
+  """Experts instead of an FFN; with experts=0 the other fields are only checked."""
 
   experts: int  # E; 0 for a dense FFN
   top_k: int  # k
   norm_topk: bool  # the k weights of a token sum to 1
-  shared: int  # experts that every token goes to, as one FFN so many times as wide
+  shared: int  # experts that every token uses, as one FFN of this many times the width
   dispatch: str  # dropless, or capacity
   capacity: float  # tokens of a row that an expert takes, times the mean, k T / E
   backend: str  # of kernels.GROUPED, or auto
@@ -58,16 +58,16 @@ class Config:
 
 
 class Report(NamedTuple):
-  """What a layer's router did, summed over the tokens that are not padding.
+  """Statistics of a layer's router, summed over the tokens that are not padding.
 
   Sums of several batches add up to the sums of one batch of them all. The probabilities
   and the squares have a gradient, the counts have none.
   """
 
-  load_E: jax.Array  # how many tokens chose each expert
+  load_E: jax.Array  # number of tokens that chose each expert
   prob_E: jax.Array  # the probability of each expert
   square: jax.Array  # the squared log of the router's softmax denominator
-  dropped: jax.Array  # choices without a place
+  dropped: jax.Array  # choices beyond the capacity
 
 
 class MoE(nnx.Module):

@@ -1,20 +1,20 @@
-"""Dropless experts: tokens sorted by expert and multiplied in groups; none is left out.
+"""Dropless experts: sorts all tokens by expert and multiplies them in groups.
 
-A device that holds every expert sorts its own tokens, and no more is to be said. Where
-the mesh splits the experts over S devices, each of them holds E / S, and tokens travel:
+A device that holds every expert sorts its own tokens. If the mesh splits the experts over
+S devices, each holds E / S of them, and tokens travel:
 
-  gather   every device of the S gets all their tokens, computes what its own experts add
-           to each, and the sums are scattered back to the tokens' owners
+  gather   each of the S devices gathers all their tokens, computes its own experts' part
+           of each result, and a reduce-scatter returns the sums to the tokens' owners
 
-The other way is an all-to-all, which sends each of a token's k selections to its expert.
+The alternative is an all-to-all, which sends each of a token's selections to its expert.
 A device of N tokens then sends and receives k (S-1)/S N D numbers each way, where the
 gather moves (S-1) N D: the same at S = k, and less below. With S = 4, k = 8 it is 3 N D
-against 6 N D. The all-to-all needs buffers for the worst load besides, since shapes are
+against 6 N D. The all-to-all also needs buffers for the worst load, since shapes are
 static: S N k rows, unless it drops. See bench/expert_parallel.py.
 
-A device does not know how many selections fall to its experts. It takes them in passes of
-C rows, a little more than the mean N k; the first pass nearly always takes them all, and
-the others are turns of a loop that stops when none is left.
+The number of selections of a device's experts varies. It takes them in passes of C rows,
+a little more than the mean N k; the first pass nearly always takes them all, and a loop
+over further passes stops when none is left.
 
 B batch  T tokens  D width  F ffn of an expert  E experts  k experts of a token
 N = B * T  M = N * k selections  S devices that share the experts  e = E / S of a device
@@ -34,18 +34,18 @@ from gated import kernels
 from gated.devices import determinism, mesh
 from gated.model.layers import swiglu
 
-# Rows of a pass over a device's mean. A balanced router stays below, and a load beyond
-# costs a second pass, while every row more costs memory always.
+# Rows of a pass over a device's mean. A balanced router stays below; a higher load costs
+# a second pass, while additional rows always cost memory.
 SLACK = 1.5
 
-# Kernels for accelerators take rows by so many, as soon as there are many of them.
+# Accelerators' kernels take rows in multiples of this, except for few rows.
 TILE = 512
 
 
 def run(
   weights: list[jax.Array], x_BTD, weight_BTk, choice_BTk, *, backend: str
 ) -> jax.Array:
-  """Tokens and what the router chose for them -> y_BTD.
+  """Tokens, and the router's weights and choices -> y_BTD.
 
   The weights are (E, D, F), (E, D, F) and (E, F, D), split as the mesh splits parameters.
   """
@@ -68,7 +68,7 @@ def run(
       return _alone(*args, backend=backend)
     return _shared(*args, over=experts, backend=backend)
 
-  # Devices that split F each add a part of y: the parts stand in a dim of their own.
+  # Devices that split F each compute a summand of y: a leading dim holds the summands.
   parts = jax.shard_map(
     local,
     mesh=current,
@@ -146,14 +146,14 @@ def _shared(x_BTD, weight_BTk, choice_BTk, act_eDF, up_eDF, down_eFD, *, over, b
 
 
 def pass_rows(mean: int, *, worst: int) -> int:
-  """How many selections a device gets, on average and at most -> rows of a pass."""
+  """The mean and the largest number of a device's selections -> rows of a pass."""
   wanted = math.ceil(SLACK * mean)
   tile = TILE if wanted >= 4 * TILE else 8
   return -(-min(wanted, worst) // tile) * tile
 
 
 class _Table(NamedTuple):
-  """Where the selections of this device's experts are found."""
+  """The positions of the selections of this device's experts."""
 
   order_M: jax.Array  # the selections of all S devices, each one's sorted by expert
   first_eS: jax.Array  # where those of one device for one expert begin in that order
@@ -161,7 +161,7 @@ class _Table(NamedTuple):
 
 
 def _table(choice_M, e: int, over: str) -> _Table:
-  """Each device sorts its own choices, and the others learn the order and the counts."""
+  """Each device sorts its own choices, then gathers the order and counts of all."""
   M, S = len(choice_M), jax.lax.axis_size(over)
   order_M = jnp.argsort(choice_M, stable=True).astype(jnp.int32)
   size_E = jnp.bincount(choice_M, length=S * e).astype(jnp.int32)
@@ -174,10 +174,10 @@ def _table(choice_M, e: int, over: str) -> _Table:
 
 
 class _Rows(NamedTuple):
-  """What the rows of a pass are, sorted by expert; the last ones may be nobody's."""
+  """The rows of a pass, sorted by expert; the last ones may be unassigned."""
 
-  token_C: jax.Array  # N for nobody's
-  selection_C: jax.Array  # beyond all selections for nobody's
+  token_C: jax.Array  # N for unassigned rows
+  selection_C: jax.Array  # beyond all selections for unassigned rows
   order_C: jax.Array  # the rows sorted by token
   size_e: jax.Array  # how many belong to each expert
 
@@ -193,8 +193,8 @@ def _rows(table: _Table, start, rows: int, k: int) -> _Rows:
   place_C = jnp.arange(rows, dtype=jnp.int32)
   at_C = start + place_C + jnp.repeat(move_G, taken_G, total_repeat_length=rows)
   real_C = place_C < taken_G.sum()
-  found_C = table.order_M.at[at_C].get(mode='clip')
-  selection_C = jnp.where(real_C, found_C, M + place_C)
+  picked_C = table.order_M.at[at_C].get(mode='clip')
+  selection_C = jnp.where(real_C, picked_C, M + place_C)
   token_C = jnp.where(real_C, selection_C // k, M // k)
   size_e = taken_G.reshape(table.size_eS.shape).sum(1)
   return _Rows(token_C, selection_C, jnp.argsort(token_C), size_e)
@@ -202,14 +202,14 @@ def _rows(table: _Table, start, rows: int, k: int) -> _Rows:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _passes(part: Callable, rows: int, inputs, table: _Table):
-  """What all passes add up to -> y_ND, in the dtype of x."""
+  """The sum of all passes -> y_ND, in the dtype of x."""
   return _passes_forward(part, rows, inputs, table)[0]
 
 
 def _passes_forward(part, rows, inputs, table):
   x_ND, *_ = inputs
   empty = jnp.zeros(x_ND.shape, jnp.float32)
-  # The first pass keeps what its gradient needs; the others, which are rare, do not.
+  # Only the first pass keeps residuals for its gradient; the others are rare.
   y_ND, back = jax.vjp(lambda inputs: part(inputs, table, 0, empty), inputs)
   add = lambda turn, y_ND: part(inputs, table, turn, y_ND)
   y_ND = jax.lax.fori_loop(1, _turns(table, rows), add, y_ND)
@@ -217,8 +217,8 @@ def _passes_forward(part, rows, inputs, table):
   return y_ND.astype(x_ND.dtype), (back, inputs, table)
 
 
-def _passes_backward(part, rows, kept, g_ND):
-  back, inputs, table = kept
+def _passes_backward(part, rows, saved, g_ND):
+  back, inputs, table = saved
 
   def add(turn, grads):
     empty = jnp.zeros(g_ND.shape, jnp.float32)
@@ -233,12 +233,12 @@ _passes.defvjp(_passes_forward, _passes_backward)
 
 
 def _turns(table: _Table, rows: int):
-  """How many passes it takes: at most what the worst load would, often one."""
+  """The number of passes, usually one."""
   return -(-table.size_eS.sum() // rows)
 
 
 def _part(inputs, table: _Table, turn, y_ND, *, rows: int, k: int, backend: str):
-  """y_ND, to which one pass adds its selections."""
+  """Adds the selections of one pass to y_ND."""
   x_ND, weight_M, act_eDF, up_eDF, down_eFD = inputs
   at = _rows(table, turn * rows, rows, k)
   multiply = functools.partial(kernels.grouped_matmul, backend=backend)
@@ -263,11 +263,11 @@ def _weighted(act_CF: jax.Array, up_CF: jax.Array, weight_C: jax.Array) -> jax.A
   return (jax.nn.silu(act_CF) * up_CF * weight_C[:, None]).astype(dtype)
 
 
-# Rows that are nobody's hold what a kernel left there, perhaps no number at all. They are
-# left out where rows are added to tokens, and so are their gradients.
+# Unassigned rows may hold garbage or NaN. The sums over a token's rows omit them, and so
+# do the gradients.
 def _scattered(y_ND, row_CD, at: _Rows):
   """y_ND, in float32, plus each token's rows."""
-  # A TPU sorts rows by token at any rate, but after they are float32.
+  # A TPU would sort the rows anyway, but after the cast to float32.
   row_CD = row_CD[at.order_C].astype(jnp.float32)
   token_C = at.token_C[at.order_C]
   if determinism.applies(mesh.platform()):
@@ -277,7 +277,7 @@ def _scattered(y_ND, row_CD, at: _Rows):
 
 @jax.custom_vjp
 def _taken(x_ND, at: _Rows):
-  """The tokens of the rows -> x_CD; of nobody's, any."""
+  """The tokens of the rows -> x_CD; any token for unassigned rows."""
   return x_ND.at[at.token_C].get(mode='clip')
 
 
