@@ -1,11 +1,11 @@
-"""Makes tests/golden/hf_*: tiny models of transformers, as it wrote them, their logits.
+"""Makes tests/golden/hf_*: tiny models written by transformers, and their logits.
 
   python -m venv hf-env && hf-env/bin/pip install torch transformers safetensors
   hf-env/bin/python tests/golden/make_hf.py
 
-Made with torch 2.13.0 (CPU) and transformers 5.23.0. The models are unmodified, but for
-the authors' gates, which transformers does not know; all run in float32. Weights are
-drawn wide, by numpy, from a tensor's name. Tests need neither package.
+Made with torch 2.13.0 (CPU) and transformers 5.23.0. Only the
+authors' gates are added to its models; all run in float32. Weights come from numpy, with
+a seed from the tensor's name. Tests need neither package.
 """
 
 import shutil
@@ -39,7 +39,7 @@ NEXT = dict(num_experts=0, layer_types=['full_attention'] * 2, partial_rotary_fa
 
 ELEMENTWISE = dict(elementwise_attn_output_gate=True, headwise_attn_output_gate=False)
 HEADWISE = dict(elementwise_attn_output_gate=False, headwise_attn_output_gate=True)
-# Flags of the authors' code, as their config.json has them.
+# Flags in the config.json of the authors.
 AUTHORS = dict(qkv_bias=False, use_qk_norm=True)
 
 

@@ -1,4 +1,4 @@
-"""Parity with transformers, by logits it computed (golden/make_hf.py), and both ways."""
+"""Parity with the logits of transformers (golden/make_hf.py), and round trips."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ MODELS = (
   'authors_headwise',
 )
 GATED = ('qwen3_next', 'authors_elementwise', 'authors_headwise')
-H, G, K = 4, 2, 8  # Of the golden models with a gate.
+H, G, K = 4, 2, 8  # golden models with a gate
 
 
 def golden(name):
@@ -60,11 +60,11 @@ def same(a, b):
 def copy(tmp_path):
   """copy(name, change of config.json, change of tensors) -> a mutated golden folder."""
 
-  def make(name, says=None, tensors=None):
+  def make(name, changes=None, tensors=None):
     target = tmp_path / f'{name}-{len(list(tmp_path.iterdir()))}'
     shutil.copytree(golden(name), target)
-    if says:
-      content = json.loads((target / files.CONFIG).read_text()) | says
+    if changes:
+      content = json.loads((target / files.CONFIG).read_text()) | changes
       content = {key: value for key, value in content.items() if value is not ...}
       (target / files.CONFIG).write_text(json.dumps(content))
     if tensors:
@@ -168,7 +168,7 @@ def test_two_heads_of_a_gate_swapped_do_not_pass(name, copy):
 
 
 @pytest.mark.parametrize(
-  'name, says',
+  'name, changes',
   [
     (
       'authors_elementwise',
@@ -186,14 +186,14 @@ def test_two_heads_of_a_gate_swapped_do_not_pass(name, copy):
     ),
   ],
 )
-def test_the_other_packing_does_not_pass(name, says, copy):
+def test_the_other_packing_does_not_pass(name, changes, copy):
   uncentred = lambda held: {k: v + 1 for k, v in held.items() if v.ndim == 1}
-  folder = copy(name, says, uncentred if name == 'qwen3_next' else None)
+  folder = copy(name, changes, uncentred if name == 'qwen3_next' else None)
   assert distance(hf.load(folder), name) > 1e-2
   if name == 'qwen3_next':
     # Only the packing is to blame.
-    says = says | dict(elementwise_attn_output_gate=..., attn_output_gate=True)
-    assert distance(hf.load(copy(name, says, uncentred)), name) < 1e-4
+    changes = changes | dict(elementwise_attn_output_gate=..., attn_output_gate=True)
+    assert distance(hf.load(copy(name, changes, uncentred)), name) < 1e-4
 
 
 @pytest.mark.slow
@@ -316,14 +316,14 @@ def test_transformers_opens_what_is_saved(name, tmp_path):
   hf.save(hf.load(golden(name)), tmp_path / 'out', packing=packing, shard_bytes=16_000)
   opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out')
   with torch.no_grad():
-    found = opened.float()(torch.tensor(expected()['tokens']).long()).logits.numpy()
-  np.testing.assert_allclose(found, expected()[name], atol=1e-4)
+    actual = opened.float()(torch.tensor(expected()['tokens']).long()).logits.numpy()
+  np.testing.assert_allclose(actual, expected()[name], atol=1e-4)
 
 
 # config.json.
 
 
-def test_what_config_json_does_not_say_is_as_in_base():
+def test_knobs_without_a_key_have_the_defaults_of_base():
   """But for what the tables say, and top_k, which must not exceed the experts."""
   default = config.flatten(base.model(), '')
   default = {knob.removeprefix('.'): value for knob, value in default.items()}
@@ -349,7 +349,7 @@ def test_both_spellings_of_rope_mean_the_same(copy):
   assert hf.config(copy('qwen3_yarn', old)).attn.yarn.original == 64
 
 
-def test_what_config_json_does_not_say_is_what_transformers_assumes(copy):
+def test_missing_keys_have_the_defaults_of_transformers(copy):
   silent = ('attention_bias', 'hidden_act', 'rms_norm_eps', 'tie_word_embeddings')
   silent += ('rope_parameters', 'use_sliding_window', 'initializer_range', 'layer_types')
   folder = copy('qwen3', {key: ... for key in silent})
@@ -364,7 +364,7 @@ DEEP = functools.reduce(lambda inner, _: [inner], range(100), [])
 
 
 @pytest.mark.parametrize(
-  'name, says, told',
+  'name, changes, message',
   [
     ('qwen3', dict(model_type='llama'), "model_type='llama'"),
     ('qwen3', dict(hidden_act='gelu'), "hidden_act='gelu'"),
@@ -433,9 +433,9 @@ DEEP = functools.reduce(lambda inner, _: [inner], range(100), [])
     ('authors_headwise', dict(elementwise_attn_output_gate=True), 'are both on'),
   ],
 )
-def test_a_key_that_we_cannot_compute_is_refused_by_name(name, says, told, copy):
-  folder = copy(name, says)
-  with pytest.raises(ValueError, match=f'{files.CONFIG}.*{told}'):
+def test_an_unsupported_key_is_refused_by_name(name, changes, message, copy):
+  folder = copy(name, changes)
+  with pytest.raises(ValueError, match=f'{files.CONFIG}.*{message}'):
     hf.load(folder)
 
 
@@ -464,7 +464,7 @@ def test_a_key_that_we_cannot_compute_is_refused_by_name(name, says, told, copy)
     ('moe__dispatch', 'capacity'),
   ],
 )
-def test_a_knob_that_they_cannot_say_is_refused_by_name(knob, value, tmp_path):
+def test_an_unsupported_knob_is_refused_by_name(knob, value, tmp_path):
   changes = {knob: value}
   if 'gate' in knob:
     changes = dict(attn__gate__position='sdpa') | changes
@@ -492,14 +492,14 @@ def test_every_fault_of_a_checkpoint_is_named_before_a_tensor_is_read(copy, monk
   monkeypatch.setattr(files.Tensors, 'read', lambda *_: pytest.fail('a tensor was read'))
   with pytest.raises(ValueError) as error:
     hf.check(folder, model.abstract(hf.config(folder)))
-  for told in (
+  for message in (
     'model.norm.weight is missing',
     'model.norm.bias is not expected',
     'lm_head.weight has shape (39, 16), but (40, 16) is expected',
     'model.layers.0.self_attn.q_proj.weight has dtype F16',
     'model.layers.1.self_attn.k_proj.weight has shape (16, 8), but (16, 16) is expected',
   ):
-    assert told in str(error.value)
+    assert message in str(error.value)
   with pytest.raises(ValueError, match='5 faults'):
     hf.load(folder)
 
@@ -514,7 +514,7 @@ def test_an_unembedding_beside_tied_embeddings_must_be_the_embedding(copy):
 
 
 @pytest.mark.parametrize('place', ['../out.safetensors', '/x.safetensors', 'a.bin', 3])
-def test_an_index_names_files_inside_its_folder_only(place, copy):
+def test_an_index_may_only_name_files_in_its_folder(place, copy):
   folder = copy('qwen3_moe')
   (folder.parent / 'out.safetensors').write_bytes(b'')
   index = json.loads((folder / files.INDEX).read_text())
@@ -542,7 +542,7 @@ def test_a_damaged_file_is_named(damage, copy):
     hf.load(folder)
 
 
-def test_the_hubs_cache_is_read_and_no_other_link_out_of_a_folder(copy, tmp_path):
+def test_only_links_of_the_hubs_cache_may_leave_a_folder(copy, tmp_path):
   hub, folder = tmp_path / 'models--qwen', copy('qwen3')
   (hub / 'blobs').mkdir(parents=True)
   for place, read in (('snapshots/abc', True), ('other/abc', False)):
@@ -585,7 +585,7 @@ def test_nothing_is_overwritten(tmp_path):
 
 
 def ready(**gate):
-  """Where the dense checkpoint is to go, with a gate of ours that starts at one."""
+  """The config of the dense checkpoint, with a gate that starts at one."""
   cfg = hf.config(golden('qwen3'))
   gate = dict(position='sdpa', activation='2sigmoid', init='zero') | gate
   gate = dataclasses.replace(cfg.attn.gate, **gate)
@@ -605,7 +605,7 @@ def test_a_gate_can_be_added_and_changes_nothing_at_first(granularity):
     hf.check(golden('qwen3'), like)
 
 
-def test_a_gate_that_is_there_is_not_started_afresh():
+def test_a_gate_in_the_checkpoint_is_not_initialized():
   cfg = ready(granularity='headwise')
   with pytest.raises(ValueError, match=r'gate\.activation.*2sigmoid'):
     hf.check(golden('authors_headwise'), model.abstract(cfg), fresh=True)
@@ -634,10 +634,10 @@ def test_a_run_may_lengthen_the_context_and_nothing_else():
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
-  """Of a run of 3 steps, so to speak, with its model."""
+  """A workdir with a checkpoint at step 3, and its model."""
   c = small.recipe(model__attn__gate__position='sdpa', mesh__fsdp=8, data__length=24)
-  the = plan.Plan(config.build(plan.Config, c, 'config'))
-  state, folder = the.init(), tmp_path_factory.mktemp('run')
+  built = plan.Plan(config.build(plan.Config, c, 'config'))
+  state, folder = built.init(), tmp_path_factory.mktemp('run')
   about = {'config': c, 'data': {'tokenizer': 'x', 'sha256': 'x'}, 'heldout_loss': None}
   about |= {'stability': {'rollbacks': []}}
   with checkpoint.Checkpoints(folder / 'checkpoints', keep=2, keep_every=0) as saved:
@@ -667,8 +667,8 @@ def test_a_checkpoint_is_converted_and_brings_its_tokenizer(copy, tmp_path):
   assert (to / 'tokenizer.json').read_text() == '{}'
   content = json.loads((to / files.CONFIG).read_text())
   assert (content['model_type'], content['eos_token_id']) == ('qwen3_next', 7)
-  found = logits(hf.load(to, dtype='float32'))
-  np.testing.assert_allclose(found, expected()['authors_elementwise'], atol=0.1)
+  actual = logits(hf.load(to, dtype='float32'))
+  np.testing.assert_allclose(actual, expected()['authors_elementwise'], atol=0.1)
 
 
 def test_a_tokenizer_that_is_a_link_elsewhere_is_not_copied(copy, tmp_path, capsys):
@@ -680,7 +680,7 @@ def test_a_tokenizer_that_is_a_link_elsewhere_is_not_copied(copy, tmp_path, caps
   assert not (tmp_path / 'out').exists()
 
 
-def test_yarn_and_not_the_source_sets_the_length(copy, tmp_path):
+def test_yarn_sets_the_length_instead_of_the_source(copy, tmp_path):
   source, to = copy('qwen3_yarn', dict(max_position_embeddings=40)), tmp_path / 'out'
   assert convert(('from', source), ('to', to)) == 0
   assert json.loads((to / files.CONFIG).read_text())['max_position_embeddings'] == 64
@@ -719,7 +719,7 @@ def test_the_script_refuses_in_one_line(workdir, tmp_path, capsys):
   assert not (tmp_path / 'out').exists()
 
 
-def test_a_folder_that_allows_no_writing_is_refused_before_weights_are_read(
+def test_a_read_only_folder_is_refused_before_weights_are_read(
   tmp_path, capsys, monkeypatch
 ):
   monkeypatch.setattr(files.Tensors, 'read', lambda *_: pytest.fail('a tensor was read'))
