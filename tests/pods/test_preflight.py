@@ -55,8 +55,8 @@ def test_a_topology_names_a_chip_and_how_many(topology, slices, name, count, gro
   [
     ('v5e:2x3', r'v5e:2x3, but slices of v5e are 2x2 2x4 4x4'),
     ('v5p:8', 'slices of v5p are 2x2x1'),
-    ('h100', 'it is to be h100:COUNT'),
-    ('cpu:0', 'it is to be cpu:COUNT'),
+    ('h100', 'it must be h100:COUNT'),
+    ('cpu:0', 'it must be cpu:COUNT'),
     ('v9:2x2', 'but chips are v4, v5e'),
   ],
 )

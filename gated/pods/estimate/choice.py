@@ -1,6 +1,6 @@
-"""Which mesh: all those that divide a recipe, by estimated time; and what else would fit.
+"""Choice of a mesh by estimated step time, and suggestions that fit.
 
-The sizes of axes that a recipe leaves at 1 or -1 are free; others stand as they are.
+The search varies axes that a recipe leaves at 1 or -1; larger ones are fixed.
 """
 
 import dataclasses
@@ -15,26 +15,26 @@ from gated.devices.chips import GIB, Chip
 from gated.pods.estimate.one import Estimate, excess, named, of
 from gated.pods.estimate.roofline import assumed
 
-# How many times as many devices are tried, where none of those given is enough.
-MORE = 10  # doublings
+# If nothing fits, at most this many doublings of the devices are tried.
+MORE = 10
 
 
 def sizes(
   cfg: Any, count: int, chip: Chip, slices: int = 1
 ) -> tuple[dict[str, int], str]:
-  """A recipe and so many devices -> the sizes of its mesh's axes, and why.
+  """A recipe and a number of devices -> the sizes of its mesh's axes, and the reason.
 
-  By hand they are as the knobs say, and the reason is ''. Raises ValueError if they do
-  not suit the devices; with `auto`, if no mesh divides the recipe or fits.
+  With choice `hand` the knobs decide and the reason is ''; ValueError if their product is
+  not `count`. With `auto`, ValueError if no mesh divides the recipe or fits.
   """
   if cfg.mesh.choice == 'hand':
     return mesh.filled(cfg.mesh.sizes, count), ''
-  found = meshes(cfg, count, chip, slices)
-  fitting = [e for e in found if e.fits]
+  matches = meshes(cfg, count, chip, slices)
+  fitting = [e for e in matches if e.fits]
   if not fitting:
-    raise ValueError(_nothing(cfg, count, chip, slices, found))
+    raise ValueError(_nothing(cfg, count, chip, slices, matches))
   best, *others = fitting
-  rest = f'{len(found)} divide it, {len(fitting)} of them fit'
+  rest = f'{len(matches)} divide it, {len(fitting)} of them fit'
   if others:
     second = others[0]
     rest = f'next best {named(second.sizes)}, est. {second.time.step:.3g} s; {rest}'
@@ -42,37 +42,36 @@ def sizes(
 
 
 def meshes(cfg: Any, count: int, chip: Chip, slices: int = 1) -> list[Estimate]:
-  """All meshes of so many devices that divide the recipe and the slices, best first.
+  """All meshes of `count` devices that divide the recipe and the slices, best first.
 
-  Step times within a hundredth are the same; then fewer axes are better, and more of
-  fsdp.
+  Ties within 1% of the step time prefer fewer axes, then a larger `fsdp`.
   """
-  found = []
-  for one in _factored(count, cfg):
+  matches = []
+  for candidate in _factored(count, cfg):
     try:
-      found.append(of(cfg, one, chip, slices))
+      matches.append(of(cfg, candidate, chip, slices))
     except ValueError:
       continue
-  return sorted(found, key=_rank)
+  return sorted(matches, key=_rank)
 
 
 def suggest(
   cfg: Any, chip: Chip, devices: int, slices: int = 1
 ) -> list[tuple[dict[str, Any], Estimate]]:
-  """A recipe on so many devices -> (knobs to change, estimate), best first.
+  """A recipe on a number of devices -> (knobs to change, estimate), best first.
 
-  All that fits: of each mesh and remat policy with the fewest micro-batches that do.
+  For each mesh and remat policy: the fewest micro-batches that fit.
   """
-  found = []
+  matches = []
   accums = [n for n in range(1, cfg.batch + 1) if cfg.batch % n == 0]
   for remat in model.REMAT:
     tried = [changed(cfg, remat, n) for n in accums]
-    for one in _factored(devices, cfg):
-      best = _first_that_fits(tried, one, chip, slices)
+    for candidate in _factored(devices, cfg):
+      best = _first_that_fits(tried, candidate, chip, slices)
       if best is not None:
-        found.append(best)
-  found.sort(key=lambda pair: _rank(pair[1]))
-  return [(_knobs(cfg, other, e.sizes), e) for other, e in found]
+        matches.append(best)
+  matches.sort(key=lambda pair: _rank(pair[1]))
+  return [(_knobs(cfg, other, e.sizes), e) for other, e in matches]
 
 
 def tail(changes: Mapping[str, Any]) -> str:
@@ -97,10 +96,10 @@ def changed(cfg: Any, remat: str, accum: int) -> Any:
 
 
 def _knobs(cfg: Any, other: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
-  """What to change in a recipe to get another's mesh, micro-batches and remat policy."""
+  """The changes of a recipe that give another's mesh, micro-batches and remat."""
   hand = {} if cfg.mesh.choice == 'hand' else {'config.mesh.choice': 'hand'}
-  asked = cfg.mesh.sizes
-  split = {f'config.mesh.{a}': n for a, n in sizes.items() if n != asked[a]}
+  requested = cfg.mesh.sizes
+  split = {f'config.mesh.{a}': n for a, n in sizes.items() if n != requested[a]}
   rest = {
     'config.accum': (cfg.accum, other.accum),
     'config.model.remat': (cfg.model.remat, other.model.remat),
@@ -109,20 +108,20 @@ def _knobs(cfg: Any, other: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _factored(count: int, cfg: Any) -> Iterator[dict[str, int]]:
-  """All ways to write a number of devices as a product of the axes' sizes.
+  """All factorizations of `count` into the axes' sizes.
 
-  Without experts their axis is one more name for data, and is left alone.
+  Without experts, `expert` would duplicate `data`, so it stays 1.
   """
-  asked = cfg.mesh.sizes
+  requested = cfg.mesh.sizes
   divisors = [n for n in range(1, count + 1) if count % n == 0]
-  free = {axis: divisors for axis, size in asked.items() if size <= 1}
+  free = {axis: divisors for axis, size in requested.items() if size <= 1}
   if not cfg.model.moe.experts and 'expert' in free:
     free['expert'] = [1]
-  allowed = [free.get(axis, [size]) for axis, size in asked.items()]
+  allowed = [free.get(axis, [size]) for axis, size in requested.items()]
   for chosen in itertools.product(*allowed[:-1]):
     left, odd = divmod(count, math.prod(chosen))
     if not odd and left in allowed[-1]:
-      yield dict(zip(asked, (*chosen, left)))
+      yield dict(zip(requested, (*chosen, left)))
 
 
 def _rank(e: Estimate) -> tuple:
@@ -131,19 +130,19 @@ def _rank(e: Estimate) -> tuple:
   return round(100 * math.log(e.time.step)), *simple
 
 
-def _nothing(cfg: Any, count: int, chip: Chip, slices: int, found: list) -> str:
-  """Why there is no mesh, and what would help."""
-  what = f"config.mesh.choice='auto' on {count} x {chip.name}"
-  if not found:
+def _nothing(cfg: Any, count: int, chip: Chip, slices: int, matches: list) -> str:
+  """The error if no mesh fits: the reason, and what would help."""
+  request = f"config.mesh.choice='auto' on {count} x {chip.name}"
+  if not matches:
     plain = dict.fromkeys(mesh.AXES, 1) | {'fsdp': count}
     fixed = {a: n for a, n in cfg.mesh.sizes.items() if n > 1}
     if fixed:
-      return f'{what}: no mesh with {named(fixed)} divides the recipe'
+      return f'{request}: no mesh with {named(fixed)} divides the recipe'
     try:
       of(cfg, plain, chip, slices)
     except ValueError as error:
-      return f'{what}: no mesh divides the recipe; of fsdp alone, {error}'
-  least = min(found, key=lambda e: e.bytes)
+      return f'{request}: no mesh divides the recipe; of fsdp alone, {error}'
+  least = min(matches, key=lambda e: e.bytes)
   assert chip.memory is not None
   would = []
   knobs = next(iter(suggest(cfg, chip, count, slices)), None)
@@ -153,7 +152,7 @@ def _nothing(cfg: Any, count: int, chip: Chip, slices: int, found: list) -> str:
   if more:
     would.append(f'{more} devices')
   return (
-    f'{what}: the mesh that needs least, {named(least.sizes)}, has '
+    f'{request}: the mesh that needs least, {named(least.sizes)}, has '
     f'{least.bytes / GIB:.4g} GiB a device, {least.excess / GIB:.3g} GiB more than fit '
     f'({1 - assumed("spare"):.0%} of {chip.memory / GIB:.4g} GiB). What would: '
     f'{" or ".join(would) or "a smaller model, or chips with more memory"}'

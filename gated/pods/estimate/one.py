@@ -13,7 +13,7 @@ from gated.pods.estimate.roofline import Roofline, Traffic, assumed, crossing, r
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-  """One chip's part of a train step."""
+  """One chip's part of a train step, per step."""
 
   chip: Chip
   sizes: Mapping[str, int]  # of the mesh's axes
@@ -27,12 +27,12 @@ class Estimate:
 
   @property
   def bytes(self) -> float:
-    """Of memory, at the fullest."""
+    """Peak memory."""
     return sum(self.memory.values())
 
   @property
   def excess(self) -> float:
-    """Bytes over what may be used; negative where there is room."""
+    """Bytes over the usable memory; negative if it fits."""
     return _over(self.memory, self.chip)
 
   @property
@@ -45,16 +45,15 @@ class Estimate:
 
   def __str__(self) -> str:
     """'fsdp=16 expert=4: est. 3.1 s a step, 11.2 of 15.75 GiB'."""
-    of = '' if self.chip.memory is None else f' of {self.chip.memory / GIB:.5g}'
-    used = f'{self.bytes / GIB:.3g}{of} GiB'
+    limit = '' if self.chip.memory is None else f' of {self.chip.memory / GIB:.5g}'
+    used = f'{self.bytes / GIB:.3g}{limit} GiB'
     return f'{named(self.sizes)}: est. {self.time.step:.3g} s a step, {used}'
 
 
 def of(cfg: Any, sizes: Mapping[str, int], chip: Chip, slices: int = 1) -> Estimate:
-  """A whole recipe (`plan.Config`) on a mesh of so many chips -> the estimate.
+  """A recipe (`plan.Config`) on a mesh -> the estimate.
 
-  Raises ValueError, naming the knobs, where the mesh does not divide the recipe or its
-  slices.
+  Raises ValueError if the mesh does not divide the recipe, or the slices the mesh.
   """
   layout = _layout(cfg, sizes, slices)
   flops, moved = work.flops(layout), work.moved(layout)
@@ -74,7 +73,7 @@ def of(cfg: Any, sizes: Mapping[str, int], chip: Chip, slices: int = 1) -> Estim
 
 
 def excess(cfg: Any, sizes: Mapping[str, int], chip: Chip, slices: int = 1) -> float:
-  """`of(...).excess`, in a quarter of the time: of a sweep most does not fit."""
+  """`of(...).excess` in a quarter of the time, for sweeps."""
   return _over(memory.held(_layout(cfg, sizes, slices)), chip)
 
 
@@ -92,5 +91,5 @@ def _over(held: Mapping[str, float], chip: Chip) -> float:
 
 
 def named(sizes: Mapping[str, int]) -> str:
-  """The axes that split something, as one writes them: 'fsdp=16 expert=4'."""
+  """The axes larger than 1: 'fsdp=16 expert=4'."""
   return ' '.join(f'{axis}={n}' for axis, n in sizes.items() if n > 1) or 'one device'

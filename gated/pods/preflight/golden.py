@@ -1,21 +1,21 @@
-"""What a preflight found once, kept: a later one may not need much more.
+"""Golden preflights: later compilations may not need much more than the kept ones.
 
-A kept case is a file of JSON: the `flags` that make it, the `needs` that it must meet and
-what was `found`, null at first.
+A kept case is a JSON file: the `flags` of preflight.py, its limits (`needs`), and the
+result (`found`), null at first.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-# A share by which memory, FLOPs and traffic may grow.
+# Memory, FLOPs and traffic may grow by this share.
 GROWTH = 0.05
-# Collectives below so many bytes of a step may do as they like.
+# Collectives below this many bytes a step are not checked.
 SMALL = 2**20
 
 
 def kept(report: Mapping[str, Any]) -> dict[str, Any]:
-  """What of a report is worth keeping: bytes, FLOPs and traffic of a chip."""
+  """A report -> the part to keep: bytes, FLOPs and traffic of a chip."""
   sent: dict[str, float] = defaultdict(float)
   for t in report['collectives']:
     sent[f'{t["kind"]} ({t["network"]})'] += t['bytes']
@@ -34,37 +34,41 @@ def kept(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_expected(report: Mapping[str, Any]) -> float:
-  """FLOPs in the program over those by arithmetic."""
+  """FLOPs in the program, relative to those by arithmetic."""
   flops = report['flops']
   return flops['counted'] / sum(flops['expected'].values())
 
 
 def faults(case: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
-  """A kept case and a new report of it -> in what the new one is worse; none is well.
+  """A kept case and a new report of it -> regressions; an empty list passes.
 
-  Memory, FLOPs and the bytes of each kind of collective may grow by a twentieth. A kind
-  that was not there may not come, if it is not small.
+  Memory, FLOPs and the bytes of each kind of collective may grow by GROWTH. New kinds of
+  collectives must be SMALL.
   """
   if 'flops' not in report:
     return [f'does not fit any more: {report["memory"]["total"]:,} bytes']
   old, new = case['found'], kept(report)
-  found = list(report['offences'])
+  regressions = list(report['offences'])
   if old is None:
-    return [*found, 'nothing is kept yet: --write keeps what is found']
+    return [*regressions, 'nothing is kept yet: --write keeps what is found']
   for name in ('total', 'temporaries'):
-    found += _grown(f'memory.{name}', old['memory'][name], new['memory'][name])
-  found += _grown('flops', old['flops'], new['flops'])
+    regressions += _grown(f'memory.{name}', old['memory'][name], new['memory'][name])
+  regressions += _grown('flops', old['flops'], new['flops'])
   for name, size in new['received'].items():
     if size > SMALL:
-      found += _grown(name, old['received'].get(name, 0), size)
+      regressions += _grown(name, old['received'].get(name, 0), size)
   least = case['needs']['spare']
   if report['spare'] is not None and report['spare'] < least:
-    found.append(f'{report["spare"]:.1%} of the memory is to spare, not {least:.0%}')
+    regressions.append(
+      f'{report["spare"]:.1%} of the memory is to spare, not {least:.0%}'
+    )
   if abs(new['of_expected'] - 1) > GROWTH:
-    found.append(f'the FLOPs counted are {new["of_expected"]} of those by arithmetic')
+    regressions.append(
+      f'the FLOPs counted are {new["of_expected"]} of those by arithmetic'
+    )
   if case['needs']['counted'] and (report['uncounted'] or report['unknown_loops']):
-    found.append(f'not counted: {report["uncounted"]}, {report["unknown_loops"]}')
-  return found
+    regressions.append(f'not counted: {report["uncounted"]}, {report["unknown_loops"]}')
+  return regressions
 
 
 def _grown(name: str, old: float, new: float) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run is to run on: a slice of TPUs, a number of GPUs, or the devices here."""
+"""The target of a preflight: slices of TPUs, a number of GPUs, or the devices here."""
 
 import importlib.util
 import math
@@ -19,17 +19,17 @@ GET = (
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-  """What a run is to run on."""
+  """The target of a preflight."""
 
   topology: str
-  chip: chips.Chip | None  # None for a device that no table knows
+  chip: chips.Chip | None  # None for a device that is not in chips.CHIPS
   count: int  # chips, over all slices
   slices: int
-  compiles: bool  # whether a compiler for it may be had here
+  compiles: bool  # whether XLA can compile for it on this machine
 
 
 def machine(topology: str, slices: int) -> Machine:
-  """'v5p:4x4x4', 'h100:64', 'cpu:8' or 'here' -> the machine; ValueError if none is."""
+  """'v5p:4x4x4', 'h100:64', 'cpu:8' or 'here' -> the machine, or ValueError."""
   if slices < 1:
     raise ValueError(f'--slices={slices}, but it must be at least 1')
   if topology == HERE:
@@ -48,10 +48,10 @@ def machine(topology: str, slices: int) -> Machine:
       f'--topology={topology}, but slices of {name} are {" ".join(shapes)}'
     )
   if not shapes and not re.fullmatch(r'[1-9]\d{0,6}', size):
-    raise ValueError(f'--topology={topology}, but it is to be {name}:COUNT')
+    raise ValueError(f'--topology={topology}, but it must be {name}:COUNT')
   count = math.prod(int(side) for side in size.split('x')) * slices
   if not shapes and slices == 1 and count > chip.slice_size:
-    # What the fast links reach counts as a slice.
+    # Devices that fast links connect count as a slice.
     slices = -(-count // chip.slice_size)
   return Machine(
     topology=topology,
@@ -62,16 +62,16 @@ def machine(topology: str, slices: int) -> Machine:
   )
 
 
-def devices(of: Machine) -> list[Any]:
+def devices(target: Machine) -> list[Any]:
   """The devices to compile for; raises NotImplementedError where libtpu is missing."""
-  if of.topology == HERE:
+  if target.topology == HERE:
     return jax.devices()
   if importlib.util.find_spec('libtpu') is None:
     raise NotImplementedError(GET)
   from jax.experimental import topologies
 
-  opts = {'num_slices': of.slices} if of.slices > 1 else {}
+  opts = {'num_slices': target.slices} if target.slices > 1 else {}
   described = topologies.get_topology_desc(
-    platform='tpu', topology_name=of.topology, **opts
+    platform='tpu', topology_name=target.topology, **opts
   )
   return list(described.devices)
