@@ -53,7 +53,7 @@ LOWEST = dict(rows=0, xz_bytes=0, batch=1, bigram_rows=1, length=0)
 def run(workdir: str) -> dict[str, Any]:
   """A workdir or a Hugging Face folder -> the report; ValueError if it is refused."""
   for name, low in LOWEST.items():
-    config.at_least(f'--{name}', flags.FLAGS[name].value, low)
+    config.at_least(f'--{name}', flags.FLAGS[name].value or 0, low)
   loaded = _load(workdir)
   corpus = _corpus(loaded)
   loaded = loaded.fit(corpus.max_segments)
@@ -131,7 +131,7 @@ def _add_yardsticks(report: dict, loaded: Loaded, corpus: data.Corpus) -> None:
   if loaded.about and loaded.step is not None:
     rows = loaded.step * loaded.config['batch']
     trained = _corpus_of_run(loaded, '') if _DATA.value else corpus
-  yardsticks = evals.yardsticks(
+  yardsticks = evals.measure_yardsticks(
     corpus,
     trained,
     rows=min(rows, _BIGRAM_ROWS.value),

@@ -10,7 +10,7 @@ from gated.evals.yardsticks import Bigram, xz
 ROWS = 64  # Rows of a batch that the bigram model reads.
 
 
-def yardsticks(
+def measure_yardsticks(
   corpus: data.Corpus, trained: data.Corpus, *, rows: int, limit: int, xz_bytes: int
 ) -> dict[str, dict[str, float]]:
   """By domain: bits per byte of a bigram model and of `xz -9e` on the held-out text.
