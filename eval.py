@@ -78,14 +78,18 @@ def run(workdir: str) -> dict[str, Any]:
 
 def _load(workdir: str) -> Loaded:
   """The model; flags that do not apply to it are refused."""
-  if not storage.names(storage.path(workdir) / 'checkpoints'):
-    if _STEP.value != 'latest':
-      raise ValueError(f'--step={_STEP.value!r}, but {workdir} has no steps')
-    return gated.load(workdir, cache=_CACHE.value)
+  is_run = bool(storage.names(storage.path(workdir) / 'checkpoints'))
+  if not is_run and _STEP.value != 'latest':
+    raise ValueError(f'--step={_STEP.value!r}, but {workdir} has no steps')
   for flag in (_LENGTH, _TOKENIZER):
-    if flag.value:
+    if is_run and flag.value:
       raise ValueError(f'--{flag.name}={flag.value}, but {workdir} is a run with its own')
-  return gated.load(workdir, step=_STEP.value, cache=_CACHE.value)
+  try:
+    step = _STEP.value if is_run else ''
+    return gated.load(workdir, step=step, cache=_CACHE.value)
+  except ValueError as error:
+    flagged = f'--workdir={workdir} --step={_STEP.value!r}'
+    raise ValueError(f'{flagged}: {error}') from error
 
 
 def _corpus(loaded: Loaded) -> data.Corpus:
