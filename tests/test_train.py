@@ -264,7 +264,7 @@ def test_data_without_anything_held_out_trains_and_saves(tmp_path, run_python):
   with checkpoint.Reader(workdir / 'checkpoints') as saved:
     assert (saved.latest(), saved.best()) == (3, 3)
   refused = run_python(['eval.py', f'--workdir={workdir}'])
-  assert refused.returncode == 2 and 'nothing is held out' in refused.stderr
+  assert refused.returncode == 2 and 'has no held-out rows' in refused.stderr
 
 
 REFUSED = {
