@@ -322,7 +322,11 @@ def test_an_imported_checkpoint_is_evaluated_as_the_run_is(ungated, run_python):
   reports = []
   for workdir, more in zip(ungated, ([], ['--data=stdlib', '--length=64'])):
     before = sorted(workdir.iterdir())
-    done = ok(run_python(['eval.py', f'--workdir={workdir}', '--rows=8', *more]))
+    done = ok(
+      run_python(
+        ['eval.py', f'--workdir={workdir}', '--rows=8', '--bigram_rows=64', *more]
+      )
+    )
     reports.append(json.loads(done.stdout.splitlines()[-1]))
   assert sorted(workdir.iterdir()) == before
   assert reports[1]['step'] is None
