@@ -70,7 +70,10 @@ def test_logits_are_those_of_the_model_and_the_loss_is_theirs(headwise):
   assert run.loss(ids_N) == run.loss(TEXT)
 
 
-@pytest.mark.parametrize('name', GATES)
+@pytest.mark.parametrize(
+  'name',
+  [g if g == 'headwise' else pytest.param(g, marks=pytest.mark.slow) for g in GATES],
+)
 def test_gate_scores_are_the_formula(name, tmp_path):
   folder, net = saved(tmp_path, **dict(position='sdpa') | GATES[name])
   score = gated.load(folder).gates(TEXT)
