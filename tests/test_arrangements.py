@@ -75,9 +75,7 @@ def train(spawn_python):
     env = {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} {FAST}'}
     which = [[f'--process={i}'] if count > 1 else [] for i in range(count)]
     children = [spawn_python([*args, *flag], env=env) for flag in which]
-    for child in children:
-      out, err = child.communicate(timeout=600)
-      assert child.returncode == 0, out[-2000:] + err[-4000:]
+    process.outputs(children, timeout=600)
 
   return run
 

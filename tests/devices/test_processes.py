@@ -57,14 +57,12 @@ def together(spawn_python):
       spawn_python(['-c', CHILD, where, count, i, limit], env=env, devices=2)
       for where, env, i in members
     ]
-    output = []
-    for child in children:
-      out, err = child.communicate(timeout=120)
-      assert child.returncode == 0, err[-3000:]
-      # Gloo's own log may be split over lines.
-      gloo = lambda line: '[Gloo]' in line or 'peer ranks' in line
-      output.append([line for line in out.splitlines() if not gloo(line)])
-    return output
+    # Gloo's own log may be split over lines.
+    gloo = lambda line: '[Gloo]' in line or 'peer ranks' in line
+    return [
+      [line for line in out.splitlines() if not gloo(line)]
+      for out, _ in process.outputs(children, timeout=120)
+    ]
 
   return run
 

@@ -2,11 +2,13 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,6 +111,7 @@ def environment(cache: Path, devices: int) -> dict[str, str]:
     'JAX_COMPILATION_CACHE_DIR': str(cache),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
     'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'PYTHONFAULTHANDLER': '1',
     'PYTHONPATH': str(ROOT),
   }
 
@@ -116,6 +119,31 @@ def environment(cache: Path, devices: int) -> dict[str, str]:
 def start(args: Sequence[Any], env: Mapping[str, str], stem: Path) -> Child:
   """Starts `python ARGS` from the checkout's root; its output goes to STEM.out, .err."""
   return Child([sys.executable, *map(str, args)], env, stem)
+
+
+def outputs(
+  children: Sequence[subprocess.Popen], timeout: float
+) -> list[tuple[str, str]]:
+  """Each child's standard output and error; AssertionError unless all exit with 0.
+
+  A child that still runs after `timeout` seconds is aborted, and its stack printed.
+  """
+
+  def output(child):
+    try:
+      return child.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+      child.send_signal(signal.SIGABRT)  # faulthandler prints the stacks.
+      return child.communicate()
+
+  with futures.ThreadPoolExecutor(len(children)) as pool:
+    outputs = list(pool.map(output, children))
+  report = ''.join(
+    f'\nprocess {i}, exit code {child.returncode}\n{out[-2000:]}{err[-6000:]}'
+    for i, (child, (out, err)) in enumerate(zip(children, outputs))
+  )
+  assert not any(child.returncode for child in children), report
+  return outputs
 
 
 def free_port() -> int:

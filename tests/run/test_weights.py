@@ -53,7 +53,7 @@ def test_a_gate_that_is_not_there_starts_afresh(workdir, caplog):
   fresh = small.filled(like, seed=1)
   with caplog.at_level('INFO', logger='gated'):
     found = trees.flatten(weights.read(source, like, fresh))
-  assert 'lacks blocks.attn.gate.weight, which starts afresh' in caplog.text
+  assert 'lacks blocks.attn.gate.weight: initialized' in caplog.text
   name = 'blocks.attn.gate.weight'
   np.testing.assert_array_equal(found[name], trees.flatten(fresh)[name])
   assert len(found) == len(trees.flatten(small.model_of())) + 1

@@ -229,7 +229,7 @@ class Reader:
       start = trees.flatten(fresh)
       found |= {name: start[name] for name in kept}
       told = ', '.join(sorted(kept))
-      _log.info('%s lacks %s, which starts afresh', self.directory / str(step), told)
+      _log.info('%s lacks %s: initialized', self.directory / str(step), told)
     return trees.unflatten(like, found)
 
   def _saved(self, step: int, like: Any, fresh: bool) -> dict[str, Any]:
