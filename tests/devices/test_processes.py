@@ -19,26 +19,28 @@ from gated.devices.processes import clusters, meeting
 
 LIMITS = dict(start_timeout=9, peer_timeout=9)
 
-# A child process: starts, prints its view of the run, and handles SIGTERM.
+# A child process: starts, shows its view of the run, and handles SIGTERM. Gloo writes to
+# standard output in pieces, so the view goes to standard error.
 CHILD = """
 import os, signal, sys
 import jax
 from gated.devices import processes
 from gated.run import shutdown
+show = lambda *words: print('view:', *words, file=sys.stderr, flush=True)
 coordinator, count, process, limit = sys.argv[1:]
 where = coordinator, int(count), int(process)
 try:
   processes.start(*where, start_timeout=float(limit), peer_timeout=10)
 except ValueError as error:
   sys.exit(str(error))
-print(jax.process_index(), jax.process_count(), jax.device_count())
-print(*processes.gather(f'process{jax.process_index()}'))
-print('cuda', jax.config._read('jax_cuda_visible_devices'))
+show(jax.process_index(), jax.process_count(), jax.device_count())
+show(*processes.gather(f'process{jax.process_index()}'))
+show('cuda', jax.config._read('jax_cuda_visible_devices'))
 if jax.process_count() == 1:
   with shutdown.Sigterm() as sigterm:
     before = sigterm.received(1)
     os.kill(os.getpid(), signal.SIGTERM)
-    print('sigterm', before, sigterm.received(2))
+    show('sigterm', before, sigterm.received(2))
 """
 
 
@@ -57,11 +59,9 @@ def together(spawn_python):
       spawn_python(['-c', CHILD, where, count, i, limit], env=env, devices=2)
       for where, env, i in members
     ]
-    # Gloo's own log may be split over lines.
-    gloo = lambda line: '[Gloo]' in line or 'peer ranks' in line
     return [
-      [line for line in out.splitlines() if not gloo(line)]
-      for out, _ in process.outputs(children, timeout=120)
+      [line[6:] for line in err.splitlines() if line.startswith('view: ')]
+      for _, err in process.outputs(children, timeout=120)
     ]
 
   return run
