@@ -114,8 +114,16 @@ def write(path: PathLike, content: bytes) -> None:
     sync(folder or '.')
 
 
+def read_json(path: PathLike, limit: int) -> Any:
+  """A file of JSON -> its content; errors as of `read`, ValueError also for bad JSON."""
+  try:
+    return json.loads(read(path, limit))
+  except RecursionError as error:
+    raise ValueError(f'{os.fspath(path)} is nested too deeply') from error
+
+
 def write_json(
-  path: PathLike, content: Any, *, indent: int = 2, sort_keys: bool = False
+  path: PathLike, content: Any, *, indent: int | None = 2, sort_keys: bool = False
 ) -> None:
   """Writes JSON to a file, atomically as `write` does."""
   text = json.dumps(content, indent=indent, sort_keys=sort_keys, allow_nan=False)

@@ -562,12 +562,12 @@ def about(**fields: Any) -> Callable[[Path], None]:
 
 
 CHECKPOINTS = {
-  'no JSON': Case('is not to be read', text(SAVED, '{')),
+  'no JSON': Case('cannot be used', text(SAVED, '{')),
   'a list': Case('format', text(SAVED, '[]')),
-  'a pickle': Case('is not to be read', text(SAVED, PICKLE)),
-  'deep': Case('is not to be read', text(SAVED, DEEP)),
+  'a pickle': Case('cannot be used', text(SAVED, PICKLE)),
+  'deep': Case('cannot be used', text(SAVED, DEEP)),
   'a number of 10^5 digits': Case(
-    'is not to be read', text(SAVED, f'{{"format": {"9" * 10**5}}}')
+    'cannot be used', text(SAVED, f'{{"format": {"9" * 10**5}}}')
   ),
   'another format': Case('format=2', forged(lambda c: c.update(format=2))),
   'changed': Case('SHA-256', said(SAVED, lambda c: c.update(step=4))),
@@ -583,17 +583,17 @@ CHECKPOINTS = {
   'a size above all': Case('were saved', entry('model/_METADATA', (HUGE - 1, ''))),
   'a size below 0': Case('has', entry('model/_METADATA', (-1, ''))),
   'a size in words': Case('has', entry('model/_METADATA', ('1', ''))),
-  'a shape above all': Case('is wanted', leaf('float32', HUGE - 1, 4)),
+  'a shape above all': Case('is expected', leaf('float32', HUGE - 1, 4)),
   'a shape below 0': Case('model has w', leaf('float32', -3, 4)),
   'a shape of 10^4 dims': Case('model has w', leaf('float32', *[1] * 10**4)),
-  'a dtype of objects': Case('is wanted', leaf('object', 3, 4)),
-  'leaves in a list': Case('no manifest', forged(lambda c: c.update(leaves=[]))),
+  'a dtype of objects': Case('is expected', leaf('object', 3, 4)),
+  'leaves in a list': Case('cannot be used', forged(lambda c: c.update(leaves=[]))),
   'no leaves': Case('manifest', forged(lambda c: c.pop('leaves'))),
-  'files in a list': Case('no manifest', forged(lambda c: c.update(files=[]))),
+  'files in a list': Case('cannot be used', forged(lambda c: c.update(files=[]))),
   'another step': Case('holds step 6', forged(lambda c: c.update(step=6))),
-  'a step above all': Case('is no step', forged(lambda c: c.update(step=2**70))),
+  'a step above all': Case('is not a step', forged(lambda c: c.update(step=2**70))),
   'a config that is none': Case('config', about(config='__import__("os")')),
-  'a loss in words': Case('is no loss', about(heldout_loss='x')),
+  'a loss in words': Case('is not a number', about(heldout_loss='x')),
   'an array of another shape': Case('shape', zarr(shape=[2**40, 4])),
   'an array of objects': Case('dtype', zarr(dtype='|O')),
   'an array by pickle': Case('compressor', zarr(compressor={'id': 'pickle'})),
@@ -606,8 +606,10 @@ CHECKPOINTS = {
   'deep within': Case('nests deeper', about(config=json.loads('[' * 99 + ']' * 99))),
   'a pipe': Case('is no file', pipe(SAVED)),
   'all of /dev/zero': Case('is no file', linked(SAVED, '/dev/zero')),
-  'three numbers of a file': Case('no manifest', entry('model/_METADATA', (1, 'a', 2))),
-  'a leaf of nothing': Case('no manifest', leaf()),
+  'three numbers of a file': Case(
+    'cannot be used', entry('model/_METADATA', (1, 'a', 2))
+  ),
+  'a leaf of nothing': Case('cannot be used', leaf()),
   'a loss that is no number': Case(
     '', said(SAVED, lambda c: c['about'].update(heldout_loss=float('nan')))
   ),

@@ -99,7 +99,7 @@ def _passed_over(world: World, workdir: Path, name: str, harm: Harm) -> None:
   with evidence.warnings() as told, checkpoint.Reader(copy / 'checkpoints') as saved:
     assert saved.newest_good() == OLDER, f'{saved.newest_good()} was taken for good'
   said = ' '.join(told)
-  assert 'passed over' in said and name in said, f'not told of: {said}'
+  assert 'skipped: ' in said and name in said, f'not told of: {said}'
   shutil.rmtree(copy)
 
 
@@ -119,7 +119,7 @@ def _goes_on_before(
   world: World, workdir: Path, name: str, harm: Harm, straight: Straight
 ) -> None:
   copy = _copy(world, workdir, name, harm)
-  world.finish(copy).expect(0, 'passed over', name, f'going back to step {OLDER}')
+  world.finish(copy).expect(0, 'skipped: ', name, f'using step {OLDER}')
   assert evidence.sessions(copy)[-1]['restored_step'] == OLDER
   world.check(copy, straight)
 
@@ -128,7 +128,7 @@ def _stops(world: World, workdir: Path, name: str, harm: Harm) -> None:
   copy = _copy(world, workdir, name, harm)
   before = evidence.contents(copy)
   stopped = world.train(copy, checkpoint__every=100).wait()
-  stopped.expect(2, 'no checkpoint is left to go on from', name)
+  stopped.expect(2, 'no valid checkpoint is left', name)
   assert evidence.contents(copy) == before, 'something was overwritten'
 
 
@@ -261,7 +261,7 @@ def other_versions(world: World, times: int) -> Outcome:
     copy = world.path('old')
     shutil.copytree(workdir, copy)
     _older_format(evidence.committed(copy, LEFT))
-    world.finish(copy).expect(0, 'passed over', 'format=0')
+    world.finish(copy).expect(0, 'skipped: ', 'format=0')
     world.check(copy, straight)
   return tally.outcome()
 

@@ -58,7 +58,7 @@ def _life(world: World, tally: Tally, bucket: str, straight: Straight) -> None:
       before = max(s for s in _saved(workdir) if s < step)
       name = harm(workdir / 'checkpoints' / str(step))
       err = leaves_at(step + (1 if step == 14 else 2))
-      for told in ('passed over', name, f'going back to step {before}'):
+      for told in ('skipped: ', name, f'using step {before}'):
         assert told in err, f'{told!r} was not told: {err[-1500:]}'
   with tally.one(f'{bucket}: a second writer, and the end'):
     rest = {'do': 'sleep', 'at': 'step', 'step': STEPS - 1, 'seconds': 25}

@@ -194,7 +194,7 @@ CRAFTED: dict[str, tuple[str, Spoil]] = {
   'a payload linked out': ('is outside of it', linked),
   'a step linked out': ('holds step 99', linked_whole),
   'files that are a list': (
-    'no manifest of a step',
+    'cannot be used',
     forged(lambda c: c.update(files=[])),
   ),
   'a config that is text': (
@@ -205,10 +205,10 @@ CRAFTED: dict[str, tuple[str, Spoil]] = {
   'a shape of 2^62': ('has embed.table of', leaf(1 << 62, 4)),
   'a shape of 10^5 axes': ('has embed.table of', leaf(*[1] * 10**5)),
   'brackets within brackets': (
-    'is not to be read',
+    'cannot be used',
     manifest_of(b'[' * 10**6),
   ),
-  'a pickle for a manifest': ('is not to be read', pickled),
+  'a pickle for a manifest': ('cannot be used', pickled),
   'a manifest too large': (
     'but 20000 are allowed',
     manifest_of(b' ' * 30000),
@@ -219,7 +219,7 @@ CRAFTED: dict[str, tuple[str, Spoil]] = {
 
 
 def crafted(world: World, times: int) -> Outcome:
-  """A stranger spoils the newest step: it is passed over, or what is added is ignored."""
+  """A stranger spoils the newest step: the run skips it, or what is added is ignored."""
   straight, tally, base = world.straight(), Tally(), world.path('base')
   leave(world, base, LEFT)
   size = max(p.stat().st_size for p in base.rglob('manifest.json'))
@@ -244,7 +244,7 @@ def _crafted(
   before = evidence.contents(outside)
   child = world.train(workdir, fault=faults)
   memory = _most_memory(child)
-  done = child.wait().expect(0, *(['passed over', told] if told else []))
+  done = child.wait().expect(0, *(['skipped: ', told] if told else []))
   assert f'resumed at step {OLDER if told else LEFT} of' in done.err, done.tail()
   assert evidence.contents(outside) == before, 'something outside was changed'
   assert sorted(os.listdir(home)) == ['outside', 'run'], os.listdir(home)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +126,7 @@ def like(state):
     ),
     (
       dict(numerics__weights='bfloat16'),
-      r'is float32\(.*\) there, but bfloat16\(.*\) is wanted',
+      r'is float32\(.*\) there, but bfloat16\(.*\) is expected',
     ),
     (dict(attn__gate__position='none'), r'model: blocks\.attn\.gate\.weight is in the'),
     (dict(tied=False), r'model: head\.table is not in the checkpoint'),
@@ -301,7 +302,7 @@ def test_a_step_with_any_file_damaged_is_passed_over_and_named(damage, three, ca
     caplog.clear()
     damage(path)
     assert newest(three) == 2
-    assert str(path) in caplog.text and 'going back to step 2' in caplog.text
+    assert str(path) in caplog.text and 'using step 2' in caplog.text
     path.write_bytes(before)
   assert newest(three) == 3
 
@@ -312,7 +313,7 @@ def test_a_run_never_starts_afresh_over_damaged_steps(three):
     flip(max(files, key=lambda path: path.stat().st_size))
   with (
     checkpoint.Reader(three) as source,
-    pytest.raises(ValueError, match=r'no checkpoint is left.*3.*2.*1.*delete it'),
+    pytest.raises(ValueError, match=r'no valid checkpoint is left.*3.*2.*1.*delete it'),
   ):
     source.newest_good()
 
@@ -323,7 +324,7 @@ def test_a_step_whose_mark_is_gone_was_still_saved(three):
     (three / str(number) / 'manifest.json').unlink()
   with (
     checkpoint.Reader(three) as source,
-    pytest.raises(ValueError, match=r'3/manifest.json is missing, and the step was'),
+    pytest.raises(ValueError, match=r'3/manifest.json is missing, but the step was'),
   ):
     source.newest_good()
   (three / 'head.json').unlink()
@@ -404,7 +405,7 @@ def test_a_save_that_failed_is_known_at_the_next_step(where, three, monkeypatch)
   with checkpoint.Checkpoints(three, keep=1, keep_every=0) as out:
     monkeypatch.setattr(checkpoint.manifest, where, full)
     out.save(4, tiny_state(4.0), ABOUT)
-    out._thread.join()
+    futures.wait(out._commits.values())
     with pytest.raises(checkpoint.SaveFailed, match=r'step 4 .*No space left.* is 3'):
       out.check()
     monkeypatch.undo()

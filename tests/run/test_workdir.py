@@ -230,13 +230,13 @@ def test_a_step_that_was_asked_for_is_not_replaced_by_another(run):
 def test_a_damaged_step_is_passed_over_by_name_for_the_one_before(run, caplog):
   os.truncate(run / 'checkpoints' / '4' / 'manifest.json', 9)
   assert check(run).step == 2
-  assert 'passed over: ' in caplog.text and 'checkpoints/4/manifest.json' in caplog.text
+  assert 'skipped: ' in caplog.text and 'checkpoints/4/manifest.json' in caplog.text
 
 
 def test_where_every_step_is_damaged_a_run_does_not_start_from_scratch(run):
   for number in STEPS:
     os.truncate(run / 'checkpoints' / str(number) / 'manifest.json', 9)
-  refused(run, r'--workdir=.*: no checkpoint is left to go on from: .*/4/.*; .*/2/')
+  refused(run, r'--workdir=.*: no valid checkpoint is left: .*/4/.*; .*/2/')
 
 
 def test_a_run_that_is_past_its_end_is_refused(run):

@@ -1,16 +1,16 @@
-"""Step-numbered checkpoints that are whole or not there: arrays by Orbax, trust by us.
+"""Step-numbered checkpoints that are complete or absent: arrays by Orbax, checks by us.
 
 A step is a folder: `model` and `rest` (optimizer state and counters), each a flat mapping
 from a leaf's name to its array, and manifest.json, written last. Reading runs no code.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import re
-import threading
 import time
-from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -32,11 +32,11 @@ _log = logging.getLogger('gated')
 
 
 class SaveFailed(RuntimeError):
-  """A checkpoint could not be written; those before it are as they were."""
+  """A checkpoint could not be written; earlier ones are intact."""
 
 
 class Checkpoints(Reader):
-  """The checkpoints of a run that goes on; closing ends a save under way."""
+  """The checkpoints of a running run; leaving the `with` waits for the last save."""
 
   def __init__(self, directory: storage.PathLike, *, keep: int, keep_every: int):
     """Keeps the last `keep` steps, the best one, and every multiple of `keep_every`."""
@@ -46,165 +46,153 @@ class Checkpoints(Reader):
       processes.same_host('s3:// checkpoints')
       self._stage = storage.path(processes.gather(str(self._stage))[0])
     self._keep, self._keep_every = keep, keep_every
-    self._thread: threading.Thread | None = None
-    self._error: tuple[int, BaseException] | None = None
+    self._pool = futures.ThreadPoolExecutor(1, 'commit')
+    self._commits: dict[int, futures.Future] = {}  # The step being saved, if any.
     if jax.process_index() == 0:
       for name in filter(LEFTOVER.fullmatch, storage.names(self.directory)):
         storage.remove(self.directory / name)
 
-  def close(self, *, failing: bool = False) -> None:
-    """Waits for a save under way; raises SaveFailed if it failed, unless `failing`."""
-    failed = None
+  def __exit__(self, kind, error, traceback) -> None:
     try:
       self.wait()
-    except SaveFailed as error:
-      failed = error
-    super().close(failing=failing or failed is not None)
-    if failed and not failing:
-      raise failed
-    if failed:
+    except SaveFailed as failed:
+      super().__exit__(SaveFailed, failed, None)
+      if kind is None:
+        raise
       _log.error('%s', failed)
+    else:
+      super().__exit__(kind, error, traceback)
+    finally:
+      self._pool.shutdown()
 
   def save(self, step: int, state: Any, about: dict) -> None:
     """Starts to save; `about` has 'config', 'data' (its fingerprint), 'heldout_loss'.
 
-    Waits for the save before. Raises SaveFailed if that one, or this one's start, failed.
+    Waits for the save before. Raises SaveFailed if that one failed or this one's start.
     """
     self.wait()
-    model, rest = split(state)
+    items = dict(zip(reader.ITEMS, split(state)))
     leaves = {
       item: {name: reader.described(leaf) for name, leaf in tree.items()}
-      for item, tree in (('model', model), ('rest', rest))
+      for item, tree in items.items()
     }
-    found = manifest.Manifest(step=step, about=about, leaves=leaves, files={})
+    draft = manifest.Manifest(step=step, about=about, leaves=leaves, files={})
+    stage = self._stage
+    folder = stage / f'write-{step}' if stage else self.directory / str(step)
+    args = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
     try:
       self._make_way(step)
-      folder = self.directory / str(step)
-      if self._stage:
-        folder = self._stage / f'write-{step}'
-      args = ocp.args.Composite(
-        model=ocp.args.StandardSave(model), rest=ocp.args.StandardSave(rest)
-      )
-      self._orbax.save(folder, args=args, force=True)
+      self._orbax.save(folder, args=ocp.args.Composite(**args), force=True)
     except Exception as error:
       raise self._failure(step, error) from error
-    run = lambda: self._commit(folder, found)
-    self._thread = threading.Thread(target=run, name='commit')
-    self._thread.start()
+    self._commits[step] = self._pool.submit(self._commit, folder, draft)
 
   def check(self) -> None:
-    """Raises SaveFailed if a save in the background has failed; waits for nothing."""
-    if self._error:
-      (step, error), self._error = self._error, None
-      raise self._failure(step, error) from error
+    """Raises SaveFailed if a save in the background has failed; does not wait."""
+    if all(commit.done() for commit in self._commits.values()):
+      self.wait()
 
   def wait(self) -> None:
-    """Waits until what was saved is committed; SaveFailed if it was not."""
-    if self._thread:
-      self._thread.join()
-      self._thread = None
-    self.check()
+    """Waits until the last save is committed; raises SaveFailed if it failed."""
+    while self._commits:
+      step, commit = self._commits.popitem()
+      if error := commit.exception():
+        raise self._failure(step, error) from error
 
   def newest_good(self) -> int | None:
     self.wait()
-    processes.gather('')  # What process 0 has committed, the others are to see.
+    processes.gather('')  # All processes see what process 0 committed.
     return super().newest_good()
 
   def go_back(self, step: int, *, data_step: int | None = None) -> int | None:
-    """Says for good that the run goes on from `step`, whatever was saved past it.
+    """Discards the steps after `step` from the history, for later sessions as well.
 
-    What is past it stays on disk until a newer step is committed, or it is saved anew.
-    `data_step` is where the data goes on, if not where the step left it, and is kept for
-    who goes on from the same step again. Returns that, or None.
+    They stay on disk until a newer step is committed, or they are saved again. Give
+    `data_step` if the data must continue elsewhere than where the step left it; it is
+    stored, and returned again to later sessions that resume from the same step.
     """
     self.wait()
-    was = head.read(self.directory)
-    if data_step is None and was.step == step:
-      data_step = was.data_step
-    past = {*was.discarded, *(s for s in self.steps() if s > step)}
-    now = Head(step=step, discarded=tuple(sorted(past)), data_step=data_step)
-    if now != was and jax.process_index() == 0:
-      head.write(self.directory, now)
+    old = head.read(self.directory)
+    if data_step is None and old.step == step:
+      data_step = old.data_step
+    discarded = {*old.discarded, *(s for s in self.steps() if s > step)}
+    new = Head(step=step, discarded=tuple(sorted(discarded)), data_step=data_step)
+    if new != old and jax.process_index() == 0:
+      head.write(self.directory, new)
     processes.gather('')
     return data_step
 
   def _make_way(self, step: int) -> None:
-    """Removes what lies where a step is to be saved: damaged, or gone back from."""
+    """Removes a damaged or discarded step that is to be saved again."""
     self._manifests.pop(step, None)
     self._local.pop(step, None)
     if jax.process_index() > 0:
       return
     if str(step) in storage.names(self.directory):
       retention.remove(self.directory, step)
-    # A kill may have come between the two: the folder gone, and the head saying so still.
-    was = head.read(self.directory)
-    if step in was.discarded:
-      rest = tuple(s for s in was.discarded if s != step)
-      head.write(self.directory, dataclasses.replace(was, discarded=rest))
+    # After a kill between these two, the folder is gone but still listed in head.json.
+    old = head.read(self.directory)
+    if step in old.discarded:
+      discarded = tuple(s for s in old.discarded if s != step)
+      head.write(self.directory, dataclasses.replace(old, discarded=discarded))
 
   def _failure(self, step: int, error: BaseException) -> SaveFailed:
-    told = f'{type(error).__name__}: {error}'.partition('\n')[0]
+    reason = f'{type(error).__name__}: {error}'.partition('\n')[0]
     return SaveFailed(
-      f'{self.directory}: step {step} could not be saved ({told}); '
-      f'the last that was is {self.latest()}'
+      f'{self.directory}: step {step} could not be saved ({reason}); '
+      f'the last saved step is {self.latest()}'
     )
 
-  def _commit(self, folder: storage.Path, found: manifest.Manifest) -> None:
+  def _commit(self, folder: storage.Path, draft: manifest.Manifest) -> None:
     """In the background: waits for the arrays, writes the manifest, removes old steps."""
-    try:
-      self._orbax.wait_until_finished()
-      files = self._survey(folder, found.step)
-      if jax.process_index() > 0:
-        return
-      whole = dataclasses.replace(found, files=files)
-      home = self.directory / str(found.step)
-      if self._stage:
-        storage.upload(folder, home, sorted(files))
-        storage.remove(folder)
-      manifest.write(home, whole)
-      self._manifests[found.step] = whole
-      gone = head.read(self.directory).discarded
-      head.write(self.directory, Head(step=found.step, discarded=gone))
-      losses = {step: self._loss(step) for step in self.steps()}
-      stay = retention.kept(losses, keep=self._keep, keep_every=self._keep_every)
-      for step in sorted({*gone, *losses} - stay):
-        retention.remove(self.directory, step)
-        self._manifests.pop(step, None)
-      if gone:
-        head.write(self.directory, Head(step=found.step))
-    except BaseException as error:
-      self._error = found.step, error
+    self._orbax.wait_until_finished()
+    files = self._survey(folder, draft.step)
+    if jax.process_index() > 0:
+      return
+    complete = dataclasses.replace(draft, files=files)
+    home = self.directory / str(draft.step)
+    if self._stage:
+      storage.upload(folder, home, sorted(files))
+      storage.remove(folder)
+    manifest.write(home, complete)
+    self._manifests[draft.step] = complete
+    discarded = head.read(self.directory).discarded
+    head.write(self.directory, Head(step=draft.step, discarded=discarded))
+    losses = {step: self._loss(step) for step in self.steps()}
+    kept = retention.kept(losses, keep=self._keep, keep_every=self._keep_every)
+    for step in sorted({*discarded, *losses} - kept):
+      retention.remove(self.directory, step)
+      self._manifests.pop(step, None)
+    if discarded:
+      head.write(self.directory, Head(step=draft.step))
 
   def _loss(self, step: int) -> float | None:
-    try:
+    with contextlib.suppress(Damaged):
       return self.about(step)['heldout_loss']
-    except Damaged:
-      return None
+    return None
 
   def _survey(self, folder: storage.Path, step: int) -> dict[str, list]:
     """The digests of a step's files; the processes of a run share the work."""
-    names, n, i = manifest.files(folder), jax.process_count(), jax.process_index()
-    mine = manifest.survey(folder, names[i::n])
-    if n == 1:
-      return mine
-    # Notes on the storage that they share; collectives are not for a background thread.
+    names, count, own = manifest.files(folder), jax.process_count(), jax.process_index()
+    digests = manifest.survey(folder, names[own::count])
+    if count == 1:
+      return digests
+    # Collectives are not for a background thread: exchange the digests in files.
     notes = folder.parent / f'{step}.digests'
-    note = lambda process: notes / f'{process}.json'
-    storage.write(note(i), json.dumps(mine).encode())
-    every = {}
-    for process in range(n) if i == 0 else ():
-      every |= json.loads(_awaited(lambda: storage.read(note(process), 1 << 28)))  # noqa: B023
-    if i == 0:
+    storage.write(notes / f'{own}.json', json.dumps(digests).encode())
+    if own == 0:
+      for process in range(1, count):
+        digests |= _awaited(notes / f'{process}.json')
       storage.remove(notes)
-    return every
+    return digests
 
 
-def _awaited(read: Callable[[], bytes]) -> bytes:
-  """What another process is about to write."""
+def _awaited(path: storage.Path) -> dict[str, list]:
+  """The digests that another process is about to write."""
   end = time.monotonic() + reader.PATIENCE
   while True:
     try:
-      return read()
+      return storage.read_json(path, 1 << 28)
     except FileNotFoundError:
       if time.monotonic() > end:
         raise

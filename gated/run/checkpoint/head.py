@@ -1,13 +1,13 @@
-"""head.json, beside the steps: where a run stands, and which steps it went back from.
+"""head.json, beside the steps: the position of a run, and the steps that it discarded.
 
-It is a hint. The steps are the truth, and a head that is damaged is passed over.
+It is a hint. The steps decide, and a damaged head.json is ignored with a warning.
 """
 
-import json
 import logging
 from dataclasses import asdict, dataclass, fields, replace
 
 from gated import storage
+from gated.run.checkpoint import manifest
 
 NAME = 'head.json'
 LIMIT = 1 << 20  # Bytes.
@@ -17,32 +17,28 @@ _log = logging.getLogger('gated')
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-  step: int | None = None  # The last committed, or gone back to; None: nowhere yet.
-  discarded: tuple[int, ...] = ()  # Steps past it, of a history that was left.
-  data_step: int | None = None  # Where the data goes on after a rollback to `step`.
+  step: int | None = None  # The last step committed or returned to; None before any.
+  discarded: tuple[int, ...] = ()  # Later steps on disk, discarded by a return to `step`.
+  data_step: int | None = None  # The data step to continue from after a rollback.
 
 
 def read(directory: storage.Path) -> Head:
-  path = directory / NAME
   try:
-    found = json.loads(storage.read(path, LIMIT))
-    return _checked(found)
-  except (FileNotFoundError, NotADirectoryError):
+    content = manifest.load(directory / NAME, LIMIT)
+    head = Head(**{field.name: content[field.name] for field in fields(Head)})
+    numbers = [
+      *head.discarded,
+      *(n for n in (head.step, head.data_step) if n is not None),
+    ]
+    if not all(type(n) is int and n >= 0 for n in numbers):
+      raise ValueError(f'wrong values in {content!r}'[:200])
+    return replace(head, discarded=tuple(head.discarded))
+  except FileNotFoundError:
     return Head()
-  except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-    if isinstance(error, OSError) and storage.is_remote(path):
-      raise
-    _log.warning('%s is damaged, and passed over: %s', path, error)
+  except (ValueError, KeyError, TypeError) as error:
+    _log.warning('%s is damaged and ignored: %s', directory / NAME, error)
     return Head()
-
-
-def _checked(found: dict) -> Head:
-  head = Head(**{field.name: found[field.name] for field in fields(Head)})
-  numbers = [*head.discarded, *(n for n in (head.step, head.data_step) if n is not None)]
-  if not all(type(n) is int and n >= 0 for n in numbers):
-    raise ValueError(f'{found!r} is not where a run stands'[:200])
-  return replace(head, discarded=tuple(head.discarded))
 
 
 def write(directory: storage.Path, head: Head) -> None:
-  storage.write(directory / NAME, (json.dumps(asdict(head)) + '\n').encode())
+  storage.write_json(directory / NAME, asdict(head), indent=None)

@@ -1,8 +1,9 @@
-"""The steps of a workdir, to be read: which are there, and which can be trusted.
+"""Reads the saved steps of a workdir: lists, verifies and restores them.
 
-Opening one changes nothing, beside a run that may be saving.
+Reading changes nothing, and works beside a run that is saving.
 """
 
+import contextlib
 import logging
 import re
 import tempfile
@@ -15,7 +16,7 @@ import orbax.checkpoint as ocp
 
 from gated import storage
 from gated.devices import processes, trees
-from gated.run.checkpoint import head, manifest
+from gated.run.checkpoint import head, manifest, retention
 from gated.run.checkpoint.manifest import Damaged
 
 ITEMS = ('model', 'rest')
@@ -24,8 +25,8 @@ PATIENCE = 1200  # Seconds that the processes of a run wait for each other in a 
 _log = logging.getLogger('gated')
 
 
-class Reader:
-  """The checkpoints of a run that is another's, or has ended; use it in a `with`."""
+class Reader(contextlib.AbstractContextManager):
+  """The checkpoints of any run, read-only; use it in a `with`."""
 
   def __init__(self, directory: storage.PathLike):
     directory = storage.path(directory)
@@ -45,81 +46,70 @@ class Reader:
       async_options=ocp.options.AsyncOptions(timeout_secs=PATIENCE),
     )
 
-  def __enter__(self):
-    return self
-
-  def __exit__(self, kind, *exception):
-    self.close(failing=kind is not None)
-
-  def close(self, *, failing: bool = False) -> None:
-    try:
+  def __exit__(self, kind, error, traceback) -> None:
+    # Orbax raises the error of a failed save again; it was already reported.
+    with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
       self._orbax.close()
-    except Exception:  # Of a save that has failed, which was told.
-      if not failing:
-        raise
     if self._staging:
       self._staging.cleanup()
 
   def steps(self) -> list[int]:
     """The committed steps of this run's history, ascending; not yet verified."""
-    gone = head.read(self.directory).discarded
-    found = (int(n) for n in storage.names(self.directory) if _is_step(n))
-    return sorted(s for s in found if s not in gone and self._committed(s))
+    discarded = head.read(self.directory).discarded
+    committed = map(int, self._folders(manifest.NAME))
+    return sorted(step for step in committed if step not in discarded)
 
-  def _committed(self, step: int) -> bool:
-    return storage.exists(self.directory / str(step) / manifest.NAME)
-
-  def _without_manifest(self) -> list[str]:
-    """Steps as Orbax's own manager laid them out, before there was a manifest."""
-    names = filter(_is_step, storage.names(self.directory))
-    return [n for n in names if storage.exists(self.directory / n / 'about')]
+  def _folders(self, marker: str) -> list[str]:
+    """The folders that are named like steps and hold an entry `marker`."""
+    is_step = re.compile(r'0|[1-9]\d{0,17}', re.ASCII).fullmatch
+    names = filter(is_step, storage.names(self.directory))
+    return [name for name in names if storage.exists(self.directory / name / marker)]
 
   def latest(self) -> int | None:
     """The last committed step, or None."""
     return max(self.steps(), default=None)
 
   def best(self) -> int | None:
-    """The step on disk with the lowest held-out loss, or the last if none has one."""
-    losses = {step: self.about(step)['heldout_loss'] for step in self.steps()}
-    losses = {step: loss for step, loss in losses.items() if loss is not None}
-    return min(losses, key=losses.__getitem__) if losses else self.latest()
+    """The step with the lowest held-out loss, or the last if none has one."""
+    best = retention.best({s: self.about(s)['heldout_loss'] for s in self.steps()})
+    return self.latest() if best is None else best
 
   def newest_good(self) -> int | None:
-    """The newest step that verifies; None where no step was ever committed.
+    """The newest step that verifies; None if no step was ever committed.
 
-    Steps that do not are named with the reason. ValueError if all that there were are
-    damaged: a run never starts from scratch silently.
+    Skipped steps are logged with the reason. ValueError if every step is damaged: a run
+    never starts from scratch silently.
     """
     steps, last = self.steps(), head.read(self.directory).step
-    faults = []
+    good, faults = None, []
     if last is not None and last not in steps:
-      mark = self.directory / str(last) / manifest.NAME
-      faults.append(f'{mark} is missing, and the step was saved')
-    if last is None and not steps and (old := self._without_manifest()):
-      told = ', '.join(old)
-      faults.append(f'{self.directory} has the steps {told} of an earlier version')
+      path = self.directory / str(last) / manifest.NAME
+      faults.append(f'{path} is missing, but the step was saved')
+    # Before there was a manifest, Orbax's own manager laid out the steps.
+    if last is None and not steps and (old := ', '.join(self._folders('about'))):
+      faults.append(f'{self.directory} has the steps {old} of an earlier version')
     for step in reversed(steps):
       try:
         self.verify(step)
+        good = step
+        break
       except Damaged as error:
         faults.append(str(error))
-        continue
-      for fault in faults:
-        _log.warning('passed over: %s', fault)
-      if faults:
-        _log.warning('going back to step %d, the newest that is whole', step)
-      return step
-    if faults:
+    if faults and good is None:
       raise ValueError(
-        'no checkpoint is left to go on from: ' + '; '.join(faults) + '. Restore that '
-        'folder from elsewhere, name another workdir, or delete it to start afresh'
+        f'no valid checkpoint is left: {"; ".join(faults)}. Restore that folder from a '
+        'copy, choose another workdir, or delete it to start from scratch'
       )
-    return None
+    for fault in faults:
+      _log.warning('skipped: %s', fault)
+    if faults:
+      _log.warning('using step %d, the newest valid one', good)
+    return good
 
   def pick(self, which: str, knob: str) -> int:
-    """'latest', 'best' or a number -> a step on disk, verified; ValueError if it is not.
+    """'latest', 'best' or a number -> a step on disk, verified; otherwise ValueError.
 
-    The latest is the newest that is whole; any other is that step or an error.
+    'latest' is the newest valid step; the others are never replaced by another step.
     """
     steps = self.steps()
     if not steps and head.read(self.directory).step is None:
@@ -128,13 +118,12 @@ class Reader:
       raise ValueError(f'{knob}={which!r}, but allowed are latest, best, or a step')
     try:
       if which == 'latest':
-        found = self.newest_good()
-        assert found is not None
-        return found
+        newest = self.newest_good()
+        assert newest is not None
+        return newest
       step = self.best() if which == 'best' else int(which)
       if step is None or step not in steps:
-        have = ', '.join(map(str, steps))
-        raise ValueError(f'{self.directory} has the steps {have}')
+        raise ValueError(f'{self.directory} has the steps {", ".join(map(str, steps))}')
       self.verify(step)
     except ValueError as error:
       raise ValueError(f'{knob}={which!r}: {error}') from error
@@ -147,10 +136,10 @@ class Reader:
     """
     fault = ''
     try:
-      found, folder = self._manifest(step), self._fetched(step)
-      names, n = sorted(found.files), jax.process_count()
-      share = names if self._stage else names[jax.process_index() :: n]
-      manifest.verify(folder, found, share)
+      saved, folder = self._manifest(step), self._fetched(step)
+      names, count = sorted(saved.files), jax.process_count()
+      share = names if self._stage else names[jax.process_index() :: count]
+      manifest.verify(folder, saved, share)
     except Damaged as error:
       fault = str(error)
     faults = list(filter(None, processes.gather(fault)))
@@ -159,19 +148,20 @@ class Reader:
       raise Damaged(faults[0])
 
   def about(self, step: int) -> dict:
-    """What the run said of a step: 'config', 'data', 'heldout_loss' and more."""
+    """What the run recorded with a step: 'config', 'data', 'heldout_loss' and more."""
     return self._manifest(step).about
 
   def _manifest(self, step: int) -> manifest.Manifest:
     if step not in self._manifests:
-      found = manifest.read(self.directory / str(step))
-      if found.step != step:
-        raise Damaged(f'{self.directory / str(step)} holds step {found.step}')
-      self._manifests[step] = found
+      folder = self.directory / str(step)
+      content = manifest.read(folder)
+      if content.step != step:
+        raise Damaged(f'{folder} holds step {content.step}')
+      self._manifests[step] = content
     return self._manifests[step]
 
   def _fetched(self, step: int) -> storage.Path:
-    """The folder with a step's files, copied here from where Orbax cannot read."""
+    """The folder of a step's files; a local copy where Orbax cannot read the store."""
     folder = self.directory / str(step)
     if not self._stage:
       return folder
@@ -185,17 +175,17 @@ class Reader:
     return self._local[step]
 
   def restore(self, step: int, like: Any) -> Any:
-    """A step -> the state, placed as the abstract state `like` says.
+    """A step -> the state, with the shardings of the abstract state `like`.
 
-    `like` is a tree of `jax.ShapeDtypeStruct` with shardings. Raises ValueError, naming
-    the leaf, for one that is missing or has another shape or dtype.
+    `like` is a tree of `jax.ShapeDtypeStruct`. ValueError, naming the leaf, for one that
+    is missing or has another shape or dtype.
     """
-    model, rest = split(like)
-    restored = self.read(step, {'model': model, 'rest': rest})
-    return trees.unflatten(like, restored['rest'] | _under('model', restored['model']))
+    items = self.read(step, dict(zip(ITEMS, split(like))))
+    model = {f'model.{name}': leaf for name, leaf in items['model'].items()}
+    return trees.unflatten(like, items['rest'] | model)
 
   def shapes(self, step: int) -> dict[str, dict[str, Any]]:
-    """All that a step holds, as `read` asks for it, to be placed on one device."""
+    """All arrays of a step, in the form that `read` takes, for one device."""
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return {
       item: {
@@ -213,33 +203,29 @@ class Reader:
   def check_model(self, step: int, like: Any, *, fresh: bool = False) -> None:
     """Raises ValueError unless `restore_model` can read the step.
 
-    With `fresh`, a gate that the step lacks is no fault.
+    With `fresh`, the step may lack gates.
     """
-    self._check(step, 'model', self._saved(step, like, fresh))
+    self._check(step, 'model', self._expected(step, like, fresh))
 
   def restore_model(self, step: int, like: Any, *, fresh: Any = None) -> Any:
-    """A step -> the model alone, placed as the abstract model `like` says.
+    """A step -> the model alone, with the shardings of the abstract model `like`.
 
-    A gate that the step lacks is taken from the model `fresh`, if there is one.
+    Gates that the step lacks come from the model `fresh`, if given.
     """
-    leaves = self._saved(step, like, fresh is not None)
-    found = self.read(step, {'model': leaves})['model']
-    kept = trees.flatten(like).keys() - found.keys()
-    if kept:
-      start = trees.flatten(fresh)
-      found |= {name: start[name] for name in kept}
-      told = ', '.join(sorted(kept))
-      _log.info('%s lacks %s: initialized', self.directory / str(step), told)
-    return trees.unflatten(like, found)
+    expected = self._expected(step, like, fresh is not None)
+    leaves = self.read(step, {'model': expected})['model']
+    if missing := sorted(trees.flatten(like).keys() - leaves.keys()):
+      initial = trees.flatten(fresh)
+      leaves |= {name: initial[name] for name in missing}
+      folder = self.directory / str(step)
+      _log.info('%s lacks %s: initialized', folder, ', '.join(missing))
+    return trees.unflatten(like, leaves)
 
-  def _saved(self, step: int, like: Any, fresh: bool) -> dict[str, Any]:
-    """The leaves that are wanted of a step: all, or all but a gate that it lacks."""
-    leaves = trees.flatten(like)
-    if not fresh:
-      return leaves
+  def _expected(self, step: int, like: Any, fresh: bool) -> dict[str, Any]:
+    """The leaves of `like`; with `fresh`, without the gates that the step lacks."""
     saved = self._manifest(step).leaves['model']
-    lacks = lambda name: '.gate.' in name and name not in saved
-    return {name: leaf for name, leaf in leaves.items() if not lacks(name)}
+    lacks = lambda name: fresh and '.gate.' in name and name not in saved
+    return {k: leaf for k, leaf in trees.flatten(like).items() if not lacks(k)}
 
   def read(self, step: int, items: dict[str, dict[str, Any]]) -> dict[str, dict]:
     """A step and, by item, {leaf's name: shape with sharding} -> the same of arrays."""
@@ -249,45 +235,45 @@ class Reader:
     folder = self._fetched(step)
     try:
       self._check_chunks(folder, items)
-      found = dict(self._orbax.restore(folder, args=ocp.args.Composite(**args)).items())
+      arrays = dict(self._orbax.restore(folder, args=ocp.args.Composite(**args)).items())
     except (OSError, ValueError):
       raise
-    except Exception as error:  # Orbax raises of every kind.
+    except Exception as error:  # Orbax raises errors of every type.
       raise Damaged(f'{folder} cannot be read: {error!r}'[:1000]) from error
     for item, leaves in items.items():
-      for name, wanted in leaves.items():
-        have = found[item][name]
-        same = (have.shape, have.dtype) == (wanted.shape, wanted.dtype)
-        placed = wanted.sharding is None or have.sharding.is_equivalent_to(
-          wanted.sharding, have.ndim
+      for name, leaf in leaves.items():
+        array = arrays[item][name]
+        same = (array.shape, array.dtype) == (leaf.shape, leaf.dtype)
+        placed = leaf.sharding is None or array.sharding.is_equivalent_to(
+          leaf.sharding, array.ndim
         )
         if not same or not placed:
-          raise ValueError(f'{folder / item}: {name} was read as {have.aval}')
-    return found
+          raise ValueError(f'{folder / item}: {name} was read as {array.aval}')
+    return arrays
 
   def _check_chunks(self, folder: storage.Path, items: Iterable[str]) -> None:
-    """Raises Damaged for a chunk larger than its array: it would take any memory."""
-    found: Any = self._orbax.metadata(folder).item_metadata
+    """Raises Damaged for a chunk larger than its array: it could fill the memory."""
+    metadata: Any = self._orbax.metadata(folder).item_metadata
     for item in items:
-      for name, array in found[item].tree.items():
+      for name, array in metadata[item].tree.items():
         chunk = array.storage.chunk_shape if array.storage else ()
         if any(c > max(s, 1) for c, s in zip(chunk, array.shape)):
           raise Damaged(
             f'{folder / item}: {name} of shape {array.shape} has chunks of {chunk}'
           )
 
-  def _check(self, step: int, item: str, wanted: dict[str, Any]) -> None:
-    """Raises ValueError unless what is saved has the names, shapes and dtypes wanted."""
-    where = self.directory / str(step) / item
+  def _check(self, step: int, item: str, expected: dict[str, Any]) -> None:
+    """Raises ValueError unless the saved names, shapes and dtypes are those expected."""
+    folder = self.directory / str(step) / item
     saved = self._manifest(step).leaves[item]
-    for name in sorted(wanted.keys() ^ saved.keys()):
-      there = 'is in the checkpoint only' if name in saved else 'is not in the checkpoint'
-      raise ValueError(f'{where}: {name} {there}')
-    for name, leaf in wanted.items():
-      have, want = list(saved[name]), described(leaf)
-      if have != want:
-        told = [f'{dtype}{tuple(shape)}' for dtype, *shape in (have, want)]
-        raise ValueError(f'{where}: {name} is {told[0]} there, but {told[1]} is wanted')
+    for name in sorted(expected.keys() ^ saved.keys()):
+      fault = 'is in the checkpoint only' if name in saved else 'is not in the checkpoint'
+      raise ValueError(f'{folder}: {name} {fault}')
+    for name, leaf in expected.items():
+      entries = list(saved[name]), described(leaf)
+      if entries[0] != entries[1]:
+        old, new = (f'{dtype}{tuple(shape)}' for dtype, *shape in entries)
+        raise ValueError(f'{folder}: {name} is {old} there, but {new} is expected')
 
 
 def split(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -297,14 +283,6 @@ def split(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
   return trees.flatten(state.model), rest
 
 
-def _under(prefix: str, leaves: dict[str, Any]) -> dict[str, Any]:
-  return {f'{prefix}.{name}': leaf for name, leaf in leaves.items()}
-
-
 def described(leaf: Any) -> list:
-  """An array or its shape -> [dtype, *shape], as a manifest has it."""
+  """An array or its shape -> [dtype, *shape], as a manifest stores it."""
   return [str(leaf.dtype), *leaf.shape]
-
-
-def _is_step(name: str) -> bool:
-  return re.fullmatch(r'0|[1-9]\d{0,17}', name, re.ASCII) is not None
