@@ -16,17 +16,18 @@ A machine is one kernel boot, host name and pid namespace, because pids are comp
 only there: two containers with the same name are two machines.
 """
 
+import contextlib
 import hashlib
-import json
 import logging
 import os
+import pathlib
 import platform
 import secrets
 import threading
 import time
 from typing import Any, NamedTuple
 
-from gated import storage
+from gated import config, storage
 
 NAME = 'lock.json'
 MAX_BYTES = 1 << 16
@@ -57,7 +58,10 @@ class Note(NamedTuple):
 
 
 class Lock:
-  """Holds a workdir for this process, from `acquire` to `release`."""
+  """Holds a workdir for this process, from `acquire` to `release`.
+
+  `lost` is '' while this process owns the workdir, else a message with the new owner.
+  """
 
   def __init__(self, workdir: storage.PathLike, *, stale_after: float, settle: float):
     """Another machine's lock is stale `stale_after` seconds after its last beat.
@@ -65,65 +69,49 @@ class Lock:
     `settle` is the delay in seconds before a note is read back: longer than the storage
     needs to show a write.
     """
-    self._path = storage.Path(workdir) / NAME
-    self._workdir, self._stale_after, self._settle = workdir, stale_after, settle
-    self._period = min(stale_after / 4, MAX_PERIOD)
-    self._note: Note | None = None
-    self._lost = ''
+    self.lost = ''
+    self._path, self._workdir = storage.Path(workdir) / NAME, workdir
+    self._stale_after, self._settle = stale_after, settle
     self._ended = threading.Event()
-    self._thread: threading.Thread | None = None
-
-  @property
-  def lost(self) -> str:
-    """'' while this process owns the workdir, else a message with the new owner."""
-    return self._lost
+    self._owned: tuple[str, threading.Thread] | None = None  # Our token, its thread.
 
   def acquire(self) -> None:
     """Takes the lock. ValueError if another run holds it or the storage fails."""
+    pid, now = os.getpid(), time.time()
+    period, token = min(self._stale_after / 4, MAX_PERIOD), secrets.token_hex(16)
+    owner = platform.node(), machine(), pid, started(pid) or 0
+    own = Note(*owner, since=now, beat=now, period=period, token=token)
     try:
-      self._acquire()
+      if note := _read(self._path):
+        self._refuse_living(note)
+        _log.warning('%s was left locked by %s: taking it over', self._workdir, note)
+      self._write(own)
+      time.sleep(self._settle)
+      note = _read(self._path)
     except OSError as error:
       raise ValueError(f'--workdir={self._workdir} cannot be used: {error}') from error
-
-  def _acquire(self) -> None:
-    if note := self._read():
-      self._refuse_living(note)
-      _log.warning('%s was left locked by %s: taking it over', self._workdir, note)
-    now = time.time()
-    own = Note(
-      host=platform.node(),
-      machine=machine(),
-      pid=os.getpid(),
-      started=started(os.getpid()) or 0,
-      since=now,
-      beat=now,
-      period=self._period,
-      token=secrets.token_hex(16),
-    )
-    self._write(own)
-    time.sleep(self._settle)
-    note = self._read()
-    if not note or note.token != own.token:
+    if not note or note.token != token:
       other = note or 'another process, which has ended'
       raise ValueError(f'--workdir={self._workdir} was taken at the same time by {other}')
-    self._note, self._lost = own, ''
+    self.lost = ''
     self._ended.clear()
-    self._thread = threading.Thread(target=self._keep, name='lock', daemon=True)
-    self._thread.start()
+    thread = threading.Thread(target=self._keep, args=(own,), name='lock', daemon=True)
+    self._owned = token, thread
+    thread.start()
 
   def release(self) -> None:
     """Removes the lock if this process still owns it; a second call does nothing."""
-    if not self._note or not self._thread:
+    if not self._owned:
       return
+    (token, thread), self._owned = self._owned, None
     self._ended.set()
-    self._thread.join()
+    thread.join()
     try:
-      note = self._read()
-      if note and note.token == self._note.token:
+      note = _read(self._path)
+      if note and note.token == token:
         storage.remove(self._path)
     except OSError as error:
       _log.warning('%s could not be removed: %s', self._path, error)
-    self._note = self._thread = None
 
   def _refuse_living(self, note: Note) -> None:
     """Raises ValueError unless the owner of the note is dead."""
@@ -131,23 +119,22 @@ class Lock:
     if not alive and note.machine != machine():
       # Its clock may be far behind: wait for another beat.
       time.sleep(note.period + self._settle)
-      alive = self._read() != note
+      alive = _read(self._path) != note
     if alive:
       raise ValueError(
         f'--workdir={self._workdir} is in use by {note}: wait for it, stop it, or choose '
         f'another workdir; if that process no longer exists, remove {self._path}'
       )
 
-  def _keep(self) -> None:
+  def _keep(self, own: Note) -> None:
     """Renews the note until `release`, or until another process owns the workdir."""
     failing = False
-    while not self._ended.wait(self._period):
-      assert self._note
+    while not self._ended.wait(own.period):
       try:
-        self._lost = self._takeover(self._read(), self._note.token)
-        if self._lost:
+        self.lost = self._takeover(_read(self._path), own.token)
+        if self.lost:
           return
-        self._write(self._note._replace(beat=time.time()))
+        self._write(own._replace(beat=time.time()))
         failing = False
       except OSError as error:
         # A storage outage does not end the run, and is logged once.
@@ -167,20 +154,33 @@ class Lock:
   def _write(self, note: Note) -> None:
     storage.write_json(self._path, note._asdict())
 
-  def _read(self) -> Note | None:
-    return _read(self._path, self._period)
 
-
-def _read(path: storage.Path, period: float = MAX_PERIOD) -> Note | None:
+def _read(path: storage.Path) -> Note | None:
   """Reads lock.json -> Note; for a damaged one, a note with only the time of writing."""
   try:
-    try:
-      return _parse(json.loads(storage.read(path, MAX_BYTES)))
-    except (ValueError, RecursionError):
-      written = storage.modified(path)
-      return Note('', '', 0, 0, written, written, period, f'written at {written}')
+    return _parse(storage.read_json(path, MAX_BYTES))
   except FileNotFoundError:
     return None
+  except ValueError:
+    pass
+  with contextlib.suppress(FileNotFoundError):
+    at = storage.modified(path)
+    return Note('', '', 0, 0, at, at, MAX_PERIOD, f'written at {at}')
+  return None
+
+
+def _parse(content: Any) -> Note:
+  """Untrusted JSON -> Note; ValueError if its fields are wrong."""
+  if not isinstance(content, dict):
+    raise ValueError('not a JSON object')
+  note = config.build(Note, content, NAME)
+  # Ranges that time.sleep, time.gmtime and os.kill accept.
+  config.at_least('pid', note.pid, 1)
+  config.at_least('started', note.started, 0)
+  config.within('period', note.period, 0, 3600)
+  for at in (note.since, note.beat):
+    config.within('time', at, 0, 1 << 34)
+  return note
 
 
 def _alive(note: Note, stale_after: float) -> bool:
@@ -188,24 +188,6 @@ def _alive(note: Note, stale_after: float) -> bool:
   if note.machine == machine():
     return lives(note.pid, note.started)
   return time.time() - note.beat < stale_after
-
-
-def _parse(content: Any) -> Note:
-  """Untrusted JSON -> Note; ValueError if its fields are wrong."""
-  if not isinstance(content, dict) or content.keys() != set(Note._fields):
-    raise ValueError('wrong field names')
-  for name, kind in Note.__annotations__.items():
-    value = content[name]
-    allowed = (int, float) if kind is float else kind
-    if not isinstance(value, allowed) or isinstance(value, bool):
-      raise ValueError(f'{name}={value!r}')
-  note = Note(**content)
-  # Ranges that time.sleep, time.gmtime and os.kill accept.
-  if not (0 <= note.period <= 3600 and note.pid > 0 and note.started >= 0):
-    raise ValueError('out of range')
-  if not all(0 <= at < 1 << 34 for at in (note.since, note.beat)):
-    raise ValueError('out of range')
-  return note
 
 
 def living(workdir: storage.PathLike, *, stale_after: float) -> bool:
@@ -217,12 +199,9 @@ def living(workdir: storage.PathLike, *, stale_after: float) -> bool:
 def machine() -> str:
   """-> a digest, equal for processes that share a kernel boot and a pid namespace."""
   parts = [platform.node()]
-  try:
-    with open('/proc/sys/kernel/random/boot_id') as file:
-      parts.append(file.read().strip())
+  with contextlib.suppress(OSError):  # Not Linux: use only the host name.
+    parts.append(pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip())
     parts.append(os.readlink('/proc/self/ns/pid'))
-  except OSError:
-    pass  # Not Linux: use only the host name.
   return hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:32]
 
 
@@ -231,13 +210,11 @@ def started(pid: int) -> int | None:
 
   0 if the start time is unknown; None if the process does not exist.
   """
-  try:
-    with open(f'/proc/{pid}/stat', 'rb') as file:
-      # The name is in parentheses and may itself contain parentheses.
-      fields = file.read().rpartition(b')')[2].split()
+  with contextlib.suppress(OSError):  # No such process, or /proc is not readable.
+    # The name is in parentheses and may itself contain parentheses.
+    stat = pathlib.Path(f'/proc/{pid}/stat').read_bytes()
+    fields = stat.rpartition(b')')[2].split()
     return None if fields[0] in (b'Z', b'X') else int(fields[19])
-  except OSError:
-    pass  # No such process, or /proc is not readable.
   try:
     os.kill(pid, 0)
   except (ProcessLookupError, OverflowError):

@@ -4,10 +4,9 @@ train.py writes it at exit; the launcher of the run reads it. This module import
 packages, because a launcher may run before the others are installed.
 """
 
-import json
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from gated import storage
+from gated import config, storage
 from gated.run import exit_codes
 
 NAME = 'outcome.json'
@@ -30,30 +29,21 @@ class Outcome(NamedTuple):
 def read(workdir: storage.Path) -> Outcome | None:
   """A workdir -> the outcome of its last session; None without outcome.json.
 
-  ValueError if the file is damaged.
+  ValueError if the file is damaged. Unknown fields, of a later version, are ignored.
   """
   path = workdir / NAME
   try:
-    return _parse(json.loads(storage.read(path, LIMIT)))
+    content = storage.read_json(path, LIMIT)
+    fields = {name: content[name] for name in Outcome._fields if name in content}
+    outcome = config.build(Outcome, Outcome._field_defaults | fields, NAME)
+    for name in ('code', 'step'):
+      config.at_least(name, getattr(outcome, name), 0)
+    return outcome
   except FileNotFoundError:
     return None
-  except (ValueError, RecursionError) as error:
+  except (ValueError, TypeError) as error:
     raise ValueError(f'{path} is damaged: {error}') from error
 
 
 def write(workdir: storage.Path, outcome: Outcome) -> None:
   storage.write_json(workdir / NAME, outcome._asdict())
-
-
-def _parse(content: Any) -> Outcome:
-  """Untrusted JSON -> Outcome; ValueError if its fields are wrong."""
-  if not isinstance(content, dict):
-    raise ValueError('not a JSON object')
-  fields = {name: content[name] for name in Outcome._fields if name in content}
-  for name in ('code', 'step'):
-    value = fields.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-      raise ValueError(f'{name}={value!r}')
-  if not isinstance(fields.get('told', ''), str):
-    raise ValueError(f'told={fields["told"]!r}')
-  return Outcome(**fields)

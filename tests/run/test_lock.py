@@ -166,7 +166,10 @@ def test_another_machine_whose_clock_is_far_behind_is_seen_to_live(workdir):
   ],
   ids=['empty', 'torn', 'list', 'deep', 'large', 'wild'],
 )
-def test_a_note_that_cannot_be_read_is_judged_by_its_age(tmp_path, content, caplog):
+def test_a_note_that_cannot_be_read_is_judged_by_its_age(
+  tmp_path, content, caplog, monkeypatch
+):
+  monkeypatch.setattr(lock, 'MAX_PERIOD', 0.1)
   path = tmp_path / 'lock.json'
   path.write_bytes(content)
   refused(tmp_path, r'is in use by an unknown process \(lock.json is damaged')
