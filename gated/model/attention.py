@@ -10,7 +10,7 @@ E SwitchHead's experts
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -107,6 +107,21 @@ class Config:
     return bool(self.sink_tokens) or self.normalizer in ('off_by_one', 'sink_logit')
 
 
+class Trace(NamedTuple):
+  """What one layer's attention computes on the way; under jit unread fields cost nothing.
+
+  The kernel attends with query, key and value.
+  """
+
+  query: jax.Array  # (B, T, H, K), normed, gated, rotated and scaled
+  key: jax.Array  # (B, T, G, K), likewise
+  value: jax.Array  # (B, T, G, K), gated
+  sinks: jax.Array | None  # log-sum-exp of the sinks' terms in the denominator (B, T, H)
+  sdpa: jax.Array  # the SDPA output before its gate, after `Config.output` (B, T, H, K)
+  gated: jax.Array  # what the output projection reads (B, T, H, K)
+  update: jax.Array  # of the residual stream (B, T, D)
+
+
 class Attention(nnx.Module):
   """One layer's attention: pre-normalized x_BTD -> the update of the residual stream."""
 
@@ -166,19 +181,26 @@ class Attention(nnx.Module):
   def __call__(
     self, x_BTD: jax.Array, angle_BTk: jax.Array, segment_BT: jax.Array | None
   ) -> jax.Array:
+    return self.trace(x_BTD, angle_BTk, segment_BT).update
+
+  def trace(
+    self, x_BTD: jax.Array, angle_BTk: jax.Array, segment_BT: jax.Array | None
+  ) -> Trace:
+    """The same computation -> all its tensors."""
     unrotated_BTHK, k_BTGK = self._query_and_key(x_BTD, angle_BTk)
     v_BTGK = self._gated('value', self.value(x_BTD), x_BTD)
     # Split like the activations; the backend gathers the keys of its rows.
     k_BTGK = mesh.constrain(k_BTGK, 'batch', 'tokens', 'kv_heads', None)
     v_BTGK = mesh.constrain(v_BTGK, 'batch', 'tokens', 'kv_heads', None)
     q_BTHK = self._rotated(unrotated_BTHK, angle_BTk)
-    y_BTHK = self._attend(unrotated_BTHK, q_BTHK, k_BTGK, v_BTGK, segment_BT)
+    y_BTHK, extra_BTH = self._attend(unrotated_BTHK, q_BTHK, k_BTGK, v_BTGK, segment_BT)
     if self.output_norm is not None:
       y_BTHK = self.output_norm(y_BTHK)
     elif self.cfg.output == 'silu':
       y_BTHK = jax.nn.silu(y_BTHK)
-    y_BTHK = self._gated('sdpa', y_BTHK, x_BTD)
-    return self._gated('out', self.out(y_BTHK), x_BTD)
+    z_BTHK = self._gated('sdpa', y_BTHK, x_BTD)
+    update_BTD = self._gated('out', self.out(z_BTHK), x_BTD)
+    return Trace(q_BTHK, k_BTGK, v_BTGK, extra_BTH, y_BTHK, z_BTHK, update_BTD)
 
   def query_and_key(self, x_BTD, angle_BTk) -> tuple[jax.Array, jax.Array]:
     """-> (q_BTHK, k_BTGK), the kernel inputs: normed, gated, rotated and scaled."""
@@ -194,12 +216,13 @@ class Attention(nnx.Module):
   def _rotated(self, x_BTHK, angle_BTk) -> jax.Array:
     return rope(x_BTHK, angle_BTk, self.cfg.yarn.scale)
 
-  def _attend(self, unrotated_BTHK, q_BTHK, k_BTGK, v_BTGK, segment_BT) -> jax.Array:
+  def _attend(self, unrotated_BTHK, q_BTHK, k_BTGK, v_BTGK, segment_BT):
+    """-> (y_BTHK, the log-sum-exp of the sinks' terms or None)."""
     cfg, qkvs = self.cfg, (q_BTHK, k_BTGK, v_BTGK, segment_BT)
     opts: dict[str, Any] = dict(backend=cfg.backend, cap=cfg.logit_cap)
     opts['max_segments'] = cfg.max_segments
     if self.sinks is None:
-      return kernels.attend(*qkvs, normalizer=cfg.normalizer, **opts)
+      return kernels.attend(*qkvs, normalizer=cfg.normalizer, **opts), None
     return self.sinks(*kernels.attend_lse(*qkvs, **opts), unrotated_BTHK)
 
   def _gated(self, position: str, y: jax.Array, x_BTD: jax.Array) -> jax.Array:

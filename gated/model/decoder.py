@@ -10,7 +10,7 @@ B batch  T tokens  D width  V vocabulary  L layers
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +77,20 @@ class Config:
     config.at_least('config.model.logit_cap', self.logit_cap, 0.0)
 
 
+class BlockTrace(NamedTuple):
+  """What one layer computes on the way; under jit unread fields cost nothing.
+
+  All but `attn` and `report` are (B, T, D).
+  """
+
+  attn: attention.Trace
+  attn_branch: jax.Array  # what attention adds to the residual stream
+  middle: jax.Array  # the residual stream between the branches
+  ffn_branch: jax.Array  # what the FFN adds
+  output: jax.Array  # the residual stream after the layer
+  report: moe.Report | None  # the router's
+
+
 class Block(nnx.Module):
   """One layer: x_BTD -> (x_BTD, the router's report or None)."""
 
@@ -102,15 +116,22 @@ class Block(nnx.Module):
   def __call__(
     self, x_BTD, angle_BTk, segment_BT, live_BT
   ) -> tuple[jax.Array, moe.Report | None]:
+    trace = self.trace(x_BTD, angle_BTk, segment_BT, live_BT)
+    return trace.output, trace.report
+
+  def trace(self, x_BTD, angle_BTk, segment_BT, live_BT) -> BlockTrace:
+    """The same computation -> all its tensors."""
     x_BTD = mesh.constrain(x_BTD, 'batch', 'tokens', None)
-    y_BTD = self.attn(self.attn_norm(x_BTD), angle_BTk, segment_BT)
-    x_BTD = x_BTD + self._branch(y_BTD, self.attn_branch_norm)
-    y_BTD, report = self.ffn_norm(x_BTD), None
+    attn = self.attn.trace(self.attn_norm(x_BTD), angle_BTk, segment_BT)
+    attn_BTD = self._branch(attn.update, self.attn_branch_norm)
+    middle_BTD = x_BTD + attn_BTD
+    y_BTD, report = self.ffn_norm(middle_BTD), None
     if isinstance(self.ffn, moe.MoE):
       y_BTD, report = self.ffn(y_BTD, live_BT)
     else:
       y_BTD = self.ffn(y_BTD)
-    return x_BTD + self._branch(y_BTD, self.ffn_branch_norm), report
+    ffn_BTD = self._branch(y_BTD, self.ffn_branch_norm)
+    return BlockTrace(attn, attn_BTD, middle_BTD, ffn_BTD, middle_BTD + ffn_BTD, report)
 
   def _branch(self, y_BTD: jax.Array, norm: RMSNorm | None) -> jax.Array:
     """A branch's output, normalized and clipped if configured."""

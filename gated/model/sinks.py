@@ -12,7 +12,7 @@ from gated.model.layers import Numerics, child_key, normal_param
 
 
 class Sinks(nnx.Module):
-  """Extra terms in the softmax's denominator: (y_BTHK, lse_BTH, q_BTHK) -> y_BTHK.
+  """Extra terms in the softmax's denominator: (y_BTHK, lse_BTH, q_BTHK) -> y'_BTHK.
 
   Logits e_n with values u_n join the softmax over the keys: e = 0 for a 1 in the
   denominator and e = s_h for a learned sink logit, both with u = 0, e = q k_n / sqrt(K)
@@ -50,7 +50,8 @@ class Sinks(nnx.Module):
     learned = normalizer == 'sink_logit'
     self.logit = nnx.Param(zeros, axes=('heads',)) if learned else None
 
-  def __call__(self, y_BTHK, lse_BTH, q_BTHK) -> jax.Array:
+  def __call__(self, y_BTHK, lse_BTH, q_BTHK) -> tuple[jax.Array, jax.Array]:
+    """-> (y'_BTHK, ln(sum(exp(e))) as (B, T, H))."""
     logit_BTHN = jnp.concatenate([*self._tokens(q_BTHK), *self._constants(q_BTHK)], -1)
     extra_BTH = jax.nn.logsumexp(logit_BTHN, -1)
     u_BTHK = None
@@ -58,7 +59,7 @@ class Sinks(nnx.Module):
       v_NHK = self._by_head(self.value)
       share_BTHN = jnp.exp(logit_BTHN - extra_BTH[..., None])[..., : len(v_NHK)]
       u_BTHK = jnp.einsum('bthn,nhk->bthk', share_BTHN, v_NHK)
-    return _merged(y_BTHK, lse_BTH, extra_BTH, u_BTHK)
+    return _merged(y_BTHK, lse_BTH, extra_BTH, u_BTHK), extra_BTH
 
   def _by_head(self, parameter) -> jax.Array:
     """(N, G, K) -> (N, H, K), in float32."""
