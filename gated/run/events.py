@@ -45,10 +45,15 @@ class Events:
     records: Sequence[Sequence],
   ) -> None:
     """Appends an event: the step's metrics `values` and the `records` of its batch."""
-    event: dict[str, Any] = {'step': step, 'data_step': data_step}
-    event |= {'action': action, 'why': why, 'skipped': values['bad_in_row'] > 0}
-    event |= {name: values[name] for name in KEPT}
-    event['records'] = [list(record) for record in records]
+    event = {
+      'step': step,
+      'data_step': data_step,
+      'action': action,
+      'why': why,
+      'skipped': values['bad_in_row'] > 0,
+      **{name: values[name] for name in KEPT},
+      'records': [list(record) for record in records],
+    }
     self.all.append(event)
     if self._enabled:
       metrics.append(self._path, event)
@@ -67,7 +72,7 @@ def read(workdir: storage.Path) -> list[dict[str, Any]]:
   path = workdir / NAME
   events = metrics.read(path) if metrics.exists(path) else []
   for event in events:
-    if 'data_step' not in event or type(event['data_step']) is not int:
+    if type(event.get('data_step')) is not int:
       raise metrics.Damaged(f'{path}: step {event["step"]} has no data_step')
   return events
 

@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import jax
 
@@ -22,8 +22,8 @@ class Rollback(Exception):
     self.data_step = data_step
 
 
-class Recorder:
-  """Records one session, from the restored state to its end; a context manager."""
+class Recorder(contextlib.ExitStack):
+  """Records one session, from the restored state to its end."""
 
   def __init__(
     self,
@@ -43,6 +43,7 @@ class Recorder:
 
     `steps` is the length of the whole run; `beat` is called with each finished step.
     """
+    super().__init__()
     step = restored or 0
     self._every, self._steps = log.every, steps
     self._corpus, self._beat = corpus, beat
@@ -51,22 +52,19 @@ class Recorder:
     self._finite = True
     writes = jax.process_index() == 0
     window = log.profile_first, log.profile_last
-    self._open = contextlib.ExitStack()
-    enter = self._open.enter_context
     self.events = Events(workdir, data_step=data_step, enabled=writes)
-    self._log = enter(
-      metrics.Log(
-        workdir,
-        step=-1 if restored is None else restored,
-        enabled=writes,
-        tensorboard=log.tensorboard,
-        wandb=log.wandb,
-      )
+    self._log = metrics.Log(
+      workdir,
+      step=-1 if restored is None else restored,
+      enabled=writes,
+      tensorboard=log.tensorboard,
+      wandb=log.wandb,
     )
-    self.profile = enter(metrics.Profile(workdir, *window, enabled=writes))
-    self._progress = enter(
-      metrics.Progress(steps, start=step, seconds=10, enabled=writes)
-    )
+    self.profile = metrics.Profile(workdir, *window, enabled=writes)
+    self._progress = metrics.Progress(steps, start=step, seconds=10, enabled=writes)
+    self.push(self._summarize)  # Runs last, after those that are closed here.
+    for part in (self._log, self.profile, self._progress):
+      self.enter_context(part)
     self.timer = metrics.Timer(
       tokens_per_step=tokens_per_step,
       flops_per_token=flops_per_token,
@@ -77,12 +75,9 @@ class Recorder:
     self._watchdog = watchdog.Watchdog(stability, rollbacks=rollbacks)
     self.say, self.sync = self._progress.say, self._log.sync
 
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(self, *exception) -> None:
-    self._open.__exit__(*exception)
-    if jax.process_index() == 0 and self.events.all and exception[:1] == (None,):
+  def _summarize(self, kind, *_) -> None:
+    """Prints the counts of bad steps at the end of a session without an error."""
+    if jax.process_index() == 0 and self.events.all and kind is None:
       summary = events.summary(self.events.report())
       print(f'unstable steps: {summary} ({events.NAME})', file=sys.stderr)
 

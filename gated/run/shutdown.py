@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Generator
-from typing import Any, NoReturn, Self
+from typing import NoReturn
 
 import jax
 from jax.experimental import multihost_utils
@@ -23,26 +23,28 @@ CODES: dict[type[Exception], int] = {
   workdir.TakenOver: exit_codes.TAKEN_OVER,
 }
 
-# All processes of a run meet these at the same place, so each can return by itself.
+# All processes of a run raise these at the same place, so each can return by itself.
 _COLLECTIVE = workdir.InUse, FloatingPointError
 # After these the workdir belongs to another run.
 _FOREIGN = exit_codes.REFUSED, exit_codes.TAKEN_OVER
 
 
-class Sigterm:
-  """`with Sigterm() as sigterm:` turns the signal into an answer of `sigterm.received`.
+class Sigterm(contextlib.ExitStack):
+  """`with Sigterm() as sigterm:` handles the signal: ask `sigterm.received`.
 
   Spot machines and schedulers announce a preemption by SIGTERM. In a run of several
-  processes a signal to one of them stops all of them at the same step: JAX's preemption
-  service carries it, from `processes.start` on. A second signal changes nothing.
+  processes, a signal to one of them stops all of them at the same step: JAX's preemption
+  service, started by `processes.start`, forwards it. A second signal has no effect.
   """
 
   def __init__(self):
+    super().__init__()
     self._received = False
-    self._previous: Any = None
+    if jax.process_count() == 1:
+      self.callback(self._restore, signal.signal(signal.SIGTERM, self._handle))
 
   def received(self, step: int) -> bool:
-    """Whether to stop after this step; every process asks after every step."""
+    """Whether to stop after this step; every process calls it after every step."""
     if jax.process_count() > 1:
       self._received |= multihost_utils.reached_preemption_sync_point(step)
     return self._received
@@ -50,22 +52,17 @@ class Sigterm:
   def _handle(self, *_) -> None:
     self._received = True
 
-  def __enter__(self) -> Self:
-    if jax.process_count() == 1:
-      self._previous = signal.signal(signal.SIGTERM, self._handle)
-    return self
-
-  def __exit__(self, *_) -> None:
+  def _restore(self, handler) -> None:
     # After a SIGTERM the process is stopping: a second one must not interrupt that.
-    if self._previous is not None and not self._received:
-      signal.signal(signal.SIGTERM, self._previous)
+    if not self._received:
+      signal.signal(signal.SIGTERM, handler)
 
 
 def exit_code(train: Callable[[], int], path: storage.Path, *, program: str) -> int:
   """Calls `train` -> the exit code of the process; writes WORKDIR/outcome.json.
 
-  An error with an exit code of its own is one line on standard error; any other is
-  recorded and raised. If other processes may wait for this one, it exits at once.
+  An error in CODES becomes one line on standard error; any other is recorded and raised.
+  If other processes may be waiting for this one, it exits at once.
   """
   try:
     code = train()
@@ -91,12 +88,12 @@ def exit_code(train: Callable[[], int], path: storage.Path, *, program: str) -> 
 
 @contextlib.contextmanager
 def without_peers(timeout: float) -> Generator[None]:
-  """Ends this process, in a run of several, after an error that others may not meet.
+  """In a run of several processes, exits after an error that the others may not have.
 
-  They would wait for it in a collective. A broken collective means that another process
-  is gone: JAX's runtime finds that out within `timeout` seconds, names the process and
-  aborts this one; if it does not, this one exits with LOST_PEER. After any other error
-  the exit code is FAILED, with the traceback on standard error.
+  They would wait for this process in a collective. A broken collective means that another
+  process is lost: JAX's runtime detects it within `timeout` seconds, names the process
+  and aborts this one; otherwise this one exits with LOST_PEER. After any other error the
+  exit code is FAILED, with the traceback on standard error.
   """
   try:
     yield

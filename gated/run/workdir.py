@@ -5,7 +5,6 @@ not exist during a session, nor after a session that was killed.
 """
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -47,13 +46,9 @@ MAY_CHANGE = (
 )
 
 LIMIT = provenance.MAX_BYTES  # The largest run.json, in bytes.
-STALE_AFTER = (
-  600.0  # Seconds without a beat after which the lock of another machine is stale.
-)
-SETTLE = {
-  False: 0.2,
-  True: 2.0,
-}  # Seconds before reading a new lock back: on a disk, in a store.
+# Seconds without a beat after which the lock of another machine is stale.
+STALE_AFTER = 600.0
+SETTLE, SETTLE_REMOTE = 0.2, 2.0  # Seconds before a new lock is read back.
 
 _log = logging.getLogger('gated')
 
@@ -101,13 +96,13 @@ def check(
   _check_writable(workdir)
   saves = workdir / 'checkpoints'
   with checkpoint.Reader(saves) as saved:
-    if restore_step:
-      step = saved.pick(restore_step, '--restore_step')
-    else:
-      try:
+    try:
+      if restore_step:
+        step = saved.pick(restore_step, '--restore_step')
+      else:
         step = saved.newest_good()
-      except ValueError as error:
-        raise ValueError(f'--workdir={workdir}: {error}') from error
+    except ValueError as error:
+      raise ValueError(f'--workdir={workdir}: {error}') from error
     steps = saved.steps()
     old = _owner(workdir) or (saved.about(step) if step is not None else None)
     if old is None:
@@ -135,8 +130,8 @@ def held(workdir: storage.Path) -> Generator[lock.Lock]:
 
   Raises InUse in all processes if another running process holds it.
   """
-  remote = storage.is_remote(workdir)
-  workdir_lock = lock.Lock(workdir, stale_after=STALE_AFTER, settle=SETTLE[remote])
+  settle = SETTLE_REMOTE if storage.is_remote(workdir) else SETTLE
+  workdir_lock = lock.Lock(workdir, stale_after=STALE_AFTER, settle=settle)
   fault = ''
   if jax.process_index() == 0:
     try:
@@ -209,7 +204,7 @@ def _owner(workdir: storage.Path) -> dict | None:
   """Reads run.json -> config, data and deterministic flag of the previous session."""
   path = workdir / 'run.json'
   try:
-    old = json.loads(storage.read(path, LIMIT))
+    old = storage.read_json(path, LIMIT)
     *_, last = {}, *old['sessions']
     return {
       'config': dict(old['config']),
@@ -218,7 +213,7 @@ def _owner(workdir: storage.Path) -> dict | None:
     }
   except FileNotFoundError:
     return None
-  except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+  except (ValueError, KeyError, TypeError, OSError) as error:
     raise ValueError(f'--workdir={workdir}: {path} is damaged: {error!r}') from error
 
 
@@ -233,6 +228,6 @@ def _check_writable(workdir: storage.Path) -> None:
 
 def split_step(path: str) -> tuple[str, str]:
   """'WORKDIR:STEP' -> ('WORKDIR', 'STEP'); STEP is digits, 'latest', 'best' or ''."""
-  match = re.fullmatch(r'(.*?)(?::(\d+|latest|best))?', path, re.S)
-  assert match  # The pattern matches any text.
-  return match[1], match[2] or ''
+  place, colon, step = path.rpartition(':')
+  is_step = colon and re.fullmatch(r'\d+|latest|best', step)
+  return (place, step) if is_step else (path, '')

@@ -387,7 +387,7 @@ def test_a_follower_reads_on_and_begins_anew_where_a_file_was_cut(tmp_path):
     file.write(b'{"step": 5, "ki')
   seen.look()
   assert seen.step == 4
-  metrics.truncate(tmp_path / 'metrics.jsonl', 2)
+  metrics.records.truncate(tmp_path / 'metrics.jsonl', 2)
   records(tmp_path, 3, loss='NaN')
   seen.look()
   assert (seen.step, seen.loss) == (3, 'NaN')

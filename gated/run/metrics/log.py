@@ -1,10 +1,11 @@
-"""metrics.jsonl and its views: TensorBoard, wandb, the live line.
+"""metrics.jsonl and its views: TensorBoard, wandb and the progress line.
 
-`metrics.jsonl` is the truth: one record a line, flushed as it is written; on an object
-store it waits a while (gated/metrics/records.py). A record of step s tells of the update
-that made state s, so a run restored at step s keeps the records up to and with s.
+Each line of `metrics.jsonl` is one record, flushed at once; in an object store it is
+delayed (gated/run/metrics/records.py). A record of step s describes the update that made
+state s, so a run restored at step s keeps the records up to and including s.
 """
 
+import contextlib
 import logging
 import math
 import secrets
@@ -12,21 +13,51 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
 import tqdm
 
-from gated import storage
+from gated import config, storage
 from gated.run.metrics import records
+
+# Metrics on the progress line.
+SHOWN = {
+  'loss': lambda x: f'loss {float(x):.4f}',
+  'lr': lambda x: f'lr {float(x):.2e}',
+  'tokens_per_second': lambda x: f'{tqdm.tqdm.format_sizeof(float(x))} tok/s',
+  'mfu': lambda x: f'mfu {float(x):.1%}',
+}
 
 _log = logging.getLogger('gated')
 
 
-class Log:
-  """`write` puts a record in metrics.jsonl and, where asked, TensorBoard and wandb.
+@dataclass(frozen=True, kw_only=True)
+class Config:
+  """What a run records of itself, and how often."""
 
-  Opened at `step`, the restored one (-1 for a run that starts), it drops what an earlier
-  session wrote past it. `wandb` is a project's name, '' for none. A process that is not
+  every: int
+  tensorboard: bool
+  wandb: str
+  profile_first: int
+  profile_last: int
+  indicators: int
+
+  def __post_init__(self):
+    config.at_least('config.log.every', self.every, 1)
+    config.at_least('config.log.indicators', self.indicators, 0)
+    if self.profile_first >= 0 and self.profile_last < self.profile_first:
+      first, last = self.profile_first, self.profile_last
+      raise ValueError(
+        f'config.log.profile_last={last} is before config.log.profile_first={first}'
+      )
+
+
+class Log(contextlib.ExitStack):
+  """Writes records to metrics.jsonl and, if enabled, to TensorBoard and wandb.
+
+  It starts at `step`, the restored one (-1 for a fresh run), and drops later records of
+  an earlier session. `wandb` is the name of a project, '' for none. A process that is not
   `enabled` writes nothing.
   """
 
@@ -39,6 +70,7 @@ class Log:
     tensorboard: bool,
     wandb: str,
   ):
+    super().__init__()
     self.path = storage.Path(workdir) / 'metrics.jsonl'
     self._sink = self._board = self._wandb = None
     if not enabled:
@@ -46,18 +78,21 @@ class Log:
     storage.make(self.path.parent)
     records.truncate(self.path, step)
     self._sink = records.sink(self.path)
+    self.callback(self._sink.close)
     if tensorboard and storage.is_remote(workdir):
-      _log.warning('TensorBoard needs a local workdir: there are no event files')
+      _log.warning('TensorBoard needs a local workdir: no event files are written')
     elif tensorboard:
       from tensorboardX import SummaryWriter
 
       folder = str(self.path.parent / 'tensorboard')
       self._board = SummaryWriter(folder, purge_step=step + 1, flush_secs=30)
+      self.callback(self._board.close)
     if wandb:
       self._wandb = _start_wandb(self.path.parent, project=wandb)
+      self.callback(self._wandb.finish)
 
   def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-    """Step, kind, name -> scalar: one record, also stamped with 'time'.
+    """Writes one record of a step: its kind, the time, and the scalars by name.
 
     Kinds are 'train', 'heldout' and 'indicators'; 'time' is in seconds since 1970.
     TensorBoard and wandb get the numbers as kind/name.
@@ -65,8 +100,7 @@ class Log:
     if self._sink is None:
       return
     stamp = {'step': int(step), 'kind': kind, 'time': time.time()}
-    clash = stamp.keys() & values.keys()
-    assert not clash, f'a record has its own {sorted(clash)}'
+    assert not stamp.keys() & values.keys(), f'reserved names in {sorted(values)}'
     record = stamp | records.plain(values)
     self._sink.write(records.line(record))
     numbers = {
@@ -81,46 +115,31 @@ class Log:
       self._wandb.log(numbers, step=step)
 
   def sync(self) -> None:
-    """Makes what was written safe: call it before a checkpoint is committed."""
+    """Flushes the records to the disk or store: call it before a checkpoint is saved."""
     if self._sink is not None:
       self._sink.sync()
 
-  def close(self) -> None:
-    """Closes the file and the views; a second call does nothing."""
-    if self._sink is not None:
-      self._sink.close()
-    if self._board is not None:
-      self._board.close()
-    if self._wandb is not None:
-      self._wandb.finish()
-    self._sink = self._board = self._wandb = None
 
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(self, *_) -> None:
-    self.close()
-
-
-class Progress:
-  """A live line on standard error: step/total, loss, rate, tokens/s, MFU, time left.
+class Progress(contextlib.ExitStack):
+  """A progress line on standard error: step, loss, rate, tokens/s, MFU, time left.
 
   On a terminal it is a tqdm bar; elsewhere a plain line every `seconds`, and at the end.
   """
 
   def __init__(self, total: int, *, start: int, seconds: float, enabled: bool):
+    super().__init__()
     self._total, self._start, self._seconds = total, start, seconds
     self._enabled = enabled
     self._begun = time.monotonic()
-    # The first record is told at once, so that a log shows that the run lives.
-    self._told = -math.inf
+    self._printed = -math.inf  # The first record is printed at once.
     self._bar = None
     if enabled and sys.stderr.isatty():
       form = '{n_fmt}/{total_fmt} |{bar:20}| {elapsed}<{remaining} {postfix}'
       self._bar = tqdm.tqdm(total=total, initial=start, bar_format=form)
+      self.callback(self._bar.close)
 
   def update(self, step: int, values: Mapping[str, Any]) -> None:
-    """Shows a record of metrics; of it the names in SHOWN, where they are there."""
+    """Shows the metrics of a step that are in SHOWN."""
     if not self._enabled:
       return
     text = '  '.join(show(values[k]) for k, show in SHOWN.items() if k in values)
@@ -129,39 +148,20 @@ class Progress:
       self._bar.update(step - self._bar.n)
       return
     now = time.monotonic()
-    if now - self._told >= self._seconds or step >= self._total:
-      self._told = now
+    if now - self._printed >= self._seconds or step >= self._total:
+      self._printed = now
       done, left = max(1, step - self._start), max(0, self._total - step)
       eta = tqdm.tqdm.format_interval((now - self._begun) / done * left)
       print(f'step {step}/{self._total}  {text}  eta {eta}', file=sys.stderr, flush=True)
 
   def say(self, text: str) -> None:
-    """Prints a line on standard error without tearing the bar."""
+    """Prints a line on standard error without breaking the bar."""
     if self._enabled:
       tqdm.tqdm.write(text, file=sys.stderr)
 
-  def close(self) -> None:
-    """Leaves the bar where it stands."""
-    if self._bar is not None:
-      self._bar.close()
-
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(self, *_) -> None:
-    self.close()
-
-
-SHOWN = {
-  'loss': lambda x: f'loss {float(x):.4f}',
-  'lr': lambda x: f'lr {float(x):.2e}',
-  'tokens_per_second': lambda x: f'{tqdm.tqdm.format_sizeof(float(x))} tok/s',
-  'mfu': lambda x: f'mfu {float(x):.1%}',
-}
-
 
 def check_wandb(project: str) -> None:
-  """Raises ValueError if metrics are to go to wandb and it is not installed."""
+  """Raises ValueError if a project is named and wandb is not installed."""
   if not project:
     return
   try:
@@ -177,7 +177,7 @@ def _start_wandb(workdir: storage.Path, *, project: str) -> Any:
   check_wandb(project)
   import wandb
 
-  # The run's id stays in the workdir, so that a resumed run goes on with its curve.
+  # The id is kept in the workdir, so that a resumed run continues its curve.
   note = workdir / 'wandb_id'
   if not storage.exists(note):
     storage.write(note, secrets.token_hex(4).encode())

@@ -1,13 +1,13 @@
-"""run.json: what a run is made of, and every session that worked on it.
+"""run.json: the recipe and the data of a run, and all of its sessions.
 
 `config` and `data` are those of the latest session. Each start adds one entry to
-`sessions`: when, from which step, which knobs differ from the session before ({knob:
-[before, now]}), the command, versions, devices and environment, whether the run was to be
-deterministic, and the code's commit.
+`sessions`: its time, the restored step, the knobs changed since the session before
+({knob: [before, now]}), the command, versions, devices and environment, the flag
+`--deterministic`, and the code's commit.
 """
 
+import contextlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -37,12 +37,12 @@ PACKAGES = (
   'numpy',
 )
 
-# What steers the compiler and the collectives, and so can change numbers; NPROC is how
-# many threads XLA has on CPUs.
+# Variables that can change numbers, through the compiler or the collectives; NPROC sets
+# the number of XLA's threads on CPUs.
 ENVIRONMENT = ('XLA_', 'LIBTPU_', 'JAX_', 'NCCL_', 'NPROC')
 
-MAX_BYTES = 1 << 26  # Of a run.json.
-# Names of what must not be told. A flag's are whole words: a tokenizer is no token.
+MAX_BYTES = 1 << 26  # The largest run.json.
+# Names of secrets. In a flag they are whole words: --tokenizer is not secret.
 HIDDEN = re.compile('KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL', re.IGNORECASE)
 HIDDEN_FLAG = re.compile(
   r'(key|token|(secret|passw(or)?d|credential)s?)(?![a-z0-9])', re.IGNORECASE
@@ -61,22 +61,21 @@ def manifest(
 ) -> dict:
   """Resolved config, data fingerprint, the step restored (None: fresh) -> run.json.
 
-  A run.json that is there keeps its sessions. Call it on process 0 alone.
+  An existing run.json keeps its sessions. Call it only on process 0.
   """
-  sessions = []
-  if storage.exists(path):
-    sessions = json.loads(storage.read(path, MAX_BYTES))['sessions']
-  entry = {
-    'restored_step': -1 if restored is None else restored,
-    'changed': changed,
-  } | session()
-  run = {'config': config, 'data': data, 'sessions': [*sessions, entry]}
+  old = storage.read_json(path, MAX_BYTES) if storage.exists(path) else {'sessions': []}
+  entry = {'restored_step': -1 if restored is None else restored, 'changed': changed}
+  run = {
+    'config': config,
+    'data': data,
+    'sessions': [*old['sessions'], entry | session()],
+  }
   storage.write_json(path, plain(run))
   return run
 
 
 def session() -> dict:
-  """-> this process's time, command, code, versions, devices and compiler flags."""
+  """-> the time, command, code, versions, devices and environment of this process."""
   devices = jax.devices()
   return {
     'time': datetime.now(UTC).isoformat(timespec='seconds'),
@@ -95,45 +94,43 @@ def session() -> dict:
 
 
 def environment(every: Mapping[str, str]) -> dict[str, str]:
-  """Environment -> what steers the numbers; what may be a credential is left out."""
-  told = {k: v for k, v in every.items() if k.startswith(ENVIRONMENT)}
-  return {k: _without_login(v) for k, v in told.items() if not HIDDEN.search(k)}
+  """Environment -> the variables that can change numbers, without credentials."""
+  shown = lambda name: name.startswith(ENVIRONMENT) and not HIDDEN.search(name)
+  return {name: _without_login(every[name]) for name in every if shown(name)}
 
 
 def command(argv: Sequence[str]) -> list[str]:
-  """Command line -> the same, with *** for what its flags' names or a login give away."""
-  told, mask_next = [], False
+  """Command line -> the same, with *** for values of secret flags and for logins."""
+  words, mask_next = [], False
   for word in argv:
     name, equals, _ = word.partition('=')
     hidden = bool(HIDDEN_FLAG.search(name))
     if mask_next and not word.startswith('-'):
-      told.append(MASK)
+      words.append(MASK)
     else:
-      told.append(name + equals + MASK if hidden and equals else _without_login(word))
+      words.append(name + equals + MASK if hidden and equals else _without_login(word))
     mask_next = hidden and not equals and word.startswith('-')
-  return told
+  return words
 
 
 def _without_login(text: str) -> str:
-  """Text -> the same, with *** for the user and the password of a URL."""
+  """Text -> the same, with *** for the user and the password in a URL."""
   return LOGIN.sub(rf'\1{MASK}@', text)
 
 
 def versions() -> dict[str, str | None]:
-  """-> package -> its installed version; None where it is not."""
+  """-> {package: its installed version}; None if it is not installed."""
   found: dict[str, str | None] = dict.fromkeys(PACKAGES)
   for package in PACKAGES:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       found[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-      continue
   return found
 
 
 def git(checkout: Path) -> dict | None:
   """Folder -> its commit, and whether tracked files differ from it.
 
-  None without git, or where the folder is not the top of a checkout of its own.
+  None without git, or if the folder is not the root of a checkout.
   """
 
   def ask(*words: str) -> str:

@@ -1,12 +1,12 @@
 """Records: one JSON object a line, in a file, or in an object store in parts.
 
-JSON has no NaN, so the three values that it lacks are the strings 'NaN', 'Infinity' and
-'-Infinity', which `read` turns back into floats. Floats are written by `repr`, so that
-they come back to the last bit.
+JSON lacks NaN and the infinities: they are the strings 'NaN', 'Infinity' and '-Infinity',
+which `read` turns back into floats. Floats are written by `repr` and lose no bit.
 
-A store cannot append. There, the records of metrics.jsonl lie in metrics.jsonl.parts/ in
-objects of a thousand or so, of which the last is written again as it grows. A file comes
-before the parts beside it: so a workdir may be copied from a disk to a store, and back.
+An object store cannot append. There, the records of metrics.jsonl lie in the folder
+metrics.jsonl.parts/, in objects of about a thousand, of which the last is rewritten as it
+grows. If both exist, the file comes before the parts, so that a workdir can be copied
+from a disk to a store and back.
 """
 
 import json
@@ -25,20 +25,20 @@ import numpy as np
 from gated import storage
 
 ABSENT = {'NaN': math.nan, 'Infinity': math.inf, '-Infinity': -math.inf}
-LARGEST = 1 << 32  # Bytes of a file of records that are read at most.
-END = 1 << 20  # Bytes that hold the last record of a file, with room to spare.
-PART = 1000  # Records in a part, about: then the next begins.
-SECONDS = 30.0  # That a record waits at most to be put into a store.
+LARGEST = 1 << 32  # The most bytes of a file of records.
+END = 1 << 20  # More bytes than the last record of a file has.
+PART = 1000  # About the number of records in a part.
+SECONDS = 30.0  # The most seconds before a record is written to a store.
 
 _log = logging.getLogger('gated')
 
 
 class Damaged(ValueError):
-  """A file of records that no run wrote so; names it, and the line."""
+  """A damaged file of records; names the file and the line."""
 
 
 def plain(value: Any) -> Any:
-  """Tree of Python, numpy and JAX values -> the same tree in what JSON can hold."""
+  """Tree of Python, numpy and JAX values -> the same tree in the types of JSON."""
   if isinstance(value, Mapping):
     return {str(k): plain(v) for k, v in value.items()}
   if isinstance(value, (list, tuple)):
@@ -46,7 +46,7 @@ def plain(value: Any) -> Any:
   if isinstance(value, jax.Array):
     value = jax.device_get(value)
   if isinstance(value, (np.ndarray, np.generic)):
-    # A bf16 scalar has no Python twin; float64 holds every bit of it.
+    # Python has no bf16 scalar; float64 holds every bit of it.
     exact = value.dtype.kind in 'biuf' or value.dtype.kind == 'U'
     return plain((value if exact else value.astype(np.float64)).tolist())
   if isinstance(value, float) and not math.isfinite(value):
@@ -57,7 +57,7 @@ def plain(value: Any) -> Any:
 
 
 def dumps(value: Any, *, indent: int | None) -> str:
-  """Tree -> JSON that every parser takes and that loses no bit of a float."""
+  """Tree -> strict JSON that loses no bit of a float."""
   return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
@@ -67,20 +67,20 @@ def line(record: Mapping[str, Any]) -> bytes:
 
 
 def exists(path: storage.PathLike) -> bool:
-  """Whether there is a metrics.jsonl, whole or in parts."""
+  """Whether a metrics.jsonl exists, as a file or in parts."""
   return bool(_pieces(path))
 
 
 def read(path: storage.PathLike) -> list[dict]:
-  """metrics.jsonl -> its records; a last line torn by a kill is left out."""
+  """metrics.jsonl -> its records; without a last line that a kill cut off."""
   pieces = _pieces(path)
   if not pieces:
-    raise FileNotFoundError(f'{os.fspath(path)} is not there')
+    raise FileNotFoundError(f'{os.fspath(path)} does not exist')
   return [_decode(text, piece) for piece in pieces for text in _lines(_read(piece))]
 
 
 def last_step(path: storage.PathLike) -> int:
-  """metrics.jsonl -> the last step that it tells of; 0 for none. Reads its end alone."""
+  """metrics.jsonl -> the step of its last record; 0 for none. Reads only the end."""
   for piece in reversed(_pieces(path)):
     content = _read(piece) if storage.is_remote(piece) else _end(piece)
     if lines := _lines(content):
@@ -89,9 +89,9 @@ def last_step(path: storage.PathLike) -> int:
 
 
 def truncate(path: storage.PathLike, step: int) -> int:
-  """Drops every record past `step`, and a torn last line -> how many bytes went.
+  """Drops every record after `step` and a cut-off last line -> the bytes dropped.
 
-  `step` -1 empties the file; a file that is not there is as good as empty.
+  `step` -1 empties the file; a missing file counts as empty.
   """
   dropped = 0
   for piece in _pieces(path):
@@ -107,83 +107,69 @@ def truncate(path: storage.PathLike, step: int) -> int:
 
 
 def append(path: storage.PathLike, record: Mapping[str, Any]) -> None:
-  """Adds a record to a file that has few, such as spikes.jsonl; it is safe on return.
+  """Adds a record to a small file, such as spikes.jsonl, which is rewritten atomically.
 
-  In a store the whole file is written again. A last line torn by a kill goes.
+  A last line that a kill cut off is dropped.
   """
   content = _read(path) if storage.exists(path) else b''
-  whole = b''.join(_lines(content))
-  if storage.is_remote(path) or whole != content:
-    storage.write(path, whole + line(record))
-    return
-  storage.make(os.path.dirname(path) or '.')
-  file = File(path)
-  file.write(line(record))
-  file.sync()
-  file.close()
+  storage.write(path, b''.join(_lines(content)) + line(record))
 
 
 class File:
-  """Lines at the end of a local file, flushed as they are written."""
+  """Appends lines to a local file, each flushed at once."""
 
   def __init__(self, path: storage.PathLike):
     _merge(path)
-    # Without a buffer: what a full disk did not take would be tried again by close.
+    # Without a buffer: `close` would try again to write what a full disk rejected.
     self._file = open(path, 'ab', buffering=0)  # noqa: SIM115
+    self.close = self._file.close
 
   def write(self, text: bytes) -> None:
     while text:
       text = text[self._file.write(text) :]
 
   def sync(self) -> None:
-    """Forces what was written to the disk."""
+    """Forces the lines to the disk."""
     os.fsync(self._file.fileno())
-
-  def close(self) -> None:
-    self._file.close()
 
 
 class Parts:
-  """Lines in a store: kept in memory, and put there every SECONDS, and at `sync`.
+  """Keeps lines in memory, and writes them to a store every SECONDS and at `sync`.
 
-  A store that does not answer ends no run: the lines wait for the next time, but `sync`
-  and `close` raise OSError.
+  If the store fails, the lines wait for the next time; `sync` and `close` raise OSError.
+  The loop writes while a thread sends, so each uses `_lines` in single atomic operations.
   """
 
   def __init__(self, path: storage.PathLike):
     self._folder = _parts(path)
     heads = [name.partition('-')[0] for name in storage.names(self._folder)]
     self._number = max((int(n) for n in heads if n.isdecimal()), default=0)
-    # Two writers, which should not be, would not overwrite each other.
+    # Even two writers, which should not happen, would not overwrite each other.
     self._session = secrets.token_hex(4)
-    self._lines: list[bytes] = []  # Of the part that grows.
-    self._sent = 0  # So many of them are in the store.
-    self._guard, self._sending = threading.Lock(), threading.Lock()
+    self._lines: list[bytes] = []  # The lines of the growing part.
+    self._sent = 0  # The number of them in the store.
+    self._sending = threading.Lock()
     self._wake, self._ended = threading.Event(), False
     self._thread = threading.Thread(target=self._keep, name='records', daemon=True)
     self._thread.start()
 
   def write(self, text: bytes) -> None:
-    with self._guard:
-      self._lines.append(text)
-      due = len(self._lines) - self._sent >= PART
-    if due:
+    self._lines.append(text)
+    if len(self._lines) - self._sent >= PART:
       self._wake.set()
 
   def sync(self) -> None:
-    """Puts what was written into the store."""
+    """Writes the lines to the store."""
     with self._sending:
-      with self._guard:
-        lines = list(self._lines)
+      lines = list(self._lines)
       if len(lines) == self._sent:
         return
       name = f'{self._number + 1:08d}-{self._session}.jsonl'
       storage.write(self._folder / name, b''.join(lines))
-      with self._guard:
-        self._sent = len(lines)
-        if len(lines) >= PART:
-          self._number, self._lines = self._number + 1, self._lines[len(lines) :]
-          self._sent = 0
+      self._sent = len(lines)
+      if self._sent >= PART:
+        del self._lines[: self._sent]
+        self._number, self._sent = self._number + 1, 0
 
   def close(self) -> None:
     self._ended = True
@@ -192,7 +178,7 @@ class Parts:
     self.sync()
 
   def _keep(self) -> None:
-    silent = False
+    failing = False
     while True:
       self._wake.wait(SECONDS)
       self._wake.clear()
@@ -200,15 +186,15 @@ class Parts:
         return
       try:
         self.sync()
-        silent = False
+        failing = False
       except OSError as error:
-        if not silent:
+        if not failing:
           _log.warning('%s will be written later: %s', self._folder, error)
-        silent = True
+        failing = True
 
 
 def sink(path: storage.PathLike) -> File | Parts:
-  """metrics.jsonl -> what adds lines to it."""
+  """metrics.jsonl -> an object that appends lines to it."""
   return Parts(path) if storage.is_remote(path) else File(path)
 
 
@@ -217,14 +203,14 @@ def _parts(path: storage.PathLike) -> storage.Path:
 
 
 def _pieces(path: storage.PathLike) -> list[storage.Path]:
-  """What holds the records of `path`, in their order."""
+  """The files that hold the records of `path`, in order."""
   names = [name for name in storage.names(_parts(path)) if name.endswith('.jsonl')]
   whole = [storage.Path(path)] if storage.exists(path) else []
   return whole + [_parts(path) / name for name in names]
 
 
 def _merge(path: storage.PathLike) -> None:
-  """Parts that were copied from a store -> one file."""
+  """Joins parts that were copied from a store into one file."""
   if storage.exists(_parts(path)):
     storage.write(path, b''.join(b''.join(_lines(_read(p))) for p in _pieces(path)))
     storage.remove(_parts(path))
@@ -235,7 +221,7 @@ def _read(piece: storage.PathLike) -> bytes:
 
 
 def _end(piece: storage.PathLike) -> bytes:
-  """The last END bytes of a local file, and of what they begin with only whole lines."""
+  """The last END bytes of a local file, without the line that they begin in."""
   with open(piece, 'rb') as file:
     begins = max(0, os.path.getsize(piece) - END)
     file.seek(begins)
@@ -244,21 +230,18 @@ def _end(piece: storage.PathLike) -> bytes:
 
 
 def _lines(content: bytes) -> list[bytes]:
-  """Lines that end in a newline: what follows the last one was torn by a kill."""
+  """The complete lines; a kill may have cut off the last one."""
   return [text for text in content.splitlines(True) if text.endswith(b'\n')]
 
 
 def _decode(text: bytes, piece: storage.PathLike) -> dict:
-  """A line of a file -> its record, which has a step at least."""
-
-  def number(value: Any) -> Any:
-    return ABSENT[value] if isinstance(value, str) and value in ABSENT else value
-
+  """A line of a file -> its record; Damaged unless it has a step."""
+  number = lambda value: ABSENT.get(value, value) if isinstance(value, str) else value
   try:
     record = {name: number(value) for name, value in json.loads(text).items()}
     if type(record['step']) is not int:
       raise TypeError(f'step={record["step"]!r}')
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-    line = f'{os.fspath(piece)}: the line {text[:60]!r} is damaged ({error!r})'
-    raise Damaged(f'{line[:400]}; mend or remove it') from error
+    fault = f'{os.fspath(piece)}: the line {text[:60]!r} is damaged ({error!r})'
+    raise Damaged(f'{fault[:400]}; repair or remove it') from error
   return record

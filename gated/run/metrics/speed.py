@@ -1,9 +1,9 @@
-"""How fast a run is: step time, tokens/s, MFU, device memory, a profiler window."""
+"""The speed of a run: step time, tokens/s, MFU, device memory, and a profiler window."""
 
 import contextlib
 import time
 from collections.abc import Generator
-from typing import Any, Self
+from typing import Any
 
 import jax
 
@@ -12,9 +12,9 @@ from gated.devices import chips
 
 
 def peak(device: jax.Device) -> float | None:
-  """Device -> its peak in dense bf16 FLOP/s; None for a CPU, or where no one knows it.
+  """Device -> its peak in dense bf16 FLOP/s; None for a CPU or an unknown chip.
 
-  MFU is told against bf16 whatever the dtype.
+  MFU refers to bf16 whatever the dtype.
   """
   chip = chips.of(device.device_kind)
   return None if chip is None or chip.name == 'cpu' else chip.flops
@@ -23,8 +23,8 @@ def peak(device: jax.Device) -> float | None:
 class Timer:
   """Wall time of steps -> tokens/s, model FLOP/s and MFU.
 
-  MFU = flops_per_token * tokens/s / (peak * devices): only what the model's arithmetic
-  needs, forward and backward, no recomputation; `flops_per_token` comes from the model,
+  MFU = flops_per_token * tokens/s / (peak * devices): only the model's arithmetic,
+  forward and backward, without recomputation; `flops_per_token` comes from the model,
   which counts causal attention half. Without a known `peak` (None) there is no MFU.
   """
 
@@ -42,21 +42,18 @@ class Timer:
     self._clear()
 
   def tick(self) -> None:
-    """Marks that one more step is known to have ended.
-
-    The first only starts the clock: what lies before it holds the compilation.
-    """
+    """Marks the end of a step; the first call, after the compilation, starts the clock."""
     now = time.perf_counter()
-    if self._mark is not None:
+    if self._mark is None:
+      self._clear()
+    else:
       self._steps += 1
       self._seconds += now - self._mark
-    else:
-      self._clear()
     self._mark = now
 
   @contextlib.contextmanager
-  def data(self) -> Generator[None, None, None]:
-    """Counts the time inside as a wait for data, which is part of the step."""
+  def data(self) -> Generator[None]:
+    """Counts the time inside as waiting for data, which is part of the step."""
     start = time.perf_counter()
     try:
       yield
@@ -64,8 +61,8 @@ class Timer:
       self._waited += time.perf_counter() - start
 
   @contextlib.contextmanager
-  def pause(self) -> Generator[None, None, None]:
-    """Takes the time inside (an evaluation, a blocking save) out of the step."""
+  def pause(self) -> Generator[None]:
+    """Excludes the time inside (an evaluation, a blocking save) from the step."""
     start = time.perf_counter()
     try:
       yield
@@ -74,7 +71,7 @@ class Timer:
         self._mark += time.perf_counter() - start
 
   def read(self) -> dict[str, float]:
-    """-> means over the steps since the last read; {} where none has ended.
+    """-> means over the steps since the last read; {} if none has ended.
 
     step_seconds, data_seconds, tokens_per_second, flops_per_second and, over all
     devices, mfu.
@@ -101,76 +98,58 @@ class Timer:
 def memory() -> dict[str, int]:
   """-> bytes in use and their peak, on the fullest of this process's devices.
 
-  {} where the platform does not tell (a CPU).
+  {} if the platform does not report them (a CPU).
   """
-  stats = [device.memory_stats() for device in jax.local_devices()]
-  known = [s for s in stats if s]
-  if not known:
-    return {}
-  return {
-    'memory_bytes': max(s['bytes_in_use'] for s in known),
-    'memory_peak_bytes': max(s['peak_bytes_in_use'] for s in known),
-  }
+  stats = [s for device in jax.local_devices() if (s := device.memory_stats())]
+  names = {'memory_bytes': 'bytes_in_use', 'memory_peak_bytes': 'peak_bytes_in_use'}
+  return {name: max(s[key] for s in stats) for name, key in names.items() if stats}
 
 
 def check_remote(workdir: storage.PathLike, *, profile_first: int) -> None:
-  """ValueError if steps are to be traced and the workdir lies in an object store."""
+  """Raises ValueError if steps are to be traced into an object store."""
   if profile_first >= 0 and storage.is_remote(workdir):
     raise ValueError(
       f'config.log.profile_first={profile_first}, but traces need a local --workdir, and '
-      f'{workdir} is none: let it be -1'
+      f'{workdir} is not local: set it to -1'
     )
 
 
-class Profile:
+class Profile(contextlib.ExitStack):
   """Traces steps `first` to `last` into WORKDIR/profile, for XProf or Perfetto.
 
-  Off when `first` is negative or the process is not `enabled`. A run that resumes inside
-  the window traces the rest of it; one that ends inside leaves what it has.
+  Off if `first` is negative or the process is not `enabled`. A run that starts inside the
+  window traces the rest of it; a run that ends inside it keeps the trace so far.
   """
 
   def __init__(self, workdir: storage.PathLike, first: int, last: int, *, enabled: bool):
-    if first >= 0 and last < first:
-      raise ValueError(f'the profiler window {first} to {last} ends before it starts')
-    check_remote(workdir, profile_first=first)
+    super().__init__()
     self._folder = str(storage.Path(workdir) / 'profile')
-    self._first, self._last = first, last
-    self._wanted = enabled and first >= 0
+    self._window = range(first, last + 1) if enabled and first >= 0 else range(0)
     self._tracing = False
-    self._step: Any = None
+    self._step = contextlib.ExitStack()
 
   def before(self, step: int) -> None:
-    """Call as a step is about to be dispatched."""
-    if self._wanted and self._first <= step <= self._last:
-      if not self._tracing:
-        jax.profiler.start_trace(self._folder)
-        self._tracing = True
-      self._step = jax.profiler.StepTraceAnnotation('train', step_num=step)
-      self._step.__enter__()
+    """Call it before a step is dispatched."""
+    if step not in self._window:
+      return
+    if not self._tracing:
+      jax.profiler.start_trace(self._folder)
+      self._tracing = True
+      self.callback(self._stop)
+    annotation: Any = jax.profiler.StepTraceAnnotation('train', step_num=step)
+    self._step.enter_context(annotation)
 
   def after(self, step: int, result: Any) -> None:
-    """Call with what the step returned: the last one is waited for, then written."""
-    if self._tracing:
-      if step >= self._last:
-        jax.block_until_ready(result)
-        self.close()
-      else:
-        self._leave_step()
+    """Call it with the result of the step; the last step is awaited and written."""
+    if not self._tracing:
+      return
+    if step + 1 in self._window:
+      self._step.close()
+    else:
+      jax.block_until_ready(result)
+      self.close()
 
-  def close(self) -> None:
-    """Ends the trace, if one runs."""
-    if self._tracing:
-      self._leave_step()
-      jax.profiler.stop_trace()
-      self._tracing = self._wanted = False
-
-  def _leave_step(self) -> None:
-    if self._step is not None:
-      self._step.__exit__(None, None, None)
-      self._step = None
-
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(self, *_) -> None:
-    self.close()
+  def _stop(self) -> None:
+    self._step.close()
+    jax.profiler.stop_trace()
+    self._tracing = False
