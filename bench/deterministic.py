@@ -1,17 +1,15 @@
-"""Runs of train.py, twice as they are and twice with --deterministic: are bits equal?
+"""Compares runs of train.py with and without --deterministic: bits, and tokens a second.
 
   python bench/deterministic.py [--steps=40 --scale=proxy] [--config.x=y ...]
   python bench/deterministic.py --config=configs/table2.py:28l_4e-3_baseline,scale=proxy
 
 Without a recipe: a dense model with an elementwise gate, and a small mixture of experts
-(--scale=test for CPUs). Each run is a process of its own and compiles anew, so that what
-is chosen while compiling is chosen again. What follows the options goes to every run.
-Prints whether losses and final parameters are equal to the last bit, and tokens a second
-with the flag and without: it may be the faster way. Exit code 1 if runs with it differ,
-or one fails.
+(--scale=test for CPUs). Each recipe runs twice with the flag and twice without it. Each
+run is a process of its own and compiles anew, which repeats the choices of the compiler.
+Unknown options are passed to every run. Prints whether losses and final parameters are
+bitwise equal. Exit code 1 if runs with the flag differ, or a run fails.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -23,6 +21,7 @@ import time
 from pathlib import Path
 
 import jax
+import timing
 
 from gated.devices import trees
 from gated.run import checkpoint, metrics
@@ -30,117 +29,99 @@ from gated.run import checkpoint, metrics
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {'JAX_ENABLE_COMPILATION_CACHE': 'false'}
 
-RECIPES = {
-  'dense': 'configs/dense_1b7.py:28l,gate=elementwise,scale={scale}',
-  'experts': 'configs/moe_15b.py:gate=headwise,scale={scale}',
-}
+RECIPES = (
+  'configs/dense_1b7.py:28l,gate=elementwise,scale={scale}',
+  'configs/moe_15b.py:gate=headwise,scale={scale}',
+)
 # Less to compile, more to compute.
 SCALES = {
-  'test': {'model.layers': 'scan'},
-  'proxy': {'model.layers': 'scan', 'model.depth': 8, 'batch': 32},
+  'test': ['--config.model.layers=scan'],
+  'proxy': ['--config.model.layers=scan', '--config.model.depth=8', '--config.batch=32'],
 }
+METHODS = {'default': [], '--deterministic': ['--deterministic']}
 REPEATS = 2
 
 
-def knobs(steps):
-  """-> the command-line flags that all runs share."""
-  found = {
-    'steps': steps,
-    'eval.every': steps,
-    'eval.rows': 8,
-    'checkpoint.every': steps,
-    'log.indicators': 0,
-    'log.tensorboard': False,
-    'optim.schedule': 'constant',
-  }
-  return written(found)
-
-
-def written(knobs):
+def flags(steps):
+  """The flags that all runs share."""
+  knobs = dict.fromkeys(('steps', 'eval.every', 'checkpoint.every'), steps)
+  knobs |= {'eval.rows': 8, 'log.indicators': 0, 'log.tensorboard': False}
+  knobs |= {'optim.schedule': 'constant'}
   return [f'--config.{knob}={value}' for knob, value in knobs.items()]
 
 
 def train(recipe, flags, workdir):
-  """-> what a run left: losses, its parameters' digest, tokens/s; or how it failed."""
+  """Trains -> the losses, the digest of the parameters, tokens/s; RuntimeError."""
   command = [sys.executable, 'train.py', f'--config={recipe}', *flags]
   command.append(f'--workdir={workdir}')
   begun = time.perf_counter()
-  run = dict(cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-  done = subprocess.run(command, **run)
-  if done.returncode:
-    told = done.stderr.strip().splitlines() or ['nothing was said']
-    return f'failed, exit code {done.returncode}: ' + ' / '.join(told[-3:])[-500:]
-  records = metrics.read(workdir / 'metrics.jsonl')
-  trained = [r for r in records if r['kind'] == 'train']
+  run = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+  if run.returncode:
+    message = ' / '.join(run.stderr.strip().splitlines()[-3:])[-500:]
+    raise RuntimeError(f'exit code {run.returncode}: {message}')
+  records = [r for r in metrics.read(workdir / 'metrics.jsonl') if r['kind'] == 'train']
   with checkpoint.Reader(workdir / 'checkpoints') as saved:
     step = saved.latest()
     item = {'model': saved.shapes(step)['model']}
     digest = trees.digest(saved.read(step, item))
-  rates = [r['tokens_per_second'] for r in trained[len(trained) // 2 :]]
-  session = json.loads((workdir / 'run.json').read_text())['sessions'][-1]
+  rates = [r['tokens_per_second'] for r in records[len(records) // 2 :]]
   return dict(
-    losses=[r['loss'] for r in trained],
+    losses=[r['loss'] for r in records],
     digest=digest,
     rate=statistics.median(rates),
     seconds=time.perf_counter() - begun,
-    session=session,
+    session=json.loads((workdir / 'run.json').read_text())['sessions'][-1],
   )
 
 
-def alike(runs):
-  """Runs of one command -> (whether they are one to the last bit, what is to be said)."""
-  steps = list(zip(*(run['losses'] for run in runs)))
-  off = [max(losses) - min(losses) for losses in steps]
-  first = next((i for i, difference in enumerate(off, 1) if difference), None)
-  losses = 'equal' if first is None else f'differ from step {first}, by {max(off):.1e}'
+def compare(runs):
+  """Runs of one command -> (whether they are bitwise equal, a description)."""
+  spreads = [max(losses) - min(losses) for losses in zip(*(r['losses'] for r in runs))]
+  first = next((step for step, spread in enumerate(spreads, 1) if spread), None)
+  losses = f'differ from step {first}, by {max(spreads):.1e}' if first else 'equal'
   same = len({run['digest'] for run in runs}) == 1
   parameters = 'equal' if same else 'differ'
-  return same and first is None, f'losses {losses:30} parameters {parameters:8}'
+  return same and not first, f'losses {losses:30} parameters {parameters:8}'
 
 
-def compare(name, recipe, flags, folder):
-  """Runs a recipe with the flag and without, by turns -> whether the flag holds."""
-  ways, runs = {'as it is': [], '--deterministic': ['--deterministic']}, {}
-  for turn, (way, flag) in itertools.product(range(REPEATS), ways.items()):
-    workdir = folder / f'{name}-{way.strip("-").replace(" ", "_")}-{turn}'
-    found = train(recipe, [*flags, *flag], workdir)
-    if isinstance(found, str):
-      print(f'{name:8} {way:16} {found}', flush=True)
+def measure(recipe, flags, folder):
+  """Runs a recipe with each method in turn -> whether runs with the flag are equal."""
+  runs = {method: [] for method in METHODS}
+  for turn, (method, flag) in itertools.product(range(REPEATS), METHODS.items()):
+    workdir = Path(folder, f'{method}-{turn}')
+    try:
+      runs[method].append(train(recipe, [*flags, *flag], workdir))
+    except RuntimeError as error:
+      print(f'{recipe}: {method} failed with {error}', flush=True)
       return False
-    runs.setdefault(way, []).append(found)
-  first = runs['as it is'][0]
-  session = first['session']
-  print(f'{name}: {recipe}, {session["device_kind"]}, jax {session["versions"]["jax"]}, '
-        f'{len(first["losses"])} steps, loss {first["losses"][-1]:.4f}')  # fmt: skip
-  plain = statistics.mean(run['rate'] for run in runs['as it is'])
-  for way, those in runs.items():
-    holds, told = alike(those)
-    rate = statistics.mean(run['rate'] for run in those)
-    seconds = ', '.join(f'{run["seconds"]:.0f}' for run in those)
-    print(f'{name:8} {way:16} {told} {rate:12,.0f} tokens/s ({rate / plain:5.1%})  '
+  first = runs['default'][0]
+  session, losses = first['session'], first['losses']
+  print(f'{recipe}, {session["device_kind"]}, jax {session["versions"]["jax"]}, '
+        f'{len(losses)} steps, loss {losses[-1]:.4f}')  # fmt: skip
+  rates = {m: statistics.mean(run['rate'] for run in runs[m]) for m in METHODS}
+  for method, rate in rates.items():
+    equal, description = compare(runs[method])
+    seconds = ', '.join(f'{run["seconds"]:.0f}' for run in runs[method])
+    share = rate / rates['default']
+    print(f'{method:16} {description} {rate:12,.0f} tokens/s ({share:5.1%})  '
           f'runs of {seconds} s', flush=True)  # fmt: skip
-  return holds
+  return equal  # Of the last method, --deterministic.
 
 
 def main():
-  parser = argparse.ArgumentParser(
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = timing.options(__doc__, steps=40)
+  parser.allow_abbrev = False
   parser.add_argument('--config', action='append', help='a recipe; may be repeated')
-  parser.add_argument('--steps', type=int, default=40)
   parser.add_argument('--scale', choices=SCALES, default='proxy')
-  a, a.more = parser.parse_known_args()
-  specs = {name: spec.format(scale=a.scale) for name, spec in RECIPES.items()}
-  flags = knobs(a.steps) + written(SCALES[a.scale])
-  if a.config:
-    specs, flags = {f'recipe{i}': spec for i, spec in enumerate(a.config)}, knobs(a.steps)
-  jax.config.update('jax_platforms', 'cpu')  # Here; the device is for the runs.
-  with tempfile.TemporaryDirectory() as folder:
-    run = lambda item: compare(*item, [*flags, *a.more], Path(folder))
-    held = [run(item) for item in specs.items()]
-  return 0 if all(held) else 1
+  a, more = parser.parse_known_args()
+  recipes = a.config or [recipe.format(scale=a.scale) for recipe in RECIPES]
+  shared = [*flags(a.steps), *([] if a.config else SCALES[a.scale]), *more]
+  jax.config.update('jax_platforms', 'cpu')  # The runs need the device.
+  equal = []
+  for recipe in recipes:
+    with tempfile.TemporaryDirectory() as folder:
+      equal.append(measure(recipe, shared, folder))
+  return int(not all(equal))
 
 
 if __name__ == '__main__':

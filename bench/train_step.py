@@ -1,22 +1,25 @@
-"""Optimizer steps of a recipe on this machine: tokens/s, MFU, memory, a line a variant.
+"""Optimizer steps of a recipe on this machine: tokens/s, MFU and memory of each variant.
 
   python bench/train_step.py configs/dense_1b7.py:28l batch=8
   python bench/train_step.py configs/dense_1b7.py:28l batch=8 -- gate=headwise
 
-Each group of overrides after `--` is a variant; `gate=NAME` picks one of base.GATES.
+Each group of overrides after `--` is a variant; `gate=NAME` selects one of base.GATES.
 Tokens are random, in packed rows of 8 documents; the time is the median step.
 """
 
 import ast
-import dataclasses
 import gc
-import importlib.util
+import importlib
+import itertools
+import math
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
+import timing
 
 from configs import base
 from gated import config, data
@@ -24,24 +27,27 @@ from gated.devices import mesh
 from gated.plan import Config, Plan
 from gated.run import metrics
 
+STEPS = 10
+
 
 def recipe(spec, overrides):
-  path, _, argument = spec.partition(':')
-  found = importlib.util.spec_from_file_location('recipe', path)
-  module = importlib.util.module_from_spec(found)
-  found.loader.exec_module(module)
-  c = module.get_config(argument)
+  """FILE:ARGUMENT and KNOB=VALUE texts -> the config."""
+  file, _, argument = spec.partition(':')
+  c = importlib.import_module(f'configs.{Path(file).stem}').get_config(argument)
   for text in overrides:
     knob, _, value = text.partition('=')
     if knob == 'gate':
       c.model.attn.gate.update(base.GATES[value])
-      continue
-    *path, last = knob.split('.')
-    group = c
-    for part in path:
-      group = group[part]
-    group[last] = value if isinstance(group[last], str) else ast.literal_eval(value)
+    else:
+      c.update_from_flattened_dict({knob: _literal(value)})
   return config.build(Config, c.to_dict(), 'config')
+
+
+def _literal(text):
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
 
 
 def random_batch(cfg, rng):
@@ -50,12 +56,12 @@ def random_batch(cfg, rng):
   segment = np.sort(rng.integers(1, 9, (B, T)), 1).astype(np.int32)
   starts = np.where(np.diff(segment, axis=1, prepend=0) > 0, np.arange(T), 0)
   position = (np.arange(T) - np.maximum.accumulate(starts, 1)).astype(np.int32)
-  return data.Batch(
-    token[:, :-1], token[:, 1:], np.ones((B, T), np.float32), segment, position
-  )
+  weight = np.ones((B, T), np.float32)
+  return data.Batch(token[:, :-1], token[:, 1:], weight, segment, position)
 
 
-def measure(cfg, steps):
+def measure(cfg):
+  """Runs the train step -> a line of the table."""
   plan = Plan(cfg)
   begun = time.perf_counter()
   step = plan.train_step().compile()
@@ -63,17 +69,14 @@ def measure(cfg, steps):
   rng = np.random.default_rng(0)
   batches = [mesh.place(random_batch(cfg, rng), plan.mesh, cfg.batch) for _ in range(4)]
   state, times = plan.init(), []
-  for i in range(steps + 2):
+  for batch in itertools.islice(itertools.cycle(batches), STEPS + 2):
     begun = time.perf_counter()
-    state, values = step(state, batches[i % 4])
-    jax.block_until_ready(values)
+    state, values = jax.block_until_ready(step(state, batch))
     times.append(time.perf_counter() - begun)
   seconds = statistics.median(times[2:])
   rate = plan.tokens_per_step / seconds
-  peak = metrics.peak(jax.devices()[0])
-  mfu = (
-    rate * plan.flops_per_token / (peak * jax.device_count()) if peak else float('nan')
-  )
+  peak = metrics.peak(jax.devices()[0]) or math.nan
+  mfu = rate * plan.flops_per_token / (peak * jax.device_count())
   stats = step.memory_analysis()
   need = (stats.argument_size_in_bytes + stats.temp_size_in_bytes) / 2**30
   used = metrics.memory().get('memory_peak_bytes', 0) / 2**30
@@ -85,22 +88,16 @@ def measure(cfg, steps):
 
 
 def main():
-  spec, *rest = sys.argv[1:]
-  groups, common = [], []
-  for text in rest:
-    if text == '--':
-      groups.append([])
-    else:
-      (groups[-1] if groups else common).append(text)
-  print(
-    f'{jax.devices()[0].device_kind}, jax {jax.__version__}, {spec} {" ".join(common)}'
-  )
+  spec, *words = sys.argv[1:]
+  groups = [list(g) for dash, g in itertools.groupby(words, '--'.__eq__) if not dash]
+  common = groups.pop(0) if words[:1] != ['--'] and groups else []
+  print(timing.title(' '.join([spec, *common])))
   for group in groups or [[]]:
     try:
-      line = measure(dataclasses.replace(recipe(spec, common + group)), steps=10)
+      line = measure(recipe(spec, common + group))
     except Exception as problem:
       line = f'failed: {type(problem).__name__}: {str(problem)[:200]}'
-    print(f'{" ".join(group) or "as it is":48} {line}', flush=True)
+    print(f'{" ".join(group) or "no override":48} {line}', flush=True)
     gc.collect()
 
 
