@@ -48,9 +48,7 @@ def path(spec: PathLike) -> Path:
   scheme, colon, rest = text.partition('://')
   if not colon or not re.fullmatch(r'[A-Za-z][\w+.-]*', scheme):
     if re.match(r'(gs|s3):/', text):
-      raise ValueError(
-        f'{text!r} has one slash, but {text.replace(":/", "://", 1)!r} two'
-      )
+      raise ValueError(f'{text!r} has one slash: write {text.replace(":/", "://", 1)!r}')
     return Path(text)
   if scheme not in STORES:
     raise ValueError(f'{text!r}, but allowed are a local path, {" and ".join(REMOTE)}')
@@ -81,7 +79,7 @@ def read(path: PathLike, limit: int) -> bytes:
       content = place.store.cat_file(place.key) if size <= limit else b''
     else:
       if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(f'{place} is no file')  # Reading a pipe could block forever.
+        raise OSError(f'{place} is not a file')  # Reading a pipe could block forever.
       with open(path, 'rb') as file:
         size = os.fstat(file.fileno()).st_size
         content = file.read(limit + 1) if size <= limit else b''
@@ -98,20 +96,30 @@ def write(path: PathLike, content: bytes) -> None:
     if place.store:
       place.store.pipe_file(place.key, content)
       return
-    folder, name = os.path.split(place.text)
-    os.makedirs(folder or '.', exist_ok=True)
-    draft = os.path.join(folder, f'.{name}.{secrets.token_hex(4)}.partial')
+    with _draft(place.text) as draft, open(draft, 'wb') as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    # The new name is durable only after the folder is flushed as well.
+    handle = os.open(os.path.dirname(place.text) or '.', os.O_RDONLY)
     try:
-      with open(draft, 'wb') as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-      os.replace(draft, place.text)
-    except BaseException:
-      with contextlib.suppress(OSError):
-        os.remove(draft)
-      raise
-    sync(folder or '.')
+      os.fsync(handle)
+    finally:
+      os.close(handle)
+
+
+@contextlib.contextmanager
+def _draft(target: str) -> Generator[str]:
+  """The name of a temporary file in the target's folder, which replaces it at the end."""
+  folder, name = os.path.split(target)
+  draft = os.path.join(folder, f'.{name}.{secrets.token_hex(4)}.partial')
+  os.makedirs(folder or '.', exist_ok=True)
+  try:
+    yield draft
+    os.replace(draft, target)
+  finally:
+    with contextlib.suppress(OSError):
+      os.remove(draft)
 
 
 def read_json(path: PathLike, limit: int) -> Any:
@@ -135,15 +143,6 @@ def is_full(error: Exception) -> bool:
   return isinstance(error, OSError) and error.errno in FULL
 
 
-def sync(folder: PathLike) -> None:
-  """Flushes a local folder's entries to the disk."""
-  handle = os.open(folder, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)
-
-
 def remove(path: PathLike) -> None:
   """Removes a file or a whole folder, if it exists."""
   place = _Place(path)
@@ -156,9 +155,13 @@ def remove(path: PathLike) -> None:
       else:
         pathlib.Path(path).unlink(missing_ok=True)
       return
+
+    def remove_key(key: str) -> None:
+      with contextlib.suppress(FileNotFoundError):
+        place.store.rm_file(key)
+
     # fsspec's rm would expand [a-z] and * in names as patterns.
-    keys = place.store.find(place.key, detail=True)
-    _for_each(lambda key: _remove_key(place.store, key), [place.key, *keys])
+    _for_each(remove_key, [place.key, *place.store.find(place.key)])
 
 
 def exists(path: PathLike) -> bool:
@@ -242,16 +245,9 @@ def download(remote: PathLike, local: PathLike, names: Iterable[str]) -> None:
   """
 
   def get(name: str) -> None:
-    place, target = _Place(Path(remote) / name), os.fspath(inside(local, name))
-    draft = f'{target}.{secrets.token_hex(4)}.partial'
-    with place.faults():
-      os.makedirs(os.path.dirname(target), exist_ok=True)
-      try:
-        place.store.get_file(place.key, draft)
-        os.replace(draft, target)
-      finally:
-        with contextlib.suppress(OSError):
-          os.remove(draft)
+    place = _Place(Path(remote) / name)
+    with place.faults(), _draft(os.fspath(inside(local, name))) as draft:
+      place.store.get_file(place.key, draft)
 
   _for_each(get, [name for name in names if inside(local, name)])
 
@@ -268,7 +264,7 @@ def inside(folder: PathLike, name: str) -> Path:
     root = os.path.realpath(folder)
     inner = os.path.realpath(os.path.join(folder, name)).startswith(root + os.sep)
   if not inner:
-    raise ValueError(f'{os.fspath(folder)}: {name!r} is outside of it')
+    raise ValueError(f'{os.fspath(folder)}: {name!r} is outside of the folder')
   return Path(folder) / name
 
 
@@ -292,7 +288,7 @@ class _Place:
     return key.removeprefix(prefix) if key.startswith(prefix) else ''
 
   @contextlib.contextmanager
-  def faults(self) -> Generator[None, None, None]:
+  def faults(self) -> Generator[None]:
     """Turns errors of the store's package into OSError with this path."""
     try:
       yield
@@ -311,11 +307,6 @@ def _store(scheme: str) -> Any:
   import fsspec
 
   return fsspec.filesystem(scheme, use_listings_cache=False)
-
-
-def _remove_key(store: Any, key: str) -> None:
-  with contextlib.suppress(FileNotFoundError):
-    store.rm_file(key)
 
 
 def _for_each(do: Callable[[str], None], names: Iterable[str]) -> None:

@@ -604,8 +604,8 @@ CHECKPOINTS = {
   'deep metadata': Case('', payload('model/_METADATA', DEEP.encode())),
   'metadata in a list': Case('', payload('model/_METADATA', b'[]')),
   'deep within': Case('nests deeper', about(config=json.loads('[' * 99 + ']' * 99))),
-  'a pipe': Case('is no file', pipe(SAVED)),
-  'all of /dev/zero': Case('is no file', linked(SAVED, '/dev/zero')),
+  'a pipe': Case('is not a file', pipe(SAVED)),
+  'all of /dev/zero': Case('is not a file', linked(SAVED, '/dev/zero')),
   'three numbers of a file': Case(
     'cannot be used', entry('model/_METADATA', (1, 'a', 2))
   ),

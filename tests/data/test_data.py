@@ -339,7 +339,7 @@ def test_a_manifest_is_not_believed(copy, tmp_path):
     '.',
     'x/../..',
   ]:
-    refused('outside of it', lambda m, name=name: first(m).update(file=name))
+    refused('outside of the folder', lambda m, name=name: first(m).update(file=name))
   refused(
     'tokenizer.*|outside', lambda m: m['tokenizer'].update(name='../tokenizer.json')
   )
@@ -598,7 +598,7 @@ def test_a_dataset_that_is_not_in_the_store_is_told_by_its_url(remote, tmp_path,
   manifest = json.loads((built[0] / 'manifest.json').read_text())
   manifest['splits']['train']['code']['shards'][0]['file'] = '../x'
   storage.write(f'{remote}/odd/manifest.json', json.dumps(manifest).encode())
-  refused(f'{remote}/odd', 'outside of it')
+  refused(f'{remote}/odd', 'outside of the folder')
   assert not storage.exists(tmp_path / 'x')
 
 

@@ -188,10 +188,10 @@ def pickled(folder: Path, outside: Path) -> None:
 
 
 CRAFTED: dict[str, tuple[str, Spoil]] = {
-  'a name that goes up': ('is outside of it', entry('../../../outside/secret')),
-  'a name from the root': ('is outside of it', entry('/etc/passwd')),
-  'a name with a NUL': ('is outside of it', entry('a\0b')),
-  'a payload linked out': ('is outside of it', linked),
+  'a name that goes up': ('is outside of the folder', entry('../../../outside/secret')),
+  'a name from the root': ('is outside of the folder', entry('/etc/passwd')),
+  'a name with a NUL': ('is outside of the folder', entry('a\0b')),
+  'a payload linked out': ('is outside of the folder', linked),
   'a step linked out': ('holds step 99', linked_whole),
   'files that are a list': (
     'cannot be used',

@@ -42,7 +42,7 @@ class Timer:
     self._clear()
 
   def tick(self) -> None:
-    """Marks the end of a step; the first call, after the compilation, starts the clock."""
+    """Marks the end of a step; the first call (after compiling) starts the clock."""
     now = time.perf_counter()
     if self._mark is None:
       self._clear()
