@@ -57,7 +57,7 @@ def plain_orbax(folder, saver):
   """The same arrays in the same two items, and nothing else."""
 
   def composite(make, state):
-    model, rest = map(make, checkpoint.split(state))
+    model, rest = map(make, checkpoint.split(state).values())
     return ocp.args.Composite(model=model, rest=rest)
 
   def save(number, state):

@@ -62,7 +62,7 @@ def _imported(folder: Path, like: model.Transformer, corpus: data.Corpus) -> Sou
 def _saved(saves: storage.Path, step: str, like: model.Transformer, corpus) -> Source:
   with checkpoint.Reader(saves) as source:
     number = source.pick(step, 'step')
-    source.check_model(number, like, fresh=True)
+    source.check_model(number, like)
     about = source.about(number)
   if about['data'].get('tokenizer') != corpus.fingerprint['tokenizer']:
     raise ValueError('its data has another tokenizer than config.data.mixture')
@@ -74,7 +74,7 @@ def _saved(saves: storage.Path, step: str, like: model.Transformer, corpus) -> S
 
 
 def read(source: Source, like: model.Transformer, fresh: model.Transformer) -> Any:
-  """Reads the model with the shardings of `like`; gates that are missing from `fresh`."""
+  """Reads the model with the shardings of `like`; missing gates come from `fresh`."""
   _log.info('starting from the weights of %s', source)
   if source.step is None:
     return hf.read(Path(source.folder), like, fresh=fresh)

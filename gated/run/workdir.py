@@ -120,7 +120,7 @@ def check(
     if step is not None:
       if step > c['steps']:
         raise ValueError(f'config.steps={c["steps"]}, but {workdir} is at step {step}')
-      saved.check_state(step, like)
+      saved.check_items(step, checkpoint.split(like))
   return Resume(step, steps, changed)
 
 

@@ -50,8 +50,7 @@ def _keep_what_every_process_compiles() -> None:
 
 def digest(state) -> str:
   """A state, wherever it lies -> the digest of what a checkpoint would hold of it."""
-  model, rest = checkpoint.split(state)
-  here = {'model': model, 'rest': rest}
+  here = checkpoint.split(state)
   if jax.process_count() > 1:
     here = jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), here)
   return trees.digest(here)

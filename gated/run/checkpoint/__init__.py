@@ -71,7 +71,7 @@ class Checkpoints(Reader):
     Waits for the save before. Raises SaveFailed if that one failed or this one's start.
     """
     self.wait()
-    items = dict(zip(reader.ITEMS, split(state)))
+    items = split(state)
     leaves = {
       item: {name: reader.described(leaf) for name, leaf in tree.items()}
       for item, tree in items.items()

@@ -180,7 +180,7 @@ class Reader(contextlib.AbstractContextManager):
     `like` is a tree of `jax.ShapeDtypeStruct`. ValueError, naming the leaf, for one that
     is missing or has another shape or dtype.
     """
-    items = self.read(step, dict(zip(ITEMS, split(like))))
+    items = self.read(step, split(like))
     model = {f'model.{name}': leaf for name, leaf in items['model'].items()}
     return trees.unflatten(like, items['rest'] | model)
 
@@ -195,42 +195,34 @@ class Reader(contextlib.AbstractContextManager):
       for item, leaves in self._manifest(step).leaves.items()
     }
 
-  def check_state(self, step: int, like: Any) -> None:
-    """Raises ValueError, naming the leaf, unless `restore` can read the step."""
-    for item, leaves in zip(ITEMS, split(like)):
-      self._check(step, item, leaves)
-
-  def check_model(self, step: int, like: Any, *, fresh: bool = False) -> None:
-    """Raises ValueError unless `restore_model` can read the step.
-
-    With `fresh`, the step may lack gates.
-    """
-    self._check(step, 'model', self._expected(step, like, fresh))
+  def check_model(self, step: int, like: Any) -> None:
+    """Raises ValueError unless the step has the model `like`, except for gates."""
+    self.check_items(step, {'model': self._without_new_gates(step, like)})
 
   def restore_model(self, step: int, like: Any, *, fresh: Any = None) -> Any:
     """A step -> the model alone, with the shardings of the abstract model `like`.
 
     Gates that the step lacks come from the model `fresh`, if given.
     """
-    expected = self._expected(step, like, fresh is not None)
-    leaves = self.read(step, {'model': expected})['model']
-    if missing := sorted(trees.flatten(like).keys() - leaves.keys()):
+    leaves = trees.flatten(like)
+    expected = leaves if fresh is None else self._without_new_gates(step, like)
+    arrays = self.read(step, {'model': expected})['model']
+    if missing := sorted(leaves.keys() - expected.keys()):
       initial = trees.flatten(fresh)
-      leaves |= {name: initial[name] for name in missing}
+      arrays |= {name: initial[name] for name in missing}
       folder = self.directory / str(step)
       _log.info('%s lacks %s: initialized', folder, ', '.join(missing))
-    return trees.unflatten(like, leaves)
+    return trees.unflatten(like, arrays)
 
-  def _expected(self, step: int, like: Any, fresh: bool) -> dict[str, Any]:
-    """The leaves of `like`; with `fresh`, without the gates that the step lacks."""
+  def _without_new_gates(self, step: int, like: Any) -> dict[str, Any]:
+    """The leaves of the model `like`, without the gates that the step lacks."""
     saved = self._manifest(step).leaves['model']
-    lacks = lambda name: fresh and '.gate.' in name and name not in saved
-    return {k: leaf for k, leaf in trees.flatten(like).items() if not lacks(k)}
+    new = lambda name: '.gate.' in name and name not in saved
+    return {name: leaf for name, leaf in trees.flatten(like).items() if not new(name)}
 
   def read(self, step: int, items: dict[str, dict[str, Any]]) -> dict[str, dict]:
     """A step and, by item, {leaf's name: shape with sharding} -> the same of arrays."""
-    for item, leaves in items.items():
-      self._check(step, item, leaves)
+    self.check_items(step, items)
     args = {item: ocp.args.StandardRestore(leaves) for item, leaves in items.items()}
     folder = self._fetched(step)
     try:
@@ -262,25 +254,26 @@ class Reader(contextlib.AbstractContextManager):
             f'{folder / item}: {name} of shape {array.shape} has chunks of {chunk}'
           )
 
-  def _check(self, step: int, item: str, expected: dict[str, Any]) -> None:
-    """Raises ValueError unless the saved names, shapes and dtypes are those expected."""
-    folder = self.directory / str(step) / item
-    saved = self._manifest(step).leaves[item]
-    for name in sorted(expected.keys() ^ saved.keys()):
-      fault = 'is in the checkpoint only' if name in saved else 'is not in the checkpoint'
-      raise ValueError(f'{folder}: {name} {fault}')
-    for name, leaf in expected.items():
-      entries = list(saved[name]), described(leaf)
-      if entries[0] != entries[1]:
-        old, new = (f'{dtype}{tuple(shape)}' for dtype, *shape in entries)
-        raise ValueError(f'{folder}: {name} is {old} there, but {new} is expected')
+  def check_items(self, step: int, items: dict[str, dict[str, Any]]) -> None:
+    """Raises ValueError, naming the leaf, unless `read` can read the step."""
+    for item, expected in items.items():
+      folder = self.directory / str(step) / item
+      saved = self._manifest(step).leaves[item]
+      for name in sorted(expected.keys() ^ saved.keys()):
+        fault = 'in the checkpoint only' if name in saved else 'not in the checkpoint'
+        raise ValueError(f'{folder}: {name} is {fault}')
+      for name, leaf in expected.items():
+        entries = list(saved[name]), described(leaf)
+        if entries[0] != entries[1]:
+          old, new = (f'{dtype}{tuple(shape)}' for dtype, *shape in entries)
+          raise ValueError(f'{folder}: {name} is {old} there, but {new} is expected')
 
 
-def split(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-  """A State -> (the model's leaves by name, all others by name)."""
+def split(state: Any) -> dict[str, dict[str, Any]]:
+  """A State -> {'model': its leaves by name, 'rest': all others by name}."""
   leaves = trees.flatten(state)
   rest = {k: v for k, v in leaves.items() if not k.startswith('model.')}
-  return trees.flatten(state.model), rest
+  return {'model': trees.flatten(state.model), 'rest': rest}
 
 
 def described(leaf: Any) -> list:
