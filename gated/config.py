@@ -32,7 +32,7 @@ def build(cls: type[C], mapping: Mapping, name: str) -> C:
   missing = [key for key in hints if key not in mapping]
   if missing:
     raise ValueError(f'{name}.{missing[0]} is missing')
-  fields = {key: _coerce(hints[key], mapping[key], f'{name}.{key}') for key in hints}
+  fields = {key: coerce(hints[key], mapping[key], f'{name}.{key}') for key in hints}
   return cls(**fields)
 
 
@@ -78,7 +78,11 @@ def plain(error: Exception) -> str:
   return ' '.join(message.split())
 
 
-def _coerce(hint: Any, value: Any, name: str) -> Any:
+def coerce(hint: Any, value: Any, name: str) -> Any:
+  """A value -> the same, of the type `hint`; ValueError with the knob's name.
+
+  An integer becomes a float; a float must be finite; a mapping becomes a dataclass.
+  """
   if dataclasses.is_dataclass(hint):
     if not isinstance(value, Mapping):
       raise ValueError(f'{name}={value!r}, but a group of knobs is expected')
@@ -89,12 +93,12 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
     if not isinstance(value, Mapping):
       raise ValueError(f'{name}={value!r}, but a group of knobs is expected')
     element = typing.get_args(hint)[1]
-    return {k: _coerce(element, v, f'{name}.{k}') for k, v in value.items()}
+    return {k: coerce(element, v, f'{name}.{k}') for k, v in value.items()}
   if isinstance(hint, types.GenericAlias):
     if not isinstance(value, (tuple, list)):
       raise ValueError(f'{name}={value!r}, but a tuple is expected')
     element = typing.get_args(hint)[0]
-    return tuple(_coerce(element, v, f'{name}[{i}]') for i, v in enumerate(value))
+    return tuple(coerce(element, v, f'{name}[{i}]') for i, v in enumerate(value))
   if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
     raise ValueError(f'{name}={value!r}, but a {hint.__name__} is expected')
   if hint is float and not math.isfinite(value):

@@ -56,13 +56,15 @@ def config(
 ) -> model.Config:
   """A folder -> the config of its model; `dtype` and `compute` as in `load`."""
   source = files.Tensors(directory)
-  kept = dtype or _dtype(source)
-  for name, value in (('dtype', kept), ('compute', compute or kept)):
-    one_of(name, value, DTYPES)
+  # The embedding's dtype in the files; float32 if it is missing or unsupported.
+  embedding = source.headers.get(names.TABLE[0][0])
+  kept = dtype or files.DTYPES.get(embedding.dtype if embedding else '', 'float32')
   numerics = {'weights': kept, 'compute': compute or kept}
-  meant = _meaning(source, {'numerics': numerics})
-  if not meant.centred or kept == 'float32':
-    return meant.cfg
+  for name, value in zip(('dtype', 'compute'), numerics.values()):
+    one_of(name, value, DTYPES)
+  theirs = _meaning(source, {'numerics': numerics})
+  if not theirs.centred or kept == 'float32':
+    return theirs.cfg
   if dtype:
     raise ValueError(f'{source.directory}: dtype={dtype!r}, but {CENTRED}')
   return _meaning(source, {'numerics': numerics | {'weights': 'float32'}}).cfg
@@ -90,11 +92,13 @@ def read(
   leaves = trees.flatten(like)
   filled = {}
   for entry in entries:
-    for name in entry.ours:
+    for part, name in enumerate(entry.ours):
       if name in leaves:
-        filled[name] = _place(_gather(source, entry, name, leaves[name]), leaves[name])
-      else:
-        _check_zero(source, entry, name)
+        filled[name] = _read_leaf(source, entry, part, leaves[name])
+        continue
+      for theirs, _, row in entry.places():
+        if entry.unpack(source.read(theirs, row))[part].any():
+          raise ValueError(f'{theirs}: the gate has a bias, but only 0 is implemented')
   missing = leaves.keys() - filled.keys()
   if missing:
     start = trees.flatten(fresh)
@@ -126,30 +130,28 @@ def save(
   kept = dtype or params.cfg.numerics.weights
   content, groups, centred = knobs.write(params.cfg, packing, kept, also or {})
   leaves = trees.flatten(params)
-  layout = names.Layout(groups=groups, centred=centred, fused=False)
-  entries = names.table(leaves, layout)
+  entries = names.table(leaves, groups=groups, centred=centred)
   assert leaves.keys() <= {name for entry in entries for name in entry.ours}
-  pieces = list(_pieces(entries))
-  headers = {}
   their_dtypes = {ours: theirs for theirs, ours in files.DTYPES.items()}
-  for entry, name, _ in pieces:
-    written = dtype or str(leaves[entry.ours[0]].dtype)
-    headers[name] = files.Tensor(entry.shape, their_dtypes[written])
-  arrays = _packed(pieces, leaves, headers)
-  files.write(directory, content, headers, arrays, shard_bytes)
+  headers = {}
+  for entry in entries:
+    header = dtype or str(leaves[entry.ours[0]].dtype)
+    tensor = files.Tensor(entry.shape, their_dtypes[header])
+    headers |= dict.fromkeys(entry.names(), tensor)
+  files.write(directory, content, headers, _tensors(entries, leaves, dtype), shard_bytes)
 
 
 def _meaning(source: files.Tensors, base: Mapping[str, Any]) -> meaning.Meaning:
   path = source.directory / files.CONFIG
   content = files.read_json(path)
   try:
-    meant = meaning.read(content, base)
+    theirs = meaning.read(content, base)
     # Checked before a name is made for each layer and expert.
-    experts = 0 if _fused(source) else meant.cfg.moe.experts
-    for name, count in (('layers', meant.cfg.depth), ('experts', experts)):
+    experts = 0 if _fused(source) else theirs.cfg.moe.experts
+    for name, count in (('layers', theirs.cfg.depth), ('experts', experts)):
       if count > len(source.headers):
         raise ValueError(f'{count} {name}, but there are {len(source.headers)} tensors')
-    return meant
+    return theirs
   except ValueError as error:
     raise ValueError(f'{path}: {error}'[:1000]) from error
 
@@ -158,22 +160,16 @@ def _fused(source: files.Tensors) -> bool:
   return any(name.endswith('.experts.gate_up_proj') for name in source.headers)
 
 
-def _dtype(source: files.Tensors) -> str:
-  """The embedding's dtype in the files; float32 if it is missing or unsupported."""
-  embedding = source.headers.get(names.TABLE[0][0])
-  return files.DTYPES.get(embedding.dtype if embedding else '', 'float32')
-
-
 def _matched(
   source: files.Tensors, like: model.Transformer, fresh: bool
 ) -> list[names.Entry]:
   """The rows of the table that fill `like`; ValueError if the headers do not fit."""
-  meant = _meaning(source, dataclasses.asdict(like.cfg))
-  adds = fresh and not meant.groups
-  _check_knobs(source, meant.cfg, like.cfg, adds)
-  layout = names.Layout(groups=meant.groups, centred=meant.centred, fused=_fused(source))
+  theirs = _meaning(source, dataclasses.asdict(like.cfg))
+  adds = fresh and not theirs.groups
+  _check_knobs(source, theirs.cfg, like.cfg, adds)
   leaves = trees.flatten(like)
-  entries = names.table(leaves, layout)
+  groups, centred, fused = theirs.groups, theirs.centred, _fused(source)
+  entries = names.table(leaves, groups=groups, centred=centred, fused=fused)
   covered = {name for entry in entries for name in entry.ours}
   faults = [
     f'{name} is missing in the checkpoint'
@@ -235,61 +231,40 @@ def _repeats_embedding(source: files.Tensors, name: str) -> bool:
   return all(map(same, rows))
 
 
-def _gather(source: files.Tensors, entry: names.Entry, name: str, like) -> np.ndarray:
-  """Reads all layers of one of our leaves, in its dtype.
+def _read_leaf(
+  source: files.Tensors, entry: names.Entry, part: int, like: jax.ShapeDtypeStruct
+) -> jax.Array:
+  """Reads all layers of one of an entry's leaves, in the dtype and sharding of `like`.
 
   A tensor shared by several leaves is read once per leaf, to hold one leaf at a time.
   """
   array = np.empty(like.shape, like.dtype)
-  at = entry.ours.index(name)
   for theirs, index, row in entry.places():
-    array[index] = entry.unpack(source.read(theirs, row))[at]
-  return array
-
-
-def _check_zero(source: files.Tensors, entry: names.Entry, name: str) -> None:
-  """Raises ValueError unless the rows of a leaf that our model lacks are zero."""
-  at = entry.ours.index(name)
-  for theirs, _, row in entry.places():
-    if entry.unpack(source.read(theirs, row))[at].any():
-      raise ValueError(f'{theirs}: the gate has a bias, but only 0 is implemented')
-
-
-def _place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+    array[index] = entry.unpack(source.read(theirs, row))[part]
   if like.sharding is None:
     placed = jax.device_put(array)
   else:
-    take = lambda index: array[index]
-    placed = jax.make_array_from_callback(array.shape, like.sharding, take)
+    shard = lambda index: array[index]
+    placed = jax.make_array_from_callback(array.shape, like.sharding, shard)
   # Waits, because an unfinished transfer keeps its leaf in host memory.
   return jax.block_until_ready(placed)
 
 
-def _pieces(entries: list[names.Entry]) -> Iterator[tuple[names.Entry, str, tuple]]:
-  """Each of their tensors with its entry and index; those outside of layers first."""
-  pieces = [
-    (entry, name, index) for entry in entries for name, index, _ in entry.places()
-  ]
-  yield from sorted(pieces, key=lambda piece: piece[2][:1])  # A stable sort, by layer.
+def _tensors(
+  entries: list[names.Entry], leaves: Mapping[str, jax.Array], dtype: str | None
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Their tensors by name; host memory holds the leaves of one entry at a time.
 
-
-def _packed(pieces, leaves, headers) -> Iterator[tuple[str, np.ndarray]]:
-  """Their tensors, in order; host memory holds one layer of an entry at a time."""
-  loaded, arrays = None, []
-  for entry, name, index in pieces:
-    if loaded != (entry.ours, index[:1]):
-      loaded, arrays = (entry.ours, index[:1]), _layer(entry, leaves, index[:1])
-    packed = entry.pack([array[index[1:]] for array in arrays])
-    dtype = jnp.dtype(files.DTYPES[headers[name].dtype])
-    yield name, packed.astype(dtype)
-
-
-def _layer(entry: names.Entry, leaves, index: tuple) -> list[np.ndarray]:
-  """One layer of an entry's arrays; zeros for leaves that our model lacks."""
-  first = leaves[entry.ours[0]]
-  return [
-    np.asarray(leaves[name][index] if index else leaves[name])
-    if name in leaves
-    else np.zeros(shape, first.dtype)
-    for name, shape in zip(entry.ours, entry.shapes)
-  ]
+  Leaves that our model lacks are zeros.
+  """
+  for entry in entries:
+    kept = leaves[entry.ours[0]].dtype
+    arrays = [
+      np.asarray(leaves[name])
+      if name in leaves
+      else np.zeros((*entry.leading, *shape), kept)
+      for name, shape in zip(entry.ours, entry.shapes)
+    ]
+    for name, index, _ in entry.places():
+      packed = entry.pack([array[index] for array in arrays])
+      yield name, packed.astype(dtype or kept)

@@ -5,7 +5,6 @@ Writing holds the tensors of one file in memory. config.json is written last, be
 folder without it is not a checkpoint.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -44,16 +43,10 @@ def is_checkpoint(directory: str | Path) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
   """A file -> its JSON object; ValueError if the file is missing or invalid."""
   inside(path.parent, path.name)
-  if not path.is_file():
-    raise ValueError(f'{path}: no such file')
-  if path.stat().st_size > MAX_JSON:
-    raise ValueError(f'{path} is larger than {MAX_JSON} bytes')
   try:
-    content = json.loads(path.read_text('utf-8'))
-  except ValueError as error:
-    raise ValueError(f'{path} is not JSON: {error}') from error
-  except RecursionError as error:
-    raise ValueError(f'{path} nests deeper than {MAX_DEPTH} levels') from error
+    content = storage.read_json(path, MAX_JSON)
+  except (OSError, ValueError) as error:
+    raise ValueError(f'{path} is not a readable file of JSON: {error}') from error
   if not isinstance(content, dict):
     raise ValueError(f'{path} is not a JSON object')
   for key, value in content.items():

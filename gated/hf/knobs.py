@@ -30,7 +30,7 @@ SAME = {
 
 # Fixed in all their architectures. Reading sets the knobs to these values; writing
 # requires them.
-MEANT = {
+FIXED = {
   'norm': 'rms',
   'branch_norm': 'none',
   'branch_clip': 0.0,
@@ -41,14 +41,14 @@ MEANT = {
   'attn.output': 'none',
   'attn.switch.where': 'none',
 }
-MEANT_BY_GATE = {
+FIXED_BY_GATE = {
   'attn.gate.position': 'sdpa',
   'attn.gate.heads': 'specific',
   'attn.gate.form': 'multiply',
   'attn.gate.activation': 'sigmoid',
   'attn.gate.source': 'input',
 }
-MEANT_BY_EXPERTS = {'moe.shared': 0, 'moe.dispatch': 'dropless'}
+FIXED_BY_EXPERTS = {'moe.shared': 0, 'moe.dispatch': 'dropless'}
 
 # Keys without an effect on logits.
 HARMLESS = (
@@ -77,7 +77,7 @@ HARMLESS = (
 def write(
   cfg: model.Config, packing: str, dtype: str, also: Mapping[str, Any]
 ) -> tuple[dict[str, Any], int, bool]:
-  """Our config -> (config.json, groups and centred of names.Layout).
+  """Our config -> (config.json, `groups` and `centred` of names.table).
 
   `also` are further keys. ValueError names each knob that config.json cannot express.
   """
@@ -86,8 +86,8 @@ def write(
     config.one_of('a further key of config.json', key, HARMLESS)
   gate, attn, experts = cfg.attn.gate, cfg.attn, cfg.moe.experts
   gated, next_ = gate.position != 'none', packing == 'per_head'
-  required = MEANT | {'attn.out_bias': attn.bias}
-  required |= (MEANT_BY_GATE if gated else {}) | (MEANT_BY_EXPERTS if experts else {})
+  required = FIXED | {'attn.out_bias': attn.bias}
+  required |= (FIXED_BY_GATE if gated else {}) | (FIXED_BY_EXPERTS if experts else {})
   if next_:
     required |= {'attn.gate.position': 'sdpa', 'attn.gate.granularity': 'elementwise'}
     required |= {'moe.experts': 0}

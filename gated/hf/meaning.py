@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from gated import config, model
-from gated.hf.knobs import HARMLESS, MEANT, MEANT_BY_EXPERTS, MEANT_BY_GATE, SAME
+from gated.hf.knobs import FIXED, FIXED_BY_EXPERTS, FIXED_BY_GATE, HARMLESS, SAME
 
 # model_type -> the defaults of transformers for keys missing in config.json.
 _COMMON = {
@@ -33,8 +33,8 @@ ASSUMED = {
 }
 
 # Knobs without a key in config.json and without an effect on logits: execution,
-# initialization, and details of features that are off in MEANT.
-UNSAID = MEANT_BY_GATE | {
+# initialization, and details of features that are off in FIXED.
+WITHOUT_KEY = FIXED_BY_GATE | {
   'mask_documents': True,
   'layers': 'scan',
   'remat': 'none',
@@ -67,7 +67,7 @@ MAX_WHOLE = 2**62  # Array dims are smaller.
 
 
 class Meaning(NamedTuple):
-  """A parsed config.json; `groups` and `centred` as in names.Layout."""
+  """A parsed config.json; `groups` and `centred` as in names.table."""
 
   cfg: model.Config
   groups: int
@@ -80,9 +80,7 @@ class _Keys:
   def __init__(self, content: Mapping[str, Any]):
     self.left = dict(content)
     self.kind = self.left.pop('model_type', None)
-    if not isinstance(self.kind, str) or self.kind not in ASSUMED:
-      allowed = ', '.join(map(repr, ASSUMED))
-      raise ValueError(f'model_type={self.kind!r}, but supported are {allowed}')
+    config.one_of('model_type', self.kind, list(ASSUMED))
 
   def take(self, key: str, of: type) -> Any:
     """A key's value or default; ValueError if it has neither."""
@@ -121,16 +119,9 @@ class _Keys:
 
 
 def _typed(key: str, value: Any, of: type) -> Any:
-  whole = isinstance(value, int) and not isinstance(value, bool)
-  if whole and abs(value) > MAX_WHOLE:
+  if isinstance(value, int) and abs(value) > MAX_WHOLE:
     raise ValueError(f'{key} is a number of {len(str(value))} digits')
-  if of is float and whole:
-    value = float(value)
-  if not isinstance(value, of) or (isinstance(value, bool) and of is not bool):
-    raise ValueError(f'{key}={value!r}, but a {of.__name__} is expected')
-  if of is float and not math.isfinite(value):
-    raise ValueError(f'{key}={value!r}, but a finite number is expected')
-  return value
+  return config.coerce(of, value, key)
 
 
 def read(content: Mapping[str, Any], base: Mapping[str, Any]) -> Meaning:
@@ -141,13 +132,15 @@ def read(content: Mapping[str, Any], base: Mapping[str, Any]) -> Meaning:
   """
   keys = _Keys(content)
   knobs = {knob: keys.take(key, of) for key, (knob, of) in SAME.items()}
-  knobs |= MEANT | _head(keys, knobs) | _rope(keys) | _ffn(keys)
+  knobs |= FIXED | _head(keys, knobs) | _rope(keys) | _ffn(keys)
   packing, gate = _gate(keys)
   keys.require('hidden_act', 'silu')
   _check_full_attention(keys, knobs['depth'])
   keys.end()
   flat = {k.removeprefix('model.'): v for k, v in config.flatten(base, 'model').items()}
-  cfg = config.build(model.Config, _nest(UNSAID | flat | knobs | gate), 'config.model')
+  cfg = config.build(
+    model.Config, _nest(WITHOUT_KEY | flat | knobs | gate), 'config.model'
+  )
   groups = {'none': 0, 'grouped': cfg.attn.kv_heads, 'per_head': cfg.attn.heads}
   return Meaning(cfg, groups[packing], keys.kind == 'qwen3_next')
 
@@ -202,15 +195,12 @@ def _rope(keys: _Keys) -> dict[str, Any]:
   if part != 1:
     raise ValueError(f'partial_rotary_factor={part}, but only 1.0 is implemented')
   knobs = {'attn.rope_base': base, 'attn.yarn.factor': 1.0}
+  config.one_of('rope_parameters.rope_type', kind, ('default', 'yarn'))
   if kind == 'yarn':
     knobs |= _yarn(take, length)
-  elif kind != 'default':
-    allowed = "'default' and 'yarn'"
-    raise ValueError(f'rope_parameters.rope_type={kind!r}, but implemented are {allowed}')
-  left = {key: value for key, value in left.items() if value is not None}
-  if left:
-    unknown = ', '.join(f'rope_parameters.{k}={v!r}' for k, v in sorted(left.items()))
-    raise ValueError(f'{unknown}: unknown for rope_type={kind!r}')
+  unknown = [f'rope_parameters.{k}={v!r}' for k, v in left.items() if v is not None]
+  if unknown:
+    raise ValueError(f'{", ".join(sorted(unknown))}: unknown for rope_type={kind!r}')
   return knobs
 
 
@@ -260,20 +250,19 @@ def _ffn(keys: _Keys) -> dict[str, Any]:
   """A dense FFN, or experts, in every layer."""
   sparse = ('decoder_sparse_step', 'mlp_only_layers', 'moe_intermediate_size')
   sparse += ('norm_topk_prob', 'num_experts_per_tok')
-  linear = ('conv_kernel_dim', 'key_head_dim', 'value_head_dim')
-  linear += ('num_key_heads', 'num_value_heads')
-  if keys.kind == 'qwen3_next':
-    keys.drop(*(f'linear_{key}' for key in linear))
+  if keys.kind == 'qwen3_next':  # Keys of linear attention, which no layer has.
+    dims = ('conv_kernel_dim', 'key_head_dim', 'value_head_dim')
+    keys.drop(*(f'linear_{d}' for d in (*dims, 'num_key_heads', 'num_value_heads')))
   experts = 0
   if keys.kind != 'qwen3':
     old, new = keys.maybe('num_local_experts', int), keys.maybe('num_experts', int)
-    if None not in (old, new) and old != new:
-      raise ValueError(f'num_local_experts={old}, but num_experts={new}')
     experts = old if new is None else new
     if experts is None:
       raise ValueError('num_experts is missing')
+    if old not in (None, experts):
+      raise ValueError(f'num_local_experts={old}, but num_experts={new}')
   if not experts:
-    keys.drop(*sparse, *(['shared_expert_intermediate_size'] if experts == 0 else []))
+    keys.drop(*sparse, 'shared_expert_intermediate_size')
     return {'ffn': keys.take('intermediate_size', int), 'moe.experts': 0, 'moe.shared': 0}
   if keys.kind == 'qwen3_next':
     raise ValueError(
@@ -282,35 +271,37 @@ def _ffn(keys: _Keys) -> dict[str, Any]:
     )
   keys.require('decoder_sparse_step', 1)
   keys.require('mlp_only_layers', [])
-  keys.drop('intermediate_size')  # Only dense layers use it.
+  keys.drop('intermediate_size')  # For dense layers only.
   return {
     'ffn': keys.take('moe_intermediate_size', int),
     'moe.experts': experts,
     'moe.top_k': keys.take('num_experts_per_tok', int),
     'moe.norm_topk': keys.take('norm_topk_prob', bool),
-  } | MEANT_BY_EXPERTS
+  } | FIXED_BY_EXPERTS
+
+
+# Keys that switch a gate on -> (its granularity, its packing in q_proj).
+_GATES = {
+  'headwise_attn_output_gate': ('headwise', 'grouped'),
+  'elementwise_attn_output_gate': ('elementwise', 'grouped'),
+  'attn_output_gate': ('elementwise', 'per_head'),
+}
 
 
 def _gate(keys: _Keys) -> tuple[str, dict[str, Any]]:
   """-> (packing of the gate in q_proj, its knobs)."""
-  flags = (
-    'headwise_attn_output_gate',
-    'elementwise_attn_output_gate',
-    'attn_output_gate',
-  )
-  on = {flag: keys.maybe(flag, bool) for flag in flags}
+  on = {flag: keys.maybe(flag, bool) for flag in _GATES}
   if keys.kind == 'qwen3_next':
     if on['attn_output_gate'] is False:
       raise ValueError("attn_output_gate=False, but model_type='qwen3_next' has a gate")
     on['attn_output_gate'] = True
-  chosen = [flag for flag in flags if on[flag]]
+  chosen = [flag for flag in _GATES if on[flag]]
   if len(chosen) > 1:
     raise ValueError(f'{chosen[0]} and {chosen[1]} are both on, but only one is allowed')
   if not chosen:
     return 'none', {'attn.gate.position': 'none'}
-  granularity = 'headwise' if chosen[0].startswith('headwise') else 'elementwise'
-  packing = 'per_head' if chosen[0] == 'attn_output_gate' else 'grouped'
-  return packing, MEANT_BY_GATE | {'attn.gate.granularity': granularity}
+  granularity, packing = _GATES[chosen[0]]
+  return packing, FIXED_BY_GATE | {'attn.gate.granularity': granularity}
 
 
 def _check_full_attention(keys: _Keys, depth: int) -> None:
@@ -329,9 +320,8 @@ def _check_full_attention(keys: _Keys, depth: int) -> None:
     raise ValueError(
       'layer_types is missing: by default, Qwen3-Next has layers of linear attention'
     )
-  all_layers = keys.kind != 'qwen3'
-  some_layers = types is None and below < depth
-  if sliding and window is not None and (all_layers or some_layers):
+  slides = keys.kind != 'qwen3' or (types is None and below < depth)
+  if sliding and window is not None and slides:
     raise ValueError(
       f'use_sliding_window=True, sliding_window={window!r}: not implemented'
     )

@@ -2,7 +2,7 @@
 
 "Theirs" are tensors of a Hugging Face checkpoint. Their linear weights are (out, in), the
 transpose of ours, and have no separate head dims. Their gate is a part of q_proj's rows,
-which form `Layout.groups` blocks: one per KV head in the authors' code, [its queries |
+which form `groups` blocks: one per KV head in the authors' code, [its queries |
 their gates]; one per query head in Qwen3-Next, MaxText and torchtitan, [q | gate].
 
 H heads  G KV heads  K head width  D width  L layers  E experts
@@ -100,15 +100,6 @@ FORMS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
-  """The tensor layout of a checkpoint."""
-
-  groups: int  # blocks of q_proj's rows, each with its part of the gate; 0: no gate
-  centred: bool  # norms store their scale minus one
-  fused: bool  # one tensor holds all experts of a layer
-
-
-@dataclass(frozen=True, kw_only=True)
 class Entry:
   """A row of the table, in the layout of one checkpoint."""
 
@@ -166,19 +157,26 @@ class Entry:
     return [self.form.restore(p, s) for p, s in zip(parts, self.shapes)]
 
 
-def table(leaves: Mapping[str, Any], layout: Layout) -> list[Entry]:
-  """Our leaves by name -> the rows of the table that hold them."""
+def table(
+  leaves: Mapping[str, Any], *, groups: int, centred: bool, fused: bool = False
+) -> list[Entry]:
+  """Our leaves by name -> the rows of the table that hold them.
+
+  `groups` counts the blocks of q_proj's rows, each with its part of the gate; 0: no gate.
+  `centred`: norms store their scale minus one. `fused`: one tensor holds all experts of a
+  layer.
+  """
   rows = TABLE
-  if layout.fused:
+  if fused:
     rows = (*(row for row in TABLE if '{expert}' not in row[0]), *FUSED)
   entries = []
   for theirs, ours, form in rows:
     if ours[0] not in leaves:
       continue
-    if not layout.groups:
+    if not groups:
       ours = tuple(name for name in ours if name not in (GATE, GATE_BIAS))
     if form == 'scale':
-      form = 'centred' if layout.centred else 'plain'
+      form = 'centred' if centred else 'plain'
     depth = ('blocks.' in ours[0]) + ('.experts.' in ours[0])
     full = [_shape(name, leaves) for name in ours]
     entries.append(
@@ -186,7 +184,7 @@ def table(leaves: Mapping[str, Any], layout: Layout) -> list[Entry]:
         theirs=theirs,
         ours=ours,
         form=FORMS[form],
-        groups=1 if '.experts.' in ours[0] else layout.groups,
+        groups=1 if '.experts.' in ours[0] else groups,
         shapes=tuple(shape[depth:] for shape in full),
         leading=full[0][:depth],
       )

@@ -327,7 +327,7 @@ def test_knobs_without_a_key_have_the_defaults_of_base():
   """But for what the tables say, and top_k, which must not exceed the experts."""
   default = config.flatten(base.model(), '')
   default = {knob.removeprefix('.'): value for knob, value in default.items()}
-  differ = {k for k, value in hf.meaning.UNSAID.items() if value != default[k]}
+  differ = {k for k, value in hf.meaning.WITHOUT_KEY.items() if value != default[k]}
   assert differ == {'attn.gate.position', 'moe.top_k'}
 
 
