@@ -122,6 +122,20 @@ class Trace(NamedTuple):
   update: jax.Array  # of the residual stream (B, T, D)
 
 
+class Cache(NamedTuple):
+  """The earlier tokens of one layer: slot s holds the key and value of position s."""
+
+  key: jax.Array  # (B, S, G, K), as in Trace
+  value: jax.Array  # (B, S, G, K)
+  start_B: jax.Array  # the position of the first of the T tokens that follow
+
+
+def put(cache_BSGK: jax.Array, x_BTGK: jax.Array, start_B: jax.Array) -> jax.Array:
+  """Writes keys or values of T tokens into slots start_B to start_B + T - 1."""
+  write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+  return jax.vmap(write)(cache_BSGK, x_BTGK, start_B)
+
+
 class Attention(nnx.Module):
   """One layer's attention: pre-normalized x_BTD -> the update of the residual stream."""
 
@@ -184,16 +198,28 @@ class Attention(nnx.Module):
     return self.trace(x_BTD, angle_BTk, segment_BT).update
 
   def trace(
-    self, x_BTD: jax.Array, angle_BTk: jax.Array, segment_BT: jax.Array | None
+    self,
+    x_BTD: jax.Array,
+    angle_BTk: jax.Array,
+    segment_BT: jax.Array | None,
+    cache: Cache | None = None,
   ) -> Trace:
-    """The same computation -> all its tensors."""
+    """The same computation -> all its tensors.
+
+    With a cache the tokens attend to its slots up to their own position, themselves
+    included, whatever the segments; the caller stores the new keys and values.
+    """
     unrotated_BTHK, k_BTGK = self._query_and_key(x_BTD, angle_BTk)
     v_BTGK = self._gated('value', self.value(x_BTD), x_BTD)
     # Split like the activations; the backend gathers the keys of its rows.
     k_BTGK = mesh.constrain(k_BTGK, 'batch', 'tokens', 'kv_heads', None)
     v_BTGK = mesh.constrain(v_BTGK, 'batch', 'tokens', 'kv_heads', None)
     q_BTHK = self._rotated(unrotated_BTHK, angle_BTk)
-    y_BTHK, extra_BTH = self._attend(unrotated_BTHK, q_BTHK, k_BTGK, v_BTGK, segment_BT)
+    qkv = q_BTHK, k_BTGK, v_BTGK
+    if cache is None:
+      y_BTHK, extra_BTH = self._attend(unrotated_BTHK, *qkv, segment_BT)
+    else:
+      y_BTHK, extra_BTH = self._attend_cache(unrotated_BTHK, *qkv, cache)
     if self.output_norm is not None:
       y_BTHK = self.output_norm(y_BTHK)
     elif self.cfg.output == 'silu':
@@ -224,6 +250,18 @@ class Attention(nnx.Module):
     if self.sinks is None:
       return kernels.attend(*qkvs, normalizer=cfg.normalizer, **opts), None
     return self.sinks(*kernels.attend_lse(*qkvs, **opts), unrotated_BTHK)
+
+  def _attend_cache(self, unrotated_BTHK, q_BTHK, k_BTGK, v_BTGK, cache: Cache):
+    """As `_attend`, with the keys and values of the cache."""
+    cfg = self.cfg
+    k_BSGK = put(cache.key, k_BTGK, cache.start_B)
+    v_BSGK = put(cache.value, v_BTGK, cache.start_B)
+    normalizer = 'softmax' if cfg.normalizer in OVER_SOFTMAX else cfg.normalizer
+    opts: dict[str, Any] = dict(normalizer=normalizer, cap=cfg.logit_cap)
+    y_BTHK, lse_BTH = kernels.attend_cache(q_BTHK, k_BSGK, v_BSGK, cache.start_B, **opts)
+    if self.sinks is None:
+      return y_BTHK, None
+    return self.sinks(y_BTHK, lse_BTH, unrotated_BTHK)
 
   def _gated(self, position: str, y: jax.Array, x_BTD: jax.Array) -> jax.Array:
     """Applies the gate to y if it is configured for this position."""

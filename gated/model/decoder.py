@@ -119,10 +119,17 @@ class Block(nnx.Module):
     trace = self.trace(x_BTD, angle_BTk, segment_BT, live_BT)
     return trace.output, trace.report
 
-  def trace(self, x_BTD, angle_BTk, segment_BT, live_BT) -> BlockTrace:
-    """The same computation -> all its tensors."""
+  def trace(
+    self,
+    x_BTD,
+    angle_BTk,
+    segment_BT,
+    live_BT,
+    cache: attention.Cache | None = None,
+  ) -> BlockTrace:
+    """The same computation -> all its tensors; `cache` is for `Attention.trace`."""
     x_BTD = mesh.constrain(x_BTD, 'batch', 'tokens', None)
-    attn = self.attn.trace(self.attn_norm(x_BTD), angle_BTk, segment_BT)
+    attn = self.attn.trace(self.attn_norm(x_BTD), angle_BTk, segment_BT, cache)
     attn_BTD = self._branch(attn.update, self.attn_branch_norm)
     middle_BTD = x_BTD + attn_BTD
     y_BTD, report = self.ffn_norm(middle_BTD), None
@@ -140,10 +147,9 @@ class Block(nnx.Module):
 
 
 # Called in place of a block: (block, x_BTD, angle_BTk, segment_BT, live_BT) -> (x_BTD,
-# extra). `extra` is a pytree of arrays. live_BT is False at padding.
-Through = Callable[
-  [Block, jax.Array, jax.Array, jax.Array | None, jax.Array], tuple[jax.Array, Any]
-]
+# extra). `extra` is a pytree of arrays. live_BT is False at padding. With a cache, its
+# layer follows.
+Through = Callable[..., tuple[jax.Array, Any]]
 
 
 class Transformer(nnx.Module):
@@ -168,6 +174,7 @@ class Transformer(nnx.Module):
     position_BT=None,
     *,
     through: Through = Block.__call__,
+    cache: Any = None,
   ) -> tuple[jax.Array, Any]:
     """Tokens -> (final normalized hidden states x_BTD, the blocks' second results).
 
@@ -186,26 +193,34 @@ class Transformer(nnx.Module):
         return x_BTD, score
 
       x_BTD, score_LBTHK = model.hidden(tokens, segments, positions, through=scores)
+
+    `cache` is a tree stacked over the layers, such as keys and values of earlier tokens.
+    `through` gets the part of its layer as one more argument, and the positions are those
+    given, with or without `mask_documents`.
     """
     cfg = self.cfg
     # Segment 0 is padding.
     live_BT = jnp.ones_like(token_BT, bool) if segment_BT is None else segment_BT > 0
     if not cfg.mask_documents:
-      segment_BT = position_BT = None
+      segment_BT = None
+      position_BT = None if cache is None else position_BT
     if position_BT is None:
       position_BT = jnp.broadcast_to(jnp.arange(token_BT.shape[1])[None], token_BT.shape)
     frequency_k = rope_frequencies(cfg.attn.head_dim, cfg.attn.rope_base, cfg.attn.yarn)
     angle_BTk = rope_angles(position_BT, frequency_k)
-    run = lambda x, block: through(block, x, angle_BTk, segment_BT, live_BT)
+    layers = (self.blocks,) if cache is None else (self.blocks, cache)
+    run = lambda x, layer: through(
+      layer[0], x, angle_BTk, segment_BT, live_BT, *layer[1:]
+    )
     if cfg.remat != 'none':
       run = jax.checkpoint(run, policy=REMAT[cfg.remat], prevent_cse=cfg.layers != 'scan')
     x_BTD = self.embed(token_BT)
     if cfg.layers == 'scan':
-      x_BTD, stacked = jax.lax.scan(run, x_BTD, self.blocks)
+      x_BTD, stacked = jax.lax.scan(run, x_BTD, layers)
     else:
       extras = []
-      for block in unstack(self.blocks, cfg.depth):
-        x_BTD, extra = run(x_BTD, block)
+      for layer in unstack(layers, cfg.depth):
+        x_BTD, extra = run(x_BTD, layer)
         extras.append(extra)
       stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *extras)
     return self.norm(mesh.constrain(x_BTD, 'batch', 'tokens', None)), stacked
@@ -216,15 +231,18 @@ class Transformer(nnx.Module):
 
   def __call__(self, token_BT, segment_BT=None, position_BT=None) -> jax.Array:
     """Tokens -> logits_BTV in float32, for evaluation; training uses `vocab_loss`."""
-    x_BTD, _ = self.hidden(token_BT, segment_BT, position_BT)
+    return self.logits(self.hidden(token_BT, segment_BT, position_BT)[0])
+
+  def logits(self, x_BTD: jax.Array) -> jax.Array:
+    """Final hidden states -> logits_BTV in float32."""
     w_VD = self.unembedding().astype(x_BTD.dtype)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     return kernels.soft_cap(product('btd,vd->btv', x_BTD, w_VD), self.cfg.logit_cap)
 
 
-def unstack(blocks: Block, depth: int) -> list[Block]:
-  """Stacked layers -> a list; its gradient is one concatenation per parameter."""
-  leaves, tree = jax.tree.flatten(blocks)
+def unstack(layers: Any, depth: int) -> list[Any]:
+  """A tree stacked over layers -> a list; its gradient is one concatenation per leaf."""
+  leaves, tree = jax.tree.flatten(layers)
   split = [jax.lax.split(leaf, (1,) * depth) for leaf in leaves]
   return [
     jax.tree.unflatten(tree, [jnp.squeeze(s[i], 0) for s in split]) for i in range(depth)

@@ -19,7 +19,7 @@ from gated.kernels.attention.case import Case, scores, soft_cap, with_lse_gradie
 # Above this many tokens the quadratic reference runs only by name.
 REFERENCE_LIMIT = 4096
 # A constant in softpick's denominator, from the authors' code.
-_SOFTPICK_EPS = 1e-8
+SOFTPICK_EPS = 1e-8
 
 
 def _sigmoid(score, mask):
@@ -33,7 +33,7 @@ def _softpick(score, mask):
   top = jnp.where(mask, score, 0).max(-1, keepdims=True)
   top = jax.lax.stop_gradient(jnp.maximum(top, 0))
   e = jnp.where(mask, jnp.exp(jnp.where(mask, score, 0) - top) - jnp.exp(-top), 0)
-  return jax.nn.relu(e) / (jnp.abs(e).sum(-1, keepdims=True) + _SOFTPICK_EPS)
+  return jax.nn.relu(e) / (jnp.abs(e).sum(-1, keepdims=True) + SOFTPICK_EPS)
 
 
 def _softmax(score, mask):
@@ -89,6 +89,26 @@ def attend_lse(
   return _run(backend, q_BTHK, k_BSGK, v_BSGK, segment_BT, case)
 
 
+def attend_cache(
+  q_BTHK: jax.Array,
+  k_BSGK: jax.Array,
+  v_BSGK: jax.Array,
+  start_B: jax.Array,
+  *,
+  normalizer: str,
+  cap: float,
+) -> tuple[jax.Array, jax.Array]:
+  """T queries from position start_B on, over the keys of positions 0 to S - 1.
+
+  -> (y_BTHK, lse_BTH), as `attend` and `attend_lse` give them. A query reads the keys up
+  to its own position; those after it may hold anything finite. In plain XLA, with all
+  T x S scores in memory.
+  """
+  position_BT = start_B[:, None] + jnp.arange(q_BTHK.shape[1])[None]
+  mask = position_BT[:, :, None] >= jnp.arange(k_BSGK.shape[1])[None, None]
+  return _dense(q_BTHK, k_BSGK, v_BSGK, mask, Case(0, normalizer, cap, lse=True))
+
+
 def _run(backend: str, q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case) -> Any:
   table = ATTENTION
   if backend == 'auto' and q_BTHK.shape[1] > REFERENCE_LIMIT:
@@ -106,15 +126,21 @@ def _too_long(*_):
 
 def _reference(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
   """The definition, scores and softmax in float32, with all T x S of them in memory."""
-  B, T, H, K = q_BTHK.shape
+  T = q_BTHK.shape[1]
   # Each device needs the keys of its whole rows.
   k_BSGK = mesh.constrain(k_BSGK, 'batch', None, 'kv_heads', None)
   v_BSGK = mesh.constrain(v_BSGK, 'batch', None, 'kv_heads', None)
-  score = soft_cap(scores(q_BTHK, k_BSGK), case.cap)
   mask = jnp.tril(jnp.ones((1, T, T), bool))
   if segment_BT is not None:
     mask = mask & (segment_BT[:, :, None] == segment_BT[:, None, :])
-  mask = mask[:, None, None]
+  return _dense(q_BTHK, k_BSGK, v_BSGK, mask, case)
+
+
+def _dense(q_BTHK, k_BSGK, v_BSGK, mask_BTS, case: Case) -> Any:
+  """Attention to the keys of a mask (B or 1, T, S) -> y_BTHK, or with its lse_BTH."""
+  B, T, H, K = q_BTHK.shape
+  score = soft_cap(scores(q_BTHK, k_BSGK), case.cap)
+  mask = mask_BTS[:, None, None]
   weight = NORMALIZERS[case.normalizer](score, mask).astype(v_BSGK.dtype)
   y = jnp.einsum('bghts,bsgk->btghk', weight, v_BSGK).reshape(B, T, H, K)
   if not case.lse:
