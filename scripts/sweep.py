@@ -19,12 +19,13 @@ stopped by a signal; the same command resumes the sweep.
 """
 
 import argparse
-import importlib.util
+import importlib
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -59,45 +60,40 @@ class Recipe(NamedTuple):
 
   spec: str  # configs/lr_sweep.py:scale=test
   overrides: tuple[str, ...]  # --config.steps=100
-  module: Any
+  module: ModuleType
 
 
 def recipe(words: Sequence[str]) -> Recipe:
   """The recipe's arguments -> Recipe; ValueError if they are wrong."""
   if words and all(word.startswith('--config.') for word in words):
     raise ValueError(f'{words[0]} needs --config: an existing sweep keeps its knobs')
-  values = _parse(words)
-  flag: Any = values['config']
+  flag = _parse(words)
   spec = flag.value and flag.config_filename
   if not spec:
     raise ValueError('--config=configs/RECIPE.py is missing')
-  values = config_flags.get_override_values(flag)
-  overrides = tuple(f'--config.{k}={axes.text(v)}' for k, v in values.items())
+  changed = config_flags.get_override_values(flag)
+  overrides = tuple(f'--config.{k}={axes.text(v)}' for k, v in changed.items())
   name, colon, arg = spec.partition(':')
   path = Path(name).resolve()
   if not any(path.is_relative_to(ROOT / folder) for folder in sweep.CARRIED):
     raise ValueError(
       f'--config={name} is not in {ROOT}/configs, so a sweep could not carry it'
     )
-  module_spec = importlib.util.spec_from_file_location(f'recipe_{path.stem}', path)
-  assert module_spec and module_spec.loader
-  module = importlib.util.module_from_spec(module_spec)
-  module_spec.loader.exec_module(module)
-  return Recipe(f'{path.relative_to(ROOT)}{colon}{arg}', overrides, module)
+  inside = path.relative_to(ROOT)
+  module = importlib.import_module('.'.join(inside.with_suffix('').parts))
+  return Recipe(f'{inside}{colon}{arg}', overrides, module)
 
 
 def resolve(words: Sequence[str]) -> dict:
   """`--config=...` and `--config.x=y` -> the recipe that train.py resolves."""
-  words = list(words)
-  for i, word in enumerate(words):
-    if word.startswith('--config='):  # A sweep's spec is relative to ROOT.
-      words[i] = f'--config={ROOT / word.partition("=")[2]}'
-  flag: Any = _parse(words)['config']
-  return flag.value.to_dict()
+  key = '--config='  # A sweep's spec is relative to ROOT.
+  at_root = lambda word: f'{key}{ROOT / word.removeprefix(key)}'
+  words = [at_root(word) if word.startswith(key) else word for word in words]
+  return _parse(words).value.to_dict()
 
 
-def _parse(words: Sequence[str]) -> flags.FlagValues:
-  """The recipe's arguments -> absl's flags; ValueError in one line for a bad knob."""
+def _parse(words: Sequence[str]) -> Any:
+  """The recipe's arguments -> absl's flag; ValueError in one line for a bad knob."""
   words = ['sweep.py', *words]
   values = flags.FlagValues()
   config_flags.DEFINE_config_file(
@@ -113,7 +109,7 @@ def _parse(words: Sequence[str]) -> flags.FlagValues:
   if len(left) > 1:
     hint = '; resume a sweep with --dir=DIR' if Path(left[1]).is_dir() else ''
     raise ValueError(f'unknown argument {left[1]!r}{hint}')
-  return values
+  return values['config']
 
 
 def planned(args: argparse.Namespace, words: Sequence[str]) -> sweep.Sweep:
@@ -242,100 +238,56 @@ def write_report(args: argparse.Namespace, words: Sequence[str]) -> int:
   return 0
 
 
-def _takes_only(parser: argparse.ArgumentParser) -> None:
+def parser() -> argparse.ArgumentParser:
+  """-> the parser of all commands; the recipe's own arguments are left to `recipe`."""
+  folder, only, grid = (argparse.ArgumentParser(add_help=False) for _ in range(3))
+  folder.add_argument('dir', help="a sweep's folder")
   text = 'points with these labels: variant=baseline,lr=0.001'
-  parser.add_argument('--only', default='', help=text)
+  only.add_argument('--only', default='', help=text)
+  grid.add_argument('--dir', default='', help='folder; default sweeps/NAME-DIGEST')
+  text = 'KNOB=VALUE,VALUE,...; repeatable'
+  grid.add_argument('--axis', action='append', default=[], help=text)
+  grid.add_argument('--seeds', type=int, help='number of seeds, as an axis')
+  grid.add_argument('--deterministic', action='store_true', help='as in train.py')
 
+  layout: Any = {'formatter_class': argparse.RawDescriptionHelpFormatter}
+  top = argparse.ArgumentParser('sweep.py', None, __doc__, allow_abbrev=False, **layout)
+  commands = top.add_subparsers(dest='command', required=True, metavar='COMMAND')
 
-def _takes_grid(parser: argparse.ArgumentParser) -> None:
-  """The flags of commands that may start a sweep."""
-  parser.add_argument('--dir', default='', help='folder; default sweeps/NAME-DIGEST')
-  parser.add_argument(
-    '--axis', action='append', default=[], help='KNOB=VALUE,VALUE,...; repeatable'
-  )
-  parser.add_argument('--seeds', type=int, help='number of seeds, as an axis')
-  _takes_only(parser)
-  parser.add_argument('--deterministic', action='store_true', help='as in train.py')
+  def add(name: str, do: Callable, text: str, *parents: argparse.ArgumentParser):
+    more = f'. {AS_IN_TRAIN}' if grid in parents else ''
+    options: Any = {'parents': parents, 'allow_abbrev': False}
+    command = commands.add_parser(name, help=text, description=text + more, **options)
+    command.set_defaults(do=do, takes_recipe=grid in parents)
+    return command
 
-
-def _run_flags(parser: argparse.ArgumentParser) -> None:
-  _takes_grid(parser)
-  parser.add_argument(
-    '--jobs',
-    type=int,
-    default=0,
-    help='points at a time; default: as many as cores and memory allow, or one a GPU',
-  )
-  parser.add_argument(
-    '--drop_checkpoints',
-    action='store_true',
-    help='remove the checkpoints of points that ended; metrics stay',
-  )
-
-
-def _submit_flags(parser: argparse.ArgumentParser) -> None:
-  _takes_grid(parser)
-  desk.add_flags(parser)
-
-
-def _status_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('dir', help="a sweep's folder")
-
-
-def _report_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('dir', help="a sweep's folder")
-  parser.add_argument('--out', default='', help='folder; default DIR/report')
-  _takes_only(parser)
+  command = add('run', run, 'run the points here', grid, only)
+  text = 'points at a time; default: as many as cores and memory allow, or one a GPU'
+  command.add_argument('--jobs', type=int, default=0, help=text)
+  text = 'remove the checkpoints of points that ended; metrics stay'
+  command.add_argument('--drop_checkpoints', action='store_true', help=text)
+  desk.add_flags(add('submit', submit, 'submit points to a scheduler', grid, only))
+  add('list', launched, 'list the submitted jobs', folder)
+  add('delete', launched, 'stop and remove the submitted jobs', folder)
+  add('status', status, 'print the state of the points', folder)
+  command = add('report', write_report, 'judge the points: tables, figures', folder, only)
+  command.add_argument('--out', default='', help='folder; default DIR/report')
   for name, text in RULE.items():
-    parser.add_argument(f'--{name}', type=float, help=f'diverged: {text}')
+    command.add_argument(f'--{name}', type=float, help=f'diverged: {text}')
   for name, (kind, text) in SPIKES.items():
-    parser.add_argument(f'--{name}', type=kind, help=f'spikes: {text}')
-
-
-def _compare_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('a', help="a run's workdir, or a sweep's folder")
-  parser.add_argument('b', help='another of the same kind')
-
-
-class Command(NamedTuple):
-  """A subcommand: its function, its flags, its help, and whether it takes `--config`."""
-
-  do: Callable[[argparse.Namespace, Sequence[str]], int]
-  flags: Callable[[argparse.ArgumentParser], None]
-  help: str
-  recipe: bool = False
-
-
-COMMANDS = {
-  'run': Command(run, _run_flags, 'run the points here', recipe=True),
-  'submit': Command(submit, _submit_flags, 'submit points to a scheduler', recipe=True),
-  'list': Command(launched, _status_flags, 'list the submitted jobs'),
-  'delete': Command(launched, _status_flags, 'stop and remove the submitted jobs'),
-  'status': Command(status, _status_flags, 'print the state of the points'),
-  'report': Command(write_report, _report_flags, 'judge the points: tables, figures'),
-  'compare': Command(compare, _compare_flags, 'compare two runs or sweeps'),
-}
+    command.add_argument(f'--{name}', type=kind, help=f'spikes: {text}')
+  command = add('compare', compare, 'compare two runs or sweeps')
+  command.add_argument('a', help="a run's workdir, or a sweep's folder")
+  command.add_argument('b', help='another of the same kind')
+  return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(
-    prog='sweep.py',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
-  below = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-  for name, command in COMMANDS.items():
-    text = f'{command.help}. {AS_IN_TRAIN}' if command.recipe else command.help
-    command.flags(
-      below.add_parser(name, help=command.help, description=text, allow_abbrev=False)
-    )
-  args, words = parser.parse_known_args(argv)
-  chosen = COMMANDS[args.command]
+  args, words = parser().parse_known_args(argv)
   try:
-    if words and not chosen.recipe:
+    if words and not args.takes_recipe:
       raise ValueError(f'unknown argument {words[0]!r}')
-    return chosen.do(args, words)
+    return args.do(args, words)
   except (ValueError, NotImplementedError, OSError) as error:
     print(f'sweep.py: {error}', file=sys.stderr)
     return REFUSED

@@ -8,9 +8,8 @@
 A point's workdir alone determines its state, whoever launched it.
 """
 
-from gated.sweep.code import CARRIED
 from gated.sweep.compare import folders, runs
-from gated.sweep.folder import NAME, is_current, local, open, unpacked, write
+from gated.sweep.folder import CARRIED, NAME, is_current, local, open, unpacked, write
 from gated.sweep.grid import Point, Sweep, check_here, only, plan
 from gated.sweep.machine import room
 from gated.sweep.runner import Runner, rows

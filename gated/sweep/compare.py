@@ -9,15 +9,14 @@ comparable runs have the same losses to the last bit, except on GPUs without
 import collections
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from gated import config, storage
 from gated.run import metrics
 from gated.run import workdir as workdirs
 from gated.sweep import folder as sweeps
-from gated.sweep.grid import Point, Sweep
+from gated.sweep.grid import Sweep, absolute
 
 SAME, DIFFERENT, NOT_COMPARABLE = 0, 1, 3  # Exit codes.
 
@@ -35,6 +34,8 @@ HARMLESS = (
   'config.data.workers',
   'config.data.prefetch',
 )
+# Variables that affect only memory and speed, and the kernel's version.
+HARMLESS_SETTINGS = '$XLA_PYTHON_CLIENT_', '$JAX_COMPILATION_CACHE_', 'platform'
 # Keys of a session in run.json -> their names in the output.
 SESSION = {
   'backend': 'backend',
@@ -43,12 +44,6 @@ SESSION = {
   'processes': 'processes',
   'deterministic': '--deterministic',
   'python': 'Python',
-}
-# Variables that affect only memory and speed.
-HARMLESS_VARIABLES = 'XLA_PYTHON_CLIENT_', 'JAX_COMPILATION_CACHE_'
-HEADINGS = {
-  True: 'differences that make the runs not comparable',
-  False: 'differences that change no loss',
 }
 COMPARED = 'loss', 'grad_norm'  # The compared fields of a record.
 
@@ -77,22 +72,23 @@ class Losses(NamedTuple):
 
   @property
   def same(self) -> bool:
-    """Whether all common steps agree to the last bit."""
-    return self.steps > 0 and self.first is None
+    """Whether they agree to the last bit, over the same steps."""
+    (last, _), (other, _) = self.finals
+    return self.steps > 0 and self.first is None and last == other
 
   def __str__(self) -> str:
-    (last, final), (other_last, other_final) = self.finals
-    ends = f'{final:.6g} at step {last}  |  {other_final:.6g} at step {other_last}'
+    if self.same:
+      return f'the same to the last bit, all {self.steps} steps; final: {self.a!r}'
+    finals = [f'{loss:.6g} at step {step}' for step, loss in self.finals]
+    ends = f'final: {"  |  ".join(finals)}'
     if not self.steps:
-      return f'the runs have no step in common; final: {ends}'
-    if self.first is not None:
-      return (
-        f'different from step {self.first} on: {self.a!r}  |  {self.b!r}; '
-        f'at most {self.most:.3g} nats apart; final: {ends}'
-      )
-    if last != other_last:
-      return f'the same to the last bit in all common steps; final: {ends}'
-    return f'the same to the last bit, all {self.steps} steps; final: {final!r}'
+      return f'the runs have no step in common; {ends}'
+    if self.first is None:
+      return f'the same to the last bit in all common steps; {ends}'
+    return (
+      f'different from step {self.first} on: {self.a!r}  |  {self.b!r}; '
+      f'at most {self.most:.3g} nats apart; {ends}'
+    )
 
 
 class Comparison(NamedTuple):
@@ -106,93 +102,81 @@ class Comparison(NamedTuple):
     return not any(d.matters for d in self.differences)
 
   @property
-  def same(self) -> bool:
-    """Whether they have the same losses, over the same steps."""
-    (last, _), (other, _) = self.losses.finals
-    return self.losses.same and last == other
-
-  def __str__(self) -> str:
-    harmless = [str(d) for d in self.differences if not d.matters]
-    lines = ['comparable: no difference that may change a loss']
+  def code(self) -> int:
+    """SAME, DIFFERENT or NOT_COMPARABLE."""
     if not self.comparable:
-      serious = [str(d) for d in self.differences if d.matters]
-      lines = ['NOT comparable, because of these differences:', *serious]
-    if harmless:
-      lines += ['differences that change no loss:', *harmless]
-    return '\n'.join([*lines, f'losses: {self.losses}'])
-
-
-def runs(a: storage.Path, b: storage.Path) -> Comparison:
-  """Two workdirs -> Comparison; ValueError for a missing or damaged run."""
-  return Comparison(tuple(_differences(_about(a), _about(b))), _losses(a, b))
-
-
-def _paired(
-  a: Sweep, b: Sweep
-) -> tuple[list[tuple[Point, Point]], list[Point], list[Point]]:
-  """Two sweeps -> pairs of points with the same labels, and the rest of each sweep."""
-  mine, other = ({tuple(sorted(p.labels.items())): p for p in s.points} for s in (a, b))
-  pairs = [(p, other[key]) for key, p in mine.items() if key in other]
-  only_a = [p for key, p in mine.items() if key not in other]
-  return pairs, only_a, [p for key, p in other.items() if key not in mine]
+      return NOT_COMPARABLE
+    return SAME if self.losses.same else DIFFERENT
 
 
 def folders(a: storage.Path, b: storage.Path) -> tuple[int, str]:
   """Two runs, or two sweeps -> an exit code, and the text of the comparison.
 
-  SAME, DIFFERENT or NOT_COMPARABLE. ValueError for a run and a sweep.
+  ValueError for a run and a sweep.
   """
-  a, b = (_absolute(folder) for folder in (a, b))
+  a, b = absolute(a), absolute(b)  # A run's sweep is in one of its parents.
   kinds = [storage.exists(folder / sweeps.NAME) for folder in (a, b)]
   if kinds[0] != kinds[1]:
     sweep, run = (a, b) if kinds[0] else (b, a)
     raise ValueError(f'{sweep} is a sweep, but {run} is not: name two runs or two sweeps')
   if kinds[0]:
     return _sweeps(sweeps.open(a), sweeps.open(b))
-  comparison = runs(a, b)
-  return _exit_code([comparison]), str(comparison)
+  result = runs(a, b)
+  listed = _listed({d: str(d) for d in result.differences})
+  if result.comparable:
+    listed.insert(0, 'comparable: no difference that may change a loss')
+  return result.code, '\n'.join([*listed, f'losses: {result.losses}'])
 
 
-def _absolute(folder: storage.Path) -> storage.Path:
-  """Makes a local path absolute: a run's sweep is in one of its parents."""
-  return folder if storage.is_remote(folder) else storage.Path(os.path.abspath(folder))
+def _listed(differences: Mapping[Difference, str]) -> list[str]:
+  """Differences and their lines -> those that matter and the others, with headings."""
+  lines = []
+  for matters, heading in (
+    (True, 'NOT comparable, because of these differences:'),
+    (False, 'differences that change no loss:'),
+  ):
+    group = [line for d, line in differences.items() if d.matters == matters]
+    lines += [heading, *group] if group else []
+  return lines
 
 
 def _sweeps(a: Sweep, b: Sweep) -> tuple[int, str]:
-  pairs, only_a, only_b = _paired(a, b)
-  lines, comparisons = [], []
+  """Two sweeps, by points with the same labels -> an exit code and a text."""
+  points_a, points_b = (
+    {frozenset(p.labels.items()): p for p in s.points} for s in (a, b)
+  )
+  lines, results = [], []
   counts: collections.Counter[Difference] = collections.Counter()
-  missing = collections.Counter()
-  for point, other in pairs:
-    workdirs_ab = a.workdir(point), b.workdir(other)
-    started = tuple(storage.exists(workdir / 'run.json') for workdir in workdirs_ab)
+  missing: collections.Counter[str] = collections.Counter()
+  for labels, point in points_a.items():
+    if labels not in points_b:
+      continue
+    workdirs_ab = a.workdir(point), b.workdir(points_b[labels])
+    started = [storage.exists(workdir / 'run.json') for workdir in workdirs_ab]
     if not all(started):
-      missing[started] += 1
+      missing['either' if not any(started) else 'B' if started[0] else 'A'] += 1
       continue
     result = runs(*workdirs_ab)
-    comparisons.append(result)
-    counts.update(dict.fromkeys(result.differences, 1))
+    results.append(result)
+    counts.update(result.differences)
     verdict = 'comparable' if result.comparable else 'NOT comparable'
     lines.append(f'{point.name}: {verdict}; losses: {result.losses}')
-  places = {(False, False): 'in either', (False, True): 'in A', (True, False): 'in B'}
-  lines += [f'{n} points have not started {places[key]}' for key, n in missing.items()]
-  for side, points in (('A', only_a), ('B', only_b)):
-    lines += [f'{p.name}: only in {side}' for p in points]
-  for matters, heading in HEADINGS.items():
-    listed = [f'{d}  ({n} points)' for d, n in counts.items() if d.matters == matters]
-    lines += [f'{heading}:', *listed] if listed else []
-  complete = len(comparisons) == len(a.points) == len(b.points)
-  same = sum(result.same for result in comparisons)
+  lines += [f'{n} points have not started in {side}' for side, n in missing.items()]
+  for side, own, other in (('A', points_a, points_b), ('B', points_b, points_a)):
+    lines += [f'{p.name}: only in {side}' for key, p in own.items() if key not in other]
+  lines += _listed({d: f'{d}  ({n} points)' for d, n in counts.items()})
+  codes = [result.code for result in results]
   most = max(len(a.points), len(b.points))
+  same = sum(result.losses.same for result in results)
   lines.append(f'{same} of {most} points have the same losses to the last bit')
-  code = _exit_code(comparisons)
-  return code if complete or code == NOT_COMPARABLE else DIFFERENT, '\n'.join(lines)
+  if not len(codes) == len(a.points) == len(b.points):
+    codes.append(DIFFERENT)
+  return max(codes), '\n'.join(lines)
 
 
-def _exit_code(comparisons: Sequence[Comparison]) -> int:
-  if not all(result.comparable for result in comparisons):
-    return NOT_COMPARABLE
-  return SAME if all(result.same for result in comparisons) else DIFFERENT
+def runs(a: storage.Path, b: storage.Path) -> Comparison:
+  """Two workdirs -> Comparison; ValueError for a missing or damaged run."""
+  return Comparison(tuple(_differences(_about(a), _about(b))), _losses(a, b))
 
 
 def _about(workdir: storage.Path) -> dict:
@@ -202,13 +186,11 @@ def _about(workdir: storage.Path) -> dict:
     run = json.loads(storage.read(path, workdirs.LIMIT))
     about = {'config': dict(run['config']), 'data': dict(run['data'])}
     about['sessions'] = [dict(session) for session in run['sessions']]
-    if not about['sessions']:
-      raise ValueError('it has no session')
+    about['code'] = about['sessions'][-1].get('git')
   except FileNotFoundError:
     raise ValueError(f'{workdir} is not a run: run.json is missing') from None
-  except (ValueError, KeyError, TypeError, RecursionError) as error:
+  except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
     raise ValueError(f'{path} is damaged: {error!r}') from error
-  about['code'] = about['sessions'][-1].get('git')
   root = workdir.parent.parent
   if not about['code'] and storage.exists(root / sweeps.NAME):
     made = sweeps.open(root).made
@@ -218,31 +200,39 @@ def _about(workdir: storage.Path) -> dict:
 
 def _differences(a: dict, b: dict) -> list[Difference]:
   """Two results of `_about` -> all differences, the recipe's first."""
-  data = [run['data'].get('sha256') for run in (a, b)]
-  # The same data may have another path.
-  harmless = (*HARMLESS, 'config.data.mixture') if data[0] == data[1] else HARMLESS
-  differences = [
-    Difference(knob, _short(x), _short(y), not knob.startswith(harmless))
-    for knob, (x, y) in config.differences(a['config'], b['config']).items()
-  ]
-  if data[0] != data[1]:
-    differences.append(Difference('data', str(data[0])[:12], str(data[1])[:12]))
+  changed = config.differences(a['config'], b['config'])
+  harmless = HARMLESS + HARMLESS_SETTINGS
+  x, y = (run['data'].get('sha256') or 'unknown' for run in (a, b))
+  if x == y:
+    harmless += ('config.data.mixture',)  # The same data may have another path.
+  else:
+    changed['data'] = x[:12], y[:12]
   if not _same_code(a['code'], b['code']):
-    differences.append(Difference('code', _code_name(a['code']), _code_name(b['code'])))
-  last = [run['sessions'][-1] for run in (a, b)]
-  fields = [(name, *(s.get(key) for s in last), True) for key, name in SESSION.items()]
-  for group, sign in (('versions', ''), ('environment', '$')):
-    x, y = (session.get(group) or {} for session in last)
-    for key in sorted(x.keys() | y.keys()):
-      matters = not (sign and key.startswith(HARMLESS_VARIABLES))
-      fields.append((sign + key, x.get(key), y.get(key), matters))
-  fields.append(('platform', *(str(s.get('platform')) for s in last), False))
-  differences += [
-    Difference(name, _short(x), _short(y), matters)
-    for name, x, y, matters in fields
-    if x != y
+    changed['code'] = _code_name(a['code']), _code_name(b['code'])
+  changed |= _changed(_settings(a['sessions'][-1]), _settings(b['sessions'][-1]))
+  for side, run in {'a': a, 'b': b}.items():
+    first, *others = (_settings(s) | {'code': s.get('git')} for s in run['sessions'])
+    for other in others:
+      mixed = _changed(first, other)
+      changed |= {f'{k} of the sessions of {side}': pair for k, pair in mixed.items()}
+  return [
+    Difference(name, _short(x), _short(y), not name.startswith(harmless))
+    for name, (x, y) in changed.items()
   ]
-  return [*differences, *_mixed(a, 'a'), *_mixed(b, 'b')]
+
+
+def _settings(session: Mapping[str, Any]) -> dict[str, Any]:
+  """A session of run.json -> its settings by their names in the output."""
+  settings = {name: session.get(key) for key, name in SESSION.items()}
+  settings |= session.get('versions') or {}
+  variables = session.get('environment') or {}
+  settings |= {f'${name}': variables[name] for name in sorted(variables)}
+  return settings | {'platform': session.get('platform')}
+
+
+def _changed(a: Mapping, b: Mapping) -> dict[str, tuple[Any, Any]]:
+  """Two mappings -> name: (value, other value), where they differ."""
+  return {k: (a.get(k), b.get(k)) for k in {**a, **b} if a.get(k) != b.get(k)}
 
 
 def _same_code(a: Mapping | None, b: Mapping | None) -> bool:
@@ -263,41 +253,29 @@ def _code_name(code: Mapping | None) -> str:
   return name + (f', sources {code["sha256"][:12]}' if 'sha256' in code else '')
 
 
-def _mixed(run: dict, side: str) -> list[Difference]:
-  """Differences between the sessions of one run."""
-  differences = []
-  for key in (*SESSION, 'versions', 'environment', 'git'):
-    values = [session.get(key) for session in run['sessions']]
-    if any(value != values[0] for value in values):
-      name = f'{SESSION.get(key, key)} of the sessions of {side}'
-      differences.append(Difference(name, _short(values[0]), _short(values[-1])))
-  return differences
-
-
 def _losses(a: storage.Path, b: storage.Path) -> Losses:
   """Two workdirs -> a comparison of their training and held-out losses."""
-  ours, theirs = ({(r['step'], r['kind']): r for r in _records(w)} for w in (a, b))
+  ours, theirs = _records(a), _records(b)
   shared = sorted(ours.keys() & theirs.keys())
   first, most = None, 0.0
-  losses = (math.nan, math.nan)
-  for key in shared:
-    x, y = ours[key], theirs[key]
-    if all(_equal(x.get(k), y.get(k)) for k in COMPARED):
+  losses = [(ours[key]['loss'], theirs[key]['loss']) for key in shared]
+  shown = losses[-1] if losses else (math.nan, math.nan)
+  for key, (x, y) in zip(shared, losses, strict=True):
+    if all(_equal(ours[key].get(k), theirs[key].get(k)) for k in COMPARED):
       continue
-    gap = abs(x['loss'] - y['loss'])
-    most = max(most, math.inf if math.isnan(gap) else gap)
-    first = key[0] if first is None else first
-    losses = (x['loss'], y['loss']) if first == key[0] else losses
-  if first is None and shared:
-    losses = ours[shared[-1]]['loss'], theirs[shared[-1]]['loss']
+    if first is None:
+      first, shown = key[0], (x, y)
+    most = max(most, math.inf if math.isnan(x - y) else abs(x - y))
   steps = len({step for step, _ in shared})
-  return Losses(steps, first, *losses, most, (_last(ours), _last(theirs)))
+  return Losses(steps, first, *shown, most, (_last(ours), _last(theirs)))
 
 
-def _records(workdir: storage.Path) -> Sequence[dict]:
+def _records(workdir: storage.Path) -> dict[tuple[int, str], dict]:
+  """A workdir -> its records with a loss, by step and kind."""
   path = workdir / 'metrics.jsonl'
   records = metrics.read(path) if metrics.exists(path) else []
-  return [r for r in records if r.get('kind') in ('train', 'heldout') and 'loss' in r]
+  kept = [r for r in records if r.get('kind') in ('train', 'heldout') and 'loss' in r]
+  return {(r['step'], r['kind']): r for r in kept}
 
 
 def _last(records: Mapping[tuple[int, str], dict]) -> tuple[int, float]:
@@ -310,8 +288,8 @@ def _last(records: Mapping[tuple[int, str], dict]) -> tuple[int, float]:
 
 
 def _equal(x: float | None, y: float | None) -> bool:
-  both_nan = x is not None and y is not None and math.isnan(x) and math.isnan(y)
-  return x == y or both_nan
+  """Whether two numbers are equal; NaN equals NaN."""
+  return x == y or (x != x and y != y)
 
 
 def _short(value: Any) -> str:

@@ -1,11 +1,19 @@
-"""The folder of a sweep: written at the start, read to resume it."""
+"""The folder of a sweep: its recipe, points and sources, enough to run it again.
+
+All points run the packed sources, whatever is edited meanwhile.
+"""
 
 import dataclasses
+import gzip
 import hashlib
+import io
 import json
 import os
 import platform
 import re
+import shutil
+import tarfile
+import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,13 +22,18 @@ from typing import Any
 from gated import config, storage
 from gated.run import metrics
 from gated.run.metrics import provenance
-from gated.sweep import code, judge
-from gated.sweep.grid import Point, Sweep
+from gated.sweep import judge
+from gated.sweep.grid import Point, Sweep, absolute
 
 NAME, CODE = 'sweep.json', 'code.tar.gz'
 LIMIT = 1 << 28  # Bytes of a sweep.json or its sources.
 FORMAT = 1
 ROOT = Path(__file__).resolve().parents[2]
+# The packed sources: folders, and patterns of files.
+CARRIED = 'configs', 'gated', 'scripts'
+FILES = 'train.py', 'eval.py', 'pyproject.toml', 'LICENSE', 'requirements*'
+LEFT_OUT = '__pycache__', '.pyc', '.partial'
+MOST = 1 << 26  # Bytes of all sources; a sweep carries no data.
 
 
 def write(swept: Sweep, environment: Mapping[str, str] | None = None) -> Sweep:
@@ -35,7 +48,7 @@ def write(swept: Sweep, environment: Mapping[str, str] | None = None) -> Sweep:
     old = open(root)
     _check_same(old, swept)
     return old
-  packed = code.pack(ROOT)
+  packed = pack(ROOT)
   made = {
     'time': datetime.now(UTC).isoformat(timespec='seconds'),
     'sha256': hashlib.sha256(packed).hexdigest(),
@@ -52,7 +65,7 @@ def write(swept: Sweep, environment: Mapping[str, str] | None = None) -> Sweep:
     'flags': swept.flags,
     'rule': dataclasses.asdict(swept.rule),
     'made': made,
-    'points': [p._asdict() for p in swept.points],
+    'points': [p._asdict() | {'command': swept.command(p)} for p in swept.points],
   }
   try:
     storage.write(root / CODE, packed)
@@ -68,9 +81,7 @@ def open(folder: storage.PathLike) -> Sweep:
 
   ValueError for a missing or damaged sweep.json.
   """
-  root = storage.path(folder)
-  if not storage.is_remote(root):
-    root = storage.Path(os.path.abspath(root))
+  root = absolute(folder)
   try:
     content = json.loads(storage.read(root / NAME, LIMIT))
   except FileNotFoundError:
@@ -83,28 +94,70 @@ def open(folder: storage.PathLike) -> Sweep:
     points = tuple(_point(p) for p in content['points'])
     if not points or len({p.name for p in points}) < len(points):
       raise ValueError('no points, or two with the same name')
+    made: dict[str, Any] = {'git': None, **content['made']}
+    _texts([made[key] for key in ('time', 'sha256', 'python')])
+    _texts([*made['environment'].values(), content['name'], content['recipe']])
     return Sweep(
       folder=root,
-      name=_text(content['name']),
-      recipe=_text(content['recipe']),
-      overrides=tuple(map(_text, content['overrides'])),
-      flags=tuple(map(_text, content['flags'])),
+      name=content['name'],
+      recipe=content['recipe'],
+      overrides=_texts(content['overrides']),
+      flags=_texts(content['flags']),
       points=points,
       rule=config.build(judge.Rule, content['rule'], 'rule'),
-      made=_made(content['made']),
-    ).moved(root)
+      made=made,
+    )
   except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
     raise ValueError(f'{root / NAME} is damaged: {error!r}') from error
 
 
-def unpacked(swept: Sweep) -> Path:
-  """A sweep in a local folder -> the folder of its unpacked sources.
+def _point(entry: Mapping[str, Any]) -> Point:
+  """Untrusted JSON -> Point; any of several errors if it is invalid."""
+  (name,), (*command, workdir) = _texts([entry['name']]), _texts(entry['command'])
+  if not re.fullmatch(r'[\w+-][\w.+-]{0,200}', name, re.ASCII):
+    raise ValueError(f'the point {name!r}')
+  if command[0] != 'train.py' or not workdir.startswith('--workdir='):
+    raise ValueError(f'the command of {name}')
+  c = dict(entry['config'])
+  _texts(entry['labels'].values())
+  # The knobs that are used without a check of the whole recipe.
+  for knob, kind in {'steps': int, 'seed': int, 'optim.lr': (int, float)}.items():
+    if not isinstance(value := config.dig(c, knob), kind) or isinstance(value, bool):
+      raise ValueError(f'config.{knob}={value!r} of {name}')
+  return Point(name, entry['labels'], dict(entry['changes']), tuple(command), c)
 
-  ValueError for a remote sweep, or sources that do not match its sweep.json.
-  """
-  root = local(swept.folder)
-  packed = storage.read(root / CODE, LIMIT)
-  return code.unpack(packed, root, sha256=swept.made['sha256'])
+
+def _texts(values: Any) -> tuple[str, ...]:
+  """Checks that all values are strings."""
+  for value in values:
+    if not isinstance(value, str):
+      raise ValueError(f'{value!r} is not a string')
+  return tuple(values)
+
+
+def _check_same(old: Sweep, new: Sweep) -> None:
+  """ValueError with a list of the differences if two sweeps are not the same."""
+  before, after = ({p.name: p for p in s.points} for s in (old, new))
+  lines = [f'the point {n} is only in the folder' for n in before if n not in after]
+  lines += [f'the point {name} is new' for name in after if name not in before]
+  changed: dict[str, tuple[Any, Any]] = {}
+  for name in before.keys() & after.keys():
+    a, b = (
+      json.loads(metrics.dumps(s[name].config, indent=None)) for s in (before, after)
+    )
+    changed |= config.differences(a, b)
+  if old.flags != new.flags:
+    changed['flags'] = ' '.join(old.flags), ' '.join(new.flags)
+  if old.rule != new.rule:
+    changed['the rule of divergence'] = old.rule, new.rule
+  lines += [f'{name}: {x!r} in the folder, {y!r} now' for name, (x, y) in changed.items()]
+  if lines:
+    rest = [f'and {len(lines) - 20} more'] if len(lines) > 20 else []
+    listed = '\n'.join(f'  {line}' for line in [*lines[:20], *rest])
+    raise ValueError(
+      f'--dir={old.folder} holds another sweep; differences:\n{listed}\n'
+      'Choose another folder, or resume that sweep with --dir alone'
+    )
 
 
 def local(folder: storage.Path) -> Path:
@@ -119,64 +172,64 @@ def local(folder: storage.Path) -> Path:
 
 def is_current(swept: Sweep) -> bool:
   """Whether a sweep's sources equal the current ones."""
-  return hashlib.sha256(code.pack(ROOT)).hexdigest() == swept.made['sha256']
+  return hashlib.sha256(pack(ROOT)).hexdigest() == swept.made['sha256']
 
 
-def _point(entry: Mapping[str, Any]) -> Point:
-  """Untrusted JSON -> Point; any of several errors if it is invalid."""
-  name, command = _text(entry['name']), tuple(map(_text, entry['command']))
-  if not re.fullmatch(r'[\w+-][\w.+-]{0,200}', name, re.ASCII):
-    raise ValueError(f'the point {name!r}')
-  if command[0] != 'train.py' or not command[-1].startswith('--workdir='):
-    raise ValueError(f'the command of {name}')
-  c = dict(entry['config'])
-  # The knobs that are used without a check of the whole recipe.
-  for knob, kind in {'steps': int, 'seed': int, 'optim.lr': (int, float)}.items():
-    if not isinstance(value := config.dig(c, knob), kind) or isinstance(value, bool):
-      raise ValueError(f'config.{knob}={value!r} of {name}')
-  return Point(name, _texts(entry['labels']), dict(entry['changes']), command, c)
+def pack(root: Path) -> bytes:
+  """A checkout -> its sources as a .tar.gz, always the same bytes for the same sources.
 
-
-def _made(entry: Mapping[str, Any]) -> dict[str, Any]:
-  checked: dict[str, Any] = {k: _text(entry[k]) for k in ('time', 'sha256', 'python')}
-  checked['environment'] = _texts(entry['environment'])
-  return {'git': None} | dict(entry) | checked
-
-
-def _texts(entry: Mapping[str, Any]) -> dict[str, str]:
-  return {_text(key): _text(value) for key, value in entry.items()}
-
-
-def _text(value: Any) -> str:
-  if not isinstance(value, str):
-    raise ValueError(f'{value!r} is not a string')
-  return value
-
-
-def _check_same(old: Sweep, new: Sweep) -> None:
-  """ValueError with a list of the differences if two sweeps are not the same."""
-  before, after = ({p.name: p for p in s.points} for s in (old, new))
-  lines = [
-    f'the point {name} is only in the folder' for name in before if name not in after
-  ]
-  lines += [f'the point {name} is new' for name in after if name not in before]
-  for name in before.keys() & after.keys():
-    a, b = (
-      json.loads(metrics.dumps(s[name].config, indent=None)) for s in (before, after)
-    )
-    changed = config.differences(a, b)
-    lines += [f'{k}: {x!r} in the folder, {y!r} now' for k, (x, y) in changed.items()]
-  settings = {
-    'flags': (' '.join(old.flags), ' '.join(new.flags)),
-    'the rule of divergence': (old.rule, new.rule),
-  }
-  for name, (x, y) in settings.items():
-    lines += [f'{name}: {x!r} in the folder, {y!r} now'] if x != y else []
-  lines = list(dict.fromkeys(lines))
-  if lines:
-    rest = [f'and {len(lines) - 20} more'] if len(lines) > 20 else []
-    listed = '\n'.join(f'  {line}' for line in [*lines[:20], *rest])
+  ValueError if they are too large.
+  """
+  paths = [p for pattern in FILES for p in root.glob(pattern)]
+  paths += [p for folder in CARRIED for p in (root / folder).rglob('*')]
+  paths = [p for p in paths if p.is_file() and not str(p).endswith(LEFT_OUT)]
+  paths = sorted(p for p in paths if not set(p.parts) & set(LEFT_OUT))
+  size = sum(p.stat().st_size for p in paths)
+  if size > MOST:
+    largest = max(paths, key=lambda p: p.stat().st_size)
     raise ValueError(
-      f'--dir={old.folder} holds another sweep; differences:\n{listed}\n'
-      'Choose another folder, or resume that sweep with --dir alone'
+      f'the sources in {root} have {size} bytes, more than a sweep carries '
+      f'({MOST}): move {largest} elsewhere'
     )
+  out = io.BytesIO()
+  with (
+    gzip.GzipFile(fileobj=out, mode='wb', mtime=0) as zipped,
+    tarfile.open(fileobj=zipped, mode='w', format=tarfile.PAX_FORMAT) as archive,
+  ):
+    for path in paths:
+      content = path.read_bytes()
+      entry = tarfile.TarInfo(path.relative_to(root).as_posix())
+      entry.size = len(content)
+      entry.mode = 0o755 if os.access(path, os.X_OK) else 0o644
+      archive.addfile(entry, io.BytesIO(content))
+  return out.getvalue()
+
+
+def unpacked(swept: Sweep) -> Path:
+  """A sweep in a local folder -> the folder of its unpacked sources.
+
+  ValueError for a remote sweep, or sources that do not match its sweep.json.
+  """
+  root, sha256 = local(swept.folder), swept.made['sha256']
+  packed = storage.read(root / CODE, LIMIT)
+  digest = hashlib.sha256(packed).hexdigest()
+  if digest != sha256:
+    raise ValueError(
+      f'{root / CODE} does not match {NAME}: its SHA-256 is {digest}, but {sha256} is '
+      'recorded'
+    )
+  target = root / f'code-{digest[:12]}'
+  if target.is_dir():
+    return target
+  draft = Path(tempfile.mkdtemp(prefix='.code-', dir=root))
+  try:
+    with tarfile.open(fileobj=io.BytesIO(packed), mode='r:gz') as archive:
+      archive.extractall(draft, filter='data')
+    draft.chmod(0o755)
+    draft.rename(target)
+  except OSError:
+    if not target.is_dir():  # Another process may have been faster.
+      raise
+  finally:
+    shutil.rmtree(draft, ignore_errors=True)
+  return target

@@ -4,11 +4,12 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from gated import config, storage
+from gated import config, data, storage
 from gated import plan as plans
+from gated.data import mixture as mixtures
 from gated.sweep import judge
 
 # Arguments of train.py -> the recipe that they resolve to.
@@ -21,7 +22,7 @@ class Point(NamedTuple):
   name: str  # Its folder: a readable slug, and a digest of its changes.
   labels: Mapping[str, str]
   changes: Mapping[str, Any]  # Knobs, without `config.`.
-  command: tuple[str, ...]  # train.py --config=... --workdir=...
+  command: tuple[str, ...]  # train.py --config=..., without its --workdir
   config: Mapping[str, Any]  # The resolved recipe.
 
 
@@ -41,15 +42,12 @@ class Sweep:
   def workdir(self, point: Point) -> storage.Path:
     return self.folder / 'points' / point.name
 
+  def command(self, point: Point) -> tuple[str, ...]:
+    """train.py --config=... --workdir=..."""
+    return *point.command, f'--workdir={os.fspath(self.workdir(point))}'
+
   def log(self, point: Point) -> storage.Path:
     return self.folder / 'logs' / f'{point.name}.log'
-
-  def moved(self, folder: storage.Path) -> 'Sweep':
-    """The same sweep in another folder."""
-    points = tuple(
-      p._replace(command=(*p.command[:-1], _workdir(folder, p.name))) for p in self.points
-    )
-    return replace(self, folder=folder, points=points)
 
 
 def plan(
@@ -70,7 +68,8 @@ def plan(
   """
   if not grid:
     raise ValueError(f'--config={recipe}: its grid is empty')
-  base = resolve([f'--config={recipe}', *overrides])
+  command = ('train.py', f'--config={recipe}', *overrides)
+  base = resolve(command[1:])
   known = list(config.flatten(base))
   fixed = {word.partition('=')[0].removeprefix('--') for word in overrides}
   points: list[Point] = []
@@ -83,25 +82,27 @@ def plan(
         raise ValueError(f'--{name} is given, but an axis of the grid changes it')
       if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f'{name}={value} is not finite')
-    points.append(_point(recipe, labels, changes, overrides=overrides, resolve=resolve))
+    points.append(_point(command, labels, changes, resolve))
   _check_apart(points)
   for point in points:
     _check_paths(point)
-  root = storage.path(folder or f'sweeps/{base["name"]}-{_digest(points, flags)}')
-  if not storage.is_remote(root):
-    root = storage.Path(os.path.abspath(root))
-  points = [
-    p._replace(command=(*p.command, *flags, _workdir(root, p.name))) for p in points
-  ]
+  configs = [{k: v for k, v in p.config.items() if k != 'paper'} for p in points]
+  digest = config.digest([configs, list(flags)])[:8]
   return Sweep(
-    folder=root,
+    folder=absolute(folder or f'sweeps/{base["name"]}-{digest}'),
     name=base['name'],
     recipe=recipe,
     overrides=tuple(overrides),
     flags=tuple(flags),
-    points=tuple(points),
+    points=tuple(p._replace(command=(*p.command, *flags)) for p in points),
     rule=rule,
   )
+
+
+def absolute(folder: storage.PathLike) -> storage.Path:
+  """A sweep's or run's folder -> its absolute path, or its URL."""
+  path = storage.path(folder)
+  return path if storage.is_remote(path) else storage.Path(os.path.abspath(path))
 
 
 def only(points: Sequence[Point], selection: str) -> list[Point]:
@@ -128,13 +129,26 @@ def only(points: Sequence[Point], selection: str) -> list[Point]:
   return matches
 
 
-def _point(recipe, labels, changes, *, overrides, resolve) -> Point:
-  """A point whose command still lacks the common flags and the workdir."""
-  words = [f'--config.{knob}={_text(value)}' for knob, value in changes.items()]
-  command = [f'--config={recipe}', *overrides, *words]
+def _same(text: str, value: str) -> bool:
+  try:
+    return text == value or float(text) == float(value)
+  except ValueError:
+    return False
+
+
+def _point(
+  command: Sequence[str],
+  labels: Mapping[str, str],
+  changes: Mapping[str, Any],
+  resolve: Resolve,
+) -> Point:
+  """The command of all points, and the labels and changes of one -> Point."""
+  # Strings stand as they are; repr gives other values back without a loss.
+  texts = {k: v if isinstance(v, str) else repr(v) for k, v in changes.items()}
+  command = (*command, *(f'--config.{knob}={text}' for knob, text in texts.items()))
   name = '-'.join(filter(None, [_slug(labels), config.digest(dict(changes))[:6]]))
   try:
-    resolved = resolve(command)
+    resolved = resolve(command[1:])
     config.build(plans.Config, resolved, 'config')
     for knob, value in changes.items():
       actual = config.dig(resolved, knob)
@@ -143,61 +157,11 @@ def _point(recipe, labels, changes, *, overrides, resolve) -> Point:
         raise ValueError(f'config.{knob}={value!r} is read as {actual!r}')
   except ValueError as error:
     raise ValueError(f'the point {name}: {config.plain(error)}') from error
-  return Point(name, dict(labels), dict(changes), ('train.py', *command), resolved)
+  return Point(name, dict(labels), dict(changes), command, resolved)
 
 
-def _check_apart(points: Sequence[Point]) -> None:
-  """ValueError for two points with the same recipe or the same labels."""
-  seen: dict[str, Point] = {}
-  named: dict[tuple[str, ...], Point] = {}
-  for point in points:
-    c = {k: v for k, v in point.config.items() if k not in ('name', 'paper')}
-    other = seen.setdefault(config.digest(c), point)
-    if other is not point:
-      raise ValueError(
-        f'the points {other.name} and {point.name} of the grid are the same run'
-      )
-    labels = tuple(sorted(f'{k}={v}' for k, v in point.labels.items()))
-    other = named.setdefault(labels, point)
-    if other is not point:
-      raise ValueError(
-        f'the points {other.name} and {point.name} of the grid have the same labels, but '
-        f'change {dict(other.changes)} and {dict(point.changes)}: add a label'
-      )
-
-
-def check_here(points: Sequence[Point]) -> None:
-  """ValueError for a dataset that is missing on this machine."""
-  for place in sorted({place for point in points for place in _data(point)}):
-    if os.path.isabs(place) and not storage.exists(place):
-      raise ValueError(f'config.data.mixture names {place}, which does not exist')
-
-
-def _data(point: Point) -> list[str]:
-  """A point -> the folders and buckets in its mixture."""
-  terms = point.config['data']['mixture'].split(',')
-  return [term.split('@')[0].split('=')[0].strip() for term in terms]
-
-
-def _check_paths(point: Point) -> None:
-  """ValueError for a relative path: points run in another working directory."""
-  named = [('data.mixture', place) for place in _data(point)]
-  named += [('data.cache', point.config['data']['cache'])]
-  named += [('init_from', point.config['init_from'])]
-  for knob, place in named:
-    remote = storage.is_remote(place) or place in ('', 'stdlib')
-    if not (remote or os.path.isabs(place)):
-      value = config.dig(point.config, knob)
-      raise ValueError(
-        f'config.{knob}={value!r} has a relative path, but points run in the folder '
-        f"of the sweep's sources: write {os.path.abspath(place)}"
-      )
-
-
-def _digest(points: Sequence[Point], flags: Sequence[str]) -> str:
-  """The digest in the name of a sweep's default folder."""
-  configs = [{k: v for k, v in p.config.items() if k != 'paper'} for p in points]
-  return config.digest([configs, list(flags)])[:8]
+def _plain(value: Any) -> Any:
+  return list(value) if isinstance(value, tuple) else value
 
 
 def _slug(labels: Mapping[str, str]) -> str:
@@ -207,21 +171,47 @@ def _slug(labels: Mapping[str, str]) -> str:
   return '-'.join(re.sub(r'[^A-Za-z0-9._+]+', '_', word) for word in words)[:80]
 
 
-def _workdir(folder: storage.Path, name: str) -> str:
-  return f'--workdir={os.fspath(folder / "points" / name)}'
+def _check_apart(points: Sequence[Point]) -> None:
+  """ValueError for two points with the same recipe or the same labels."""
+  seen: dict[Any, Point] = {}  # By the digest of a recipe, and by labels.
+  for point in points:
+    c = {k: v for k, v in point.config.items() if k not in ('name', 'paper')}
+    other = seen.setdefault(config.digest(c), point)
+    if other is not point:
+      raise ValueError(
+        f'the points {other.name} and {point.name} of the grid are the same run'
+      )
+    other = seen.setdefault(frozenset(point.labels.items()), point)
+    if other is not point:
+      raise ValueError(
+        f'the points {other.name} and {point.name} of the grid have the same labels, but '
+        f'change {dict(other.changes)} and {dict(point.changes)}: add a label'
+      )
 
 
-def _text(value: Any) -> str:
-  """A knob's value -> the text that a command line parses to the same value."""
-  return value if isinstance(value, str) else repr(value)
+def inputs(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """A recipe -> the knobs that name data or weights, with each folder or URL."""
+  mixture, weights = recipe['data']['mixture'], recipe['init_from']
+  terms = [] if mixture == data.STDLIB else mixtures.terms(mixture)
+  places = [('data.mixture', term.directory) for term in terms]
+  return places + ([('init_from', weights)] if weights else [])
 
 
-def _plain(value: Any) -> Any:
-  return list(value) if isinstance(value, tuple) else value
+def check_here(points: Sequence[Point]) -> None:
+  """ValueError for a dataset that is missing on this machine."""
+  for knob, place in sorted({pair for p in points for pair in inputs(p.config)}):
+    remote = storage.is_remote(place)
+    if knob == 'data.mixture' and not remote and not storage.exists(place):
+      raise ValueError(f'config.data.mixture names {place}, which does not exist')
 
 
-def _same(text: str, value: str) -> bool:
-  try:
-    return text == value or float(text) == float(value)
-  except ValueError:
-    return False
+def _check_paths(point: Point) -> None:
+  """ValueError for a relative path: points run in another working directory."""
+  cache = point.config['data']['cache']
+  for knob, place in [*inputs(point.config), ('data.cache', cache)]:
+    if place and not storage.is_remote(place) and not os.path.isabs(place):
+      value = config.dig(point.config, knob)
+      raise ValueError(
+        f'config.{knob}={value!r} has a relative path, but points run in the folder '
+        f"of the sweep's sources: write {os.path.abspath(place)}"
+      )

@@ -5,6 +5,7 @@ share a sweep's folder. A runner waits for a point that another one runs, and re
 if that one leaves it unfinished.
 """
 
+import json
 import os
 import shlex
 import signal
@@ -13,18 +14,18 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from gated import storage
 from gated.data import workers
-from gated.sweep.follow import Follower
 from gated.sweep.grid import Point, Sweep
 from gated.sweep.machine import Slot
 from gated.sweep.state import ENDED, living, state
 
 SECONDS = 0.5  # Between two checks of the processes.
 TAIL = 15  # Lines of a failed point's log that are printed.
+END = 1 << 16  # Bytes at the end of a file that are read.
 
 
 @dataclass
@@ -32,13 +33,15 @@ class Row:
   """The status of a point."""
 
   point: Point
-  state: str  # One of state.STATES, or running, elsewhere.
-  step: int
-  follower: Follower
+  workdir: storage.Path
+  state: str = 'absent'  # One of state.STATES, or running, elsewhere.
+  step: int = 0
+  message: str = ''  # Of its last session, as it ended.
+  loss: str = ''  # These three are of the last training record in a local workdir.
+  spikes: int = 0
+  seconds: float = 0.0  # Per step; 0 if unknown.
   slot: str = ''
   code: int | None = None  # The exit code of its last process here.
-  took: float = 0.0  # Seconds of the whole run, if this runner ran all of it.
-  message: str = ''  # Of its last session, as it ended.
 
   @property
   def steps(self) -> int:
@@ -48,15 +51,39 @@ class Row:
   def ended(self) -> bool:
     return self.state in ENDED
 
-  def update(self, workdir: storage.Path) -> None:
+  def update(self) -> None:
     """Reads the state of the workdir, and whether another runner holds its lock."""
     try:
-      self.state, self.step, self.message = state(workdir, self.steps)
+      self.state, self.step, self.message = state(self.workdir, self.steps)
     except ValueError as error:  # Damaged: train.py decides and reports.
       self.state, self.step, self.message = 'failed', 0, str(error)
-    self.follower.look()
-    if not self.ended and living(workdir):
-      self.state, self.step = 'elsewhere', max(self.step, self.follower.step)
+    if not self.ended and living(self.workdir):
+      self.state = 'elsewhere'
+    self.follow()
+
+  def follow(self) -> None:
+    """Reads the last training record."""
+    for line in reversed(_end(self.workdir / 'metrics.jsonl')):
+      try:
+        record = json.loads(line)
+        if record['kind'] == 'train':
+          step, loss, spikes = record['step'], record['loss'], int(record['spikes'])
+          # A non-finite number is a string.
+          self.loss = loss if isinstance(loss, str) else f'{loss:.4f}'
+          self.spikes, self.seconds = spikes, record.get('step_seconds', 0.0)
+          if self.state in ('running', 'elsewhere'):
+            self.step = max(self.step, step)
+          return
+      except (ValueError, KeyError, TypeError):
+        continue  # Incomplete, or damaged: metrics.read reports that.
+
+
+def rows(swept: Sweep, points: Sequence[Point]) -> list[Row]:
+  """Points -> their current status."""
+  status = [Row(p, swept.workdir(p)) for p in points]
+  for row in status:
+    row.update()
+  return status
 
 
 @dataclass
@@ -64,17 +91,7 @@ class _Job:
   row: Row
   process: subprocess.Popen
   slot: Slot
-  fresh: bool  # Whether it started at step 0.
   stops: int = 0  # How many stop signals it got.
-  start: float = field(default_factory=time.monotonic)
-
-
-def rows(swept: Sweep, points: Sequence[Point]) -> list[Row]:
-  """Points -> their current status."""
-  status = [Row(p, 'absent', 0, Follower(swept.workdir(p))) for p in points]
-  for row in status:
-    row.update(swept.workdir(row.point))
-  return status
 
 
 class Runner:
@@ -128,9 +145,8 @@ class Runner:
       raise
 
   def _run(self) -> None:
-    if not self._keep:
-      for row in self.rows:
-        self._drop(row)
+    for row in self.rows:
+      self._drop(row)
     self._show(self.rows)
     while True:
       self._reap()
@@ -139,8 +155,7 @@ class Runner:
       self._forward()
       waiting = [row for row in self.rows if row.state == 'elsewhere']
       for row in [*waiting, *(job.row for job in self._jobs)]:
-        row.follower.look()
-        row.step = max(row.step, row.follower.step)
+        row.follow()
       self._show(self.rows)
       if not self._jobs and (self.leaving or not waiting):
         return
@@ -153,10 +168,9 @@ class Runner:
         return
       if row.state == 'running' or row.ended or row.code is not None:
         continue
-      workdir = self._swept.workdir(row.point)
-      if row.state == 'elsewhere' and living(workdir):
+      if row.state == 'elsewhere' and living(row.workdir):
         continue
-      row.update(workdir)  # Another runner may have started or finished it.
+      row.update()  # Another runner may have started or finished it.
       if row.state != 'elsewhere' and not row.ended:
         self._launch(row, self._free.pop(0))
 
@@ -167,7 +181,7 @@ class Runner:
     common = self._swept.made['environment']
     environment = {'PYTHONUNBUFFERED': '1', **common, **slot.environment}
     prefix = ' '.join(f'{k}={v}' for k, v in environment.items())
-    command = [sys.executable, *row.point.command]
+    command = [sys.executable, *self._swept.command(row.point)]
     with open(log, 'ab') as out, warnings.catch_warnings():
       out.write(f'$ {prefix} {shlex.join(command)}\n'.encode())
       out.flush()
@@ -183,40 +197,41 @@ class Runner:
         start_new_session=True,  # Ctrl-C reaches only this process, which forwards it.
         preexec_fn=workers.terminate_with_parent(),
       )
-    row.follower = Follower(self._swept.workdir(row.point), since=time.time())
     row.state, row.slot = 'running', slot.name
-    self._jobs.append(_Job(row, process, slot, fresh=not row.step))
+    self._jobs.append(_Job(row, process, slot))
 
   def _reap(self) -> None:
     """Updates the rows of the processes that have exited."""
     for job in [job for job in self._jobs if job.process.poll() is not None]:
       self._jobs.remove(job)
       self._free.append(job.slot)
-      row, workdir = job.row, self._swept.workdir(job.row.point)
+      row = job.row
       row.code, row.slot = job.process.returncode, ''
-      row.update(workdir)
-      if row.ended:
-        row.took = time.monotonic() - job.start if job.fresh else 0.0
-        if not self._keep:
-          self._drop(row)
-      elif row.state == 'elsewhere':
+      row.update()
+      self._drop(row)
+      if row.state == 'elsewhere':
         row.code = None
-      elif not self.leaving:
+      elif not row.ended and not self.leaving:
         row.state = 'failed'
 
   def _drop(self, row: Row) -> None:
-    """Removes the checkpoints of a point that has ended."""
-    if row.ended:
-      storage.remove(self._swept.workdir(row.point) / 'checkpoints')
+    """Removes the checkpoints of a point that has ended, unless they are kept."""
+    if row.ended and not self._keep:
+      storage.remove(row.workdir / 'checkpoints')
 
 
-def tail(path: storage.Path) -> str:
+def tail(log: storage.Path) -> str:
   """A log -> its last lines, after the last command in it."""
-  try:
-    with open(path, 'rb') as file:
-      file.seek(max(0, os.path.getsize(path) - (1 << 16)))
-      lines = file.read().decode(errors='replace').splitlines()
-  except OSError:
-    return ''
+  lines = [line.decode(errors='replace') for line in _end(log)]
   starts = [i for i, line in enumerate(lines) if line.startswith('$ ')]
   return '\n'.join(lines[starts[-1] + 1 if starts else 0 :][-TAIL:])
+
+
+def _end(path: storage.Path) -> list[bytes]:
+  """A local file -> its last lines; none for a missing or remote file."""
+  try:
+    with open(path, 'rb') as file:
+      file.seek(max(0, os.path.getsize(path) - END))
+      return file.read().splitlines()
+  except OSError:
+    return []

@@ -6,6 +6,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -26,20 +27,14 @@ COLORS = {
   'diverged': 'magenta',
   'failed': 'red',
 }
-# Which states are shown first if the terminal is too short for all rows.
-FIRST = 'failed', 'running', 'elsewhere', 'diverged', 'partial', 'finished', 'absent'
 
 
 def console() -> Console:
   return Console() if sys.stdout.isatty() else Console(width=WIDTH)
 
 
-def table(rows: Sequence[Row], title: str, most: int = 0) -> Group:
-  """Rows -> a table of the `most` most urgent ones (0: all)."""
-  shown = list(rows)
-  if most and len(shown) > most:
-    urgent = sorted(shown, key=lambda row: FIRST.index(row.state))[:most]
-    shown = [row for row in shown if any(row is other for other in urgent)]
+def table(rows: Sequence[Row], title: str) -> Group:
+  """Rows -> a table below its summary, which a short terminal shows too."""
   grid = Table(box=None, pad_edge=False)
   names = list(dict.fromkeys(name for row in rows for name in row.point.labels))
   for name in names:
@@ -47,82 +42,72 @@ def table(rows: Sequence[Row], title: str, most: int = 0) -> Group:
   grid.add_column('state')
   for name in ('step', 'loss', 'spikes', 'left'):
     grid.add_column(name, justify='right')
-  for row in shown:
-    color = COLORS.get(row.state, 'dim')
-    left = (row.steps - row.step) * row.follower.seconds
+  for row in rows:
+    left = (row.steps - row.step) * row.seconds
     grid.add_row(
       *(Text(row.point.labels.get(name, '')) for name in names),
-      Text(f'{row.state} {row.slot}'.strip(), color),
+      Text(f'{row.state} {row.slot}'.strip(), COLORS.get(row.state, 'dim')),
       f'{row.step}/{row.steps}',
-      row.follower.loss,
-      str(row.follower.spikes or ''),
-      time_left(left) if row.state == 'running' and left else '',
+      row.loss,
+      str(row.spikes or ''),
+      _time(left) if row.state == 'running' and left else '',
     )
-  hidden = len(rows) - len(shown)
-  more = [Text(f'{hidden} more points')] if hidden else []
   line = lambda text: Text(text, overflow='ellipsis', no_wrap=True)
-  return Group(line(title), grid, *more, line(summary(rows)))
+  return Group(line(title), line(summary(rows)), grid)
 
 
 def summary(rows: Sequence[Row]) -> str:
   """Rows -> the number of points in each state, and the time until all have ended."""
   counts = collections.Counter(row.state for row in rows)
   states = ', '.join(f'{n} {name}' for name, n in sorted(counts.items()))
-  running = [row for row in rows if row.state == 'running']
-  own = [row.follower.seconds for row in running if row.follower.seconds]
-  # Seconds per step, including start-up and shutdown if a whole run was timed.
-  whole = [row.took / row.steps for row in rows if row.took] or own
-  if not (running and whole):
+  timed = [row.seconds for row in rows if row.state == 'running' and row.seconds]
+  if not timed:
     return states
-  left = 0.0
-  for row in rows:
-    if row.state in ('running', 'absent', 'partial'):
-      seconds = row.follower.seconds if row.state == 'running' else 0.0
-      left += (row.steps - row.step) * (seconds or sum(whole) / len(whole))
-  return f'{states}; about {time_left(left / len(running))} left'
+  due = [row for row in rows if row.state in ('running', 'absent', 'partial')]
+  steps = sum(row.steps - row.step for row in due)
+  left = steps * sum(timed) / len(timed) / counts['running']
+  return f'{states}; about {_time(left)} left'
 
 
-def time_left(seconds: float) -> str:
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f'{hours}:{minutes:02d}:{seconds:02d}' if hours else f'{minutes}:{seconds:02d}'
+def _time(seconds: float) -> str:
+  """Seconds -> H:MM:SS."""
+  return str(timedelta(seconds=round(seconds)))
 
 
 class View:
   """`with View(title) as view:` shows the rows of each call `view(rows)`."""
 
   def __init__(self, title: str):
-    self._title, self._console = title, console()
-    self._live: Live | None = None
+    self._title = title
+    self._live = Live(console=console(), auto_refresh=False)
+    self._terminal = self._live.console.is_terminal
     self._states: dict[str, str] = {}
     self._printed = time.monotonic()
 
   def __enter__(self) -> 'View':
-    if self._console.is_terminal:
-      self._live = Live(console=self._console, auto_refresh=False)
+    if self._terminal:
       self._live.start()
     return self
 
   def __exit__(self, *_) -> None:
-    if self._live:
+    if self._terminal:
       self._live.stop()
 
   def __call__(self, rows: Sequence[Row]) -> None:
-    if self._live:
-      room = max(3, self._console.height - 6)
-      self._live.update(table(rows, self._title, room), refresh=True)
+    if self._terminal:
+      self._live.update(table(rows, self._title), refresh=True)
       return
     for row in rows:
       before = self._states.setdefault(row.point.name, row.state)
       if row.state != before:
-        loss = f', loss {row.follower.loss}' if row.follower.loss else ''
+        loss = f', loss {row.loss}' if row.loss else ''
         step = f', step {row.step}/{row.steps}' if row.state != 'running' else ''
         print(f'{row.point.name}: {row.state}{step}{loss}', flush=True)
         self._states[row.point.name] = row.state
     if time.monotonic() - self._printed >= LINE:
       self._printed = time.monotonic()
       running = [row for row in rows if row.state == 'running']
-      steps = [f'{r.point.name} {r.step}/{r.steps} {r.follower.loss}' for r in running]
+      steps = [f'{row.point.name} {row.step}/{row.steps} {row.loss}' for row in running]
       print('; '.join([summary(rows), *steps]), flush=True)
 
 

@@ -116,6 +116,8 @@ def _run_once(folder, job, task, restarts):
     )
     _write(folder, task, state='RUNNING', restarts=restarts, pid=batch.pid)
     code = batch.wait()
+  with contextlib.suppress(ProcessLookupError):
+    os.killpg(batch.pid, signal.SIGKILL)  # SLURM kills all processes of an ended job.
   now = _read(folder, task)
   requeued = now['state'] == 'REQUEUED' and bool(job['requeue'])
   _steps(folder, task).unlink(missing_ok=True)

@@ -23,13 +23,13 @@ from faults import process
 from gated import storage, sweep
 from gated.sweep import launch
 from gated.sweep.launch import (
-  checks,
   desk,
   jobset,
   machines,
   point,
   skypilot,
   slurm,
+  targets,
   tpu,
   work,
 )
@@ -68,9 +68,13 @@ def folder_of(on):
 def submission(on, folder='', count=2, more=(), sha256='ab' * 32, **options):
   folder = folder or folder_of(on)
   flags = launch.Options(**{'on': on} | NEEDS[on] | options)
-  checks.options(flags, folder)
-  batch = points(folder, count, more)
-  return launch.prepare(flags, folder, batch, sha256=sha256, python='3.11')
+  targets.check(flags, folder)
+  batch = tuple(points(folder, count, more))
+  return launch.prepare(
+    launch.Work(
+      folder=folder, sha256=sha256, python='3.11.2', points=batch, options=flags
+    )
+  )
 
 
 VARIANTS = {
@@ -189,6 +193,7 @@ def test_each_host_gets_the_command_and_the_path_of_its_sources(on):
 SOURCES = {
   name: (ROOT / 'gated' / name).read_text()
   for name in (
+    'config.py',
     'storage.py',
     'run/lock.py',
     'run/exit_codes.py',
@@ -475,7 +480,7 @@ def check_gcloud(command):
 
 def record_of(s, outputs=()):
   jobs = [{'job': p.job, 'point': p.name, 'workdir': p.workdir} for p in s.work.points]
-  options = dict(work.changed(s.work.options))
+  options = s.work.options.changed()
   names = {'on': s.work.options.on, 'label': s.work.label}
   return names | {'jobs': jobs, 'told': list(outputs), 'options': options}
 
@@ -485,7 +490,7 @@ def test_commands_use_documented_flags_of_gcloud(variant):
   s = submission('tpu', **variant)
   record = record_of(s)
   states = {s.work.points[0].job: 'SUSPENDED'}
-  renewed = tpu.renew(s.work, record, states)
+  renewed = tpu.renew(s.work, states)
   assert [c[4] for c in renewed] == ['delete', 'create', 'create']
   for command in [*s.commands, *tpu.delete(record), tpu.listing(record), *renewed]:
     check_gcloud(command)
@@ -710,7 +715,7 @@ def test_the_states_of_jobsets_are_read():
 )
 def test_invalid_options_are_refused(options, folder, message):
   with pytest.raises(ValueError) as refused:
-    checks.options(launch.Options(**options), folder)
+    targets.check(launch.Options(**options), folder)
   assert message in str(refused.value) and '\n' not in str(refused.value)
 
 
@@ -733,7 +738,7 @@ def test_a_missing_scheduler_is_refused_with_instructions(on, monkeypatch):
   monkeypatch.setenv('PATH', '/nowhere')
   target = launch.TARGETS[on]
   with pytest.raises(ValueError) as refused:
-    checks.installed(on)
+    targets.check_installed(on)
   assert target.command in str(refused.value) and target.install in str(refused.value)
 
 
@@ -762,7 +767,7 @@ def test_a_missing_scheduler_is_refused_with_instructions(on, monkeypatch):
 )
 def test_data_that_no_job_can_read_is_refused(on, knobs, message):
   try:
-    checks.reachable(small.recipe(**knobs), on)
+    targets.check_reachable(small.recipe(**knobs), on)
     error = ''
   except ValueError as refusal:
     error = str(refusal)
@@ -772,16 +777,16 @@ def test_data_that_no_job_can_read_is_refused(on, knobs, message):
 def test_a_read_only_folder_is_refused(tmp_path):
   (tmp_path / 'file').touch()
   with pytest.raises(ValueError, match='cannot be written from here'):
-    checks.writable(str(tmp_path / 'file/below'))
-  checks.writable(str(tmp_path / 'new'))
+    targets.check_writable(str(tmp_path / 'file/below'))
+  targets.check_writable(str(tmp_path / 'new'))
   assert list((tmp_path / 'new').iterdir()) == []
 
 
 def test_the_write_check_leaves_a_bucket_unchanged(remote):
-  checks.writable(f'{remote}/sweep')
+  targets.check_writable(f'{remote}/sweep')
   assert storage.names(f'{remote}/sweep') == []
   with pytest.raises(ValueError, match='cannot be written from here'):
-    checks.writable('s3://no-such-bucket-of-ours/sweep')
+    targets.check_writable('s3://no-such-bucket-of-ours/sweep')
 
 
 # --- Submitted, listed, deleted ---
@@ -1046,8 +1051,8 @@ def test_a_dry_run_needs_no_bucket(tmp_path, monkeypatch, capsys):
   code, out = call(capsys, *argv, '--dry_run')
   assert code == 0 and out.count('\ngcloud compute') == 2
   assert 'gs://bucket/lr cannot be read from here, so every point is shown' in out
-  for place, name in ((desk.checks, 'installed'), (desk.checks, 'writable')):
-    monkeypatch.setattr(place, name, lambda *_: None)
+  for name in ('check_installed', 'check_writable'):
+    monkeypatch.setattr(targets, name, lambda *_: None)
   monkeypatch.setattr(sweep, 'write', lambda swept: swept)
   monkeypatch.setattr(storage, 'exists', lambda path: False)
   code, out = call(capsys, *argv)
@@ -1075,8 +1080,8 @@ def test_an_impossible_submission_is_refused_in_one_line(
 
 
 def test_a_sweep_without_submission_cannot_be_listed_or_deleted(tmp_path, capsys):
-  swept = cli.planned(*_parsed(f'--dir={tmp_path / "sweep"}'))
-  sweep.write(swept)
+  argv = ['submit', *SWEEP, f'--dir={tmp_path / "sweep"}']
+  swept = sweep.write(cli.planned(*cli.parser().parse_known_args(argv)))
   for verb in desk.COMMANDS:
     code, out = call(capsys, verb, swept.folder)
     assert code == 2 and 'is not submitted: launched.json is missing' in out
@@ -1119,7 +1124,7 @@ def test_lost_slices_are_created_again_until_all_points_have_ended(
   swept = sweep.open(folder)
   ends = lambda p: storage.write(
     swept.workdir(p) / 'outcome.json',
-    json.dumps({'code': 0, 'step': 280, 'told': '', 'time': ''}).encode(),
+    json.dumps({'code': 0, 'step': 280, 'told': '', 'time': 0.0}).encode(),
   )
   ends(swept.points[1])
   code, out = call(capsys, *argv)
@@ -1148,13 +1153,6 @@ def test_lost_slices_are_created_again_until_all_points_have_ended(
   code, out = call(capsys, 'delete', folder)
   assert calls() == [['list'], ['delete', one], ['delete', two]]
   assert code == 0 and 'deleted: 2 jobs' in out
-
-
-def _parsed(*argv):
-  """The flags of a grid, and the words of the recipe."""
-  parser = cli.argparse.ArgumentParser()
-  cli._takes_grid(parser)
-  return parser.parse_known_args([*SWEEP, *argv])
 
 
 # A model with steps of milliseconds, for two processes with one device each.
@@ -1209,7 +1207,11 @@ def test_a_sweep_runs_under_slurm_with_two_processes_each_and_survives_preemptio
     losses = {row['step']: row['loss'] for row in rows if row['kind'] == 'train'}
     assert list(losses) == list(range(1, steps + 1))
     command = sessions[0]['command'][1:]
-    assert command == [*p.command[1:], '--start_timeout=1800', '--coordinator=auto']
+    assert command == [
+      *swept.command(p)[1:],
+      '--start_timeout=1800',
+      '--coordinator=auto',
+    ]
     if i == 0:
       assert 0 < sessions[1]['restored_step'] < steps
   # All points have ended.

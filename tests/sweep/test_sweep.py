@@ -1,5 +1,6 @@
-"""Sweeps: their grids are checked, their points run once, and runs are compared."""
+"""Sweeps: their grids are checked, and their points run once."""
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -14,11 +15,10 @@ from faults import process
 
 from configs import axes, base, lr_sweep
 from gated import config, model, storage, sweep
-from gated.run import metrics
 from gated.run import workdir as workdirs
-from gated.sweep import code, follow, judge, machine, runner
+from gated.sweep import folder, judge, machine, runner
 
-# Of ml_collections, for each recipe that it loads.
+# ml_collections warns for each recipe that it loads.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
 
 script = importlib.import_module('scripts.sweep')
@@ -26,26 +26,26 @@ script = importlib.import_module('scripts.sweep')
 LR = axes.axis('optim.lr', [1e-3, 4e-3])
 
 
-def plan(grid, recipe='configs/tiny.py', **given):
-  rule = given.pop('rule', judge.Rule(**base.rule()))
-  return sweep.plan(recipe, grid, resolve=script.resolve, rule=rule, **given)
+def plan(grid, recipe='configs/tiny.py', **options):
+  options.setdefault('rule', judge.Rule(**base.rule()))
+  return sweep.plan(recipe, grid, resolve=script.resolve, **options)
 
 
 @functools.cache
 def count(knobs):
-  """How many parameters a model has, by its knobs as JSON."""
+  """A model's knobs as JSON -> the number of its parameters."""
   cfg = config.build(model.Config, json.loads(knobs), 'config.model')
   return model.count(model.abstract(cfg))
 
 
-# Grids.
+# --- Grids ---
 
 
-def test_a_point_is_the_plain_command_that_makes_its_recipe():
+def test_a_point_is_a_plain_command():
   swept = plan(axes.product(LR, axes.seeds(2)), overrides=['--config.steps=7'])
   point = swept.points[3]
   assert point.name.startswith('lr0.004-seed1-')
-  assert point.command == (
+  assert swept.command(point) == (
     'train.py',
     '--config=configs/tiny.py',
     '--config.steps=7',
@@ -53,18 +53,18 @@ def test_a_point_is_the_plain_command_that_makes_its_recipe():
     '--config.seed=1',
     f'--workdir={swept.workdir(point)}',
   )
-  c = script.resolve(point.command[1:-1])
+  c = script.resolve(point.command[1:])
   assert c == point.config
   assert (c['steps'], c['optim']['lr'], c['seed']) == (7, 4e-3, 1)
 
 
-def test_a_points_name_depends_on_its_own_changes_only():
+def test_the_name_of_a_point_depends_on_its_changes_only():
   few, many = plan(LR), plan(axes.chain(axes.axis('optim.lr', [2e-3]), LR))
   assert [p.name for p in few.points] == [p.name for p in many.points[1:]]
   assert few.folder != many.folder
 
 
-def test_values_of_all_types_come_back_from_a_command_line_as_they_were():
+def test_a_command_line_keeps_values_of_all_types():
   changes = {
     'optim.lr': 0.1 + 0.2,
     'seed': 3,
@@ -78,7 +78,7 @@ def test_values_of_all_types_come_back_from_a_command_line_as_they_were():
   assert tuple(point.config['paper']['assumed']) == ('a', 'b')
 
 
-def test_an_axis_may_be_a_range_of_numpys():
+def test_an_axis_may_hold_numpy_scalars():
   numbers = [*np.logspace(-3, -1, 3), np.float64(0.5)]
   grid = axes.axis('optim.lr', numbers)
   assert [p.labels for p in grid] == [{'lr': x} for x in ('0.001', '0.01', '0.1', '0.5')]
@@ -86,7 +86,7 @@ def test_an_axis_may_be_a_range_of_numpys():
   assert plan(grid).points[3].config['optim']['lr'] == 0.5
 
 
-def test_a_name_tells_which_switch_it_means():
+def test_a_label_of_a_boolean_includes_its_knob():
   points = plan(axes.axis('model.tied', [True, False])).points
   assert [p.name[:6] for p in points] == ['tiedTr', 'tiedFa']
 
@@ -117,16 +117,16 @@ BAD_GRIDS = {
 }
 
 
-@pytest.mark.parametrize('told', BAD_GRIDS, ids=str)
-def test_a_bad_grid_is_refused_before_anything_is_written(told, tmp_path):
+@pytest.mark.parametrize('message', BAD_GRIDS, ids=str)
+def test_a_bad_grid_is_refused_before_anything_is_written(message, tmp_path):
   with pytest.raises(ValueError) as error:
-    plan(BAD_GRIDS[told], folder=str(tmp_path / 'it'))
-  assert told in str(error.value)
+    plan(BAD_GRIDS[message], folder=str(tmp_path / 'sweep'))
+  assert message in str(error.value)
   assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-  'arg, several',
+  'arg, varied',
   [
     ('scale=test,seeds=1', {'variant', 'lr'}),
     ('scale=test,seeds=1,optimizer=both', {'variant', 'lr', 'optimizer'}),
@@ -134,7 +134,7 @@ def test_a_bad_grid_is_refused_before_anything_is_written(told, tmp_path):
     ('scale=proxy,seeds=2', {'variant', 'lr', 'seed'}),
   ],
 )
-def test_the_sweep_of_learning_rates_can_be_planned(arg, several):
+def test_the_learning_rate_sweep_has_the_expected_axes(arg, varied):
   recipe = f'configs/lr_sweep.py:{arg}'
   swept = plan(lr_sweep.get_grid(arg), recipe)
   values = {}
@@ -142,50 +142,48 @@ def test_the_sweep_of_learning_rates_can_be_planned(arg, several):
     assert point.config['optim']['floor'] <= point.config['optim']['lr']
     for name, value in point.labels.items():
       values.setdefault(name, set()).add(value)
-  assert {name for name, seen in values.items() if len(seen) > 1} == several
+  assert {name for name, texts in values.items() if len(texts) > 1} == varied
 
 
-def test_the_variants_of_the_sweep_of_learning_rates_have_as_many_parameters():
+def test_the_variants_of_the_learning_rate_sweep_have_equal_parameter_counts():
   arg = 'scale=test,seeds=1'
   points = plan(lr_sweep.get_grid(arg), f'configs/lr_sweep.py:{arg}').points
-  # The gated variants' FFN gives up what the gate adds.
+  # The FFN of a gated variant is smaller by the gate's parameters.
   counts = [count(json.dumps(p.config['model'])) for p in points]
   assert max(counts) < 1.01 * min(counts)
 
 
-def test_what_the_grid_changes_cannot_be_given_for_all_points():
+def test_a_knob_of_the_grid_cannot_be_an_override():
   with pytest.raises(ValueError, match=r'config\.optim\.lr is given, but an axis'):
     plan(LR, overrides=['--config.optim.lr=1e-3'])
 
 
-def test_only_takes_points_by_their_labels():
+def test_only_selects_points_by_their_labels():
   points = plan(axes.product(LR, axes.seeds(3))).points
-  found = sweep.only(points, 'lr=1e-3,seed=0,seed=2')
-  assert [p.labels['seed'] for p in found] == ['0', '2']
-  assert {p.labels['lr'] for p in found} == {'0.001'}
+  selected = sweep.only(points, 'lr=1e-3,seed=0,seed=2')
+  assert [p.labels['seed'] for p in selected] == ['0', '2']
+  assert {p.labels['lr'] for p in selected} == {'0.001'}
   assert sweep.only(points, '') == list(points)
 
 
 @pytest.mark.parametrize(
-  'wanted, told',
+  'selection, message',
   [('variant=a', 'the labels are lr, seed'), ('lr=2', 'lr has the values 0.001, 0.')],
 )
-def test_only_refuses_labels_that_no_point_has(wanted, told):
-  with pytest.raises(ValueError, match=told):
-    sweep.only(plan(axes.product(LR, axes.seeds(2))).points, wanted)
+def test_only_refuses_unknown_labels_and_values(selection, message):
+  with pytest.raises(ValueError, match=message):
+    sweep.only(plan(axes.product(LR, axes.seeds(2))).points, selection)
 
 
-# The command line.
+# --- The command line ---
 
 
 def run(*words, expect=0):
-  got = script.main([*map(str, words)])
-  assert got == expect
-  return got
+  assert script.main([*map(str, words)]) == expect
 
 
 @pytest.mark.parametrize(
-  'words, told',
+  'words, message',
   [
     (['--config=configs/tiny.py'], 'has no get_grid: name its axes'),
     (['--config=configs/tiny.py', '--axis=optim.lrr=1'], 'did you mean config.optim.lr?'),
@@ -209,32 +207,32 @@ def run(*words, expect=0):
     (['--dir=nowhere'], 'is not a sweep: sweep.json is missing'),
   ],
 )
-def test_a_bad_command_is_refused_in_one_line(words, told, capsys):
+def test_a_bad_command_is_refused_in_one_line(words, message, capsys):
   run('run', *words, expect=2)
-  said = capsys.readouterr().err
-  assert said.startswith('sweep.py: ') and told in said and said.count('\n') == 1
+  error = capsys.readouterr().err
+  assert error.startswith('sweep.py: ') and message in error and error.count('\n') == 1
 
 
-def test_what_runs_here_is_not_begun_in_a_bucket(capsys, monkeypatch):
-  monkeypatch.setattr(sweep, 'write', lambda *_: pytest.fail('it was written'))
-  run('run', '--config=configs/tiny.py', '--seeds=2', '--dir=gs://bucket/it', expect=2)
+def test_a_local_run_refuses_a_bucket(capsys, monkeypatch):
+  monkeypatch.setattr(sweep, 'write', lambda *_: pytest.fail('a sweep was written'))
+  run('run', '--config=configs/tiny.py', '--seeds=2', '--dir=gs://bucket/a', expect=2)
   assert 'a bucket is for `scripts/sweep.py submit`' in capsys.readouterr().err
 
 
-def test_a_recipe_that_a_sweep_would_not_carry_is_refused(tmp_path, capsys):
+def test_a_recipe_outside_the_packed_sources_is_refused(tmp_path, capsys):
   shutil.copy(process.ROOT / 'configs/tiny.py', tmp_path / 'mine.py')
   run('run', f'--config={tmp_path}/mine.py', '--seeds=2', expect=2)
   assert 'configs, so a sweep could not carry it' in capsys.readouterr().err
 
 
-def test_what_is_broken_off_or_cannot_be_read_is_told_in_one_line(capsys, monkeypatch):
+def test_an_interrupt_or_a_read_error_is_one_line(capsys, monkeypatch):
   for error, expect in (KeyboardInterrupt(), 130), (PermissionError('not yours'), 2):
 
     def fail(folder, error=error):
       raise error
 
     monkeypatch.setattr(sweep, 'open', fail)
-    run('status', 'it', expect=expect)
+    run('status', 'a', expect=expect)
   assert capsys.readouterr().err == 'sweep.py: interrupted\nsweep.py: not yours\n'
 
 
@@ -251,29 +249,27 @@ def test_a_part_of_a_grid_has_the_environment_of_the_whole(tmp_path, monkeypatch
   ]
   run('run', *command)
   assert sweep.open(tmp_path).made['environment'] == {'NPROC': '2'}
-  said = capsys.readouterr().out
-  assert '1 points, 1 at a time' in said and "sweep's sources" not in said
-  monkeypatch.setattr(code, 'pack', lambda root: b'edited since')
+  output = capsys.readouterr().out
+  assert '1 points, 1 at a time' in output and "sweep's sources" not in output
+  monkeypatch.setattr(folder, 'pack', lambda root: b'edited since')
   run('run', *command)
   assert "points use the sweep's sources" in capsys.readouterr().out
 
 
-# The folder.
+# --- The folder ---
 
 
-def test_a_sweep_is_opened_from_its_folder_alone_wherever_it_lies(tmp_path):
-  made = sweep.write(plan(LR, folder=str(tmp_path / 'a')), {'NPROC': '1'})
+def test_a_moved_folder_is_enough_to_open_a_sweep(tmp_path):
+  before = sweep.write(plan(LR, folder=str(tmp_path / 'a')), {'NPROC': '1'})
   shutil.move(tmp_path / 'a', tmp_path / 'b')
-  found = sweep.open(tmp_path / 'b')
-  assert found == made.moved(found.folder)
-  assert found.rule == made.rule
-  assert (
-    found.points[0].command[-1] == f'--workdir={tmp_path}/b/points/{made.points[0].name}'
-  )
-  assert found.made['environment'] == {'NPROC': '1'}
-  folder = sweep.unpacked(found)
-  assert (folder / 'train.py').read_bytes() == (process.ROOT / 'train.py').read_bytes()
-  assert folder == sweep.unpacked(found)
+  moved = sweep.open(tmp_path / 'b')
+  assert moved == dataclasses.replace(before, folder=moved.folder)
+  first = moved.points[0]
+  assert moved.command(first)[-1] == f'--workdir={tmp_path}/b/points/{first.name}'
+  assert moved.made['environment'] == {'NPROC': '1'}
+  sources = sweep.unpacked(moved)
+  assert (sources / 'train.py').read_bytes() == (process.ROOT / 'train.py').read_bytes()
+  assert sources == sweep.unpacked(moved)
 
 
 def test_the_same_sources_are_packed_to_the_same_bytes(tmp_path):
@@ -284,19 +280,19 @@ def test_the_same_sources_are_packed_to_the_same_bytes(tmp_path):
     (tmp_path / root / 'gated/__pycache__').mkdir()
     (tmp_path / root / 'gated/__pycache__/x.pyc').write_text(root)
   os.utime(tmp_path / 'b/train.py', (1, 1))
-  assert code.pack(tmp_path / 'a') == code.pack(tmp_path / 'b')
+  assert folder.pack(tmp_path / 'a') == folder.pack(tmp_path / 'b')
 
 
-def test_sources_that_are_not_the_recorded_ones_are_refused(tmp_path):
+def test_sources_with_another_digest_are_refused(tmp_path):
   swept = sweep.write(plan(LR, folder=str(tmp_path)))
-  (tmp_path / 'code.tar.gz').write_bytes(code.pack(tmp_path))
-  with pytest.raises(ValueError, match='is not what its sweep'):
+  (tmp_path / 'code.tar.gz').write_bytes(folder.pack(tmp_path))
+  with pytest.raises(ValueError, match=r'does not match sweep\.json'):
     sweep.unpacked(swept)
 
 
-def test_a_folder_of_another_sweep_is_refused_and_told_what_differs(tmp_path):
-  there = sweep.write(plan(LR, folder=str(tmp_path)))
-  assert sweep.write(plan(LR, folder=str(tmp_path))) == there
+def test_a_folder_of_another_sweep_is_refused_with_the_differences(tmp_path):
+  before = sweep.write(plan(LR, folder=str(tmp_path)))
+  assert sweep.write(plan(LR, folder=str(tmp_path))) == before
   other = plan(LR, folder=str(tmp_path), overrides=['--config.steps=7'])
   with pytest.raises(ValueError, match=r'config\.steps: 280 in the folder, 7 now'):
     sweep.write(other)
@@ -323,7 +319,7 @@ HOSTILE = {
 }
 
 
-def test_a_sweep_that_no_sweep_wrote_is_refused(tmp_path):
+def test_a_forged_sweep_is_refused(tmp_path):
   sweep.write(plan(LR, folder=str(tmp_path)))
   path = tmp_path / 'sweep.json'
   whole = json.loads(path.read_text())
@@ -337,23 +333,23 @@ def test_a_sweep_that_no_sweep_wrote_is_refused(tmp_path):
       sweep.open(tmp_path)
 
 
-def test_labels_are_shown_as_they_are(tmp_path, capsys):
+def test_labels_with_markup_are_shown_literally(tmp_path, capsys):
   grid = axes.choice('[red]', **{'[/x]': {'seed': 1}, '[bold]': {'seed': 2}})
   sweep.write(plan(grid, folder=str(tmp_path)))
   run('status', tmp_path)
-  said = capsys.readouterr().out
-  assert '[red]' in said and '[/x]' in said and '[bold]' in said
+  output = capsys.readouterr().out
+  assert '[red]' in output and '[/x]' in output and '[bold]' in output
 
 
-# Where points stand.
+# --- The state of a point ---
 
 
-def records(workdir, *steps, loss=3.0, at=0.0):
+def records(workdir, *steps, loss=3.0):
   workdir.mkdir(parents=True, exist_ok=True)
   with open(workdir / 'metrics.jsonl', 'ab') as file:
     for step in steps:
-      told = {'step': step, 'kind': 'train', 'time': at + step, 'spikes': step // 4}
-      file.write(json.dumps(told | {'loss': loss, 'grad_norm': 1.0}).encode() + b'\n')
+      record = {'step': step, 'kind': 'train', 'loss': loss, 'spikes': step // 4}
+      file.write(json.dumps(record | {'step_seconds': 0.5}).encode() + b'\n')
 
 
 @pytest.mark.parametrize(
@@ -369,34 +365,34 @@ def records(workdir, *steps, loss=3.0, at=0.0):
     (1, 4, 'failed'),
   ],
 )
-def test_where_a_point_stands_is_told_by_its_workdir(code, step, state, tmp_path):
+def test_the_workdir_determines_the_state_of_a_point(code, step, state, tmp_path):
   if step:
     records(tmp_path, *range(1, step + 1))
   if code is not None:
-    workdirs.conclude(storage.Path(tmp_path), code, 'so')
-  told = '' if code is None else 'so'
-  assert sweep.state(storage.Path(tmp_path), 9) == (state, step, told)
+    workdirs.conclude(storage.Path(tmp_path), code, 'a reason')
+  message = '' if code is None else 'a reason'
+  assert sweep.state(storage.Path(tmp_path), 9) == (state, step, message)
 
 
-def test_a_follower_reads_on_and_begins_anew_where_a_file_was_cut(tmp_path):
+def test_a_row_follows_the_last_training_record(tmp_path):
   records(tmp_path, 1, 2, 3, 4)
-  seen = follow.Follower(storage.Path(tmp_path), since=2.5)
-  seen.look()
-  assert (seen.step, seen.loss, seen.spikes, seen.seconds) == (4, '3.0000', 1, 1.0)
+  row = runner.Row(plan(LR).points[0], storage.Path(tmp_path), 'running')
+  row.follow()
+  assert (row.step, row.loss, row.spikes, row.seconds) == (4, '3.0000', 1, 0.5)
   with open(tmp_path / 'metrics.jsonl', 'ab') as file:
-    file.write(b'{"step": 5, "ki')
-  seen.look()
-  assert seen.step == 4
-  metrics.records.truncate(tmp_path / 'metrics.jsonl', 2)
-  records(tmp_path, 3, loss='NaN')
-  seen.look()
-  assert (seen.step, seen.loss) == (3, 'NaN')
+    file.write(b'{"step": 9, "kind": "heldout"}\n{"step": 10, "ki')
+  row.follow()
+  assert row.step == 4
+  (tmp_path / 'metrics.jsonl').unlink()
+  records(tmp_path, 5, loss='NaN')
+  row.follow()
+  assert (row.step, row.loss) == (5, 'NaN')
 
 
-# What runs at a time.
+# --- Points at the same time ---
 
 
-def test_a_gpu_has_a_point_and_more_share_its_memory(monkeypatch):
+def test_each_gpu_runs_one_point_and_more_points_share_its_memory(monkeypatch):
   monkeypatch.setenv('JAX_PLATFORMS', 'cuda')
   monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,5,6')
   rooms = {jobs: machine.room([], jobs) for jobs in (0, 1, 6)}
@@ -406,7 +402,7 @@ def test_a_gpu_has_a_point_and_more_share_its_memory(monkeypatch):
   assert rooms[6].slots[0].environment['XLA_PYTHON_CLIENT_MEM_FRACTION'] == '0.450'
 
 
-def test_cpus_are_shared_out_by_cores_and_memory(monkeypatch):
+def test_cores_and_memory_limit_the_points_on_a_cpu(monkeypatch):
   points = plan(LR).points
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
   monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(8))
@@ -419,7 +415,7 @@ def test_cpus_are_shared_out_by_cores_and_memory(monkeypatch):
   assert 1 <= len(few.slots) <= 3 and 'memory for' in few.reason
 
 
-# Points that run, with a train.py of our own that is fast.
+# --- Points that run a fast train.py ---
 
 TRAIN = """
 import json, os, signal, sys, time
@@ -448,14 +444,14 @@ conclude(0)
 
 @pytest.fixture
 def fast(tmp_path, monkeypatch):
-  """A function: seeds -> a sweep of them and its runner, with that train.py."""
+  """A function: seeds -> a sweep of them and its runner, with TRAIN as train.py."""
   monkeypatch.setattr(runner, 'SECONDS', 0.02)
   (tmp_path / 'code').mkdir()
   (tmp_path / 'code/train.py').write_text(TRAIN)
 
   def make(*seeds, show=lambda rows: None, keep_checkpoints=True):
-    given = dict(overrides=['--config.steps=9'], folder=str(tmp_path / 'it'))
-    swept = sweep.write(plan(axes.axis('seed', seeds), **given), {'NPROC': '1'})
+    options = dict(overrides=['--config.steps=9'], folder=str(tmp_path / 'sweep'))
+    swept = sweep.write(plan(axes.axis('seed', seeds), **options), {'NPROC': '1'})
     slots = [machine.Slot('CPU', {})] * 2
     return swept, runner.Runner(
       swept,
@@ -477,13 +473,13 @@ def counts(swept):
   return [int((swept.workdir(p) / 'count').read_text()) for p in swept.points]
 
 
-def test_a_failure_stops_no_other_point_and_is_tried_again(fast, capsys):
+def test_a_failed_point_stops_no_other_and_is_retried(fast, capsys):
   swept, first = fast(0, 1, 2)
   first.run()
   assert states(first.rows) == {0: 'finished', 1: 'diverged', 2: 'failed'}
   assert sweep.conclude(first, swept) == 1
-  said = capsys.readouterr().out
-  assert 'failed with exit code 1' in said and '  | no luck' in said
+  output = capsys.readouterr().out
+  assert 'failed with exit code 1' in output and '  | no luck' in output
   _, again = fast(0, 1, 2)
   again.run()
   assert states(again.rows) == {0: 'finished', 1: 'diverged', 2: 'finished'}
@@ -491,83 +487,83 @@ def test_a_failure_stops_no_other_point_and_is_tried_again(fast, capsys):
   assert sweep.conclude(again, swept) == 0
 
 
-def test_who_is_told_to_leave_tells_the_points_and_goes_on_later(fast):
+def test_a_stop_signal_reaches_the_points_and_the_sweep_resumes(fast):
   def show(rows):
     [row] = rows
-    if os.path.exists(swept.workdir(row.point) / 'waits') and not it.leaving:
-      it.leave(signal.SIGTERM, None)
+    if os.path.exists(swept.workdir(row.point) / 'waits') and not first.leaving:
+      first.leave(signal.SIGTERM, None)
 
-  swept, it = fast(3, show=show)
-  it.run()
-  assert states(it.rows) == {3: 'partial'} and sweep.conclude(it, swept) == 4
+  swept, first = fast(3, show=show)
+  first.run()
+  assert states(first.rows) == {3: 'partial'} and sweep.conclude(first, swept) == 4
   _, again = fast(3)
   again.run()
   assert states(again.rows) == {3: 'finished'} and counts(swept) == [2]
 
 
-def test_checkpoints_of_what_has_ended_can_be_dropped(fast):
-  swept, it = fast(0, keep_checkpoints=False)
-  it.run()
+def test_checkpoints_of_ended_points_can_be_removed(fast):
+  swept, small = fast(0, keep_checkpoints=False)
+  small.run()
   [workdir] = map(swept.workdir, swept.points)
   assert not (workdir / 'checkpoints').exists() and (workdir / 'outcome.json').exists()
 
 
-def test_a_point_that_another_has_is_waited_for(fast, monkeypatch):
+def test_a_runner_waits_for_a_point_of_another_runner(fast, monkeypatch):
   alive = [True]
   monkeypatch.setattr(runner, 'living', lambda workdir: alive[0])
 
   def show(rows):
     seen.append(states(rows)[0])
     if len(seen) == 3:
-      workdirs.conclude(swept.workdir(rows[0].point), 4, 'so')
+      workdirs.conclude(swept.workdir(rows[0].point), 4, 'a reason')
       alive[0] = False
 
   seen = []
-  swept, it = fast(0, show=show)
-  it.run()
-  assert seen[:3] == ['elsewhere'] * 3 and states(it.rows) == {0: 'finished'}
+  swept, waiting = fast(0, show=show)
+  waiting.run()
+  assert seen[:3] == ['elsewhere'] * 3 and states(waiting.rows) == {0: 'finished'}
   assert counts(swept) == [1]
 
 
-def test_what_another_has_ended_meanwhile_is_not_begun_again(fast):
+def test_a_point_that_another_runner_ended_is_not_run(fast):
   def show(rows):
     if states(rows)[2] == 'absent' and states(rows)[0] == 'running':
       workdirs.conclude(swept.workdir(rows[2].point), 3, 'by another')
 
-  swept, it = fast(0, 1, 2, show=show)
-  it.run()
-  assert states(it.rows) == {0: 'finished', 1: 'diverged', 2: 'diverged'}
-  assert not (swept.workdir(it.rows[2].point) / 'count').exists()
+  swept, late = fast(0, 1, 2, show=show)
+  late.run()
+  assert states(late.rows) == {0: 'finished', 1: 'diverged', 2: 'diverged'}
+  assert not (swept.workdir(late.rows[2].point) / 'count').exists()
 
 
-def test_what_begins_as_the_runner_is_told_to_leave_is_told_too(fast, monkeypatch):
-  begin = runner.subprocess.Popen
+def test_a_process_that_starts_during_a_stop_signal_gets_it_too(fast, monkeypatch):
+  start = runner.subprocess.Popen
 
-  def popen(*args, **given):
-    process = begin(*args, **given)
-    if not it.leaving:
-      it.leave()
+  def popen(*args, **options):
+    process = start(*args, **options)
+    if not leaving.leaving:
+      leaving.leave()
     return process
 
-  _, it = fast(3, 0)
+  _, leaving = fast(3, 0)
   monkeypatch.setattr(runner.subprocess, 'Popen', popen)
-  it.run()
-  assert states(it.rows)[0] == 'absent' and states(it.rows)[3] != 'finished'
-  assert all(row.state in ('absent', 'partial') for row in it.rows)
+  leaving.run()
+  assert states(leaving.rows)[0] == 'absent' and states(leaving.rows)[3] != 'finished'
+  assert all(row.state in ('absent', 'partial') for row in leaving.rows)
 
 
-def test_damage_in_a_workdir_is_told_and_stops_no_other_point(fast, capsys):
-  swept, it = fast(0, 1)
-  workdir = swept.workdir(it.rows[0].point)
+def test_a_damaged_workdir_is_reported_and_stops_no_other_point(fast, capsys):
+  swept, second = fast(0, 1)
+  workdir = swept.workdir(second.rows[0].point)
   storage.write(workdir / 'outcome.json', b'{')
   rows = sweep.rows(swept, swept.points)
   assert states(rows) == {0: 'failed', 1: 'absent'}
   assert 'outcome.json is damaged' in rows[0].message
-  it.run()
-  assert states(it.rows) == {0: 'finished', 1: 'diverged'}
+  second.run()
+  assert states(second.rows) == {0: 'finished', 1: 'diverged'}
 
 
-# Points that train.
+# --- Points that train ---
 
 TRIVIAL = {
   **{'config.batch': 1, 'config.data.length': 16, 'config.model.width': 8},
@@ -579,14 +575,14 @@ TRIVIAL = {
 
 @pytest.mark.slow
 @pytest.mark.full
-def test_a_killed_sweep_goes_on_and_ends_in_the_same_bits(tmp_path):
+def test_a_killed_sweep_resumes_with_the_same_bits(tmp_path):
   env = process.environment(tmp_path / 'cache', 1)
 
   def start(folder, *words):
     command = ['scripts/sweep.py', 'run', f'--dir={folder}', '--jobs=2', *words]
     return process.start(command, env, tmp_path / f'{folder.name}-{time.time()}')
 
-  # One point has ended when the other is killed, which begins with it.
+  # The short point has ended when the long one is killed.
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   recipe = ['--config=configs/tiny.py:gate=none', '--axis=steps=2,3000']
   recipe += [f'--{knob}={value}' for knob, value in TRIVIAL.items()]
@@ -608,5 +604,5 @@ def test_a_killed_sweep_goes_on_and_ends_in_the_same_bits(tmp_path):
   assert len(sessions(short)) == 1 and len(sessions(long)) == 2
   assert (short / 'metrics.jsonl').stat().mtime == before
   assert sessions(long)[1]['restored_step'] > 0
-  exit_code, told = sweep.folders(storage.Path(whole), storage.Path(killed))
-  assert exit_code == 0, told
+  exit_code, report = sweep.folders(storage.Path(whole), storage.Path(killed))
+  assert exit_code == 0, report

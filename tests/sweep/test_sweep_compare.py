@@ -44,7 +44,7 @@ def test_the_first_different_step_and_the_largest_difference_are_reported(tmp_pa
   a = trained(tmp_path / 'a', losses=(3.0, 2.0, 1.0))
   b = trained(tmp_path / 'b', losses=(3.0, 2.5, 1.25))
   comparison = sweep.runs(a, b)
-  assert comparison.comparable and not comparison.same
+  assert comparison.comparable and not comparison.losses.same
   assert (comparison.losses.first, comparison.losses.most) == (2, 0.5)
   assert (comparison.losses.a, comparison.losses.b) == (2.0, 2.5)
   assert sweep.folders(a, b)[0] == 1
@@ -68,7 +68,7 @@ def test_a_shorter_run_is_the_same_in_the_common_steps_only(tmp_path):
 
 def test_non_finite_losses_are_compared(tmp_path):
   a = trained(tmp_path / 'a', losses=(3.0, 'NaN'))
-  assert sweep.runs(a, trained(tmp_path / 'b', losses=(3.0, 'NaN'))).same
+  assert sweep.runs(a, trained(tmp_path / 'b', losses=(3.0, 'NaN'))).losses.same
   assert sweep.runs(a, trained(tmp_path / 'c', losses=(3.0, 9.0))).losses.first == 2
 
 

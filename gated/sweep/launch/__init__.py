@@ -10,17 +10,20 @@ import json
 import os
 import shlex
 import subprocess
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from gated import storage, sweep
-from gated.sweep.launch import tpu, work
+from gated.sweep.launch import tpu
 from gated.sweep.launch.targets import TARGETS
-from gated.sweep.launch.work import Options, Point, Work, label
+from gated.sweep.launch.work import FOLDER, Options, Point, Work, label
+
+__all__ = ['TARGETS', 'Options', 'Point', 'Work', 'label']
 
 RECORD = 'launched.json'
-FOLDER = 'launch'  # The subfolder of a sweep with the submitted files.
 LIMIT = 1 << 24  # The largest launched.json, in bytes.
+# A scheduler's answers for a job that it no longer knows.
+GONE = 'not found', 'NOT_FOUND', 'No matching', 'Invalid job id'
 
 
 class Submission(NamedTuple):
@@ -37,50 +40,24 @@ class Submission(NamedTuple):
     return text + '\n'.join(shlex.join(command) for command in self.commands)
 
 
-def local(folder: str) -> str:
-  """A sweep's folder -> the local folder for submitted files: inside it, or a cache."""
-  if not storage.is_remote(folder):
-    return os.path.join(folder, FOLDER)
-  home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-  return os.path.join(home, 'gated', FOLDER, label(folder))
+def points(swept: sweep.Sweep, names: Collection[str], *, ended: bool) -> list[Point]:
+  """A sweep -> its points with these names; `ended` includes those that have ended."""
+  prefix, batch = label(os.fspath(swept.folder)), []
+  for index, p in enumerate(swept.points):
+    workdir = swept.workdir(p)
+    if p.name in names and (
+      ended or sweep.state(workdir, p.config['steps']).state not in sweep.ENDED
+    ):
+      job, command = f'{prefix}-{index:03d}', swept.command(p)
+      batch.append(Point(job, p.name, command, os.fspath(workdir)))
+  return batch
 
 
-def points(swept: sweep.Sweep, names: Collection[str]) -> list[Point]:
-  """A sweep -> its points with these names."""
-  prefix = label(os.fspath(swept.folder))
-  return [
-    Point(f'{prefix}-{index:03d}', p.name, p.command, os.fspath(swept.workdir(p)))
-    for index, p in enumerate(swept.points)
-    if p.name in names
-  ]
-
-
-def due(swept: sweep.Sweep, names: Collection[str]) -> list[Point]:
-  """A sweep -> its points with these names that have not ended."""
-  steps = {p.name: p.config['steps'] for p in swept.points}
-  state = lambda p: sweep.state(storage.path(p.workdir), steps[p.name]).state
-  return [p for p in points(swept, names) if state(p) not in sweep.ENDED]
-
-
-def prepare(
-  options: Options, folder: str, points: Sequence[Point], *, sha256: str, python: str
-) -> Submission:
-  """A sweep's folder and its points -> their submission.
-
-  `sha256` is the digest of FOLDER/code.tar.gz, `python` the version that made the sweep.
-  """
-  if not points:
-    raise ValueError(f'{folder}: nothing to submit, all points have ended')
-  w = Work(
-    label=label(folder),
-    folder=folder,
-    files=local(folder),
-    sha256=sha256,
-    python='.'.join(python.split('.')[:2]),
-    points=tuple(points),
-    options=options,
-  )
-  module = TARGETS[options.on].module
+def prepare(w: Work) -> Submission:
+  """Points and their machines -> the files and commands that submit them."""
+  if not w.points:
+    raise ValueError(f'{w.folder}: nothing to submit, all points have ended')
+  module = TARGETS[w.options.on].module
   return Submission(w, module.files(w), module.submit(w))
 
 
@@ -99,9 +76,8 @@ def call(command: list[str]) -> str:
 def write(s: Submission) -> None:
   """Writes the submitted files, and copies them to the sweep if it is in a bucket."""
   for name, content in s.files.items():
-    storage.write(os.path.join(s.work.files, name), content.encode())
-    if storage.is_remote(s.work.folder):
-      storage.write(storage.path(s.work.folder) / FOLDER / name, content.encode())
+    for folder in {s.work.files, f'{s.work.folder}/{FOLDER}'}:
+      storage.write(storage.path(folder) / name, content.encode())
 
 
 def submit(s: Submission, call: Call = call) -> dict:
@@ -120,11 +96,11 @@ def submit(s: Submission, call: Call = call) -> dict:
     )
   write(s)
   record: dict = {'on': w.options.on, 'label': w.label, 'jobs': [], 'told': []}
-  record['options'] = dict(work.changed(w.options))
+  record['options'] = w.options.changed()
   jobs = [{'job': p.job, 'point': p.name, 'workdir': p.workdir} for p in w.points]
   # A job array is one command for all points.
   batches = [jobs] if len(s.commands) == 1 else [[job] for job in jobs]
-  for command, batch in zip(s.commands, batches):
+  for command, batch in zip(s.commands, batches, strict=True):
     # Recorded before the call: an interrupted submission can be deleted too.
     record['jobs'] += batch
     record['told'].append('')
@@ -162,22 +138,6 @@ def states(record: dict, call: Call = call) -> dict[str, str]:
   return module.states(record, call(module.listing(record)))
 
 
-def rows(swept: sweep.Sweep, record: dict, call: Call = call) -> list[tuple[str, ...]]:
-  """A sweep and the record of its jobs -> a row for each job.
-
-  Job, point, the scheduler's state ('' if it no longer knows the job), the workdir's
-  state, and its step.
-  """
-  known, points = states(record, call), {p.name: p for p in swept.points}
-  table = []
-  for job in record['jobs']:
-    point = points[job['point']]
-    run = sweep.state(swept.workdir(point), point.config['steps'])
-    step = f'{run.step}/{point.config["steps"]}'
-    table.append((job['job'], point.name, known.get(job['job'], ''), run.state, step))
-  return table
-
-
 def delete(folder: storage.PathLike, record: dict, call: Call = call) -> list[str]:
   """Ends and removes all recorded jobs -> the error messages of those that remain.
 
@@ -188,8 +148,7 @@ def delete(folder: storage.PathLike, record: dict, call: Call = call) -> list[st
     try:
       call(command)
     except ValueError as error:
-      gone = ('not found', 'NOT_FOUND', 'No matching', 'Invalid job id')
-      if not any(words in str(error) for words in gone):
+      if not any(words in str(error) for words in GONE):
         errors.append(str(error))
   if not errors:
     storage.remove(storage.path(folder) / RECORD)
@@ -198,7 +157,7 @@ def delete(folder: storage.PathLike, record: dict, call: Call = call) -> list[st
 
 def renew(w: Work, record: dict, call: Call = call) -> list[str]:
   """Creates lost slices (--on=tpu) of the points in `w` again -> the created jobs."""
-  commands = tpu.renew(w, record, states(record, call))
+  commands = tpu.renew(w, states(record, call))
   for command in commands:
     call(command)
   return [command[5] for command in commands if command[4] == 'create']

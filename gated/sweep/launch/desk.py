@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gated import storage, sweep
-from gated.sweep import code, folder, launch
-from gated.sweep.launch import checks, work
+from gated.sweep import folder, launch
+from gated.sweep.launch import targets
 from gated.sweep.launch.work import Options
 
 
@@ -45,18 +45,34 @@ def submit(
   values: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(Options)}
   values['sbatch'] = tuple(args.sbatch)
   options = Options(**values)
-  checks.options(options, os.fspath(swept.folder))
+  targets.check(options, os.fspath(swept.folder))
   for p in swept.points:
-    checks.reachable(p.config, options.on)
+    targets.check_reachable(p.config, options.on)
   if args.watch and options.on != 'tpu':
     raise ValueError(f'--watch={args.watch} needs --on=tpu: other schedulers watch jobs')
   names = {p.name for p in points}
   if args.dry_run:
-    print(_prepared(options, swept, _possibly_due(swept, names)))
+    logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # It logs what it also raises.
+    try:
+      batch = launch.points(swept, names, ended=False)
+    except OSError as error:
+      reason = f'{swept.folder} cannot be read from here, so every point is shown'
+      print(f'{reason}: {error}', file=sys.stderr)
+      batch = launch.points(swept, names, ended=True)
+    print(_prepared(options, swept, batch))
     return 0
-  checks.installed(options.on)
-  checks.writable(os.fspath(swept.folder))
-  for line in _submitted(options, sweep.write(swept), names, watch=args.watch):
+  targets.check_installed(options.on)
+  targets.check_writable(os.fspath(swept.folder))
+  swept = sweep.write(swept)
+  if options.on != 'tpu' or not storage.exists(swept.folder / launch.RECORD):
+    batch = launch.points(swept, names, ended=False)
+    record = launch.submit(_prepared(options, swept, batch))
+    jobs = f'{len(record["jobs"])} jobs to {options.on}: {record["label"]}-...'
+    print(f'submitted {jobs}', flush=True)
+    if not args.watch:
+      return 0
+    time.sleep(args.watch)
+  for line in _renewed(options, swept, args.watch):
     print(line, flush=True)
   return 0
 
@@ -66,49 +82,34 @@ def _prepared(
 ) -> launch.Submission:
   made = swept.made or {
     'python': platform.python_version(),
-    'sha256': hashlib.sha256(code.pack(folder.ROOT)).hexdigest(),
+    'sha256': hashlib.sha256(folder.pack(folder.ROOT)).hexdigest(),
   }
-  sources = {name: made[name] for name in ('sha256', 'python')}
-  return launch.prepare(options, os.fspath(swept.folder), points, **sources)
+  work = launch.Work(
+    folder=os.fspath(swept.folder),
+    sha256=made['sha256'],
+    python=made['python'],
+    points=tuple(points),
+    options=options,
+  )
+  return launch.prepare(work)
 
 
-def _possibly_due(swept: sweep.Sweep, names: Collection[str]) -> list[launch.Point]:
-  """The points that are due; with a warning, all points if the bucket is unreadable."""
-  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # It logs what it also raises.
-  try:
-    return launch.due(swept, names)
-  except OSError as error:
-    reason = f'{swept.folder} cannot be read from here, so every point is shown'
-    print(f'{reason}: {error}', file=sys.stderr)
-    return launch.points(swept, names)
+def _renewed(options: Options, swept: sweep.Sweep, watch: float) -> Iterator[str]:
+  """Creates lost TPU slices of a submitted sweep again -> lines for the user.
 
-
-def _submitted(
-  options: Options, swept: sweep.Sweep, names: Collection[str], *, watch: float
-) -> Iterator[str]:
-  """Submits a written sweep -> lines for the user.
-
-  With --on=tpu, a sweep that is already submitted gets new slices for lost ones. A
-  positive `watch` repeats this every `watch` seconds until all points have ended.
+  A positive `watch` repeats this every `watch` seconds until all points have ended.
   """
-  if options.on != 'tpu' or not storage.exists(swept.folder / launch.RECORD):
-    record = launch.submit(_prepared(options, swept, launch.due(swept, names)))
-    yield f'submitted {len(record["jobs"])} jobs to {options.on}: {record["label"]}-...'
-    if not watch:
-      return
-    time.sleep(watch)
-  else:
-    record = launch.read(swept.folder)
-    current = dict(work.changed(options))
-    if current != record['options']:
-      raise ValueError(
-        f'{swept.folder} was submitted with {record["options"]}, and now with {current}: '
-        'delete it first, or give the same options'
-      )
-  submitted = {job['point'] for job in record['jobs']}
+  record = launch.read(swept.folder)
+  current = options.changed()
+  if current != record['options']:
+    raise ValueError(
+      f'{swept.folder} was submitted with {record["options"]}, and now with {current}: '
+      'delete it first, or give the same options'
+    )
+  names = {job['point'] for job in record['jobs']}
   while True:
     try:
-      points = launch.due(swept, submitted)
+      points = launch.points(swept, names, ended=False)
       if not points:
         yield f'{swept.folder}: all points have ended'
         return
@@ -127,9 +128,14 @@ def _submitted(
 
 def show(swept: sweep.Sweep) -> int:
   """Prints each job with the scheduler's state and the workdir's state."""
+  record = launch.read(swept.folder)
+  known, points = launch.states(record), {p.name: p for p in swept.points}
   table = Table('job', 'point', 'scheduler', 'workdir', 'step', box=None)
-  for row in launch.rows(swept, launch.read(swept.folder)):
-    table.add_row(*row)
+  for job in record['jobs']:
+    point = points[job['point']]
+    run = sweep.state(swept.workdir(point), point.config['steps'])
+    step = f'{run.step}/{point.config["steps"]}'
+    table.add_row(job['job'], point.name, known.get(job['job'], ''), run.state, step)
   Console(soft_wrap=True).print(table)
   return 0
 

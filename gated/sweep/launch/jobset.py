@@ -44,25 +44,19 @@ def jobset(w: Work, point: work.Point) -> dict:
     # A GKE node pool is one slice and runs one Job.
     exclusive = 'alpha.jobset.sigs.k8s.io/exclusive-topology'
     metadata['annotations'][exclusive] = 'cloud.google.com/gke-nodepool'
-  rule = {
-    'action': 'FailJob',
-    'onExitCodes': {'containerName': CONTAINER, 'operator': 'In', 'values': list(FINAL)},
-  }
+  final = {'containerName': CONTAINER, 'operator': 'In', 'values': list(FINAL)}
+  refused = {'name': 'refused', 'action': 'FailJobSet'}
+  refused['onJobFailureReasons'] = ['PodFailurePolicy']
   job = {
     'parallelism': hosts,
     'completions': hosts,
     'completionMode': 'Indexed',
     'backoffLimit': 0,
-    'podFailurePolicy': {'rules': [rule]},
+    'podFailurePolicy': {'rules': [{'action': 'FailJob', 'onExitCodes': final}]},
     'template': {
       'metadata': {'labels': {'gated-sweep': w.label}},
       'spec': _pod(w, point, hosts),
     },
-  }
-  refused = {
-    'name': 'refused',
-    'action': 'FailJobSet',
-    'onJobFailureReasons': ['PodFailurePolicy'],
   }
   return {
     'apiVersion': 'jobset.x-k8s.io/v1alpha2',
@@ -82,13 +76,12 @@ def _pod(w: Work, point: work.Point, hosts: int) -> dict:
   o, accelerator = w.options, w.accelerator
   selector, tolerations, limits, env = {}, [], {}, []
   if accelerator.kind == 'tpu':
-    selector['cloud.google.com/gke-tpu-accelerator'] = machines.GKE[accelerator.name]
+    selector['cloud.google.com/gke-tpu-accelerator'] = machines.TPUS[accelerator.name].gke
     selector['cloud.google.com/gke-tpu-topology'] = accelerator.topology
     tolerations.append({'key': 'google.com/tpu', 'operator': 'Exists'})
     limits['google.com/tpu'] = accelerator.chips_of_host
   elif accelerator.kind == 'gpu':
-    name = machines.name_of(accelerator, machines.GKE, 'GKE')
-    selector['cloud.google.com/gke-accelerator'] = name
+    selector['cloud.google.com/gke-accelerator'] = accelerator.gpu_on('GKE')
     tolerations.append({'key': 'nvidia.com/gpu', 'operator': 'Exists'})
     limits['nvidia.com/gpu'] = accelerator.count
     # GKE installs the driver there.
@@ -104,7 +97,7 @@ def _pod(w: Work, point: work.Point, hosts: int) -> dict:
     env.append({'name': 'PROCESSES_IN_JOB', 'value': str(hosts)})
   container = {
     'name': CONTAINER,
-    'image': o.image or f'python:{w.python}',
+    'image': o.image or f'python:{w.python_minor}',
     'command': ['bash', '-c', escaped(JOB), 'job', *map(escaped, w.arguments(point))],
     'env': env,
     'resources': {'limits': limits},

@@ -23,14 +23,13 @@ def task(w: Work, point: work.Point) -> dict:
   accelerator, o = w.accelerator, w.options
   resources: dict = {'infra': o.infra} if o.infra else {}
   if accelerator.kind == 'tpu':
+    runtime = machines.TPUS[accelerator.name].runtime
     resources['infra'] = o.infra or 'gcp'
     resources['accelerators'] = f'tpu-{accelerator.type}'
-    resources['accelerator_args'] = {
-      'runtime_version': machines.RUNTIMES[accelerator.name]
-    }
+    resources['accelerator_args'] = {'runtime_version': runtime}
   elif accelerator.kind == 'gpu':
-    name = machines.name_of(accelerator, machines.SKYPILOT, 'SkyPilot')
-    resources['accelerators'] = f'{name}:{accelerator.count}'
+    gpu = accelerator.gpu_on('SkyPilot')
+    resources['accelerators'] = f'{gpu}:{accelerator.count}'
   resources |= {
     'use_spot': o.spot,
     'labels': {'gated-sweep': w.label},
@@ -71,13 +70,11 @@ def states(record: dict, output: str) -> dict[str, str]:
   rows = json.loads('[' + f'\n{output}'.partition('\n[')[2])
   jobs = {job['job'] for job in record['jobs']}
   # Rows start with the newest job, and an earlier job may have the same name.
-  return {
-    row['job_name']: row['status'] for row in reversed(rows) if row['job_name'] in jobs
-  }
+  states = {row['job_name']: row['status'] for row in reversed(rows)}
+  return {job: states[job] for job in jobs & states.keys()}
 
 
 def delete(record: dict) -> list[list[str]]:
   """A record -> the commands that end its jobs and release their machines."""
-  return [
-    ['sky', 'jobs', 'cancel', '--yes', f'--name={j["job"]}'] for j in record['jobs']
-  ]
+  cancel = ['sky', 'jobs', 'cancel', '--yes']
+  return [[*cancel, f'--name={job["job"]}'] for job in record['jobs']]

@@ -22,14 +22,14 @@ def files(w: Work) -> dict[str, str]:
   if w.accelerator.kind != 'tpu':
     raise ValueError(
       f'--accelerator={w.options.accelerator} with --on=tpu, but allowed are '
-      f'{", ".join(machines.CLOUD_TPU)}'
+      f'{", ".join(machines.TPUS)}'
     )
   return {f'{point.job}.sh': _startup(w, point) for point in w.points}
 
 
 def _startup(w: Work, point: work.Point) -> str:
   codes = ' | '.join(map(str, RESUMABLE))
-  removal = shlex.join(_delete(point.job, _location(w.options)))
+  removal = shlex.join(_delete(point.job, w.options))
   return f"""\
 #!/usr/bin/env bash
 # Every host of {point.job} runs this at its start, as root.
@@ -64,24 +64,22 @@ def _location(o: Options) -> list[str]:
   return [f'--zone={o.zone}', f'--project={o.project}']
 
 
-def _delete(job: str, location: list[str]) -> list[str]:
-  return [*GCLOUD, 'delete', job, *location, '--force', '--async', '--quiet']
+def _delete(job: str, o: Options) -> list[str]:
+  return [*GCLOUD, 'delete', job, *_location(o), '--force', '--async', '--quiet']
 
 
 def create(w: Work, job: str) -> list[str]:
   """A point's job -> the command that creates its slices."""
   o, accelerator = w.options, w.accelerator
-  nodes = [f'--node-id={job}']
-  if o.slices > 1:
-    nodes = [f'--node-count={o.slices}', f'--node-prefix={job}']
+  several = [f'--node-count={o.slices}', f'--node-prefix={job}']
   return [
     *GCLOUD,
     'create',
     job,
     *_location(o),
     f'--accelerator-type={accelerator.type}',
-    f'--runtime-version={o.runtime or machines.RUNTIMES[accelerator.name]}',
-    *nodes,
+    f'--runtime-version={o.runtime or machines.TPUS[accelerator.name].runtime}',
+    *(several if o.slices > 1 else [f'--node-id={job}']),
     *(['--spot'] if o.spot else []),
     *([f'--service-account={o.service_account}'] if o.service_account else []),
     '--scopes=https://www.googleapis.com/auth/cloud-platform',
@@ -111,12 +109,11 @@ def states(record: dict, output: str) -> dict[str, str]:
 
 def delete(record: dict) -> list[list[str]]:
   """A record -> a command for each job."""
-  return [
-    _delete(job['job'], _location(Options(**record['options']))) for job in record['jobs']
-  ]
+  options = Options(**record['options'])
+  return [_delete(job['job'], options) for job in record['jobs']]
 
 
-def renew(w: Work, record: dict, states: dict[str, str]) -> list[list[str]]:
+def renew(w: Work, states: dict[str, str]) -> list[list[str]]:
   """States by job -> the commands that create lost or missing slices again.
 
   `w` has the points that have not ended. The deletion must finish first: until then the
@@ -126,7 +123,7 @@ def renew(w: Work, record: dict, states: dict[str, str]) -> list[list[str]]:
   for point in w.points:
     state = states.get(point.job, '')
     if state in DEAD:
-      removal = _delete(point.job, _location(Options(**record['options'])))
+      removal = _delete(point.job, w.options)
       commands.append([word for word in removal if word != '--async'])
     if state in (*DEAD, ''):
       commands.append(create(w, point.job))

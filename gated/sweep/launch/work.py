@@ -1,10 +1,11 @@
 """The work of a submission: options, points, and the script that each host runs."""
 
 import hashlib
+import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from gated.run.exit_codes import FINISHED, REFUSED, UNSTABLE
 from gated.sweep.launch import machines
 
 _HERE = Path(__file__).parent
+FOLDER = 'launch'  # The subfolder of a sweep with the submitted files.
 FOLLOW = (_HERE / 'follow.sh').read_text()
 _CODES = f'refused={REFUSED} unstable={UNSTABLE} finished={FINISHED}'
 # The script that each host runs: `bash -c JOB job ARGUMENTS`.
@@ -52,6 +54,10 @@ class Options:
   project: str = _option('', 'tpu: the project of Google Cloud')
   runtime: str = _option('', 'tpu: the software version, if not the usual one')
 
+  def changed(self) -> dict[str, Any]:
+    """The options that differ from their defaults."""
+    return {n: v for n, v in vars(self).items() if v != getattr(Options, n)}
+
 
 class Point(NamedTuple):
   """One run of a sweep."""
@@ -66,23 +72,33 @@ class Point(NamedTuple):
 class Work:
   """Points of a sweep, and the machines for them."""
 
-  label: str  # The prefix of all job names.
   folder: str  # The sweep's folder: an absolute path or a URL.
-  files: str  # The local folder of the submitted files.
   sha256: str  # The digest of FOLDER/code.tar.gz.
-  python: str  # The version that made the sweep: '3.11'.
+  python: str  # The version that made the sweep: '3.11.2'.
   points: tuple[Point, ...]
   options: Options
 
   @property
-  def accelerator(self) -> machines.Accelerator:
-    return machines.accelerator(self.options.accelerator)
+  def label(self) -> str:
+    """The prefix of all job names."""
+    return label(self.folder)
 
   @property
-  def processes(self) -> int:
-    """The number of processes of a point."""
-    hosts = self.options.nodes * self.accelerator.hosts * self.options.slices
-    return hosts * self.options.processes
+  def files(self) -> str:
+    """The local folder of the submitted files: inside the sweep's folder, or a cache."""
+    if not storage.is_remote(self.folder):
+      return os.path.join(self.folder, FOLDER)
+    home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    return os.path.join(home, 'gated', FOLDER, self.label)
+
+  @property
+  def python_minor(self) -> str:
+    """'3.11'."""
+    return '.'.join(self.python.split('.')[:2])
+
+  @property
+  def accelerator(self) -> machines.Accelerator:
+    return machines.accelerator(self.options.accelerator)
 
   def arguments(
     self, point: Point, *, code: str | None = None, processes: str = 'auto'
@@ -92,18 +108,20 @@ class Work:
     `code` is the path of the sources for a host ('' omits the flag); `processes` says how
     several processes find each other.
     """
+    o = self.options
+    count = o.nodes * self.accelerator.hosts * o.slices * o.processes
     extras = {'cpu': [], 'gpu': ['-cuda'], 'tpu': ['-tpu']}[self.accelerator.kind]
     extras += ['-cloud'] if storage.is_remote(self.folder) else []
-    suffix = 'txt' if self.options.unlocked else 'lock'
+    suffix = 'txt' if o.unlocked else 'lock'
     values = {
       'code': f'{self.folder}/code.tar.gz' if code is None else code,
       'sha256': self.sha256,
       'requirements': ','.join(f'requirements{name}.{suffix}' for name in ['', *extras]),
-      'python': self.python,
+      'python': self.python_minor,
       'workdir': point.workdir,
-      'processes': processes if self.processes > 1 else 'one',
-      'interpreter': self.options.interpreter,
-      'cache': self.options.cache,
+      'processes': processes if count > 1 else 'one',
+      'interpreter': o.interpreter,
+      'cache': o.cache,
     }
     flags = [f'--{name}={value}' for name, value in values.items() if value]
     return [*flags, '--', *point.command]
@@ -146,13 +164,3 @@ def label(folder: str) -> str:
   name = re.sub(r'[^a-z0-9]+', '-', folder.rpartition('/')[2].lower())
   name = re.sub(r'^[^a-z]+', '', name)[:24].strip('-') or 'sweep'
   return f'{name}-{hashlib.sha256(folder.encode()).hexdigest()[:7]}'
-
-
-def changed(options: Options) -> Mapping[str, Any]:
-  """Options -> those that differ from their defaults, as values of JSON."""
-  defaults = asdict(Options())
-  return {
-    name: list(value) if isinstance(value, tuple) else value
-    for name, value in asdict(options).items()
-    if value != defaults[name]
-  }
