@@ -1,4 +1,4 @@
-"""What is read is what was written, bit for bit, or a refusal that names the leaf."""
+"""Checkpoints are restored bit for bit, or refused with the name of the leaf."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def place(state, **sizes):
 
 @pytest.fixture(scope='module')
 def state():
-  """A state with every bit of it random, split over eight devices."""
+  """A state of random bits, split over eight devices."""
   filled = small.filled(shapes(), seed=3)
   count = lambda n: jnp.asarray(n, jnp.int32)
   filled = dataclasses.replace(filled, step=count(7), data_step=count(9))
@@ -46,7 +46,7 @@ def state():
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory, state):
-  """A folder of one step that was saved in full."""
+  """A folder with one saved step."""
   directory = tmp_path_factory.mktemp('saved') / 'checkpoints'
   with checkpoint.Checkpoints(directory, keep=1, keep_every=0) as out:
     out.save(7, state, ABOUT)
@@ -62,8 +62,8 @@ def test_a_state_is_restored_bit_for_bit_on_any_mesh(sizes, saved, state):
     back = source.restore(7, like)
   assert jax.tree.structure(back) == jax.tree.structure(state)
   assert trees.digest(back) == trees.digest(state)
-  for leaf, wanted in zip(jax.tree.leaves(back), jax.tree.leaves(like)):
-    assert leaf.sharding == wanted.sharding
+  for leaf, expected in zip(jax.tree.leaves(back), jax.tree.leaves(like)):
+    assert leaf.sharding == expected.sharding
 
 
 def test_the_model_is_restored_alone_on_one_device(saved, state):
@@ -75,12 +75,12 @@ def test_the_model_is_restored_alone_on_one_device(saved, state):
   assert back.embed.table[...].devices() == {jax.devices()[0]}
 
 
-def test_what_is_saved_about_a_step_comes_back_as_it_was(saved):
+def test_the_record_of_a_step_is_read_as_saved(saved):
   with checkpoint.Reader(saved) as source:
     assert source.about(7) == ABOUT
 
 
-def test_bfloat16_weights_come_back_as_they_were(tmp_path):
+def test_bfloat16_weights_are_restored_exactly(tmp_path):
   net = {'w': jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)), jnp.bfloat16)}
   zero = jnp.zeros((), jnp.int32)
   small_state = step.State(zero, zero, net, {'m': jnp.ones(())})
@@ -93,7 +93,7 @@ def test_bfloat16_weights_come_back_as_they_were(tmp_path):
     assert trees.digest(out.restore(1, like)) == trees.digest(small_state)
 
 
-def test_a_save_is_of_the_state_as_it_was_though_the_next_step_takes_its_memory(tmp_path):
+def test_a_save_holds_the_old_state_even_if_the_next_step_reuses_its_memory(tmp_path):
   tiny = tiny_state(0.0)
   with checkpoint.Checkpoints(tmp_path, keep=1, keep_every=0) as out:
     out.save(1, tiny, ABOUT)
@@ -118,7 +118,7 @@ def like(state):
 
 
 @pytest.mark.parametrize(
-  ('changes', 'said'),
+  ('changes', 'message'),
   [
     (
       dict(vocab=48),
@@ -132,15 +132,15 @@ def like(state):
     (dict(tied=False), r'model: head\.table is not in the checkpoint'),
   ],
 )
-def test_a_leaf_that_does_not_fit_is_named(changes, said, saved):
-  wanted = place(shapes(**changes), fsdp=8)
-  with checkpoint.Reader(saved) as source, pytest.raises(ValueError, match=said):
-    source.restore(7, wanted)
+def test_a_leaf_of_the_model_that_does_not_fit_is_named(changes, message, saved):
+  expected = place(shapes(**changes), fsdp=8)
+  with checkpoint.Reader(saved) as source, pytest.raises(ValueError, match=message):
+    source.restore(7, expected)
 
 
-def test_a_leaf_of_another_dtype_or_size_is_named_in_the_rest_as_well(saved, state):
-  wanted = place(state, fsdp=8)
-  bad = dataclasses.replace(wanted, step=jax.ShapeDtypeStruct((), jnp.int16))
+def test_a_leaf_of_the_rest_that_does_not_fit_is_named(saved, state):
+  expected = place(state, fsdp=8)
+  bad = dataclasses.replace(expected, step=jax.ShapeDtypeStruct((), jnp.int16))
   with (
     checkpoint.Reader(saved) as source,
     pytest.raises(ValueError, match=r'rest: step .*int32.*int16'),
@@ -150,7 +150,7 @@ def test_a_leaf_of_another_dtype_or_size_is_named_in_the_rest_as_well(saved, sta
 
 @pytest.fixture(scope='module')
 def history(tmp_path_factory):
-  """Six saves of which the third was the best, the last two and every fourth kept."""
+  """Six saves, the third the best; the last two and every fourth are kept."""
   directory = tmp_path_factory.mktemp('history')
   losses = {1: 5.0, 2: 4.0, 3: 1.0, 4: 3.0, 5: 2.0, 6: 2.5}
   with checkpoint.Checkpoints(directory, keep=2, keep_every=4) as out:
@@ -168,7 +168,7 @@ def test_the_last_the_best_and_every_nth_step_are_kept(history):
       assert float(back.model['w'][0]) == number
 
 
-def test_what_an_earlier_session_saved_is_kept_by_the_same_rules(tmp_path):
+def test_steps_of_an_earlier_session_are_kept_by_the_same_rules(tmp_path):
   losses = {1: 3.0, 2: 1.0, 3: 4.0, 4: 5.0, 5: 6.0, 6: 7.0}
   for session in ([1, 2, 3], [4, 5, 6]):
     with checkpoint.Checkpoints(tmp_path, keep=2, keep_every=0) as out:
@@ -187,7 +187,7 @@ def test_a_step_without_a_held_out_loss_is_saved_and_never_the_best(tmp_path):
     assert (source.latest(), source.best()) == (3, 2)
 
 
-def test_a_reader_leaves_a_save_under_way_alone(tmp_path):
+def test_a_reader_does_not_touch_an_unfinished_save(tmp_path):
   with checkpoint.Checkpoints(tmp_path, keep=1, keep_every=0) as out:
     out.save(1, tiny_state(0.0), ABOUT)
   unfinished = tmp_path / '2.orbax-checkpoint-tmp'
@@ -210,7 +210,7 @@ def test_pick_takes_latest_best_or_a_step_on_disk(history):
         source.pick(which, '--step')
 
 
-def test_pick_says_that_a_folder_holds_no_checkpoint(tmp_path):
+def test_pick_reports_a_folder_without_checkpoints(tmp_path):
   with (
     checkpoint.Reader(tmp_path) as source,
     pytest.raises(ValueError, match=r"--step='latest': .* holds no checkpoint"),
@@ -227,14 +227,14 @@ def test_best_is_the_latest_when_no_step_has_a_loss(tmp_path):
 
 
 def interrupt(directory, number):
-  """Leaves what a process killed in the middle of a save leaves."""
+  """Creates the files that a process killed during a save leaves."""
   unfinished = directory / f'{number}.orbax-checkpoint-tmp'
   (unfinished / 'model').mkdir(parents=True)
   (unfinished / 'model' / 'manifest.ocdbt').write_bytes(b'half a ')
   return unfinished
 
 
-def test_a_save_that_was_cut_off_is_passed_over_and_can_be_made_again(tmp_path):
+def test_an_interrupted_save_is_ignored_and_can_be_repeated(tmp_path):
   with checkpoint.Checkpoints(tmp_path, keep=2, keep_every=0) as out:
     out.save(1, tiny_state(1.0), ABOUT)
   interrupt(tmp_path, 2)
@@ -248,19 +248,19 @@ def test_a_save_that_was_cut_off_is_passed_over_and_can_be_made_again(tmp_path):
   assert not unfinished.exists()
 
 
-def test_a_step_is_nothing_but_arrays_and_json(saved):
-  """Reading runs no code, so there must be nothing to run."""
+def test_a_step_holds_only_arrays_and_json(saved):
+  """Reading runs no code, so a step must hold none."""
   written = json.loads((saved / '7' / 'manifest.json').read_text())
   assert written['about'] == ABOUT
   assert not [p for p in saved.rglob('*') if p.suffix in ('.pkl', '.pickle', '.npy')]
 
 
-# Damage, and what is done about it.
+# Damaged steps.
 
 
 @pytest.fixture
 def three(tmp_path):
-  """Steps 1, 2 and 3, whole."""
+  """A folder with the valid steps 1, 2 and 3."""
   with checkpoint.Checkpoints(tmp_path, keep=3, keep_every=0) as out:
     for number in (1, 2, 3):
       out.save(number, tiny_state(float(number)), ABOUT)
@@ -290,7 +290,7 @@ def flip(path):
 
 
 @pytest.mark.parametrize('damage', [truncate, empty, flip, lambda path: path.unlink()])
-def test_a_step_with_any_file_damaged_is_passed_over_and_named(damage, three, caplog):
+def test_a_step_with_any_damaged_file_is_skipped_with_the_reason(damage, three, caplog):
   files = [path for path in (three / '3').rglob('*') if path.is_file()]
   assert len(files) > 10
   for path in files:
@@ -307,7 +307,7 @@ def test_a_step_with_any_file_damaged_is_passed_over_and_named(damage, three, ca
   assert newest(three) == 3
 
 
-def test_a_run_never_starts_afresh_over_damaged_steps(three):
+def test_a_run_never_starts_from_scratch_over_damaged_steps(three):
   for number in (1, 2, 3):
     files = [p for p in (three / str(number)).rglob('*') if p.is_file()]
     flip(max(files, key=lambda path: path.stat().st_size))
@@ -318,8 +318,8 @@ def test_a_run_never_starts_afresh_over_damaged_steps(three):
     source.newest_good()
 
 
-def test_a_step_whose_mark_is_gone_was_still_saved(three):
-  """Only a folder that nothing was ever committed to is a fresh start."""
+def test_a_saved_step_without_its_manifest_is_an_error(three):
+  """A fresh start needs a folder without any committed step."""
   for number in (1, 2, 3):
     (three / str(number) / 'manifest.json').unlink()
   with (
@@ -335,12 +335,12 @@ def test_a_step_whose_mark_is_gone_was_still_saved(three):
 @pytest.mark.parametrize(
   'content', ['', 'null', '[]', '{"step": -1}', '{"step": 2}', '[' * 10**5]
 )
-def test_a_damaged_head_is_passed_over(content, three):
+def test_a_damaged_head_is_ignored(content, three):
   (three / 'head.json').write_text(content)
   assert newest(three) == 3
 
 
-def test_pick_is_that_step_or_an_error(three):
+def test_pick_never_replaces_a_step_by_another(three):
   flip(three / '2' / 'manifest.json')
   with checkpoint.Reader(three) as source:
     assert [source.pick(which, '--step') for which in ('1', 'latest')] == [1, 3]
@@ -348,12 +348,12 @@ def test_pick_is_that_step_or_an_error(three):
       source.pick('2', '--step')
 
 
-def test_a_run_that_went_back_leaves_what_it_had_saved_past_that(three):
+def test_a_return_to_a_step_discards_the_later_steps(three):
   with checkpoint.Checkpoints(three, keep=3, keep_every=0) as out:
     assert out.go_back(1, data_step=7) == 7
     assert out.steps() == [1]
   with checkpoint.Checkpoints(three, keep=3, keep_every=0) as out:
-    # Asked again from the same step, the data still goes on past what did the harm.
+    # From the same step, the data continues past the bad batch again.
     assert out.go_back(1) == 7
     assert {p.name for p in three.iterdir()} >= {'1', '2', '3'}
     out.save(2, tiny_state(2.5), ABOUT)
@@ -365,8 +365,8 @@ def test_a_run_that_went_back_leaves_what_it_had_saved_past_that(three):
     assert out.go_back(2) is None
 
 
-def test_a_kill_while_way_is_made_for_a_step_saved_anew_costs_nothing(three):
-  """The folder is gone, and the head still says that the run went back from it."""
+def test_a_kill_while_a_discarded_step_is_removed_loses_nothing(three):
+  """The folder is removed, but head.json still lists the step as discarded."""
   with checkpoint.Checkpoints(three, keep=3, keep_every=0) as out:
     out.go_back(1)
   shutil.rmtree(three / '3')
@@ -379,7 +379,7 @@ def test_a_kill_while_way_is_made_for_a_step_saved_anew_costs_nothing(three):
   assert float(back.model['w'][0]) == 3.5
 
 
-def test_old_steps_go_only_once_a_newer_one_is_committed(tmp_path, monkeypatch):
+def test_old_steps_are_removed_only_after_a_newer_one_is_committed(tmp_path, monkeypatch):
   seen = []
   write = checkpoint.manifest.write
 
@@ -398,7 +398,7 @@ def test_old_steps_go_only_once_a_newer_one_is_committed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('where', ['write', 'survey'])
-def test_a_save_that_failed_is_known_at_the_next_step(where, three, monkeypatch):
+def test_check_reports_a_failed_save(where, three, monkeypatch):
   def full(*_):
     raise OSError(28, 'No space left on device')
 
@@ -410,12 +410,12 @@ def test_a_save_that_failed_is_known_at_the_next_step(where, three, monkeypatch)
       out.check()
     monkeypatch.undo()
     assert out.steps() == [1, 2, 3]
-    # The same step can be saved once there is room.
+    # The same step can be saved later.
     out.save(4, tiny_state(4.0), ABOUT)
   assert newest(three) == 4
 
 
-def test_closing_tells_of_a_save_that_failed(three, monkeypatch):
+def test_leaving_the_context_reports_a_failed_save(three, monkeypatch):
   def full(*_):
     raise OSError(28, 'No space left on device')
 
@@ -427,7 +427,7 @@ def test_closing_tells_of_a_save_that_failed(three, monkeypatch):
     out.save(4, tiny_state(4.0), ABOUT)
 
 
-def test_foreign_names_are_no_steps(three):
+def test_foreign_names_are_not_steps(three):
   for name in ('007', '4', '5.removed', '٣', 'x', '-1', '3 '):
     (three / name).mkdir()
     (three / name / 'anything').write_text('x')
@@ -439,13 +439,13 @@ def test_foreign_names_are_no_steps(three):
   assert '5.removed' not in left and left >= {'007', '4', 'x'}
 
 
-def test_a_step_is_what_its_number_says(three):
+def test_a_step_under_a_wrong_number_is_skipped(three):
   shutil.copytree(three / '2', three / '9')
   assert newest(three) == 3
 
 
 @pytest.mark.parametrize('store', ['s3', pytest.param('gs', marks=pytest.mark.slow)])
-def test_a_store_is_as_good_as_a_disk(store, request, tmp_path, caplog):
+def test_a_store_gives_the_same_guarantees_as_a_disk(store, request, tmp_path, caplog):
   where = storage.path(f'{request.getfixturevalue(store)}/{tmp_path.name}/checkpoints')
   with checkpoint.Checkpoints(where, keep=2, keep_every=0) as out:
     for number in (1, 2, 3):

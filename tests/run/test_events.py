@@ -1,4 +1,4 @@
-"""What was not fine stays written down, as long as it is of the run's own history."""
+"""Bad steps stay in spikes.jsonl if they belong to the history of the run."""
 
 import json
 import math
@@ -20,8 +20,8 @@ VALUES = dict(
 RECORDS = [['stdlib', 'code-0', 4], ('stdlib', 'prose-1', 0)]
 
 
-def put(led, data_step, *, ahead=0, action='note', **values):
-  led.write(
+def put(ledger, data_step, *, ahead=0, action='note', **values):
+  ledger.write(
     data_step + 1 - ahead,
     data_step,
     action=action,
@@ -35,18 +35,18 @@ def opened(workdir, data_step=0, *, enabled=True):
   return events.Events(workdir, data_step=data_step, enabled=enabled)
 
 
-def test_an_event_says_what_was_seen_done_and_read(tmp_path):
-  led = opened(tmp_path)
-  put(led, 57, ahead=3, action='rollback', bad_in_row=1.0)
+def test_an_event_holds_the_metrics_the_action_and_the_records(tmp_path):
+  ledger = opened(tmp_path)
+  put(ledger, 57, ahead=3, action='rollback', bad_in_row=1.0)
   expected = dict(step=55, data_step=57, action='rollback', why='it is bad', skipped=True)
   expected |= {name: VALUES[name] for name in events.KEPT}
   expected['records'] = [list(record) for record in RECORDS]
-  assert events.read(tmp_path) == led.all == [expected]
+  assert events.read(tmp_path) == ledger.all == [expected]
 
 
-def test_what_json_lacks_comes_back_and_every_parser_takes_the_file(tmp_path):
-  led = opened(tmp_path)
-  put(led, 0, loss=math.nan, grad_norm=math.inf, loss_zscore=-math.inf)
+def test_nan_and_infinity_are_read_back_from_strict_json(tmp_path):
+  ledger = opened(tmp_path)
+  put(ledger, 0, loss=math.nan, grad_norm=math.inf, loss_zscore=-math.inf)
   (event,) = events.read(tmp_path)
   assert math.isnan(event['loss']) and event['grad_norm'] == math.inf
   assert event['loss_zscore'] == -math.inf
@@ -63,26 +63,26 @@ def test_a_run_without_events_has_no_file(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_events_of_batches_that_are_about_to_be_read_again_are_dropped(tmp_path):
+def test_events_of_batches_that_will_be_read_again_are_dropped(tmp_path):
   for data_step in (3, 8, 12):
     put(opened(tmp_path, data_step), data_step)
-  led = opened(tmp_path, 9)
-  assert [event['data_step'] for event in led.all] == [3, 8]
-  assert events.read(tmp_path) == led.all
-  put(led, 12)
+  ledger = opened(tmp_path, 9)
+  assert [event['data_step'] for event in ledger.all] == [3, 8]
+  assert events.read(tmp_path) == ledger.all
+  put(ledger, 12)
   assert [event['data_step'] for event in events.read(tmp_path)] == [3, 8, 12]
-  assert opened(tmp_path, 12).all == led.all[:2]
+  assert opened(tmp_path, 12).all == ledger.all[:2]
 
 
-def test_a_rollback_goes_back_in_steps_and_not_in_its_events(tmp_path):
-  """The batch that did the harm was read, and the data goes on past it."""
-  led = opened(tmp_path)
-  put(led, 8, action='rollback', bad_in_row=1.0)
-  led = opened(tmp_path, 9)  # From step 6, say.
-  assert [event['step'] for event in led.all] == [9]
-  put(led, 11, ahead=3)
+def test_events_before_a_rollback_are_kept(tmp_path):
+  """The bad batch was read, and the data continues past it."""
+  ledger = opened(tmp_path)
+  put(ledger, 8, action='rollback', bad_in_row=1.0)
+  ledger = opened(tmp_path, 9)  # Restored at step 6, for example.
+  assert [event['step'] for event in ledger.all] == [9]
+  put(ledger, 11, ahead=3)
   assert [event['step'] for event in events.read(tmp_path)] == [9, 9]
-  assert led.report() == {'bad steps': 2, 'skipped updates': 1, 'rollbacks': 1}
+  assert ledger.report() == {'bad steps': 2, 'skipped updates': 1, 'rollbacks': 1}
 
 
 def test_the_report_counts_events_of_all_sessions(tmp_path):
@@ -101,28 +101,28 @@ def test_the_report_counts_events_of_all_sessions(tmp_path):
   assert opened(tmp_path / 'none', 5).report() == dict.fromkeys(counts, 0)
 
 
-def test_a_process_that_does_not_write_counts_alike(tmp_path):
+def test_a_process_that_does_not_write_counts_the_same_events(tmp_path):
   one, other = opened(tmp_path), opened(tmp_path, enabled=False)
-  for led in (one, other):
-    put(led, 2)
+  for ledger in (one, other):
+    put(ledger, 2)
   assert other.all == one.all == events.read(tmp_path)
   before = (tmp_path / events.NAME).read_bytes()
   assert opened(tmp_path, 1, enabled=False).all == []
   assert (tmp_path / events.NAME).read_bytes() == before
 
 
-def test_a_line_that_a_kill_tore_is_no_event_and_goes_with_the_next(tmp_path):
+def test_a_line_cut_off_by_a_kill_is_dropped_at_the_next_event(tmp_path):
   put(opened(tmp_path), 1)
   path = tmp_path / events.NAME
   with path.open('ab') as file:
     file.write(b'{"step": 9, "data_st')
-  led = opened(tmp_path, 5)
-  assert [event['data_step'] for event in led.all] == [1]
-  put(led, 5)
+  ledger = opened(tmp_path, 5)
+  assert [event['data_step'] for event in ledger.all] == [1]
+  put(ledger, 5)
   assert [event['data_step'] for event in metrics.read(path)] == [1, 5]
 
 
-def test_an_event_without_its_place_in_the_data_is_refused_by_its_step(tmp_path):
+def test_an_event_without_a_data_step_is_refused_with_its_step(tmp_path):
   home = storage.path(tmp_path)
   (tmp_path / 'spikes.jsonl').write_text('{"step": 3}\n')
   with pytest.raises(metrics.Damaged, match=r'spikes\.jsonl: step 3 has no data_step'):
@@ -130,6 +130,6 @@ def test_an_event_without_its_place_in_the_data_is_refused_by_its_step(tmp_path)
   assert (tmp_path / 'spikes.jsonl').read_text() == '{"step": 3}\n'
 
 
-def test_a_report_is_told_by_what_happened():
+def test_a_summary_lists_the_nonzero_counts():
   report = {'bad steps': 2, 'skipped updates': 0, 'rollbacks': 1}
   assert events.summary(report) == '2 bad steps, 1 rollbacks'

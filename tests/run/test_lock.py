@@ -46,7 +46,7 @@ def note(workdir):
 
 
 def leave(workdir, **changes):
-  """The note of another machine, old unless changed."""
+  """Writes the note of another machine; it is old unless changed."""
   old = dict(
     host='far',
     machine='far',
@@ -67,25 +67,25 @@ def wait_for(true, seconds=10):
     time.sleep(0.02)
 
 
-def refused(workdir, told):
-  with pytest.raises(ValueError, match=f'--workdir={workdir} {told}'):
+def refused(workdir, message):
+  with pytest.raises(ValueError, match=f'--workdir={workdir} {message}'):
     lock.Lock(workdir, **FAST).acquire()
 
 
-def test_a_workdir_is_held_and_given_back(workdir):
+def test_a_lock_is_taken_and_released(workdir):
   with hold(workdir, **FAST) as held:
-    found = note(workdir)
-    assert (found['host'], found['pid']) == (platform.node(), os.getpid())
-    assert found['since'] == pytest.approx(time.time(), abs=10)
+    content = note(workdir)
+    assert (content['host'], content['pid']) == (platform.node(), os.getpid())
+    assert content['since'] == pytest.approx(time.time(), abs=10)
     assert not held.lost
   assert storage.names(workdir) == []
   held.release()
   held.acquire()
-  assert note(workdir)['token'] != found['token']
+  assert note(workdir)['token'] != content['token']
   held.release()
 
 
-def test_the_beat_goes_on_and_nothing_else_changes(workdir):
+def test_the_owner_renews_only_the_beat(workdir):
   with hold(workdir, **FAST) as held:
     first = note(workdir)
     wait_for(lambda: note(workdir)['beat'] > first['beat'])
@@ -93,7 +93,7 @@ def test_the_beat_goes_on_and_nothing_else_changes(workdir):
     assert not held.lost
 
 
-def test_a_run_that_lives_keeps_its_workdir_and_a_killed_one_does_not(
+def test_a_living_run_keeps_its_workdir_and_a_killed_one_does_not(
   workdir, spawn_python, caplog
 ):
   child = spawn_python(['-c', HOLD, workdir])
@@ -101,7 +101,7 @@ def test_a_run_that_lives_keeps_its_workdir_and_a_killed_one_does_not(
   refused(workdir, rf'is in use by process {child.pid} on .* since 2.*lock\.json')
   assert note(workdir)['pid'] == child.pid
   child.kill()
-  wait_for(lambda: lock.started(child.pid) is None)  # A zombie, not waited for, is dead.
+  wait_for(lambda: lock.started(child.pid) is None)  # A zombie counts as dead.
   with hold(workdir, stale_after=3600, settle=0.05):
     assert note(workdir)['pid'] == os.getpid()
   assert f'left locked by process {child.pid} on {platform.node()}' in caplog.text
@@ -114,7 +114,7 @@ def test_the_same_process_cannot_hold_it_twice(workdir):
   assert not lock.living(workdir, stale_after=1)
 
 
-def test_a_pid_that_was_given_to_another_process_is_no_owner(workdir):
+def test_a_reused_pid_is_not_the_owner(workdir):
   here = dict(machine=lock.machine(), pid=os.getpid(), beat=time.time())
   leave(workdir, **here, started=lock.started(os.getpid()))
   refused(workdir, 'is in use')
@@ -123,7 +123,7 @@ def test_a_pid_that_was_given_to_another_process_is_no_owner(workdir):
     pass
 
 
-def test_another_machine_is_judged_by_its_beat(workdir, caplog):
+def test_the_beat_decides_about_another_machine(workdir, caplog):
   leave(workdir, beat=time.time() + 60)  # Its clock is ahead.
   refused(workdir, 'is in use by process 7 on far')
   leave(workdir, beat=time.time() - 5)
@@ -134,7 +134,7 @@ def test_another_machine_is_judged_by_its_beat(workdir, caplog):
   assert 'left locked by process 7 on far since 2001-09-09 01:46:40 UTC' in caplog.text
 
 
-def test_another_machine_whose_clock_is_far_behind_is_seen_to_live(workdir):
+def test_another_machine_with_a_slow_clock_counts_as_living(workdir):
   ended = threading.Event()
 
   def beat():
@@ -166,9 +166,7 @@ def test_another_machine_whose_clock_is_far_behind_is_seen_to_live(workdir):
   ],
   ids=['empty', 'torn', 'list', 'deep', 'large', 'wild'],
 )
-def test_a_note_that_cannot_be_read_is_judged_by_its_age(
-  tmp_path, content, caplog, monkeypatch
-):
+def test_the_age_decides_about_a_damaged_note(tmp_path, content, caplog, monkeypatch):
   monkeypatch.setattr(lock, 'MAX_PERIOD', 0.1)
   path = tmp_path / 'lock.json'
   path.write_bytes(content)
@@ -181,7 +179,7 @@ def test_a_note_that_cannot_be_read_is_judged_by_its_age(
   assert 'lock.json is damaged, last written 2001-09-09' in caplog.text
 
 
-def test_of_two_that_start_at_once_one_is_refused(workdir):
+def test_one_of_two_simultaneous_runs_is_refused(workdir):
   outcomes = []
   start = threading.Barrier(2)
 
@@ -207,7 +205,7 @@ def test_of_two_that_start_at_once_one_is_refused(workdir):
   assert storage.names(workdir) == []
 
 
-def test_an_owner_that_was_robbed_learns_it_and_leaves_the_note_alone(workdir):
+def test_an_owner_notices_a_takeover_and_leaves_the_new_note(workdir):
   with hold(workdir, **FAST) as held:
     leave(workdir)
     wait_for(lambda: held.lost)
@@ -215,7 +213,7 @@ def test_an_owner_that_was_robbed_learns_it_and_leaves_the_note_alone(workdir):
   assert note(workdir)['token'] == 'theirs'
 
 
-def test_a_note_that_is_gone_is_a_lock_that_is_lost(workdir):
+def test_a_missing_note_is_a_lost_lock(workdir):
   with hold(workdir, **FAST) as held:
     storage.remove(workdir / 'lock.json')
     wait_for(lambda: held.lost)
@@ -223,7 +221,7 @@ def test_a_note_that_is_gone_is_a_lock_that_is_lost(workdir):
   assert storage.names(workdir) == []
 
 
-def test_a_storage_that_does_not_answer_ends_no_run(tmp_path, monkeypatch, caplog):
+def test_a_storage_outage_does_not_end_the_run(tmp_path, monkeypatch, caplog):
   with hold(tmp_path, **FAST) as held:
     before, faults = note(tmp_path)['beat'], []
 
@@ -239,10 +237,11 @@ def test_a_storage_that_does_not_answer_ends_no_run(tmp_path, monkeypatch, caplo
   assert caplog.text.count('the network is down') == 1
 
 
-def test_a_workdir_that_is_away_for_a_while_is_not_lost(tmp_path, caplog):
+def test_a_workdir_that_is_unmounted_for_a_while_is_not_lost(tmp_path, caplog):
   with hold(tmp_path / 'run', **FAST) as held:
     first = note(tmp_path / 'run')['beat']
-    wait_for(lambda: note(tmp_path / 'run')['beat'] > first)  # So that none comes now.
+    # The next beat is not due yet.
+    wait_for(lambda: note(tmp_path / 'run')['beat'] > first)
     (tmp_path / 'run').rename(tmp_path / 'away')
     wait_for(lambda: 'could not be renewed' in caplog.text)
     (tmp_path / 'away').rename(tmp_path / 'run')
@@ -251,13 +250,13 @@ def test_a_workdir_that_is_away_for_a_while_is_not_lost(tmp_path, caplog):
     assert not held.lost
 
 
-def test_a_workdir_that_cannot_be_written_is_told_by_the_flag(tmp_path, s3):
+def test_an_unwritable_workdir_is_refused_with_the_flag(tmp_path, s3):
   (tmp_path / 'file').write_bytes(b'')
   for workdir in (tmp_path / 'file' / 'run', 's3://nobucket/run'):
     refused(workdir, 'cannot be used: ')
 
 
-def test_a_process_that_is_none_does_not_live():
+def test_a_pid_without_a_process_is_not_alive():
   assert lock.lives(os.getpid(), lock.started(os.getpid()))
   assert lock.lives(os.getpid(), 0)
   assert not lock.lives(2**22 + 1, 0) and not lock.lives(2**70, 0)

@@ -1,3 +1,5 @@
+"""The records of a run: metrics.jsonl, its views, the speed, and run.json."""
+
 import io
 import json
 import math
@@ -25,7 +27,7 @@ def write(workdir, values, *, step=-1, **views):
   return metrics.read(workdir / 'metrics.jsonl')
 
 
-def test_floats_come_back_to_the_last_bit(tmp_path):
+def test_floats_are_read_back_to_the_last_bit(tmp_path):
   values = [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, float(np.float32(0.1)), -0.0]
   records = write(tmp_path, [(i, {'loss': v}) for i, v in enumerate(values)])
   assert [r['loss'].hex() for r in records] == [v.hex() for v in values]
@@ -42,7 +44,7 @@ def test_device_scalars_are_written_exactly(tmp_path, dtype):
   assert record['x'] == record['y'] == float(value)
 
 
-def test_every_line_is_strict_json_even_when_the_loss_is_not_a_number(tmp_path):
+def test_every_line_is_strict_json_even_if_the_loss_is_nan(tmp_path):
   values = {'a': math.nan, 'b': math.inf, 'c': jnp.float32(-math.inf), 'd': 'NaN?'}
   (record,) = write(tmp_path, [(3, values)])
 
@@ -71,7 +73,7 @@ def test_a_process_that_is_not_enabled_leaves_no_trace(tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
-def test_reopening_drops_what_lies_past_the_restored_step(tmp_path):
+def test_reopening_drops_the_records_after_the_restored_step(tmp_path):
   write(tmp_path, [(s, {'loss': s}) for s in (1, 2, 3, 4)])
   with (tmp_path / 'metrics.jsonl').open('ab') as file:
     file.write(b'{"step": 5, "kind": "tr')
@@ -81,7 +83,7 @@ def test_reopening_drops_what_lies_past_the_restored_step(tmp_path):
 
 
 @pytest.mark.parametrize('torn', [b'', b'{"st', b'{"step": 9, "kind": "train"}'])
-def test_a_torn_last_line_is_no_record_and_is_cut_away(tmp_path, torn):
+def test_a_cut_off_last_line_is_ignored_and_removed(tmp_path, torn):
   path = tmp_path / 'metrics.jsonl'
   whole = b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n'
   path.write_bytes(whole + torn)
@@ -92,7 +94,7 @@ def test_a_torn_last_line_is_no_record_and_is_cut_away(tmp_path, torn):
   assert [p.name for p in tmp_path.iterdir()] == ['metrics.jsonl']
 
 
-def test_a_killed_run_leaves_all_its_records_but_the_last(tmp_path, spawn_python):
+def test_a_killed_run_leaves_all_complete_records(tmp_path, spawn_python):
   story = (
     'import sys; from gated.run import metrics\n'
     'log = metrics.Log(sys.argv[1], step=-1, enabled=True, tensorboard=False, wandb="")\n'
@@ -110,18 +112,18 @@ def test_a_killed_run_leaves_all_its_records_but_the_last(tmp_path, spawn_python
   assert len(records) > 500 and all(r['loss'] == 1 / r['step'] for r in records)
 
 
-def test_the_last_step_is_told_by_the_end_of_the_file(tmp_path, monkeypatch):
+def test_the_last_step_is_read_from_the_end_of_the_file(tmp_path, monkeypatch):
   path = tmp_path / 'metrics.jsonl'
   assert metrics.last_step(path) == 0
   write(tmp_path, [(step, {'loss': 1.0}) for step in range(1, 301)])
   assert metrics.last_step(path) == 300
   with open(path, 'ab') as file:
     file.write(b'{"step": 301, "lo')
-  # What begins in the middle of a record is none of it.
+  # A window that begins inside a record skips that record.
   for size in (200, 201, 300, 1 << 20):
     monkeypatch.setattr(lines, 'END', size)
     assert metrics.last_step(path) == 300
-  # So it is of a store's parts, of which the last may hold a torn line alone.
+  # The last part may hold only a cut-off line.
   path.unlink()
   parts = tmp_path / 'metrics.jsonl.parts'
   parts.mkdir()
@@ -130,23 +132,23 @@ def test_the_last_step_is_told_by_the_end_of_the_file(tmp_path, monkeypatch):
   assert metrics.last_step(path) == 7
 
 
-def test_truncating_a_file_that_is_not_there_is_no_error(tmp_path):
+def test_truncating_a_missing_file_does_nothing(tmp_path):
   assert lines.truncate(tmp_path / 'metrics.jsonl', 3) == 0
 
 
-def test_tensorboard_gets_its_events(tmp_path):
+def test_tensorboard_gets_event_files(tmp_path):
   write(tmp_path, [(1, {'loss': 1.0, 'note': 'text'})], tensorboard=True)
   (events,) = (tmp_path / 'tensorboard').iterdir()
   assert b'train/loss' in events.read_bytes()
 
 
-def test_wandb_is_asked_for_by_name_when_it_is_missing(tmp_path, monkeypatch):
+def test_a_missing_wandb_package_is_reported(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'wandb', None)
   with pytest.raises(ValueError, match=r"'mine'.*pip install wandb"):
     metrics.Log(tmp_path, step=-1, enabled=True, tensorboard=False, wandb='mine')
 
 
-def test_wandb_goes_on_with_the_run_it_began(tmp_path, monkeypatch):
+def test_wandb_continues_the_same_run(tmp_path, monkeypatch):
   class Wandb:
     ids, logged = [], []
 
@@ -168,19 +170,19 @@ def test_wandb_goes_on_with_the_run_it_began(tmp_path, monkeypatch):
   assert fake.logged == [(1, {'train/loss': 2.0}), (2, {'train/loss': 1.0})]
 
 
-def test_without_a_terminal_progress_is_plain_lines(capsys):
+def test_progress_is_plain_lines_without_a_terminal(capsys):
   line = metrics.Progress(100, start=10, seconds=3600, enabled=True)
   shown = {'loss': 2.5, 'lr': 1e-3, 'tokens_per_second': 6100.0, 'mfu': 0.5234, 'z': 1}
   for step in (11, 12, 100):
     line.update(step, shown)
   line.say('saved')
   line.close()
-  first, last, said = capsys.readouterr().err.splitlines()
+  first, last, message = capsys.readouterr().err.splitlines()
   assert first.startswith('step 11/100  loss 2.5000  lr 1.00e-03  6.10k tok/s  mfu 52.3%')
-  assert last.startswith('step 100/100') and said == 'saved'
+  assert last.startswith('step 100/100') and message == 'saved'
 
 
-def test_on_a_terminal_progress_is_a_bar(monkeypatch):
+def test_progress_is_a_bar_on_a_terminal(monkeypatch):
   class Terminal(io.StringIO):
     def isatty(self):
       return True
@@ -193,7 +195,7 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch):
   assert '50/100' in screen.getvalue() and 'loss 2.5000' in screen.getvalue()
 
 
-def test_the_timer_leaves_out_compilation_and_pauses(monkeypatch):
+def test_the_timer_excludes_compilation_and_pauses(monkeypatch):
   clock = iter([0, 5, 6, 10, 12, 15, 20, 22])
   monkeypatch.setattr(time, 'perf_counter', lambda: next(clock))
   timer = metrics.Timer(tokens_per_step=300, flops_per_token=1e3, peak=1e5, devices=2)
@@ -224,12 +226,12 @@ def test_an_unknown_chip_has_no_mfu():
 
 
 @pytest.mark.accelerator
-def test_an_accelerator_tells_its_memory_and_its_peak():
+def test_an_accelerator_reports_its_memory_and_its_peak():
   assert metrics.memory()['memory_peak_bytes'] > 0
   assert metrics.peak(jax.devices()[0])
 
 
-def test_memory_is_absent_where_nobody_tells_it(monkeypatch):
+def test_memory_is_empty_if_the_device_does_not_report_it(monkeypatch):
   class Device:
     def __init__(self, stats):
       self.memory_stats = lambda: stats
@@ -271,7 +273,7 @@ def test_the_profiler_traces_its_window(tmp_path, traces, window, steps, expecte
   assert seen + [('end', call) for call in traces] == expected
 
 
-def test_a_manifest_names_its_versions_and_keeps_its_sessions(tmp_path, monkeypatch):
+def test_run_json_holds_the_versions_and_keeps_its_sessions(tmp_path, monkeypatch):
   monkeypatch.setenv('XLA_FLAGS', '--xla_some_flag')
   path = tmp_path / 'run' / 'run.json'
   words = {'config': {'seed': 1}, 'data': {'digest': 'abc'}}
@@ -289,7 +291,7 @@ def test_a_manifest_names_its_versions_and_keeps_its_sessions(tmp_path, monkeypa
   assert [p.name for p in path.parent.iterdir()] == ['run.json']
 
 
-def test_what_may_be_a_credential_is_not_recorded(tmp_path, monkeypatch):
+def test_credentials_are_not_recorded(tmp_path, monkeypatch):
   for name in ('SECRET', 'API_KEY', 'ACCESS_TOKEN', 'PASSWORD', 'CREDENTIALS', 'x_Key'):
     monkeypatch.setenv(f'JAX_{name}', 'hush')
   monkeypatch.setenv('JAX_PROXY', 'http://me:hush@proxy:80/x')
@@ -334,12 +336,12 @@ def test_what_may_be_a_credential_is_not_recorded(tmp_path, monkeypatch):
     ('--' + '_key' * 5000 + '!x', True),
   ],
 )
-def test_a_flag_is_judged_by_its_words(flag, hidden):
+def test_a_flag_is_secret_if_a_whole_word_of_its_name_is(flag, hidden):
   assert (provenance.command([f'{flag}=7'])[0] == f'{flag}=***') == hidden
 
 
 def on(store, seconds=3600.0, part=5):
-  """A workdir in the store, whose parts hold few records."""
+  """Sets the interval between writes, and a small number of records per part."""
   store.setattr(lines, 'SECONDS', seconds)
   store.setattr(lines, 'PART', part)
 
@@ -348,7 +350,7 @@ def steps(workdir):
   return [record['step'] for record in metrics.read(f'{workdir}/metrics.jsonl')]
 
 
-def test_records_in_a_store_come_back_in_order_and_to_the_last_bit(remote, monkeypatch):
+def test_records_in_a_store_are_read_in_order_and_to_the_last_bit(remote, monkeypatch):
   on(monkeypatch)
   values = [0.1, 1 / 3, 5e-324, math.inf, -0.0, 1e308] * 4
   with metrics.Log(remote, step=-1, enabled=True, **OFF) as log:
@@ -363,7 +365,7 @@ def test_records_in_a_store_come_back_in_order_and_to_the_last_bit(remote, monke
   assert 2 <= len(parts) <= 5 and metrics.exists(f'{remote}/metrics.jsonl')
 
 
-def test_a_record_in_a_store_is_there_after_sync_and_after_a_while(remote, monkeypatch):
+def test_a_record_is_stored_at_sync_and_after_some_seconds(remote, monkeypatch):
   on(monkeypatch)
   log = metrics.Log(remote, step=-1, enabled=True, **OFF)
   log.write(1, 'train', {'loss': 1.0})
@@ -382,7 +384,7 @@ def test_a_record_in_a_store_is_there_after_sync_and_after_a_while(remote, monke
       time.sleep(0.02)
 
 
-def test_a_part_that_is_full_does_not_wait(remote, monkeypatch):
+def test_a_full_part_is_stored_at_once(remote, monkeypatch):
   on(monkeypatch, part=3)
   with metrics.Log(remote, step=-1, enabled=True, **OFF) as log:
     for step in range(4):
@@ -394,7 +396,9 @@ def test_a_part_that_is_full_does_not_wait(remote, monkeypatch):
   assert steps(remote) == [0, 1, 2, 3]
 
 
-def test_reopening_in_a_store_drops_what_lies_past_the_restored_step(remote, monkeypatch):
+def test_reopening_in_a_store_drops_the_records_after_the_restored_step(
+  remote, monkeypatch
+):
   on(monkeypatch)
   for step, count in ((-1, 12), (6, 3), (8, 0)):
     with metrics.Log(remote, step=step, enabled=True, **OFF) as log:
@@ -413,9 +417,7 @@ def test_reopening_in_a_store_drops_what_lies_past_the_restored_step(remote, mon
   assert storage.names(remote) == []
 
 
-def test_a_store_that_does_not_answer_delays_records_but_not_the_run(
-  remote, monkeypatch, caplog
-):
+def test_a_store_outage_delays_records_but_not_the_run(remote, monkeypatch, caplog):
   on(monkeypatch, seconds=0.02)
   faults = []
 
@@ -437,7 +439,7 @@ def test_a_store_that_does_not_answer_delays_records_but_not_the_run(
   assert caplog.text.count('the network is down') == 1
 
 
-def test_a_workdir_may_be_copied_to_a_store_and_back(remote, tmp_path, monkeypatch):
+def test_a_workdir_can_be_copied_to_a_store_and_back(remote, tmp_path, monkeypatch):
   on(monkeypatch)
   here = tmp_path / 'run'
 
@@ -457,7 +459,7 @@ def test_a_workdir_may_be_copied_to_a_store_and_back(remote, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize('where', ['local', 's3'])
-def test_a_ledger_grows_by_whole_records(where, request, tmp_path):
+def test_append_adds_a_complete_record(where, request, tmp_path):
   folder = tmp_path if where == 'local' else request.getfixturevalue('remote')
   path = f'{folder}/deep/spikes.jsonl'
   metrics.append(path, {'step': 3, 'loss': math.nan})
@@ -472,21 +474,21 @@ def test_a_ledger_grows_by_whole_records(where, request, tmp_path):
   assert storage.names(f'{folder}/deep') == ['spikes.jsonl']
 
 
-def test_a_store_takes_no_event_files_and_says_so(remote, caplog):
+def test_event_files_are_not_written_to_a_store(remote, caplog):
   with metrics.Log(remote, step=-1, enabled=True, tensorboard=True, wandb='') as log:
     log.write(1, 'train', {'loss': 1.0})
   assert caplog.text.count('TensorBoard needs a local workdir') == 1
   assert storage.names(remote) == ['metrics.jsonl.parts']
 
 
-def test_a_trace_into_a_store_is_refused_by_its_knob(remote, tmp_path):
+def test_a_trace_into_a_store_is_refused_with_its_knob(remote, tmp_path):
   with pytest.raises(ValueError, match=rf'config\.log\.profile_first=3.*{remote}'):
     metrics.check_remote(remote, profile_first=3)
   metrics.check_remote(remote, profile_first=-1)
   metrics.check_remote(tmp_path, profile_first=3)
 
 
-def test_wandb_keeps_its_id_in_the_store_and_its_files_here(remote, monkeypatch):
+def test_wandb_keeps_its_id_in_the_store_and_its_files_on_disk(remote, monkeypatch):
   seen = []
 
   class Wandb:
@@ -504,7 +506,7 @@ def test_wandb_keeps_its_id_in_the_store_and_its_files_here(remote, monkeypatch)
   assert not storage.is_remote(seen[0]['dir']) and seen[0]['name'] in remote
 
 
-def test_a_manifest_in_a_store_keeps_its_sessions(remote):
+def test_run_json_in_a_store_keeps_its_sessions(remote):
   path = f'{remote}/run.json'
   for step in (None, 10):
     metrics.manifest(path, config={'seed': 1}, data={}, restored=step, changed={})
@@ -515,7 +517,7 @@ def test_a_manifest_in_a_store_keeps_its_sessions(remote):
 @pytest.mark.parametrize(
   'line', ['{"step": 2, "kind"', '{"stop": 2}', '{"step": "2"}', '[2]', '', '[' * 10**5]
 )
-def test_a_damaged_line_is_told_by_its_file_and_nothing_is_written(line, tmp_path):
+def test_a_damaged_line_is_reported_and_nothing_is_written(line, tmp_path):
   path = tmp_path / 'metrics.jsonl'
   path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
   before = path.read_bytes()

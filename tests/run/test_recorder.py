@@ -1,4 +1,4 @@
-"""A step's numbers are read one step late, and say whether the run goes on."""
+"""The metrics of a step are read one step late, logged and judged."""
 
 import math
 import types
@@ -27,7 +27,7 @@ BROKEN = dict(verdict=2, loss=NAN, loss_zscore=INF, bad_in_row=1, skipped=1)
 
 
 def values(**changes):
-  """The metrics of a step, as the train step leaves them on the device."""
+  """The metrics of a step on the device, as the train step returns them."""
   return {name: jnp.asarray(value) for name, value in (FINE | changes).items()}
 
 
@@ -83,7 +83,7 @@ def test_a_step_is_read_when_the_next_is_taken(begin, tmp_path):
   assert [r['loss'] for r in written(tmp_path)] == [1.0, 2.0, 3.0]
 
 
-def test_the_last_step_waits_for_settle_alone(begin, tmp_path):
+def test_the_last_step_is_read_only_by_settle(begin, tmp_path):
   with begin() as record:
     record.take(1, values())
   assert steps(tmp_path) == []
@@ -97,10 +97,10 @@ def test_the_last_step_waits_for_settle_alone(begin, tmp_path):
     (SPIKE | dict(bad_in_row=1), True),
     (BROKEN, False),
     (BROKEN | dict(loss=3.0, grad_norm=INF), False),
-    (BROKEN | dict(loss=3.0), False),  # The update was not.
+    (BROKEN | dict(loss=3.0), False),  # The update was not finite.
   ],
 )
-def test_settle_says_whether_the_last_step_was_finite(changes, finite, begin):
+def test_settle_returns_whether_the_last_step_was_finite(changes, finite, begin):
   record = begin()
   record.take(1, values(**changes))
   assert record.settle() == finite
@@ -118,7 +118,7 @@ def test_every_nth_step_the_last_and_every_bad_one_are_written(begin, tmp_path):
   assert math.isnan(written(tmp_path)[1]['loss'])
 
 
-def test_a_bad_step_is_noted_with_the_records_of_its_batch(begin, tmp_path, capsys):
+def test_a_bad_step_is_recorded_with_the_records_of_its_batch(begin, tmp_path, capsys):
   record = begin(2, ahead=3)
   record.take(3, values(**BROKEN))
   record.take(4, values(**SPIKE))
@@ -128,13 +128,13 @@ def test_a_bad_step_is_noted_with_the_records_of_its_batch(begin, tmp_path, caps
   assert (spike['step'], spike['data_step'], spike['skipped']) == (4, 6, False)
   assert broken['records'] == ids(5) and spike['records'] == ids(6)
   assert broken['action'] == spike['action'] == 'note'
-  said = capsys.readouterr().err
-  assert 'step 3: the loss is NaN' in said
-  assert 'step 4: the loss 300 is 99 standard deviations above its mean' in said
+  output = capsys.readouterr().err
+  assert 'step 3: the loss is NaN' in output
+  assert 'step 4: the loss 300 is 99 standard deviations above its mean' in output
 
 
 @pytest.mark.parametrize('by', ['the next step', 'settle'])
-def test_a_spike_asks_to_go_back_and_past_its_data(by, begin, tmp_path):
+def test_a_spike_raises_a_rollback_past_its_batch(by, begin, tmp_path):
   record = begin(2, ahead=3, stability__on_spike='rollback')
   record.take(3, values(**SPIKE, bad_in_row=1))
   with pytest.raises(recorder.Rollback, match='the loss 300') as caught:
@@ -142,23 +142,23 @@ def test_a_spike_asks_to_go_back_and_past_its_data(by, begin, tmp_path):
       record.settle()
     else:
       record.take(4, values())
-  assert caught.value.data_step == 6  # Of the batch after it: 3 steps and 3 ahead.
+  assert caught.value.data_step == 6  # The next batch: 3 steps, and 3 ahead.
   assert steps(tmp_path) == [3]
   (event,) = events.read(tmp_path)
   assert (event['action'], event['data_step']) == ('rollback', 5)
 
 
 @pytest.mark.parametrize(
-  ('changes', 'told'),
+  ('changes', 'message'),
   [
     (BROKEN | dict(bad_in_row=4), r'4 bad steps in a row \(config\.stability\.max_bad_'),
     (dict(param_norm=NAN), 'the parameter norm is NaN'),
   ],
 )
-def test_a_step_too_bad_stops_the_run_and_is_noted_before(changes, told, begin, tmp_path):
+def test_a_fatal_step_is_recorded_and_stops_the_run(changes, message, begin, tmp_path):
   record = begin(stability__max_bad_steps=4)
   record.take(1, values(**changes))
-  with pytest.raises(FloatingPointError, match=f'step 1: {told}'):
+  with pytest.raises(FloatingPointError, match=f'step 1: {message}'):
     record.settle()
   assert [event['action'] for event in events.read(tmp_path)] == ['stop']
   assert steps(tmp_path) == [1]
@@ -178,7 +178,7 @@ def test_rollbacks_of_earlier_sessions_count(begin):
     record.settle()
 
 
-def test_a_session_drops_what_another_wrote_past_its_start(begin, tmp_path):
+def test_a_session_drops_later_records_of_another_session(begin, tmp_path):
   with begin() as record:
     for step in (1, 2, 3):
       record.take(step, values(**SPIKE if step == 3 else {}))
@@ -189,7 +189,7 @@ def test_a_session_drops_what_another_wrote_past_its_start(begin, tmp_path):
   assert steps(tmp_path) == [1, 2] and events.read(tmp_path) == []
 
 
-def test_indicators_are_written_after_their_step_finite_or_not(begin, tmp_path):
+def test_indicators_are_written_even_if_they_are_not_finite(begin, tmp_path):
   record = begin(log__every=4)
   seen = dict(attention_logit=jnp.float32(NAN), attention_layer=jnp.int32(3))
   record.take(1, values(), seen)
@@ -214,9 +214,9 @@ def heldout(loss):
 def test_a_held_out_loss_is_written_by_domain(begin, tmp_path):
   record = begin()
   assert record.heldout(4, heldout(2.25)) == 2.25
-  (found,) = written(tmp_path, 'heldout')
-  assert (found['step'], found['loss']) == (4, 2.25)
-  assert found['code/nats_per_token'] == 2.25 and found['code/bits_per_byte'] == 2.5
+  (row,) = written(tmp_path, 'heldout')
+  assert (row['step'], row['loss']) == (4, 2.25)
+  assert row['code/nats_per_token'] == 2.25 and row['code/bits_per_byte'] == 2.5
   assert record.beats == [4]
   assert record.heldout(5, dict(loss=None, domains={})) is None
   assert len(written(tmp_path, 'heldout')) == 1

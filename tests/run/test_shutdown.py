@@ -1,4 +1,4 @@
-"""How a process ends early. What ends a process is tried in one of its own."""
+"""How a process ends early; tests that end a process start their own."""
 
 import signal
 
@@ -7,7 +7,7 @@ import pytest
 from gated.run import shutdown
 
 
-def test_sigterm_is_an_answer_after_the_step_and_a_second_one_changes_nothing():
+def test_sigterm_is_reported_after_the_step_and_a_second_one_has_no_effect():
   before = signal.getsignal(signal.SIGTERM)
   try:
     with shutdown.Sigterm() as sigterm:
@@ -16,13 +16,13 @@ def test_sigterm_is_an_answer_after_the_step_and_a_second_one_changes_nothing():
       assert sigterm.received(2)
       signal.raise_signal(signal.SIGTERM)
       assert sigterm.received(3)
-    # The process is about to leave: a signal now does not cut that short.
+    # The process is stopping: another signal does not interrupt that.
     signal.raise_signal(signal.SIGTERM)
   finally:
     signal.signal(signal.SIGTERM, before)
 
 
-def test_who_was_not_told_to_leave_gets_its_signal_handler_back():
+def test_the_signal_handler_is_restored_without_a_sigterm():
   before = signal.getsignal(signal.SIGTERM)
   with shutdown.Sigterm():
     assert signal.getsignal(signal.SIGTERM) is not before
@@ -30,16 +30,16 @@ def test_who_was_not_told_to_leave_gets_its_signal_handler_back():
 
 
 @pytest.mark.parametrize(
-  ('error', 'code', 'told'),
+  ('error', 'code', 'message'),
   [
     ("ValueError('UNKNOWN: Gloo all-reduce failed')", 5, 'process 0 of 2 lost another'),
     ("KeyError('loss')", 1, "KeyError: 'loss'"),
   ],
 )
-def test_one_of_several_processes_ends_by_its_error_at_once(
-  error, code, told, run_python
+def test_an_error_in_one_of_several_processes_exits_at_once(
+  error, code, message, run_python
 ):
-  """Though a thread is left that waits."""
+  """A waiting thread does not delay the exit."""
   source = f"""
 import threading
 import jax
@@ -51,5 +51,5 @@ with shutdown.without_peers(-10):
 """
   done = run_python(['-c', source], timeout=60)
   assert done.returncode == code
-  assert told in done.stderr
+  assert message in done.stderr
   assert code == 1 or 'Traceback' not in done.stderr

@@ -1,4 +1,4 @@
-"""The watchdog, on the host: what to do after a step, and why."""
+"""The watchdog on the host: its response to a step, and the reason."""
 
 import re
 
@@ -70,20 +70,20 @@ LIMIT = r' \(config\.stability\.max_bad_steps=5\): '
     ),
   ],
 )
-def test_the_watchdog_says_what_to_do_and_why(values, actions, why):
+def test_the_watchdog_chooses_an_action_with_a_reason(values, actions, why):
   for on_spike, action in zip(guard.ON_SPIKE, actions):
     cfg = knobs(on_spike=on_spike)
-    said, reason = Watchdog(cfg, rollbacks=1).judge(values)
-    assert said == action
+    chosen, reason = Watchdog(cfg, rollbacks=1).judge(values)
+    assert chosen == action
     assert re.fullmatch(why, reason), reason
-    # None is left: what would have gone back stops, and says so.
-    said, reason = Watchdog(cfg, rollbacks=2).judge(values)
-    assert said == ('stop' if action == 'rollback' else action)
+    # No rollback is left: the run stops instead, and the reason says so.
+    chosen, reason = Watchdog(cfg, rollbacks=2).judge(values)
+    assert chosen == ('stop' if action == 'rollback' else action)
     spent = r'; no rollback is left \(config\.stability\.max_rollbacks=2\)'
     assert re.fullmatch(why + (spent if action == 'rollback' else ''), reason), reason
 
 
-def test_the_watchdog_reads_what_the_guard_reports():
+def test_the_watchdog_judges_the_reports_of_the_guard():
   losses = steady(12)
   losses[9] = 300.0
   norms = dict(grad_norm=1.0, param_norm=1.0)

@@ -1,4 +1,4 @@
-"""What a run may start from, and what is told of it."""
+"""Initial weights from another run or a Hugging Face folder."""
 
 import types
 
@@ -41,25 +41,25 @@ def test_weights_of_a_run_are_found_and_read(workdir):
   like = placed()
   source = weights.find(f'{workdir}:3', like, CORPUS)
   assert (str(source), source.differs) == (f'{workdir}:3', {})
-  found = weights.read(source, like, small.filled(like, seed=1))
+  restored = weights.read(source, like, small.filled(like, seed=1))
   exact = trees.flatten(small.model_of())
-  for name, leaf in trees.flatten(found).items():
+  for name, leaf in trees.flatten(restored).items():
     np.testing.assert_array_equal(leaf, exact[name])
 
 
-def test_a_gate_that_is_not_there_starts_afresh(workdir, caplog):
+def test_a_gate_without_saved_weights_keeps_its_initial_values(workdir, caplog):
   like = placed(**GATE)
   source = weights.find(str(workdir), like, CORPUS)
   fresh = small.filled(like, seed=1)
   with caplog.at_level('INFO', logger='gated'):
-    found = trees.flatten(weights.read(source, like, fresh))
+    restored = trees.flatten(weights.read(source, like, fresh))
   assert 'lacks blocks.attn.gate.weight: initialized' in caplog.text
   name = 'blocks.attn.gate.weight'
-  np.testing.assert_array_equal(found[name], trees.flatten(fresh)[name])
-  assert len(found) == len(trees.flatten(small.model_of())) + 1
+  np.testing.assert_array_equal(restored[name], trees.flatten(fresh)[name])
+  assert len(restored) == len(trees.flatten(small.model_of())) + 1
 
 
-def test_what_computes_otherwise_at_the_same_shapes_is_told(workdir, caplog):
+def test_knobs_that_differ_at_equal_shapes_are_logged(workdir, caplog):
   changes = dict(logit_cap=5.0, attn__rope_base=1e6, attn__normalizer='softpick')
   with caplog.at_level('INFO', logger='gated'):
     source = weights.find(str(workdir), placed(**changes), CORPUS)
@@ -72,7 +72,7 @@ def test_what_computes_otherwise_at_the_same_shapes_is_told(workdir, caplog):
 
 
 @pytest.mark.parametrize(
-  ('init_from', 'changes', 'said'),
+  ('init_from', 'changes', 'message'),
   [
     ('{}:4', {}, 'has the steps 3'),
     ('{}', dict(ffn=32), 'blocks.ffn.act.weight is'),
@@ -80,8 +80,8 @@ def test_what_computes_otherwise_at_the_same_shapes_is_told(workdir, caplog):
     ('{}/nowhere', {}, 'neither .*checkpoints nor a config.json'),
   ],
 )
-def test_weights_that_do_not_fit_are_refused(workdir, init_from, changes, said):
-  with pytest.raises(ValueError, match=rf'config\.init_from=.*{said}'):
+def test_weights_that_do_not_fit_are_refused(workdir, init_from, changes, message):
+  with pytest.raises(ValueError, match=rf'config\.init_from=.*{message}'):
     weights.find(init_from.format(workdir), placed(**changes), CORPUS)
 
 
@@ -91,16 +91,16 @@ def test_weights_of_another_tokenizer_are_refused(workdir):
     weights.find(str(workdir), placed(), other)
 
 
-def test_hugging_faces_tokenizer_has_to_be_that_of_the_data(tmp_path, caplog):
+def test_the_tokenizer_of_imported_weights_must_be_that_of_the_data(tmp_path, caplog):
   folder = tmp_path / 'hf'
   hf.save(small.model_of(), folder)
   with caplog.at_level('INFO', logger='gated'):
     source = weights.find(str(folder), placed(), CORPUS)
   assert source == weights.Source(folder, None, {})
   assert 'has no tokenizer.json' in caplog.text
-  found = trees.flatten(weights.read(source, placed(), small.model_of()))
+  restored = trees.flatten(weights.read(source, placed(), small.model_of()))
   exact = trees.flatten(small.model_of())
-  assert all((found[name] == exact[name]).all() for name in exact)
+  assert all((restored[name] == exact[name]).all() for name in exact)
 
   from gated.data import tokenizer
 

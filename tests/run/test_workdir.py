@@ -1,4 +1,4 @@
-"""Whose a workdir is: a run goes on in its own, and nobody else does."""
+"""Only the run that owns a workdir resumes in it."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def place(tree):
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
-  """A workdir of a run that saved two steps, of which the first was the better."""
+  """A workdir of a run with two saved steps; the first has the lower loss."""
   home = tmp_path_factory.mktemp('saved') / 'run'
   with checkpoint.Checkpoints(home / 'checkpoints', keep=2, keep_every=0) as out:
     for number in STEPS:
@@ -46,44 +46,44 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def run(saved, tmp_path):
-  """A copy of it, to be spoiled."""
+  """A copy of `saved` that a test may change."""
   return storage.path(shutil.copytree(saved, tmp_path / 'run'))
 
 
 def check(home, *, allowed=(), restore_step='', data=DATA, **changes):
   c = small.recipe(**changes)
   like = place(state(0))
-  asked = dict(like=like, allowed=allowed, restore_step=restore_step)
-  return workdir.check(home, c, data, **asked)
+  options = dict(like=like, allowed=allowed, restore_step=restore_step)
+  return workdir.check(home, c, data, **options)
 
 
-def refused(home, told, **asked):
-  with pytest.raises(ValueError, match=told):
-    check(home, **asked)
+def refused(home, message, **options):
+  with pytest.raises(ValueError, match=message):
+    check(home, **options)
 
 
 def files(home):
   return {path: path.read_bytes() for path in Path(home).rglob('*') if path.is_file()}
 
 
-def test_where_there_is_nothing_a_run_starts_and_nothing_is_made(tmp_path):
+def test_a_missing_workdir_is_a_fresh_start_and_is_not_created(tmp_path):
   assert check(tmp_path / 'a' / 'b') == (None, [], {})
   assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_goes_on_in_its_own_workdir_which_stays_as_it_was(run):
+def test_a_run_resumes_in_its_workdir_and_check_changes_nothing(run):
   before = files(run)
   assert check(run) == (4, [2, 4], {})
   assert files(run) == before
 
 
-def test_without_its_run_json_the_checkpoint_says_whose_it_is(run):
+def test_without_run_json_the_checkpoint_identifies_the_run(run):
   (run / 'run.json').unlink()
   assert check(run) == (4, [2, 4], {})
   refused(run, r'config\.seed: 0 there, 1 here', seed=1)
 
 
-def test_metrics_without_a_run_that_made_them_are_not_overwritten(tmp_path):
+def test_metrics_without_a_run_json_are_not_overwritten(tmp_path):
   (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n')
   refused(tmp_path, 'has a metrics.jsonl but no run.json')
 
@@ -113,15 +113,15 @@ MAY = {
 
 
 @pytest.mark.parametrize('knob', MAY)
-def test_what_does_not_change_the_training_may_differ_and_is_told(knob, run):
-  found = check(run, **{knob: MAY[knob]})
-  assert list(found.changed) == [f'config.{knob}']
-  assert found.changed[f'config.{knob}'][1] == MAY[knob]
+def test_knobs_that_do_not_change_the_training_may_differ(knob, run):
+  result = check(run, **{knob: MAY[knob]})
+  assert list(result.changed) == [f'config.{knob}']
+  assert result.changed[f'config.{knob}'][1] == MAY[knob]
 
 
-def test_what_may_differ_covers_every_name_in_the_list(run):
-  asked = [f'config.{knob}' for knob in MAY]
-  assert all(any(k.startswith(name) for k in asked) for name in workdir.MAY_CHANGE)
+def test_the_cases_cover_every_name_in_may_change(run):
+  knobs = [f'config.{knob}' for knob in MAY]
+  assert all(any(k.startswith(name) for k in knobs) for name in workdir.MAY_CHANGE)
 
 
 MAY_NOT = {
@@ -139,27 +139,27 @@ MAY_NOT = {
 
 @pytest.mark.parametrize('knob', MAY_NOT)
 @pytest.mark.parametrize('by', ['knob', 'group', 'group.', 'config'])
-def test_what_changes_the_training_is_refused_unless_allowed(knob, by, run, caplog):
+def test_knobs_that_change_the_training_are_refused_unless_allowed(knob, by, run, caplog):
   value, name = MAY_NOT[knob], f'config.{knob}'
   refused(run, rf'{name}: .* there, {value!r} here', **{knob: value})
   refused(run, f'--allow_change={name}, which run.json records', **{knob: value})
   group = name.rpartition('.')[0]
   allowed = {'knob': name, 'group': group, 'group.': f'{group}.', 'config': 'config'}[by]
-  found = check(run, allowed=[allowed], **{knob: value})
-  assert list(found.changed) == [name]
+  result = check(run, allowed=[allowed], **{knob: value})
+  assert list(result.changed) == [name]
   assert f'{name}: ' in caplog.text and '(--allow_change)' in caplog.text
 
 
-def test_only_what_was_not_allowed_is_listed(run):
+def test_only_refused_knobs_are_listed(run):
   with pytest.raises(ValueError) as caught:
     check(run, allowed=['config.optim'], optim__lr=1.0, optim__warmup=1, seed=3, steps=9)
-  told = str(caught.value)
-  assert 'config.seed: 0 there, 3 here' in told
-  assert '--allow_change=config.seed,' in told
-  assert 'config.optim' not in told and 'config.steps' not in told
+  message = str(caught.value)
+  assert 'config.seed: 0 there, 3 here' in message
+  assert '--allow_change=config.seed,' in message
+  assert 'config.optim' not in message and 'config.steps' not in message
 
 
-def test_a_name_that_is_no_knob_is_refused_with_the_nearest(run):
+def test_an_unknown_knob_is_refused_with_the_nearest_one(run):
   for name, nearest in (
     ('config.optim.lrr', r'did you mean config\.optim\.lr\?'),
     ('config.optin.lr', r'did you mean config\.optim\.lr\?'),
@@ -174,20 +174,20 @@ def test_other_data_are_refused_unless_allowed(run):
   other = {'sha256': 'e' * 64}
   refused(run, "data: 'dddddddddddd' there, 'eeeeeeeeeeee' here", data=other)
   refused(run, 'data: ', data=other, allowed=['config.data'])
-  found = check(run, data=other, allowed=['data'])
-  assert found.changed == {'data': ('d' * 12, 'e' * 12)}
+  result = check(run, data=other, allowed=['data'])
+  assert result.changed == {'data': ('d' * 12, 'e' * 12)}
 
 
-def test_micro_batches_may_not_change_where_routers_are_balanced_over_them(run):
+def test_accum_may_not_change_if_routers_balance_within_micro_batches(run):
   experts = dict(model__moe__experts=4, model__moe__top_k=2)
-  for over, told in (('global', ''), ('micro', r'config\.accum: 1 there, 2 here')):
+  for over, message in (('global', ''), ('micro', r'config\.accum: 1 there, 2 here')):
     c = small.recipe(loss__balance_over=over, **experts)
     (run / 'run.json').write_text(json.dumps(about(c, sessions=[])))
-    asked = dict(accum=2, loss__balance_over=over, **experts)
-    if told:
-      refused(run, told, **asked)
+    options = dict(accum=2, loss__balance_over=over, **experts)
+    if message:
+      refused(run, message, **options)
     else:
-      assert list(check(run, **asked).changed) == ['config.accum']
+      assert list(check(run, **options).changed) == ['config.accum']
 
 
 @pytest.mark.parametrize(
@@ -205,94 +205,94 @@ def test_micro_batches_may_not_change_where_routers_are_balanced_over_them(run):
   ],
   ids=['empty', 'torn', 'list', 'null', 'no data', 'number', 'text', 'deep', 'large'],
 )
-def test_a_damaged_run_json_is_refused_and_left_alone(content, run, monkeypatch):
+def test_a_damaged_run_json_is_refused_and_not_changed(content, run, monkeypatch):
   monkeypatch.setattr(workdir, 'LIMIT', 1 << 10 if content.endswith(' ') else 1 << 26)
   (run / 'run.json').write_text(content)
   refused(run, r'--workdir=.*run\.json is damaged')
   assert (run / 'run.json').read_text() == content
 
 
-def test_a_step_can_be_asked_for_by_number_or_rank(run):
-  asked = {'': 4, 'latest': 4, '4': 4, '2': 2, 'best': 2}
-  found = {which: check(run, restore_step=which) for which in asked}
-  assert {which: f.step for which, f in found.items()} == asked
-  assert all(f.steps == [2, 4] for f in found.values())
+def test_restore_step_is_a_number_latest_or_best(run):
+  steps = {'': 4, 'latest': 4, '4': 4, '2': 2, 'best': 2}
+  results = {which: check(run, restore_step=which) for which in steps}
+  assert {which: result.step for which, result in results.items()} == steps
+  assert all(result.steps == [2, 4] for result in results.values())
   refused(run, r"--restore_step='3': .* has the steps 2, 4", restore_step='3')
   refused(run, "--restore_step='first', but allowed are latest", restore_step='first')
 
 
-def test_a_step_that_was_asked_for_is_not_replaced_by_another(run):
+def test_a_damaged_restore_step_is_not_replaced_by_another(run):
   os.truncate(run / 'checkpoints' / '2' / 'manifest.json', 9)
   refused(run, r"--restore_step='2': .*manifest\.json", restore_step='2')
   assert check(run).step == 4
 
 
-def test_a_damaged_step_is_passed_over_by_name_for_the_one_before(run, caplog):
+def test_a_damaged_step_is_skipped_for_the_one_before(run, caplog):
   os.truncate(run / 'checkpoints' / '4' / 'manifest.json', 9)
   assert check(run).step == 2
   assert 'skipped: ' in caplog.text and 'checkpoints/4/manifest.json' in caplog.text
 
 
-def test_where_every_step_is_damaged_a_run_does_not_start_from_scratch(run):
+def test_a_run_with_only_damaged_steps_does_not_start_from_scratch(run):
   for number in STEPS:
     os.truncate(run / 'checkpoints' / str(number) / 'manifest.json', 9)
   refused(run, r'--workdir=.*: no valid checkpoint is left: .*/4/.*; .*/2/')
 
 
-def test_a_run_that_is_past_its_end_is_refused(run):
+def test_a_run_beyond_its_last_step_is_refused(run):
   refused(run, r'config\.steps=3, but .* is at step 4', steps=3)
   assert check(run, steps=4).step == 4
 
 
-def test_a_file_where_a_folder_must_be_is_told_by_the_flag(tmp_path):
+def test_a_file_in_place_of_the_workdir_is_refused_with_the_flag(tmp_path):
   (tmp_path / 'file').write_bytes(b'')
   for home in (tmp_path / 'file', tmp_path / 'file' / 'run'):
     refused(storage.path(home), 'file is not a writable folder')
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason='root may write anywhere')
-def test_a_folder_that_cannot_be_written_to_is_told_by_the_flag(tmp_path):
+def test_an_unwritable_folder_is_refused_with_the_flag(tmp_path):
   (tmp_path / 'theirs').mkdir(mode=0o500)
   refused(tmp_path / 'theirs' / 'run', 'theirs is not a writable folder')
 
 
-def robbed(home):
-  """Puts a note of another machine in the place of the one that is there."""
+def take_over(home):
+  """Replaces the lock by one of another machine."""
   path = home / 'lock.json'
   note = json.loads(path.read_text()) | dict(host='far', machine='far', token='theirs')
   path.write_text(json.dumps(note | dict(beat=time.time())))
 
 
-def test_a_workdir_is_held_by_one_run_at_a_time(tmp_path):
+def test_only_one_run_at_a_time_holds_a_workdir(tmp_path):
   with workdir.held(tmp_path) as mine:
     workdir.check_held(mine)
-    told = rf'--workdir=.* is in use by process {os.getpid()} on .* since '
-    with pytest.raises(workdir.InUse, match=told), workdir.held(tmp_path):
-      pytest.fail('two have it')
+    message = rf'--workdir=.* is in use by process {os.getpid()} on .* since '
+    with pytest.raises(workdir.InUse, match=message), workdir.held(tmp_path):
+      pytest.fail('two runs hold it')
     assert (tmp_path / 'lock.json').exists()
   assert list(tmp_path.iterdir()) == []
   assert issubclass(workdir.InUse, ValueError)
 
 
-def test_how_a_session_ended_stays_until_another_is_sure_to_go_on(tmp_path):
+def test_the_outcome_is_removed_only_when_the_next_session_begins(tmp_path):
   workdir.conclude(tmp_path, 3, 'not finite')
   with workdir.held(tmp_path):
-    pass  # It found that the run had moved on, say, and was refused.
+    pass  # For example, it was refused because the run had saved another step.
   assert outcome.read(tmp_path).code == 3
   workdir.begin(tmp_path, workdir.Resume(None, [], {}), [])
   assert outcome.read(tmp_path) is None
 
 
-def test_a_workdir_is_given_back_whatever_ends_its_run(tmp_path):
+def test_an_error_releases_the_workdir(tmp_path):
   with pytest.raises(ZeroDivisionError), workdir.held(tmp_path):
     1 / 0  # noqa: B018
   assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_was_robbed_of_its_workdir_is_told(tmp_path, monkeypatch):
+def test_a_run_notices_a_takeover_of_its_workdir(tmp_path, monkeypatch):
   monkeypatch.setattr(lock, 'MAX_PERIOD', 0.02)
   with workdir.held(tmp_path) as mine:
-    robbed(tmp_path)
+    take_over(tmp_path)
     until = time.monotonic() + 10
     while not mine.lost and time.monotonic() < until:
       time.sleep(0.01)
