@@ -6,6 +6,7 @@ A knob has one full name everywhere: `config.` and its path through the mapping,
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -25,7 +26,7 @@ def build(cls: type[C], mapping: Mapping, name: str) -> C:
   `name` is the mapping's full name, such as 'config.model'. ValueError names a knob that
   is unknown, missing or of the wrong type.
   """
-  hints = typing.get_type_hints(cls)
+  hints = _hints(cls)
   for key in mapping:
     if key not in hints:
       raise ValueError(f'{name}.{key} is no knob{nearest(f"{name}.{key}", hints, name)}')
@@ -34,6 +35,9 @@ def build(cls: type[C], mapping: Mapping, name: str) -> C:
     raise ValueError(f'{name}.{missing[0]} is missing')
   fields = {key: coerce(hints[key], mapping[key], f'{name}.{key}') for key in hints}
   return cls(**fields)
+
+
+_hints = functools.cache(typing.get_type_hints)
 
 
 def nearest(knob: str, known: Iterable[str], prefix: str = '') -> str:
@@ -116,6 +120,12 @@ def at_least(name: str, value: float, low: float) -> None:
   """Raises ValueError, naming the knob, unless `value >= low`."""
   if not value >= low:
     raise ValueError(f'{name}={value!r}, but it must be at least {low}')
+
+
+def positive(name: str, value: float) -> None:
+  """Raises ValueError, naming the knob, unless `value > 0`."""
+  if not value > 0:
+    raise ValueError(f'{name}={value!r}, but it must be positive')
 
 
 def within(name: str, value: float, low: float, high: float) -> None:

@@ -96,7 +96,7 @@ def write(path: PathLike, content: bytes) -> None:
     if place.store:
       place.store.pipe_file(place.key, content)
       return
-    with _draft(place.text) as draft, open(draft, 'wb') as file:
+    with draft(place.text) as temporary, open(temporary, 'wb') as file:
       file.write(content)
       file.flush()
       os.fsync(file.fileno())
@@ -109,17 +109,17 @@ def write(path: PathLike, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _draft(target: str) -> Generator[str]:
-  """The name of a temporary file in the target's folder, which replaces it at the end."""
+def draft(target: str) -> Generator[str]:
+  """Yields a temporary file in the same folder, which replaces the target at the end."""
   folder, name = os.path.split(target)
-  draft = os.path.join(folder, f'.{name}.{secrets.token_hex(4)}.partial')
+  temporary = os.path.join(folder, f'.{name}.{secrets.token_hex(4)}.partial')
   os.makedirs(folder or '.', exist_ok=True)
   try:
-    yield draft
-    os.replace(draft, target)
+    yield temporary
+    os.replace(temporary, target)
   finally:
     with contextlib.suppress(OSError):
-      os.remove(draft)
+      os.remove(temporary)
 
 
 def read_json(path: PathLike, limit: int) -> Any:
@@ -246,8 +246,8 @@ def download(remote: PathLike, local: PathLike, names: Iterable[str]) -> None:
 
   def get(name: str) -> None:
     place = _Place(Path(remote) / name)
-    with place.faults(), _draft(os.fspath(inside(local, name))) as draft:
-      place.store.get_file(place.key, draft)
+    with place.faults(), draft(os.fspath(inside(local, name))) as target:
+      place.store.get_file(place.key, target)
 
   _for_each(get, [name for name in names if inside(local, name)])
 

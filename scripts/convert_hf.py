@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import gated
-from gated import hf
+from gated import hf, storage
 from gated.data import mixture, shards
 from gated.plan.load import Loaded
 from gated.run.exit_codes import REFUSED
@@ -104,11 +104,11 @@ def _tokenizer(about: dict) -> tuple[dict[str, Any], Path | None]:
     tokenizer = shards.read_manifest(folder).tokenizer
   except (OSError, ValueError):
     return {}, None
-  if tokenizer['sha256'] != about['data']['tokenizer']:
+  if tokenizer.sha256 != about['data']['tokenizer']:
     return {}, None
-  name = tokenizer['name']
-  file = Path(shards.inside(folder, name)) if name.endswith('.json') else None
-  return {'eos_token_id': tokenizer['eos']}, file
+  name = tokenizer.name
+  file = Path(storage.inside(folder, name)) if name.endswith('.json') else None
+  return {'eos_token_id': tokenizer.eos}, file
 
 
 def main(argv: list[str]) -> int:

@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
         f'{split} {domain}: {portion.rows:,} rows, {portion.documents:,} documents, '
         f'{portion.tokens:,} tokens, {portion.bytes:,} bytes'
       )
-  print(f'{args.out}: a vocabulary of {manifest.tokenizer["vocab"]:,}, {manifest.digest}')
+  print(f'{args.out}: a vocabulary of {manifest.tokenizer.vocab:,}, {manifest.digest}')
 
 
 if __name__ == '__main__':

@@ -258,7 +258,7 @@ DATASETS = {
   'a path up and down': Case('outside', shard(file=f'x/../../{OUTSIDE}/secret')),
   'a path from the root': Case('outside', shard(file='/etc/passwd')),
   'a path with a NUL': Case('outside', shard(file='a\0b')),
-  'a path that is none': Case('is not of type str', shard(file=['a'])),
+  'a path that is none': Case('a str is expected', shard(file=['a'])),
   'a path of 5000 letters': Case('', shard(file='a' * 5000)),
   'a path that is no UTF-8': Case('', shard(file='a\ud800b')),
   'the folder itself': Case('outside', shard(file='.')),
@@ -283,7 +283,7 @@ DATASETS = {
   'a tokenizer elsewhere': Case('outside', tokens(name=f'../{OUTSIDE}/{BPE}')),
   'a tokenizer that is none': Case('tokenizer', tokens(name='__import__("os")')),
   'a domain that is a path': Case(
-    'no name', dataset(lambda c: c['splits']['train'].update({'../x': {}}))
+    'no name', dataset(lambda c: c['splits']['train'].update({'../x': cats(c)}))
   ),
   '10^5 domains': Case(
     'shards',

@@ -17,7 +17,7 @@ import logging
 import re
 
 from gated import config, storage
-from gated.data import embedded, mixture, remote, shards, tokenizer
+from gated.data import cache, embedded, mixture, remote, shards, tokenizer
 from gated.data.corpus import Corpus
 from gated.data.shards import Batch
 
@@ -49,9 +49,9 @@ class Config:
   def __post_init__(self):
     config.one_of('config.data.verify', self.verify, shards.CHECKS)
     if not TOKENIZER.fullmatch(self.tokenizer):
-      allowed = "'bytes' and 'bpe:SIZE'"
       raise ValueError(
-        f'config.data.tokenizer={self.tokenizer!r}, but allowed are {allowed}'
+        f'config.data.tokenizer={self.tokenizer!r}, but allowed are '
+        "'bytes' and 'bpe:SIZE'"
       )
     config.within('config.data.length', self.length, 1, shards.MAX_LENGTH)
     config.within('config.data.workers', self.workers, 0, 1 << 10)
@@ -67,37 +67,35 @@ def open(cfg: Config, *, vocab: int, batch: int, seed: int, max_segments: int) -
   that is missing, damaged, smaller than a batch, or that differs in tokenizer or length.
   """
   knob = f'config.data.mixture={cfg.mixture!r}'
-  terms = mixture.terms(cfg.mixture)
-  parts = [_part(term, cfg, knob) for term in terms]
+  parts = [_part(term, cfg, knob) for term in mixture.terms(cfg.mixture)]
   for part in parts:
     _check(part, parts[0], cfg, knob)
-  data_vocab = parts[0].manifest.tokenizer['vocab']
-  if data_vocab > vocab:
+  size = parts[0].manifest.tokenizer.vocab
+  if size > vocab:
     raise ValueError(
-      f'config.model.vocab={vocab}, but the data has {data_vocab} tokens ({knob})'
+      f'config.model.vocab={vocab}, but the data has {size} tokens ({knob})'
     )
-  if data_vocab < vocab:
-    log.info('the data has a vocabulary of %d, the model of %d', data_vocab, vocab)
-  most = max(part.segments() for part in parts)
-  if 0 < max_segments < most:
+  if size < vocab:
+    log.info('the data has a vocabulary of %d, the model of %d', size, vocab)
+  segments = max(part.segments() for part in parts)
+  if 0 < max_segments < segments:
     raise ValueError(
-      f'config.model.attn.max_segments={max_segments}, but a row of the data has {most} '
-      f'documents ({knob}): raise the knob'
+      f'config.model.attn.max_segments={max_segments}, but a row of the data has '
+      f'{segments} documents ({knob}): raise the knob'
     )
   rows = sum(part.rows('train') for part in parts)
   if rows < batch:
     raise ValueError(f'{knob}: {rows} rows to train on, but a batch has {batch}')
   try:
     for part in parts:
-      shards.verify(
-        part.directory, part.files('train') + part.files('heldout'), cfg.verify
-      )
+      files = part.files('train') + part.files('heldout')
+      shards.verify(part.directory, files, cfg.verify)
     return Corpus(
       parts, batch=batch, seed=seed, workers=cfg.workers, prefetch=cfg.prefetch
     )
   except ValueError as error:
-    made = any(term.directory == STDLIB or '://' in term.directory for term in terms)
-    hint = '; delete that folder, and it will be built again' if made else ''
+    is_cached = any(part.directory != part.term.directory for part in parts)
+    hint = '; delete that folder, and the next run makes it again' if is_cached else ''
     raise ValueError(f'{knob}: {error}{hint}') from error
 
 
@@ -111,62 +109,49 @@ def open_tokenizer(cfg: Config) -> tokenizer.Tokenizer:
 
 
 def _part(term: mixture.Term, cfg: Config, knob: str) -> mixture.Part:
-  directory = _directory(term.directory, cfg, knob)
+  place, folder = term.directory, cfg.cache or cache.default()
   try:
-    manifest = shards.read_manifest(directory)
-  except ValueError as error:
-    raise ValueError(f'{knob}: {error}') from error
-  except OSError as error:
+    directory = _directory(place, cfg, folder)
+    return mixture.Part(term, directory, shards.read_manifest(directory))
+  except FileNotFoundError as error:
     raise ValueError(
-      f'{knob}: no such dataset {directory!r}; make one with python '
-      f'scripts/prepare_data.py --out={directory} --length={cfg.length} ...'
+      f'{knob}: no such dataset {place!r} ({error}); make one with python '
+      f'scripts/prepare_data.py --length={cfg.length} --out=DIR ...'
     ) from error
-  return mixture.Part(
-    directory=directory,
-    label=f'{term.directory}@{term.domain}' if term.domain else term.directory,
-    domain=term.domain,
-    weight=term.weight,
-    manifest=manifest,
-  )
+  except (ValueError, OSError) as error:
+    raise ValueError(f'{knob} (config.data.cache={folder!r}): {error}') from error
 
 
-def _directory(place: str, cfg: Config, knob: str) -> str:
-  """A term's dataset -> its local directory, built or copied if necessary."""
-  cache = cfg.cache or embedded.default_cache()
+def _directory(place: str, cfg: Config, folder: str) -> str:
+  """The place of a dataset -> its local directory, built or copied if necessary."""
   if place == STDLIB:
     try:
-      return embedded.directory(cfg.length, cfg.tokenizer, cfg.cache)
+      return embedded.directory(cfg.length, cfg.tokenizer, folder)
     except ValueError as error:
       raise ValueError(f'config.data.tokenizer={cfg.tokenizer!r}: {error}') from error
-    except OSError as error:
-      raise ValueError(f'config.data.cache={cfg.cache!r}: {error}') from error
-  try:
-    if storage.is_remote(storage.path(place)):
-      return remote.directory(place.rstrip('/'), cache)
-    return place
-  except FileNotFoundError as error:
-    raise ValueError(f'{knob}: no such dataset {place!r}: {error}') from error
-  except (ValueError, OSError) as error:
-    raise ValueError(
-      f'{knob}: {place!r} (config.data.cache={cache!r}): {error}'
-    ) from error
+  if storage.is_remote(storage.path(place)):
+    return remote.directory(place.rstrip('/'), folder)
+  return place
 
 
 def _check(part: mixture.Part, first: mixture.Part, cfg: Config, knob: str) -> None:
-  stated, wanted = part.manifest.tokenizer, first.manifest.tokenizer
+  place, own, other = (
+    part.term.directory,
+    part.manifest.tokenizer,
+    first.manifest.tokenizer,
+  )
   if part.manifest.length != cfg.length:
     raise ValueError(
-      f'config.data.length={cfg.length}, but {part.place} was packed with --length='
+      f'config.data.length={cfg.length}, but {place} was packed with --length='
       f'{part.manifest.length} ({knob})'
     )
-  if stated['sha256'] != wanted['sha256']:
+  if own.sha256 != other.sha256:
     raise ValueError(
-      f'{knob}: {part.place} was made with the tokenizer {stated["name"]!r} '
-      f'({stated["sha256"][:8]}), but {first.place} with {wanted["name"]!r} '
-      f'({wanted["sha256"][:8]})'
+      f'{knob}: {place} was made with the tokenizer {own.name!r} ({own.sha256[:8]}), but '
+      f'{first.term.directory} with {other.name!r} ({other.sha256[:8]})'
     )
-  domains = sorted(part.manifest.splits['train'])
-  if part.domain and part.domain not in domains:
-    raise ValueError(f'{knob}: no domain {part.domain!r}, but allowed are {domains}')
+  domain, domains = part.term.domain, sorted(part.manifest.splits['train'])
+  if domain and domain not in domains:
+    raise ValueError(f'{knob}: no domain {domain!r}, but allowed are {domains}')
   if not part.rows('train'):
     raise ValueError(f'{knob}: {part.label} has no training rows')

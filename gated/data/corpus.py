@@ -3,10 +3,8 @@
 B batch  T tokens  N tokens of a text.
 """
 
-import bisect
 import functools
 import hashlib
-import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,8 +37,7 @@ class Corpus:
     self.tokenizer = shards.open_tokenizer(parts[0].directory, manifest)
     self.vocab = self.tokenizer.vocab
     self._row = manifest.row
-    self._turns = mixture.Turns([part.weight for part in parts])
-    self._records = self._open_records()
+    self._records = _Records(self._parts, seed)
     self._heldout = mixture.heldout_domains(parts)
     self.domains = tuple(self._heldout)
     self.rows = sum(part.rows('train') for part in parts)  # Training rows.
@@ -98,11 +95,12 @@ class Corpus:
     """[part of the mixture, shard, record] of each row of a step's batch."""
     ids = []
     for g in range(data_step * self._batch, (data_step + 1) * self._batch):
-      part, k = self._turns[g]
-      order, files, starts = self._order(part)
-      index = int(order[k])
-      shard = bisect.bisect_right(starts, index) - 1
-      ids.append([self._parts[part].label, files[shard].file, index - starts[shard]])
+      i, record = self._records.place(g)
+      for shard in self._parts[i].files('train'):
+        if record < shard.rows:
+          break
+        record -= shard.rows
+      ids.append([self._parts[i].label, shard.file, record])
     return ids
 
   def heldout_rows(self, domain: str) -> int:
@@ -146,36 +144,37 @@ class Corpus:
     part, name = self._heldout[domain]
     return part.source(part.portions('heldout')[name].shards)
 
-  def _open_records(self) -> Any:
-    """Global index -> record, as a grain dataset."""
-    import grain
 
-    datasets = []
-    for i, part in enumerate(self._parts):
-      source = grain.MapDataset.source(part.source(part.files('train')))
-      datasets.append(self._shuffled(source, i))
-    turns: Any = self._turns
-    return grain.MapDataset.select_from_datasets(datasets, turns)
+class _Records:
+  """The stored records of a mixture by global index."""
 
-  @functools.cache  # noqa: B019
-  def _order(self, which: int) -> tuple[Any, list[shards.Shard], list[int]]:
-    """-> shuffled record indices of a part, its shards, and each shard's first index."""
-    import grain
+  def __init__(self, parts: Sequence[mixture.Part], seed: int):
+    self._turns = mixture.Turns([part.term.weight for part in parts])
+    self._sources = [part.source(part.files('train')) for part in parts]
+    self._orders = [_order(part, seed) for part in parts]
 
-    files = self._parts[which].files('train')
-    starts = list(itertools.accumulate([0, *(shard.rows for shard in files)]))
-    return self._shuffled(grain.MapDataset.range(starts[-1]), which), files, starts[:-1]
+  def __getitem__(self, g: int) -> bytes:
+    i, record = self.place(g)
+    return self._sources[i][record]
 
-  def _shuffled(self, dataset: Any, which: int) -> Any:
-    """Reshuffles all rows in every epoch.
+  def place(self, g: int) -> tuple[int, int]:
+    """A global index -> (part, index of the record in the part)."""
+    i, k = self._turns[g]
+    return i, int(self._orders[i][k])
 
-    grain shuffles epoch e with seed + e, so seeds 1 and 2 would share all orders but one;
-    hashing the seed first avoids that.
-    """
-    part = self._parts[which]
-    words = f'{self._seed} {part.manifest.digest} {part.domain}'
-    digest = hashlib.sha256(words.encode()).digest()
-    return dataset.shuffle(seed=int.from_bytes(digest[:4], 'big')).repeat()
+
+def _order(part: mixture.Part, seed: int) -> Any:
+  """The order of a part's records in all epochs, as a grain dataset of indices.
+
+  grain shuffles epoch e with seed + e, so seeds 1 and 2 would share all orders but one;
+  hashing the seed first avoids that.
+  """
+  import grain
+
+  words = f'{seed} {part.manifest.digest} {part.term.domain}'
+  digest = hashlib.sha256(words.encode()).digest()
+  indices = grain.MapDataset.range(part.rows('train'))
+  return indices.shuffle(seed=int.from_bytes(digest[:4], 'big')).repeat()
 
 
 class _Steps:

@@ -1,20 +1,19 @@
-"""What a run's data is mixed from: the parts of a mixture, and how they take turns.
+"""The mixture of a run: its parts, and their order.
 
-A mixture is 'DIR[@DOMAIN][=WEIGHT],...'. A part without a weight weighs 1; without a
-domain, the rows of all its domains are pooled.
+A mixture is 'DIR[@DOMAIN][=WEIGHT],...'. A part without a weight has weight 1; a part
+without a domain pools the rows of all its domains.
 """
 
 import dataclasses
 import fractions
-import hashlib
 import itertools
 import math
 import os
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from gated import config, storage
 from gated.data import shards
 
 WEIGHT = re.compile(r'\d{1,9}(\.\d{1,9})?')
@@ -29,8 +28,8 @@ class Term(NamedTuple):
 
 
 def terms(mixture: str) -> list[Term]:
-  """The knob's text -> its terms. ValueError, with the knob's name, if it is none."""
-  found = []
+  """The value of config.data.mixture -> its terms; ValueError names the knob."""
+  result = []
   for text in mixture.split(','):
     place, equals, weight = text.strip().partition('=')
     directory, _, domain = place.partition('@')
@@ -40,74 +39,74 @@ def terms(mixture: str) -> list[Term]:
         f'config.data.mixture={mixture!r}: {text!r} is not DIR[@DOMAIN][=WEIGHT] with a '
         'weight above 0'
       )
-    found.append(Term(directory, domain, fractions.Fraction(weight)))
-  if len({term[:2] for term in found}) < len(found):
+    result.append(Term(directory, domain, fractions.Fraction(weight)))
+  if len({term[:2] for term in result}) < len(result):
     raise ValueError(f'config.data.mixture={mixture!r} names a dataset twice')
-  return found
+  return result
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Part:
-  """A term of the mixture, opened."""
+  """An opened term of the mixture."""
 
-  directory: str
-  label: str  # As the mixture spells it, without its weight.
-  domain: str
-  weight: fractions.Fraction
+  term: Term
+  directory: str  # Local, while that of the term may be a URL or 'stdlib'.
   manifest: shards.Manifest
 
   @property
-  def place(self) -> str:
-    """Its directory or URL, as the mixture spells it."""
-    return self.label.removesuffix(f'@{self.domain}') if self.domain else self.label
+  def label(self) -> str:
+    """The term without its weight."""
+    place, domain, _ = self.term
+    return f'{place}@{domain}' if domain else place
 
   def portions(self, split: str) -> dict[str, shards.Portion]:
-    everything = self.manifest.splits[split]
-    chosen = [self.domain] if self.domain else sorted(everything)
-    return {name: everything[name] for name in chosen if name in everything}
+    domains = self.manifest.splits[split]
+    chosen = self.term.domain or None
+    return {name: domains[name] for name in sorted(domains) if chosen in (None, name)}
 
   def files(self, split: str) -> list[shards.Shard]:
-    return [
-      shard for portion in self.portions(split).values() for shard in portion.shards
-    ]
-
-  def segments(self) -> int:
-    """The most documents that one of its rows holds."""
-    both = [p for split in shards.SPLITS for p in self.portions(split).values()]
-    return max((portion.segments for portion in both), default=0)
+    portions = self.portions(split).values()
+    return [shard for portion in portions for shard in portion.shards]
 
   def rows(self, split: str) -> int:
     return sum(portion.rows for portion in self.portions(split).values())
 
-  def source(self, used: Sequence[shards.Shard]) -> Any:
+  def segments(self) -> int:
+    """The largest number of documents in a row."""
+    portions = (self.portions(split).values() for split in shards.SPLITS)
+    counts = (portion.segments for portion in itertools.chain(*portions))
+    return max(counts, default=0)
+
+  def source(self, files: Sequence[shards.Shard]) -> Any:
     """Shards -> a grain data source of their records."""
     import grain
 
-    paths = [shards.inside(self.directory, shard.file) for shard in used]
+    paths = [os.fspath(storage.inside(self.directory, shard.file)) for shard in files]
     try:
       source: Any = grain.sources.ArrayRecordDataSource(paths)
     except Exception as error:
       raise ValueError(f'{self.directory}: a shard cannot be read: {error}') from error
-    if len(source) != sum(shard.rows for shard in used):
+    rows = sum(shard.rows for shard in files)
+    if len(source) != rows:
       raise ValueError(
-        f'{self.directory}: its shards hold {len(source)} rows, not what the '
-        'manifest says'
+        f'{self.directory}: its shards have {len(source)} rows, but the manifest says '
+        f'{rows}'
       )
     return source
 
 
 def heldout_domains(parts: Sequence[Part]) -> dict[str, tuple[Part, str]]:
-  """Name of a held-out domain -> where it lies; DIR.DOMAIN where two would share it."""
-  found = [
+  """Unique name -> (part, held-out domain): DOMAIN, or DIR.DOMAIN if parts share it."""
+  pairs = [
     (part, name)
     for part in parts
     for name, portion in part.portions('heldout').items()
     if portion.rows
   ]
-  names = [name for _, name in found]
+  names = [name for _, name in pairs]
   domains = {}
-  for part, name in found:
-    folder = os.path.basename(os.path.normpath(part.place))
+  for part, name in pairs:
+    folder = os.path.basename(os.path.normpath(part.term.directory))
     key = name if names.count(name) == 1 else f'{folder}.{name}'
     if key in domains:
       raise ValueError(
@@ -119,28 +118,27 @@ def heldout_domains(parts: Sequence[Part]) -> dict[str, tuple[Part, str]]:
 
 
 def fingerprint(parts: Sequence[Part]) -> dict[str, Any]:
-  """What the data is, wherever it lies and whatever the seed; ready for JSON."""
+  """The identity of the data, independent of its place and of the seed; plain JSON."""
   content = {
     'parts': [
       {
         'manifest': part.manifest.digest,
-        'domain': part.domain,
-        'weight': str(part.weight),
+        'domain': part.term.domain,
+        'weight': str(part.term.weight),
       }
       for part in parts
     ],
-    'tokenizer': parts[0].manifest.tokenizer['sha256'],
+    'tokenizer': parts[0].manifest.tokenizer.sha256,
     'length': parts[0].manifest.length,
   }
-  digest = hashlib.sha256(shards.canonical(content).encode()).hexdigest()
-  return content | {'sha256': digest}
+  return content | {'sha256': config.digest(content)}
 
 
 class Turns:
-  """Weights -> index -> (part, index within the part), as grain's selection maps do it.
+  """Weights -> index -> (part, index within the part).
 
-  In whole numbers w with sum W, every window [kW, (k+1)W) holds exactly w rows of each
-  part, evenly spread. grain's own mix() rounds its weights (7:3 becomes 233:100).
+  With whole weights w of sum W, every window [kW, (k+1)W) has exactly w rows of a part,
+  evenly spread. grain's own mix() rounds its weights (7:3 becomes 233:100).
   """
 
   def __init__(self, weights: Sequence[fractions.Fraction]):
@@ -148,18 +146,15 @@ class Turns:
     whole = [int(weight * scale) for weight in weights]
     common = math.gcd(*whole)
     self.whole = [weight // common for weight in whole]
-    # What is left from each part on: [W, W - w0, W - w0 - w1, ..., 0].
-    taken = itertools.accumulate([0, *self.whole])
-    self._left = [sum(self.whole) - before for before in taken]
-
-  def __len__(self) -> int:
-    return sys.maxsize
+    # Weight of each part and its successors: [W, W - w0, W - w0 - w1, ..., 0].
+    before = itertools.accumulate([0, *self.whole])
+    self._remaining = [sum(self.whole) - weight for weight in before]
 
   def __getitem__(self, index: int) -> tuple[int, int]:
-    for part, (left, after) in enumerate(itertools.pairwise(self._left)):
-      # Of the first n that come to a part, floor(n * after / left) go on to the next.
-      on = index * after // left
-      if (index + 1) * after // left == on:
-        return part, index - on
-      index = on
-    raise AssertionError('the last part takes what is left')
+    for part, (weight, rest) in enumerate(itertools.pairwise(self._remaining)):
+      # Of the first n indices that reach a part, floor(n * rest / weight) pass it.
+      passed = index * rest // weight
+      if (index + 1) * rest // weight == passed:
+        return part, index - passed
+      index = passed
+    raise AssertionError('the last part passes no index')

@@ -1,9 +1,9 @@
 """Files -> a dataset directory, by several processes, resumably.
 
-Stage 1 turns each unit of input into a unit file of tokens, stage 2 packs shards from the
-token streams; the manifest comes last. What an earlier, killed try has finished is used
-again once its SHA-256 was seen to hold. The result is the same to the byte for any number
-of processes.
+Stage 1 turns each unit of input into a unit of tokens, stage 2 packs the token streams
+into shards; the manifest comes last. A restarted call reuses the finished files of an
+interrupted one after a check of their SHA-256. The result is the same to the byte for any
+number of processes.
 """
 
 import concurrent.futures
@@ -17,43 +17,43 @@ import multiprocessing
 import os
 import re
 import shutil
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tqdm
 
+from gated import config
 from gated.data import packing, shards, sources, tokenizer, workers
 
 log = logging.getLogger(__name__)
 
-WORK = 'work'  # Where a try keeps what is not the dataset; it goes when that is complete.
-SAMPLE = 1 << 26  # Bytes of text that a BPE is trained on, spread over all units.
-BPE = re.compile(r'bpe:(\d+)')
-DRAFT = r'\.manifest\.json\.[0-9a-f]+\.partial|tokenizer\.(json|model)\.\d+'
-LEFT = re.compile(rf'{DRAFT}|.+-(train|heldout)-\d+-of-\d+\.array_record(\.\d+)?')
+WORK = 'work'  # Folder of intermediate files; a complete dataset has none.
+SAMPLE = 1 << 26  # Bytes of text to train a BPE, spread over all units.
+BPE = re.compile(r'bpe:\d+')
+SHARD = r'.+-(train|heldout)-\d+-of-\d+\.array_record'
+LEFTOVER = re.compile(
+  rf'{SHARD}|\.({SHARD}|(manifest|tokenizer)\.\w+)\.[0-9a-f]+\.partial'
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-  """What the rows depend on, beside the input; the flags of scripts/prepare_data.py."""
+  """The flags of scripts/prepare_data.py that determine the rows, besides the input."""
 
   length: int
   tokenizer: str  # 'bytes', 'bpe:SIZE', or a path.
-  eos: str  # The end-of-text token of a tokenizer that has another than the usual names.
-  heldout: float  # The fraction of documents that is held out.
+  eos: str  # The end-of-text token, if it has an unusual name.
+  heldout: float  # The held-out fraction of documents.
   shard_rows: int
   seed: int  # Of the order of documents.
-  bos: bool  # Whether a document begins with a token of its own.
-  field: str  # Of JSON lines and Parquet.
+  bos: bool  # Whether a document starts with a token of its own.
+  field: str  # The text in JSON lines and Parquet.
   suffixes: tuple[str, ...]  # Of files read as text, one document each.
 
   def __post_init__(self):
-    highs = {'length': shards.MAX_LENGTH, 'shard_rows': 1 << 31, 'seed': shards.MAX_COUNT}
-    for name, high in highs.items():
-      low = 0 if name == 'seed' else 1
-      if not low <= getattr(self, name) <= high:
-        value = getattr(self, name)
-        raise ValueError(f'--{name}={value}, but {low} to {high} are allowed')
+    config.within('--length', self.length, 1, shards.MAX_LENGTH)
+    config.within('--shard_rows', self.shard_rows, 1, 1 << 31)
+    config.within('--seed', self.seed, 0, shards.MAX_COUNT)
     if not 0 <= self.heldout < 1:
       raise ValueError(f'--heldout={self.heldout}, but 0 to below 1 are allowed')
     if not all(self.suffixes):
@@ -63,26 +63,22 @@ class Options:
 def run(
   out: str, domains: dict[str, list[str]], options: Options, *, processes: int
 ) -> shards.Manifest:
-  """Files and folders by domain -> the manifest of the dataset made of them in `out`.
+  """Files and folders by domain -> a dataset in the folder `out`, and its manifest.
 
-  ValueError, naming the flag, for input that cannot be read, and for an `out` that holds
-  a dataset made otherwise.
+  ValueError, naming the flag, for unreadable input, and for an `out` that contains a
+  dataset with other options or input.
   """
-  if processes < 1:
-    raise ValueError(f'--processes={processes}, but 1 is the least')
+  config.at_least('--processes', processes, 1)
   if '://' in out:
     raise ValueError(
-      f'--out={out}, but it must be a local folder: copy it from there, manifest.json '
-      'last, by gcloud storage cp -r or aws s3 cp --recursive'
+      f'--out={out}, but it must be a local folder; then copy it there, manifest.json '
+      'last, with gcloud storage cp -r or aws s3 cp --recursive'
     )
   units = _survey(domains, options)
   fixed = None if BPE.fullmatch(options.tokenizer) else _load(options)
   made = dataclasses.asdict(options) | {'suffixes': sorted(options.suffixes)}
-  # Where a tokenizer lay is not what the rows depend on.
+  # The rows depend on the content of a tokenizer, not on its path.
   made['tokenizer'] = fixed.fingerprint if fixed else options.tokenizer
-  earlier = _earlier(out, made)
-  work = os.path.join(out, WORK)
-  os.makedirs(work, exist_ok=True)
   with _pool(processes) as pool:
     digests = {
       domain: pool(sources.digest, own, f'reading {domain}')
@@ -92,36 +88,55 @@ def run(
       domain: hashlib.sha256(''.join(own).encode()).hexdigest()
       for domain, own in digests.items()
     }
-    if earlier:
-      shutil.rmtree(work)
-      return _same_input(out, earlier, made)
-    token = fixed or _train_bpe(work, units, digests, options)
-    jobs, paths = _stage_1(work, units, digests, token=token, options=options)
-    pool(_tokenize, jobs, 'tokenizing')
-    manifest = packing.pack(
-      out,
-      paths,
-      token,
-      length=options.length,
-      seed=options.seed,
-      shard_rows=options.shard_rows,
-      made=made,
-      work=work,
-      run=pool,
-    )
-  if not sum(portion.rows for portion in manifest.splits['train'].values()):
-    raise ValueError('--domain: the input has too little text for a row to train on')
-  shards.write_manifest(out, manifest)
-  _sweep(out, manifest)
+    manifest = _existing(out, made)
+    if not manifest:
+      work = os.path.join(out, WORK)
+      os.makedirs(work, exist_ok=True)
+      token = fixed or _train_bpe(work, units, digests, options)
+      jobs = _jobs(work, units, digests, token, options)
+      pool(_tokenize, [job for own in jobs.values() for job in own], 'tokenizing')
+      manifest = packing.pack(
+        out,
+        {domain: [job.path for job in own] for domain, own in jobs.items()},
+        token,
+        length=options.length,
+        seed=options.seed,
+        shard_rows=options.shard_rows,
+        made=made,
+        work=work,
+        run=pool,
+      )
+      if not any(portion.rows for portion in manifest.splits['train'].values()):
+        raise ValueError('--domain: the input has too little text for a training row')
+      shards.write_manifest(out, manifest)
+  _clean(out, manifest)
   return manifest
 
 
-def _sweep(out: str, manifest: shards.Manifest) -> None:
-  """Removes what tries that were killed, or had other options, have left behind."""
-  shutil.rmtree(os.path.join(out, WORK))
-  kept = {shard.file for shard in manifest.shards} | {manifest.tokenizer['name']}
+def _existing(out: str, made: dict[str, Any]) -> shards.Manifest | None:
+  """The manifest of a complete dataset in `out`; ValueError if it was made otherwise."""
+  try:
+    manifest = shards.read_manifest(out)
+  except FileNotFoundError:
+    return None
+  changes = [
+    f'{name.replace("config.input.", "--domain=").replace("config.", "--")} was {old!r}, '
+    f'is {new!r}'
+    for name, (old, new) in config.differences(manifest.made, made).items()
+  ]
+  if changes:
+    raise ValueError(f'--out={out} contains another dataset: {"; ".join(changes)}')
+  shards.verify(out, manifest.shards, 'sha256')
+  log.info('%s is already complete', out)
+  return manifest
+
+
+def _clean(out: str, manifest: shards.Manifest) -> None:
+  """Removes the files of interrupted calls, and of calls with other options."""
+  shutil.rmtree(os.path.join(out, WORK), ignore_errors=True)
+  kept = {shard.file for shard in manifest.shards}
   for name in os.listdir(out):
-    if name not in kept and LEFT.fullmatch(name):
+    if name not in kept and LEFTOVER.fullmatch(name):
       os.remove(os.path.join(out, name))
 
 
@@ -132,12 +147,12 @@ def _survey(domains: dict[str, list[str]], options: Options) -> dict[str, list]:
   for domain, paths in domains.items():
     flag = f'--domain={domain}={",".join(paths)}'
     if not shards.NAME.fullmatch(domain):
-      raise ValueError(f'{flag}: a name is made of letters, digits, ".", "_" and "-"')
+      raise ValueError(f'{flag}: a name consists of letters, digits, ".", "_" and "-"')
     try:
       units[domain] = sources.survey(
         paths, field=options.field, suffixes=options.suffixes
       )
-      # A wrong field or encoding most often shows in the first document.
+      # The first document usually shows a wrong field or encoding.
       next(sources.documents(units[domain][0]), None)
     except ValueError as error:
       raise ValueError(f'{flag}: {error}') from error
@@ -151,67 +166,36 @@ def _load(options: Options) -> tokenizer.Tokenizer:
     raise ValueError(f"--tokenizer ('bytes', 'bpe:SIZE' or a path): {error}") from error
 
 
-def _earlier(out: str, made: dict[str, Any]) -> shards.Manifest | None:
-  """The manifest that `out` has already, if what made it could be what is asked for."""
-  try:
-    manifest = shards.read_manifest(out)
-  except FileNotFoundError:
-    return None
-  _refuse(out, {name: (manifest.made.get(name), made[name]) for name in made})
-  return manifest
-
-
-def _same_input(
-  out: str, manifest: shards.Manifest, made: dict[str, Any]
-) -> shards.Manifest:
-  was = manifest.made['input']
-  names = sorted(was.keys() | made['input'].keys())
-  changes = {f'domain={name}': (was.get(name), made['input'].get(name)) for name in names}
-  _refuse(out, changes)
-  shards.verify(out, manifest.shards, 'sha256')
-  log.info('%s is complete already', out)
-  return manifest
-
-
-def _refuse(out: str, changes: dict[str, tuple[Any, Any]]) -> None:
-  """ValueError if something changed from what made the dataset to what is asked for."""
-  told = [f'--{name} was {a!r}, is {b!r}' for name, (a, b) in changes.items() if a != b]
-  if told:
-    raise ValueError(f'--out={out} holds a dataset made otherwise: {"; ".join(told)}')
-
-
 def _train_bpe(
   work: str, units: dict[str, list], digests: dict[str, list], options: Options
 ) -> tokenizer.Tokenizer:
-  """A BPE of the training documents: the first of every unit, SAMPLE bytes in all."""
-  match = BPE.fullmatch(options.tokenizer)
-  assert match
+  """A BPE of the first training documents of every unit, SAMPLE bytes in total."""
   folder = os.path.join(work, f'bpe-{_key(digests, dataclasses.asdict(options))}')
   path = os.path.join(folder, 'tokenizer.json')
   if os.path.isfile(path):
     return tokenizer.load(path, eos=tokenizer.END)
-  every = [unit for own in units.values() for unit in own]
+  pooled = [unit for own in units.values() for unit in own]
 
   def texts() -> Iterator[str]:
-    for unit in every:
-      left = math.ceil(SAMPLE / len(every))
+    for unit in pooled:
+      remaining = math.ceil(SAMPLE / len(pooled))
       for name, text in sources.documents(unit):
-        if left <= 0:
+        if remaining <= 0:
           break
         if not packing.is_heldout(name, options.heldout):
-          left -= len(text)
+          remaining -= len(text)
           yield text
 
-  os.makedirs(folder, exist_ok=True)
   log.info('training a BPE')
   try:
-    return tokenizer.train_bpe(texts(), int(match[1]), path)
+    size = int(options.tokenizer.removeprefix('bpe:'))
+    return tokenizer.train_bpe(texts(), size, path)
   except ValueError as error:
     raise ValueError(f'--tokenizer={options.tokenizer}: {error}') from error
 
 
 class _Job(NamedTuple):
-  """A unit of input and the unit file to make of it."""
+  """A unit of input, and the unit of tokens to make from it."""
 
   unit: sources.Unit
   path: str
@@ -220,66 +204,65 @@ class _Job(NamedTuple):
   options: Options
 
 
-def _stage_1(
+def _jobs(
   work: str,
   units: dict[str, list],
   digests: dict[str, list],
-  *,
   token: tokenizer.Tokenizer,
   options: Options,
-) -> tuple[list[_Job], dict[str, list[str]]]:
-  """-> a job for each unit file, and the unit files by domain."""
-  jobs, paths = [], {}
-  stated = [token.fingerprint, options.heldout, options.seed, options.bos]
-  for domain, own in units.items():
-    paths[domain] = []
-    for unit, digest in zip(own, digests[domain]):
-      # Equal files of two names differ in the digest, so a name stands for one content.
-      path = os.path.join(work, f'{_key(digest, stated)}.unit')
-      paths[domain].append(path)
-      spec = token.path or token.name
-      jobs.append(_Job(unit, path, spec, token.eos_token, options))
-  return jobs, paths
+) -> dict[str, list[_Job]]:
+  spec = token.path or token.name
+  settings = [token.fingerprint, options.heldout, options.seed, options.bos]
+  # A digest covers the names of the files, so equal paths mean equal units.
+  path = lambda digest: os.path.join(work, f'{_key(digest, settings)}.unit')
+  return {
+    domain: [
+      _Job(unit, path(digest), spec, token.eos_token, options)
+      for unit, digest in zip(own, digests[domain])
+    ]
+    for domain, own in units.items()
+  }
 
 
 def _tokenize(job: _Job) -> None:
-  if packing.unit_is_whole(job.path):
-    return
-  packing.write_unit(
-    job.path,
-    sources.documents(job.unit),
-    _loaded(job.spec, job.eos),
-    seed=job.options.seed,
-    heldout=job.options.heldout,
-    bos=job.options.bos,
-  )
+  if not packing.unit_is_complete(job.path):
+    packing.write_unit(
+      job.path,
+      sources.documents(job.unit),
+      _cached(job.spec, eos=job.eos),
+      seed=job.options.seed,
+      heldout=job.options.heldout,
+      bos=job.options.bos,
+    )
 
 
-@functools.cache
-def _loaded(spec: str, eos: str) -> tokenizer.Tokenizer:
-  return tokenizer.load(spec, eos=eos)
+_cached = functools.cache(tokenizer.load)
 
 
 def _key(*content: Any) -> str:
-  return hashlib.sha256(shards.canonical(content).encode()).hexdigest()[:24]
+  return config.digest(content)[:24]
 
 
 @contextlib.contextmanager
 def _pool(processes: int) -> Generator[packing.Run, None, None]:
-  """-> a Run over so many processes, with a progress bar; one process is this one."""
+  """Yields a Run with this number of processes; one is this process itself."""
   if processes == 1:
-    yield lambda function, jobs, label: _watch(map(function, jobs), jobs, label)
+    yield functools.partial(_run, map)
     return
-  # Started afresh, not forked: a fork of a process with threads can hang.
+  # Spawn, as a forked process with threads can hang.
   spawn = multiprocessing.get_context('spawn')
   executor = concurrent.futures.ProcessPoolExecutor(
     processes, spawn, workers.die_with_parent
   )
   try:
-    yield lambda function, jobs, label: _watch(executor.map(function, jobs), jobs, label)
+    yield functools.partial(_run, executor.map)
   finally:
     executor.shutdown(cancel_futures=True)
 
 
-def _watch(results: Any, jobs: Sequence[Any], label: str) -> list:
+def _run(
+  mapper: Callable, function: Callable[[Any], Any], jobs: Sequence[Any], label: str
+) -> list:
+  """A Run that shows a progress bar."""
+  results = mapper(function, jobs)
   return list(tqdm.tqdm(results, label, len(jobs), unit='unit', disable=None))

@@ -1,70 +1,68 @@
 """Text, JSON lines, Parquet and folders of them -> named documents, in units of work.
 
-A unit is some 16 MB of input: many small files, one file, or a range of a large one, so
-that a single huge file still occupies every process. What a unit holds does not depend on
-how many processes there are, nor on where the input lies.
+A unit is about 16 MB of input: many small files, one file, or a range of a large one, so
+that all processes can share one huge file. The units depend neither on the number of
+processes nor on the place of the input.
 """
 
 import functools
 import gzip
 import hashlib
-import importlib
 import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
+from gated.data import tokenizer
+
 UNIT = 1 << 24  # Bytes of input.
 MAX_DOCUMENT = 1 << 30  # Bytes; a document is held in memory.
 
-Documents = Iterator[tuple[str, str]]
+Span = tuple[int, int]
 
 
 class Piece(NamedTuple):
   """A file, or bytes (JSON lines) or row groups (Parquet) `start` to `stop` of it."""
 
   path: str
-  name: str  # From the folder that was named on: the documents are called by it.
+  name: str  # Relative to the named folder; the documents are called by it.
   kind: str  # A key of KINDS.
+  field: str  # The text, in JSON lines and Parquet.
   start: int
   stop: int
 
 
-class Unit(NamedTuple):
-  """What one process takes at a time."""
-
-  pieces: tuple[Piece, ...]
-  field: str  # That holds the text, in JSON lines and Parquet.
+Unit = tuple[Piece, ...]  # The input of one process at a time.
 
 
 def survey(paths: Sequence[str], *, field: str, suffixes: Sequence[str]) -> list[Unit]:
   """Files and folders -> units.
 
-  A file whose suffix is not in SUFFIXES must be in `suffixes`, and is one document; where
-  there are `suffixes`, folders are read for those alone. ValueError for a path that is
-  missing, of an unknown suffix, or without anything to read.
+  A file with a suffix of `suffixes` that SUFFIXES lacks is one document of text. Folders
+  are read for `suffixes` alone, if there are any. ValueError for a missing path, an
+  unknown suffix, or paths without input.
   """
-  units, together, size = [], [], 0
+  units: list[Unit] = []
+  pieces: list[Piece] = []
+  size = 0
   for path in paths:
-    for name, found in _files(path, suffixes):
-      for piece, weight in _split(found, name, _kind(found, suffixes), field):
-        if together and size + weight > UNIT:
-          units.append(Unit(tuple(together), field))
-          together, size = [], 0
-        together.append(piece)
+    for name, file in _files(path, suffixes):
+      for piece, weight in _split(file, name, _kind(file, suffixes), field):
+        if pieces and size + weight > UNIT:
+          units.append(tuple(pieces))
+          pieces, size = [], 0
+        pieces.append(piece)
         size += weight
-  if together:
-    units.append(Unit(tuple(together), field))
-  if not units:
-    raise ValueError(f'{", ".join(paths)}: there is nothing to read')
-  return units
+  if not pieces:
+    raise ValueError(f'{", ".join(paths)}: nothing to read')
+  return [*units, tuple(pieces)]
 
 
-def documents(unit: Unit) -> Documents:
-  """A unit -> (name, text) pairs; an empty text is one, too."""
-  for piece in unit.pieces:
-    for name, data in KINDS[piece.kind].read(piece, unit.field):
+def documents(unit: Unit) -> Iterator[tuple[str, str]]:
+  """A unit -> (name, text) pairs, empty texts included."""
+  for piece in unit:
+    for name, data in KINDS[piece.kind].read(piece):
       try:
         text = data.decode() if isinstance(data, bytes) else data
         text.encode()
@@ -74,24 +72,24 @@ def documents(unit: Unit) -> Documents:
 
 
 def digest(unit: Unit) -> str:
-  """SHA-256 of all that the unit's documents are made of."""
-  sha = hashlib.sha256(unit.field.encode())
-  for piece in unit.pieces:
+  """SHA-256 of the content and the names of the unit's documents."""
+  sha = hashlib.sha256(unit[0].field.encode())
+  for piece in unit:
     sha.update(f'\0{piece.name}\0{piece.kind}\0'.encode())
     with open(piece.path, 'rb') as file:
-      for start, stop in KINDS[piece.kind].spans(file, piece, unit.field):
+      for start, stop in KINDS[piece.kind].spans(file, piece):
         sha.update(f'{start} {stop}\0'.encode())
         file.seek(start)
-        left = stop - start
-        while left and (block := file.read(min(left, 1 << 20))):
+        remaining = stop - start
+        while remaining and (block := file.read(min(remaining, 1 << 20))):
           sha.update(block)
-          left -= len(block)
+          remaining -= len(block)
   return sha.hexdigest()
 
 
 def _files(path: str, suffixes: Sequence[str]) -> Iterator[tuple[str, str]]:
-  """A file or folder -> (name, path) of what is to be read, in an order of names."""
-  base = os.path.basename(os.path.normpath(path))
+  """A file or folder -> (name, path) of each file to read, sorted."""
+  parent, base = os.path.split(os.path.normpath(path))
   if os.path.isfile(path):
     yield base, path
     return
@@ -101,9 +99,9 @@ def _files(path: str, suffixes: Sequence[str]) -> Iterator[tuple[str, str]]:
   for folder, folders, names in os.walk(path):
     folders.sort()
     for name in sorted(names):
-      found = os.path.join(folder, name)
-      if name.endswith(wanted) and os.path.isfile(found):
-        yield os.path.relpath(found, os.path.dirname(os.path.normpath(path))), found
+      file = os.path.join(folder, name)
+      if name.endswith(wanted) and os.path.isfile(file):
+        yield os.path.relpath(file, parent), file
 
 
 def _kind(path: str, suffixes: Sequence[str]) -> str:
@@ -113,19 +111,18 @@ def _kind(path: str, suffixes: Sequence[str]) -> str:
   if path.endswith(tuple(suffixes)):
     return 'text'
   raise ValueError(
-    f'{path!r}: unknown suffix, but allowed are {", ".join(SUFFIXES)}; read it as one '
-    'document of text with --suffixes'
+    f'{path!r}: unknown suffix, but allowed are {", ".join(SUFFIXES)}; --suffixes reads '
+    'it as one document of text'
   )
 
 
 def _split(path: str, name: str, kind: str, field: str) -> Iterator[tuple[Piece, int]]:
-  """A file -> its pieces and how many bytes each is."""
-  edges = KINDS[kind].edges(path, field)
-  for (start, low), (stop, high) in itertools.pairwise(edges):
-    yield Piece(path, name, kind, start, stop), high - low
+  """A file -> its pieces and their sizes in bytes."""
+  for (start, low), (stop, high) in itertools.pairwise(KINDS[kind].edges(path, field)):
+    yield Piece(path, name, kind, field, start, stop), high - low
 
 
-# An edge is a place where a file may be cut, and how many bytes lie before it.
+# Places where a file may be split, and the number of bytes before each.
 Edges = list[tuple[int, int]]
 
 
@@ -133,68 +130,62 @@ def _whole(path: str, field: str) -> Edges:
   size = os.path.getsize(path)
   if size > MAX_DOCUMENT and not path.endswith(('.gz', '.zst')):
     raise ValueError(
-      f'{path!r} is one document of {size} bytes, but {MAX_DOCUMENT} are allowed; cut it '
-      'into files, or into JSON lines'
+      f'{path!r} is one document of {size} bytes, but {MAX_DOCUMENT} are allowed; split '
+      'it into files or JSON lines'
     )
   return [(0, 0), (size, size)] if size else []
 
 
-def _whole_span(file: BinaryIO, piece: Piece, field: str) -> list[tuple[int, int]]:
+def _whole_span(file: BinaryIO, piece: Piece) -> list[Span]:
   return [(0, piece.stop)]
 
 
-def _read_text(piece: Piece, field: str) -> Iterator[tuple[str, bytes]]:
+def _read_text(piece: Piece) -> Iterator[tuple[str, bytes]]:
   with open(piece.path, 'rb') as file:
     yield piece.name, file.read()
 
 
 def _line_edges(path: str, field: str) -> Edges:
   size = os.path.getsize(path)
-  return [(at, at) for at in [*range(0, size, UNIT), size]] if size else []
+  return [(place, place) for place in [*range(0, size, UNIT), size]] if size else []
 
 
-def _line_span(file: BinaryIO, piece: Piece, field: str) -> list[tuple[int, int]]:
-  """A line belongs to the range that it starts in."""
+def _line_span(file: BinaryIO, piece: Piece) -> list[Span]:
+  """A line belongs to the range in which it starts."""
 
-  def line_from(offset: int) -> int:
+  def next_line(offset: int) -> int:
     if not offset:
       return 0
     file.seek(offset - 1)
     file.readline()
     return file.tell()
 
-  return [(line_from(piece.start), line_from(piece.stop))]
+  return [(next_line(piece.start), next_line(piece.stop))]
 
 
-def _read_lines(piece: Piece, field: str) -> Iterator[tuple[str, str]]:
+def _read_lines(piece: Piece) -> Iterator[tuple[str, str]]:
   with open(piece.path, 'rb') as file:
-    ((start, stop),) = _line_span(file, piece, field)
+    ((start, stop),) = _line_span(file, piece)
     file.seek(start)
-    yield from _lines(file, piece, field, start=start, stop=stop)
+    yield from _lines(file, piece, start, stop)
 
 
-def _read_packed_lines(piece: Piece, field: str) -> Iterator[tuple[str, str]]:
+def _read_packed_lines(piece: Piece) -> Iterator[tuple[str, str]]:
+  is_gzip = piece.path.endswith('.gz')
+  unpack = gzip.open if is_gzip else tokenizer.optional('zstandard').open
   try:
-    with _decompress(piece.path) as file:
-      yield from _lines(file, piece, field, start=0, stop=1 << 62)
+    with unpack(piece.path, 'rb') as file:
+      yield from _lines(file, piece, 0, 1 << 62)
   except ValueError:
     raise
-  except Exception as error:  # Each way of compression has its own.
+  except Exception as error:  # Every compression has its own.
     raise ValueError(f'{piece.path} cannot be unpacked: {error}') from error
 
 
-def _decompress(path: str) -> Any:
-  if path.endswith('.gz'):
-    return gzip.open(path, 'rb')
-  return _need('zstandard').open(path, 'rb')
-
-
-def _lines(
-  file: Any, piece: Piece, field: str, *, start: int, stop: int
-) -> Iterator[tuple[str, str]]:
-  at = start
-  while at < stop and (line := file.readline(MAX_DOCUMENT + 1)):
-    where = f'{piece.path} at byte {at}'
+def _lines(file: Any, piece: Piece, start: int, stop: int) -> Iterator[tuple[str, str]]:
+  field = piece.field
+  while start < stop and (line := file.readline(MAX_DOCUMENT + 1)):
+    where = f'{piece.path} at byte {start}'
     if len(line) > MAX_DOCUMENT:
       raise ValueError(f'{where}: a line of more than {MAX_DOCUMENT} bytes')
     if line.strip():
@@ -203,24 +194,22 @@ def _lines(
       except (ValueError, RecursionError) as error:
         raise ValueError(f'{where}: not a line of JSON: {error}') from error
       if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
-        has = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
-        raise ValueError(f'{where}: --field={field!r} is no text there, which has {has}')
-      yield f'{piece.name}:{at}', entry[field]
-    at += len(line)
+        content = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+        raise ValueError(f'{where}: --field={field!r} is no text there, only {content}')
+      yield f'{piece.name}:{start}', entry[field]
+    start += len(line)
 
 
 @functools.lru_cache(maxsize=4)
 def _parquet(path: str, field: str) -> Any:
-  parquet = _need('pyarrow.parquet')
+  parquet = tokenizer.optional('pyarrow.parquet')
   try:
     file = parquet.ParquetFile(path)
   except Exception as error:
     raise ValueError(f'{path!r} is not a Parquet file: {error}') from error
   types = {column.name: str(column.type) for column in file.schema_arrow}
   if types.get(field) not in ('string', 'large_string'):
-    raise ValueError(
-      f'{path!r}: --field={field!r} is no column of text, but it has {types}'
-    )
+    raise ValueError(f'{path!r}: --field={field!r} is no column of text; it has {types}')
   return file
 
 
@@ -231,42 +220,39 @@ def _column(path: str, field: str, group: int) -> Any:
 
 
 def _group_edges(path: str, field: str) -> Edges:
-  edges, total, cut = [(0, 0)], 0, 0
+  edges, size = [(0, 0)], 0
   groups = _parquet(path, field).metadata.num_row_groups
   for group in range(groups):
-    total += _column(path, field, group).total_uncompressed_size
-    if total - cut >= UNIT or group == groups - 1:
-      edges.append((group + 1, total))
-      cut = total
+    size += _column(path, field, group).total_uncompressed_size
+    if size - edges[-1][1] >= UNIT or group == groups - 1:
+      edges.append((group + 1, size))
   return edges
 
 
-def _group_spans(file: BinaryIO, piece: Piece, field: str) -> list[tuple[int, int]]:
+def _group_spans(file: BinaryIO, piece: Piece) -> list[Span]:
   spans = []
   for group in range(piece.start, piece.stop):
-    column = _column(piece.path, field, group)
+    column = _column(piece.path, piece.field, group)
     start = column.dictionary_page_offset or column.data_page_offset
     spans.append((start, start + column.total_compressed_size))
   return spans
 
 
-def _read_groups(piece: Piece, field: str) -> Iterator[tuple[str, str]]:
-  file = _parquet(piece.path, field)
+def _read_groups(piece: Piece) -> Iterator[tuple[str, str]]:
+  file = _parquet(piece.path, piece.field)
   for group in range(piece.start, piece.stop):
-    row = 0
-    for table in file.iter_batches(1024, row_groups=[group], columns=[field]):
-      for text in table.column(0).to_pylist():
-        # A null is an empty text.
-        yield f'{piece.name}:{group}:{row}', text or ''
-        row += 1
+    batches = file.iter_batches(1024, row_groups=[group], columns=[piece.field])
+    texts = (text for batch in batches for text in batch.column(0).to_pylist())
+    for row, text in enumerate(texts):
+      yield f'{piece.name}:{group}:{row}', text or ''  # A null is an empty text.
 
 
 class Kind(NamedTuple):
-  """How a kind of file is cut, what bytes a piece is made of, and how it is read."""
+  """A kind of file: where to split it, the bytes of a piece, and its documents."""
 
   edges: Callable[[str, str], Edges]
-  spans: Callable[[BinaryIO, Piece, str], list[tuple[int, int]]]
-  read: Callable[[Piece, str], Iterator[tuple[str, bytes | str]]]
+  spans: Callable[[BinaryIO, Piece], list[Span]]
+  read: Callable[[Piece], Iterator[tuple[str, bytes | str]]]
 
 
 KINDS = {
@@ -283,12 +269,3 @@ SUFFIXES = {
   '.jsonl.zst': 'packed lines',
   '.parquet': 'parquet',
 }
-
-
-def _need(package: str) -> Any:
-  """An optional package, imported only when a file asks for it."""
-  try:
-    return importlib.import_module(package)
-  except ImportError as error:
-    name = package.partition('.')[0]
-    raise ValueError(f'this input needs a package: pip install {name}') from error

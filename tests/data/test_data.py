@@ -1,4 +1,4 @@
-"""Data: arithmetic on (seed, data_step), datasets held against their manifests."""
+"""Data: arithmetic on (seed, data_step), datasets verified by their manifests."""
 
 import collections
 import dataclasses
@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 
 from gated import data, storage
-from gated.data import embedded, mixture, prepare, shards, tokenizer
+from gated.data import cache, embedded, mixture, prepare, shards, tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 T = 16
 
 
 def config(mix, **changes):
-  given = dict(
+  knobs = dict(
     mixture=str(mix),
     length=T,
     tokenizer='bytes',
@@ -35,7 +35,7 @@ def config(mix, **changes):
     workers=0,
     prefetch=2,
   )
-  return data.Config(**given | changes)
+  return data.Config(**knobs | changes)
 
 
 def open_(mix, *, batch=4, seed=0, vocab=300, **changes):
@@ -45,7 +45,7 @@ def open_(mix, *, batch=4, seed=0, vocab=300, **changes):
 
 
 def make(out, seed, domains=('code', 'prose'), **changes):
-  """Random documents -> a dataset of a few shards a domain."""
+  """Random documents -> a dataset with a few shards per domain."""
   dice = random.Random(seed)
   inputs = {}
   for domain in domains:
@@ -55,7 +55,7 @@ def make(out, seed, domains=('code', 'prose'), **changes):
     ]
     path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
     inputs[domain] = [str(path)]
-  given = dict(
+  options = dict(
     length=T,
     tokenizer='bytes',
     eos='',
@@ -66,7 +66,7 @@ def make(out, seed, domains=('code', 'prose'), **changes):
     field='text',
     suffixes=(),
   )
-  prepare.run(str(out), inputs, prepare.Options(**given | changes), processes=1)
+  prepare.run(str(out), inputs, prepare.Options(**options | changes), processes=1)
   return out
 
 
@@ -78,7 +78,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture
 def copy(built, tmp_path):
-  """A dataset to be damaged."""
+  """A dataset to damage."""
   return pathlib.Path(shutil.copytree(built[0], tmp_path / 'copy'))
 
 
@@ -92,7 +92,7 @@ def same(a, b):
   )
 
 
-def test_a_batch_is_what_the_global_indices_say(built):
+def test_a_batch_has_the_rows_of_its_global_indices(built):
   corpus = open_(built[0], batch=4, seed=3)
   for step, batch in enumerate(take(corpus.train(5, range(4)), 6), start=5):
     rows_B = np.stack([corpus.row(step * 4 + i) for i in range(4)])
@@ -102,7 +102,7 @@ def test_a_batch_is_what_the_global_indices_say(built):
     ]
 
 
-def test_hosts_together_hold_what_one_would(built):
+def test_the_batches_of_all_hosts_form_the_batch_of_one_host(built):
   mix = f'{built[0]}=3,{built[1]}@code=1.5'
   corpus = open_(mix, batch=12, seed=5)
   whole = take(corpus.train(7, range(12)), 5)
@@ -110,26 +110,28 @@ def test_hosts_together_hold_what_one_would(built):
   for _ in range(5):
     order = dice.sample(range(12), 12)
     cuts = sorted(dice.sample(range(1, 12), dice.randrange(1, 4)))
-    held = [order[a:b] for a, b in zip([0, *cuts], [*cuts, 12])]
-    hosts = [open_(mix, batch=12, seed=5, prefetch=dice.choice([1, 3, 9])) for _ in held]
-    parts = [take(host.train(7, rows), 5) for host, rows in zip(hosts, held)]
+    shares = [order[a:b] for a, b in zip([0, *cuts], [*cuts, 12])]
+    hosts = [
+      open_(mix, batch=12, seed=5, prefetch=dice.choice([1, 3, 9])) for _ in shares
+    ]
+    parts = [take(host.train(7, rows), 5) for host, rows in zip(hosts, shares)]
     for step, batch in enumerate(whole):
       joined = [np.concatenate(arrays) for arrays in zip(*(part[step] for part in parts))]
       assert same([x[np.argsort(order)] for x in joined], batch)
 
 
-def test_starting_late_is_starting_early_and_reading_on(built):
+def test_a_late_start_gives_the_batches_of_an_early_start(built):
   corpus = open_(built[0], batch=4, seed=1)
   straight = take(corpus.train(0, range(4)), 60)
   for step in (1, 2, 17, 59):
     assert same(next(corpus.train(step, [0, 1, 2, 3])), straight[step])
-  # Far away costs no more than near by.
+  # A distant step is as fast as a near one.
   began = time.monotonic()
   next(corpus.train(10**12, range(4)))
   assert time.monotonic() - began < 2
 
 
-def test_every_epoch_has_every_row_once_in_another_order(built):
+def test_every_epoch_has_every_row_once_in_a_different_order(built):
   corpus = open_(built[0], batch=1, seed=2)
   rows = sum(p.rows for p in shards.read_manifest(built[0]).splits['train'].values())
   epochs = [
@@ -179,7 +181,7 @@ def test_every_window_of_a_mixture_holds_its_weights_exactly(weights):
     counts = collections.Counter(part for part, _ in drawn)
     assert [counts[i] for i in range(len(fractions))] == turns.whole
     for i, whole in enumerate(turns.whole):
-      # Each part is read on from where the window before left it.
+      # Each window continues where the previous one ended.
       indices = [index for part, index in drawn if part == i]
       assert indices == list(
         range(start // window * whole, (start // window + 1) * whole)
@@ -194,7 +196,7 @@ def test_a_mixture_draws_from_its_parts_by_weight(built):
   assert corpus.domains == ('one.code', 'two.code', 'prose')
 
 
-def test_heldout_rows_come_in_order_and_the_last_batch_is_filled(built):
+def test_heldout_rows_come_in_order_and_the_last_batch_is_padded(built):
   corpus = open_(built[0])
   assert corpus.domains == ('code', 'prose')
   for domain in corpus.domains:
@@ -223,7 +225,7 @@ def test_heldout_rows_come_in_order_and_the_last_batch_is_filled(built):
       assert np.array_equal(k[[0, 2, 4, 5, 3, 1]], np.concatenate([n, m]))
 
 
-def test_the_fingerprint_is_of_content_not_of_place_or_seed(built, copy):
+def test_the_fingerprint_depends_on_the_content_alone(built, copy):
   a, b = open_(built[0], seed=0), open_(copy, seed=9)
   assert a.fingerprint == b.fingerprint == json.loads(json.dumps(a.fingerprint))
   others = [str(built[1]), f'{built[0]}@code', f'{built[0]},{built[1]}',
@@ -233,7 +235,7 @@ def test_the_fingerprint_is_of_content_not_of_place_or_seed(built, copy):
   assert str(built[0].parent) not in json.dumps(a.fingerprint)
 
 
-def test_a_smaller_vocabulary_than_the_models_is_said(built, caplog):
+def test_a_smaller_vocabulary_than_the_models_is_logged(built, caplog):
   with caplog.at_level(logging.INFO):
     assert open_(built[0], vocab=1000).vocab == 257
   assert 'the data has a vocabulary of 257, the model of 1000' in caplog.text
@@ -254,12 +256,12 @@ def test_a_smaller_vocabulary_than_the_models_is_said(built, caplog):
     ({'mix': 'a,b,a'}, 'names a dataset twice'),
   ],
 )
-def test_a_wrong_knob_is_refused_by_its_name(changes, message):
+def test_a_wrong_knob_is_refused_by_name(changes, message):
   with pytest.raises(ValueError, match=message):
     config(**{'mix': 'a'} | changes)
 
 
-def test_what_cannot_be_trained_on_is_refused_by_its_knob(built, tmp_path):
+def test_unsuitable_datasets_are_refused_by_the_knob(built, tmp_path):
   cases = [
     (dict(mix=tmp_path / 'no'), 'config.data.mixture=.*no such dataset.*prepare_data.py'),
     (dict(mix=f'{built[0]}@x'), r"no domain 'x', but allowed are \['code', 'prose'\]"),
@@ -267,9 +269,9 @@ def test_what_cannot_be_trained_on_is_refused_by_its_knob(built, tmp_path):
     (dict(mix=built[0], vocab=256), 'config.model.vocab=256, but the data has 257'),
     (dict(mix=built[0], batch=10**6), 'rows to train on, but a batch has 1000000'),
   ]
-  for given, message in cases:
+  for knobs, message in cases:
     with pytest.raises(ValueError, match=message):
-      open_(**given)
+      open_(**knobs)
   path = tmp_path / 'tokenizer.json'
   tokenizer.train_bpe(['abc dé abc'] * 3, 260, str(path))
   other = make(tmp_path / 'bpe', 1, tokenizer=str(path))
@@ -283,8 +285,8 @@ def test_what_cannot_be_trained_on_is_refused_by_its_knob(built, tmp_path):
     assert len(corpus.heldout_text(domain, 0)) == sizes
 
 
-def damaged(copy, **how):
-  """Truncated, flipped or missing: the shard's name."""
+def damage(copy, kind):
+  """Damages a shard -> its name."""
   shard = sorted(copy.glob('*-train-*.array_record'))[-1]
   content = bytearray(shard.read_bytes())
   content[len(content) // 2] ^= 1
@@ -292,29 +294,29 @@ def damaged(copy, **how):
     'flip': lambda: shard.write_bytes(content),
     'cut': lambda: shard.write_bytes(content[:-100]),
     'gone': shard.unlink,
-  }[how['how']]()
+  }[kind]()
   return shard.name
 
 
-@pytest.mark.parametrize('how', ['flip', 'cut', 'gone'])
-def test_a_damaged_shard_is_named(copy, how):
-  name = damaged(copy, how=how)
+@pytest.mark.parametrize('kind', ['flip', 'cut', 'gone'])
+def test_a_damaged_shard_is_named(copy, kind):
+  name = damage(copy, kind)
   with pytest.raises(ValueError, match=f'config.data.mixture=.*{name}'):
     open_(copy)
-  if how != 'flip':
+  if kind != 'flip':
     with pytest.raises(ValueError, match=name):
       open_(copy, verify='size')
 
 
-def test_a_swapped_tokenizer_is_noticed(tmp_path):
+def test_a_changed_tokenizer_is_refused(tmp_path):
   out = make(tmp_path / 'out', 3, tokenizer='bpe:258')
   path = out / 'tokenizer.json'
   path.write_text(path.read_text() + ' ')
-  with pytest.raises(ValueError, match='not the tokenizer that the manifest names'):
+  with pytest.raises(ValueError, match='not the tokenizer in the manifest'):
     open_(out)
 
 
-def test_a_manifest_is_not_believed(copy, tmp_path):
+def test_a_forged_manifest_is_refused(copy, tmp_path):
   good = json.loads((copy / 'manifest.json').read_text())
   shard = good['splits']['train']['code']['shards'][0]['file']
   (tmp_path / 'outside').write_bytes((copy / shard).read_bytes())
@@ -354,10 +356,11 @@ def test_a_manifest_is_not_believed(copy, tmp_path):
       refused(field, lambda m, f=field, v=value: m.update({f: v}))
   refused('rows', lambda m: first(m).update(rows=1))
   refused('rows', lambda m: first(m).update(rows=-5))
-  refused('vocab', lambda m: m.update(tokenizer={}))
+  refused('tokenizer.* is missing', lambda m: m.update(tokenizer={}))
   refused('vocab', lambda m: m['tokenizer'].update(vocab=1 << 40))
   refused('eos', lambda m: m['tokenizer'].update(eos=257))
-  refused('no name', lambda m: m['splits']['train'].update({'../x': {}}))
+  portion = good['splits']['train']['code']
+  refused('no name', lambda m: m['splits']['train'].update({'../x': portion}))
   for text in ['', '{', 'null', '[' * 10**5, '\xff']:
     (copy / 'manifest.json').write_text(text, encoding='latin-1')
     with pytest.raises(ValueError, match=r'config\.data\.mixture='):
@@ -371,11 +374,11 @@ def test_rows_must_be_in_the_batch(built):
       corpus.train(0, rows)
 
 
-def test_a_dataset_of_one_row_is_read_for_ever(tmp_path):
+def test_a_dataset_of_one_row_is_repeated(tmp_path):
   (tmp_path / 'a.txt').write_text('abc')
   out = str(tmp_path / 'out')
-  given = dict(tokenizer='bytes', eos='', heldout=0.0, shard_rows=9, seed=0, bos=False)
-  options = prepare.Options(length=T, field='text', suffixes=(), **given)
+  settings = dict(tokenizer='bytes', eos='', heldout=0.0, shard_rows=9, seed=0, bos=False)
+  options = prepare.Options(length=T, field='text', suffixes=(), **settings)
   prepare.run(out, {'d': [str(tmp_path / 'a.txt')]}, options, processes=1)
   corpus = open_(out, batch=1)
   batches = take(corpus.train(0, [0]), 3)
@@ -383,7 +386,7 @@ def test_a_dataset_of_one_row_is_read_for_ever(tmp_path):
   assert corpus.domains == ()
 
 
-def test_batches_are_plain_and_importing_is_light(built):
+def test_batches_can_be_pickled_and_the_import_loads_no_large_package(built):
   batch = next(open_(built[0]).train(0, range(4)))
   assert same(pickle.loads(pickle.dumps(batch)), batch)
   code = (
@@ -393,7 +396,7 @@ def test_batches_are_plain_and_importing_is_light(built):
   assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
 
 
-def test_code_and_prose_are_taken_apart():
+def test_code_and_prose_are_separated():
   source = '''#!/usr/bin/env python
 """Module é, "first".
 
@@ -437,7 +440,7 @@ def f():
 
 @pytest.fixture(scope='module')
 def stdlib(tmp_path_factory):
-  """A small part of the library, as a library."""
+  """A part of the standard library."""
   folder = tmp_path_factory.mktemp('stdlib')
   names = sorted(embedded.files())[::12]
   return folder, {name: embedded.files()[name] for name in names}
@@ -446,38 +449,44 @@ def stdlib(tmp_path_factory):
 def test_the_embedded_corpus_is_built_once_and_splits_by_file(
   stdlib, monkeypatch, caplog
 ):
-  cache, paths = stdlib
+  folder, paths = stdlib
   monkeypatch.setattr(embedded, 'files', lambda: paths)
   monkeypatch.setattr(embedded, 'HELDOUT', 0.3)
   with caplog.at_level(logging.INFO):
-    corpora = [open_('stdlib', cache=str(cache)) for _ in range(2)]
+    corpora = [open_('stdlib', cache=str(folder)) for _ in range(2)]
   assert caplog.text.count('building the embedded corpus') == 1
   assert corpora[0].fingerprint == corpora[1].fingerprint
   assert corpora[0].domains == ('code', 'prose')
-  assert [path.name[:7] for path in cache.iterdir()] == ['stdlib-']
-  (folder,) = cache.iterdir()
-  manifest = shards.read_manifest(str(folder))
-  assert manifest.made['python'] in folder.name
+  (dataset,) = folder.glob('stdlib-*')
+  manifest = shards.read_manifest(str(dataset))
+  assert manifest.made['python'] in dataset.name
   documents = {
     (split, domain): manifest.splits[split][domain].documents
     for split in shards.SPLITS
     for domain in embedded.DOMAINS
   }
-  # Files without prose leave none.
+  # Files without prose have no document.
   assert documents['heldout', 'code'] >= documents['heldout', 'prose'] > 0
   assert documents['train', 'code'] + documents['heldout', 'code'] <= len(paths)
-  # Damage is told with its cure; without a manifest it is built again.
-  damaged(folder, how='flip')
-  with pytest.raises(ValueError, match='delete that folder, and it will be built again'):
-    open_('stdlib', cache=str(cache))
-  (folder / 'manifest.json').unlink()
-  assert open_('stdlib', cache=str(cache)).fingerprint == corpora[0].fingerprint
+  # The message about damage names the cure; without a manifest it is built again.
+  damage(dataset, 'flip')
+  with pytest.raises(
+    ValueError, match='delete that folder, and the next run makes it again'
+  ):
+    open_('stdlib', cache=str(folder))
+  (dataset / 'manifest.json').unlink()
+  assert open_('stdlib', cache=str(folder)).fingerprint == corpora[0].fingerprint
 
 
 @pytest.mark.slow
-def test_two_builders_of_one_corpus_do_not_meet(stdlib, tmp_path, monkeypatch):
+def test_two_builders_without_locks_use_their_own_drafts(stdlib, tmp_path, monkeypatch):
   _, paths = stdlib
   monkeypatch.setattr(embedded, 'files', lambda: paths)
+
+  def refuse(*_):
+    raise OSError('no locks')
+
+  monkeypatch.setattr(cache.fcntl, 'flock', refuse)
   build, prints = embedded.shards.write_manifest, []
 
   def race(out, manifest):
@@ -488,23 +497,23 @@ def test_two_builders_of_one_corpus_do_not_meet(stdlib, tmp_path, monkeypatch):
 
   monkeypatch.setattr(embedded.shards, 'write_manifest', race)
   assert open_('stdlib', cache=str(tmp_path)).fingerprint == prints[0]
-  assert len(list(tmp_path.iterdir())) == 1
+  assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
 
 
-def test_the_cache_folder_is_where_the_platform_wants_it(monkeypatch, tmp_path):
+def test_the_default_cache_follows_the_platform(monkeypatch, tmp_path):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-  assert embedded.default_cache() == str(tmp_path / 'gated')
+  assert cache.default() == str(tmp_path / 'gated')
   (tmp_path / 'file').write_text('')
   with pytest.raises(ValueError, match=r'config\.data\.cache='):
     open_('stdlib', cache=str(tmp_path / 'file'))
 
 
 @pytest.mark.slow
-def test_the_whole_library_is_worth_training_on(tmp_path):
+def test_the_whole_library_is_large_enough_and_built_within_a_minute(tmp_path):
   began = time.monotonic()
   corpus = open_('stdlib', length=256, cache=str(tmp_path))
   assert time.monotonic() - began < 60
-  (folder,) = tmp_path.iterdir()
+  (folder,) = tmp_path.glob('stdlib-*')
   splits = shards.read_manifest(str(folder)).splits
   assert sum(portion.bytes for portion in splits['train'].values()) > 6e6
   assert sum(portion.bytes for portion in splits['heldout'].values()) > 3e5
@@ -536,15 +545,17 @@ def test_a_dataset_in_a_store_is_the_same_data(built, url, tmp_path, caplog):
   assert 'copying' not in caplog.text
   (copy,) = [name for name in storage.names(cache) if name[0] != '.']
   assert copy == f'data-{shards.read_manifest(built[0]).digest[:32]}'
-  damaged(tmp_path / 'cache' / copy, how='flip')
-  with pytest.raises(ValueError, match='delete that folder, and it will be built again'):
+  damage(tmp_path / 'cache' / copy, 'flip')
+  with pytest.raises(
+    ValueError, match='delete that folder, and the next run makes it again'
+  ):
     open_(url, cache=cache)
   storage.remove(f'{cache}/{copy}/manifest.json')
   assert same(next(open_(url, batch=4, cache=cache).train(0, range(4))),
               next(open_(built[0], batch=4).train(0, range(4))))  # fmt: skip
 
 
-def test_a_dataset_in_a_store_brings_its_tokenizer(remote, tmp_path):
+def test_a_dataset_in_a_store_includes_its_tokenizer(remote, tmp_path):
   out = make(tmp_path / 'out', 3, tokenizer='bpe:258')
   storage.upload(out, f'{remote}/bpe', storage.sizes(out))
   cache = str(tmp_path / 'cache')
@@ -553,16 +564,16 @@ def test_a_dataset_in_a_store_brings_its_tokenizer(remote, tmp_path):
   storage.remove(cache)
   text = storage.read(out / 'tokenizer.json', 1 << 20)
   storage.write(f'{remote}/bpe/tokenizer.json', text + b' ')
-  told = f'{remote}/bpe: tokenizer.json is not the tokenizer'
+  message = f'{remote}/bpe: tokenizer.json is not the tokenizer'
   for _ in range(2):
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
       open_(f'{remote}/bpe', cache=cache)
   storage.remove(f'{remote}/bpe/tokenizer.json')
   with pytest.raises(ValueError, match=r'tokenizer\.json has 0 bytes'):
     open_(f'{remote}/bpe', cache=cache)
 
 
-def test_damage_in_a_store_is_told_by_its_url_and_only_that_is_copied_again(
+def test_damage_in_a_store_is_named_by_url_and_copied_again_alone(
   built, url, tmp_path, caplog, monkeypatch
 ):
   cache = str(tmp_path / 'cache')
@@ -571,11 +582,11 @@ def test_damage_in_a_store_is_told_by_its_url_and_only_that_is_copied_again(
   storage.write(f'{url}/{shard.file}', bytes(len(good)))
   with pytest.raises(ValueError, match=f'{url}/{shard.file} is damaged: its SHA-256'):
     open_(url, cache=cache)
-  for bad, told in ((good[:-1], f'has {shard.size - 1} bytes'), (None, 'is missing')):
+  for bad, message in ((good[:-1], f'has {shard.size - 1} bytes'), (None, 'is missing')):
     storage.remove(f'{url}/{shard.file}')
     if bad:
       storage.write(f'{url}/{shard.file}', bad)
-    with pytest.raises(ValueError, match=f'config.data.mixture=.*{shard.file} {told}'):
+    with pytest.raises(ValueError, match=f'config.data.mixture=.*{shard.file} {message}'):
       open_(url, cache=cache)
   assert not [name for name in storage.names(cache) if name[0] != '.']
   storage.write(f'{url}/{shard.file}', good)
@@ -585,10 +596,10 @@ def test_damage_in_a_store_is_told_by_its_url_and_only_that_is_copied_again(
   assert corpus.fingerprint == open_(built[0]).fingerprint
 
 
-def test_a_dataset_that_is_not_in_the_store_is_told_by_its_url(remote, tmp_path, built):
-  def refused(mix, told, **changes):
-    with pytest.raises(ValueError, match=f'config.data.mixture=.*{told}'):
-      open_(mix, cache=str(tmp_path), **changes)
+def test_a_dataset_missing_in_the_store_is_named_by_url(remote, tmp_path, built):
+  def refused(mix, message):
+    with pytest.raises(ValueError, match=f'config.data.mixture=.*{message}'):
+      open_(mix, cache=str(tmp_path))
 
   refused(f'{remote}/no', f"no such dataset '{remote}/no'")
   refused('s3://nobucket/x', "no such dataset 's3://nobucket/x'")
@@ -607,8 +618,8 @@ def test_a_dataset_without_room_is_refused_before_it_is_copied(
 ):
   usage = shutil.disk_usage(tmp_path)._replace(free=10)
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
-  told = f'{url}: 0.0.. GB are to be copied.*0.000 GB left.*config.data.cache.*mount'
-  with pytest.raises(ValueError, match=told):
+  message = f'{url} needs 0.0.. GB in .* only 0.000 GB: .*config.data.cache.*mount'
+  with pytest.raises(ValueError, match=message):
     open_(url, cache=str(tmp_path / 'cache'))
   (tmp_path / 'file').write_text('')
   with pytest.raises(ValueError, match=r"config\.data\.cache='.*/file'"):
@@ -617,7 +628,7 @@ def test_a_dataset_without_room_is_refused_before_it_is_copied(
 
 COPY = """
 import sys, time
-from gated.data import remote
+from gated.data import cache, remote
 while time.time() < float(sys.argv[3]): pass
 print(remote.directory(sys.argv[1], sys.argv[2]))
 """
@@ -627,22 +638,22 @@ print(remote.directory(sys.argv[1], sys.argv[2]))
 @pytest.mark.parametrize('locks', [True, False])
 def test_several_processes_copy_one_dataset(url, built, tmp_path, spawn_python, locks):
   cache = tmp_path / 'cache'
-  story = COPY
-  if not locks:  # As on a file system that has none.
-    refuse = 'def refuse(*_): raise OSError\nremote.fcntl.flock = refuse\n'
-    story = COPY.replace('while', f'{refuse}while', 1)
+  code = COPY
+  if not locks:  # As on a file system without locks.
+    refuse = 'def refuse(*_): raise OSError\ncache.fcntl.flock = refuse\n'
+    code = COPY.replace('while', f'{refuse}while', 1)
   start = time.time() + 1.5
-  children = [spawn_python(['-c', story, url, cache, start]) for _ in range(3)]
-  told = [child.communicate(timeout=60) for child in children]
-  assert not any(child.returncode for child in children), told
-  assert len({out for out, _ in told}) == 1
+  children = [spawn_python(['-c', code, url, cache, start]) for _ in range(3)]
+  outputs = [child.communicate(timeout=60) for child in children]
+  assert not any(child.returncode for child in children), outputs
+  assert len({out for out, _ in outputs}) == 1
   (folder,) = [path for path in cache.iterdir() if path.name[0] != '.']
   shards.verify(folder, shards.read_manifest(folder).shards, 'sha256')
   assert shards.read_manifest(folder).digest == shards.read_manifest(built[0]).digest
 
 
 @pytest.mark.parametrize('scheme', ['gs', 's3'])
-def test_a_url_is_a_place_in_a_mixture(scheme):
+def test_a_mixture_may_name_urls(scheme):
   url = f'{scheme}://bucket.a-b/books_1'
   terms = mixture.terms(f'{url}@code=0.7,{url}=2, {url}/sub@prose')
   assert [tuple(term) for term in terms] == [
@@ -665,19 +676,19 @@ def main(argv):
   sys.stdout.buffer.write(pickle.dumps(taken))
 
 if __name__ == '__main__':
-  app.run(main)  # As train.py does it: grain reads absl's flags.
+  app.run(main)  # As in train.py: grain reads absl's flags.
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('workers', [1, 2])
-def test_worker_processes_change_nothing(built, tmp_path, workers):
+def test_worker_processes_do_not_change_the_batches(built, tmp_path, workers):
   mix = f'{built[0]}=2,{built[1]}=1'
   expected = take(open_(mix, batch=6, seed=3).train(4, [5, 0, 3]), 7)
   (tmp_path / 'read.py').write_text(WORKERS)
-  given = json.dumps(dataclasses.asdict(config(mix, workers=workers)))
+  knobs = json.dumps(dataclasses.asdict(config(mix, workers=workers)))
   child = subprocess.run(
-    [sys.executable, str(tmp_path / 'read.py'), given],
+    [sys.executable, str(tmp_path / 'read.py'), knobs],
     cwd=ROOT,
     env=os.environ | {'PYTHONPATH': str(ROOT)},
     capture_output=True,

@@ -1,4 +1,4 @@
-"""scripts/prepare_data.py: every kind of input, the same bytes whoever does the work."""
+"""scripts/prepare_data.py: all kinds of input, the same bytes for all process counts."""
 
 import contextlib
 import gzip
@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def options(**changes):
-  given = dict(
+  settings = dict(
     length=16,
     tokenizer='bytes',
     eos='',
@@ -31,7 +31,7 @@ def options(**changes):
     field='text',
     suffixes=(),
   )
-  return prepare.Options(**given | changes)
+  return prepare.Options(**settings | changes)
 
 
 def words(dice, low=0, high=40):
@@ -66,8 +66,8 @@ def content(out):
   return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def spelled(rows_R):
-  """Rows of bytes -> the documents that their stream spells, without the rows."""
+def decoded(rows_R):
+  """Rows of the tokenizer 'bytes' -> the documents in their stream, sorted."""
   stream = [int(rows_R[0]['tokens'][0])] if len(rows_R) else []
   for row in rows_R:
     stream += [int(t) for t, s in zip(row['tokens'][1:], row['segments'][1:]) if s]
@@ -75,8 +75,8 @@ def spelled(rows_R):
   return sorted(text.split(b'\0')[:-1])
 
 
-def test_rows_hold_every_token_as_a_target_once():
-  """Against a plain loop over the stream, for random documents, lengths and stretches."""
+def test_rows_have_every_token_as_a_target_once():
+  """Against a plain loop over the stream, for random documents and lengths."""
   dice = np.random.default_rng(0)
   for _ in range(60):
     length = int(dice.integers(1, 12))
@@ -108,14 +108,14 @@ def test_rows_hold_every_token_as_a_target_once():
     assert rows_R['bytes'].sum() == pieces_N['bytes'][~first_N].sum()
 
 
-def test_batches_mask_what_belongs_to_another_document():
+def test_batches_mask_targets_in_another_document():
   dice = np.random.default_rng(1)
   pieces_N = np.zeros(50, packing.TOKEN)
   pieces_N['token'] = np.arange(50)
   first_N = dice.random(50) < 0.2
   first_N[0] = True
   rows_R = packing.cut(pieces_N, first_N, 7, row=shards.layout(8, 100), pad=99)
-  rows_R['weights'] = 1.0  # Segments alone must do.
+  rows_R['weights'] = 1.0  # The segments alone must mask.
   batch = shards.batch(rows_R)
   assert [(a.shape, str(a.dtype)) for a in batch] == [
     ((7, 8), dtype) for dtype in ['int32', 'int32', 'float32', 'int32', 'int32']
@@ -128,7 +128,7 @@ def test_batches_mask_what_belongs_to_another_document():
       assert batch.targets[r, t] == (at + 1 if real else 99)
 
 
-def test_every_kind_of_input_is_read_whole(tmp_path):
+def test_all_kinds_of_input_are_read_completely(tmp_path):
   dice = random.Random(3)
   texts = {
     kind: [words(dice, 1) for _ in range(12)] for kind in ('txt', 'c', 'l', 'z', 'q')
@@ -153,21 +153,21 @@ def test_every_kind_of_input_is_read_whole(tmp_path):
 
   out = tmp_path / 'out'
   manifest = prepare.run(str(out), domains, options(suffixes=('.c', '.txt')), processes=1)
-  for domain, wanted in expected.items():
-    found = []
+  for domain, written in expected.items():
+    read = []
     for split in shards.SPLITS:
       portion = manifest.splits[split][domain]
       rows_R = rows(out, split, domain)
       assert len(rows_R) == portion.rows
       assert (rows_R['weights'] > 0).sum() == portion.tokens
       assert rows_R['bytes'].sum() == portion.bytes
-      found += spelled(rows_R)
-      assert portion.documents == len(spelled(rows_R))
-    assert sorted(found) == sorted(text.encode() for text in wanted)
+      read += decoded(rows_R)
+      assert portion.documents == len(decoded(rows_R))
+    assert sorted(read) == sorted(text.encode() for text in written)
   assert not (out / prepare.WORK).exists()
 
 
-def test_large_files_are_cut_without_losing_a_line(tmp_path, monkeypatch):
+def test_a_large_file_is_split_without_losing_a_line(tmp_path, monkeypatch):
   dice = random.Random(4)
   texts = [words(dice, 0, 60) for _ in range(300)]
   path = tmp_path / 'l.jsonl'
@@ -190,10 +190,10 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path, monkeypatch):
   dice = random.Random(5)
   write_lines(tmp_path / 'l.jsonl', [words(dice, 1, 80) for _ in range(400)])
   domains = {'d': [str(tmp_path / 'l.jsonl')]}
-  given = options(tokenizer='bpe:270')
-  prepare.run(str(tmp_path / 'one'), domains, given, processes=1)
-  prepare.run(str(tmp_path / 'two'), domains, given, processes=2)
-  # Nor does it depend on how the input was cut.
+  settings = options(tokenizer='bpe:270')
+  prepare.run(str(tmp_path / 'one'), domains, settings, processes=1)
+  prepare.run(str(tmp_path / 'two'), domains, settings, processes=2)
+  # The bytes do not depend on the units either.
   monkeypatch.setattr(sources, 'UNIT', 3000)
   prepare.run(str(tmp_path / 'cut'), domains, options(tokenizer='bytes'), processes=1)
   monkeypatch.undo()
@@ -203,7 +203,7 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path, monkeypatch):
   assert cut.pop('manifest.json') and whole.pop('manifest.json') and cut == whole
 
 
-def test_a_killed_try_is_taken_up_and_damage_is_not(tmp_path, monkeypatch):
+def test_a_restarted_call_reuses_intact_files_alone(tmp_path, monkeypatch):
   dice = random.Random(6)
   write_lines(tmp_path / 'l.jsonl', [words(dice, 1, 80) for _ in range(200)])
   domains = {'d': [str(tmp_path / 'l.jsonl')]}
@@ -213,7 +213,7 @@ def test_a_killed_try_is_taken_up_and_damage_is_not(tmp_path, monkeypatch):
   out = tmp_path / 'out'
 
   def run(*, units, shard_files):
-    """Dies when it is to write more than so many -> what it wrote."""
+    """Prepares until so many files are written -> the written units and shards."""
     written = {'write_unit': [], 'write_shard': []}
     limits = {'write_unit': units, 'write_shard': shard_files}
 
@@ -244,15 +244,15 @@ def test_a_killed_try_is_taken_up_and_damage_is_not(tmp_path, monkeypatch):
   assert first in units and second not in units
   assert not (out / 'manifest.json').exists()
   damage(shard)
-  (out / 'd-train-00000-of-00099.array_record').write_bytes(b'of other options')
-  (out / '.manifest.json.0a1b2c3d.partial').write_bytes(b'of a try that was killed')
+  (out / 'd-train-00000-of-00099.array_record').write_bytes(b'other options')
+  (out / '.manifest.json.0a1b2c3d.partial').write_bytes(b'a killed call')
   units, rest = run(units=99, shard_files=99)
   assert not units and shard in rest and another not in rest
   assert content(out) == content(tmp_path / 'straight')
 
 
 @pytest.mark.slow
-def test_a_real_kill_leaves_no_orphan_and_the_rerun_the_same_bytes(tmp_path):
+def test_sigkill_leaves_no_worker_and_a_rerun_gives_the_same_bytes(tmp_path):
   dice = random.Random(7)
   write_lines(tmp_path / 'l.jsonl', [words(dice, 100, 3000) for _ in range(4000)])
 
@@ -290,7 +290,7 @@ def test_a_real_kill_leaves_no_orphan_and_the_rerun_the_same_bytes(tmp_path):
   assert content(tmp_path / 'out') == content(tmp_path / 'straight')
 
 
-def test_a_finished_dataset_is_kept_and_never_overwritten(tmp_path):
+def test_a_complete_dataset_is_never_overwritten(tmp_path):
   (tmp_path / 'a.txt').write_text('some words ' * 50)
   (tmp_path / 'b.txt').write_text('other words ' * 50)
   out = str(tmp_path / 'out')
@@ -311,18 +311,18 @@ def test_a_finished_dataset_is_kept_and_never_overwritten(tmp_path):
   assert content(tmp_path / 'out') == before
 
 
-def test_seed_moves_documents_but_not_between_splits(tmp_path):
+def test_the_seed_moves_documents_within_their_split(tmp_path):
   dice = random.Random(8)
   write_lines(tmp_path / 'l.jsonl', [words(dice, 5, 30) for _ in range(100)])
   domains = {'d': [str(tmp_path / 'l.jsonl')]}
-  found = []
+  splits = []
   for seed in (0, 1):
     out = tmp_path / str(seed)
     manifest = prepare.run(str(out), domains, options(seed=seed), processes=1)
     assert 5 < manifest.splits['heldout']['d'].documents < 40
-    found.append([rows(out, split, 'd') for split in shards.SPLITS])
-  for a, b in zip(*found):
-    assert spelled(a) == spelled(b) and a.tobytes() != b.tobytes()
+    splits.append([rows(out, split, 'd') for split in shards.SPLITS])
+  for a, b in zip(*splits):
+    assert decoded(a) == decoded(b) and a.tobytes() != b.tobytes()
 
 
 def test_bos_makes_the_first_token_a_target(tmp_path):
@@ -342,13 +342,13 @@ def test_bos_makes_the_first_token_a_target(tmp_path):
   assert counts == {False: (2 * 3, 2 * 2), True: (2 * 4, 2 * 3)}
 
 
-def test_the_dataset_brings_its_own_tokenizer(tmp_path):
+def test_a_dataset_includes_its_tokenizer(tmp_path):
   path = tmp_path / 'mine.json'
   token = tokenizer.train_bpe(['some words to learn'] * 3, 262, str(path))
   (tmp_path / 'a.txt').write_text('some words to read')
   out = str(tmp_path / 'out')
-  given = options(tokenizer=str(path), heldout=0, length=4)
-  manifest = prepare.run(out, {'d': [str(tmp_path / 'a.txt')]}, given, processes=1)
+  settings = options(tokenizer=str(path), heldout=0, length=4)
+  manifest = prepare.run(out, {'d': [str(tmp_path / 'a.txt')]}, settings, processes=1)
   path.unlink()
   assert shards.open_tokenizer(out, manifest).fingerprint == token.fingerprint
 
@@ -371,7 +371,7 @@ def test_the_dataset_brings_its_own_tokenizer(tmp_path):
     ({'d': ['bad.parquet']}, {}, 'bad.parquet.*not a Parquet'),
     ({'d': ['good.txt']}, {'tokenizer': 'words'}, "--tokenizer.*'words'.*allowed"),
     ({'d': ['good.txt']}, {'tokenizer': 'bpe:9'}, '--tokenizer=bpe:9.*257'),
-    ({'d': ['good.txt']}, {'length': 0}, '--length=0, but 1 to'),
+    ({'d': ['good.txt']}, {'length': 0}, '--length=0, but it must be at least 1'),
     ({'d': ['good.txt']}, {'heldout': 1.0}, '--heldout=1.0'),
     ({'d': ['good.txt']}, {'shard_rows': 0}, '--shard_rows=0'),
   ],
@@ -397,7 +397,7 @@ def test_bad_input_is_refused_by_name(domains, changes, message, tmp_path, monke
   assert not (tmp_path / 'out' / 'manifest.json').exists()
 
 
-def test_the_command_tells_what_it_made_and_what_is_wrong(tmp_path):
+def test_the_command_prints_the_sizes_or_one_line_about_the_fault(tmp_path):
   (tmp_path / 'a.txt').write_text('words to read ' * 20)
 
   def run(*flags):

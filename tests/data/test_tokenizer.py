@@ -1,4 +1,4 @@
-"""Tokenizers: every kind spells text out, counts bytes, and forges no control token."""
+"""Tokenizers: exact texts and bytes per token, and no control token from a text."""
 
 import random
 import subprocess
@@ -13,7 +13,7 @@ ALPHABET = 'abc xyz\n\t  0123éß日本語😀\u0301\u200b\x00\x7f\u2028<|>'
 
 
 def texts(seed, count=200):
-  """Random texts, and some that were trouble to somebody once."""
+  """Random texts, and some that are known to cause trouble."""
   dice = random.Random(seed)
   yield from ['a', ' ', '\n\n', '日', '😀', 'a\r\nb', 'x' * 300, tokenizer.END, '</s><s>']
   for _ in range(count):
@@ -62,32 +62,32 @@ def test_the_bytes_of_tokens_sum_to_the_bytes_of_the_text(token):
 
 
 @pytest.mark.parametrize('kind', ['bytes', 'bpe'])
-def test_bytes_and_byte_level_bpe_give_every_text_back(kind, request):
+def test_bytes_and_byte_level_bpe_decode_to_the_exact_text(kind, request):
   token = tokenizer.load('bytes') if kind == 'bytes' else request.getfixturevalue(kind)
   for text in texts(3):
     ids_N, _ = token.encode(text)
     assert token.decode(ids_N) == text.encode()
     assert token.decode([*ids_N, token.eos]) == text.encode()
-    # Cut anywhere, the parts still make the whole.
+    # Decoded parts join to the whole.
     cut = len(ids_N) // 2
     assert token.decode(ids_N[:cut]) + token.decode(ids_N[cut:]) == text.encode()
 
 
-def test_sentencepiece_gives_its_own_text_back(piece):
+def test_sentencepiece_decodes_a_text_of_its_training(piece):
   ids_N, bytes_N = piece.encode('the cat wörter 日本語')
   assert piece.decode(ids_N) == 'the cat wörter 日本語'.encode()
   for i in range(1, len(ids_N)):
     assert len(piece.decode(ids_N[:i])) == bytes_N[:i].sum()
 
 
-def test_no_text_spells_a_control_token(token):
+def test_no_text_produces_a_control_token(token):
   for text in [f'a{tokenizer.END}b', '<s>a</s>', tokenizer.END * 3]:
     ids_N, bytes_N = token.encode(text)
     assert token.eos not in ids_N and token.bos not in ids_N
     assert bytes_N.sum() == len(text.encode())
 
 
-def test_an_end_of_text_that_text_can_spell_is_refused(bpe, tmp_path):
+def test_an_end_of_text_that_a_text_can_produce_is_refused(bpe, tmp_path):
   import tokenizers
 
   model = tokenizers.Tokenizer.from_file(bpe.path)
@@ -109,7 +109,7 @@ def test_training_twice_gives_the_same_file(bpe, tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ['again.json']
 
 
-def test_a_fingerprint_tells_vocabularies_and_ends_of_text_apart(bpe, piece):
+def test_fingerprints_differ_by_vocabulary_and_end_of_text(bpe, piece):
   other = tokenizer.load(bpe.path, eos='a')
   prints = [t.fingerprint for t in (tokenizer.load('bytes'), bpe, piece, other)]
   assert len(set(prints)) == 4
@@ -118,14 +118,14 @@ def test_a_fingerprint_tells_vocabularies_and_ends_of_text_apart(bpe, piece):
 
 @pytest.mark.parametrize('suffix', ['.json', '.model'])
 @pytest.mark.parametrize('content', [b'', b'{', b'{}', b'[1]', b'\xff\x00junk'])
-def test_a_malformed_file_is_refused_by_its_path(suffix, content, tmp_path):
+def test_a_malformed_file_is_refused_by_path(suffix, content, tmp_path):
   path = tmp_path / f'odd{suffix}'
   path.write_bytes(content)
   with pytest.raises(ValueError, match=f'odd{suffix}'):
     tokenizer.load(str(path))
 
 
-def test_what_is_no_tokenizer_is_refused(tmp_path, bpe, monkeypatch):
+def test_an_unusable_tokenizer_is_refused(tmp_path, bpe, monkeypatch):
   with pytest.raises(ValueError, match="allowed are 'bytes'"):
     tokenizer.load('words')
   with pytest.raises(ValueError, match='no such file'):
@@ -137,9 +137,9 @@ def test_what_is_no_tokenizer_is_refused(tmp_path, bpe, monkeypatch):
     tokenizer.load(bpe.path)
 
 
-def test_too_small_or_too_large_a_bpe_is_refused(tmp_path):
+def test_an_impossible_size_of_a_bpe_is_refused(tmp_path):
   path = str(tmp_path / 'tokenizer.json')
-  with pytest.raises(ValueError, match='257 are the least'):
+  with pytest.raises(ValueError, match='256 tokens, but 257 to'):
     tokenizer.train_bpe(['text'], 256, path)
   with pytest.raises(ValueError, match='yields only'):
     tokenizer.train_bpe(['text'], 1000, path)

@@ -1,0 +1,62 @@
+"""Folders in the cache: one process fills a folder, the others wait and read it."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Generator
+
+log = logging.getLogger(__name__)
+
+
+def default() -> str:
+  """The cache folder: in XDG_CACHE_HOME, or in the platform's folder for caches."""
+  home = '~/Library/Caches' if sys.platform == 'darwin' else '~/.cache'
+  base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser(home)
+  return os.path.join(base, 'gated')
+
+
+def make(
+  folder: str, is_complete: Callable[[], bool], fill: Callable[[str], None]
+) -> None:
+  """Makes a folder unless it `is_complete`: `fill` writes a draft, then it is renamed."""
+  if is_complete():
+    return
+  cache, name = os.path.split(folder)
+  os.makedirs(cache, exist_ok=True)
+  with _lock(os.path.join(cache, f'.{name}.lock')) as locked:
+    if is_complete():
+      return
+    # Only the process with the lock may resume an interrupted draft.
+    draft = os.path.join(cache, f'.{name}.partial')
+    if not locked:
+      draft = tempfile.mkdtemp(prefix=f'.{name}.', dir=cache)
+    os.makedirs(draft, exist_ok=True)
+    fill(draft)
+    if not is_complete():
+      shutil.rmtree(folder, ignore_errors=True)  # A damaged folder, without manifest.
+    try:
+      os.rename(draft, folder)
+    except OSError:
+      if not is_complete():
+        raise
+      shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(path: str) -> Generator[bool, None, None]:
+  """Waits for the lock file; yields whether it is locked: some file systems cannot."""
+  with open(path, 'w') as file:
+    try:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        log.info('waiting for the process that locks %s', path)
+        fcntl.flock(file, fcntl.LOCK_EX)
+      locked = True
+    except OSError:
+      locked = False
+    yield locked
