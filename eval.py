@@ -2,10 +2,12 @@
 
   python eval.py --workdir=runs/tiny-elementwise-1a2b3c4d --step=best
   python eval.py --workdir=Qwen3-0.6B --data=DIR --length=4096
+  python eval.py --workdir=runs/demo --prompt="def fib(" --max_tokens=64
 
 Prints a table of held-out loss by domain, beside two yardsticks on the same text, and as
 its last line the report as JSON, which it also writes to WORKDIR/eval/STEP.json. Nothing
-is written to a Hugging Face folder. Exit code 2: refused.
+is written to a Hugging Face folder. With --prompt it prints the prompt and how the model
+continues it instead. Exit code 2: refused.
 """
 
 import logging
@@ -45,6 +47,8 @@ _BIGRAM_ROWS = flags.DEFINE_integer(
 _XZ_BYTES = flags.DEFINE_integer(
   'xz_bytes', 1 << 26, 'Bytes of each domain that xz compresses; 0 for all.'
 )
+_MEASURES = ('data', 'length', 'tokenizer', 'rows', 'batch', 'bigram_rows', 'xz_bytes')
+_GENERATION = evals.define(flags, excludes=_MEASURES)
 _PROCESSES = processes.define(flags)
 
 LOWEST = dict(rows=0, xz_bytes=0, batch=1, bigram_rows=1, length=0)
@@ -169,8 +173,14 @@ def parse(argv: list[str]) -> list[str]:
 def main(argv: list[str]) -> int:
   logging.basicConfig(format='%(message)s', level=logging.WARNING, force=True)
   try:
+    prompts, options = _GENERATION()
     peer_timeout = base.get_config().stability.peer_timeout
     processes.start(**_PROCESSES(), peer_timeout=peer_timeout)
+    if prompts:
+      texts = _load(_WORKDIR.value).generate(prompts, **options)
+      if jax.process_index() == 0:
+        print(*map(''.join, zip(prompts, texts)), sep='\n\n')
+      return exit_codes.FINISHED
     report = run(_WORKDIR.value)
   except (ValueError, NotImplementedError) as error:
     print(f'eval.py: {error}', file=sys.stderr)

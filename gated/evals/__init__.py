@@ -1,12 +1,17 @@
-"""How good a model is: perplexity and bits per byte by domain, beside two yardsticks."""
+"""How good a model is: held-out loss beside two yardsticks, and texts it continues."""
 
+from gated.evals import generate
 from gated.evals.heldout import Config, perplexity, summarize, table
 from gated.evals.report import measure_yardsticks
+from gated.evals.sampling import Sampling, define
 from gated.evals.yardsticks import Bigram, xz
 
 __all__ = [
   'Bigram',
   'Config',
+  'Sampling',
+  'define',
+  'generate',
   'measure_yardsticks',
   'perplexity',
   'summarize',

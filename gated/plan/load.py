@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gated import config, data, hf, model, storage
+from gated import config, data, evals, hf, model, storage
 from gated.data import tokenizer
 from gated.devices import mesh
 from gated.plan.plan import evaluate_step, exact, reading
@@ -133,6 +133,22 @@ class Loaded:
     batch, count = self._batch(self._tokens(text))
     score = self._run(gates.scores)(self.model, batch)
     return np.moveaxis(np.asarray(score[:, 0, :count]), 1, 2)
+
+  def generate(self, prompts: Sequence[Text], **options: Any) -> list[Any]:
+    """Prompts -> continuations: strings of strings, arrays of token ids.
+
+    The options are the fields of `evals.Sampling`: max_tokens, temperature, top_k, top_p,
+    stop, seed. ValueError names a prompt or an option that is wrong.
+    """
+    return evals.generate.texts(
+      prompts,
+      evals.Sampling(**options),
+      cfg=self.cfg,
+      read_model=lambda: self.model,
+      on=self.mesh,
+      read_tokenizer=lambda: self.tokenizer,
+      context=self.config['data']['length'] if self.about else 0,
+    )
 
   @functools.cached_property
   def _evaluate(self) -> Any:
