@@ -3,7 +3,7 @@
 B batch  T tokens  N tokens of a text.
 """
 
-import functools
+import dataclasses
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ import numpy as np
 from gated.data import mixture, shards, tokenizer, workers
 from gated.data.shards import Batch
 
-THREADS = 4  # Readers per process; one thread reads a whole batch.
+THREADS = 4  # Readers per process; each reads whole batches.
 
 
 class Corpus:
@@ -30,10 +30,9 @@ class Corpus:
     workers: int,
     prefetch: int,
   ):
-    self._parts, self._batch, self._seed = tuple(parts), batch, seed
+    self._parts, self._batch = tuple(parts), batch
     self._workers, self._prefetch = workers, prefetch
     manifest = parts[0].manifest
-    self.length = manifest.length
     self.tokenizer = shards.open_tokenizer(parts[0].directory, manifest)
     self.vocab = self.tokenizer.vocab
     self._row = manifest.row
@@ -50,7 +49,7 @@ class Corpus:
     theirs = tokenizer.load(str(path), eos=ours.eos_token if ours.path else '')
     if theirs.fingerprint != ours.fingerprint:
       raise ValueError(
-        f'the data is of the tokenizer {ours.name!r}, not of {path}: make it with python '
+        f'the data has the tokenizer {ours.name!r}, not {path}: prepare it with python '
         f'scripts/prepare_data.py --tokenizer={path} ...'
       )
 
@@ -64,28 +63,23 @@ class Corpus:
     rows = [int(i) for i in rows]
     if not rows or not all(0 <= i < self._batch for i in rows):
       raise ValueError(f'rows={rows}, but they must lie in [0, {self._batch})')
-    steps = _Steps(
-      self._records, first=data_step * self._batch, batch=self._batch, rows=rows
-    )
-    dataset = grain.MapDataset.source(steps).batch(
-      len(rows), batch_fn=functools.partial(_parse_batch, self._row)
-    )
+    batches: Any = _Batches(self._records, self._row, data_step, self._batch, rows)
     ahead = self._prefetch
     options = grain.ReadOptions(
       num_threads=min(THREADS, ahead), prefetch_buffer_size=ahead
     )
-    dataset = dataset.to_iter_dataset(options)
-    if self._workers:
-      # Workers take whole batches in turn, so their number does not change the order.
-      dataset = dataset.mp_prefetch(
-        grain.multiprocessing.MultiprocessingOptions(
-          num_workers=self._workers, per_worker_buffer_size=ahead
-        ),
-        worker_init_fn=workers.die_with_parent,
-      )
-      # Copy the batches out of the memory shared with the workers.
-      return (Batch(*(np.array(x) for x in batch)) for batch in dataset)
-    return iter(dataset)
+    dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
+    if not self._workers:
+      return iter(dataset)
+    # Workers take batches in turn, so their number does not change the order.
+    dataset = dataset.mp_prefetch(
+      grain.multiprocessing.MultiprocessingOptions(
+        num_workers=self._workers, per_worker_buffer_size=ahead
+      ),
+      worker_init_fn=workers.die_with_parent,
+    )
+    # Copy the batches out of the memory shared with the workers.
+    return (Batch(*map(np.array, batch)) for batch in dataset)
 
   def row(self, g: int) -> np.void:
     """The stored row with global index g; its fields are those of shards.layout."""
@@ -103,10 +97,6 @@ class Corpus:
       ids.append([self._parts[i].label, shard.file, record])
     return ids
 
-  def heldout_rows(self, domain: str) -> int:
-    part, name = self._heldout[domain]
-    return part.portions('heldout')[name].rows
-
   def heldout(
     self, domain: str, *, batch: int, rows: Sequence[int], limit: int
   ) -> Iterator[tuple[Batch, np.ndarray]]:
@@ -115,34 +105,24 @@ class Corpus:
     bytes_B counts the text bytes of a row's targets. Each batch holds only the in-batch
     indices `rows`; the last one is padded with rows of weight 0.
     """
-    for first in range(0, self._limit(domain, limit), batch):
-      rows_B = self._heldout_block(domain, [first + i for i in rows], limit)
+    part, name = self._heldout[domain]
+    portion = part.portions('heldout')[name]
+    source, stop = part.source(portion.shards), min(limit or portion.rows, portion.rows)
+    padding = np.zeros((), self._row)
+    padding['tokens'] = self.tokenizer.eos
+    for first in range(0, stop, batch):
+      indices = [first + i for i in rows]
+      records = [source[i] if i < stop else padding.tobytes() for i in indices]
+      rows_B = shards.parse(records, self._row)
       yield shards.batch(rows_B), rows_B['bytes'].astype(np.int64)
 
   def heldout_text(self, domain: str, limit: int) -> bytes:
     """The text of the targets in the first `limit` held-out rows (0 is all)."""
-    pieces = []
-    for i in range(self._limit(domain, limit)):
-      row = shards.batch(self._heldout_block(domain, [i], limit))
+    pieces = [np.zeros(0, np.int32)]
+    for row, _ in self.heldout(domain, batch=1, rows=[0], limit=limit):
       ids_N = row.targets[row.weights > 0]
       pieces.append(ids_N[ids_N != self.tokenizer.eos])
-    return self.tokenizer.decode(np.concatenate([np.zeros(0, np.int32), *pieces]))
-
-  def _limit(self, domain: str, limit: int) -> int:
-    rows = self.heldout_rows(domain)
-    return min(limit, rows) if limit else rows
-
-  def _heldout_block(self, domain: str, indices: list[int], limit: int) -> np.ndarray:
-    source, stop = self._heldout_source(domain), self._limit(domain, limit)
-    blank = np.zeros((), self._row)
-    blank['tokens'] = self.tokenizer.eos
-    records = [source[i] if i < stop else blank.tobytes() for i in indices]
-    return shards.parse(records, self._row)
-
-  @functools.cache  # noqa: B019
-  def _heldout_source(self, domain: str) -> Any:
-    part, name = self._heldout[domain]
-    return part.source(part.portions('heldout')[name].shards)
+    return self.tokenizer.decode(np.concatenate(pieces))
 
 
 class _Records:
@@ -177,20 +157,21 @@ def _order(part: mixture.Part, seed: int) -> Any:
   return indices.shuffle(seed=int.from_bytes(digest[:4], 'big')).repeat()
 
 
-class _Steps:
-  """A data source of one host's rows, batch after batch."""
+@dataclasses.dataclass
+class _Batches:
+  """A data source of one host's batches, from a step on."""
 
-  def __init__(self, records: Any, *, first: int, batch: int, rows: list[int]):
-    self._records, self._first, self._batch, self._rows = records, first, batch, rows
+  records: _Records
+  row: np.dtype
+  step: int  # The first one.
+  batch: int
+  rows: list[int]  # In-batch indices of this host.
 
   def __len__(self) -> int:
     # Practically endless, and small enough that grain can round it up.
-    return (sys.maxsize >> 1) // self._batch * len(self._rows) - self._first
+    return sys.maxsize >> 1
 
-  def __getitem__(self, index: int) -> bytes:
-    step, i = divmod(int(index), len(self._rows))
-    return self._records[self._first + step * self._batch + self._rows[i]]
-
-
-def _parse_batch(row: np.dtype, records: Sequence[bytes]) -> Batch:
-  return shards.batch(shards.parse(records, row))
+  def __getitem__(self, index: int) -> Batch:
+    first = (self.step + int(index)) * self.batch
+    records = (self.records[first + i] for i in self.rows)
+    return shards.batch(shards.parse(records, self.row))

@@ -127,7 +127,7 @@ def _build(out: str, paths: dict[str, str], length: int, spec: str) -> None:
     packing.write_unit(
       path, documents[domain], token, seed=SEED, heldout=HELDOUT, bos=False
     )
-  manifest = packing.pack(
+  packing.pack(
     out,
     units,
     token,
@@ -139,7 +139,6 @@ def _build(out: str, paths: dict[str, str], length: int, spec: str) -> None:
     run=lambda function, jobs, label: list(map(function, jobs)),
   )
   shutil.rmtree(work)
-  shards.write_manifest(out, manifest)
   log.info('built the embedded corpus in %.0f s', time.monotonic() - began)
 
 

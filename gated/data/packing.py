@@ -125,9 +125,10 @@ def pack(
   work: str,
   run: Run,
 ) -> shards.Manifest:
-  """Units by domain -> shards and tokenizer in `out`, and the unwritten manifest.
+  """Units by domain -> shards, tokenizer and manifest in `out`.
 
-  Reuses the complete shards of an interrupted call, as recorded in `work`.
+  Reuses the complete shards of an interrupted call, as recorded in `work`. ValueError if
+  no training row can be made.
   """
   jobs: list[_Job] = []
   portions = {}  # (split, domain) -> documents, shards.
@@ -159,7 +160,9 @@ def pack(
       bytes=sum(note['bytes'] for note in own),
       segments=max((note['segments'] for note in own), default=0),
     )
-  return shards.Manifest(
+  if not any(portion.rows for portion in splits['train'].values()):
+    raise ValueError('the input has too little text for a training row')
+  manifest = shards.Manifest(
     format=shards.FORMAT,
     length=length,
     seed=seed,
@@ -167,6 +170,8 @@ def pack(
     made=made,
     splits=splits,
   )
+  shards.write_manifest(out, manifest)
+  return manifest
 
 
 def _copy_tokenizer(out: str, token: tokenizer.Tokenizer) -> shards.Vocabulary:

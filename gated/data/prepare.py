@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import tqdm
 
@@ -75,10 +75,11 @@ def run(
       'last, with gcloud storage cp -r or aws s3 cp --recursive'
     )
   units = _survey(domains, options)
-  fixed = None if BPE.fullmatch(options.tokenizer) else _load(options)
+  token = None if BPE.fullmatch(options.tokenizer) else _load(options)
   made = dataclasses.asdict(options) | {'suffixes': sorted(options.suffixes)}
   # The rows depend on the content of a tokenizer, not on its path.
-  made['tokenizer'] = fixed.fingerprint if fixed else options.tokenizer
+  made['tokenizer'] = token.fingerprint if token else options.tokenizer
+  work = os.path.join(out, WORK)
   with _pool(processes) as pool:
     digests = {
       domain: pool(sources.digest, own, f'reading {domain}')
@@ -90,14 +91,22 @@ def run(
     }
     manifest = _existing(out, made)
     if not manifest:
-      work = os.path.join(out, WORK)
-      os.makedirs(work, exist_ok=True)
-      token = fixed or _train_bpe(work, units, digests, options)
-      jobs = _jobs(work, units, digests, token, options)
-      pool(_tokenize, [job for own in jobs.values() for job in own], 'tokenizing')
+      token = token or _train_bpe(work, units, options)
+      # A digest covers the names of the files, so equal paths mean equal units.
+      settings = [token.fingerprint, options.heldout, options.seed, options.bos]
+      path = lambda digest: f'{work}/{config.digest([digest, settings])[:24]}.unit'
+      paths = {
+        domain: [path(digest) for digest in own] for domain, own in digests.items()
+      }
+      spec = token.path or token.name
+      tokenize = functools.partial(
+        _tokenize, spec=spec, eos=token.eos_token, options=options
+      )
+      for domain, own in units.items():
+        pool(tokenize, list(zip(own, paths[domain])), f'tokenizing {domain}')
       manifest = packing.pack(
         out,
-        {domain: [job.path for job in own] for domain, own in jobs.items()},
+        paths,
         token,
         length=options.length,
         seed=options.seed,
@@ -106,9 +115,6 @@ def run(
         work=work,
         run=pool,
       )
-      if not any(portion.rows for portion in manifest.splits['train'].values()):
-        raise ValueError('--domain: the input has too little text for a training row')
-      shards.write_manifest(out, manifest)
   _clean(out, manifest)
   return manifest
 
@@ -167,13 +173,9 @@ def _load(options: Options) -> tokenizer.Tokenizer:
 
 
 def _train_bpe(
-  work: str, units: dict[str, list], digests: dict[str, list], options: Options
+  work: str, units: dict[str, list], options: Options
 ) -> tokenizer.Tokenizer:
   """A BPE of the first training documents of every unit, SAMPLE bytes in total."""
-  folder = os.path.join(work, f'bpe-{_key(digests, dataclasses.asdict(options))}')
-  path = os.path.join(folder, 'tokenizer.json')
-  if os.path.isfile(path):
-    return tokenizer.load(path, eos=tokenizer.END)
   pooled = [unit for own in units.values() for unit in own]
 
   def texts() -> Iterator[str]:
@@ -187,60 +189,30 @@ def _train_bpe(
           yield text
 
   log.info('training a BPE')
+  size, path = int(options.tokenizer.removeprefix('bpe:')), f'{work}/tokenizer.json'
   try:
-    size = int(options.tokenizer.removeprefix('bpe:'))
     return tokenizer.train_bpe(texts(), size, path)
   except ValueError as error:
     raise ValueError(f'--tokenizer={options.tokenizer}: {error}') from error
 
 
-class _Job(NamedTuple):
-  """A unit of input, and the unit of tokens to make from it."""
-
-  unit: sources.Unit
-  path: str
-  spec: str
-  eos: str
-  options: Options
-
-
-def _jobs(
-  work: str,
-  units: dict[str, list],
-  digests: dict[str, list],
-  token: tokenizer.Tokenizer,
-  options: Options,
-) -> dict[str, list[_Job]]:
-  spec = token.path or token.name
-  settings = [token.fingerprint, options.heldout, options.seed, options.bos]
-  # A digest covers the names of the files, so equal paths mean equal units.
-  path = lambda digest: os.path.join(work, f'{_key(digest, settings)}.unit')
-  return {
-    domain: [
-      _Job(unit, path(digest), spec, token.eos_token, options)
-      for unit, digest in zip(own, digests[domain])
-    ]
-    for domain, own in units.items()
-  }
-
-
-def _tokenize(job: _Job) -> None:
-  if not packing.unit_is_complete(job.path):
-    packing.write_unit(
-      job.path,
-      sources.documents(job.unit),
-      _cached(job.spec, eos=job.eos),
-      seed=job.options.seed,
-      heldout=job.options.heldout,
-      bos=job.options.bos,
-    )
-
-
 _cached = functools.cache(tokenizer.load)
 
 
-def _key(*content: Any) -> str:
-  return config.digest(content)[:24]
+def _tokenize(
+  job: tuple[sources.Unit, str], *, spec: str, eos: str, options: Options
+) -> None:
+  """Writes a unit of tokens, unless an interrupted call has finished it."""
+  unit, path = job
+  if not packing.unit_is_complete(path):
+    packing.write_unit(
+      path,
+      sources.documents(unit),
+      _cached(spec, eos=eos),
+      seed=options.seed,
+      heldout=options.heldout,
+      bos=options.bos,
+    )
 
 
 @contextlib.contextmanager
@@ -260,9 +232,7 @@ def _pool(processes: int) -> Generator[packing.Run, None, None]:
     executor.shutdown(cancel_futures=True)
 
 
-def _run(
-  mapper: Callable, function: Callable[[Any], Any], jobs: Sequence[Any], label: str
-) -> list:
+def _run(mapper: Callable, function: Callable, jobs: Sequence[Any], label: str) -> list:
   """A Run that shows a progress bar."""
   results = mapper(function, jobs)
   return list(tqdm.tqdm(results, label, len(jobs), unit='unit', disable=None))

@@ -109,7 +109,7 @@ def test_the_tokenizer_of_imported_weights_must_be_that_of_the_data(tmp_path, ca
   bytes_corpus.check_tokenizer = lambda path: data.Corpus.check_tokenizer(
     bytes_corpus, path
   )
-  with pytest.raises(ValueError, match=r"the data is of the tokenizer 'bytes', not of"):
+  with pytest.raises(ValueError, match=r"the data has the tokenizer 'bytes', not"):
     weights.find(str(folder), placed(), bytes_corpus)
   bytes_corpus.tokenizer = tokenizer.load(str(folder / 'tokenizer.json'))
   assert weights.find(str(folder), placed(), bytes_corpus).step is None
