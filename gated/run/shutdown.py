@@ -68,22 +68,19 @@ def exit_code(train: Callable[[], int], path: storage.Path, *, program: str) -> 
     code = train()
     workdir.conclude(path, code, exit_codes.MEANING[code])
     return code
-  except tuple(CODES) as error:
-    print(f'{program}: {error}', file=sys.stderr)
-    code = CODES[type(error)]
+  except Exception as error:
+    full = storage.is_full(error)
+    other = exit_codes.NOT_SAVED if full else exit_codes.FAILED
+    code = CODES.get(type(error), other)
     if code not in _FOREIGN:
       workdir.conclude(path, code, str(error))
+    if code == exit_codes.FAILED:
+      raise
+    place = f'--workdir={path} cannot be written: ' if full else ''
+    print(f'{program}: {place}{error}', file=sys.stderr)
     if not isinstance(error, _COLLECTIVE):
       exit_now(code)
     return code
-  except Exception as error:
-    full = storage.is_full(error)
-    code = exit_codes.NOT_SAVED if full else exit_codes.FAILED
-    workdir.conclude(path, code, str(error))
-    if not full:
-      raise
-    print(f'{program}: --workdir={path} cannot be written: {error}', file=sys.stderr)
-    exit_now(code)
 
 
 @contextlib.contextmanager

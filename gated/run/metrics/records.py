@@ -88,22 +88,16 @@ def last_step(path: storage.PathLike) -> int:
   return 0
 
 
-def truncate(path: storage.PathLike, step: int) -> int:
-  """Drops every record after `step` and a cut-off last line -> the bytes dropped.
-
-  `step` -1 empties the file; a missing file counts as empty.
-  """
-  dropped = 0
+def truncate(path: storage.PathLike, step: int) -> None:
+  """Drops every record after `step` and a cut-off last line; `step` -1 drops all."""
   for piece in _pieces(path):
     content = _read(piece)
-    lines = _lines(content)
-    kept = b''.join(text for text in lines if _decode(text, piece)['step'] <= step)
-    dropped += len(content) - len(kept)
+    lines = [x for x in _lines(content) if _decode(x, piece)['step'] <= step]
+    kept = b''.join(lines)
     if not kept and os.fspath(piece) != os.fspath(path):
       storage.remove(piece)
     elif kept != content:
       storage.write(piece, kept)
-  return dropped
 
 
 def append(path: storage.PathLike, record: Mapping[str, Any]) -> None:
