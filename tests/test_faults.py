@@ -1,4 +1,4 @@
-"""A few of the faults of `make faults`, which injects all of them, and more often."""
+"""Injects a few of the faults of `make faults`."""
 
 import pytest
 from faults import table, world
@@ -15,9 +15,9 @@ def bench(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize('row', ROWS, ids=lambda row: row.number)
 def test_a_run_survives(row, bench):
-  with bench.row(row.number) as here:
+  with bench.row(row.number) as space:
     try:
-      outcome = row.run(here, row.few)
+      outcome = row.run(space, row.few)
     except world.Skip as reason:
       pytest.skip(str(reason))
   assert outcome.lost == 'nothing'
@@ -25,14 +25,14 @@ def test_a_run_survives(row, bench):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_not_the_straight_one_is_told_from_it(bench):
-  """The judge itself: another seed, another step's bits, a file left behind."""
+def test_the_check_detects_differences_from_the_straight_run(bench):
+  """Another seed, different bits at a step, a leftover file."""
   straight, other = bench.straight(), bench.straight(seed=1)
   bench.check(straight.workdir, straight)
   with pytest.raises(AssertionError, match='24 train records'):
     bench.check(other.workdir, straight)
   alike = straight._replace(losses=other.losses, heldout=other.heldout)
-  with pytest.raises(AssertionError, match='other bits at step 24'):
+  with pytest.raises(AssertionError, match='different bits at step 24'):
     bench.check(other.workdir, alike)
   (other.workdir / 'checkpoints/4.orbax-checkpoint-tmp').mkdir()
   with pytest.raises(AssertionError, match='left behind'):

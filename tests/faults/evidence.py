@@ -1,4 +1,4 @@
-"""What a run leaves behind: its records, its steps, its files, and what it said."""
+"""The results of a run on disk: records, saved steps, files; and logged warnings."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ def digest(workdir: Path, step: int) -> str:
 
 
 def last_step(workdir: Path) -> int:
-  """The last step in metrics.jsonl, 0 where there is none; also of a run that goes on."""
+  """The last step in metrics.jsonl, also of a running run; 0 for none."""
   path = workdir / 'metrics.jsonl'
   return max((s for s, _ in losses(workdir)), default=0) if path.exists() else 0
 
@@ -41,14 +41,14 @@ def names(folder: Path) -> list[str]:
 
 
 def saved(workdir: Path) -> list[int]:
-  """The steps that are committed, in order; nothing of them is verified."""
+  """The committed steps, in order; they are not verified."""
   folder = workdir / 'checkpoints'
-  found = [int(n) for n in names(folder) if n.isdecimal() and n == str(int(n))]
-  return sorted(s for s in found if (folder / str(s) / 'manifest.json').exists())
+  numbers = [int(n) for n in names(folder) if n.isdecimal() and n == str(int(n))]
+  return sorted(s for s in numbers if (folder / str(s) / 'manifest.json').exists())
 
 
 def sessions(workdir: Path) -> list[dict]:
-  """What run.json says of each start of a run."""
+  """The sessions in run.json."""
   return json.loads((workdir / 'run.json').read_text())['sessions']
 
 
@@ -65,14 +65,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @contextlib.contextmanager
 def warnings() -> Generator[list[str]]:
-  """What this thread logs for `gated` meanwhile."""
-  told: list[str] = []
+  """Collects the messages that this thread logs for `gated`."""
+  messages: list[str] = []
   handler = logging.Handler()
-  handler.emit = lambda record: told.append(record.getMessage())
+  handler.emit = lambda record: messages.append(record.getMessage())
   handler.addFilter(lambda record: record.thread == threading.get_ident())
   log = logging.getLogger('gated')
   log.addHandler(handler)
   try:
-    yield told
+    yield messages
   finally:
     log.removeHandler(handler)

@@ -1,25 +1,25 @@
-"""train.py with a fault in it: the same command line, exit codes and files.
+"""train.py with faults: the same command line, exit codes and files.
 
   GATED_FAULT='{"do": "kill", "at": "renaming", "step": 8}' python tests/faults/faulty.py
 
-A fault of the host happens once, at a place of the run at a step:
+A fault of the host happens once, at a place and step of the run:
 
   do     kill    SIGKILL to itself                term   SIGTERM to itself
          stop    SIGSTOP to itself                sleep  for "seconds"
-         stall   waits for ever                   hold   likewise, keeping Python's lock
-         raise   OSError with "errno", the name of it: "ENOSPC"
+         stall   waits forever                    hold   the same, holding the GIL
+         raise   OSError with the number of "errno", such as "ENOSPC"
   at     one of AT, below
-  step   of the loop, or the one that is being saved
+  step   the step of the loop, or the one being saved
 
 A fault of the numbers acts inside the compiled step, at each of "steps": [first, last]:
 
   do     scale by "factor", nan, inf
-  what   loss (and so all gradients), gradients, updates, or parameters as the step begins
-  leaf   a part of the name of a leaf, for all but the loss; '' for all of them
-  by     'step', or 'data_step': then it is in the data, and no rollback meets it again
+  what   loss (and so all gradients), gradients, updates, or parameters before the step
+  leaf   a part of a leaf's name, not for the loss; '' for all leaves
+  by     'step', or 'data_step': then it belongs to the data, and a rollback skips it
 
-A step with such a fault compiled into it may differ in its last bits from one without,
-even where the fault does not act: compare it with one whose "steps" never come.
+A program with such a fault may differ from one without in the last bits, even at other
+steps: compare it with one whose "steps" never come.
 """
 
 import ctypes
@@ -48,22 +48,22 @@ from gated.run import checkpoint, recorder
 from gated.run.checkpoint import head, manifest, retention
 from gated.train import losses, optim, step
 
-# Where a fault of the host may happen, in the order of a save.
+# The places of faults of the host, in the order of a save.
 AT = (
-  'step',  # after a step was begun, before its metrics are read
-  'arrays',  # before Orbax is asked to write
-  'renaming',  # Orbax's temporary folder is whole, and not yet renamed
-  'renamed',  # the step's folder is there, without its manifest
-  'draft',  # the manifest's draft is written, and not yet in its place
-  'committed',  # the manifest is there, and head.json does not know it
+  'step',  # after a step is dispatched, before its metrics are read
+  'arrays',  # before Orbax writes
+  'renaming',  # Orbax's temporary folder is complete but not renamed
+  'renamed',  # the step's folder exists, without its manifest
+  'draft',  # the manifest's temporary file is written but not renamed
+  'committed',  # the manifest exists, and head.json is not updated
   'pruning',  # before the first of the old steps is removed
   'aside',  # an old step's folder was renamed to STEP.removed
-  'pruned',  # half of the files of that folder are gone
+  'pruned',  # half of the files of that folder are deleted
 )
 
 
 def act(fault: dict) -> None:
-  """Does once what a fault of the host is to do."""
+  """Carries out a fault of the host, once."""
   if fault.get('done'):
     return
   fault['done'] = True
@@ -86,7 +86,7 @@ def _stall(_) -> None:
 
 
 def _hold(_) -> None:
-  # A function of PyDLL is called without letting go of Python's lock.
+  # PyDLL calls a function without releasing the GIL.
   ctypes.PyDLL(None).sleep(1_000_000)
 
 
@@ -102,7 +102,7 @@ ACTS = {
 
 
 class Places:
-  """Calls the faults of the host at their places; `saving` is what is committed."""
+  """Carries out the faults of the host at their places; `saving` is the saved step."""
 
   def __init__(self, faults: list[dict]):
     self._faults, self.saving = faults, -1
@@ -115,7 +115,7 @@ class Places:
         act(fault)
 
   def patch(self) -> None:
-    """Puts the places into the code that a run goes through."""
+    """Patches the code of a run at the places."""
     self._before(recorder.Recorder, 'take', lambda _, n, *__: self.at('step', n))
     arrays = lambda _, folder, **__: self.at('arrays', _step(folder))
     self._before(ocp.AsyncCheckpointer, 'save', arrays)
@@ -127,7 +127,7 @@ class Places:
       return await finalize(path, *args, **options)
 
     atomicity.AtomicRenameTemporaryPath.finalize = finalized
-    # What follows is the commit's, in the background, beside the loop.
+    # The commit runs in the background, beside the loop.
     commit = lambda _, __, found: self._begin(found.step)
     self._before(checkpoint.Checkpoints, '_commit', commit)
     self._before(manifest, 'write', lambda *_: self.at('renamed'))
@@ -165,16 +165,16 @@ class Places:
 
 
 def _step(folder) -> int:
-  """The step that a folder is of: its own, or where it is staged for a store."""
+  """The step of a folder: its name, also where it is staged for a store."""
   return int(Path(folder).name.removeprefix('write-'))
 
 
 class Numbers:
-  """Puts faults of the numbers into the step, while it is traced."""
+  """Adds faults of the numbers to the step while it is traced."""
 
   def __init__(self, faults: list[dict]):
     self._faults = faults
-    self._now = {}  # The traced counters of the step that is being traced.
+    self._now = {}  # The counters of the step being traced.
     assert all(
       f['what'] in ('loss', 'gradients', 'updates', 'parameters') for f in faults
     )
@@ -182,22 +182,22 @@ class Numbers:
   def patch(self) -> None:
     if not self._faults:
       return
-    taken, lost, made = step.train, losses.total, optim.make
+    train_step, total_loss, make_optimizer = step.train, losses.total, optim.make
 
     def poisoned_train(state, batch, **options):
       self._now = {'step': state.step + 1, 'data_step': state.data_step + 1}
       model = self._poison('parameters', state.model)
-      return taken(dataclasses.replace(state, model=model), batch, **options)
+      return train_step(dataclasses.replace(state, model=model), batch, **options)
 
     def poisoned_loss(model, *args, **options):
       model = _leak(model, self._scales('gradients', model))
-      total, (terms, report) = lost(model, *args, **options)
+      total, (terms, report) = total_loss(model, *args, **options)
       factor = self._scales('loss', total)
       terms = terms | {'loss': terms['loss'] * factor}
       return total * factor, (terms, report)
 
     def poisoned_make(*args, **options):
-      tx = optax.with_extra_args_support(made(*args, **options))
+      tx = optax.with_extra_args_support(make_optimizer(*args, **options))
 
       def update(grads, state, params=None, **extra):
         updates, state = tx.update(grads, state, params, **extra)
@@ -213,7 +213,7 @@ class Numbers:
     )
 
   def _scales(self, what: str, tree):
-    """For each leaf what it is to be multiplied by: 1 where nothing acts on it."""
+    """The factor of each leaf: 1 without a fault."""
 
     def scale(path, _):
       factor = jnp.ones(())
@@ -239,7 +239,7 @@ NUMBERS = {
 
 @jax.custom_vjp
 def _leak(tree, scales):
-  """A tree as it is, whose gradients are multiplied by what `scales` says."""
+  """Returns the tree; its gradients are multiplied by `scales`."""
   return tree
 
 

@@ -1,4 +1,4 @@
-"""What a run's numbers are held to: its checkpoints, its ledger, and other histories."""
+"""The numbers of a run: its checkpoints, its events, and runs to compare with."""
 
 import shutil
 from pathlib import Path
@@ -14,27 +14,27 @@ from gated.run import metrics
 from gated.run.checkpoint import head
 from gated.run.events import read as read_events
 
-# What a skipped update changes, of all that is saved.
+# The saved values that a skipped update changes.
 COUNTERS = ('in_row', 'skipped', 'spikes', 'verdict', 'loss_zscore', 'grad_norm_zscore')
 RINGS = ('losses', 'norms', 'filled')
 
 
 def leaves(world: World, workdir: Path, step: int) -> dict[str, np.ndarray]:
   """All arrays of a saved step by name, on the host."""
-  found = trees.flatten(world.read(workdir, step))
-  return {name: np.asarray(leaf) for name, leaf in found.items()}
+  results = trees.flatten(world.read(workdir, step))
+  return {name: np.asarray(leaf) for name, leaf in results.items()}
 
 
 def trained(world: World, workdir: Path, step: int, *, rings: bool = True) -> str:
-  """A digest of what a step trains: not of what only counts the bad steps.
+  """A digest of the trained values of a saved step, without the counters of bad steps.
 
-  With `rings`, also of the statistics that tell a spike.
+  With `rings`, it includes the statistics that detect a spike.
   """
   left_out = COUNTERS + (() if rings else RINGS)
-  every = leaves(world, workdir, step)
-  assert {f'rest.opt.{name}' for name in COUNTERS + RINGS} < every.keys()
+  arrays = leaves(world, workdir, step)
+  assert {f'rest.opt.{name}' for name in COUNTERS + RINGS} < arrays.keys()
   names = {f'rest.opt.{name}' for name in left_out}
-  return trees.digest({k: v for k, v in every.items() if k not in names})
+  return trees.digest({k: v for k, v in arrays.items() if k not in names})
 
 
 def check_finite(world: World, workdir: Path) -> None:
@@ -45,7 +45,7 @@ def check_finite(world: World, workdir: Path) -> None:
 
 
 def corpus(**knobs) -> data.Corpus:
-  """What a small run reads."""
+  """The data of a small run."""
   c = tiny.get_config()
   c.update_from_flattened_dict(SMALL | {k.replace('__', '.'): knobs[k] for k in knobs})
   cfg = config.build(plan.Config, c.to_dict(), 'config')
@@ -54,25 +54,27 @@ def corpus(**knobs) -> data.Corpus:
 
 
 def events(workdir: Path) -> list[tuple[int, int, str]]:
-  """(step, data_step, action) of every line of the ledger."""
+  """(step, data_step, action) of every event."""
   return [(e['step'], e['data_step'], e['action']) for e in read_events(workdir)]
 
 
 def values(workdir: Path) -> dict[int, dict]:
-  """What metrics.jsonl says of each step that was trained; AssertionError for two."""
-  found = [r for r in metrics.read(workdir / 'metrics.jsonl') if r['kind'] == 'train']
-  by_step = {r['step']: r for r in found}
-  assert len(by_step) == len(found), 'a step has two records'
+  """The record of each step in metrics.jsonl; AssertionError for two of one step."""
+  results = [r for r in metrics.read(workdir / 'metrics.jsonl') if r['kind'] == 'train']
+  by_step = {r['step']: r for r in results}
+  assert len(by_step) == len(results), 'a step has two records'
   return by_step
 
 
-def from_there(world: World, source: Path, step: int, data_step: int, **how) -> Path:
-  """Another history: `source` from a step that it saved on, with data from elsewhere."""
+def continued_from(
+  world: World, source: Path, step: int, data_step: int, **options
+) -> Path:
+  """Continues a copy of `source` from a saved step, with data from `data_step`."""
   workdir = world.path('reference')
   shutil.copytree(source, workdir)
   for later in evidence.saved(workdir):
     if later > step:
       shutil.rmtree(evidence.committed(workdir, later))
   head.write(workdir / 'checkpoints', head.Head(step=step, data_step=data_step))
-  world.finish(workdir, **how)
+  world.finish(workdir, **options)
   return workdir

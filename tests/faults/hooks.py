@@ -1,8 +1,8 @@
-"""What faulty.py sets and watches in a run besides its faults.
+"""Settings and reports of faulty.py besides its faults.
 
-set   a constant by its full name, "gated.run.lock.MAX_PERIOD", "to" a value
-tell  'restored': every state that is restored, by its digest, on standard error
-omit  steps whose update is left out, on the host: batch and step go by, and no more
+set   sets a constant by its full name, "gated.run.lock.MAX_PERIOD", "to" a value
+tell  'restored': prints the digest of every restored state on standard error
+omit  steps whose update is skipped on the host, while step and data step advance
 """
 
 import dataclasses
@@ -19,44 +19,45 @@ from gated.devices import trees
 from gated.run import checkpoint
 
 
-def patch(wishes: list[dict]) -> None:
-  _keep_what_every_process_compiles()
-  for wish in wishes:
-    if 'set' in wish:
-      module, _, name = wish['set'].rpartition('.')
+def patch(settings: list[dict]) -> None:
+  _cache_compilations_of_all_processes()
+  for setting in settings:
+    if 'set' in setting:
+      module, _, name = setting['set'].rpartition('.')
       owner = importlib.import_module(module)
-      assert hasattr(owner, name), wish
-      setattr(owner, name, wish['to'])
-    elif 'omit' in wish:
-      _omit(wish['omit'])
+      assert hasattr(owner, name), setting
+      setattr(owner, name, setting['to'])
+    elif 'omit' in setting:
+      _omit(setting['omit'])
     else:
-      assert wish['tell'] == 'restored', wish
-      _tell_what_is_restored()
+      assert setting['tell'] == 'restored', setting
+      _print_restored()
 
 
-def _keep_what_every_process_compiles() -> None:
-  """JAX's cache keeps what process 0 compiles, and on CPUs each has its own."""
-  write, of = compiler._cache_write, compiler.distributed.global_state
+def _cache_compilations_of_all_processes() -> None:
+  """JAX caches only those of process 0, and on CPUs each process has its own."""
+  write, state_of = compiler._cache_write, compiler.distributed.global_state
 
   def patched(*args, **options):
-    process, of.process_id = of.process_id, 0
+    process, state_of.process_id = state_of.process_id, 0
     try:
       write(*args, **options)
     finally:
-      of.process_id = process
+      state_of.process_id = process
 
   compiler._cache_write = patched
 
 
 def digest(state) -> str:
-  """A state, wherever it lies -> the digest of what a checkpoint would hold of it."""
-  here = checkpoint.split(state)
+  """A state -> the digest of the arrays that a checkpoint would hold."""
+  arrays = checkpoint.split(state)
   if jax.process_count() > 1:
-    here = jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), here)
-  return trees.digest(here)
+    gather = lambda x: multihost_utils.process_allgather(x, tiled=True)
+    arrays = jax.tree.map(gather, arrays)
+  return trees.digest(arrays)
 
 
-def _tell_what_is_restored() -> None:
+def _print_restored() -> None:
   restore = checkpoint.Checkpoints.restore
 
   def patched(saved, step, like):
@@ -69,11 +70,11 @@ def _tell_what_is_restored() -> None:
 
 def _omit(steps: list[int]) -> None:
   lower = plan.Plan.train_step
-  plan.Plan.train_step = lambda the: _Omitting(lower(the), steps)
+  plan.Plan.train_step = lambda self: _Omitting(lower(self), steps)
 
 
 class _Omitting:
-  """The lowered train step, but for some steps."""
+  """The lowered train step, without the updates of some steps."""
 
   def __init__(self, lowered, steps: list[int]):
     self._lowered, self._steps = lowered, steps

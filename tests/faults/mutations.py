@@ -1,9 +1,9 @@
-"""The suite can fail: each of these breaks the code, and must turn a test red.
+"""The suite can fail: each mutation breaks the code, and a test must fail.
 
   python tests/faults/mutations.py [--only 2]
 
-Each is made in a copy of the checkout, where the tests that are to see it are run. The
-same tests pass in the checkout itself, as `make test` shows.
+Each mutation is made in a copy of the checkout, where its tests run. The same tests pass
+in the checkout itself, as `make test` shows.
 """
 
 import argparse
@@ -21,11 +21,11 @@ LEFT_OUT = shutil.ignore_patterns('.git', '.venv*', 'runs', '__pycache__', '.*_c
 
 
 class Mutation(NamedTuple):
-  what: str
+  change: str
   file: str
   old: str
   new: str
-  test: str  # What is to turn red.
+  test: str  # The test that must fail.
 
 
 MUTATIONS = (
@@ -58,7 +58,7 @@ MUTATIONS = (
     'tests/train/test_guard.py::test_a_step_that_is_not_finite_changes_no_bit',
   ),
   Mutation(
-    'save before looking whether the step is finite',
+    'save before checking that the step is finite',
     'train.py',
     'if owed and finite:',
     'if owed:',
@@ -67,8 +67,8 @@ MUTATIONS = (
 )
 
 
-def red(mutation: Mutation) -> str:
-  """Makes a mutation in a copy -> the tests that failed; '' if none did."""
+def failing_test(mutation: Mutation) -> str:
+  """Makes a mutation in a copy -> the first test that failed; '' if none did."""
   with tempfile.TemporaryDirectory() as folder:
     copy = Path(folder) / 'copy'
     shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
@@ -94,12 +94,13 @@ def main() -> int:
   for number, mutation in enumerate(MUTATIONS, 1):
     if only and number not in only:
       continue
-    begun = time.monotonic()
-    found = red(mutation)
-    passed &= bool(found)
-    told = f'red: {found}' if found else 'NO TEST FAILED'
+    started = time.monotonic()
+    test = failing_test(mutation)
+    passed &= bool(test)
+    result = f'failed: {test}' if test else 'NO TEST FAILED'
     print(
-      f'{number} {mutation.what}: {told} ({time.monotonic() - begun:.0f} s)', flush=True
+      f'{number} {mutation.change}: {result} ({time.monotonic() - started:.0f} s)',
+      flush=True,
     )
   return 0 if passed else 1
 

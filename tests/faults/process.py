@@ -1,4 +1,4 @@
-"""Processes that are started, watched, told to leave, killed, and waited for."""
+"""Child processes: start, watch, signal, kill and wait for them."""
 
 import os
 import re
@@ -14,46 +14,48 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_SAVED = 7  # The exit code of a run that could not write.
-PATIENCE = 240.0  # Seconds after which a process that does not end has failed.
+PATIENCE = 240.0  # Seconds that a process may take.
 
-# What a child keeps of our environment. HOME and XDG_CACHE_HOME keep the real cache,
-# where the embedded corpus was built once; nothing that JAX or a logger reads comes too.
+# The variables that a child inherits. HOME and XDG_CACHE_HOME keep the real cache, where
+# the embedded corpus was built once; no variable of JAX or of a logger is inherited.
 KEPT = ('PATH', 'HOME', 'XDG_CACHE_HOME', 'TMPDIR', 'LANG', 'LC_ALL', 'LD_LIBRARY_PATH')
-# What says where stores are, and who we are to them; here those of a test.
+# Variables with the addresses and credentials of stores, as a test set them.
 STORES = ('AWS_', 'GOOGLE_', 'GCE_', 'GCSFS_', 'NO_GCE_', 'STORAGE_', 'TENSORSTORE_')
 PROXY = ('no_proxy', 'NO_PROXY')
 
 
 class Done(NamedTuple):
-  """A process that has ended."""
+  """A process that ended."""
 
-  code: int  # Its exit code; -9 for one that was killed by signal 9.
+  code: int  # The exit code; -9 after SIGKILL.
   out: str
   err: str
 
-  def expect(self, code: int, *told: str) -> 'Done':
-    """Itself; AssertionError unless it left with that code and told all of that."""
+  def expect(self, code: int, *messages: str) -> 'Done':
+    """Returns itself; AssertionError for another code or a missing message."""
     assert self.code == code, f'exit code {self.code}, not {code}: {self.tail()}'
-    for text in told:
-      assert text in self.err, f'{text!r} was not told: {self.tail()}'
-    if code == NOT_SAVED:  # Orbax tells of it at length, before and after.
-      assert re.search(r'^train\.py: ', self.err, re.M), f'no sentence: {self.tail()}'
+    for text in messages:
+      assert text in self.err, f'no {text!r} on stderr: {self.tail()}'
+    if code == NOT_SAVED:  # Orbax prints tracebacks of its own.
+      assert re.search(r'^train\.py: ', self.err, re.M), (
+        f'no line of train.py: {self.tail()}'
+      )
     elif code not in (0, 4):
-      assert 'Traceback' not in self.err, f'a traceback: {self.tail()}'
+      assert 'Traceback' not in self.err, f'traceback on stderr: {self.tail()}'
     return self
 
   def tail(self) -> str:
-    """What it said last, but for tracebacks."""
+    """The last lines of its output, without tracebacks."""
     lines = [x for x in self.err.splitlines() if not re.match(r'\s|Traceback', x)]
     return self.out[-300:] + '\n'.join(line[:300] for line in lines[-6:])
 
 
 class Child:
-  """A process that was started. Its output goes to files: a pipe could fill up."""
+  """A running process. Its output goes to files: a pipe could fill up."""
 
   def __init__(self, command: Sequence[str], env: Mapping[str, str], stem: Path):
     self._out, self._err = stem.with_suffix('.out'), stem.with_suffix('.err')
-    self.begun = time.monotonic()
+    self.started = time.monotonic()
     with self._out.open('wb') as out, self._err.open('wb') as err:
       self.process = subprocess.Popen(
         command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err
@@ -75,35 +77,37 @@ class Child:
     self.process.send_signal(number)
 
   def kill(self) -> Done:
-    """SIGKILL, and the end of it."""
+    """Sends SIGKILL -> the ended process."""
     self.process.kill()
     return self.wait()
 
   def wait(self, seconds: float = PATIENCE) -> Done:
-    """Its end; AssertionError, and SIGKILL, if that does not come in time."""
+    """Waits -> the ended process; SIGKILL and AssertionError after `seconds`."""
     try:
       code = self.process.wait(seconds)
     except subprocess.TimeoutExpired:
       self.process.kill()
       self.process.wait()
       raise AssertionError(
-        f'it did not end in {seconds} s: {Done(-9, "", self.err).tail()}'
+        f'no exit within {seconds} s: {Done(-9, "", self.err).tail()}'
       ) from None
     return Done(code, self.out, self.err)
 
-  def until(self, seen: Callable[[], Any], seconds: float = PATIENCE) -> Any:
-    """What `seen` returns once that is true; None if the process ended before."""
+  def until(self, condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
+    """Waits for a true result of `condition` -> it; None if the process ended before."""
     end = time.monotonic() + seconds
-    while not (found := seen()):
+    while not (result := condition()):
       if not self.lives():
-        return seen() or None
-      assert time.monotonic() < end, f'nothing in {seconds} s: {self.err[-1500:]}'
+        return condition() or None
+      assert time.monotonic() < end, (
+        f'the condition is false after {seconds} s: {self.err[-1500:]}'
+      )
       time.sleep(0.003)
-    return found
+    return result
 
 
 def environment(cache: Path, devices: int) -> dict[str, str]:
-  """What a child knows of the world, with a compilation cache and so many devices."""
+  """The environment of a child with a compilation cache and a number of devices."""
   clean = {name: os.environ[name] for name in KEPT + PROXY if name in os.environ}
   clean |= {k: v for k, v in os.environ.items() if k.startswith(STORES)}
   return clean | {

@@ -1,4 +1,4 @@
-"""Rows of the fault table: what lies in a workdir was damaged, or is a stranger's."""
+"""Rows of the fault table: damaged or foreign files in a workdir."""
 
 import json
 import os
@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from faults import evidence
-from faults.rows_a import leave
+from faults.rows_a import preempt
 from faults.world import Outcome, Row, Straight, Tally, World
 
 from gated import config
 from gated.run import checkpoint
 
-LEFT = 10  # The step at which the runs below are left; before it stands step 8.
+LEFT = 10  # The step at which the runs below are preempted; step 8 is also saved.
 OLDER = 8
 
 Harm = Callable[[Path], None]
@@ -28,7 +28,7 @@ def _empty(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
-  """One bit in the middle of a file is another."""
+  """Flips a bit in the middle of a file."""
   content = bytearray(path.read_bytes())
   content[len(content) // 2] ^= 0x10
   path.write_bytes(content)
@@ -46,25 +46,25 @@ FLIPS: dict[str, Harm] = {'one bit flipped': flip}
 
 
 def damaged(harms: dict[str, Harm]) -> Callable[[World, int], Outcome]:
-  """Every file of a checkpoint in turn; so many of them, by lot, in a run's own way."""
+  """Damages every file of a checkpoint in turn, and resumes `times` runs after it."""
 
   def run(world: World, times: int) -> Outcome:
     straight, tally = world.straight(), Tally()
     two, one = world.path('two-steps'), world.path('one-step')
-    leave(world, two, LEFT)
-    leave(world, one, LEFT, checkpoint__every=100)
+    preempt(world, two, LEFT)
+    preempt(world, one, LEFT, checkpoint__every=100)
     assert evidence.saved(one) == [LEFT] and OLDER in evidence.saved(two)
     for name, what, harm in _cases(two, harms):
-      with tally.one(f'{name} {what}, an older step there'):
-        _passed_over(world, two, name, harm)
+      with tally.one(f'{name} {what}, with an older step'):
+        _is_skipped(world, two, name, harm)
     for name, what, harm in _cases(one, harms):
-      with tally.one(f'{name} {what}, no other step there'):
+      with tally.one(f'{name} {what}, without another step'):
         _refused(world, one, name, harm)
     for name, what, harm in _drawn(world, two, harms, times):
-      with tally.one(f'{name} {what}, and the run goes on'):
-        _goes_on_before(world, two, name, harm, straight)
+      with tally.one(f'{name} {what}, and the run resumes'):
+        _resumes_before(world, two, name, harm, straight)
     for name, what, harm in _drawn(world, one, harms, times // 2):
-      with tally.one(f'{name} {what}, and the run has no other step'):
+      with tally.one(f'{name} {what}, and the run is refused'):
         _stops(world, one, name, harm)
     return tally.outcome()
 
@@ -72,15 +72,15 @@ def damaged(harms: dict[str, Harm]) -> Callable[[World, int], Outcome]:
 
 
 def _cases(workdir: Path, harms: dict[str, Harm]) -> Iterator[tuple[str, str, Harm]]:
-  """Each file of the step at which a run was left, and each harm that alters it."""
+  """Each file of the last step, and each harm that changes it."""
   for name, content in evidence.contents(evidence.committed(workdir, LEFT)).items():
     for what, harm in harms.items():
-      if content or what == 'deleted':  # There is nothing in it to be lost.
+      if content or what == 'deleted':  # An empty file cannot be changed otherwise.
         yield name, what, harm
 
 
 def _drawn(world: World, workdir: Path, harms: dict[str, Harm], count: int) -> list:
-  """So many cases by lot, one of them the manifest's."""
+  """`count` random cases, one of them of the manifest."""
   cases = list(_cases(workdir, harms))
   world.random.shuffle(cases)
   cases.sort(key=lambda case: case[0] != 'manifest.json')
@@ -94,12 +94,12 @@ def _copy(world: World, workdir: Path, name: str, harm: Harm) -> Path:
   return copy
 
 
-def _passed_over(world: World, workdir: Path, name: str, harm: Harm) -> None:
+def _is_skipped(world: World, workdir: Path, name: str, harm: Harm) -> None:
   copy = _copy(world, workdir, name, harm)
-  with evidence.warnings() as told, checkpoint.Reader(copy / 'checkpoints') as saved:
-    assert saved.newest_good() == OLDER, f'{saved.newest_good()} was taken for good'
-  said = ' '.join(told)
-  assert 'skipped: ' in said and name in said, f'not told of: {said}'
+  with evidence.warnings() as messages, checkpoint.Reader(copy / 'checkpoints') as saved:
+    assert saved.newest_good() == OLDER, f'{saved.newest_good()} was accepted'
+  log = ' '.join(messages)
+  assert 'skipped: ' in log and name in log, f'not logged: {log}'
   shutil.rmtree(copy)
 
 
@@ -107,15 +107,15 @@ def _refused(world: World, workdir: Path, name: str, harm: Harm) -> None:
   copy = _copy(world, workdir, name, harm)
   with checkpoint.Reader(copy / 'checkpoints') as saved:
     try:
-      found = saved.newest_good()
+      step = saved.newest_good()
     except ValueError as error:
-      assert name in str(error), f'not told of: {error}'
+      assert name in str(error), f'not named: {error}'
     else:
-      raise AssertionError(f'{found} was taken for good')
+      raise AssertionError(f'{step} was accepted')
   shutil.rmtree(copy)
 
 
-def _goes_on_before(
+def _resumes_before(
   world: World, workdir: Path, name: str, harm: Harm, straight: Straight
 ) -> None:
   copy = _copy(world, workdir, name, harm)
@@ -133,10 +133,10 @@ def _stops(world: World, workdir: Path, name: str, harm: Harm) -> None:
 
 
 def head_damaged(world: World, times: int) -> Outcome:
-  """head.json is a hint: without it, a run goes on from the newest step."""
+  """head.json is a hint: without it, a run resumes from the newest step."""
   straight, tally = world.straight(), Tally()
   workdir = world.path('left')
-  leave(world, workdir, LEFT)
+  preempt(world, workdir, LEFT)
   for what, harm in list((HARMS | FLIPS).items())[:times]:
     with tally.one(f'head.json {what}'):
       copy = world.path('headless')
@@ -153,25 +153,25 @@ def head_damaged(world: World, times: int) -> Outcome:
 STRANGERS = {
   'a note.txt': 'file',
   '.hidden': 'file',
-  '012': 'copy',  # Of a step, with leading zeros, so that it is not one.
+  '012': 'copy',  # A copy of a step; a leading zero is not allowed.
   '0': 'file',
   '12x': 'copy',
   '-12': 'folder',
   '1e3': 'folder',
   '12.5': 'folder',
-  '\N{ARABIC-INDIC DIGIT ONE}\N{ARABIC-INDIC DIGIT TWO}': 'copy',  # int() reads a 12.
+  '\N{ARABIC-INDIC DIGIT ONE}\N{ARABIC-INDIC DIGIT TWO}': 'copy',  # int() gives 12.
   '99999999999999999999': 'copy',
-  '20': 'folder',  # An empty one, where a step will be.
-  '23': 'link',  # To a step of another name.
+  '20': 'folder',  # An empty folder in place of a later step.
+  '23': 'link',  # A link to another step.
 }
 STALE = ('12.orbax-checkpoint-tmp', '12.orbax-checkpoint-tmp-1790000000', '4.removed')
 
 
 def strangers(world: World, times: int) -> Outcome:
-  """All of them at once, with the clock of the files set back, and set ahead."""
+  """All names at once, with file times years ago and years ahead."""
   straight, tally, year = world.straight(), Tally(), 365 * 86400.0
   workdir = world.path('left')
-  leave(world, workdir, LEFT)
+  preempt(world, workdir, LEFT)
   for number in range(times):
     aged = {LEFT: -10 * year, OLDER: 10 * year} if number % 2 == 0 else {LEFT: 10 * year}
     with tally.one(f'foreign names, files of {aged} s', times=len(STRANGERS | aged) + 3):
@@ -185,11 +185,13 @@ def strangers(world: World, times: int) -> Outcome:
       for step, seconds in aged.items():
         _set_clock(evidence.committed(copy, step), seconds)
       world.finish(copy)
-      assert evidence.sessions(copy)[-1]['restored_step'] == LEFT, 'order is not by step'
+      assert evidence.sessions(copy)[-1]['restored_step'] == LEFT, (
+        'the order is not by step'
+      )
       world.check(copy, straight, foreign=STRANGERS)
-      here = evidence.names(folder)
-      gone = [name for name in STRANGERS if not name.isdecimal() and name not in here]
-      assert not gone, f"what was not the run's was removed: {gone}"
+      names = evidence.names(folder)
+      missing = [name for name in STRANGERS if not name.isdecimal() and name not in names]
+      assert not missing, f'foreign files were removed: {missing}'
   return tally.outcome()
 
 
@@ -219,13 +221,13 @@ def _other_format(content: dict) -> dict:
 
 
 def _older_format(folder: Path) -> None:
-  """manifest.json as an earlier, or a later, version of this code might write it."""
+  """Writes manifest.json as another version of this code might."""
   path = folder / 'manifest.json'
   path.write_text(json.dumps(_other_format(json.loads(path.read_text()))))
 
 
 def _without_manifest(folder: Path) -> None:
-  """As Orbax's manager laid a step out, before there was a manifest."""
+  """Changes a step to the layout of Orbax's manager, before manifests existed."""
   about = json.loads((folder / 'manifest.json').read_text())['about']
   (folder / 'manifest.json').unlink()
   (folder.parent / 'head.json').unlink(missing_ok=True)
@@ -244,20 +246,20 @@ FORMATS = {
 
 
 def other_versions(world: World, times: int) -> Outcome:
-  """All steps, and then the newest alone, are of another version: told, nothing lost."""
+  """All steps, then only the newest, are of another version: nothing is overwritten."""
   straight, tally = world.straight(), Tally()
   workdir = world.path('left')
-  leave(world, workdir, LEFT)
-  for what, (age, told) in list(FORMATS.items())[:times]:
+  preempt(world, workdir, LEFT)
+  for what, (age, messages) in list(FORMATS.items())[:times]:
     with tally.one(f'every step: {what}'):
       copy = world.path('old')
       shutil.copytree(workdir, copy)
       for step in evidence.saved(copy):
         age(evidence.committed(copy, step))
       before = evidence.contents(copy)
-      world.train(copy).wait().expect(2, told)
+      world.train(copy).wait().expect(2, messages)
       assert evidence.contents(copy) == before, 'something was overwritten'
-  with tally.one('the newest step alone: format=0'):
+  with tally.one('only the newest step: format=0'):
     copy = world.path('old')
     shutil.copytree(workdir, copy)
     _older_format(evidence.committed(copy, LEFT))
@@ -270,6 +272,6 @@ ROWS_A = [
   Row('6', 'each file of a checkpoint truncated, emptied, deleted', damaged(HARMS), 6, 0),
   Row('7', 'one bit flipped in each file of a checkpoint', damaged(FLIPS), 6, 1),
   Row('6h', 'head.json truncated, emptied, deleted, a bit flipped', head_damaged, 4, 0),
-  Row('21', 'stale and foreign names, clocks set back', strangers, 2, 0),
+  Row('21', 'stale or foreign names in a workdir, clocks set back', strangers, 2, 0),
   Row('27', 'checkpoints of another version', other_versions, 2, 0),
 ]

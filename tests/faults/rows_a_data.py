@@ -1,4 +1,4 @@
-"""Rows of the fault table: the data or the recipe is another, and where runs go on."""
+"""Rows of the fault table: changed data or recipes, and the step of a resumption."""
 
 import argparse
 import json
@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from faults import evidence
-from faults.rows_a import leave
+from faults.rows_a import preempt
 from faults.rows_a_damage import flip
 from faults.world import SAVES, STEPS, Outcome, Row, Straight, Tally, World
 
-LEFT = 10  # The step at which the runs below are left.
-EPOCH = 17  # The step in which the rows of `dataset` end, and begin anew.
+LEFT = 10  # The step at which the runs below are preempted.
+EPOCH = 17  # The step in which the first epoch of `dataset` ends.
 
 
 def dataset(world: World, tokenizer: str = 'bytes') -> Path:
@@ -22,16 +22,16 @@ def dataset(world: World, tokenizer: str = 'bytes') -> Path:
   source = Path(argparse.__file__).read_text()
   for i in range(30):
     (text / f'{i:02}.txt').write_text(source[i * 600 : (i + 1) * 600])
-  where = [f'--out={out}', f'--domain=text={text}', f'--tokenizer={tokenizer}']
+  paths = [f'--out={out}', f'--domain=text={text}', f'--tokenizer={tokenizer}']
   sizes = ['--length=128', '--heldout=0.1', '--shard_rows=32', '--processes=1']
-  world.spawn(['scripts/prepare_data.py', *where, *sizes]).wait().expect(0)
+  world.spawn(['scripts/prepare_data.py', *paths, *sizes]).wait().expect(0)
   return out
 
 
-def refused(world: World, workdir: Path, *told: str, **how) -> None:
-  """The run is refused with exit code 2, says why, and leaves all as it was."""
+def refused(world: World, workdir: Path, *messages: str, **options) -> None:
+  """Checks that the run is refused with exit code 2 and a reason, and changes nothing."""
   before = evidence.contents(workdir)
-  world.train(workdir, **how).wait().expect(2, *told)
+  world.train(workdir, **options).wait().expect(2, *messages)
   assert evidence.contents(workdir) == before, 'something was overwritten'
 
 
@@ -39,23 +39,23 @@ def refused(world: World, workdir: Path, *told: str, **how) -> None:
 
 
 def data_damaged(world: World, times: int) -> Outcome:
-  """Each harm in turn is refused, and undone; in the end the run goes on as ever."""
+  """Each damage is refused and undone; at the end the run resumes."""
   tally, data = Tally(), dataset(world)
   straight = world.straight(data__mixture=str(data))
   workdir = world.path('left')
-  leave(world, workdir, LEFT, data__mixture=str(data))
+  preempt(world, workdir, LEFT, data__mixture=str(data))
   shards = sorted(data.glob('text-train-*'))
   one, other = world.random.sample(shards, 2)
-  for what, (harm, told) in list(_harms(one, other).items())[:times]:
+  for what, (harm, messages) in list(_harms(one, other).items())[:times]:
     with tally.one(what):
-      kept = evidence.contents(data)
+      contents = evidence.contents(data)
       harm()
       try:
-        refused(world, workdir, 'config.data.mixture', *told, data__mixture=str(data))
+        refused(world, workdir, 'config.data.mixture', *messages, data__mixture=str(data))
       finally:
-        for name, content in kept.items():
+        for name, content in contents.items():
           (data / name).write_bytes(content)
-  with tally.one('a foreign file in the dataset, which is otherwise mended'):
+  with tally.one('a foreign file in the repaired dataset'):
     (data / 'text-train-00005-of-00006.array_record').write_bytes(one.read_bytes())
     (data / 'a note.txt').write_text('harmless\n')
     world.finish(workdir, data__mixture=str(data))
@@ -83,11 +83,11 @@ def _harms(one: Path, other: Path) -> dict[str, tuple[Callable, tuple[str, ...]]
   return {
     'a bit of a shard flipped': (lambda: flip(one), (one.name,)),
     'a shard truncated': (truncate, (one.name,)),
-    'a shard removed': (one.unlink, (one.name,)),
+    'a shard deleted': (one.unlink, (one.name,)),
     'two shards swapped': (swap, (min(one, other).name,)),
     'a number in manifest.json changed': (edit, ('manifest.json',)),
     'a bit of manifest.json flipped': (lambda: flip(manifest), ('manifest.json',)),
-    'manifest.json removed': (manifest.unlink, ('no such dataset',)),
+    'manifest.json deleted': (manifest.unlink, ('no such dataset',)),
   }
 
 
@@ -106,16 +106,16 @@ CHANGES = {
 
 def changed(world: World, times: int) -> Outcome:
   tally, workdir = Tally(), world.path('left')
-  leave(world, workdir, LEFT)
-  for knob, (value, told) in list(CHANGES.items())[:times]:
-    how = {knob.replace('.', '__'): value}
+  preempt(world, workdir, LEFT)
+  for knob, (value, messages) in list(CHANGES.items())[:times]:
+    options = {knob.replace('.', '__'): value}
     if knob == 'data.tokenizer':
-      how['data__cache'] = str(world.path('cache'))
+      options['data__cache'] = str(world.path('cache'))
     with tally.one(f'config.{knob}={value}'):
-      refused(world, workdir, 'belongs to a run that differs', told, **how)
+      refused(world, workdir, 'belongs to a run that differs', messages, **options)
   with tally.one('three knobs at once'):
-    told = [CHANGES[knob][1] for knob in ('seed', 'batch', 'optim.lr')]
-    refused(world, workdir, *told, seed=3, batch=16, optim__lr=2e-3)
+    messages = [CHANGES[knob][1] for knob in ('seed', 'batch', 'optim.lr')]
+    refused(world, workdir, *messages, seed=3, batch=16, optim__lr=2e-3)
   for knob in ('seed', 'optim.lr'):
     with tally.one(f'--allow_change=config.{knob}'):
       _allowed(world, workdir, knob)
@@ -123,7 +123,7 @@ def changed(world: World, times: int) -> Outcome:
 
 
 def _allowed(world: World, workdir: Path, knob: str) -> None:
-  """It goes on from where it was, with the other value from there on, and says so."""
+  """The run resumes at the same step with the new value, and run.json records it."""
   copy, value = world.path('allowed'), CHANGES[knob][0]
   shutil.copytree(workdir, copy)
   flags = [f'--allow_change=config.{knob}']
@@ -133,7 +133,7 @@ def _allowed(world: World, workdir: Path, knob: str) -> None:
   session = evidence.sessions(copy)[-1]
   assert session['restored_step'] == LEFT
   assert session['changed'][f'config.{knob}'][1] == value, session['changed']
-  # From here on it is the run with the other value, which nothing further need allow.
+  # The new value is now that of the run and needs no flag.
   world.finish(copy, **{knob.replace('.', '__'): value})
 
 
@@ -145,8 +145,8 @@ def other_workers(world: World, times: int) -> Outcome:
   for counts in [(0, 2, 1), (2, 0, 3)][:times]:
     with tally.one(f'config.data.workers={counts}', times=2):
       workdir = world.path('workers')
-      leave(world, workdir, 7, data__workers=counts[0])
-      leave(world, workdir, 15, data__workers=counts[1])
+      preempt(world, workdir, 7, data__workers=counts[0])
+      preempt(world, workdir, 15, data__workers=counts[1])
       world.finish(workdir, data__workers=counts[2])
       world.check(workdir, straight)
   return tally.outcome()
@@ -156,28 +156,28 @@ def other_workers(world: World, times: int) -> Outcome:
 
 
 def resumed(world: World, times: int) -> Outcome:
-  """Three resumptions in a row, around the end of an epoch, and two after the end."""
+  """Three resumptions around the end of an epoch, and two after the last step."""
   tally, data = Tally(), dataset(world)
-  how = dict(data__mixture=str(data))
-  straight = world.straight(**how)
+  options = dict(data__mixture=str(data))
+  straight = world.straight(**options)
   for first in (EPOCH - 2, EPOCH - 1, EPOCH)[:times]:
     with tally.one(f'resumed at steps {first} to {first + 2} of a run', times=3):
       workdir = world.path('resumed')
       for at in range(first, first + 3):
-        leave(world, workdir, at, **how)
-      world.finish(workdir, **how)
+        preempt(world, workdir, at, **options)
+      world.finish(workdir, **options)
       world.check(workdir, straight)
   with tally.one('resumed twice at the final step', times=2):
     before = evidence.contents(workdir)
     for _ in range(2):
-      world.finish(workdir, **how)
+      world.finish(workdir, **options)
     after = evidence.contents(workdir)
     differs = {n for n in after.keys() | before.keys() if after.get(n) != before.get(n)}
-    assert differs <= {'run.json'}, f'a run that is done changed {differs}'
+    assert differs <= {'run.json'}, f'a finished run changed {differs}'
     world.check(workdir, straight)
-  with tally.one('told to leave at the very last step'):
-    workdir, told = world.path('last'), {'do': 'term', 'at': 'step', 'step': STEPS}
-    world.finish(workdir, fault=told, **how)
+  with tally.one('SIGTERM at the last step'):
+    workdir, fault = world.path('last'), {'do': 'term', 'at': 'step', 'step': STEPS}
+    world.finish(workdir, fault=fault, **options)
     world.check(workdir, straight)
   return tally.outcome()
 
@@ -186,8 +186,8 @@ def resumed(world: World, times: int) -> Outcome:
 
 
 def exact_steps(world: World, times: int) -> Outcome:
-  tally, workdir, how = Tally(), world.path('kept'), dict(checkpoint__keep=9)
-  straight = world.straight(**how)
+  tally, workdir, options = Tally(), world.path('kept'), dict(checkpoint__keep=9)
+  straight = world.straight(**options)
   shutil.copytree(straight.workdir, workdir)
   for step in (SAVES, 3 * SAVES, STEPS)[:times]:
     with tally.one(f'eval.py --step={step}'):
@@ -195,48 +195,48 @@ def exact_steps(world: World, times: int) -> Outcome:
       done = world.spawn(evaluation).wait().expect(0)
       loss = json.loads(done.out.splitlines()[-1])['loss']
       own = dict(straight.heldout)[step]
-      assert loss == own, f'the loss is {loss!r}, but the run had {own!r}'
+      assert loss == own, f'the loss is {loss!r}, in the run it was {own!r}'
   shutil.rmtree(workdir / 'eval', ignore_errors=True)
   for step in (SAVES, 2 * SAVES, 4 * SAVES)[:times]:
     with tally.one(f'--restore_step={step}'):
       copy = world.path('restored')
       shutil.copytree(workdir, copy)
-      world.finish(copy, flags=[f'--restore_step={step}'], **how)
+      world.finish(copy, flags=[f'--restore_step={step}'], **options)
       assert evidence.sessions(copy)[-1]['restored_step'] == step
       world.check(copy, straight)
   with tally.one('killed after --restore_step, before the next save'):
-    _killed_after_going_back(world, workdir, straight, how)
-  with tally.one('steps that are not there'):
+    _killed_after_going_back(world, workdir, straight, options)
+  with tally.one('steps that do not exist'):
     flags = ['--restore_step=7']
-    refused(world, workdir, "--restore_step='7'", '4, 8, 12', flags=flags, **how)
+    refused(world, workdir, "--restore_step='7'", '4, 8, 12', flags=flags, **options)
     done = world.spawn(['eval.py', f'--workdir={workdir}', '--step=7']).wait()
     done.expect(2, "--step='7'", '4, 8, 12')
   with tally.one('--restore_step of a damaged step'):
     copy = world.path('damaged')
     shutil.copytree(workdir, copy)
     flip(evidence.committed(copy, 12) / 'model' / '_METADATA')
-    refused(world, copy, 'model/_METADATA', flags=['--restore_step=12'], **how)
+    refused(world, copy, 'model/_METADATA', flags=['--restore_step=12'], **options)
   return tally.outcome()
 
 
 def _killed_after_going_back(
-  world: World, workdir: Path, straight: Straight, how: dict
+  world: World, workdir: Path, straight: Straight, options: dict
 ) -> None:
-  """What was gone back from is not taken up again: the run goes on from step 8."""
+  """Discarded steps stay discarded: the run resumes from step 8."""
   copy, back = world.path('restored'), 2 * SAVES
   shutil.copytree(workdir, copy)
   kill = {'do': 'kill', 'at': 'step', 'step': back + 2}
   flags = [f'--restore_step={back}']
-  world.train(copy, fault=kill, flags=flags, **how).wait().expect(-9)
-  world.finish(copy, **how)
+  world.train(copy, fault=kill, flags=flags, **options).wait().expect(-9)
+  world.finish(copy, **options)
   assert evidence.sessions(copy)[-1]['restored_step'] == back
   world.check(copy, straight)
 
 
 ROWS_A = [
-  Row('10', 'a shard of the data is damaged, gone, swapped', data_damaged, 7, 0),
-  Row('11', 'the recipe is another on resumption', changed, len(CHANGES), 0),
-  Row('14', 'other worker counts on resumption', other_workers, 2, 0),
-  Row('22', 'resumed thrice, at the end, across an epoch', resumed, 3, 0),
-  Row('24', 'a saved step evaluated, and exactly that restored', exact_steps, 3, 0),
+  Row('10', 'a data shard is damaged, deleted or swapped', data_damaged, 7, 0),
+  Row('11', 'a different recipe on resumption', changed, len(CHANGES), 0),
+  Row('14', 'different worker counts on resumption', other_workers, 2, 0),
+  Row('22', 'resumed three times, at the end, across an epoch', resumed, 3, 0),
+  Row('24', 'evaluate a saved step, restore exactly that step', exact_steps, 3, 0),
 ]

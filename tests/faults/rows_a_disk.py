@@ -1,4 +1,4 @@
-"""Rows of the fault table: the disk is full, cannot be written to, or goes away."""
+"""Rows of the fault table: a full, read-only or missing disk."""
 
 import contextlib
 import os
@@ -9,17 +9,17 @@ from pathlib import Path
 
 from faults import evidence
 from faults.process import Child
-from faults.rows_a import leave
+from faults.rows_a import preempt
 from faults.world import SAVES, STEPS, Outcome, Row, Skip, Straight, Tally, World
 
 from gated.run import checkpoint
 
-PAGE = 4096  # Bytes that a file takes at least, on a tmpfs.
-ROOM = 1 << 28  # Bytes of a tmpfs that nothing here fills.
+PAGE = 4096  # The least bytes of a file on a tmpfs.
+ROOM = 1 << 28  # Bytes of a tmpfs with enough space.
 
 
 def _mount(*args: object) -> None:
-  """mount(8); Skip where this machine does not let us."""
+  """Calls mount(8); Skip if this machine does not permit it."""
   try:
     command = ['mount', *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -31,7 +31,7 @@ def _mount(*args: object) -> None:
 
 @contextlib.contextmanager
 def _mounted(folder: Path, *args: object) -> Generator[Path]:
-  """A folder with something mounted on it, until the end."""
+  """Mounts on a folder, and unmounts at the end."""
   folder.mkdir(parents=True, exist_ok=True)
   _mount(*args, folder)
   try:
@@ -49,7 +49,7 @@ def _room(folder: Path, size: int) -> None:
 
 
 def _fill(folder: Path) -> Path:
-  """Writes a file until nothing more can be written there."""
+  """Writes a file that fills the disk."""
   path = folder / 'filler'
   with contextlib.suppress(OSError), path.open('wb', buffering=0) as file:
     while file.write(bytes(PAGE)):
@@ -58,13 +58,13 @@ def _fill(folder: Path) -> Path:
 
 
 def _pages(folder: Path) -> int:
-  """Bytes that a folder's files take on a tmpfs."""
+  """The bytes of a folder's files on a tmpfs."""
   sizes = (p.stat().st_size for p in folder.rglob('*') if p.is_file())
   return sum(-(-size // PAGE) * PAGE for size in sizes)
 
 
 def _whole(workdir: Path) -> None:
-  """AssertionError unless every committed step is what was saved."""
+  """AssertionError unless every committed step verifies."""
   with checkpoint.Reader(workdir / 'checkpoints') as saved:
     for step in evidence.saved(workdir):
       saved.verify(step)
@@ -77,24 +77,24 @@ def disk_full(world: World, times: int) -> Outcome:
   straight, tally, late = world.straight(), Tally(), dict(checkpoint__every=STEPS)
   one = _pages(evidence.committed(straight.workdir, straight.step))
   for at in ('arrays', 'renamed')[:times]:
-    with tally.one(f'No space left on device, said to who writes at {at} of step 8'):
-      _save_is_told(world, at, straight)
+    with tally.one(f'ENOSPC at {at} of step 8'):
+      _save_reports(world, at, straight)
   for number in range(max(times - 5, 0)):
-    fits = number % 3  # Steps; the next one does not fit, and three are the most kept.
+    fits = number % 3  # The number of steps that fit; at most three are kept.
     size = int((fits + world.random.uniform(0.2, 0.9)) * one) + 16 * PAGE
-    with tally.one(f'no room for more than {size} bytes, with one step of {one}'):
+    with tally.one(f'a disk of {size} bytes, with steps of {one} bytes'):
       _save_fails(world, size, (fits + 1) * SAVES, number % 2 == 0, straight)
-  with tally.one('no room from step 5 on, for metrics.jsonl and for steps'):
+  with tally.one('a full disk from step 5 on'):
     _record_fails(world, straight)
-  with tally.one('no room from step 5 on, for metrics.jsonl alone'):
+  with tally.one('a full disk from step 5 on, without saves'):
     _record_fails(world, world.straight(**late), **late)
-  with tally.one('no room from the start'):
+  with tally.one('a full disk from the start'):
     _start_fails(world, straight)
   return tally.outcome()
 
 
-def _save_is_told(world: World, at: str, straight: Straight) -> None:
-  workdir, step = world.path('told'), 2 * SAVES
+def _save_reports(world: World, at: str, straight: Straight) -> None:
+  workdir, step = world.path('full'), 2 * SAVES
   fault = {'do': 'raise', 'errno': 'ENOSPC', 'at': at, 'step': step}
   done = world.train(workdir, fault=fault).wait(90)
   done.expect(7, f'step {step} could not be saved', 'No space left on device')
@@ -106,13 +106,13 @@ def _save_is_told(world: World, at: str, straight: Straight) -> None:
 def _save_fails(
   world: World, size: int, step: int, everything: bool, straight: Straight
 ) -> None:
-  """The save of `step` does not fit; what is full is all of the workdir, or the steps."""
+  """The save of `step` does not fit; the disk holds the workdir, or only the steps."""
   workdir = world.path('full')
   folder = workdir if everything else workdir / 'checkpoints'
   with _tmpfs(folder, size):
     done = world.train(workdir).wait().expect(7, f'step {step} could not be saved')
     last = evidence.last_step(workdir)
-    assert last < step + SAVES, f'it was told at step {last} only'
+    assert last < step + SAVES, f'it was reported as late as step {last}'
     assert evidence.saved(workdir) == list(range(SAVES, step, SAVES)), done.tail()
     _whole(workdir)
     _room(folder, ROOM)
@@ -120,17 +120,17 @@ def _save_fails(
     world.check(workdir, straight)
 
 
-def _record_fails(world: World, straight: Straight, **how) -> None:
+def _record_fails(world: World, straight: Straight, **options) -> None:
   folder = world.path('full')
   workdir = folder / 'run'
   with _tmpfs(folder, ROOM):
-    child = world.train(workdir, **how)
+    child = world.train(workdir, **options)
     assert _reached(child, workdir, 5), child.err
     filler = _fill(folder)
     done = child.wait()
     _whole(workdir)
     filler.unlink()
-    world.finish(workdir, **how)
+    world.finish(workdir, **options)
     world.check(workdir, straight)
     done.expect(7, 'No space left on device')
 
@@ -167,9 +167,9 @@ def _read_only_parent(world: World, straight: Straight) -> None:
 
 
 def _read_only_workdir(world: World, straight: Straight) -> None:
-  """the workdir became read-only between two sessions"""
+  """the workdir is read-only in the second session"""
   workdir = world.path('left')
-  leave(world, workdir, 6)
+  preempt(world, workdir, 6)
   before = evidence.contents(workdir)
   with _mounted(workdir, '--bind', workdir), _read_only(workdir):
     refused = world.train(workdir).wait()
@@ -187,7 +187,7 @@ def _read_only(folder: Path) -> Generator[None]:
 
 
 def _file_as_workdir(world: World, straight: Straight) -> None:
-  """a plain file stands where the workdir is to be"""
+  """a file in place of the workdir"""
   workdir = world.path('file')
   workdir.write_text('in the way\n')
   world.train(workdir).wait().expect(2, '--workdir', 'not a writable folder')
@@ -195,7 +195,7 @@ def _file_as_workdir(world: World, straight: Straight) -> None:
 
 
 def _file_as_checkpoints(world: World, straight: Straight) -> None:
-  """a plain file stands where checkpoints/ is to be"""
+  """a file in place of checkpoints/"""
   workdir = world.path('file')
   workdir.mkdir()
   (workdir / 'checkpoints').write_text('in the way\n')
@@ -211,7 +211,7 @@ def _file_as_checkpoints(world: World, straight: Straight) -> None:
 def _while_it_runs(
   world: World, straight: Straight, harm: Callable[[Path], None]
 ) -> None:
-  """Harm comes at some step past the second save: it saves again, or leaves with 7."""
+  """The harm comes after the second save: the run saves again, or exits with 7."""
   workdir = world.path('vanishing')
   child = world.train(workdir)
   assert _reached(child, workdir, 2 * SAVES + 1), child.err
@@ -229,18 +229,18 @@ def _reached(child: Child, workdir: Path, step: int) -> bool:
 
 
 def _checkpoints_removed(world: World, straight: Straight) -> None:
-  """checkpoints/ was removed while the run went on"""
+  """checkpoints/ is removed during the run"""
 
   def harm(workdir: Path) -> None:
     gone = world.path('gone')
-    os.rename(workdir / 'checkpoints', gone)  # At once: a save may be under way.
+    os.rename(workdir / 'checkpoints', gone)  # Atomic, because a save may be running.
     shutil.rmtree(gone)
 
   _while_it_runs(world, straight, harm)
 
 
 def _checkpoints_replaced(world: World, straight: Straight) -> None:
-  """checkpoints/ became a file while the run went on"""
+  """checkpoints/ is replaced by a file during the run"""
 
   def harm(workdir: Path) -> None:
     os.rename(workdir / 'checkpoints', workdir / 'aside')
@@ -258,7 +258,7 @@ def _checkpoints_replaced(world: World, straight: Straight) -> None:
 
 
 def _workdir_moved(world: World, straight: Straight) -> None:
-  """the workdir was moved away while the run went on, and back once it had ended"""
+  """the workdir is moved away during the run, and back after its end"""
   workdir, away = world.path('vanishing'), world.path('away')
   child = world.train(workdir)
   assert _reached(child, workdir, 2 * SAVES + 1), child.err
@@ -272,7 +272,7 @@ def _workdir_moved(world: World, straight: Straight) -> None:
   _whole(workdir)
   world.finish(workdir)
   world.check(workdir, straight)
-  assert done.code, f'it ended as if nothing had happened, and left {sorted(left)}'
+  assert done.code, f'it exited with 0, and left {sorted(left)}'
 
 
 CASES = (
@@ -287,5 +287,11 @@ CASES = (
 
 ROWS_A = [
   Row('8', 'the disk is full', disk_full, 11, 0),
-  Row('9', 'a folder is read-only, a file, or gone', unwritable, len(CASES), 0),
+  Row(
+    '9',
+    'a folder is read-only, replaced by a file, or deleted',
+    unwritable,
+    len(CASES),
+    0,
+  ),
 ]

@@ -1,7 +1,7 @@
-"""Rows of the fault table: several processes, and another mesh or another number of them.
+"""Rows of the fault table: several processes, and changes of their number or mesh.
 
-faulty.py runs them all, though mostly without a fault, because JAX's cache keeps only
-what process 0 compiles, and hooks.py keeps the rest.
+All runs use faulty.py, mostly without a fault: JAX caches only the compilations of
+process 0, and hooks.py caches those of the others.
 """
 
 import functools
@@ -14,14 +14,14 @@ from faults import evidence
 from faults.process import Child
 from faults.world import STEPS, Outcome, Row, Straight, Tally, World
 
-PLAIN = {'tell': 'restored'}  # No fault, but in faulty.py.
+PLAIN = {'tell': 'restored'}  # No fault, but run by faulty.py.
 PAIR = dict(processes=2, faults={0: PLAIN, 1: PLAIN})
 PEER_TIMEOUT = 10
 LOST, STUCK = (5, -signal.SIGABRT, 134), 6
 
 
 def slowly(seconds: float = 0.2, last: int = STEPS) -> list[dict]:
-  """Steps that take so long: JAX looks for a signal once a second."""
+  """Makes every step take `seconds`: JAX checks for a signal once a second."""
   rest = dict(do='sleep', at='step', seconds=seconds)
   return [PLAIN, *(rest | {'step': step} for step in range(1, last + 1))]
 
@@ -29,22 +29,24 @@ def slowly(seconds: float = 0.2, last: int = STEPS) -> list[dict]:
 # 4
 
 
-def one_of_two_told(world: World, times: int) -> Outcome:
+def one_of_two_preempted(world: World, times: int) -> Outcome:
   straight, tally = world.straight(**PAIR), Tally()
   while (left := times - (count := tally.outcome().injected)) > 0:
     steps = [world.random.randrange(1, 6), world.random.randrange(11, 16)][:left]
-    whom = [(count + i) % 2 for i in range(len(steps))]
-    with tally.one(f'SIGTERM to process {whom} from step {steps} on', times=len(steps)):
-      workdir = world.path('told')
-      for step, process in zip(steps, whom):
-        _told(world, workdir, step, process)
+    processes = [(count + i) % 2 for i in range(len(steps))]
+    with tally.one(
+      f'SIGTERM to process {processes} from step {steps} on', times=len(steps)
+    ):
+      workdir = world.path('preempted')
+      for step, process in zip(steps, processes):
+        _preempt(world, workdir, step, process)
       world.finish(workdir, **PAIR)
       world.check(workdir, straight)
   return tally.outcome()
 
 
-def _told(world: World, workdir: Path, step: int, process: int, twice=False) -> None:
-  """One of two is told to leave, once or twice: both leave, and the step is saved."""
+def _preempt(world: World, workdir: Path, step: int, process: int, twice=False) -> None:
+  """SIGTERM to one of two processes, once or twice: both stop, and the step is saved."""
   resting = slowly()
   if twice:
     sleep = dict(do='sleep', at='renaming', seconds=1.5)
@@ -53,27 +55,29 @@ def _told(world: World, workdir: Path, step: int, process: int, twice=False) -> 
   children[process].until(lambda: evidence.last_step(workdir) >= step)
   children[process].signal(signal.SIGTERM)
   if twice:
-    # A save that was due anyhow does not rest; then the second finds them leaving.
-    seen = ('fault: sleep at renaming', 'SIGTERM: stopped')
-    assert children[0].until(lambda: any(text in children[0].err for text in seen))
+    # A regular save does not sleep; then the second signal comes after the stop.
+    texts = ('fault: sleep at renaming', 'SIGTERM: stopped')
+    assert children[0].until(lambda: any(text in children[0].err for text in texts))
     for child in children:
       child.signal(signal.SIGTERM)
   ended = [child.wait().expect(4) for child in children]
   at = evidence.last_step(workdir)
   assert f'SIGTERM: stopped at step {at}, which is saved' in ended[0].err, ended[0].tail()
-  assert at == max(evidence.saved(workdir)), f'left at {at}, which is not saved'
+  assert at == max(evidence.saved(workdir)), f'stopped at {at}, which is not saved'
 
 
 # 5b
 
 
-def two_told_twice(world: World, times: int) -> Outcome:
+def second_sigterm_of_two(world: World, times: int) -> Outcome:
   straight, tally = world.straight(**PAIR), Tally()
   for i in range(times):
     step = world.random.randrange(1, 14)
-    with tally.one(f'a second SIGTERM in the save of process {i % 2}, from {step} on'):
-      workdir = world.path('told')
-      _told(world, workdir, step, i % 2, twice=True)
+    with tally.one(
+      f'a second SIGTERM during the save of process {i % 2}, from step {step} on'
+    ):
+      workdir = world.path('preempted')
+      _preempt(world, workdir, step, i % 2, twice=True)
       world.finish(workdir, **PAIR)
       world.check(workdir, straight)
   return tally.outcome()
@@ -96,30 +100,32 @@ def other_meshes(world: World, times: int) -> Outcome:
   meshes, digest = MESHES[: times + 1], ''
   for i, mesh in enumerate(meshes):
     at = 4 * (i + 1) if mesh is not meshes[-1] else STEPS
-    leave = {'do': 'term', 'at': 'step', 'step': at}
-    child = world.train(workdir, fault=[PLAIN, leave] if at < STEPS else PLAIN, **mesh)
+    term = {'do': 'term', 'at': 'step', 'step': at}
+    child = world.train(workdir, fault=[PLAIN, term] if at < STEPS else PLAIN, **mesh)
     done = child.wait().expect(4 if at < STEPS else 0)
     if i:
       with tally.one(f'{meshes[i - 1]} -> {mesh}'):
         _restored(done.err, 4 * i, digest)
         if at == STEPS:
-          _as_straight(workdir, world.straight())
+          _check_losses(workdir, world.straight())
     digest = world.digest(workdir, at)
   return tally.outcome()
 
 
 def _restored(err: str, step: int, digest: str) -> None:
-  """AssertionError unless a process told that it restored just those bits."""
-  told = re.findall(r'restored: step (\d+) is (\w+)', err)
-  assert told == [(str(step), digest)], f'restored {told}, not {step}: {digest}'
+  """AssertionError unless the process restored exactly these bits."""
+  restored = re.findall(r'restored: step (\d+) is (\w+)', err)
+  assert restored == [(str(step), digest)], f'restored {restored}, not {step}: {digest}'
 
 
-def _as_straight(workdir: Path, straight: Straight) -> None:
-  """AssertionError unless every step was there, and its loss that of another topology."""
-  for kind, want in (('train', straight.losses), ('heldout', straight.heldout)):
-    have = evidence.losses(workdir, kind)
-    assert [step for step, _ in have] == [step for step, _ in want], f'{kind}: {have}'
-    off = max(abs(a - b) for (_, a), (_, b) in zip(have, want))
+def _check_losses(workdir: Path, straight: Straight) -> None:
+  """AssertionError unless all steps have the losses of the undisturbed run, to 1e-5."""
+  for kind, expected in (('train', straight.losses), ('heldout', straight.heldout)):
+    actual = evidence.losses(workdir, kind)
+    assert [step for step, _ in actual] == [step for step, _ in expected], (
+      f'{kind}: {actual}'
+    )
+    off = max(abs(a - b) for (_, a), (_, b) in zip(actual, expected))
     assert off < 1e-5, f'{kind}: losses differ by {off}'
 
 
@@ -137,7 +143,7 @@ def other_numbers_of_processes(world: World, times: int) -> Outcome:
           for err in errs:
             _restored(err, before, digest)
           if i == len(counts) - 1:
-            _as_straight(workdir, world.straight())
+            _check_losses(workdir, world.straight())
       before = max(evidence.saved(workdir))
       digest = world.digest(workdir, before)
   return tally.outcome()
@@ -146,10 +152,10 @@ def other_numbers_of_processes(world: World, times: int) -> Outcome:
 def _some_steps(
   world: World, workdir: Path, count: int, step: int, *, last: bool
 ) -> list[str]:
-  """So many processes go on, for some steps or to the end -> what they said."""
-  leave = {'do': 'term', 'at': 'step', 'step': step + 3}
+  """Resumes with `count` processes, for some steps or to the end -> their stderr."""
+  term = {'do': 'term', 'at': 'step', 'step': step + 3}
   faults = slowly() if count > 1 and not last else [PLAIN]
-  faults += [] if last else [leave]
+  faults += [] if last else [term]
   if count == 1:
     children = [world.train(workdir, fault=faults)]
   else:
@@ -172,14 +178,14 @@ def peers(world: World, times: int) -> Outcome:
   ]
   tally = Tally()
   for case in cases[:times]:
-    told = [part for part in case.args if part is not world]
-    with tally.one(f'{case.func.__name__[1:]} {" ".join(map(str, told))}'):
+    arguments = [str(part) for part in case.args if part is not world]
+    with tally.one(' '.join([case.func.__name__[1:], *arguments])):
       case()
   return tally.outcome()
 
 
 def _peer(world: World, do: str, who: int) -> None:
-  """A process is killed, or stopped: the other ends in time, and says who is lost."""
+  """One process is killed or stopped: the other exits in time, and names it."""
   workdir, straight = world.path('peer'), world.straight(**PAIR)
   step = world.random.randrange(6, STEPS)
   fault = [PLAIN, {'do': do, 'at': 'step', 'step': step}]
@@ -190,15 +196,15 @@ def _peer(world: World, do: str, who: int) -> None:
   )
   lost, left = children[who], children[1 - who]
   lost.until(lambda: f'fault: {do} at step' in lost.err)
-  begun = time.monotonic()
+  started = time.monotonic()
   done = left.wait(4 * PEER_TIMEOUT)
-  seconds = time.monotonic() - begun
+  seconds = time.monotonic() - started
   lost.kill()
   assert done.code in LOST, f'exit code {done.code}: {done.tail()}'
   assert seconds < 2.5 * PEER_TIMEOUT, f'it took {seconds:.0f} s'
-  # Process 0 is the coordination service, and is named by that.
-  named = 'oordination.?[sS]ervice' if who == 0 else r'unhealthy[^\n]*\n\s*1\n'
-  assert re.search(named, done.err), f'nobody was named: {done.err[:1500]}'
+  # JAX names process 0 by its service, the coordination service.
+  pattern = 'oordination.?[sS]ervice' if who == 0 else r'unhealthy[^\n]*\n\s*1\n'
+  assert re.search(pattern, done.err), f'no process is named: {done.err[:1500]}'
   world.finish(workdir, **PAIR)
   world.check(workdir, straight)
 
@@ -219,7 +225,7 @@ def _alone_stuck(world: World) -> None:
 
 
 def _peer_stuck(world: World) -> None:
-  """One of two waits for ever, and its heart beats: no runtime would end that."""
+  """One of two processes waits forever, with heartbeats: no runtime would end it."""
   workdir, straight = world.path('stuck'), world.straight(**PAIR)
   fault = {'do': 'stall', 'at': 'step', 'step': world.random.randrange(8, STEPS)}
   children = world.group(
@@ -231,9 +237,11 @@ def _peer_stuck(world: World) -> None:
 
 
 ROWS_B = [
-  Row('4', 'SIGTERM to one of two processes', one_of_two_told, 10, 0),
-  Row('5b', 'a second SIGTERM in the save of two processes', two_told_twice, 2, 0),
-  Row('12', 'another mesh on resumption', other_meshes, 5, 0),
-  Row('13', 'another number of processes', other_numbers_of_processes, 4, 0),
+  Row('4', 'SIGTERM to one of two processes', one_of_two_preempted, 10, 0),
+  Row(
+    '5b', 'a second SIGTERM during a save of two processes', second_sigterm_of_two, 2, 0
+  ),
+  Row('12', 'a different mesh on resumption', other_meshes, 5, 0),
+  Row('13', 'a different number of processes', other_numbers_of_processes, 4, 0),
   Row('18', 'a process is killed, stopped or stuck', peers, 6, 0),
 ]

@@ -1,4 +1,4 @@
-"""Rows of the fault table: somebody else is in the workdir, or made what lies there."""
+"""Rows of the fault table: a second writer of a workdir, and crafted checkpoints."""
 
 import contextlib
 import functools
@@ -14,7 +14,7 @@ from typing import Any
 
 from faults import evidence
 from faults.process import Child
-from faults.rows_a import leave
+from faults.rows_a import preempt
 from faults.rows_b import slowly
 from faults.world import Outcome, Row, Straight, Tally, World
 
@@ -33,37 +33,37 @@ def writers(world: World, times: int) -> Outcome:
   return tally.outcome()
 
 
-def _begun(world: World, workdir: Path, *more: dict) -> Child:
-  """A run that takes its time, and has taken its workdir."""
+def _started(world: World, workdir: Path, *more: dict) -> Child:
+  """A slow run that holds its workdir."""
   child = world.train(workdir, fault=[*slowly(), *more])
   assert child.until(lambda: evidence.last_step(workdir) >= 5), child.err
   return child
 
 
-def second_is_refused(world: World, straight: Straight) -> None:
+def a_second_run_is_refused(world: World, straight: Straight) -> None:
   workdir = world.path('two')
-  # It stands still while the other one tries, however long that takes.
+  # It is stopped while the other run starts.
   first = world.train(workdir, fault={'do': 'stop', 'at': 'step', 'step': 7})
   assert first.until(lambda: 'fault: stop' in first.err), first.err
-  told = f'in use by process {first.pid} on {platform.node()} since 20'
-  world.train(workdir).wait().expect(REFUSED, told)
+  message = f'in use by process {first.pid} on {platform.node()} since 20'
+  world.train(workdir).wait().expect(REFUSED, message)
   first.signal(signal.SIGCONT)
   first.wait().expect(0)
   world.check(workdir, straight)
 
 
-def killed_leaves_no_lock(world: World, straight: Straight) -> None:
+def the_lock_of_a_killed_run_is_taken_over(world: World, straight: Straight) -> None:
   workdir = world.path('stale')
-  killed = _begun(world, workdir)
+  killed = _started(world, workdir)
   killed.signal(signal.SIGKILL)
   killed.wait()
-  told = f'was left locked by process {killed.pid} on {platform.node()}'
-  world.finish(workdir).expect(0, told, 'taking it over')
+  message = f'was left locked by process {killed.pid} on {platform.node()}'
+  world.finish(workdir).expect(0, message, 'taking it over')
   world.check(workdir, straight)
 
 
 def _note(workdir: Path, **changes: Any) -> bytes:
-  """Another machine's lock, fresh unless changed, put in place at once."""
+  """Writes the lock of another machine atomically; it is fresh unless changed."""
   now = time.time()
   note = dict(host='far', machine='far', pid=7, started=1, since=now, beat=now)
   content = json.dumps(note | dict(period=0.2, token='theirs') | changes).encode()
@@ -73,67 +73,71 @@ def _note(workdir: Path, **changes: Any) -> bytes:
   return content
 
 
-def far_and_fresh_refuses(world: World, straight: Straight) -> None:
+def a_fresh_lock_of_another_machine_refuses(world: World, straight: Straight) -> None:
   workdir = world.path('far')
   note = _note(workdir)
-  told = 'in use by process 7 on far since 20', 'remove', 'lock.json'
-  world.train(workdir).wait().expect(REFUSED, *told)
+  message = 'in use by process 7 on far since 20', 'remove', 'lock.json'
+  world.train(workdir).wait().expect(REFUSED, *message)
   assert evidence.contents(workdir) == {'lock.json': note}
-  (workdir / 'lock.json').unlink()  # As it is told.
+  (workdir / 'lock.json').unlink()  # As the message says.
   world.finish(workdir)
   world.check(workdir, straight)
 
 
-def far_and_old_is_taken_over(world: World, straight: Straight) -> None:
+def an_old_lock_of_another_machine_is_taken_over(
+  world: World, straight: Straight
+) -> None:
   workdir = world.path('far')
   _note(workdir, beat=time.time() - 601)
   world.finish(workdir).expect(0, 'was left locked by process 7 on far', 'taking it over')
   world.check(workdir, straight)
 
 
-def two_at_once(world: World, straight: Straight) -> None:
+def one_of_two_simultaneous_runs_is_refused(world: World, straight: Straight) -> None:
   workdir = world.path('both')
   children = [world.train(workdir, fault=slowly()) for _ in range(2)]
-  ended = sorted((child.wait() for child in children), key=lambda done: done.code)
-  assert [done.code for done in ended] == [0, REFUSED], [done.tail() for done in ended]
-  told = ended[1].expect(REFUSED).err
-  assert any(t in told for t in ('taken at the same time by', 'is in use by')), told
+  results = sorted((child.wait() for child in children), key=lambda done: done.code)
+  assert [done.code for done in results] == [0, REFUSED], [
+    done.tail() for done in results
+  ]
+  message = results[1].expect(REFUSED).err
+  assert any(t in message for t in ('taken at the same time by', 'is in use by')), message
   world.check(workdir, straight)
 
 
-def robbed_leaves(world: World, straight: Straight) -> None:
+def a_taken_over_run_exits(world: World, straight: Straight) -> None:
   workdir = world.path('robbed')
   beats = {'set': 'gated.run.lock.MAX_PERIOD', 'to': 0.2}
-  robbed = _begun(world, workdir, beats)
+  old = _started(world, workdir, beats)
   note = _note(workdir, beat=1e9)
-  robbed.wait().expect(TAKEN, 'was taken over by process 7 on far')
-  assert (workdir / 'lock.json').read_bytes() == note, 'its lock was touched'
+  old.wait().expect(TAKEN, 'was taken over by process 7 on far')
+  assert (workdir / 'lock.json').read_bytes() == note, 'the new lock was changed'
   world.finish(workdir).expect(0, 'was left locked by process 7 on far')
   world.check(workdir, straight)
 
 
 WRITERS = (
-  second_is_refused,
-  killed_leaves_no_lock,
-  far_and_fresh_refuses,
-  far_and_old_is_taken_over,
-  two_at_once,
-  robbed_leaves,
+  a_second_run_is_refused,
+  the_lock_of_a_killed_run_is_taken_over,
+  a_fresh_lock_of_another_machine_refuses,
+  an_old_lock_of_another_machine_is_taken_over,
+  one_of_two_simultaneous_runs_is_refused,
+  a_taken_over_run_exits,
 )
 
 
 # 19
 
-LEFT, OLDER = 10, 8  # Steps of a run that was left; the last is spoiled.
+LEFT, OLDER = 10, 8  # Saved steps of a preempted run; the last is damaged.
 HUGE = (1 << 62) - 1
-PICKLE = b"cos\nsystem\n(S'touch %s'\ntR."  # Loading it is running touch(1).
-MOST = 1 << 28  # Bytes that a spoiled checkpoint may take beyond a whole one.
+PICKLE = b"cos\nsystem\n(S'touch %s'\ntR."  # Loading it runs touch(1).
+MOST = 1 << 28  # Extra bytes of memory that a crafted checkpoint may take.
 
-Spoil = Callable[[Path, Path], None]  # Of a step's folder, and one outside the workdir.
+Spoil = Callable[[Path, Path], None]  # (a step's folder, a folder outside the workdir)
 
 
 def forged(change: Callable[[dict], Any]) -> Spoil:
-  """A manifest that says something else, with the digest that fits it."""
+  """Changes the manifest, with a matching digest."""
 
   def spoil(folder: Path, _: Path) -> None:
     path = folder / 'manifest.json'
@@ -162,21 +166,21 @@ def manifest_of(content: bytes) -> Spoil:
 
 
 def linked(folder: Path, outside: Path) -> None:
-  """A part of the payload becomes a link to the same bytes elsewhere."""
+  """Replaces a file of the payload by a link to the same bytes outside."""
   file = max((folder / 'model').rglob('*'), key=lambda p: p.is_file() * p.stat().st_size)
   shutil.move(file, outside / 'payload')
   file.symlink_to(outside / 'payload')
 
 
 def linked_whole(folder: Path, outside: Path) -> None:
-  """The step lies elsewhere, and is spoiled: it goes, and what it links to stays."""
+  """A link to a damaged step outside: the link is removed, its target stays."""
   shutil.move(folder, outside / 'step')
   folder.symlink_to(outside / 'step')
   forged(lambda c: c.update(step=99))(outside / 'step', outside)
 
 
 def pickles(folder: Path, outside: Path) -> None:
-  """Beside the payload, under the names that loaders look for."""
+  """Adds pickles beside the payload, with names that loaders look for."""
   content = PICKLE % os.fsencode(outside / 'executed')
   for name in ('state.pkl', 'model/data.pkl', 'model/embed.table.npy', '__init__.py'):
     (folder / name).write_bytes(content)
@@ -219,21 +223,21 @@ CRAFTED: dict[str, tuple[str, Spoil]] = {
 
 
 def crafted(world: World, times: int) -> Outcome:
-  """A stranger spoils the newest step: the run skips it, or what is added is ignored."""
+  """The newest step is crafted: the run skips it, or ignores the added files."""
   straight, tally, base = world.straight(), Tally(), world.path('base')
-  leave(world, base, LEFT)
+  preempt(world, base, LEFT)
   size = max(p.stat().st_size for p in base.rglob('manifest.json'))
   assert size < 20000, f'a manifest has {size} bytes'
   limit = {'set': 'gated.run.checkpoint.manifest.LIMIT', 'to': 20000}
-  for name, (told, spoil) in list(CRAFTED.items())[:times]:
+  for name, (message, spoil) in list(CRAFTED.items())[:times]:
     with tally.one(name):
       faults = [limit] if name == 'a manifest too large' else []
-      _crafted(world, base, told, spoil, straight, faults)
+      _crafted(world, base, message, spoil, straight, faults)
   return tally.outcome()
 
 
 def _crafted(
-  world: World, base: Path, told: str, spoil: Spoil, straight: Straight, faults: list
+  world: World, base: Path, message: str, spoil: Spoil, straight: Straight, faults: list
 ) -> None:
   home = world.path('crafted')
   workdir, outside = home / 'run', home / 'outside'
@@ -243,31 +247,31 @@ def _crafted(
   spoil(evidence.committed(workdir, LEFT), outside)
   before = evidence.contents(outside)
   child = world.train(workdir, fault=faults)
-  memory = _most_memory(child)
-  done = child.wait().expect(0, *(['skipped: ', told] if told else []))
-  assert f'resumed at step {OLDER if told else LEFT} of' in done.err, done.tail()
-  assert evidence.contents(outside) == before, 'something outside was changed'
+  memory = _peak_memory(child)
+  done = child.wait().expect(0, *(['skipped: ', message] if message else []))
+  assert f'resumed at step {OLDER if message else LEFT} of' in done.err, done.tail()
+  assert evidence.contents(outside) == before, 'a file outside was changed'
   assert sorted(os.listdir(home)) == ['outside', 'run'], os.listdir(home)
-  assert memory < _usual(world) + MOST, f'it took {memory >> 20} MiB'
+  assert memory < _usual_memory(world) + MOST, f'it took {memory >> 20} MiB'
   world.check(workdir, straight)
 
 
-def _most_memory(child: Child) -> int:
-  """The most bytes that a process had in memory until its end."""
-  most = 0
+def _peak_memory(child: Child) -> int:
+  """The peak memory of a process, in bytes."""
+  peak = 0
   with contextlib.suppress(OSError):
     while child.lives():
       status = Path(f'/proc/{child.pid}/status').read_text()
       lines = [line for line in status.splitlines() if line.startswith('VmHWM:')]
-      most = max([most, *(int(line.split()[1]) << 10 for line in lines)])
+      peak = max([peak, *(int(line.split()[1]) << 10 for line in lines)])
       time.sleep(0.02)
-  return most
+  return peak
 
 
 @functools.cache
-def _usual(world: World) -> int:
-  """What a run takes that nobody spoiled."""
-  return _most_memory(world.train(world.path('usual')))
+def _usual_memory(world: World) -> int:
+  """The peak memory of an undisturbed run, in bytes."""
+  return _peak_memory(world.train(world.path('usual')))
 
 
 ROWS_B = [

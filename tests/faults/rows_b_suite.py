@@ -1,4 +1,4 @@
-"""Rows of the fault table that are tests of the suite, and what memory a run takes."""
+"""Rows of the fault table: tests of the suite, and the memory of a long run."""
 
 import re
 from collections.abc import Callable
@@ -16,8 +16,8 @@ PROPERTIES = (
   'data/test_prepare_data.py::test_any_number_of_processes_gives_the_same_bytes',
   'data/test_data.py::test_every_window_of_a_mixture_holds_its_weights_exactly',
   'data/test_data.py::test_every_epoch_has_every_row_once_in_another_order',
-  'data/test_data.py::test_starting_late_is_starting_early_and_reading_on',
-  'data/test_data.py::test_hosts_together_hold_what_one_would',
+  'data/test_data.py::test_a_late_start_gives_the_batches_of_an_early_start',
+  'data/test_data.py::test_the_batches_of_all_hosts_form_the_batch_of_one_host',
   'train/test_optim.py::test_a_schedule_warms_up_linearly_and_ends_at_its_floor',
   'train/test_optim.py::test_a_run_may_end_within_its_warmup',
   'devices/test_mesh.py::test_every_parameter_is_split_as_its_axes_say',
@@ -25,7 +25,7 @@ PROPERTIES = (
 
 
 def tests(*names: str) -> Callable[[World, int], Outcome]:
-  """Tests of the suite -> what runs them in a process of their own, and counts them."""
+  """Names of tests -> a row's function, which runs and counts them in a process."""
 
   def run(world: World, times: int) -> Outcome:
     args = ['-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', '-rfE']
@@ -35,10 +35,10 @@ def tests(*names: str) -> Callable[[World, int], Outcome]:
     counts = {word.rstrip('s'): int(n) for n, word in re.findall(r'(\d+) (\w+)', total)}
     passed = counts.get('passed', 0)
     lost = counts.get('failed', 0) + counts.get('error', 0)
-    told = re.findall(r'(?m)^(?:FAILED|ERROR) (\S+)', done.out)
-    ended = done.code == 0 or lost
-    assert ended and passed + lost >= times, f'exit code {done.code}: {done.tail()}'
-    return Outcome(passed + lost, passed, ', '.join(told) or 'nothing')
+    failures = re.findall(r'(?m)^(?:FAILED|ERROR) (\S+)', done.out)
+    finished = done.code == 0 or lost
+    assert finished and passed + lost >= times, f'exit code {done.code}: {done.tail()}'
+    return Outcome(passed + lost, passed, ', '.join(failures) or 'nothing')
 
   return run
 
@@ -55,7 +55,7 @@ LONG = dict(
   model__depth=1,
   data__length=64,
 )
-WARM = 150  # Steps, and ten saves, until malloc has an arena for every thread.
+WARM = 150  # Steps, with ten saves, until malloc has an arena for every thread.
 
 
 def memory(world: World, times: int) -> Outcome:
@@ -66,28 +66,28 @@ def memory(world: World, times: int) -> Outcome:
       child = world.train(workdir, **LONG)
       grown, first, last = _growth(child, workdir)
       child.wait().expect(0)
-      told = f'{first:.0f} MiB after {WARM} steps, {last:.0f} MiB at the end'
-      print(f'memory: {told}', flush=True)
-      assert grown < 30 or grown < 0.05 * first, told
+      message = f'{first:.0f} MiB after {WARM} steps, {last:.0f} MiB at the end'
+      print(f'memory: {message}', flush=True)
+      assert grown < 30 or grown < 0.05 * first, message
   return tally.outcome()
 
 
 def _growth(child: Child, workdir: Path) -> tuple[float, float, float]:
-  """-> MiB that a run grew by: from after the warm-up, and to its last steps."""
+  """-> the growth of a run in MiB, its size after the warm-up, and at the end."""
   sizes: list[tuple[int, float]] = []
 
-  def ended() -> bool:
+  def sample() -> bool:
     step = evidence.last_step(workdir)
     if step >= WARM and child.lives():
       lines = Path(f'/proc/{child.pid}/status').read_text().splitlines()
       sizes.extend((step, int(x.split()[1]) / 1024) for x in lines if 'VmRSS' in x)
     return False
 
-  child.until(ended)
+  child.until(sample)
   early = [size for step, size in sizes if step < WARM + 100]
   late = [size for step, size in sizes if step >= LONG['steps'] - 100]
-  assert early and late, f'it went too fast to be looked at: {sizes}'
-  first, last = min(early), min(late)  # What comes and goes is no growth.
+  assert early and late, f'too few samples: {sizes}'
+  first, last = min(early), min(late)  # The minimum ignores temporary memory.
   return last - first, first, last
 
 

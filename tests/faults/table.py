@@ -1,4 +1,4 @@
-"""The rows of the bench, and the table that tells what came of them."""
+"""The rows of the fault table, and the table of their results in Markdown."""
 
 import datetime
 import importlib
@@ -16,8 +16,8 @@ PACKAGES = ('jax', 'orbax-checkpoint', 'flax', 'optax', 'numpy')
 
 class Result(NamedTuple):
   row: Row
-  outcome: Outcome | None  # None where it was skipped.
-  told: str
+  outcome: Outcome | None  # None for a skipped row.
+  detail: str
   minutes: float
 
   @property
@@ -27,21 +27,21 @@ class Result(NamedTuple):
   def line(self) -> str:
     number, fault = self.row.number, self.row.fault
     if self.outcome is None:
-      return f'| {number} | {fault} | - | - | cannot run here: {self.told} |'
+      return f'| {number} | {fault} | - | - | cannot run here: {self.detail} |'
     injected, survived, _ = self.outcome
-    return f'| {number} | {fault} | {injected} | {survived} | {self.told} |'
+    return f'| {number} | {fault} | {injected} | {survived} | {self.detail} |'
 
 
 def rows() -> list[Row]:
   """Every row of rows_*.py, by number."""
-  found = []
+  entries = []
   for path in sorted(HERE.glob('rows_*.py')):
     module = importlib.import_module(f'faults.{path.stem}')
     letter = path.stem.split('_')[1][0].upper()
-    found += getattr(module, f'ROWS_{letter}', [])
-  numbers = [row.number for row in found]
-  assert len(set(numbers)) == len(numbers), f'a number stands twice: {numbers}'
-  return sorted(found, key=lambda row: (_leading(row.number), row.number))
+    entries += getattr(module, f'ROWS_{letter}', [])
+  numbers = [row.number for row in entries]
+  assert len(set(numbers)) == len(numbers), f'duplicate numbers: {numbers}'
+  return sorted(entries, key=lambda row: (_leading(row.number), row.number))
 
 
 def _leading(number: str) -> int:
@@ -52,8 +52,11 @@ def markdown(results: list[Result], minutes: float, seed: int) -> str:
   versions = ', '.join(f'{p} {importlib.metadata.version(p)}' for p in PACKAGES)
   today = datetime.datetime.now(datetime.UTC).date()
   ran = [r for r in results if r.outcome is not None]
-  every = [r.outcome for r in ran if r.outcome]
-  injected, survived = sum(o.injected for o in every), sum(o.survived for o in every)
+  outcomes = [r.outcome for r in ran if r.outcome]
+  injected, survived = (
+    sum(o.injected for o in outcomes),
+    sum(o.survived for o in outcomes),
+  )
   skipped = len(results) - len(ran)
   lines = [
     f'{today}, Python {platform.python_version()}, {versions}; {os.cpu_count()} cores, '

@@ -1,11 +1,10 @@
-"""What the rows of the bench share: real processes to break, and what to hold them to.
+"""The tools of the rows: real processes to break, and the checks of their results.
 
-A row is a fault of the table of faults. It is given a World and how many faults to
-inject, and tells how many of them a run survived. To survive is to end as the run that
-nothing happened to does, at the same topology: with the same bits in parameters and
-optimizer state, the same loss at every step, none missing and none twice, and the same
-held-out losses. A loss that has the same bits at every step has seen the same records in
-the same order, so that needs no log of its own.
+A row is one line of the fault table. It gets a World and the number of faults to inject,
+and returns how many of them a run survived. A run survives if it ends as an undisturbed
+run of the same topology does: with the same bits in parameters and optimizer state, one
+record with the same loss at every step, and the same held-out losses. Equal losses at
+every step imply the same records in the same order.
 """
 
 import contextlib
@@ -25,7 +24,7 @@ from gated.devices import trees
 
 STEPS, SAVES, EVALS = 24, 4, 6
 
-# A run of some three seconds, half of them at work: its saves take a tenth of its life.
+# A run of about three seconds, half of them in training and a tenth in saves.
 SMALL = {
   'model.width': 64,
   'model.ffn': 128,
@@ -44,34 +43,34 @@ SMALL = {
   'log.tensorboard': False,
 }
 
-FAULT = 'GATED_FAULT'  # The variable that tells faulty.py what is to go wrong.
+FAULT = 'GATED_FAULT'  # The variable with the faults for faulty.py.
 
 
 class Skip(Exception):
-  """A row cannot run on this machine; says why."""
+  """A row cannot run on this machine, with the reason."""
 
 
 class Outcome(NamedTuple):
   injected: int
   survived: int
-  lost: str  # 'nothing', or what each fault that was not survived cost.
+  lost: str  # 'nothing', or each fault that was not survived, with its error.
 
 
 class Row(NamedTuple):
-  number: str  # Of the table of faults, such as '1'.
-  fault: str  # 'kill -9 at a random moment'
-  run: Callable[['World', int], Outcome]  # The world, times -> what came of it.
-  times: int  # As the bench injects it,
-  few: int  # and as `make test` does; 0 where it does not.
+  number: str  # In the fault table, such as '1'.
+  fault: str  # Such as 'kill -9 at random moments of a run'.
+  run: Callable[['World', int], Outcome]  # (world, times) -> the outcome.
+  times: int  # The number of injections in `make faults`.
+  few: int  # The number of injections in `make test`; 0 for none.
 
 
 class Tally:
-  """Counts the faults of a row. One that is not survived is told, and the next comes.
+  """Counts the faults of a row; a fault that is not survived does not stop the row.
 
   tally = Tally()
   for ... in ...:
     with tally.one('kill -9 at 1.3 s'):
-      ... what raises AssertionError if it is not survived
+      ...  # Raises AssertionError if it is not survived.
   return tally.outcome()
   """
 
@@ -79,40 +78,40 @@ class Tally:
     self._injected, self._lost, self._skipped = 0, [], ''
 
   @contextlib.contextmanager
-  def one(self, what: str, *, times: int = 1) -> Generator[None]:
-    """`times` faults that are judged together; one that raises Skip was none."""
+  def one(self, fault: str, *, times: int = 1) -> Generator[None]:
+    """Counts `times` faults with one result; Skip does not count."""
     self._injected += times
     try:
       yield
     except Skip as reason:
       self._injected -= times
       self._skipped = str(reason)
-      print(f'left out: {what}: {reason}', flush=True)
+      print(f'skipped: {fault}: {reason}', flush=True)
     except Exception as error:
-      self._lost += [f'{what}: {type(error).__name__}: {error}'] * times
+      self._lost += [f'{fault}: {type(error).__name__}: {error}'] * times
 
   def outcome(self) -> Outcome:
-    """What came of them all; Skip if none could be injected."""
+    """The outcome of all faults; Skip if none could be injected."""
     if self._skipped and not self._injected:
       raise Skip(self._skipped)
     survived = self._injected - len(self._lost)
-    told = '; '.join(dict.fromkeys(self._lost)) or 'nothing'
-    return Outcome(self._injected, survived, told)
+    lost = '; '.join(dict.fromkeys(self._lost)) or 'nothing'
+    return Outcome(self._injected, survived, lost)
 
 
 class Straight(NamedTuple):
-  """A run that nothing happened to."""
+  """An undisturbed run."""
 
   workdir: Path
-  seconds: float  # From its start to its end.
+  seconds: float  # From start to exit.
   step: int
-  digest: str  # Of the parameters and the optimizer state at its end.
+  digest: str  # Of the final parameters and optimizer state.
   losses: list[tuple[int, float]]
   heldout: list[tuple[int, float]]
 
 
 class _Shared(NamedTuple):
-  """What the rows of a bench have in common."""
+  """The objects that all rows share."""
 
   folder: Path
   straights: dict[str, Straight]
@@ -121,7 +120,7 @@ class _Shared(NamedTuple):
 
 
 class World:
-  """A folder, processes, and random numbers of its own; `row` gives each row another."""
+  """A folder, processes and random numbers; `row` creates one for each row."""
 
   def __init__(self, folder: Path, *, seed: int = 0, shared: _Shared | None = None):
     self.folder, self.seed = folder, seed
@@ -150,7 +149,7 @@ class World:
     return world
 
   def path(self, name: str = 'run') -> Path:
-    """A path in this world's folder that nothing has yet."""
+    """An unused path in this world's folder."""
     self._names += 1
     return self.folder / f'{name}-{self._names}'
 
@@ -176,7 +175,7 @@ class World:
     devices: int = 1,
     **knobs,
   ) -> Child:
-    """Starts a run; a knob's dots are two underscores. For `fault` see faulty.py."""
+    """Starts a run; `__` in a knob stands for a dot. For `fault` see faulty.py."""
     command = arguments(workdir, recipe=recipe, flags=flags, fault=fault, **knobs)
     env = dict(env or {}) | ({FAULT: json.dumps(fault)} if fault else {})
     return self.spawn(command, env=env, devices=devices)
@@ -188,52 +187,55 @@ class World:
     processes: int = 2,
     faults: Mapping[int, Mapping | Sequence[Mapping]] | None = None,
     flags: Sequence[str] = (),
-    **how,
+    **options,
   ) -> list[Child]:
-    """Starts a run of several processes; `faults` are by process, `how` as of `train`."""
-    where = [f'--coordinator=127.0.0.1:{process.free_port()}', f'--processes={processes}']
+    """Starts several processes; `faults` are by process, `options` as in `train`."""
+    addresses = [
+      f'--coordinator=127.0.0.1:{process.free_port()}',
+      f'--processes={processes}',
+    ]
     faults = faults or {}
     return [
       self.train(
         workdir,
-        flags=[*flags, *where, f'--process={i}'],
+        flags=[*flags, *addresses, f'--process={i}'],
         fault=faults.get(i, ()),
-        **how,
+        **options,
       )
       for i in range(processes)
     ]
 
-  def finish(self, workdir: Any, *, processes: int = 1, **how) -> Done:
-    """Runs until the end; AssertionError unless that is exit code 0, in all processes."""
+  def finish(self, workdir: Any, *, processes: int = 1, **options) -> Done:
+    """Runs to the end; AssertionError unless all processes exit with 0."""
     if processes == 1:
-      return self.train(workdir, **how).wait().expect(0)
-    children = self.group(workdir, processes=processes, **how)
-    ended = [child.wait().expect(0) for child in children]
-    return ended[0]
+      return self.train(workdir, **options).wait().expect(0)
+    children = self.group(workdir, processes=processes, **options)
+    first, *_ = [child.wait().expect(0) for child in children]
+    return first
 
-  # What must hold.
+  # Checks.
 
-  def straight(self, **how) -> Straight:
-    """The undisturbed run of `finish(workdir, **how)`, made once.
+  def straight(self, **options) -> Straight:
+    """The undisturbed run of `finish(workdir, **options)`, which is run once.
 
-    A fault within the compiled step changes how that is compiled, and so its last bits:
-    whoever injects one compares with a run whose fault is at steps that never come.
+    A fault inside the compiled step may change its last bits: compare such a run with
+    one whose fault is at steps that never come.
     """
-    key = json.dumps(how, sort_keys=True, default=str)
+    key = json.dumps(options, sort_keys=True, default=str)
     with self._shared.guard:
       lock = self._shared.locks.setdefault(key, threading.Lock())
     with lock:
       if key not in self._shared.straights:
-        self._shared.straights[key] = self._straight(how)
+        self._shared.straights[key] = self._straight(options)
       return self._shared.straights[key]
 
-  def _straight(self, how: Mapping[str, Any]) -> Straight:
-    if not how:  # The one whose time is asked for: compiling is not in it.
+  def _straight(self, options: Mapping[str, Any]) -> Straight:
+    if not options:  # Its time is used, and must not include compilation.
       self.finish(self.path('warm'))
     workdir = self.path('straight')
-    begun = time.monotonic()
-    self.finish(workdir, **how)
-    seconds = time.monotonic() - begun
+    started = time.monotonic()
+    self.finish(workdir, **options)
+    seconds = time.monotonic() - started
     step = max(evidence.saved(workdir))
     return Straight(
       workdir,
@@ -254,35 +256,35 @@ class World:
       return evidence.read(workdir, step)
 
   def check(self, workdir: Path, straight: Straight, *, foreign: Container = ()) -> None:
-    """AssertionError unless the run ended as the undisturbed one did.
+    """Raises AssertionError unless the run ended as the undisturbed one.
 
-    `foreign` are names in checkpoints/ that were never the run's own.
+    `foreign` are names in checkpoints/ that the run did not create.
     """
     last = straight.step
-    for kind, want in (('train', straight.losses), ('heldout', straight.heldout)):
-      have = evidence.losses(workdir, kind)
-      differs = [pair for pair in zip(have, want) if pair[0] != pair[1]]
-      assert have == want, (
-        f'{len(have)} {kind} records and not {len(want)}, or other ones: {differs[:2]}'
+    for kind, expected in (('train', straight.losses), ('heldout', straight.heldout)):
+      actual = evidence.losses(workdir, kind)
+      differs = [pair for pair in zip(actual, expected) if pair[0] != pair[1]]
+      assert actual == expected, (
+        f'{len(actual)} {kind} records, not {len(expected)}; differences: {differs[:2]}'
       )
-    every = list(range(1, last + 1))
-    assert [step for step, _ in straight.losses] == every, 'the straight run has gaps'
-    assert self.digest(workdir, last) == straight.digest, f'other bits at step {last}'
-    left = [
+    steps = [step for step, _ in straight.losses]
+    assert steps == list(range(1, last + 1)), 'the straight run has gaps'
+    assert self.digest(workdir, last) == straight.digest, f'different bits at step {last}'
+    leftovers = [
       n
       for n in evidence.names(workdir / 'checkpoints')
       if not _belongs(n) and n not in foreign
     ]
-    assert not left, f'left behind in checkpoints/: {left}'
+    assert not leftovers, f'left behind in checkpoints/: {leftovers}'
     assert not (workdir / 'lock.json').exists(), 'lock.json was left behind'
 
 
 def arguments(workdir, *, recipe='configs/tiny.py', flags=(), fault=(), **knobs) -> list:
-  """The command line of a small run, of train.py or of what has a fault in it."""
+  """The command line of a small run: of train.py, or of faulty.py for a fault."""
   program = 'tests/faults/faulty.py' if fault else 'train.py'
   knobs = SMALL | {name.replace('__', '.'): value for name, value in knobs.items()}
-  every = [f'--config.{name}={value}' for name, value in knobs.items()]
-  return [program, f'--config={recipe}', f'--workdir={workdir}', *every, *flags]
+  knob_flags = [f'--config.{name}={value}' for name, value in knobs.items()]
+  return [program, f'--config={recipe}', f'--workdir={workdir}', *knob_flags, *flags]
 
 
 def _belongs(name: str) -> bool:
