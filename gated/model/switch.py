@@ -16,11 +16,11 @@ from gated.model.layers import LARGEST, Dense, Numerics, child_key
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-  """Experts for values, or for keys too (SwitchHead, arXiv 2312.07987; Table 6)."""
+  """Experts for values, or for keys and values."""
 
   where: str  # none, value, key_value
   experts: int  # E projections of each KV head
-  top_k: int  # of which a token uses so many, weighted by their sigmoid scores
+  top_k: int  # projections per token, weighted by their sigmoid scores
 
   def __post_init__(self):
     name = 'config.model.attn.switch'
@@ -34,12 +34,12 @@ class Config:
 
 
 class Switched(nnx.Module):
-  """E projections of each KV head, of which each token mixes its top k: x_BTD -> BTGK.
+  """E projections of each KV head; each token mixes its top k: x_BTD -> BTGK.
 
     sum over the top k of sigmoid(x r_e) * (x W_e)
 
-  Every projection is computed, and those not chosen weigh nothing: they are few and
-  small. With one expert it is a headwise sigmoid gate after the projection, G2 or G3.
+  All projections are computed, because they are few and small; the others have weight 0.
+  One expert is the same as a headwise sigmoid gate after the projection, G2 or G3.
   """
 
   def __init__(

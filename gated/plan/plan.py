@@ -1,7 +1,6 @@
-"""A whole recipe, checked, and what follows from it: mesh, state, train and eval step.
+"""A whole recipe, checked -> its mesh, state, train and evaluation step.
 
-`train.py`, `eval.py` and the scripts start here, so that none of them can build a run in
-its own way.
+`train.py`, `eval.py` and the scripts all build a run by this module.
 """
 
 import functools
@@ -25,9 +24,10 @@ Chooser = Callable[[Config, int, chips.Chip, int], tuple[dict[str, int], str]]
 
 
 class Plan:
-  """What a run does, before it does it; making one allocates and compiles nothing.
+  """The mesh, the optimizer and the shapes of a run; allocates and compiles nothing.
 
-  On `devices`, which need not be here for it to be compiled, or on all that are.
+  `devices` defaults to all devices of this process's run. They may belong to another
+  machine, to compile for it.
   """
 
   def __init__(
@@ -37,7 +37,7 @@ class Plan:
     *,
     choose: Chooser | None = None,
   ):
-    """`choose` finds the mesh of a recipe with `config.mesh.choice=auto`."""
+    """`choose` selects the mesh of a recipe with `config.mesh.choice=auto`."""
     self.cfg = cfg
     devices = jax.devices() if devices is None else devices
     self.mesh = mesh.make(**_sizes(cfg, devices, choose), devices=devices)
@@ -65,7 +65,7 @@ class Plan:
 
   @property
   def reads(self) -> dict[str, int]:
-    """What the data must suit; `data.open` takes it."""
+    """The requirements of a run for its data, as arguments of `data.open`."""
     cfg = self.cfg
     most = cfg.model.attn.max_segments if cfg.model.mask_documents else 0
     vocab = cfg.model.vocab
@@ -76,47 +76,38 @@ class Plan:
     return step.init(build, self.tx, self.cfg.seed)
 
   def init(self) -> step.State:
-    """The first state, made where it lives: no device ever holds more than its part."""
+    """The first state; each device computes only its own shards."""
     with jax.set_mesh(self.mesh):
       return jax.jit(self._init, out_shardings=self.shardings)()
 
   def train_step(self) -> Any:
     """(state, batch) -> (state, metrics), lowered, not compiled; donates the state."""
-    opts: dict[str, Any] = dict(tx=self.tx, schedule=self.schedule, loss=self.cfg.loss)
-    replicated = NamedSharding(self.mesh, P())
-    run = jax.jit(
-      exact(self.cfg.model, functools.partial(step.train, accum=self.cfg.accum, **opts)),
-      donate_argnums=0,
-      out_shardings=(self.shardings, replicated),
-    )
+    cfg = self.cfg
+    opts: dict[str, Any] = dict(tx=self.tx, schedule=self.schedule, loss=cfg.loss)
+    run = functools.partial(step.train, accum=cfg.accum, **opts)
+    outputs = self.shardings, NamedSharding(self.mesh, P())
+    jitted = jax.jit(exact(cfg.model, run), donate_argnums=0, out_shardings=outputs)
     with jax.set_mesh(self.mesh):
-      return run.lower(self.state, self.batch_shapes(self.cfg.batch))
+      return jitted.lower(self.state, self.batch_shapes(cfg.batch))
 
   def indicators(self) -> Any:
     """-> a function (step, model, batch) -> indicators on the devices, or None.
 
-    None at a step where none are due. It is compiled when they first are.
+    None at steps without indicators. The first step with indicators compiles it.
     """
     every = self.cfg.log.indicators
     run = functools.partial(indicators.measure, micro=self.micro)
-    replicated = NamedSharding(self.mesh, P())
-    jitted = jax.jit(exact(self.cfg.model, run), out_shardings=replicated)
-
-    def measure(step, params, batch):
-      if not every or (step > 1 and step % every):
-        return None
-      with jax.set_mesh(self.mesh):
-        return jitted(params, batch)
-
-    return measure
+    jitted = _replicated(self.cfg.model, self.mesh, run)
+    due = lambda step: every and (step <= 1 or step % every == 0)
+    return lambda step, *args: jitted(*args) if due(step) else None
 
   def batch_shapes(self, rows: int) -> Any:
-    """The shapes of a global batch of so many rows, placed."""
-    where = mesh.batch_sharding(self.mesh)
+    """The shapes and shardings of a global batch of `rows` rows."""
+    sharding = mesh.batch_sharding(self.mesh)
     shape = (rows, self.cfg.data.length)
-    array: Any = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-    whole = array(np.int32)
-    return data.Batch(whole, whole, array(np.float32), whole, whole)
+    array: Any = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    integer = array(np.int32)
+    return data.Batch(integer, integer, array(np.float32), integer, integer)
 
 
 def _sizes(cfg: Config, devices: Sequence[Any], choose: Chooser | None) -> dict[str, int]:
@@ -124,7 +115,7 @@ def _sizes(cfg: Config, devices: Sequence[Any], choose: Chooser | None) -> dict[
   if cfg.mesh.choice == 'hand':
     return mesh.filled(cfg.mesh.sizes, len(devices))
   if choose is None:
-    raise ValueError("config.mesh.choice='auto', but no chooser of meshes was given")
+    raise ValueError("config.mesh.choice='auto', but the caller cannot choose a mesh")
   chip = chips.of(devices[0].device_kind) or chips.CHIPS['cpu']
   sizes, reason = choose(cfg, len(devices), chip, mesh.slices(devices))
   logging.getLogger('gated').info(reason)
@@ -140,9 +131,9 @@ def amount(n: float) -> str:
 
 
 def exact(cfg: model.Config, run: Any) -> Any:
-  """A function of JAX -> the same, its float32 products exact if the model computes so.
+  """A function -> the same, with exact float32 products if the model computes in float32.
 
-  Accelerators round the inputs of float32 products to fewer bits unless told otherwise.
+  By default accelerators round the inputs of float32 products to fewer bits.
   """
   if cfg.numerics.compute != 'float32':
     return run
@@ -157,14 +148,18 @@ def exact(cfg: model.Config, run: Any) -> Any:
 
 def evaluate_step(cfg: model.Config, on: Mesh, chunk: int) -> Any:
   """-> a jitted (model, batch) -> each row's (nats, weight), on all devices."""
-  run = exact(cfg, functools.partial(losses.per_row, chunk=chunk))
-  jitted = jax.jit(run, out_shardings=NamedSharding(on, P()))
+  return _replicated(cfg, on, functools.partial(losses.per_row, chunk=chunk))
 
-  def evaluate(params, batch):
+
+def _replicated(cfg: model.Config, on: Mesh, run: Any) -> Any:
+  """Jits a function on a mesh; its results are replicated."""
+  jitted = jax.jit(exact(cfg, run), out_shardings=NamedSharding(on, P()))
+
+  def call(*args):
     with jax.set_mesh(on):
-      return jitted(params, batch)
+      return jitted(*args)
 
-  return evaluate
+  return call
 
 
 def placed(shapes: Any, shardings: Any) -> Any:
@@ -178,9 +173,9 @@ def placed(shapes: Any, shardings: Any) -> Any:
 
 
 def reading(cfg: model.Config) -> tuple[Mesh, model.Transformer]:
-  """-> all devices and the abstract model, its weights split over them, to be read.
+  """-> (a mesh of all devices, the abstract model to restore, sharded by it).
 
-  They are split over as many devices as divide the model's width.
+  Weights are split over the largest number of devices that divides the model's width.
   """
   count = jax.device_count()
   fsdp = next(n for n in range(count, 0, -1) if cfg.width % n == 0 == count % n)

@@ -1,7 +1,9 @@
-"""An optimizer that leaves everything as it was at a bad step, without asking the host.
+"""An optimizer that skips bad steps on the devices, without a transfer to the host.
 
-What must not change is selected, never multiplied by zero: 0 * NaN is NaN. What is not
-finite never enters the statistics: a single NaN there would call every later step bad.
+Skipped values are selected by `where`, never multiplied by zero: 0 * NaN is NaN. Values
+that are not finite never enter the statistics, where one NaN would make every later step
+bad.
+
 W window
 """
 
@@ -17,57 +19,54 @@ from gated import config
 
 _NAME = 'config.stability'
 
-# What follows on a finite spike. A step that is not finite is always skipped.
+# The response to a finite spike. Updates that are not finite are always skipped.
 ON_SPIKE = (
-  'none',  # it is recorded
-  'skip',  # its update is skipped
-  'rollback',  # and the run goes back to a good checkpoint, past the data that did it
+  'none',  # records it
+  'skip',  # skips its update
+  'rollback',  # skips its update, restores the last good checkpoint and skips its batch
 )
 
 VERDICTS = ('fine', 'spike', 'not finite')
 
-# A loss or a norm beyond this counts as this: the statistics' squares stay finite.
+# Losses and norms are clipped to this, which keeps their squares finite.
 _LARGEST = 1e15
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-  """What a bad step is, and how many of them a run bears."""
+  """The definition of a bad step, the response to it, and timeouts."""
 
   on_spike: str  # of ON_SPIKE
-  threshold: float  # standard deviations above the mean, of the loss or the gradient norm
-  window: int  # accepted steps they are taken over; there is no spike before half of them
-  max_bad_steps: int  # skipped steps in a row at which the run goes back, or stops
-  max_rollbacks: int  # of a whole run; then it stops
-  stuck_after: float  # seconds without a step after which a process leaves; 0 never
-  peer_timeout: int  # seconds without a sign of life after which a process is lost
+  threshold: float  # of a spike: standard deviations of loss or gradient norm above mean
+  window: int  # accepted steps in the mean; no step is a spike before half of them
+  max_bad_steps: int  # skipped steps in a row before the run rolls back, or stops
+  max_rollbacks: int  # of a whole run before it stops
+  stuck_after: float  # seconds without a step after which a process exits; 0 for never
+  peer_timeout: int  # seconds without a heartbeat after which a process is lost
 
   def __post_init__(self):
     config.one_of(f'{_NAME}.on_spike', self.on_spike, ON_SPIKE)
-    if not self.threshold > 0:
-      raise ValueError(f'{_NAME}.threshold={self.threshold}, but it must be positive')
-    config.at_least(f'{_NAME}.window', self.window, 4)
-    config.at_least(f'{_NAME}.max_bad_steps', self.max_bad_steps, 1)
-    config.at_least(f'{_NAME}.max_rollbacks', self.max_rollbacks, 0)
-    config.at_least(f'{_NAME}.stuck_after', self.stuck_after, 0)
+    config.positive(f'{_NAME}.threshold', self.threshold)
+    lows = dict(window=4, max_bad_steps=1, max_rollbacks=0, stuck_after=0, peer_timeout=1)
+    for name, low in lows.items():
+      config.at_least(f'{_NAME}.{name}', getattr(self, name), low)
     if math.isinf(self.stuck_after):
-      raise ValueError(f'{_NAME}.stuck_after={self.stuck_after}, but never is 0')
-    config.at_least(f'{_NAME}.peer_timeout', self.peer_timeout, 1)
+      raise ValueError(f'{_NAME}.stuck_after={self.stuck_after}, but 0 means never')
 
 
 class Guarded(NamedTuple):
-  """The optimizer's own state, and what the guard has seen."""
+  """The state of the optimizer and of its guard."""
 
   inner: optax.OptState
   losses: jax.Array  # (W,) a ring of the last accepted losses, always finite
-  norms: jax.Array  # (W,) likewise, of the gradient norms
-  filled: jax.Array  # values ever accepted; the next one goes to filled % W
+  norms: jax.Array  # (W,) a ring of their gradient norms
+  filled: jax.Array  # number of accepted steps; the next one is written at filled % W
   in_row: jax.Array  # bad steps in a row, up to now
   skipped: jax.Array  # updates skipped so far
   spikes: jax.Array  # finite spikes so far, skipped or not
-  verdict: jax.Array  # of VERDICTS, of the last step
-  loss_zscore: jax.Array  # of the last step; 0 where there are no statistics yet
-  grad_norm_zscore: jax.Array  # likewise; what is not finite is infinitely far off
+  verdict: jax.Array  # index in VERDICTS, of the last step
+  loss_zscore: jax.Array  # of the last step; 0 without statistics, inf if not finite
+  grad_norm_zscore: jax.Array
 
 
 def guard(
@@ -75,18 +74,18 @@ def guard(
 ) -> optax.GradientTransformationExtraArgs:
   """An optimizer -> the same one, whose `update` takes `loss=` and skips bad steps.
 
-  Bad is a step whose loss, gradient norm or update is not finite, or a spike if the
-  config says so. Its updates are zeros and the inner state stays, bit for bit. Where
-  nothing is bad the updates are those of `tx`.
+  A step is bad if its loss, gradient norm or update is not finite, or if it is a spike
+  and `on_spike` is not 'none'. Then the updates are zeros, and the inner state does not
+  change by a bit. In all other steps the updates are those of `tx`.
 
-  An update that is not finite though its gradient is (as where Adam divides by an `eps`
-  of 0) comes to light too late to keep both inner states, which on a GPU takes another
-  4 bytes a parameter: it is dropped, and the inner state has seen a finite gradient.
+  An exception is an update that is not finite although its gradient is (for example if
+  Adam divides by an `eps` of 0): it is skipped, but the inner state includes the finite
+  gradient. To keep the former inner state as well would need 4 more bytes per parameter.
   """
   wrapped = optax.with_extra_args_support(tx)
 
   def init(params):
-    # Each its own array, as none may be donated twice.
+    # Separate arrays, because no array may be donated twice.
     zero = lambda dtype, *shape: jnp.zeros(shape, dtype)
     counts = ('filled', 'in_row', 'skipped', 'spikes', 'verdict')
     return Guarded(
@@ -100,8 +99,9 @@ def guard(
 
   def update(grads, state, params=None, *, loss, **extra):
     loss, norm = (x.astype(jnp.float32) for x in (loss, optax.tree.norm(grads)))
-    loss_zscore, loss_in = _weigh(loss, state.losses, state.filled, cfg.threshold)
-    norm_zscore, norm_in = _weigh(norm, state.norms, state.filled, cfg.threshold)
+    score = lambda value, ring_W: _score(value, ring_W, state.filled, cfg.threshold)
+    loss_zscore, clipped_loss = score(loss, state.losses)
+    norm_zscore, clipped_norm = score(norm, state.norms)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     spike = finite & (jnp.maximum(loss_zscore, norm_zscore) > cfg.threshold)
     wanted = finite if cfg.on_spike == 'none' else finite & ~spike
@@ -110,7 +110,7 @@ def guard(
     inner = jax.tree.map(lambda a, b: jnp.where(wanted, a, b), inner, state.inner)
     usable = jnp.isfinite(optax.tree.norm(updates))
     bad = ~(wanted & usable)
-    # Whatever -0.0 is added to keeps its bits; 0.0 would make a 0.0 of a -0.0.
+    # Adding -0.0 keeps all bits; adding 0.0 would turn -0.0 into 0.0.
     updates = jax.tree.map(lambda u: jnp.where(bad, -0.0, u), updates)
 
     accepted = finite & usable
@@ -118,8 +118,8 @@ def guard(
     spike &= accepted
     return updates, Guarded(
       inner=inner,
-      losses=jnp.where(here, loss_in, state.losses),
-      norms=jnp.where(here, norm_in, state.norms),
+      losses=jnp.where(here, clipped_loss, state.losses),
+      norms=jnp.where(here, clipped_norm, state.norms),
       filled=state.filled + accepted,
       in_row=jnp.where(bad, state.in_row + 1, 0),
       skipped=state.skipped + bad,
@@ -134,35 +134,30 @@ def guard(
 
 def report(opt_state: Guarded) -> dict[str, jax.Array]:
   """A guarded optimizer's state -> scalars by name, as metrics of the last step."""
-  return {
-    'skipped': opt_state.skipped,
-    'spikes': opt_state.spikes,
-    'bad_in_row': opt_state.in_row,
-    'verdict': opt_state.verdict,
-    'loss_zscore': opt_state.loss_zscore,
-    'grad_norm_zscore': opt_state.grad_norm_zscore,
-  }
+  same = ('skipped', 'spikes', 'verdict', 'loss_zscore', 'grad_norm_zscore')
+  scalars = {name: getattr(opt_state, name) for name in same}
+  return scalars | {'bad_in_row': opt_state.in_row}
 
 
-def _weigh(
+def _score(
   value: jax.Array, ring_W: jax.Array, filled: jax.Array, threshold: float
 ) -> tuple[jax.Array, jax.Array]:
-  """A value and those before it -> (its z-score, what of it may enter the statistics).
+  """A value and the ring of earlier ones -> (its z-score, the value for the ring).
 
-  It enters no further than `threshold` deviations off, so that one outlier does not blind
-  the window; a lasting shift widens the window step by step and is accepted in the end.
+  The value for the ring is clipped to `threshold` standard deviations from the mean, so
+  that one outlier does not hide later spikes. A lasting shift widens the statistics step
+  by step, until it is accepted.
   """
   window = len(ring_W)
   count = jnp.clip(filled, 1, window)
   mean = ring_W.sum() / count
   off_W = jnp.where(jnp.arange(window) < count, ring_W - mean, 0.0)
-  # Values that hardly differ, as of a constant loss, would make a spike of a rounding.
-  std = jnp.maximum(
-    jnp.sqrt(jnp.square(off_W).sum() / count), 1e-3 * jnp.abs(mean) + 1e-8
-  )
+  # Without a lower bound, rounding would be a spike of a nearly constant loss.
+  bound = 1e-3 * jnp.abs(mean) + 1e-8
+  std = jnp.maximum(jnp.sqrt(jnp.square(off_W).sum() / count), bound)
   ready = 2 * filled >= window
-  enters = jnp.clip(value, -_LARGEST, _LARGEST)
-  zscore = jnp.where(ready, (enters - mean) / std, 0.0)
+  clipped = jnp.clip(value, -_LARGEST, _LARGEST)
+  zscore = jnp.where(ready, (clipped - mean) / std, 0.0)
   reach = jnp.where(ready, threshold * std, jnp.inf)
-  enters = jnp.clip(enters, mean - reach, mean + reach)
-  return jnp.where(jnp.isfinite(value), zscore, jnp.inf), enters
+  clipped = jnp.clip(clipped, mean - reach, mean + reach)
+  return jnp.where(jnp.isfinite(value), zscore, jnp.inf), clipped

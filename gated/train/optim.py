@@ -1,12 +1,12 @@
 """Schedules, AdamW and Muon, from optax.
 
 Muon (arXiv 2502.16982, and Keller Jordan's recipe) replaces each matrix's momentum by the
-nearest orthogonal one. It takes the matrices between the residual stream and the heads'
-channels or the FFN's: attention's projections, FFNs, experts, and elementwise gates. All
-else is AdamW's as before: embeddings and the unembedding, norms, biases and sinks;
-routers and headwise gates, each of whose columns is a score by itself; and what is small
-(gated norms, gates that read no stream). Layers and experts are stacked in one
-parameter, and every one of them is a matrix of its own.
+nearest orthogonal matrix. It updates the matrices between the residual stream and the
+channels of the heads or the FFN: attention projections, FFNs, experts, and elementwise
+gates. AdamW updates all other parameters: embeddings, the unembedding, norms, biases and
+sinks; routers and headwise gates, in which each column is a separate score; and small
+parameters (gated norms, gates that do not read the stream). A parameter stacks layers and
+experts; each of them is a separate matrix.
 """
 
 import functools
@@ -29,21 +29,17 @@ _NAME = 'config.optim'
 
 @dataclass(frozen=True, kw_only=True)
 class Muon:
-  """How matrices are updated where the optimizer is Muon."""
+  """The update of matrices if the optimizer is Muon."""
 
   momentum: float
   nesterov: bool
-  steps: int  # of the iteration by Newton and Schulz
-  rms: float  # of an update's numbers, before the learning rate
+  steps: int  # of the Newton-Schulz iteration
+  rms: float  # of the entries of an update, before the learning rate
 
   def __post_init__(self):
-    if not 0 <= self.momentum < 1:
-      raise ValueError(
-        f'{_NAME}.muon.momentum={self.momentum}, but it must be at least 0 and below 1'
-      )
+    _check_decay_rate('muon.momentum', self.momentum)
     config.within(f'{_NAME}.muon.steps', self.steps, 1, 20)
-    if not self.rms > 0:
-      raise ValueError(f'{_NAME}.muon.rms={self.rms}, but it must be positive')
+    config.positive(f'{_NAME}.muon.rms', self.rms)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +52,12 @@ class Config:
   warmup: int  # steps
   decay: int  # steps of the final decay of 'wsd'
   floor: float  # the learning rate at the last step
-  b1: float  # AdamW's (arXiv 1711.05101), as b2 and eps
+  b1: float  # b1, b2 and eps of AdamW (arXiv 1711.05101)
   b2: float
   eps: float
   muon: Muon
   weight_decay: float
-  decay_by: str  # lr: decay lr * weight_decay; schedule: weight_decay, shaped as lr is
+  decay_by: str  # lr: by lr * weight_decay; schedule: by lr / peak * weight_decay
   clip: float  # global gradient norm; 0 for none
 
   def __post_init__(self):
@@ -71,45 +67,37 @@ class Config:
     for name in ('warmup', 'decay', 'floor', 'weight_decay', 'clip', 'eps'):
       config.at_least(f'{_NAME}.{name}', getattr(self, name), 0)
     for name in ('b1', 'b2'):
-      if not 0 <= getattr(self, name) < 1:
-        value = getattr(self, name)
-        raise ValueError(f'{_NAME}.{name}={value}, but it must be at least 0 and below 1')
-    if not self.lr > 0:
-      raise ValueError(f'{_NAME}.lr={self.lr}, but it must be positive')
+      _check_decay_rate(name, getattr(self, name))
+    config.positive(f'{_NAME}.lr', self.lr)
     if self.floor > self.lr:
       raise ValueError(f'{_NAME}.floor={self.floor} is above {_NAME}.lr={self.lr}')
 
 
-def _cosine(cfg: Config, steps: int) -> optax.Schedule:
-  return optax.cosine_decay_schedule(cfg.lr, steps, cfg.floor / cfg.lr)
-
-
-def _linear(cfg: Config, steps: int) -> optax.Schedule:
-  return optax.linear_schedule(cfg.lr, cfg.floor, steps)
+def _check_decay_rate(name: str, value: float) -> None:
+  if not 0 <= value < 1:
+    raise ValueError(f'{_NAME}.{name}={value}, but it must be at least 0 and below 1')
 
 
 def _wsd(cfg: Config, steps: int) -> optax.Schedule:
+  """Warm-up, stable, decay (arXiv 2404.06395), from the end of the warm-up on."""
+  decay = optax.linear_schedule(cfg.lr, cfg.floor, cfg.decay)
   stable = optax.constant_schedule(cfg.lr)
-  return optax.join_schedules([stable, _linear(cfg, cfg.decay)], [steps - cfg.decay])
-
-
-def _constant(cfg: Config, steps: int) -> optax.Schedule:
-  return optax.constant_schedule(cfg.lr)
+  return optax.join_schedules([stable, decay], [steps - cfg.decay])
 
 
 # (config, steps after the warm-up) -> learning rate by steps since the warm-up.
 SCHEDULES: dict[str, Callable[[Config, int], optax.Schedule]] = {
-  'cosine': _cosine,
-  'wsd': _wsd,  # warm-up, stable, decay (arXiv 2404.06395)
-  'linear': _linear,
-  'constant': _constant,
+  'cosine': lambda cfg, n: optax.cosine_decay_schedule(cfg.lr, n, cfg.floor / cfg.lr),
+  'wsd': _wsd,
+  'linear': lambda cfg, n: optax.linear_schedule(cfg.lr, cfg.floor, n),
+  'constant': lambda cfg, n: optax.constant_schedule(cfg.lr),
 }
 
 
 def schedule(cfg: Config, steps: int) -> optax.Schedule:
   """Total steps -> a function from the updates done so far to the learning rate.
 
-  The first update has lr / warmup, update `warmup` the peak, the last one the floor.
+  The first update uses lr / warmup, update `warmup` the peak, and the last one the floor.
   """
   after = max(steps - cfg.warmup, 1)  # A run may end within its warm-up.
   if cfg.schedule == 'wsd' and not 1 <= cfg.decay <= after:
@@ -123,8 +111,13 @@ def schedule(cfg: Config, steps: int) -> optax.Schedule:
   return lambda count: joined(count + 1)
 
 
+# The axes of a matrix besides the residual stream's; it needs one of _WIDE.
+_CHANNELS = {'heads', 'kv_heads', 'head_dim', 'ffn', 'channels'}
+_WIDE = {'head_dim', 'ffn', 'channels'}
+
+
 def matrix(parameter: Any) -> Matrix | None:
-  """A parameter -> the dims that its matrices read and write; None if Muon has none.
+  """A parameter -> the input and output dims of its matrices; None if Muon skips it.
 
   All other dims stack matrices.
   """
@@ -136,22 +129,17 @@ def matrix(parameter: Any) -> Matrix | None:
   return Matrix(stream, others) if stream < others else Matrix(others, stream)
 
 
-# What a matrix may have opposite to the residual stream, and what it must have of it.
-_CHANNELS = {'heads', 'kv_heads', 'head_dim', 'ffn', 'channels'}
-_WIDE = {'head_dim', 'ffn', 'channels'}
-
-
 def _is_parameter(x: Any) -> bool:
   return isinstance(x, nnx.Variable)
 
 
 def _each(run: Callable[[Any], Any], params: Any) -> Any:
-  """A function of parameters over a tree of them; arrays that are none count as one."""
+  """Maps a function of one parameter over a tree of parameters or arrays."""
   return jax.tree.map(run, params, is_leaf=_is_parameter)
 
 
-def _matrices(params: Any) -> Any:
-  """Parameters that are matrices -> the same tree, with the dims of each for optax."""
+def _dims(params: Any) -> Any:
+  """Parameters -> the same tree, with the dims of each matrix for optax."""
   return _each(lambda p: jax.tree.map(lambda _: matrix(p), p), params)
 
 
@@ -161,49 +149,49 @@ def _adam(cfg: Config) -> optax.GradientTransformation:
 
 def _muon(cfg: Config) -> optax.GradientTransformation:
   muon = functools.partial(
-    optax.contrib.scale_by_muon, eps=cfg.eps, weight_dimension_numbers=_matrices
+    optax.contrib.scale_by_muon, eps=cfg.eps, weight_dimension_numbers=_dims
   )
-  # Without steps it is the momentum, each matrix divided by its norm.
+  # Without iterations, it divides the momentum of each matrix by its norm.
   momentum = muon(ns_steps=0, beta=cfg.muon.momentum, nesterov=cfg.muon.nesterov)
   iterate = muon(ns_steps=cfg.muon.steps, beta=0.0, nesterov=False)
 
-  def orthogonal(updates, params):
+  def orthogonalize(updates, params):
     del params
-    stacks = _each(_whole, updates)
-    found, _ = iterate.update(stacks, iterate.init(stacks))
-    sized = lambda u, like: _split(_sized(u, cfg.muon.rms), like)
-    return jax.tree.map(sized, found, updates, is_leaf=_is_parameter)
+    stacks = _each(_gather, updates)
+    results, _ = iterate.update(stacks, iterate.init(stacks))
+    restore = lambda u, like: _restore(_scale(u, cfg.muon.rms), like)
+    return jax.tree.map(restore, results, updates, is_leaf=_is_parameter)
 
   label = lambda p: 'adam' if matrix(p) is None else 'muon'
-  matrices = optax.chain(momentum, optax.stateless(orthogonal))
+  matrices = optax.chain(momentum, optax.stateless(orthogonalize))
   return optax.partition(
     {'muon': matrices, 'adam': _adam(cfg)}, functools.partial(_each, label)
   )
 
 
 def _hops(stack: Any) -> list[tuple[str | None, ...]]:
-  """A stack of matrices -> its axes, from split matrices to a split stack of whole ones.
+  """The axes of a stack of matrices, from sharded matrices to a sharded stack.
 
-  Each hop moves one axis of the mesh, which is an all-to-all.
+  Each hop moves one mesh axis, by an all-to-all.
   """
   hops = [mesh.axes_of(stack)]
-  for taken, freed in (('stack', {'embed'}), ('stacks', {'heads', 'kv_heads', 'ffn'})):
-    left = (None if axis in freed else axis for axis in hops[-1][1:])
-    hops.append((taken, *left))
+  for first, freed in (('stack', {'embed'}), ('stacks', {'heads', 'kv_heads', 'ffn'})):
+    rest = (None if axis in freed else axis for axis in hops[-1][1:])
+    hops.append((first, *rest))
   return hops
 
 
-def _whole(stack: Any) -> Any:
-  """A stack of matrices -> the same, each of them whole on a device.
+def _gather(stack: Any) -> Any:
+  """Moves each matrix of a stack to one device.
 
-  Products of split ones would send all of them in every step of the iteration. Zeros
-  fill the stack up to what the devices divide.
+  Products of sharded matrices would send all of them in each step of the iteration. Zeros
+  pad the stack to a multiple of the number of devices.
   """
-  on: Any = jax.sharding.get_abstract_mesh()
-  extra = 0 if on.empty else -stack.shape[0] % mesh.ways('stacks', on)
+  current: Any = jax.sharding.get_abstract_mesh()
+  padding = 0 if current.empty else -stack.shape[0] % mesh.ways('stacks', current)
 
   def move(x):
-    x = jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1))
+    x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
     for axes in _hops(stack)[1:]:
       x = mesh.constrain(x, *axes)
     return x
@@ -211,8 +199,8 @@ def _whole(stack: Any) -> Any:
   return jax.tree.map(move, stack)
 
 
-def _split(stack: Any, like: Any) -> Any:
-  """What `_whole` has made of `like`, or something of its shape, as that lay."""
+def _restore(stack: Any, like: Any) -> Any:
+  """The inverse of `_gather`: the shape and the sharding of `like`."""
 
   def move(x):
     for axes in _hops(stack)[-2:0:-1]:
@@ -222,12 +210,12 @@ def _split(stack: Any, like: Any) -> Any:
   return jax.tree.map(move, stack)
 
 
-def _sized(update: Any, rms: float) -> Any:
-  """Orthogonal matrices, and the RMS that their numbers are to have -> scaled to it."""
-  of = matrix(update)
-  assert of is not None
+def _scale(update: Any, rms: float) -> Any:
+  """Orthogonal matrices -> the same, with `rms` as the RMS of their entries."""
+  dims = matrix(update)
+  assert dims is not None
   size = lambda dims: math.prod(update.shape[dim] for dim in dims)
-  larger = max(size(of.reduction_axis), size(of.output_axis))
+  larger = max(size(dims.reduction_axis), size(dims.output_axis))
   return jax.tree.map(lambda u: rms * math.sqrt(larger) * u, update)
 
 
@@ -243,8 +231,8 @@ def make(
 ) -> optax.GradientTransformation:
   """The optimizer, with clipping and its schedule.
 
-  Weight decay spares norms, biases and sink logits. `multipliers` maps a part of a
-  parameter's name, such as 'gate', to what multiplies its learning rate.
+  Norms, biases and sink logits have no weight decay. `multipliers` maps a part of a
+  parameter's name, such as 'gate', to a factor of its learning rate.
   """
   decay = cfg.weight_decay / (cfg.lr if cfg.decay_by == 'schedule' else 1.0)
 
@@ -270,5 +258,5 @@ def decays(name: str) -> bool:
 
 
 def multiplier(name: str, multipliers: dict[str, float]) -> float:
-  """The product of the learning-rate multipliers whose key is a part of the name."""
+  """The product of the learning-rate multipliers whose keys are parts of the name."""
   return math.prod(m for part, m in multipliers.items() if part in name.split('.'))

@@ -483,7 +483,7 @@ def test_a_step_with_experts_makes_no_transfer():
     (dict(capacity=0.0), r'moe\.capacity=0\.0'),
     (
       dict(dispatch='capacity', backend='blocked'),
-      r"moe\.backend='blocked' with .*dispatch='capacity'.*allowed is 'auto'",
+      r"moe\.backend='blocked', but .*dispatch='capacity'.*allowed is 'auto'",
     ),
     (dict(backend='cuda'), r"moe\.backend='cuda', but allowed are 'auto', 'pallas'"),
   ],

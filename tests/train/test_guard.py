@@ -45,7 +45,7 @@ def assert_finite(state):
     (dict(max_rollbacks=-1), 'max_rollbacks=-1'),
     (dict(stuck_after=-1.0), 'stuck_after=-1.0'),
     (dict(stuck_after=NAN), 'stuck_after=nan'),
-    (dict(stuck_after=INF), 'stuck_after=inf, but never is 0'),
+    (dict(stuck_after=INF), 'stuck_after=inf, but 0 means never'),
     (dict(peer_timeout=0), 'peer_timeout=0'),
   ],
 )

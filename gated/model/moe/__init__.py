@@ -42,12 +42,11 @@ class Config:
     config.within(f'{_NAME}.shared', self.shared, 0, LARGEST)
     config.one_of(f'{_NAME}.dispatch', self.dispatch, ('dropless', 'capacity'))
     kernels.check_grouped(self.backend)
-    if not self.capacity > 0:
-      raise ValueError(f'{_NAME}.capacity={self.capacity}, but it must be positive')
+    config.positive(f'{_NAME}.capacity', self.capacity)
     if self.dispatch == 'capacity' and self.backend != 'auto':
       raise ValueError(
-        f"{_NAME}.backend={self.backend!r} with {_NAME}.dispatch='capacity', which "
-        "multiplies no groups: allowed is 'auto'"
+        f"{_NAME}.backend={self.backend!r}, but {_NAME}.dispatch='capacity' has no "
+        "grouped matmul: allowed is 'auto'"
       )
     if self.experts and self.top_k > self.experts:
       raise ValueError(
@@ -86,15 +85,9 @@ class MoE(nnx.Module):
     self.cfg = cfg
     # Router weights and logits are float32 throughout.
     wide = dataclasses.replace(numerics, weights='float32', compute='float32')
-    self.router = Dense(
-      child_key(key, 'router'),
-      (width,),
-      (cfg.experts,),
-      axes=('embed', None),
-      std=numerics.init_std,
-      bias=False,
-      numerics=wide,
-    )
+    router = functools.partial(Dense, std=numerics.init_std, bias=False, numerics=wide)
+    shape = (width,), (cfg.experts,)
+    self.router = router(child_key(key, 'router'), *shape, axes=('embed', None))
     opts: dict[str, Any] = dict(width=width, std_out=std_out, numerics=numerics)
     self.experts = Experts(child_key(key, 'experts'), cfg.experts, hidden=hidden, **opts)
     shared = functools.partial(SwiGLU, child_key(key, 'shared'), **opts)
@@ -146,13 +139,13 @@ class Experts(nnx.Module):
 def route(logit_BTE: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Router logits -> (weight_BTk, choice_BTk, prob_BTE), in float32.
 
-  The k most probable experts of softmax(logit), the first of equals first.
+  The k most probable experts of softmax(logit); of equals, the first.
   """
   prob_BTE = jax.nn.softmax(logit_BTE, -1)
   weight_BTk, choice_BTk = jax.lax.top_k(prob_BTE, cfg.top_k)
   if determinism.applies(mesh.platform()):
-    # The gradient of what top_k picks is a scatter, which takes turns if it must be in
-    # order; here each weight is the sum of one probability and of zeros.
+    # The gradient of top_k is a scatter, which is sequential in deterministic mode. Here
+    # each weight is the sum of one probability and of zeros.
     hit_BTkE = jax.nn.one_hot(choice_BTk, prob_BTE.shape[-1], dtype=bool)
     weight_BTk = jnp.where(hit_BTkE, prob_BTE[..., None, :], 0.0).sum(-1)
   if cfg.norm_topk:
@@ -165,17 +158,16 @@ def losses(
 ) -> tuple[jax.Array, jax.Array]:
   """Layers' reports -> their (load-balancing, router z) losses, each summed over layers.
 
-    balance = E sum_i f_i P_i       f_i the share of choices that went to expert i, and
-                                    P_i its mean probability (arXiv 2501.11873, Eq. 2-4)
+    balance = E sum_i f_i P_i       f_i is the share of choices of expert i, and P_i its
+                                    mean probability (arXiv 2501.11873, Eq. 2-4)
     z       = mean of ln(sum_i exp(logit_i))^2                   (arXiv 2202.08906, Eq. 5)
 
-  f is of `load_LE`, the choices that the balance is asked of: those of the global batch,
-  say; it has no gradient. A balanced layer has balance 1. `tokens` is how many tokens the
-  mean goes over, so that reports of micro-batches, each given the tokens of all, make
-  losses that add up.
+  f comes from `load_LE`, such as the choices in the global batch, and has no gradient. A
+  balanced layer has balance 1. `tokens` divides both sums; with the tokens of the whole
+  batch, the losses of its micro-batches add up.
   """
-  share_LE = load_LE / jnp.maximum(load_LE.sum(-1, keepdims=True), 1)
-  share_LE = jax.lax.stop_gradient(share_LE)
+  total_L1 = jnp.maximum(load_LE.sum(-1, keepdims=True), 1)
+  share_LE = jax.lax.stop_gradient(load_LE / total_L1)
   balance = share_LE.shape[-1] * (share_LE * report.prob_E).sum() / tokens
   return balance, report.square.sum() / tokens
 
@@ -185,7 +177,7 @@ def statistics(report: Report) -> dict[str, jax.Array]:
 
   load_max: the busiest expert's load over the mean load, in the worst layer (1 is even);
   load_entropy: of the load, in nats, mean over layers (ln E is even); dropped: the share
-  of choices that found no place.
+  of choices beyond the capacity.
   """
   total_L = jnp.maximum(report.load_E.sum(-1), 1)
   share_LE = report.load_E / total_L[:, None]

@@ -1,6 +1,6 @@
-"""Experts with a capacity: so many tokens of each row, and those beyond are dropped.
+"""Experts with a capacity: the number of tokens per row is limited, the rest is dropped.
 
-The shapes stand still whatever the router does, and XLA's partitioner moves the tokens.
+The shapes do not depend on the router, and XLA's partitioner moves the tokens.
 
 B batch  T tokens  D width  F ffn of an expert  E experts  k experts of a token
 C capacity  j choices of a row  S slots of a row
@@ -20,13 +20,14 @@ from gated.model.moe.dropless import combined
 def run(
   weights: list[jax.Array], x_BTD, weight_BTk, choice_BTk, *, live_BT, factor: float
 ) -> tuple[jax.Array, jax.Array]:
-  """An expert takes up to C tokens of each row, those that chose it first at first.
+  """Tokens, and the router's weights and choices -> (y_BTD, number of dropped choices).
 
-  -> (y_BTD, how many choices found no place). C is `factor` times the mean, k T / E.
+  An expert takes up to C tokens of each row; C is `factor` times the mean, k T / E. It
+  takes tokens that rank it first, then those that rank it second, and so on.
   """
   (B, T, D), k, E = x_BTD.shape, choice_BTk.shape[-1], len(weights[0])
   C = min(T, math.ceil(factor * k * T / E))
-  # Choices in the order in which they are served: the first ones of all tokens, then on.
+  # The first choices of all tokens, then the second ones.
   choice_Bj = choice_BTk.swapaxes(1, 2).reshape(B, k * T)
   live_Bj = jnp.tile(live_BT, (1, k))
   taken_BjE = jax.nn.one_hot(choice_Bj, E, dtype=jnp.int32) * live_Bj[..., None]
@@ -36,14 +37,13 @@ def run(
   token_j = jnp.tile(jnp.arange(T), k)
   source = lambda slot_j: jnp.full(E * C, T).at[slot_j].set(token_j, mode='drop')
   x_BSD = _read(x_BTD, jax.vmap(source)(slot_Bj))
-  x_BECD = _to_experts(x_BSD.reshape(B, E, C, D))
+  x_BECD = _by_expert(_by_row(x_BSD.reshape(B, E, C, D)))
   act, up, down = weights
   hidden = swiglu(
     jnp.einsum('becd,edf->becf', x_BECD, act), jnp.einsum('becd,edf->becf', x_BECD, up)
   )
-  y_BECD = _to_rows(jnp.einsum('becf,efd->becd', hidden, down))
-  y_BSD = y_BECD.reshape(B, E * C, D)
-  y_BjD = _read(y_BSD, slot_Bj)
+  y_BECD = _by_row(_by_expert(jnp.einsum('becf,efd->becd', hidden, down)))
+  y_BjD = _read(y_BECD.reshape(B, E * C, D), slot_Bj)
   y_BTkD = y_BjD.reshape(B, k, T, D).swapaxes(1, 2)
   dropped = (live_Bj & ~fits_Bj).sum().astype(jnp.float32)
   return combined(y_BTkD, weight_BTk), dropped
@@ -51,22 +51,16 @@ def run(
 
 @jax.vmap
 def _read(x_TD, at_S):
-  """The numbered tokens of each row, which stay on the row's device; zeros for none."""
+  """Tokens by their index in the row, on the row's device; zeros beyond the row."""
   return x_TD.at[at_S].get(mode='fill', fill_value=0)
 
 
-def _to_experts(x_BECD: jax.Array) -> jax.Array:
-  """Tokens as their rows lie on the mesh -> as the experts do: an all-to-all."""
-  x_BECD = mesh.constrain(x_BECD, 'batch', None, None, None)
-  return _by_expert(x_BECD)
-
-
-def _to_rows(y_BECD: jax.Array) -> jax.Array:
-  return mesh.constrain(_by_expert(y_BECD), 'batch', None, None, None)
+def _by_row(x_BECD: jax.Array) -> jax.Array:
+  return mesh.constrain(x_BECD, 'batch', None, None, None)
 
 
 def _by_expert(x_BECD: jax.Array) -> jax.Array:
-  """Asks for the experts' dim to be split, and for rows by what axes are left."""
+  """Shards experts by their axes, and rows by the remaining axes: an all-to-all."""
   current = mesh.current()
   if current is None:
     return x_BECD
