@@ -25,6 +25,10 @@ class Point(NamedTuple):
   command: tuple[str, ...]  # train.py --config=..., without its --workdir
   config: Mapping[str, Any]  # The resolved recipe.
 
+  @property
+  def steps(self) -> int:
+    return self.config['steps']
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:

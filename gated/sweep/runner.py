@@ -45,7 +45,7 @@ class Row:
 
   @property
   def steps(self) -> int:
-    return self.point.config['steps']
+    return self.point.steps
 
   @property
   def ended(self) -> bool:

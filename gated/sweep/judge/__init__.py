@@ -1,6 +1,6 @@
 """Judges runs by their logs: spikes, warnings, divergence, LR sensitivity, seeds."""
 
-from gated.sweep.judge.rule import Rule, best_rate, diverged, lowest, sensitivity
+from gated.sweep.judge.rule import Rule, best_rate, diverged, sensitivity
 from gated.sweep.judge.seeds import Noise, Spread, noise, spread
 from gated.sweep.judge.spikes import Spike, limit, spikes
 from gated.sweep.judge.warnings import warnings
@@ -13,7 +13,6 @@ __all__ = [
   'best_rate',
   'diverged',
   'limit',
-  'lowest',
   'noise',
   'sensitivity',
   'spikes',

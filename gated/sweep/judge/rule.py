@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from gated.sweep.judge.spikes import log
 
 LEAST = 3  # Minimum number of points in the median that is a run's level.
 
@@ -58,12 +60,7 @@ def diverged(
   the run stopped as unstable. A non-finite step does not count if the run continued.
   ValueError for an empty log.
   """
-  steps, losses = np.asarray(steps), np.asarray(losses, np.float64)
-  if steps.ndim != 1 or losses.shape != steps.shape:
-    raise ValueError(
-      f'steps of shape {steps.shape} and losses of shape {losses.shape}, but a log is '
-      'two lists of the same length'
-    )
+  steps, losses = log(steps, losses)
   if math.isnan(best):
     raise ValueError('best=nan, but it must be the lowest final loss, or inf')
   if broken:
@@ -119,19 +116,18 @@ def _levels(losses: np.ndarray, tail: float) -> tuple[np.ndarray, np.ndarray]:
   return np.where(levels == top, np.inf, levels), centres
 
 
-def sensitivity(finals: ArrayLike, inits: ArrayLike, best: float | None = None) -> float:
+def sensitivity(finals: ArrayLike, inits: ArrayLike) -> float:
   """Final losses and losses at initialisation, by learning rate -> LR sensitivity, nats.
 
       E over rates of [min(final, init) - best]
 
   The definition of Wortsman et al. (arXiv 2309.14322): the expectation is over the range
-  of learning rates, `best` is the lowest loss in it. The grid's rates sample the range
+  of learning rates, and `best` the lowest loss in it. The grid's rates sample the range
   with equal weights: space them evenly in the logarithm, and compare equal grids only,
   because more unstable rates raise the mean. Give the losses of one seed, or means.
 
   A non-finite final loss counts as the loss at initialisation. NaN if no final loss is
-  finite and `best` is not given. ValueError for a non-finite initial loss, or a `best`
-  above the lowest loss.
+  finite. ValueError for a non-finite initial loss.
   """
   finals, inits = np.asarray(finals, np.float64), np.asarray(inits, np.float64)
   if finals.ndim != 1 or finals.shape != inits.shape or not len(finals):
@@ -141,17 +137,7 @@ def sensitivity(finals: ArrayLike, inits: ArrayLike, best: float | None = None) 
     )
   if not np.isfinite(inits).all():
     raise ValueError(f'losses at initialisation {inits.tolist()}, but all must be finite')
-  if best is None and not np.isfinite(finals).any():
+  if not np.isfinite(finals).any():
     return math.nan
   reached = np.minimum(np.where(np.isfinite(finals), finals, inits), inits)
-  least = float(reached.min())
-  if best is None:
-    best = least
-  elif not best <= least + 1e-9 * abs(least):
-    raise ValueError(f'best={best}, but a loss of the range is lower: {least}')
-  return float(np.mean(reached - best))
-
-
-def lowest(finals: Sequence[float]) -> float:
-  """Final losses of a sweep -> the lowest finite one; inf if none is finite."""
-  return min((x for x in finals if math.isfinite(x)), default=math.inf)
+  return float(np.mean(reached - reached.min()))

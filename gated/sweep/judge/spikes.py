@@ -9,7 +9,6 @@ n points of a log
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,9 +27,6 @@ class Spike(NamedTuple):
   height: float  # of the peak above the running median, in nats; inf if not finite
   first: int  # the first step above the threshold
   last: int  # the last one
-  # Whether it reaches the end of the log, or has more high points than half a window. It
-  # may then be a lasting change of the level, and its height is less certain.
-  lasting: bool
 
 
 def spikes(
@@ -61,30 +57,49 @@ def spikes(
   The defaults are those of the released curves of arXiv 2505.06708. ValueError for
   different lengths, steps that do not increase, or a parameter out of range.
   """
-  steps, losses = _log(steps, losses)
-  _check(window=window, threshold=threshold, warmup=warmup, gap=gap)
+  if window != int(window) or window < 3 or window % 2 == 0:
+    raise ValueError(
+      f'window={window}, but it must be an odd number of points, 3 or more'
+    )
+  if not 0 <= gap < math.inf:
+    raise ValueError(f'gap={gap}, but it must be a number of steps, 0 or more')
+  steps, losses = log(steps, losses)
   most = limit(steps, losses, threshold=threshold, warmup=warmup)
   above = losses - _baseline(steps, losses, window // 2, most)
   above[~np.isfinite(losses)] = np.inf
-  excursions = []
   high = np.flatnonzero((above > most) & (steps > warmup))
-  for group in _groups(steps, above, high, gap=gap, limit=most):
+  far = np.flatnonzero(np.diff(steps[high]) > gap)
+  cuts = [i + 1 for i in far if _returned(above[high[i] + 1 : high[i + 1]], most)]
+  excursions = []
+  for group in np.split(high, cuts) if len(high) else []:
     peak = group[np.argmax(above[group])]
-    first, last = int(group[0]), int(group[-1])
-    lasting = last == len(steps) - 1 or len(group) > window // 2
-    ends = int(steps[first]), int(steps[last])
-    excursions.append(Spike(int(steps[peak]), float(above[peak]), *ends, lasting))
+    ends = int(steps[group[0]]), int(steps[group[-1]])
+    excursions.append(Spike(int(steps[peak]), float(above[peak]), *ends))
   return excursions
 
 
 def limit(steps: ArrayLike, losses: ArrayLike, *, threshold: float, warmup: int) -> float:
-  """Losses in nats -> the threshold in force in `spikes`: `threshold`, or more if the
-  noise is strong."""
-  steps, losses = _log(steps, losses)
-  return max(threshold, _reach(losses[steps > warmup]))
+  """Losses in nats -> the threshold in force in `spikes`.
+
+  It is `threshold`, or the height that noise alone exceeds with probability CHANCE. The
+  noise is that of differences of successive losses: they do not depend on the trend.
+  """
+  if not 0 < threshold < math.inf:
+    raise ValueError(f'threshold={threshold}, but it must be positive, in nats')
+  if not 0 <= warmup < math.inf:
+    raise ValueError(f'warmup={warmup}, but it must be a number of steps, 0 or more')
+  steps, losses = log(steps, losses)
+  losses = losses[(steps > warmup) & np.isfinite(losses)]
+  if len(losses) < 3:
+    return threshold
+  # A late import: SciPy takes as long to load as the rest of a short run.
+  from scipy.special import ndtri
+
+  sigma = SIGMA * np.median(np.abs(np.diff(losses))) / math.sqrt(2)
+  return max(threshold, float(-ndtri(CHANCE / len(losses)) * sigma))
 
 
-def _log(steps: ArrayLike, losses: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def log(steps: ArrayLike, losses: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
   """Steps and losses -> arrays; ValueError if they are not a log."""
   steps, losses = np.asarray(steps), np.asarray(losses, np.float64)
   if steps.ndim != 1 or losses.shape != steps.shape:
@@ -99,33 +114,6 @@ def _log(steps: ArrayLike, losses: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     pair = steps[bad[0] : bad[0] + 2].tolist() if len(bad) else steps.tolist()
     raise ValueError(f'steps must increase, but {pair[0]} is followed by {pair[-1]}')
   return steps, losses
-
-
-def _check(*, window: int, threshold: float, warmup: int, gap: int) -> None:
-  if window != int(window) or window < 3 or window % 2 == 0:
-    raise ValueError(
-      f'window={window}, but it must be an odd number of points, 3 or more'
-    )
-  if not 0 < threshold < math.inf:
-    raise ValueError(f'threshold={threshold}, but it must be positive, in nats')
-  for name, value in (('warmup', warmup), ('gap', gap)):
-    if not 0 <= value < math.inf:
-      raise ValueError(f'{name}={value}, but it must be a number of steps, 0 or more')
-
-
-def _reach(losses: np.ndarray) -> float:
-  """Losses -> the height that noise alone exceeds with probability CHANCE, in nats.
-
-  The estimate uses differences of successive losses: they do not depend on the trend.
-  """
-  losses = losses[np.isfinite(losses)]
-  if len(losses) < 3:
-    return 0.0
-  # A late import: SciPy takes as long to load as the rest of a short run.
-  from scipy.special import ndtri
-
-  sigma = SIGMA * np.median(np.abs(np.diff(losses))) / math.sqrt(2)
-  return float(-ndtri(CHANCE / len(losses)) * sigma)
 
 
 def _baseline(
@@ -163,17 +151,6 @@ def _median(x: np.ndarray, half: int) -> np.ndarray:
     y[i] = np.median(x[: 2 * i + 1])
     y[n - 1 - i] = min(np.median(x[n - 1 - 2 * i :]), y[n - 1 - half])
   return y
-
-
-def _groups(
-  steps: np.ndarray, above: np.ndarray, high: np.ndarray, *, gap: int, limit: float
-) -> Sequence[np.ndarray]:
-  """Indices of high points -> those of each excursion."""
-  if not len(high):
-    return []
-  far = np.flatnonzero(np.diff(steps[high]) > gap)
-  cuts = [i + 1 for i in far if _returned(above[high[i] + 1 : high[i + 1]], limit)]
-  return np.split(high, cuts)
 
 
 def _returned(between: np.ndarray, limit: float) -> bool:

@@ -59,15 +59,13 @@ def warnings(records: Iterable[Mapping[str, Any]]) -> dict[str, float | int | No
 def _describe(steps: np.ndarray, values: list[float]) -> dict[str, float | int | None]:
   x = np.asarray(values, np.float64)
   if not len(x):
-    return {'max': None, 'last': None, 'left': None}
+    return dict.fromkeys(('max', 'last', 'left'))
   finite = np.isfinite(x)
-  half = steps <= steps[-1] / 2
-  usual = x[finite & half] if (finite & half).any() else x[finite]
-  high = ~finite
-  if len(usual):
-    high |= x > TIMES * np.median(usual)
+  half = finite & (steps <= steps[-1] / 2)
+  usual = x[half] if half.any() else x[finite]
+  high = ~finite | (x > TIMES * (np.median(usual) if len(usual) else math.inf))
   left = steps[high & (steps > SETTLED * steps[-1])]
-  most = float(x[finite].max()) if finite.all() else float(x[~finite][0])
+  most = float(x.max() if finite.all() else x[~finite][0])
   return {'max': most, 'last': float(x[-1]), 'left': int(left[0]) if len(left) else None}
 
 

@@ -46,7 +46,7 @@ def points(swept: sweep.Sweep, names: Collection[str], *, ended: bool) -> list[P
   for index, p in enumerate(swept.points):
     workdir = swept.workdir(p)
     if p.name in names and (
-      ended or sweep.state(workdir, p.config['steps']).state not in sweep.ENDED
+      ended or sweep.state(workdir, p.steps).state not in sweep.ENDED
     ):
       job, command = f'{prefix}-{index:03d}', swept.command(p)
       batch.append(Point(job, p.name, command, os.fspath(workdir)))

@@ -133,9 +133,9 @@ def show(swept: sweep.Sweep) -> int:
   table = Table('job', 'point', 'scheduler', 'workdir', 'step', box=None)
   for job in record['jobs']:
     point = points[job['point']]
-    run = sweep.state(swept.workdir(point), point.config['steps'])
-    step = f'{run.step}/{point.config["steps"]}'
-    table.add_row(job['job'], point.name, known.get(job['job'], ''), run.state, step)
+    state, step, _ = sweep.state(swept.workdir(point), point.steps)
+    steps = f'{step}/{point.steps}'
+    table.add_row(job['job'], point.name, known.get(job['job'], ''), state, steps)
   Console(soft_wrap=True).print(table)
   return 0
 

@@ -10,7 +10,7 @@ from typing import Any
 from gated import storage, sweep
 from gated.sweep import judge
 from gated.sweep.report import points, tables
-from gated.sweep.report.lines import Line, gather
+from gated.sweep.report.points import Line
 from gated.sweep.report.published import Published
 from gated.sweep.report.text import Report, markdown
 
@@ -49,7 +49,7 @@ def write(
   judged = [p for p in points.read(swept, rule, spikes) if p.name in chosen]
   if only:
     about['points'] = f'{len(chosen)} of the {len(swept.points)} of its grid: {only}'
-  lines = gather(judged)
+  lines = points.gather(judged)
   captions = figures.draw(_pictures(lines), lines, out)
   report = Report(
     name=swept.name,
@@ -103,7 +103,7 @@ def _pictures(lines: list[Line]) -> dict[str, Callable]:
   several = len({p.lr for p in judged if p.done}) > 1
   pictures = {
     'loss_vs_lr': (figures.loss_against_rate, several),
-    'sensitivity': (figures.sensitivity, any(line.sensitivities() for line in lines)),
+    'sensitivity': (figures.sensitivity, any(line.sensitivities for line in lines)),
     'curves': (curves.training, any(len(p.log.train.steps) for p in judged)),
     'warnings': (curves.warnings, curves.warned(lines)),
   }

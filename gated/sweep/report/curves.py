@@ -11,8 +11,7 @@ from matplotlib.lines import Line2D
 from scipy import ndimage
 
 from gated.sweep.report.figures import COLORS, COLUMN, PAGE, wrapped
-from gated.sweep.report.lines import Line, rate
-from gated.sweep.report.points import Curve, Judged
+from gated.sweep.report.points import Curve, Judged, Line, rate
 
 DRAWN = 240  # Points of a curve in a figure.
 SMOOTH = 60  # Windows of the rolling median per curve.
@@ -35,10 +34,11 @@ def training(lines: list[Line]) -> tuple[Figure, str]:
   width = COLUMN if columns == 1 else PAGE
   figure = Figure(figsize=(width, 0.7 + 1.55 * rows))
   axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-  lrs = sorted({p.lr for line in lines for p in line.points if len(p.log.train.steps)})
+  points = [p for line in lines for p in line.points]
+  lrs = sorted({p.lr for p in points if len(p.log.train.steps)})
   # Above 0.88 the map is too bright for white paper.
   hues = matplotlib.colormaps['viridis'](np.linspace(0, 0.88, max(1, len(lrs))))
-  low, top = _losses([p for line in lines for p in line.points])
+  low, top = _losses(points)
   for ax, line in zip(axes.flat, lines, strict=False):
     ax.set_title(wrapped(line.name, 26))
     for p in line.points:
@@ -56,45 +56,38 @@ def training(lines: list[Line]) -> tuple[Figure, str]:
     Line2D([], [], color=hue, label=f'lr {rate(lr)}')
     for lr, hue in zip(lrs, hues, strict=False)
   ]
-  points = [p for line in lines for p in line.points]
-  marks = {'spike': ('v', any(p.spikes for p in points))}
-  marks['diverged'] = ('x', any(p.diverged for p in points))
-  for name, (marker, there) in marks.items():
-    if there:
-      handles.append(
-        Line2D([], [], color='black', marker=marker, ms=4, ls='none', label=name)
-      )
+  caption = (
+    'Training loss, pale, and its rolling median; colour is the peak learning rate.'
+  )
+  mark: dict[str, Any] = dict(color='black', ms=4, ls='none')
+  if any(p.spikes for p in points):
+    handles.append(Line2D([], [], marker='v', label='spike', **mark))
+    caption += ' Triangles: spikes.'
+  if any(p.diverged for p in points):
+    handles.append(Line2D([], [], marker='x', label='diverged', **mark))
+    caption += ' Crosses: ends of runs that diverged.'
   most = 4 if width == COLUMN else 6
   across = -(-len(handles) // -(-len(handles) // most))
   options: dict[str, Any] = dict(handlelength=1.2, columnspacing=1.2)
   figure.legend(handles=handles, loc='outside lower center', ncols=across, **options)
-  caption = (
-    'Training loss, pale, and its rolling median; colour is the peak learning rate.'
-  )
-  if marks['spike'][1]:
-    caption += ' Triangles: spikes.'
-  if marks['diverged'][1]:
-    caption += ' Crosses: ends of runs that diverged.'
-  return figure, f'{caption} What lies above the axis is marked at its edge.'
+  return figure, f'{caption} Marks at the upper edge stand for values above the axis.'
 
 
 def _losses(points: Sequence[Judged]) -> tuple[float, float]:
   """-> the ends of the axis, set by the stable runs."""
-  shown = [p for p in points if np.isfinite(p.log.train.values).any()]
-  if not shown:
-    return 0.0, 1.0
+  curves = [p.log.train for p in points]
   late = [
     p.log.train.values[p.log.train.steps > FIRST * p.steps]
-    for p in shown
-    if p.state in CALM
+    for p in points
+    if p.state in CALM and np.isfinite(p.log.train.values).any()
   ]
-  late = [own[np.isfinite(own)] for own in late or [p.log.train.values for p in shown]]
-  late = [own for own in late if len(own)]
-  if not late:
+  finite = [x[np.isfinite(x)] for x in late or [curve.values for curve in curves]]
+  finite = [x for x in finite if len(x)]
+  if not finite:
     return 0.0, 1.0
-  low = min(float(own.min()) for own in late)
+  low = min(float(x.min()) for x in finite)
   # A spike may rise above the axis: its triangle then stands at the edge.
-  high = max(float(np.quantile(own, 0.995)) for own in late)
+  high = max(float(np.quantile(x, 0.995)) for x in finite)
   pad = 0.06 * max(high - low, 0.02 * abs(low))
   return low - pad, high + 2 * pad
 
@@ -188,12 +181,9 @@ PAIR = (
 
 def around(line: Line) -> tuple[Judged | None, Judged | None]:
   """A line -> its points of highest stable and lowest diverged rate, or None."""
-  stable = [c for c in line.cells() if c.finals and not c.diverged]
-  broken = [p for c in line.cells() for p in c.diverged]
-  return (
-    next(p for p in stable[-1].points if p.done) if stable else None,
-    broken[0] if broken else None,
-  )
+  stable = [p for c in line.stable[-1:] for p in c.points if p.done]
+  broken = [p for c in line.cells for p in c.diverged]
+  return stable[0] if stable else None, broken[0] if broken else None
 
 
 def warned(lines: list[Line]) -> bool:

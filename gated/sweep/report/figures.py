@@ -9,7 +9,7 @@ import io
 import textwrap
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 
 from gated import storage
-from gated.sweep.report.lines import Line, rate
+from gated.sweep.report.points import Line, rate
 
 COLUMN, PAGE = 3.5, 5.5  # Widths in inches.
 COLORS = (
@@ -67,16 +67,10 @@ FORMATS = {'svg': {'Date': None}, 'pdf': {'CreationDate': None}, 'png': {}}
 NARROW = 0.15  # If stable losses fill less of the axis, it shows them alone.
 
 
-class Look(NamedTuple):
-  color: str
-  marker: str
-  dash: Any
-
-
-def look(index: int) -> Look:
+def look(index: int) -> dict[str, Any]:
   """The look of the line with this index; the first 280 are distinct."""
   at = lambda table: table[index % len(table)]
-  return Look(at(COLORS), at(MARKERS), at(DASHES))
+  return {'color': at(COLORS), 'marker': at(MARKERS), 'ls': at(DASHES)}
 
 
 def wrapped(name: str, width: int) -> str:
@@ -117,31 +111,34 @@ def loss_against_rate(lines: list[Line]) -> tuple[Figure, str]:
   rate_axis(ax, lrs)
   low, top = _range(lines)
   ax.set_ylim(low, top)
-  several, crossed = False, Counter()
+  crossed = Counter()
   for i, line in enumerate(lines):
-    color, marker, dash = look(i)
-    cells = [c for c in line.cells() if c.finals]
+    color = look(i)['color']
+    cells = [c for c in line.cells if c.finals]
     x, y = [c.lr for c in cells], [c.mean for c in cells]
-    ax.plot(x, y, color=color, marker=marker, ls=dash, zorder=3)
+    ax.plot(x, y, zorder=3, **look(i))
     if any(len(c.finals) > 1 for c in cells):
-      several = True
       least, most = [min(c.finals) for c in cells], [max(c.finals) for c in cells]
       ax.fill_between(x, least, most, color=color, alpha=0.2, lw=0)
     _crosses(ax, line, color, crossed, top)
   init_text = _init(ax, lines, top)
-  handles = [_handle(i, line.name) for i, line in enumerate(lines)]
-  if any(p.diverged for line in lines for p in line.points):
+  handles = [
+    Line2D([], [], label=wrapped(line.name, 46), **look(i))
+    for i, line in enumerate(lines)
+  ]
+  diverged = any(p.diverged for line in lines for p in line.points)
+  if diverged:
     handles.append(Line2D([], [], color=GREY, marker='x', ls='none', label='diverged'))
   columns = 2 if max(len(line.name) for line in lines) <= 20 else 1
   below: dict[str, Any] = dict(loc='outside lower center', ncols=columns)
   figure.legend(handles=handles, handlelength=3, **below)
   ax.set_ylabel('final loss (nats/token)')
   caption = 'Final loss against the peak learning rate. '
-  one = all(len(c.points) == 1 for line in lines for c in line.cells())
-  means = 'Lines are means over the seeds that did not diverge, bands their range. '
-  caption += means * several
-  caption += 'One seed each: they claim no ordering. ' * one
-  if any(p.diverged for line in lines for p in line.points):
+  if any(len(c.finals) > 1 for line in lines for c in line.cells):
+    caption += 'Lines are means over the seeds that did not diverge, bands their range. '
+  if all(len(c.points) == 1 for line in lines for c in line.cells):
+    caption += 'One seed each: they claim no ordering. '
+  if diverged:
     caption += 'Crosses: runs that diverged, at min(final loss, loss at initialisation), '
     caption += 'or at the upper edge where that lies above it. '
   caption += init_text
@@ -177,7 +174,7 @@ def _crosses(ax: Any, line: Line, color: str, before: Counter[float], top: float
   `before` counts the earlier lines with crosses at each rate.
   """
   last = None
-  for cell in line.cells():
+  for cell in line.cells:
     heights = [top if p.capped is None else min(p.capped, top) for p in cell.diverged]
     for j, y in enumerate(heights):
       # In points: seeds are side by side, and lines at the edge below each other.
@@ -209,32 +206,20 @@ def _init(ax: Any, lines: list[Line], top: float) -> str:
   return f'The loss at initialisation, {mean:.2f}, lies above the axis.'
 
 
-def _handle(index: int, name: str) -> Line2D:
-  color, marker, dash = look(index)
-  return Line2D([], [], color=color, marker=marker, ls=dash, label=wrapped(name, 46))
-
-
 def sensitivity(lines: list[Line]) -> tuple[Figure, str]:
   """Bars of the mean LR sensitivity, with a stroke for each seed."""
-  shown = [(i, line, line.sensitivities()) for i, line in enumerate(lines)]
-  shown = [(i, line, by_seed) for i, line, by_seed in shown if by_seed]
+  shown = [(i, x, x.sensitivities) for i, x in enumerate(lines) if x.sensitivities]
   figure = Figure(figsize=(COLUMN, 0.75 + 0.34 * len(shown)))
   ax = figure.subplots()
   for y, (i, _, by_seed) in enumerate(shown):
     values = list(by_seed.values())
     mean, most = float(np.mean(values)), max(values)
-    ax.barh(y, mean, height=0.62, color=look(i).color, alpha=0.85)
+    ax.barh(y, mean, height=0.62, color=look(i)['color'], alpha=0.85)
     if len(values) > 1:
       ax.plot([min(values), most], [y, y], color='black', lw=0.8)
       ax.plot(values, [y] * len(values), color='black', marker='|', ls='none', ms=6)
-    ax.annotate(
-      f'{mean:.3f}',
-      (most, y),
-      (4, 0),
-      textcoords='offset points',
-      va='center',
-      size=7,
-    )
+    beside: dict[str, Any] = dict(textcoords='offset points', va='center', size=7)
+    ax.annotate(f'{mean:.3f}', (most, y), (4, 0), **beside)
   ax.set_yticks(range(len(shown)), [wrapped(line.name, 24) for _, line, _ in shown])
   ax.invert_yaxis()
   ax.grid(axis='y', visible=False)

@@ -1,4 +1,4 @@
-"""Reads the points of a sweep from their workdirs, and judges them.
+"""Reads the points of a sweep, judges them, and gathers them in lines.
 
 Final loss, in nats per token: the held-out loss at the point's last step if it was
 measured, otherwise the mean training loss of the last 2% of the records, at least 10. NaN
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gated import config, storage, sweep
+from gated import storage, sweep
 from gated.run import metrics
 from gated.run import workdir as workdirs
 from gated.sweep import judge
@@ -22,11 +22,8 @@ from gated.sweep.judge.spikes import GAP, THRESHOLD, WARMUP, WINDOW
 from gated.sweep.judge.warnings import INDICATORS
 
 TAIL, LEAST = 0.02, 10  # Fraction and least number of records in a final training loss.
-# Labels that are not part of a line's name -> their knobs.
-AXES = {'lr': 'optim.lr', 'seed': 'seed'}
 # The early warnings that are drawn.
 WATCHED = 'grad_norm', 'attention_logit', 'output_logit', 'residual_growth'
-LIMITED = ('threshold', 'warmup')  # The arguments of judge.spikes that set the limit.
 
 
 class Curve(NamedTuple):
@@ -65,7 +62,7 @@ class Log(NamedTuple):
   final_of: str  # heldout or train; '' without a final loss
   seconds: float
   rate: float | None  # tokens per second
-  device: str
+  device: str  # of the latest session: '2 x NVIDIA H200'
   data: str  # the fingerprint of its training data
 
 
@@ -81,22 +78,16 @@ class Judged:
   slow: bool  # above the rule's limit only because it learned slowly
   spikes: Sequence[judge.Spike]
   limit: float  # the height above which this run has a spike, in nats
+  lr: float
+  seed: int
 
   @property
   def name(self) -> str:
     return self.point.name
 
   @property
-  def lr(self) -> float:
-    return self.point.config['optim']['lr']
-
-  @property
   def steps(self) -> int:
-    return self.point.config['steps']
-
-  @property
-  def seed(self) -> int:
-    return self.point.config['seed']
+    return self.point.steps
 
   @property
   def state(self) -> str:
@@ -118,17 +109,9 @@ class Judged:
   @property
   def alarms(self) -> dict[str, int]:
     """Early warning -> the step at which it left its usual range, in order of step."""
-    alarms = {
-      name.removesuffix('_left'): int(step)
-      for name, step in self.log.warnings.items()
-      if name.endswith('_left') and step is not None
-    }
+    steps = {k.removesuffix('_left'): v for k, v in self.log.warnings.items()}
+    alarms = {k: int(v) for k, v in steps.items() if v is not None and k in INDICATORS}
     return dict(sorted(alarms.items(), key=lambda item: item[1]))
-
-  @property
-  def best(self) -> float | None:
-    values = self.log.train.values[np.isfinite(self.log.train.values)]
-    return float(values.min()) if len(values) else None
 
   @property
   def height(self) -> float:
@@ -149,26 +132,30 @@ def read(
 
   `spike_args` override the arguments of `judge.spikes` that `fitting` chooses.
   """
-  axes = [_label(swept.points, axis, knob) for axis, knob in AXES.items()]
-  logs = [_log(swept, point) for point in swept.points]
-  labels = [{k: v for k, v in p.labels.items() if k not in axes} for p in swept.points]
+  points = swept.points
+  lrs = [point.config['optim']['lr'] for point in points]
+  seeds = [point.config['seed'] for point in points]
+  axes = _label(points, 'lr', lrs), _label(points, 'seed', seeds)
+  labels = [{k: v for k, v in p.labels.items() if k not in axes} for p in points]
   names = [', '.join(own.values()) or swept.name for own in labels]
-  rates = [point.config['optim']['lr'] for point in swept.points]
+  logs = [_log(swept, point) for point in points]
   finals = [log.final if log.state == 'finished' else None for log in logs]
-  best = judge.lowest([final for final in finals if final is not None])
+  finite = [final for final in finals if final is not None and math.isfinite(final)]
+  best = min(finite, default=math.inf)
   # A point that diverged even without a comparison to the sweep's best is not slow.
   alone = [_reason(log, math.inf, rule) for log in logs]
   stable: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-  for name, lr, final, reason in zip(names, rates, finals, alone, strict=True):
+  for name, lr, final, reason in zip(names, lrs, finals, alone, strict=True):
     if final is not None and not reason:
       stable[name].append((lr, final))
   peaks = {k: judge.best_rate(v, best=best, rule=rule) for k, v in stable.items()}
-  points = []
-  for i, (point, log, name) in enumerate(zip(swept.points, logs, names, strict=True)):
+  judged = []
+  for i, (point, log, name) in enumerate(zip(points, logs, names, strict=True)):
     reason = _reason(log, best, rule)
-    slow = bool(reason and not alone[i] and rates[i] < peaks[name])
-    args = fitting(point.config['steps']) | dict(spike_args)
-    points.append(
+    slow = bool(reason and not alone[i] and lrs[i] < peaks[name])
+    args = fitting(point.steps) | dict(spike_args)
+    limits = {k: args[k] for k in ('threshold', 'warmup')}
+    judged.append(
       Judged(
         point=point,
         log=log,
@@ -177,10 +164,28 @@ def read(
         reason='' if slow else reason,
         slow=slow,
         spikes=judge.spikes(*log.train, **args),
-        limit=judge.limit(*log.train, **{k: args[k] for k in LIMITED}),
+        limit=judge.limit(*log.train, **limits),
+        lr=lrs[i],
+        seed=seeds[i],
       )
     )
-  return points
+  return judged
+
+
+def _label(points: Sequence[sweep.Point], axis: str, values: Sequence[float]) -> str:
+  """The name of the label that holds the values of an axis; '' if no label does.
+
+  An axis may have any name, so the values decide if no label is called `axis`.
+  """
+  names = list(dict.fromkeys(name for p in points for name in p.labels))
+  for name in [] if axis in names or len(set(values)) == 1 else names:
+    texts = [p.labels.get(name, '') for p in points]
+    try:
+      if np.allclose([*map(float, texts)], values, rtol=1e-3, atol=0):
+        return name
+    except ValueError:
+      continue  # Not a number.
+  return axis
 
 
 def _reason(log: Log, best: float, rule: judge.Rule) -> str:
@@ -197,28 +202,26 @@ def fitting(steps: int) -> dict[str, Any]:
   They are those of the paper's curves, except in a short run: its warm-up is a tenth of
   the steps, and its gap a twentieth.
   """
-  return {
-    'window': WINDOW,
-    'threshold': THRESHOLD,
-    'warmup': min(WARMUP, steps // 10),
-    'gap': min(GAP, steps // 20),
-  }
+  warmup, gap = min(WARMUP, steps // 10), min(GAP, steps // 20)
+  return {'window': WINDOW, 'threshold': THRESHOLD, 'warmup': warmup, 'gap': gap}
 
 
 def _log(swept: sweep.Sweep, point: sweep.Point) -> Log:
   workdir = swept.workdir(point)
-  state, step, message = sweep.state(workdir, point.config['steps'])
+  state, step, message = sweep.state(workdir, point.steps)
   path = workdir / 'metrics.jsonl'
   records = metrics.read(path) if metrics.exists(path) else []
   train = _curve(records, 'train', 'loss')
   final, final_of = _final(records, train) if state == 'finished' else (None, '')
-  if state == 'diverged':
-    final = math.nan
   own = [r for r in records if r['kind'] == 'train']
   # step_seconds is the mean of a step since the previous record.
   gaps = np.diff([0, *(r['step'] for r in own)])
-  timed = [(r, gap) for r, gap in zip(own, gaps, strict=True) if 'step_seconds' in r]
   rates = [r['tokens_per_second'] for r in own if 'tokens_per_second' in r]
+  device = data = ''
+  if storage.exists(workdir / 'run.json'):
+    run = json.loads(storage.read(workdir / 'run.json', workdirs.LIMIT))
+    last, data = run['sessions'][-1], run['data'].get('sha256', '')
+    device = f'{last["devices"]} x {last["device_kind"]}'
   return Log(
     state=state,
     step=step,
@@ -227,11 +230,12 @@ def _log(swept: sweep.Sweep, point: sweep.Point) -> Log:
     numbers={name: _curve(records, *INDICATORS[name]) for name in WATCHED},
     warnings=judge.warnings(records),
     noted=int(own[-1]['spikes']) if own else None,
-    final=final,
+    final=math.nan if state == 'diverged' else final,
     final_of=final_of,
-    seconds=float(sum(r['step_seconds'] * gap for r, gap in timed)),
+    seconds=float(sum(r.get('step_seconds', 0) * n for r, n in zip(own, gaps))),
     rate=float(np.median(rates)) if rates else None,
-    **_session(workdir),
+    device=device,
+    data=data,
   )
 
 
@@ -254,35 +258,50 @@ def _final(
   return float(np.mean(train.values[-count:])), 'train'
 
 
-def _session(workdir: storage.Path) -> dict[str, str]:
-  """The devices of the latest session: '2 x NVIDIA H200', and the data's fingerprint."""
-  path = workdir / 'run.json'
-  if not storage.exists(path):
-    return {'device': '', 'data': ''}
-  run = json.loads(storage.read(path, workdirs.LIMIT))
-  last = run['sessions'][-1]
-  device = f'{last["devices"]} x {last["device_kind"]}'
-  return {'device': device, 'data': run['data'].get('sha256', '')}
+def rate(lr: float) -> str:
+  """0.0032 -> '3.2e-3', 0.01 -> '1e-2'."""
+  digits, _, power = f'{lr:.2e}'.partition('e')
+  return f'{digits.rstrip("0").rstrip(".")}e{int(power)}'
 
 
-def _label(points: Sequence[sweep.Point], axis: str, knob: str) -> str:
-  """The name of the label that holds a knob's values; '' if no label does.
+class Cell:
+  """The seeds of a line at one learning rate."""
 
-  An axis may have any name, so the values decide if no label is called `axis`.
-  """
-  names = list(dict.fromkeys(name for p in points for name in p.labels))
-  if axis in names:
-    return axis
-
-  def holds_knob(name: str) -> bool:
-    pairs = {(p.labels.get(name, ''), config.dig(p.config, knob)) for p in points}
-    return len(pairs) > 1 and all(_same(text, value) for text, value in pairs)
-
-  return next((name for name in names if holds_knob(name)), '')
+  def __init__(self, lr: float, points: Sequence[Judged]):
+    self.lr, self.points = lr, points
+    self.diverged = [p for p in points if p.diverged]
+    ended = [p.log.final for p in points if not p.diverged]
+    # Final losses of the points without divergence.
+    self.finals = [final for final in ended if final is not None]
+    self.spread = judge.spread(self.finals)
+    self.mean = self.spread.mean
 
 
-def _same(text: str, value: float) -> bool:
-  try:
-    return math.isclose(float(text), value, rel_tol=1e-3)
-  except ValueError:
-    return False
+class Line:
+  """Points that differ only in learning rate and seed."""
+
+  def __init__(self, name: str, points: Sequence[Judged]):
+    self.name, self.points = name, points
+    self.lrs = sorted({p.lr for p in points})
+    self.seeds = sorted({p.seed for p in points})
+    self.cells = [Cell(lr, [p for p in points if p.lr == lr]) for lr in self.lrs]
+    # Without a diverged seed.
+    self.stable = [c for c in self.cells if c.finals and not c.diverged]
+    # The stable cell with the lowest mean.
+    self.best = min(self.stable, key=lambda c: c.mean, default=None)
+    # Seed -> LR sensitivity, for seeds that have ended at every learning rate.
+    self.sensitivities: dict[int, float] = {}
+    for seed in self.seeds if len(self.lrs) > 1 else []:
+      own = [p for p in points if p.seed == seed]
+      inits = [math.nan if p.init is None else p.init for p in own]
+      ended = all(p.done for p in own) and all(map(math.isfinite, inits))
+      if ended and {p.lr for p in own} == set(self.lrs):
+        finals = [math.nan if p.log.final is None else p.log.final for p in own]
+        value = judge.sensitivity(finals, inits)
+        self.sensitivities |= {seed: value} if math.isfinite(value) else {}
+
+
+def gather(points: Sequence[Judged]) -> list[Line]:
+  """Points -> lines, in the order of their first points."""
+  names = dict.fromkeys(p.line for p in points)
+  return [Line(name, [p for p in points if p.line == name]) for name in names]

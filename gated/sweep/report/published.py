@@ -4,14 +4,12 @@ Scale, data and tokenizer differ from the paper's, and so does every loss: only 
 ratios of differences may be compared.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
-from gated.sweep.report.lines import Cell, Line, rate
-from gated.sweep.report.points import Judged
+from gated.sweep.report.points import Cell, Judged, Line, rate
 from gated.sweep.report.tables import Table, loss_text
 
 MEANS = (
@@ -42,19 +40,19 @@ def by_rate(
     variant = labels.pop('variant', None)
     if variant is not None:
       contexts.setdefault(', '.join(labels.values()), {})[variant] = line
-  for context, ours in contexts.items():
-    for setting in dict.fromkeys(row.setting for row in rows):
-      some = [row for row in rows if row.setting == setting and row.variant in ours]
-      baselines = [row for row in some if row.variant == 'baseline']
-      first = min(baselines, key=lambda row: row.lr, default=None)
-      if first and first.ppl and len({row.lr for row in some}) > 1:
-        name = f'{setting}; ours: {context}' if context else setting
-        yield name, _table(some, first, ours)
+  settings = dict.fromkeys(row.setting for row in rows)
+  for (context, ours), setting in itertools.product(contexts.items(), settings):
+    some = [row for row in rows if row.setting == setting and row.variant in ours]
+    baselines = [row for row in some if row.variant == 'baseline']
+    first = min(baselines, key=lambda row: row.lr, default=None)
+    if first and first.ppl and len({row.lr for row in some}) > 1:
+      name = f'{setting}; ours: {context}' if context else setting
+      yield name, _table(some, first, ours)
 
 
 def _table(rows: Sequence[Published], first: Published, ours: dict[str, Line]) -> Table:
   baseline = ours['baseline']
-  start, best = _cell(baseline, first.lr, SAME), baseline.best()
+  start, best = _cell(baseline, first.lr, SAME), baseline.best
   baseline_ppl = {row.lr: row.ppl for row in rows if row.variant == 'baseline'}
   cells = []
   for row in rows:
@@ -93,7 +91,7 @@ def _nats(ppl: float | None, start: float | None) -> str:
 
 def _cell(line: Line, lr: float, within: float) -> Cell | None:
   """The cell at the nearest learning rate; None if that is not `within` tolerance."""
-  cell = min(line.cells(), key=lambda c: abs(math.log(c.lr / lr)))
+  cell = min(line.cells, key=lambda c: abs(math.log(c.lr / lr)))
   return cell if abs(cell.lr / lr - 1) <= within else None
 
 
@@ -110,24 +108,23 @@ def by_row(lines: Sequence[Line]) -> Table | None:
 
   Differences are to the row that the recipe names as the baseline.
   """
-  rows: dict[tuple[str, str, float], list[Judged]] = {}
-  for line in lines:
-    for p in line.points:
-      paper = p.point.config['paper']
-      if paper['table'] and paper['published']:
-        rows.setdefault((paper['table'], paper['row'], p.lr), []).append(p)
-  mean = lambda points: float(np.mean(Cell(0, tuple(points)).finals or [math.nan]))
+  groups: dict[tuple[str, str, float], list[Judged]] = {}
+  for p in (p for line in lines for p in line.points):
+    paper = p.point.config['paper']
+    if paper['table'] and paper['published']:
+      groups.setdefault((paper['table'], paper['row'], p.lr), []).append(p)
+  rows = {key: Cell(key[2], points) for key, points in groups.items()}
+  papers = {key: points[0].point.config['paper'] for key, points in groups.items()}
+  ppls = {key: paper['published'].get('ppl') for key, paper in papers.items()}
   cells = []
-  for (table, row, lr), points in rows.items():
-    paper = points[0].point.config['paper']
-    start = paper['baseline'].partition(':')[2].partition(',')[0]
-    base = rows.get((table, start, lr))
-    ppl = paper['published'].get('ppl')
-    before = base[0].point.config['paper']['published'].get('ppl') if base else None
-    final = loss_text(Cell(0, tuple(points)))
-    ours = mean(points) - mean(base) if base else math.nan
+  for key, cell in rows.items():
+    table, row, lr = key
+    start = table, papers[key]['baseline'].partition(':')[2].partition(',')[0], lr
+    base, ppl, nats = rows.get(start), ppls[key], _nats(ppls[key], ppls.get(start))
+    ours = cell.mean - base.mean if base else math.nan
     shown = f'{ours:+.4f}' if math.isfinite(ours) else '–'
-    printed = ppl and f'{ppl:.3f}'
-    cells.append([table, row, rate(lr), printed, _nats(ppl, before), final, shown])
+    cells.append(
+      [table, row, rate(lr), ppl and f'{ppl:.3f}', nats, loss_text(cell), shown]
+    )
   columns = ['table', 'row', 'lr', 'ppl, paper', 'nats, paper', 'final loss, ours']
   return Table([*columns, 'nats, ours'], cells) if cells else None

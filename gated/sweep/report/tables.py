@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gated.sweep.report.lines import Cell, Line, rate
-from gated.sweep.report.points import Judged
+from gated.sweep.report.points import Cell, Judged, Line, rate
 
 KEPT = 300  # Points of a curve in curves.csv.
 # Cells that are aligned right.
@@ -27,17 +26,16 @@ class Table(NamedTuple):
   def csv(self) -> bytes:
     """CSV with floats to the last bit; None is an empty cell."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator='\n')
-    writer.writerows([self.columns, *self.rows])
+    csv.writer(out, lineterminator='\n').writerows([self.columns, *self.rows])
     return out.getvalue().encode()
 
-  def markdown(self) -> list[str]:
-    """Lines of Markdown; columns of numbers are aligned right."""
+  def markdown(self) -> str:
+    """Markdown; columns of numbers are aligned right."""
     cells = [[plain(_shown(cell)) for cell in row] for row in self.rows]
     right = [all(NUMBER.fullmatch(c) for c in column) for column in zip(*cells)]
     rule = ['---:' if r else '---' for r in right] or ['---'] * len(self.columns)
     head = [plain(name) for name in self.columns]
-    return [f'| {" | ".join(row)} |' for row in (head, rule, *cells)]
+    return '\n'.join(f'| {" | ".join(row)} |' for row in (head, rule, *cells))
 
 
 def plain(text: str) -> str:
@@ -51,31 +49,28 @@ def _shown(cell: Any) -> str:
   return f'{cell:.4f}' if isinstance(cell, float) else str(cell)
 
 
-def _labels(points: Sequence[Judged]) -> list[str]:
-  """The names of all labels, in the order of their first use."""
-  return list(dict.fromkeys(name for p in points for name in p.point.labels))
+def _from(rows: Sequence[dict[str, Any]]) -> Table:
+  """Rows as mappings -> Table; a missing cell is None."""
+  columns = list(dict.fromkeys(name for row in rows for name in row))
+  return Table(columns, [[row.get(name) for name in columns] for row in rows])
 
 
 def of_points(points: Sequence[Judged]) -> Table:
   """A row for each point."""
-  labels = _labels(points)
-  columns = ['point', *labels, 'state', 'step', 'steps', 'learning_rate', 'final_loss']
-  columns += ['final_loss_of', 'best_loss', 'loss_at_init', 'spikes', 'max_spike']
-  columns += ['spike_limit', 'spikes_noted', 'diverged_because', 'warnings', 'seconds']
-  columns += ['tokens_per_second', 'device']
-  warnings = list(dict.fromkeys(name for p in points for name in p.log.warnings))
-  rows = [
-    [
-      p.name,
-      *map(p.point.labels.get, labels),
-      *(p.state, p.log.step, p.steps, p.lr, p.log.final, p.log.final_of, p.best, p.init),
-      *(len(p.spikes), p.height, p.limit, p.log.noted, p.reason, warned(p)),
-      *(p.log.seconds, p.log.rate, p.log.device),
-      *map(p.log.warnings.get, warnings),
-    ]
-    for p in points
-  ]
-  return Table([*columns, *warnings], rows)
+  labels = dict.fromkeys(name for p in points for name in p.point.labels)
+  rows = []
+  for p in points:
+    losses = p.log.train.values[np.isfinite(p.log.train.values)]
+    row: dict[str, Any] = {'point': p.name, **labels, **p.point.labels}
+    row |= {'state': p.state, 'step': p.log.step, 'steps': p.steps, 'learning_rate': p.lr}
+    row |= {'final_loss': p.log.final, 'final_loss_of': p.log.final_of}
+    row |= {'best_loss': losses.min() if len(losses) else None, 'loss_at_init': p.init}
+    row |= {'spikes': len(p.spikes), 'max_spike': p.height, 'spike_limit': p.limit}
+    row |= {'spikes_noted': p.log.noted, 'diverged_because': p.reason}
+    row |= {'warnings': warned(p), 'seconds': p.log.seconds}
+    row |= {'tokens_per_second': p.log.rate, 'device': p.log.device}
+    rows.append(row | dict(p.log.warnings))
+  return _from(rows)
 
 
 def warned(p: Judged) -> str:
@@ -85,7 +80,7 @@ def warned(p: Judged) -> str:
 
 def of_curves(points: Sequence[Judged]) -> Table:
   """Training losses to six digits, thinned."""
-  labels = _labels(points)
+  labels = dict.fromkeys(name for p in points for name in p.point.labels)
   rows = [
     [p.name, *map(p.point.labels.get, labels), int(step), float(f'{loss:.6g}')]
     for p in points
@@ -96,18 +91,18 @@ def of_curves(points: Sequence[Judged]) -> Table:
 
 def of_summary(lines: Sequence[Line]) -> Table:
   """A row for each line and learning rate, over its seeds."""
-  columns = ['line', 'learning_rate', 'mean', 'std', 'n', 'least', 'largest']
-  columns += ['diverged', 'not_done', 'spikes', 'max_spike']
   rows = []
   for line in lines:
-    for c in line.cells():
-      some = len(c.finals) > 0
-      ends = (min(c.finals), max(c.finals)) if some else (None, None)
-      moments = c.mean if some else None, c.spread.std if len(c.finals) > 1 else None
-      spikes = sum(len(p.spikes) for p in c.points), max(p.height for p in c.points)
-      counts = len(c.diverged), sum(not p.done for p in c.points)
-      rows.append([line.name, c.lr, *moments, len(c.finals), *ends, *counts, *spikes])
-  return Table(columns, rows)
+    for c in line.cells:
+      row: dict[str, Any] = {'line': line.name, 'learning_rate': c.lr}
+      row |= {'mean': c.mean if c.finals else None}
+      row |= {'std': c.spread.std if len(c.finals) > 1 else None, 'n': len(c.finals)}
+      row |= {'least': min(c.finals, default=None)}
+      row |= {'largest': max(c.finals, default=None), 'diverged': len(c.diverged)}
+      row |= {'not_done': sum(not p.done for p in c.points)}
+      row |= {'spikes': sum(len(p.spikes) for p in c.points)}
+      rows.append(row | {'max_spike': max(p.height for p in c.points)})
+  return _from(rows)
 
 
 def of_sensitivity(lines: Sequence[Line]) -> Table:
@@ -115,10 +110,9 @@ def of_sensitivity(lines: Sequence[Line]) -> Table:
   columns = ['line', 'seed', 'sensitivity', 'std', 'n', 'lowest_rate', 'highest_rate']
   rows = []
   for line in lines:
-    by_seed, ends = line.sensitivities(), (line.lrs[0], line.lrs[-1])
-    rows += [[line.name, seed, s, None, 1, *ends] for seed, s in by_seed.items()]
-    if by_seed:
-      values = list(by_seed.values())
+    ends = line.lrs[0], line.lrs[-1]
+    rows += [[line.name, s, x, None, 1, *ends] for s, x in line.sensitivities.items()]
+    if values := [*line.sensitivities.values()]:
       std = float(np.std(values, ddof=1)) if len(values) > 1 else None
       rows.append([line.name, 'mean', float(np.mean(values)), std, len(values), *ends])
   return Table(columns, rows)
@@ -127,11 +121,10 @@ def of_sensitivity(lines: Sequence[Line]) -> Table:
 def by_rate(lines: Sequence[Line], text: Callable[[Cell | None], str]) -> Table:
   """The `text` of each cell: a row for each line, a column for each learning rate."""
   lrs = sorted({lr for line in lines for lr in line.lrs})
-  cells = [{c.lr: c for c in line.cells()} for line in lines]
-  rows = [
-    [line.name, *(text(own.get(lr)) for lr in lrs)]
-    for line, own in zip(lines, cells, strict=True)
-  ]
+  rows = []
+  for line in lines:
+    cells = {c.lr: c for c in line.cells}
+    rows.append([line.name, *(text(cells.get(lr)) for lr in lrs)])
   return Table(['', *map(rate, lrs)], rows)
 
 

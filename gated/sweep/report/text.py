@@ -10,8 +10,7 @@ from gated import config
 from gated.sweep import judge
 from gated.sweep.judge.warnings import SETTLED, TIMES
 from gated.sweep.report import published, tables
-from gated.sweep.report.lines import Line, rate
-from gated.sweep.report.points import LEAST, TAIL, Judged, fitting
+from gated.sweep.report.points import LEAST, TAIL, Judged, Line, fitting, rate
 from gated.sweep.report.tables import Table, plain
 
 STATES = ('finished', 'diverged', 'partial', 'failed', 'absent')
@@ -49,31 +48,35 @@ class Report:
 
   @property
   def noise(self) -> judge.Noise:
-    cells = (c for line in self.lines for c in line.cells() if not c.diverged)
-    return judge.noise([c.finals for c in cells])
+    return judge.noise([c.finals for x in self.lines for c in x.cells if not c.diverged])
 
 
 def markdown(report: Report) -> str:
   """A report -> report.md."""
-  figures = list(report.captions)
+  return '\n\n'.join(_paragraphs(report)) + '\n'
 
-  def figure(name: str) -> list[str]:
-    if name not in figures:
-      return []
-    title = f'Figure {figures.index(name) + 1}'
-    return [f'![{title}]({name}.svg)', '', f'*{title}.* {report.captions[name]}', '']
 
-  parts = [
-    [f'# {plain(report.name)}', '', *_opening(report)],
-    ['## Final loss', '', *figure('loss_vs_lr'), *_losses(report)],
-    ['## LR sensitivity', '', *figure('sensitivity'), *_sensitivity(report)],
-    ['## Training curves and spikes', '', *figure('curves'), *_spikes(report)],
-    ['## Divergence', '', *_divergence(report)],
-    ['## Early warnings', '', *figure('warnings'), *_warnings(report)],
-    *_paper(report),
-    ['## Method', '', *_method(report)],
-  ]
-  return '\n'.join(line for part in parts for line in [*part, ''])
+def _paragraphs(report: Report) -> Iterator[str]:
+  yield f'# {plain(report.name)}'
+  yield from _opening(report)
+  number = 0
+  for heading, figure, section in (
+    ('Final loss', 'loss_vs_lr', _losses),
+    ('LR sensitivity', 'sensitivity', _sensitivity),
+    ('Training curves and spikes', 'curves', _spikes),
+    ('Divergence', '', _divergence),
+    ('Early warnings', 'warnings', _warnings),
+    ('Comparison with the paper', '', _paper),
+    ('Method', '', _method),
+  ):
+    paragraphs = list(section(report))
+    if paragraphs:
+      yield f'## {heading}'
+    if figure in report.captions:
+      number += 1
+      yield f'![Figure {number}]({figure}.svg)'
+      yield f'*Figure {number}.* {report.captions[figure]}'
+    yield from paragraphs
 
 
 def _opening(report: Report) -> Iterator[str]:
@@ -81,36 +84,30 @@ def _opening(report: Report) -> Iterator[str]:
   yield f'{report.states()}.{f" Only a part: {plain(part)}." if part else ""}'
   missing = [p for p in report.points if not p.done]
   if missing:
-    yield ''
     yield (
       f'**This sweep is not finished: {len(missing)} of {len(report.points)} points have '
       'not ended.** The means below leave them out:'
     )
-    yield ''
     rows = [[p.name, p.state, p.log.step, p.steps, p.log.message] for p in missing]
-    yield from Table(['point', 'state', 'step', 'of', 'message'], rows).markdown()
+    yield Table(['point', 'state', 'step', 'of', 'message'], rows).markdown()
 
 
 def _losses(report: Report) -> Iterator[str]:
   yield 'Nats per token; mean and standard deviation over the seeds without divergence.'
-  yield ''
-  yield from tables.by_rate(report.lines, tables.loss_text).markdown()
-  yield ''
-  counts = [len(c.points) for line in report.lines for c in line.cells()]
-  least, most = min(counts), max(counts)
-  seeds = f'{most}' if least == most else f'{least} to {most}'
+  yield tables.by_rate(report.lines, tables.loss_text).markdown()
+  counts = sorted({len(c.points) for line in report.lines for c in line.cells})
+  seeds = ' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))
   yield f'Seeds per learning rate: {seeds}. {report.noise}'
-  if most <= 1:
+  if counts[-1] <= 1:
     yield 'One seed per line: the report claims no ordering of these lines.'
   elif len(report.lines) > 1:
-    yield ''
     yield from _ordering(report)
 
 
 def _ordering(report: Report) -> Iterator[str]:
   """Compares each line at its best rate with the first line."""
   noise, rows = report.noise, []
-  bests = [(line, cell) for line in report.lines if (cell := line.best())]
+  bests = [(line, line.best) for line in report.lines if line.best]
   if not bests or not noise.dof:
     return
   (first, start), *_ = bests
@@ -129,14 +126,13 @@ def _ordering(report: Report) -> Iterator[str]:
     f'{plain(first.name)}. The same runs chose that rate, so a small difference is less '
     'certain than the noise floor suggests.'
   )
-  yield ''
   columns = ['', 'lr', 'final loss', 'seeds', 'difference', 'noise floor', 'verdict']
-  yield from Table(columns, rows).markdown()
+  yield Table(columns, rows).markdown()
 
 
 def _sensitivity(report: Report) -> Iterator[str]:
-  rows = [row for row in tables.of_sensitivity(report.lines).rows if row[1] == 'mean']
-  if not rows:
+  lines = [line for line in report.lines if line.sensitivities]
+  if not lines:
     yield (
       'Not available: it needs a line with several learning rates that have all ended, '
       'and a loss logged at step 1.'
@@ -147,17 +143,17 @@ def _sensitivity(report: Report) -> Iterator[str]:
     'the best final loss, in nats (Wortsman et al., arXiv 2309.14322), for each seed. '
     'It depends on this grid of rates: a wider grid has a larger sensitivity.'
   )
-  yield ''
+  means = [row for row in tables.of_sensitivity(lines).rows if row[1] == 'mean']
+  rows = []
+  for line, (name, _, *numbers, low, high) in zip(lines, means, strict=True):
+    rows.append([name, *numbers, len(line.lrs), rate(low), rate(high)])
   columns = ['', 'sensitivity', 'std over seeds', 'seeds', 'rates', 'from lr', 'to lr']
-  lrs = {line.name: tuple(line.lrs) for line in report.lines if line.sensitivities()}
-  cut = [[r[0], *r[2:5], len(lrs[r[0]]), rate(r[5]), rate(r[6])] for r in rows]
-  yield from Table(columns, cut).markdown()
-  yield ''
-  if len(set(lrs.values())) > 1:
+  yield Table(columns, rows).markdown()
+  if len({tuple(line.lrs) for line in lines}) > 1:
     yield 'The learning rates differ by line: these numbers are not comparable.'
-  if all(row[4] == 1 for row in rows):
+  if all(len(line.sensitivities) == 1 for line in lines):
     yield 'One seed per line: the report claims no ordering of them.'
-  partial = [x.name for x in report.lines if len(x.sensitivities()) < len(x.seeds)]
+  partial = [x.name for x in report.lines if len(x.sensitivities) < len(x.seeds)]
   if partial:
     names = plain(', '.join(partial))
     yield f'Seeds that have not ended at every rate are left out, in: {names}.'
@@ -181,11 +177,9 @@ def _spikes(report: Report) -> Iterator[str]:
       'lower excursion is indistinguishable from noise and is not counted.'
     )
   yield 'Spikes per run, and the height of the highest in nats:'
-  yield ''
-  yield from tables.by_rate(report.lines, tables.spike_text).markdown()
+  yield tables.by_rate(report.lines, tables.spike_text).markdown()
   noted = [p.log.noted for p in report.points if p.log.noted is not None]
   if noted:
-    yield ''
     yield (
       f'Spikes that the guard counted during training: {sum(noted)}, in '
       f'{sum(map(bool, noted))} of {len(noted)} runs. Its method differs: it counts a '
@@ -199,58 +193,57 @@ def _divergence(report: Report) -> Iterator[str]:
   slow = [p.name for p in report.points if p.slow]
   if slow:
     yield f'Slow by this rule, and so counted as finished: {plain(", ".join(slow))}.'
-  yield ''
   rows = [
     [p.line, rate(p.lr), p.seed, f'diverged: {p.reason}', p.name]
     for p in report.points
     if p.diverged
   ]
   if rows:
-    yield from Table(['', 'lr', 'seed', 'reason', 'point'], rows).markdown()
+    yield Table(['', 'lr', 'seed', 'reason', 'point'], rows).markdown()
   else:
     done = sum(p.done for p in report.points)
     yield f'None of the {done} points that ended diverged by this rule.'
 
 
 def _warnings(report: Report) -> Iterator[str]:
-  rows = [
-    [p.line, rate(p.lr), p.seed, p.state, p.log.step, tables.warned(p)]
-    for p in report.points
-    if p.done and p.alarms
-  ]
   yield (
     'The first step at which an indicator left its usual range: more than '
     f'{TIMES:g} times its median in the first half of the run, or not finite. The first '
     f'{SETTLED:.0%} of the steps are ignored.'
   )
-  yield ''
-  if rows:
-    columns = ['', 'lr', 'seed', 'state', 'last step', 'left its range']
-    yield from Table(columns, rows).markdown()
-  else:
+  alarmed = [p for p in report.points if p.done and p.alarms]
+  if not alarmed:
     yield 'No indicator did, in any point that ended.'
+    return
+  columns = ['', 'lr', 'seed', 'state', 'last step', 'left its range']
+  row = lambda p: [p.line, rate(p.lr), p.seed, p.state, p.log.step, tables.warned(p)]
+  yield Table(columns, [*map(row, alarmed)]).markdown()
 
 
-def _paper(report: Report) -> Iterator[list[str]]:
-  parts = []
-  row = published.by_row(report.lines)
-  if row:
-    parts += ["Rows of the paper's tables, each compared with its baseline row:", '']
-    parts += [*row.markdown(), '']
+def _paper(report: Report) -> Iterator[str]:
+  rows = published.by_row(report.lines)
   settings = list(published.by_rate(report.lines, report.published))
-  parts += [published.MEANS, ''] if settings else []
+  if not rows and not settings:
+    return
+  certainty = 'Our noise is unknown: the signs of our differences may be chance.'
+  if report.noise.dof:
+    certainty = 'A difference of ours within the noise floor has no sign.'
+  yield f'{UNLIKE} {certainty}'
+  if rows:
+    yield "Rows of the paper's tables, each compared with its baseline row:"
+    yield rows.markdown()
+  if settings:
+    yield published.MEANS
   for name, table in settings:
-    parts += [f'**{plain(name)}**', '', *table.markdown(), '']
-  if parts:
-    certainty = (
-      'A difference of ours within the noise floor has no sign.'
-      if report.noise.dof
-      else 'Our noise is unknown: the signs of our differences may be chance.'
-    )
-    yield ['## Comparison with the paper', '', f'{UNLIKE} {certainty}', '', *parts]
+    yield f'**{plain(name)}**'
+    yield table.markdown()
 
 
 def _method(report: Report) -> Iterator[str]:
+  yield '\n'.join(f'- {item}.' for item in _items(report))
+
+
+def _items(report: Report) -> Iterator[str]:
   points = report.points
   kinds = {p.log.final_of for p in points if p.log.final_of and not p.diverged}
   names = {
@@ -260,26 +253,26 @@ def _method(report: Report) -> Iterator[str]:
   }
   if kinds:
     both = ' (this sweep has both, which are not comparable)' if len(kinds) > 1 else ''
-    yield f'- Final loss: {" or ".join(names[k] for k in sorted(kinds))}{both}.'
+    yield f'Final loss: {" or ".join(names[k] for k in sorted(kinds))}{both}'
   inits = [p.init for p in points if p.init is not None]
   ends = f' ({min(inits):.3f} to {max(inits):.3f})' if inits else ''
-  yield f'- Loss at initialisation: the training loss of step 1, before any update{ends}.'
-  yield f'- Each run: {", ".join(map(plain, _shared(points)))}.'
-  used = {
-    'devices': sorted({p.log.device for p in points} - {''}),
-    'data with SHA-256': sorted({p.log.data for p in points} - {''}),
-  }
-  about = {name: ', '.join(values) for name, values in used.items() if values}
-  for name, value in (dict(report.about) | about).items():
-    yield f'- {name[0].upper()}{name[1:]}: {plain(value)}.'
+  yield f'Loss at initialisation: the training loss of step 1, before any update{ends}'
+  yield f'Each run: {", ".join(map(plain, _shared(points)))}'
+  devices, data = ({p.log.device for p in points}, {p.log.data for p in points})
+  about = dict(report.about)
+  about['devices'] = ', '.join(sorted(devices - {''}))
+  about['data with SHA-256'] = ', '.join(sorted(data - {''}))
+  for name, value in about.items():
+    if value:
+      yield f'{name[0].upper()}{name[1:]}: {plain(value)}'
   yield (
-    '- Do not compare speeds: the runs may have shared a device, which affects their '
-    'seconds and tokens per second (points.csv).'
+    'Do not compare speeds: the runs may have shared a device, which affects their '
+    'seconds and tokens per second (points.csv)'
   )
   yield (
-    '- Other files in this folder: points.csv (every point), summary.csv (every line and '
+    'Other files in this folder: points.csv (every point), summary.csv (every line and '
     'learning rate), sensitivity.csv, curves.csv (thinned training losses), and each '
-    'figure as SVG, PDF and PNG.'
+    'figure as SVG, PDF and PNG'
   )
 
 
