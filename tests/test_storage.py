@@ -1,4 +1,4 @@
-"""Files on a disk and in an object store, by the same verbs."""
+"""Files on a disk and in an object store, with the same functions."""
 
 import os
 import pathlib
@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 @pytest.fixture(params=['local', 's3', 'gs'])
 def folder(request, tmp_path):
-  """A folder that is not there yet, here and in each store."""
+  """A folder that does not exist yet, on the disk and in each store."""
   if request.param == 'local':
     return storage.path(tmp_path / 'run')
   bucket = request.getfixturevalue(request.param)
@@ -24,13 +24,13 @@ def folder(request, tmp_path):
 
 
 def store():
-  """The store as another process would change it."""
+  """A file system without caches, as another process has it."""
   import fsspec
 
   return fsspec.filesystem('s3', use_listings_cache=False, skip_instance_cache=True)
 
 
-def test_what_is_written_is_read(folder):
+def test_a_file_is_read_as_written(folder):
   for content in (b'', b'one', bytes(range(256)) * 99, b'two'):
     storage.write(folder / 'a' / 'note.json', content)
     assert storage.read(folder / 'a' / 'note.json', 1 << 20) == content
@@ -38,7 +38,7 @@ def test_what_is_written_is_read(folder):
   assert abs(storage.modified(folder / 'a' / 'note.json') - time.time()) < 60
 
 
-def test_a_file_that_is_not_there_is_told_by_its_name(folder):
+def test_a_missing_file_is_named(folder):
   storage.write(folder / 'one', b'1')
   for path in (folder / 'two', folder / 'no' / 'where'):
     with pytest.raises(FileNotFoundError, match=str(path)):
@@ -50,32 +50,32 @@ def test_a_file_that_is_not_there_is_told_by_its_name(folder):
     storage.read(folder, 9)
 
 
-def test_a_file_larger_than_its_limit_is_refused_before_it_is_read(folder, monkeypatch):
+def test_a_file_above_the_limit_is_refused_before_it_is_read(folder, monkeypatch):
   storage.write(folder / 'big', b'12345')
   assert storage.read(folder / 'big', 5) == b'12345'
   if storage.is_remote(folder):
     monkeypatch.setattr(storage._store(str(folder)[:2]), 'cat_file', None)
   else:
-    os.truncate(folder / 'big', 1 << 40)  # More than any memory holds.
+    os.truncate(folder / 'big', 1 << 40)  # More than the memory.
   with pytest.raises(ValueError, match=r'big has \d+ bytes, but 4 are allowed'):
     storage.read(folder / 'big', 4)
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='needs Linux')
-def test_a_file_that_holds_more_than_it_says_is_refused():
+def test_a_file_with_more_bytes_than_its_size_is_refused():
   assert os.path.getsize('/proc/self/status') == 0
   with pytest.raises(ValueError, match='has 4 bytes, but 3 are allowed'):
     storage.read('/proc/self/status', 3)
 
 
-def test_a_pipe_is_not_waited_for(tmp_path):
+def test_a_pipe_is_refused(tmp_path):
   os.mkfifo(tmp_path / 'pipe')
   for path in (tmp_path / 'pipe', '/dev/zero'):
     with pytest.raises(OSError, match='is not a file'):
       storage.read(path, 9)
 
 
-def test_names_and_sizes_are_those_of_now(folder):
+def test_names_and_sizes_are_current(folder):
   assert storage.names(folder) == [] and storage.sizes(folder) == {}
   expected = {}
   # Patterns, backup files and hidden files are names like any other.
@@ -89,7 +89,7 @@ def test_names_and_sizes_are_those_of_now(folder):
   assert storage.names(folder / 'b') == [] and storage.sizes(folder / 'b') == {}
 
 
-def test_a_store_is_never_answered_for_from_memory(remote):
+def test_changes_by_other_processes_are_seen(remote):
   storage.write(f'{remote}/one', b'1')
   assert storage.names(remote) == ['one'] and not storage.exists(f'{remote}/two')
   other = store()
@@ -100,7 +100,7 @@ def test_a_store_is_never_answered_for_from_memory(remote):
   assert storage.read(f'{remote}/two', 2) == b'22'
 
 
-def test_a_marker_of_an_empty_folder_is_no_file(remote):
+def test_the_marker_of_an_empty_folder_is_not_a_file(remote):
   store().pipe_file(f'{remote}/empty/', b'')
   storage.write(f'{remote}/full/x', b'1')
   store().pipe_file(f'{remote}/full/', b'')
@@ -109,7 +109,7 @@ def test_a_marker_of_an_empty_folder_is_no_file(remote):
   assert storage.sizes(remote) == {'full/x': 1}
 
 
-def test_a_file_and_a_folder_of_one_name_are_kept_apart(remote):
+def test_a_file_and_a_folder_may_have_the_same_name(remote):
   storage.write(f'{remote}/a', b'1')
   storage.write(f'{remote}/a/b', b'22')
   storage.write(f'{remote}/ab', b'333')
@@ -119,7 +119,7 @@ def test_a_file_and_a_folder_of_one_name_are_kept_apart(remote):
   assert storage.sizes(remote) == {'ab': 3}
 
 
-def test_removing_takes_a_file_a_tree_or_nothing(folder):
+def test_remove_takes_a_file_a_tree_or_a_missing_path(folder):
   for name in ('a/x', 'a/y/z', 'ab', 'a*', 'b'):
     storage.write(folder / name, b'1')
   for name, left in (
@@ -131,7 +131,7 @@ def test_removing_takes_a_file_a_tree_or_nothing(folder):
   assert not storage.exists(folder)
 
 
-def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path):
+def test_a_link_is_removed_without_its_target(tmp_path):
   (tmp_path / 'data').mkdir()
   (tmp_path / 'data' / 'x').write_bytes(b'1')
   (tmp_path / 'link').symlink_to(tmp_path / 'data')
@@ -157,27 +157,27 @@ def test_a_whole_bucket_is_never_removed(s3):
     ('s3:/bucket/x', r"one slash: write 's3://bucket/x'"),
   ],
 )
-def test_a_place_that_is_none_is_refused(spec, fault):
+def test_an_invalid_path_is_refused(spec, fault):
   with pytest.raises(ValueError, match=fault):
     storage.path(spec)
 
 
 @pytest.mark.parametrize('package, spec', [('s3fs', 's3://b/x'), ('gcsfs', 'gs://b/x')])
-def test_a_package_that_is_missing_is_asked_for(monkeypatch, package, spec):
+def test_a_missing_package_is_reported(monkeypatch, package, spec):
   monkeypatch.setitem(sys.modules, package, None)
   with pytest.raises(ValueError, match=rf'{package}.*pip install -r requirements-cloud'):
     storage.path(spec)
   assert storage.path('local') == storage.Path('local')
 
 
-def test_a_path_is_spelt_as_it_was_given(s3):
+def test_a_path_keeps_its_spelling(s3):
   path = storage.path(f'{s3}/runs/a b') / 'x'
   assert str(path) == f'{s3}/runs/a b/x' and storage.is_remote(path)
   assert os.fspath(storage.path('runs/x')) == 'runs/x'
   assert not storage.is_remote('runs/s3://x')
 
 
-def test_a_local_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_failed_local_write_leaves_the_old_file(tmp_path, monkeypatch):
   storage.write(tmp_path / 'note', b'old')
 
   def refuse(*_):
@@ -190,7 +190,7 @@ def test_a_local_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
   assert (tmp_path / 'note').read_bytes() == b'old'
 
 
-def test_whoever_reads_sees_a_whole_file(folder):
+def test_a_reader_sees_a_complete_file(folder):
   storage.write(folder / 'note', b'a' * 5000)
   ended = threading.Event()
 
@@ -208,7 +208,7 @@ def test_whoever_reads_sees_a_whole_file(folder):
 
 
 @pytest.mark.parametrize('store', ['s3', 'gs'])
-def test_files_go_up_and_come_down_whole(store, request, tmp_path):
+def test_upload_and_download_copy_complete_files(store, request, tmp_path):
   remote = f'{request.getfixturevalue(store)}/{tmp_path.name}'
   up, down = tmp_path / 'up', tmp_path / 'down'
   sizes = {f'{i % 3}/file{i}': i * 1000 for i in range(12)} | {'large': 2 * storage.PART}
@@ -222,7 +222,7 @@ def test_files_go_up_and_come_down_whole(store, request, tmp_path):
   assert all((up / name).read_bytes() == (down / name).read_bytes() for name in sizes)
 
 
-def test_a_copy_that_lacks_a_file_is_an_error(remote, tmp_path):
+def test_copying_a_missing_file_is_an_error(remote, tmp_path):
   (tmp_path / 'a').write_bytes(b'1')
   with pytest.raises(FileNotFoundError, match='b'):
     storage.upload(tmp_path, remote, ['a', 'b'])
@@ -235,7 +235,7 @@ OUTSIDE = ['..', '../x', 'a/../../x', '/etc/passwd', '', '.', 'a\0b', 'out/x']
 
 
 @pytest.mark.parametrize('name', OUTSIDE)
-def test_a_name_that_leaves_the_folder_is_refused(remote, tmp_path, name):
+def test_a_name_outside_of_the_folder_is_refused(remote, tmp_path, name):
   folder = tmp_path / 'in'
   folder.mkdir()
   (folder / 'out').symlink_to(tmp_path)
@@ -250,14 +250,14 @@ def test_a_name_that_leaves_the_folder_is_refused(remote, tmp_path, name):
   assert str(storage.inside(remote, 'a/b')) == f'{remote}/a/b'
 
 
-def test_a_fault_of_the_store_is_an_oserror(s3):
+def test_an_error_of_the_store_is_an_oserror(s3):
   with pytest.raises(FileNotFoundError, match='nobucket'):
     storage.write('s3://nobucket/x', b'')
   with pytest.raises(OSError, match='UPPER'):
     storage.write('s3://UPPER case/x', b'')
 
 
-def test_a_store_that_does_not_answer_is_an_oserror(s3):
+def test_an_unreachable_store_is_an_oserror(s3):
   story = (
     'from gated import storage\n'
     'try: storage.read("s3://bucket/x", 9)\n'

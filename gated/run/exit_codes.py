@@ -1,4 +1,4 @@
-"""The exit codes of train.py, and what a scheduler does after each.
+"""The exit codes of train.py, and the response of a scheduler to each.
 
 Imports nothing, so that a launching host needs no packages to read it.
 """
