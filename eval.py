@@ -2,12 +2,15 @@
 
   python eval.py --workdir=runs/tiny-elementwise-1a2b3c4d --step=best
   python eval.py --workdir=Qwen3-0.6B --data=DIR --length=4096
+  python eval.py --workdir=runs/demo --probe
   python eval.py --workdir=runs/demo --prompt="def fib(" --max_tokens=64
 
 Prints a table of held-out loss by domain, beside two yardsticks on the same text, and as
 its last line the report as JSON, which it also writes to WORKDIR/eval/STEP.json. Nothing
-is written to a Hugging Face folder. With --prompt it prints the prompt and how the model
-continues it instead. Exit code 2: refused.
+is written to a Hugging Face folder. Exit code 2: refused.
+
+With --probe it prints what each layer does inside instead, and writes it to
+WORKDIR/probes/STEP.json. With --prompt it prints how the model continues the prompt.
 """
 
 import logging
@@ -20,8 +23,9 @@ from absl import app, flags
 
 import gated
 from configs import base
-from gated import config, data, evals, storage
+from gated import config, data, evals, probes, storage
 from gated.devices import mesh, processes
+from gated.plan import probing
 from gated.plan.load import Loaded
 from gated.run import events, exit_codes, metrics
 
@@ -39,13 +43,20 @@ _TOKENIZER = flags.DEFINE_string(
   'tokenizer', '', 'Tokenizer of stdlib, for a Hugging Face folder; default: base.py.'
 )
 _CACHE = flags.DEFINE_string('cache', '', 'Folder of the embedded corpus.')
-_ROWS = flags.DEFINE_integer('rows', 0, 'Held-out rows read per domain; 0 for all.')
+_ROWS = flags.DEFINE_integer(
+  'rows', 0, 'Held-out rows read per domain, or rows of --text; 0 for all (--probe: 16).'
+)
 _BATCH = flags.DEFINE_integer('batch', 8, 'Rows per device at a time.')
 _BIGRAM_ROWS = flags.DEFINE_integer(
   'bigram_rows', 65536, 'The most training rows that the bigram model is fitted to.'
 )
 _XZ_BYTES = flags.DEFINE_integer(
   'xz_bytes', 1 << 26, 'Bytes of each domain that xz compresses; 0 for all.'
+)
+_PROBE = flags.DEFINE_boolean('probe', False, 'Look inside the model (docs/probes.md).')
+_TEXT = flags.DEFINE_string('text', '', 'A file to probe on; default: held-out rows.')
+_MASK = flags.DEFINE_boolean(
+  'mask_documents', None, "Probe with documents masked or not; default: the model's own."
 )
 _MEASURES = ('data', 'length', 'tokenizer', 'rows', 'batch', 'bigram_rows', 'xz_bytes')
 _GENERATION = evals.define(flags, excludes=_MEASURES)
@@ -80,6 +91,26 @@ def run(workdir: str) -> dict[str, Any]:
   return report
 
 
+def probe(workdir: str) -> dict[str, Any]:
+  """A workdir or a Hugging Face folder -> the report of the probes."""
+  config.at_least('--rows', _ROWS.value, 0)
+  loaded, mask = _load(workdir), _MASK.value
+  if _TEXT.value:
+    try:
+      text, length = Path(_TEXT.value).read_text(), _LENGTH.value
+      report = loaded.probe(text, length=length, rows=_ROWS.value, mask_documents=mask)
+    except (OSError, ValueError) as error:
+      raise ValueError(f'--text={_TEXT.value}: {error}') from error
+  else:
+    corpus = _corpus(loaded)
+    rows = probing.heldout_rows(corpus, _ROWS.value or 16)
+    report = loaded.fit(corpus.max_segments).probe(rows, mask_documents=mask)
+  report = {'text': _TEXT.value or _DATA.value or 'held-out rows'} | report
+  if loaded.about and jax.process_index() == 0:
+    storage.write_json(loaded.path / 'probes' / f'{loaded.step}.json', report)
+  return report
+
+
 def _load(workdir: str) -> Loaded:
   """The model; flags that do not apply to it are refused."""
   is_run = bool(storage.names(storage.path(workdir) / 'checkpoints'))
@@ -92,45 +123,15 @@ def _load(workdir: str) -> Loaded:
     step = _STEP.value if is_run else ''
     return gated.load(workdir, step=step, cache=_CACHE.value)
   except ValueError as error:
-    flagged = f'--workdir={workdir} --step={_STEP.value!r}'
-    raise ValueError(f'{flagged}: {error}') from error
+    raise ValueError(f'--workdir={workdir} --step={_STEP.value!r}: {error}') from error
 
 
 def _corpus(loaded: Loaded) -> data.Corpus:
-  """The held-out text: of --data, or the run's own."""
-  if loaded.about:
-    return _corpus_of_run(loaded, _DATA.value)
+  """The text of --data, or the run's own; base.py's for a Hugging Face folder."""
   c = base.get_config().to_dict()
-  flagged = dict(mixture=_DATA.value, length=_LENGTH.value, tokenizer=_TOKENIZER.value)
-  knobs = {k: v for k, v in (flagged | dict(cache=_CACHE.value)).items() if v}
-  cfg = config.build(data.Config, c['data'] | knobs, 'config.data')
-  corpus = data.open(cfg, vocab=loaded.cfg.vocab, batch=1, seed=c['seed'], max_segments=0)
-  file = Path(loaded.path) / 'tokenizer.json'
-  if file.is_file():
-    corpus.check_tokenizer(file)
-  else:
-    print(f'eval.py: no {file}: the tokenizer of --data is not checked', file=sys.stderr)
-  return corpus
-
-
-def _corpus_of_run(loaded: Loaded, mixture: str) -> data.Corpus:
-  """The data that a run was trained on, verified to be the same, or another mixture."""
-  c, fingerprint = loaded.config, (loaded.about or {})['data']
-  # The cache is a matter of this machine, not of the checkpoint.
-  knobs = c['data'] | {'cache': _CACHE.value} | ({'mixture': mixture} if mixture else {})
-  cfg = config.build(data.Config, knobs, 'config.data')
-  # With a batch of one row, row i is the run's i-th row.
-  corpus = data.open(
-    cfg, vocab=c['model']['vocab'], batch=1, seed=c['seed'], max_segments=0
-  )
-  if not mixture and corpus.fingerprint['sha256'] != fingerprint['sha256']:
-    raise ValueError(
-      f'config.data.mixture={cfg.mixture!r} is no longer the data of the run (another '
-      'Python version, or another dataset in that place): name a mixture with --data'
-    )
-  if corpus.fingerprint['tokenizer'] != fingerprint['tokenizer']:
-    raise ValueError(f'--data={mixture!r} has another tokenizer than the run')
-  return corpus
+  flagged = dict(length=_LENGTH.value, tokenizer=_TOKENIZER.value)
+  knobs = c['data'] | {k: v for k, v in flagged.items() if v}
+  return loaded.corpus(_DATA.value, knobs=knobs, seed=c['seed'])
 
 
 def _add_yardsticks(report: dict, loaded: Loaded, corpus: data.Corpus) -> None:
@@ -138,7 +139,7 @@ def _add_yardsticks(report: dict, loaded: Loaded, corpus: data.Corpus) -> None:
   trained, rows = corpus, corpus.rows
   if loaded.about and loaded.step is not None:
     rows = loaded.step * loaded.config['batch']
-    trained = _corpus_of_run(loaded, '') if _DATA.value else corpus
+    trained = loaded.corpus() if _DATA.value else corpus
   yardsticks = evals.measure_yardsticks(
     corpus,
     trained,
@@ -181,11 +182,13 @@ def main(argv: list[str]) -> int:
       if jax.process_index() == 0:
         print(*map(''.join, zip(prompts, texts)), sep='\n\n')
       return exit_codes.FINISHED
-    report = run(_WORKDIR.value)
+    report = (probe if _PROBE.value else run)(_WORKDIR.value)
   except (ValueError, NotImplementedError) as error:
     print(f'eval.py: {error}', file=sys.stderr)
     return exit_codes.REFUSED
-  if jax.process_index() == 0:
+  if jax.process_index() == 0 and _PROBE.value:
+    print(probes.table(report))
+  elif jax.process_index() == 0:
     print(evals.table(report))
     if report['stability'] and (summary := events.summary(report['stability'])):
       print(f'unstable steps up to this one: {summary}')

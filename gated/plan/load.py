@@ -5,6 +5,7 @@ T tokens  V vocabulary  L layers  H heads  K head width
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from gated import config, data, evals, hf, model, storage
 from gated.data import tokenizer
 from gated.devices import mesh
+from gated.plan import probing
 from gated.plan.plan import evaluate_step, exact, reading
 from gated.probes import gates
 from gated.run import checkpoint, workdir
@@ -32,6 +34,8 @@ NEEDED = (
 )
 SHORTEST = 16  # Texts are padded to a power of two of at least so many tokens.
 CHUNK = 1024  # Tokens per device whose logits are in memory at a time, for imports.
+
+_log = logging.getLogger('gated')
 
 Text = str | Sequence[int] | np.ndarray
 
@@ -98,6 +102,44 @@ class Loaded:
       )
     return found
 
+  def corpus(
+    self, mixture: str = '', *, knobs: dict[str, Any] | None = None, seed: int = 0
+  ) -> data.Corpus:
+    """The data that the run was trained on, or another mixture, as rows of tokens.
+
+    Imported weights have no data of their own: `knobs` (as config.data) and `seed` are
+    for them. With a batch of one row, row i is the run's i-th row. ValueError if the
+    run's data has changed or the mixture has another tokenizer.
+    """
+    c = self.config if self.about else {'data': knobs, 'seed': seed}
+    if c['data'] is None:
+      raise ValueError(f'{self.path} has no data of its own: pass `knobs`')
+    # The cache is a matter of this machine, not of the checkpoint.
+    data_knobs = c['data'] | {'cache': self.cache}
+    data_knobs |= {'mixture': mixture} if mixture else {}
+    cfg = config.build(data.Config, data_knobs, 'config.data')
+    corpus = data.open(cfg, vocab=self.cfg.vocab, batch=1, seed=c['seed'], max_segments=0)
+    if self.about:
+      self._check_data(corpus, mixture)
+    elif (file := Path(self.path) / 'tokenizer.json').is_file():
+      corpus.check_tokenizer(file)
+    else:
+      _log.warning('no %s: the tokenizer of the data is not checked', file)
+    return corpus
+
+  def _check_data(self, corpus: data.Corpus, mixture: str) -> None:
+    """ValueError unless the corpus is the run's own, or has at least its tokenizer."""
+    assert self.about is not None
+    fingerprint = self.about['data']
+    if not mixture and corpus.fingerprint['sha256'] != fingerprint['sha256']:
+      raise ValueError(
+        f'config.data.mixture={self.config["data"]["mixture"]!r} is no longer the data '
+        'of the run (another Python version, or another dataset in that place): name a '
+        'mixture with --data'
+      )
+    if corpus.fingerprint['tokenizer'] != fingerprint['tokenizer']:
+      raise ValueError(f'--data={mixture!r} has another tokenizer than the run')
+
   def fit(self, segments: int) -> 'Loaded':
     """The same model for rows of that many documents, which cost a fused kernel more."""
     attn = self.cfg.attn
@@ -113,7 +155,7 @@ class Loaded:
   def logits(self, text: Text) -> np.ndarray:
     """A text -> the logits of each next token, (T, V) in float32."""
     batch, count = self._batch(self._tokens(text))
-    logit_BTV = self._run(_logits)(self.model, batch)
+    logit_BTV = self.compiled(_logits)(self.model, batch)
     return np.asarray(logit_BTV[0, :count])
 
   def loss(self, text: Text) -> float:
@@ -131,7 +173,7 @@ class Loaded:
     As `probes.gates.scores`, of one text; ValueError for a model without a gate.
     """
     batch, count = self._batch(self._tokens(text))
-    score = self._run(gates.scores)(self.model, batch)
+    score = self.compiled(gates.scores)(self.model, batch)
     return np.moveaxis(np.asarray(score[:, 0, :count]), 1, 2)
 
   def generate(self, prompts: Sequence[Text], **options: Any) -> list[Any]:
@@ -155,15 +197,37 @@ class Loaded:
     chunk = self.config['loss']['chunk'] if self.about else CHUNK
     return evaluate_step(self.cfg, self.mesh, chunk)
 
+  def probe(
+    self,
+    text: Text | data.Batch,
+    *,
+    length: int = 0,
+    rows: int = 0,
+    mask_documents: bool | None = None,
+  ) -> dict[str, Any]:
+    """A text -> what the model does inside on it, as `eval.py --probe` reports it.
+
+    The text is cut into rows of `length` tokens (0: as the model was trained, or one row
+    for an imported one), of which the first `rows` are read (0: all); each is one
+    document. Packed rows (R, T) on the host may take the place of a text.
+    `mask_documents` replaces the model's own. ValueError for a text shorter than the
+    probes need. The numbers are explained under 'conventions'.
+    """
+    if not isinstance(text, data.Batch):
+      trained = self.config['data']['length'] if self.about else 0
+      ids = self._tokens(text)
+      text = probing.rows_of(ids, length=length or trained, limit=rows)
+    return probing.probe(self, text, mask_documents=mask_documents)
+
   @functools.cache  # noqa: B019
-  def _run(self, function: Any) -> Any:
-    """A function of (model, batch), compiled for all devices."""
+  def compiled(self, function: Any) -> Any:
+    """A function of the model and arrays, compiled for all devices."""
     replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
     compiled = jax.jit(exact(self.cfg, function), out_shardings=replicated)
 
-    def run(net, batch):
+    def run(net, *arrays):
       with jax.set_mesh(self.mesh):
-        return compiled(net, batch)
+        return compiled(net, *arrays)
 
     return run
 

@@ -1,14 +1,32 @@
 """Gate scores: what each gate multiplies (or adds), by layer, head and token.
 
-B batch  T tokens  L layers  H heads  K head width
+B batch  T tokens  L layers  H heads  K head width  C token classes  V vocabulary
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gated import model
+from gated.devices import mesh
+
+BELOW = (0.05, 0.1, 0.5)  # Shares of scores below these are counted.
+BINS = 50
+# The range of a histogram by activation; scores outside of it count in the outer bins.
+RANGES = {
+  'sigmoid': (0.0, 1.0),
+  'ns_sigmoid': (0.0, 1.0),
+  '2sigmoid': (0.0, 2.0),
+  'silu': (-2.0, 2.0),
+  'identity': (-2.0, 2.0),
+}
+# Classes of tokens: by their characters, and the first token of each document.
+CLASSES = ('letters', 'digits', 'spaces', 'other', 'first')
+# A head is open at a token if its mean score is at least this.
+OPEN = 0.5
+_CHUNK = 1024  # Tokens of the vocabulary that a device reads at a time.
 
 
 def scores(net: model.Transformer, batch: Any) -> jax.Array:
@@ -21,18 +39,98 @@ def scores(net: model.Transformer, batch: Any) -> jax.Array:
   gate = net.cfg.attn.gate
   if gate.position == 'none':
     raise ValueError("the model has no gate: config.model.attn.gate.position='none'")
-  _, score = net.hidden(batch.tokens, batch.segments, batch.positions, through=_layer)
-  if score.ndim == 4:  # Position 'out': no heads.
-    score = score[..., None, :]
+
+  def through(block, x_BTD, *rest):
+    return block(x_BTD, *rest)[0], of_block(block, x_BTD)
+
+  _, score = net.hidden(batch.tokens, batch.segments, batch.positions, through=through)
   return score[..., 0] if gate.granularity == 'headwise' else score
 
 
-def _layer(block: model.Block, x_BTD, *rest) -> tuple[jax.Array, jax.Array]:
-  """A call of a block -> (what it returns, its gate's score)."""
+def of_block(block: model.Block, x_BTD: jax.Array) -> jax.Array | None:
+  """A block and its input -> its gate's scores, (B, T, H, K); None without a gate.
+
+  H or K is 1 where heads or channels share a score; at position 'out' H is 1 and K is D.
+  """
   attn, h_BTD = block.attn, block.attn_norm(x_BTD)
-  assert attn.gate is not None
+  if attn.gate is None:
+    return None
   from_value = attn.gate.cfg.source == 'value'
   score = attn.gate.score(attn.value(h_BTD) if from_value else h_BTD)
   # A score that is a parameter has no batch and no tokens of its own.
   score = jnp.broadcast_to(score, (*x_BTD.shape[:2], *score.shape[2:]))
-  return block(x_BTD, *rest)[0], score
+  return score[..., None, :] if score.ndim == 3 else score
+
+
+def edges(activation: str) -> np.ndarray:
+  """The BINS + 1 edges of a histogram, in float32."""
+  return np.linspace(*RANGES[activation], BINS + 1, dtype=np.float32)
+
+
+def measure(
+  score_BTHK: jax.Array, live_BT: jax.Array, class_BTC: jax.Array, activation: str
+) -> dict[str, jax.Array]:
+  """One layer's scores -> sums over tokens, padding excluded.
+
+  sum           (H,): of the scores
+  row_sum, row_square   (B,): sum of a row's scores, and of their squared deviations from
+                the row's mean
+  below         (3,): how many scores are below each of BELOW
+  histogram     (BINS,): how many scores are in each bin, [edge, next edge)
+  class_sum     (C,): summed over the tokens of each class; class_BTC is one-hot
+  class_count   (C,): tokens of each class
+  """
+  live = live_BT[..., None, None]
+  score = jnp.where(live, score_BTHK, 0)
+  class_BTC = class_BTC & live_BT[..., None]
+
+  def count(limits: np.ndarray) -> jax.Array:
+    less = score_BTHK[..., None] < limits.reshape(1, 1, 1, 1, -1)
+    return jnp.sum(live[..., None] & less, (0, 1, 2, 3))
+
+  less = count(edges(activation)[1:-1])
+  per_token = score.shape[2] * score.shape[3]
+  total = live_BT.sum() * per_token
+  count_B = jnp.maximum(live_BT.sum(1) * per_token, 1)
+  mean_B11 = (score.sum((1, 2, 3)) / count_B)[:, None, None, None]
+  return {
+    'sum': score.sum((0, 1, 3)),
+    'row_sum': score.sum((1, 2, 3)),
+    'row_square': jnp.where(live, jnp.square(score - mean_B11), 0).sum((1, 2, 3)),
+    'below': count(np.asarray(BELOW, np.float32)),
+    'histogram': jnp.diff(less, prepend=0, append=total),
+    'class_sum': jnp.where(class_BTC, score.sum((2, 3))[..., None], 0).sum((0, 1)),
+    'class_count': class_BTC.sum((0, 1)),
+  }
+
+
+def weight_norms(net: model.Transformer) -> jax.Array:
+  """The norm of each head's gate weight, (L, H); H is 1 at position 'out'."""
+  gate = net.blocks.attn.gate
+  assert gate is not None
+  weight = gate.weight[...].astype(jnp.float32)
+  heads = [i for i, axis in enumerate(gate.weight.axes) if axis in ('heads', 'kv_heads')]
+  # The stacked weight has its layers before the named axes.
+  others = [i for i in range(1, weight.ndim) if i - 1 not in heads]
+  norm_LH = jnp.sqrt(jnp.square(weight).sum(others))
+  return norm_LH if heads else norm_LH[:, None]
+
+
+def vocabulary(net: model.Transformer) -> jax.Array:
+  """Layer 0's scores of every token, averaged over channels: (V, H).
+
+  The gate of layer 0 reads the normalized embedding, so it depends on the token alone.
+  """
+  block = jax.tree.map(lambda leaf: leaf[0], net.blocks)
+  vocab, on = net.cfg.vocab, mesh.current()
+  rows = 1 if on is None else mesh.ways('batch', on)
+  count = -(-vocab // (rows * _CHUNK))
+  token_N = jnp.minimum(jnp.arange(count * rows * _CHUNK), vocab - 1)
+
+  def chunk(token_BT):
+    score_BTHK = of_block(block, net.embed(token_BT))
+    assert score_BTHK is not None
+    return score_BTHK.mean(-1)
+
+  score_NBTH = jax.lax.map(chunk, token_N.reshape(count, rows, _CHUNK))
+  return score_NBTH.reshape(len(token_N), -1)[:vocab]

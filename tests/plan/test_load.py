@@ -8,7 +8,7 @@ import pytest
 import small
 
 import gated
-from gated import config, storage
+from gated import config, probes, storage
 from gated.data import tokenizer
 from gated.plan import Config, Plan
 from gated.run import checkpoint
@@ -149,3 +149,44 @@ def test_texts_that_cannot_be_measured_are_refused(headwise, tmp_path):
 def test_a_workdir_in_a_store_is_loaded(remote):
   folder, _ = saved(storage.path(remote), position='sdpa')
   assert gated.load(f'{folder}:1').gates([1, 2, 3]).shape == (2, 4, 3, 8)
+
+
+LONG = TEXT * 20
+
+
+@pytest.mark.slow
+def test_a_run_is_probed_on_a_text(headwise):
+  run = gated.load(headwise[0])
+  report = run.probe(LONG, length=64, rows=3)
+  assert (report['step'], report['tokens'], report['rows']) == (2, 192, 3)
+  assert report['documents_masked'] and report['row_length'] == 64
+  score_LHT = np.concatenate(
+    [run.gates(LONG[64 * i : 64 * (i + 1)]) for i in range(3)], -1
+  )
+  assert report['gate_mean']['value'] == pytest.approx(score_LHT.mean(), rel=1e-5)
+  numbers = {k: v for k, v in report.items() if isinstance(v, dict) and 'value' in v}
+  assert len(numbers) > 40
+  for name, number in numbers.items():
+    assert name in report['conventions'], name
+    if number['layers'] is not None:
+      assert len(number['layers']) == run.cfg.depth, name
+  table = probes.table(report).splitlines()
+  assert len(table) == run.cfg.depth + 2 and '-' not in table[1].split()
+
+
+@pytest.mark.slow
+def test_documents_are_masked_or_not_by_a_flag(headwise):
+  rows = small.batch(8, 64)
+  masked, whole = (
+    gated.load(headwise[0]).probe(rows, mask_documents=flag) for flag in (True, False)
+  )
+  assert masked['documents_masked'] and not whole['documents_masked']
+  for report, allowed in ((masked, 0), (whole, 1)):
+    # After the first document, only whole rows see the row's first token.
+    uniform = report['first_token_uniform']['value']
+    assert (uniform > whole['first_token_uniform']['value'] * 0.999) == allowed
+
+
+def test_a_text_that_is_too_short_to_probe_is_refused(headwise):
+  with pytest.raises(ValueError, match='63 tokens is too short: probes need at least 64'):
+    gated.load(headwise[0]).probe('x' * 63)

@@ -1,0 +1,74 @@
+"""All probes in one forward pass: a model and a batch -> numbers that add up.
+
+A batch gives sums over its tokens and numbers of its rows; `merge` joins those of several
+batches on the host, and `report` turns them into the numbers of a report. Nothing here
+depends on how rows are batched or sharded.
+
+B batch  T tokens  L layers  H heads  C token classes
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gated import model
+from gated.probes import activations, attention, gates, outputs
+
+
+def measure(net: model.Transformer, batch: Any, class_V: jax.Array) -> dict[str, Any]:
+  """A batch (B, T), and the class of each token id -> measures stacked over layers.
+
+  'rows' has arrays (L, B, ...), 'sums' arrays (L, ...) and 'logit' is (L,). `size` is the
+  number of tokens of each row, (B,). Classes are indices of gates.CLASSES.
+  """
+  cfg = net.cfg
+  live_BT = batch.segments > 0
+  index = jnp.broadcast_to(jnp.arange(live_BT.shape[1])[None], live_BT.shape)
+  rows = attention.Rows(
+    batch.segments if cfg.mask_documents else None,
+    live_BT,
+    index,
+    index - batch.positions,
+  )
+  first_BT = batch.positions == 0
+  class_BT = jnp.where(first_BT, gates.CLASSES.index('first'), class_V[batch.tokens])
+  class_BTC = jax.nn.one_hot(class_BT, len(gates.CLASSES), dtype=bool)
+  gated = cfg.attn.gate.position == 'sdpa'
+
+  def through(block, x_BTD, *rest):
+    trace = block.trace(x_BTD, *rest)
+    score = gates.of_block(block, x_BTD)
+    by_row: dict[str, Any] = attention.measure(block.attn, trace.attn, rows)
+    logit = by_row.pop('logit')
+    by_row |= activations.measure(trace, live_BT)
+    sums = outputs.measure(trace.attn, score if gated else None, live_BT, first_BT)
+    if score is not None:
+      activation = cfg.attn.gate.activation
+      sums['gate'] = gates.measure(score, live_BT, class_BTC, activation)
+      by_row |= {k: sums['gate'].pop(k) for k in ('row_sum', 'row_square')}
+    return trace.output, {'rows': by_row, 'sums': sums, 'logit': logit}
+
+  documents = batch.segments, batch.positions
+  _, measures = net.hidden(batch.tokens, *documents, through=through)
+  return measures | {'size': rows.size}
+
+
+def merge(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """Measures of several batches, on the host -> the measures of all of them.
+
+  Rows of padding are dropped; sums are added in float64.
+  """
+  size = np.concatenate([part['size'] for part in parts])
+  join = lambda *leaves: np.concatenate(leaves, 1)[:, size > 0]
+  wide = lambda x: np.asarray(x, np.int64 if x.dtype.kind in 'iub' else np.float64)
+  add = lambda *leaves: sum(map(wide, leaves))
+  trees = lambda name: [part[name] for part in parts]
+  return {
+    'rows': jax.tree.map(join, *trees('rows')),
+    'sums': jax.tree.map(add, *trees('sums')),
+    'logit': np.stack(trees('logit')).max(0),  # NaN stays.
+    'size': size[size > 0],
+  }

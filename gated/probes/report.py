@@ -1,0 +1,360 @@
+"""Measures of a model -> the numbers of a report, each with its convention in words.
+
+L layers  R rows  H heads
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from gated import model
+from gated.probes import activations, attention, gates, outputs
+
+_QUERIES = {
+  '': 'over all queries',
+  '_without_query_0': 'over all queries but the first, which attends to itself alone',
+  f'_from_{attention.LATER}': f'over the queries from position {attention.LATER} on',
+}
+_FIRST = {
+  'first_token_attention': 'attention weight to the first token of the row, mean {} '
+  '(F-Attn of the paper, arXiv 2505.06708)',
+  'first_token_attention_documents': 'attention weight to the first token of the '
+  "query's document, mean {}, positions counted in the document",
+  'first_token_uniform': 'first_token_attention if all visible keys had equal weight, {}',
+  'first_token_uniform_documents': 'first_token_attention_documents if all visible keys '
+  'had equal weight, {}',
+}
+_SINK = (
+  f'share of rows and heads with alpha_0 > {attention.EPSILON}; alpha_k is the mean '
+  f'weight of key k over the queries from k on; "keys" has k = 0 to '
+  f'{attention.KEYS - 1} (Gu et al., arXiv 2410.10781), in {{}}'
+)
+_POINTS = {
+  'attn_branch': 'what attention adds to the residual stream',
+  'middle': 'the residual stream between attention and FFN',
+  'ffn_branch': 'what the FFN adds to the residual stream',
+  'output': "each layer's output",
+}
+_RANK = 'mean over heads of the {} rank of '
+_KINDS = {
+  '': 'effective (exp of the entropy of normalized singular values)',
+  '_stable': 'stable (sum of squared singular values over the largest square)',
+}
+
+CONVENTIONS: dict[str, str] = {
+  **{
+    f'{k}{q}': words.format(q_words)
+    for k, words in _FIRST.items()
+    for q, q_words in _QUERIES.items()
+  },
+  'sink_rate_64': _SINK.format(
+    f'the first {attention.PREFIX} tokens of each row; shorter rows do not count'
+  ),
+  'sink_rate': _SINK.format('the whole row'),
+  'largest_key_weight': 'the largest mean weight that one key receives, over the queries '
+  f'from it on in its document, of keys with at least {attention.LATER} such queries; '
+  '"value" is the mean over layers, rows and heads, "largest" the largest of all',
+  'attention_entropy': 'nats, mean over queries and heads, of the weights to keys; the '
+  "sinks' share of the softmax is no term of it",
+  'attention_mass': 'sum of the weights to all keys, mean over queries and heads; 1 for '
+  'a softmax without sinks',
+  'sink_mass': "share of the softmax's denominator that sinks take (off-by-one, sink "
+  'logits or sink tokens), mean over queries and heads',
+  'attention_logit_max': 'the largest |q k| / sqrt(K) of a query and a key that it sees, '
+  'before a soft cap; "value" is the largest of all layers',
+  'm_act': "M-Act of the paper: each layer's largest |h| at its output, over all tokens "
+  'and channels; "value" is the mean over layers',
+  'm_act_max': 'the largest |h| of all, with its layer, row, token and channel',
+  'm_act_top3': 'the three largest |h| of each row, mean over rows (Sun et al., arXiv '
+  '2402.17762); "value" is the mean over layers',
+  'm_act_median': 'the median of |h| of each row, mean over rows (Sun et al.)',
+  'm_act_jump': 'the layer whose m_act is the largest multiple of the one before',
+  'first_token_jump': 'the layer whose first_token_attention is furthest above the one '
+  'before',
+  'kurtosis': 'mean(h^4) / mean(h^2)^2 over the channels of a token, mean over tokens; 3 '
+  'for a normal distribution',
+  'gate_mean': 'mean of the scores over tokens, heads and channels',
+  'gate_std': 'standard deviation of the scores over tokens, heads and channels',
+  **{f'gate_below_{x:g}': f'share of scores below {x:g}' for x in gates.BELOW},
+  'gate_histogram': 'number of scores in each bin; "edges" are the limits of the bins, '
+  'and scores outside count in the outer bins',
+  'gate_heads': 'mean of the scores of each head',
+  'gate_classes': 'mean of the scores over the tokens of a class',
+  'gate_weight_norm': "norm of each head's gate weight",
+  'gate_vocabulary': "layer 0's scores of every token of the vocabulary, averaged over "
+  f'channels; "open" counts the tokens at which a head reaches {gates.OPEN}',
+  'output_mean': 'mean |y| of the SDPA output after its gate',
+  'output_mean_before': 'mean |y| of the SDPA output before its gate',
+  **{
+    f'output_below_{limit:.0e}'.replace('e-0', 'e-') + suffix: f'share of |y| below '
+    f'{limit:g} of the SDPA output {words}'
+    for limit in outputs.SMALL
+    for suffix, words in {
+      '': 'after its gate',
+      '_before': 'before its gate',
+      '_scaled': "before its gate, times the layer's mean score over the row",
+    }.items()
+  },
+  'output_rank_before': _RANK.format(_KINDS['']) + 'the SDPA outputs before the gate',
+  'output_rank_after': _RANK.format(_KINDS['']) + 'the SDPA outputs after the gate',
+  'value_norm_first': "mean norm of the values of documents' first tokens, per KV head",
+  'value_norm_other': 'the same of all other tokens',
+  'points': '; '.join(f'{name}: {words}' for name, words in _POINTS.items()),
+  'rank_value_output': _RANK.format(_KINDS['']) + 'the map W_V W_O; null with SwitchHead',
+  'rank_value_output_stable': _RANK.format(_KINDS['_stable']) + 'the same map',
+}
+
+
+def summarize(
+  cfg: model.Config, measures: dict[str, Any], weights: dict[str, Any]
+) -> dict[str, Any]:
+  """Merged measures and `of_weights` -> {name: {'value': of the model, 'layers': ...}}.
+
+  A number that the model does not have is None.
+  """
+  numbers = _attention(measures, cfg) | _activations(measures) | _outputs(measures, cfg)
+  numbers |= _gates(measures, cfg, weights)
+  ranks = None
+  if weights['value'] is not None:
+    ranks = outputs.ranks_of_maps(weights['value'], weights['out'])
+  for i, name in enumerate(('rank_value_output_stable', 'rank_value_output')):
+    numbers[name] = _mean(None if ranks is None else ranks[i].mean(-1))
+    numbers[name]['heads'] = None if ranks is None else ranks[i]
+  return numbers
+
+
+def _mean(of_layer_L: Any, **more: Any) -> dict[str, Any]:
+  """A number of each layer -> its mean and itself."""
+  value = None if of_layer_L is None else np.mean(of_layer_L, 0)
+  return {'value': value, 'layers': of_layer_L} | more
+
+
+def _largest(of_layer_L: np.ndarray, **more: Any) -> dict[str, Any]:
+  return {'value': np.max(of_layer_L), 'layers': of_layer_L} | more
+
+
+def _ratio(sum_: np.ndarray, count: Any) -> np.ndarray:
+  """A quotient, NaN where nothing was counted."""
+  count = np.asarray(count, np.float64)
+  return np.asarray(sum_, np.float64) / np.where(count > 0, count, np.nan)
+
+
+def _attention(measures: dict[str, Any], cfg: model.Config) -> dict[str, Any]:
+  rows = {
+    k: np.asarray(v, np.float64) for k, v in measures['rows'].items() if k not in _POINTS
+  }
+  numbers: dict[str, Any] = {}
+  for prefix, suffix in (('', ''), ('documents_', '_documents')):
+    queries_L1n = rows[prefix + 'queries'].sum(1)
+    by_head = _ratio(rows[prefix.strip('_') or 'first'].sum(1), queries_L1n[:, None])
+    uniform = _ratio(rows[prefix + 'uniform'].sum(1), queries_L1n)
+    for i, which in enumerate(_QUERIES):
+      name = f'first_token_attention{suffix}{which}'
+      heads_LH = by_head[..., i]
+      numbers[name] = _mean(heads_LH.mean(-1), heads=heads_LH)
+      numbers[f'first_token_uniform{suffix}{which}'] = _mean(uniform[:, i])
+  first_L = numbers['first_token_attention']['layers']
+  numbers['first_token_jump'] = _jump(np.diff(first_L))
+  long_R = measures['size'] >= attention.PREFIX
+  for name, key, counted in (
+    ('sink_rate_64', 'sink_prefix', long_R),
+    ('sink_rate', 'sink_row', np.ones_like(long_R)),
+  ):
+    rates_Lk = rows[key][:, counted].mean((1, 2)) if counted.any() else None
+    numbers[name] = _mean(None if rates_Lk is None else rates_Lk[:, 0], keys=rates_Lk)
+  numbers['largest_key_weight'] = _largest_key(rows)
+  queries = measures['size'].sum() * cfg.attn.heads
+  for name, key in (
+    ('attention_entropy', 'entropy'),
+    ('attention_mass', 'mass'),
+    ('sink_mass', 'sink_mass'),
+  ):
+    heads_LH = rows[key].sum(1) / measures['size'].sum()
+    numbers[name] = _mean(rows[key].sum((1, 2)) / queries, heads=heads_LH)
+  numbers['attention_logit_max'] = _largest(measures['logit'])
+  return numbers
+
+
+def _jump(change_l: np.ndarray) -> dict[str, Any]:
+  """Changes from each layer to the next -> the largest and the layer after it."""
+  layers = np.concatenate([[np.nan], change_l])
+  if not len(change_l):
+    return {'value': None, 'layers': layers, 'layer': None}
+  largest = int(change_l.argmax()) + 1
+  return {'value': layers[largest], 'layers': layers, 'layer': largest}
+
+
+def _largest_key(rows: dict[str, np.ndarray]) -> dict[str, Any]:
+  counted_R = rows['key_counts'][0] > 0
+  if not counted_R.any():
+    return _mean(None, largest=None)
+  mean_LRH = np.where(counted_R[None, :, None], rows['key_mean'], -1)
+  layer, row, head = np.unravel_index(mean_LRH.argmax(), mean_LRH.shape)
+  largest = {
+    'value': mean_LRH[layer, row, head],
+    'layer': int(layer),
+    'row': int(row),
+    'head': int(head),
+    'position': int(rows['key_index'][layer, row, head]),
+  }
+  return _mean(rows['key_mean'][:, counted_R].mean((1, 2)), largest=largest)
+
+
+def _activations(measures: dict[str, Any]) -> dict[str, Any]:
+  tokens = measures['size'].sum()
+  points = {}
+  for point in activations.POINTS:
+    rows = measures['rows'][point]
+    points[point] = {
+      'max': _mean(rows['top'][:, :, 0].max(1)),
+      'top3': _mean(np.asarray(rows['top'], np.float64).mean(1)),
+      'median': _mean(np.asarray(rows['median'], np.float64).mean(1)),
+      'kurtosis': _mean(np.asarray(rows['kurtosis'], np.float64).sum(1) / tokens),
+    }
+  output = measures['rows']['output']
+  largest_L = output['top'][:, :, 0].max(1)
+  layer = int(largest_L.argmax())
+  row = int(output['top'][layer, :, 0].argmax())
+  place = {'layer': layer, 'row': row, 'position': int(output['token'][layer, row])}
+  place['channel'] = int(output['channel'][layer, row])
+  own = points['output']
+  return {
+    'm_act': own['max'],
+    'm_act_max': _largest(largest_L, **place),
+    'm_act_top3': own['top3'],
+    'm_act_median': own['median'],
+    'kurtosis': own['kurtosis'],
+    'm_act_jump': _jump(largest_L[1:] / largest_L[:-1]),
+    'points': points,
+  }
+
+
+def _outputs(measures: dict[str, Any], cfg: model.Config) -> dict[str, Any]:
+  sums, tokens = measures['sums'], measures['size'].sum()
+  attn = cfg.attn
+  count = tokens * attn.heads * attn.head_dim
+  numbers = {}
+  for name, suffix in (('after', ''), ('before', '_before'), ('scaled', '_scaled')):
+    sizes = sums[name]
+    heads_LH = sizes['sum'] / (tokens * attn.head_dim)
+    if name != 'scaled':
+      numbers['output_mean' + suffix] = _mean(heads_LH.mean(-1), heads=heads_LH)
+    for i, limit in enumerate(outputs.SMALL):
+      key = f'output_below_1e-{round(-np.log10(limit))}{suffix}'
+      numbers[key] = _mean(sizes['small'][:, i] / count)
+  for name in ('before', 'after'):
+    stable_LH, effective_LH = outputs.ranks_of_grams(sums[f'gram_{name}'])
+    numbers[f'output_rank_{name}'] = _mean(
+      effective_LH.mean(-1), heads=effective_LH, stable=stable_LH
+    )
+  documents = sums['documents']
+  for name, tokens_L in (('first', documents), ('other', tokens - documents)):
+    norm_LG = _ratio(sums[f'value_{name}'], tokens_L[:, None])
+    numbers[f'value_norm_{name}'] = _mean(norm_LG.mean(-1), heads=norm_LG)
+  return numbers
+
+
+def _gates(measures, cfg: model.Config, weights: dict[str, Any]) -> dict[str, Any]:
+  names = [name for name in CONVENTIONS if name.startswith('gate_')]
+  if 'gate' not in measures['sums']:
+    return {name: _mean(None) for name in names}
+  sums = measures['sums']['gate']
+  tokens = measures['size'].sum()
+  total_L = sums['histogram'].sum(-1)
+  mean_L = sums['sum'].sum(-1) / total_L
+  sum_LR, square_LR = (
+    np.asarray(measures['rows'][k], np.float64) for k in ('row_sum', 'row_square')
+  )
+  count_LR = (total_L[:, None] // tokens) * measures['size'][None]
+  apart_LR = count_LR * np.square(sum_LR / count_LR - mean_L[:, None])
+  variance_L = (square_LR + apart_LR).sum(-1) / total_L
+  by_head = sums['sum'] / (total_L / sums['sum'].shape[1])[:, None]
+  per_token = total_L[:1] // tokens
+  numbers = {
+    'gate_mean': _mean(mean_L),
+    # Over all layers together, as the mean is.
+    'gate_std': {
+      'value': np.sqrt(np.mean(variance_L + mean_L**2) - mean_L.mean() ** 2),
+      'layers': np.sqrt(variance_L),
+    },
+    'gate_histogram': {
+      'value': sums['histogram'].sum(0),
+      'layers': sums['histogram'],
+      'edges': gates.edges(cfg.attn.gate.activation),
+    },
+    'gate_heads': _mean(by_head),
+    'gate_weight_norm': _mean(weights['gate_norms']),
+  }
+  for i, limit in enumerate(gates.BELOW):
+    numbers[f'gate_below_{limit:g}'] = _mean(sums['below'][:, i] / total_L)
+  classes_LC = _ratio(sums['class_sum'], sums['class_count'] * per_token)
+  other_L = (sums['sum'].sum(-1) - sums['class_sum'][:, -1]) / np.maximum(
+    total_L - sums['class_count'][:, -1] * per_token, 1
+  )
+  numbers['gate_classes'] = {
+    name: _mean(classes_LC[:, i]) for i, name in enumerate(gates.CLASSES)
+  } | {'elsewhere': _mean(other_L)}
+  score_VH = weights['gate_vocabulary']
+  numbers['gate_vocabulary'] = {
+    'value': score_VH.mean(),
+    'layers': None,
+    'heads': score_VH.mean(0),
+    'below': {f'{limit:g}': np.mean(score_VH < limit) for limit in gates.BELOW},
+    'open': int((score_VH >= gates.OPEN).any(1).sum()),
+    'tokens': len(score_VH),
+  }
+  return numbers
+
+
+def of_weights(net: model.Transformer) -> dict[str, jax.Array | None]:
+  """The weights that `summarize` reads on the host, and layer 0's gate."""
+  attn, gated = net.blocks.attn, net.cfg.attn.gate.position != 'none'
+  switched = net.cfg.attn.switch.where != 'none'
+  return {
+    'value': None if switched else attn.value.weight[...],
+    'out': None if switched else attn.out.weight[...],
+    'gate_norms': gates.weight_norms(net) if gated else None,
+    'gate_vocabulary': gates.vocabulary(net) if gated else None,
+  }
+
+
+# Heading, name of the number, format.
+COLUMNS = (
+  ('first', 'first_token_attention', '.4f'),
+  ('in doc.', 'first_token_attention_documents', '.4f'),
+  ('uniform', 'first_token_uniform_documents', '.4f'),
+  ('sink rate', 'sink_rate', '.3f'),
+  ('a key', 'largest_key_weight', '.4f'),
+  ('entropy', 'attention_entropy', '.3f'),
+  ('logit', 'attention_logit_max', '.1f'),
+  ('sinks', 'sink_mass', '.3f'),
+  ('M-Act', 'm_act', '.4g'),
+  ('median', 'm_act_median', '.3g'),
+  ('kurtosis', 'kurtosis', '.3g'),
+  ('gate', 'gate_mean', '.3f'),
+  ('<0.1', 'gate_below_0.1', '.3f'),
+  ('|y|<.01', 'output_below_1e-2', '.3f'),
+  ('before', 'output_below_1e-2_before', '.3f'),
+  ('rank VO', 'rank_value_output', '.1f'),
+)
+
+
+def table(report: dict[str, Any]) -> str:
+  """A report -> a line per layer, and one of the whole model; '-' if a number is None."""
+  depth = len(report['m_act']['layers'])
+  lines = [['layer', *(heading for heading, _, _ in COLUMNS)]]
+  for layer in [*range(depth), 'all']:
+    cells = [str(layer)]
+    for _, name, form in COLUMNS:
+      number = report[name]
+      values = number['layers']
+      value = number['value'] if layer == 'all' else values and values[layer]
+      known = isinstance(value, (int, float)) and math.isfinite(value)
+      cells.append(format(value, form) if known else '-')
+    lines.append(cells)
+  widths = [max(map(len, column)) for column in zip(*lines)]
+  return '\n'.join(
+    '  '.join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines
+  )
