@@ -16,27 +16,6 @@ from gated.sweep.runner import Runner, rows
 from gated.sweep.state import ENDED, state
 from gated.sweep.table import View, conclude, show
 
-__all__ = [
-  'CARRIED',
-  'ENDED',
-  'NAME',
-  'Point',
-  'Runner',
-  'Sweep',
-  'View',
-  'check_here',
-  'conclude',
-  'folders',
-  'is_current',
-  'local',
-  'only',
-  'open',
-  'plan',
-  'room',
-  'rows',
-  'runs',
-  'show',
-  'state',
-  'unpacked',
-  'write',
-]
+__all__ = ['CARRIED', 'NAME', 'is_current', 'local', 'open', 'unpacked', 'write']
+__all__ += ['Point', 'Sweep', 'check_here', 'folders', 'only', 'plan', 'runs']
+__all__ += ['ENDED', 'Runner', 'View', 'conclude', 'room', 'rows', 'show', 'state']

@@ -142,28 +142,19 @@ def _listed(differences: Mapping[Difference, str]) -> list[str]:
 
 def _sweeps(a: Sweep, b: Sweep) -> tuple[int, str]:
   """Two sweeps, by points with the same labels -> an exit code and a text."""
-  points_a, points_b = (
-    {frozenset(p.labels.items()): p for p in s.points} for s in (a, b)
-  )
+  started_a, started_b = _started(a), _started(b)
   lines, results = [], []
   counts: collections.Counter[Difference] = collections.Counter()
-  missing: collections.Counter[str] = collections.Counter()
-  for labels, point in points_a.items():
-    if labels not in points_b:
+  for labels, workdir in (started_a | started_b).items():
+    if labels not in started_a or labels not in started_b:
+      side = 'A' if labels in started_a else 'B'
+      lines.append(f'{workdir.name}: started in {side} only')
       continue
-    workdirs_ab = a.workdir(point), b.workdir(points_b[labels])
-    started = [storage.exists(workdir / 'run.json') for workdir in workdirs_ab]
-    if not all(started):
-      missing['either' if not any(started) else 'B' if started[0] else 'A'] += 1
-      continue
-    result = runs(*workdirs_ab)
+    result = runs(started_a[labels], started_b[labels])
     results.append(result)
     counts.update(result.differences)
     verdict = 'comparable' if result.comparable else 'NOT comparable'
-    lines.append(f'{point.name}: {verdict}; losses: {result.losses}')
-  lines += [f'{n} points have not started in {side}' for side, n in missing.items()]
-  for side, own, other in (('A', points_a, points_b), ('B', points_b, points_a)):
-    lines += [f'{p.name}: only in {side}' for key, p in own.items() if key not in other]
+    lines.append(f'{workdir.name}: {verdict}; losses: {result.losses}')
   lines += _listed({d: f'{d}  ({n} points)' for d, n in counts.items()})
   codes = [result.code for result in results]
   most = max(len(a.points), len(b.points))
@@ -172,6 +163,12 @@ def _sweeps(a: Sweep, b: Sweep) -> tuple[int, str]:
   if not len(codes) == len(a.points) == len(b.points):
     codes.append(DIFFERENT)
   return max(codes), '\n'.join(lines)
+
+
+def _started(swept: Sweep) -> dict[frozenset, storage.Path]:
+  """A sweep -> the workdirs of its started points, by their labels."""
+  workdirs = {frozenset(p.labels.items()): swept.workdir(p) for p in swept.points}
+  return {k: v for k, v in workdirs.items() if storage.exists(v / 'run.json')}
 
 
 def runs(a: storage.Path, b: storage.Path) -> Comparison:

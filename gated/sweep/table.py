@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import sys
 import textwrap
-import time
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -18,7 +17,6 @@ from gated.sweep.grid import Sweep
 from gated.sweep.runner import Row, Runner, tail
 
 FAILED = 1  # The exit code if points failed.
-LINE = 30.0  # Seconds between lines without a terminal.
 WIDTH = 120  # Columns of a table without a terminal.
 COLORS = {
   'running': 'cyan',
@@ -82,7 +80,6 @@ class View:
     self._live = Live(console=console(), auto_refresh=False)
     self._terminal = self._live.console.is_terminal
     self._states: dict[str, str] = {}
-    self._printed = time.monotonic()
 
   def __enter__(self) -> 'View':
     if self._terminal:
@@ -104,11 +101,6 @@ class View:
         step = f', step {row.step}/{row.steps}' if row.state != 'running' else ''
         print(f'{row.point.name}: {row.state}{step}{loss}', flush=True)
         self._states[row.point.name] = row.state
-    if time.monotonic() - self._printed >= LINE:
-      self._printed = time.monotonic()
-      running = [row for row in rows if row.state == 'running']
-      steps = [f'{row.point.name} {row.step}/{row.steps} {row.loss}' for row in running]
-      print('; '.join([summary(rows), *steps]), flush=True)
 
 
 def conclude(runner: Runner, swept: Sweep) -> int:

@@ -146,7 +146,7 @@ def test_shellcheck_accepts_every_script(on, variant, shellcheck):
 
 def test_shellcheck_reports_an_unquoted_variable(shellcheck):
   with pytest.raises(AssertionError, match='SC2086'):
-    shellcheck(slurm.files(submission('slurm').work)['sweep.sbatch'] + '\ncat $code\n')
+    shellcheck(submission('slurm').files['sweep.sbatch'] + '\ncat $code\n')
 
 
 def arguments(s, on):

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import statistics
+import sys
 
 import numpy as np
 import pytest
@@ -533,14 +534,18 @@ def test_a_page_has_no_external_references_and_escapes_its_text(tmp_path):
 
 
 def test_a_missing_package_is_refused_with_its_installation(lab, tmp_path, monkeypatch):
-  monkeypatch.setattr(report, '_installed', lambda module: module != 'matplotlib')
+  monkeypatch.setitem(sys.modules, 'matplotlib', None)
+  for name in ('curves', 'figures'):
+    monkeypatch.delitem(sys.modules, f'gated.sweep.report.{name}', raising=False)
+    monkeypatch.delattr(report, name, raising=False)
   with pytest.raises(ValueError, match=r'matplotlib.*requirements-report\.txt'):
     report.write(lab, tmp_path / 'out', rule=RULE)
   assert not (tmp_path / 'out').exists()
 
 
 def test_selected_points_are_judged_among_all_points(tmp_path, monkeypatch):
-  monkeypatch.setattr(report, '_pictures', lambda lines: {})
+  figures = pytest.importorskip('gated.sweep.report.figures')
+  monkeypatch.setattr(figures, 'draw', lambda pictures, lines, out: {})
   level = {1e-3: 2.5, 4e-3: 2.4, 8e-3: 4.5}
   swept = trained(
     tmp_path,

@@ -5,17 +5,5 @@ from gated.sweep.judge.seeds import Noise, Spread, noise, spread
 from gated.sweep.judge.spikes import Spike, limit, spikes
 from gated.sweep.judge.warnings import warnings
 
-__all__ = [
-  'Noise',
-  'Rule',
-  'Spike',
-  'Spread',
-  'best_rate',
-  'diverged',
-  'limit',
-  'noise',
-  'sensitivity',
-  'spikes',
-  'spread',
-  'warnings',
-]
+__all__ = ['Rule', 'best_rate', 'diverged', 'sensitivity', 'warnings']
+__all__ += ['Noise', 'Spike', 'Spread', 'limit', 'noise', 'spikes', 'spread']

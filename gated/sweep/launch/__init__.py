@@ -57,8 +57,9 @@ def prepare(w: Work) -> Submission:
   """Points and their machines -> the files and commands that submit them."""
   if not w.points:
     raise ValueError(f'{w.folder}: nothing to submit, all points have ended')
-  module = TARGETS[w.options.on].module
-  return Submission(w, module.files(w), module.submit(w))
+  tasks = list(TARGETS[w.options.on].module.tasks(w))
+  files = {name: content for name, content, _ in tasks}
+  return Submission(w, files, [command for *_, command in tasks])
 
 
 Call = Callable[[list[str]], str]

@@ -8,6 +8,7 @@ all of its pods. A final exit code fails the JobSet.
 
 import json
 import re
+from collections.abc import Iterator
 
 from gated.run.exit_codes import FINAL
 from gated.sweep.launch import machines, work
@@ -25,9 +26,12 @@ VARIABLES = {
 }
 
 
-def files(w: Work) -> dict[str, str]:
+def tasks(w: Work) -> Iterator[work.Task]:
   """Work -> a YAML file for each point."""
-  return {f'{point.job}.yaml': work.yaml(jobset(w, point)) for point in w.points}
+  for p in w.points:
+    name = f'{p.job}.yaml'
+    command = ['kubectl', 'create', f'--filename={w.files}/{name}']
+    yield name, work.yaml(jobset(w, p)), command
 
 
 def jobset(w: Work, point: work.Point) -> dict:
@@ -123,11 +127,6 @@ def _pod(w: Work, point: work.Point, hosts: int) -> dict:
 def escaped(text: str) -> str:
   """Escapes $(NAME) and $$, which Kubernetes expands in a command."""
   return re.sub(r'\$(?=[$(])', '$$', text)
-
-
-def submit(w: Work) -> list[list[str]]:
-  """Work -> a command for each point."""
-  return [['kubectl', 'create', f'--filename={w.files}/{p.job}.yaml'] for p in w.points]
 
 
 def _selection(record: dict) -> list[str]:

@@ -5,6 +5,7 @@ replaces preempted machines, and the point resumes from the bucket.
 """
 
 import json
+from collections.abc import Iterator
 
 from gated.run.exit_codes import PREEMPTED
 from gated.sweep.launch import machines, work
@@ -13,9 +14,12 @@ from gated.sweep.launch.work import Work
 CODE = '~/gated/code.tar.gz'  # The path of the sources on every host.
 
 
-def files(w: Work) -> dict[str, str]:
+def tasks(w: Work) -> Iterator[work.Task]:
   """Work -> a YAML file for each point."""
-  return {f'{point.job}.yaml': work.yaml(task(w, point)) for point in w.points}
+  launch = ['sky', 'jobs', 'launch', '--yes', '--detach-run']
+  for p in w.points:
+    command = [*launch, f'--name={p.job}', f'{w.files}/{p.job}.yaml']
+    yield f'{p.job}.yaml', work.yaml(task(w, p)), command
 
 
 def task(w: Work, point: work.Point) -> dict:
@@ -51,12 +55,6 @@ def task(w: Work, point: work.Point) -> dict:
       f'--code="$HOME{CODE[1:]}" \\\n    {work.quoted(arguments)}\n'
     ),
   }
-
-
-def submit(w: Work) -> list[list[str]]:
-  """Work -> a command for each point."""
-  launch = ['sky', 'jobs', 'launch', '--yes', '--detach-run']
-  return [[*launch, f'--name={p.job}', f'{w.files}/{p.job}.yaml'] for p in w.points]
 
 
 def listing(record: dict) -> list[str]:

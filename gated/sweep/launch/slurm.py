@@ -8,6 +8,7 @@ itself requeues a preempted task.
 """
 
 import shlex
+from collections.abc import Iterator
 
 from gated import storage
 from gated.run.exit_codes import PREEMPTED, REFUSED, RESUMABLE
@@ -20,8 +21,8 @@ SCRIPT = 'sweep.sbatch'
 PATIENCE = 300
 
 
-def files(w: Work) -> dict[str, str]:
-  """Work -> the batch script."""
+def tasks(w: Work) -> Iterator[work.Task]:
+  """Work -> the batch script of all points; its command prints the array's number."""
   accelerator, o = w.accelerator, w.options
   if accelerator.kind == 'tpu':
     raise ValueError(
@@ -43,7 +44,8 @@ def files(w: Work) -> dict[str, str]:
   }
   lines = [f'--{k}={shlex.quote(str(v))}' for k, v in headers.items() if v != '']
   text = ''.join(f'#SBATCH {line}\n' for line in [*lines, '--requeue', *o.sbatch])
-  return {SCRIPT: f'#!/usr/bin/env bash\n{text}set -euo pipefail\n{_body(w, local)}'}
+  text = f'#!/usr/bin/env bash\n{text}set -euo pipefail\n{_body(w, local)}'
+  yield SCRIPT, text, ['sbatch', '--parsable', f'{w.files}/{SCRIPT}']
 
 
 def _body(w: Work, local: bool) -> str:
@@ -87,11 +89,6 @@ case $code in
 esac
 exit "$code"
 """
-
-
-def submit(w: Work) -> list[list[str]]:
-  """Work -> the command that submits the array and prints its number."""
-  return [['sbatch', '--parsable', f'{w.files}/{SCRIPT}']]
 
 
 def listing(record: dict) -> list[str]:

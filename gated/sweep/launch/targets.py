@@ -19,7 +19,7 @@ from gated.sweep.launch.work import Options
 class Target(NamedTuple):
   """A scheduler."""
 
-  module: ModuleType  # Has files, submit, listing, states and delete.
+  module: ModuleType  # Has tasks, listing, states and delete.
   command: str  # Its command-line program.
   install: str  # How to install `command`.
   needs: tuple[str, ...]  # Required options, besides --accelerator.

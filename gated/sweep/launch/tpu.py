@@ -8,6 +8,7 @@ point has ended, if its service account has the permission.
 
 import json
 import shlex
+from collections.abc import Iterator
 
 from gated.run.exit_codes import PREEMPTED, RESUMABLE
 from gated.sweep.launch import machines, work
@@ -17,14 +18,13 @@ GCLOUD = ['gcloud', 'compute', 'tpus', 'queued-resources']
 DEAD = ('SUSPENDED', 'FAILED')  # Final states: the resource must be deleted.
 
 
-def files(w: Work) -> dict[str, str]:
+def tasks(w: Work) -> Iterator[work.Task]:
   """Work -> a startup script for each point."""
   if w.accelerator.kind != 'tpu':
-    raise ValueError(
-      f'--accelerator={w.options.accelerator} with --on=tpu, but allowed are '
-      f'{", ".join(machines.TPUS)}'
-    )
-  return {f'{point.job}.sh': _startup(w, point) for point in w.points}
+    allowed, wrong = ', '.join(machines.TPUS), w.options.accelerator
+    raise ValueError(f'--accelerator={wrong} with --on=tpu, but allowed are {allowed}')
+  for point in w.points:
+    yield f'{point.job}.sh', _startup(w, point), create(w, point.job)
 
 
 def _startup(w: Work, point: work.Point) -> str:
@@ -88,11 +88,6 @@ def create(w: Work, job: str) -> list[str]:
     '--async',
     '--quiet',
   ]
-
-
-def submit(w: Work) -> list[list[str]]:
-  """Work -> a command for each point."""
-  return [create(w, point.job) for point in w.points]
 
 
 def listing(record: dict) -> list[str]:

@@ -59,6 +59,10 @@ class Options:
     return {n: v for n, v in vars(self).items() if v != getattr(Options, n)}
 
 
+# The name and content of a submitted file, and the command that submits it.
+Task = tuple[str, str, list[str]]
+
+
 class Point(NamedTuple):
   """One run of a sweep."""
 

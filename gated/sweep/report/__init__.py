@@ -3,20 +3,16 @@
 The same sweep gives the same bytes: a report contains no time of writing.
 """
 
-import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gated import storage, sweep
 from gated.sweep import judge
 from gated.sweep.report import points, tables
-from gated.sweep.report.points import Line
 from gated.sweep.report.published import Published
 from gated.sweep.report.text import Report, markdown
 
 __all__ = ['Published', 'write']
-
-NEEDED = {'matplotlib': 'matplotlib', 'markdown_it': 'markdown-it-py'}
 
 
 def write(
@@ -35,13 +31,12 @@ def write(
   `judge.spikes`; `published` are the paper's rows to compare with. ValueError if a
   package for figures or pages is missing.
   """
-  missing = [name for module, name in NEEDED.items() if not _installed(module)]
-  if missing:
-    raise ValueError(
-      f'a report needs {" and ".join(missing)}: pip install -r requirements-report.txt'
-    )
-  from gated.sweep.report import figures
-  from gated.sweep.report.page import page
+  try:
+    from gated.sweep.report import curves, figures
+    from gated.sweep.report.page import page
+  except ImportError as error:
+    install = 'pip install -r requirements-report.txt'
+    raise ValueError(f'a report needs {error.name}: {install}') from error
 
   rule, spikes = rule or swept.rule, dict(spikes or {})
   about = _about(swept)
@@ -50,7 +45,13 @@ def write(
   if only:
     about['points'] = f'{len(chosen)} of the {len(swept.points)} of its grid: {only}'
   lines = points.gather(judged)
-  captions = figures.draw(_pictures(lines), lines, out)
+  pictures = {
+    'loss_vs_lr': figures.loss_against_rate,
+    'sensitivity': figures.sensitivity,
+    'curves': curves.training,
+    'warnings': curves.warnings,
+  }
+  captions = figures.draw(pictures, lines, out)
   report = Report(
     name=swept.name,
     about=about,
@@ -89,22 +90,3 @@ def _about(swept: sweep.Sweep) -> dict[str, str]:
   if made.get('sha256'):
     about['sources'] = f'code.tar.gz with SHA-256 {made["sha256"]}'
   return about
-
-
-def _installed(module: str) -> bool:
-  return importlib.util.find_spec(module) is not None
-
-
-def _pictures(lines: list[Line]) -> dict[str, Callable]:
-  """The figures that have data."""
-  from gated.sweep.report import curves, figures
-
-  judged = [p for line in lines for p in line.points]
-  several = len({p.lr for p in judged if p.done}) > 1
-  pictures = {
-    'loss_vs_lr': (figures.loss_against_rate, several),
-    'sensitivity': (figures.sensitivity, any(line.sensitivities for line in lines)),
-    'curves': (curves.training, any(len(p.log.train.steps) for p in judged)),
-    'warnings': (curves.warnings, curves.warned(lines)),
-  }
-  return {name: draw for name, (draw, has_data) in pictures.items() if has_data}

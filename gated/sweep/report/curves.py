@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy import ndimage
 
-from gated.sweep.report.figures import COLORS, COLUMN, PAGE, wrapped
+from gated.sweep.report.figures import COLORS, COLUMN, PAGE, Drawn, wrapped
 from gated.sweep.report.points import Curve, Judged, Line, rate
 
 DRAWN = 240  # Points of a curve in a figure.
@@ -26,18 +26,20 @@ CALM = ('finished', 'partial')  # States whose losses set the range of the axis.
 FIRST = 0.1  # The first fraction of the steps may lie above the axis.
 
 
-def training(lines: list[Line]) -> tuple[Figure, str]:
+def training(lines: list[Line]) -> Drawn:
   """Training loss over steps, a panel for each line; colour is the learning rate."""
+  points = [p for line in lines for p in line.points if len(p.log.train.steps)]
+  lrs = sorted({p.lr for p in points})
+  if not lrs:
+    return None
   count = len(lines)
   columns = count if count < 3 else 2 if count == 4 else 3
   rows = -(-count // columns)
   width = COLUMN if columns == 1 else PAGE
   figure = Figure(figsize=(width, 0.7 + 1.55 * rows))
   axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-  points = [p for line in lines for p in line.points]
-  lrs = sorted({p.lr for p in points if len(p.log.train.steps)})
   # Above 0.88 the map is too bright for white paper.
-  hues = matplotlib.colormaps['viridis'](np.linspace(0, 0.88, max(1, len(lrs))))
+  hues = matplotlib.colormaps['viridis'](np.linspace(0, 0.88, len(lrs)))
   low, top = _losses(points)
   for ax, line in zip(axes.flat, lines, strict=False):
     ax.set_title(wrapped(line.name, 26))
@@ -125,7 +127,7 @@ def _curve(ax: Any, p: Judged, color: Any, top: float) -> None:
     ax.plot([p.log.train.steps[-1]], [min(last, top)], marker='x', ms=5, mew=1.3, **mark)
 
 
-def warnings(lines: list[Line]) -> tuple[Figure, str]:
+def warnings(lines: list[Line]) -> Drawn:
   """Early warnings at the highest stable rate and the lowest diverged one."""
   rows = [(line, pair) for line in lines if any(pair := around(line))]
   names = [
@@ -133,6 +135,8 @@ def warnings(lines: list[Line]) -> tuple[Figure, str]:
     for name in INDICATORS
     if any(len(p.log.numbers[name].steps) for _, ps in rows for p in ps if p)
   ]
+  if not names:
+    return None
   figure = Figure(figsize=(PAGE, 0.75 + 1.15 * len(rows)))
   options: dict[str, Any] = dict(sharex=True, sharey='col', squeeze=False)
   axes = figure.subplots(len(rows), len(names), **options)
@@ -184,9 +188,3 @@ def around(line: Line) -> tuple[Judged | None, Judged | None]:
   stable = [p for c in line.stable[-1:] for p in c.points if p.done]
   broken = [p for c in line.cells for p in c.diverged]
   return stable[0] if stable else None, broken[0] if broken else None
-
-
-def warned(lines: list[Line]) -> bool:
-  """Whether `warnings` has data to draw."""
-  pairs = [p for line in lines for p in around(line) if p]
-  return any(len(curve.steps) for p in pairs for curve in p.log.numbers.values())

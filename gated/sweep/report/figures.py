@@ -8,7 +8,7 @@ The same numbers give the same bytes.
 import io
 import textwrap
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import matplotlib
@@ -21,6 +21,7 @@ from matplotlib.transforms import ScaledTranslation
 from gated import storage
 from gated.sweep.report.points import Line, rate
 
+Drawn = tuple[Figure, str] | None  # A figure and its caption; None without data.
 COLUMN, PAGE = 3.5, 5.5  # Widths in inches.
 COLORS = (
   '#0072B2',
@@ -78,36 +79,26 @@ def wrapped(name: str, width: int) -> str:
   return '\n'.join(textwrap.wrap(name, width, max_lines=3, placeholder=' ...'))
 
 
-def save(figure: Figure, folder: storage.Path, name: str) -> None:
-  """A figure -> FOLDER/NAME.svg, .pdf and .png."""
-  figure.draw_without_rendering()
-  # Keep this layout: computing it takes as long as drawing.
-  figure.set_layout_engine('none')
-  for kind, metadata in FORMATS.items():
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, metadata=metadata)
-    storage.write(folder / f'{name}.{kind}', buffer.getvalue())
-
-
 def rate_axis(ax: Any, lrs: list[float]) -> None:
   """Makes the x axis logarithmic, with ticks at the learning rates."""
   ax.set_xscale('log')
   places = np.log(lrs)
-  room = (places[-1] - places[0]) / 9 if len(lrs) > 1 else 0.0
-  kept = [0]
-  for i in range(1, len(lrs)):
-    if places[i] - places[kept[-1]] >= room:
-      kept.append(i)
-  ax.set_xticks([lrs[i] for i in kept], [rate(lrs[i]) for i in kept])
+  kept = lrs[:1]
+  for lr, place in zip(lrs, places, strict=True):
+    if place - np.log(kept[-1]) >= (places[-1] - places[0]) / 9:
+      kept.append(lr)
+  ax.set_xticks(kept, [*map(rate, kept)])
   ax.xaxis.set_minor_locator(ticker.NullLocator())
   ax.set_xlabel('peak learning rate')
 
 
-def loss_against_rate(lines: list[Line]) -> tuple[Figure, str]:
+def loss_against_rate(lines: list[Line]) -> Drawn:
   """Final loss over the learning rate; crosses are diverged runs."""
+  lrs = sorted({p.lr for line in lines for p in line.points if p.done})
+  if len(lrs) < 2:
+    return None
   figure = Figure(figsize=(COLUMN, 2.6 + 0.16 * len(lines)))
   ax = figure.subplots()
-  lrs = sorted({p.lr for line in lines for p in line.points if p.done})
   rate_axis(ax, lrs)
   low, top = _range(lines)
   ax.set_ylim(low, top)
@@ -206,9 +197,11 @@ def _init(ax: Any, lines: list[Line], top: float) -> str:
   return f'The loss at initialisation, {mean:.2f}, lies above the axis.'
 
 
-def sensitivity(lines: list[Line]) -> tuple[Figure, str]:
+def sensitivity(lines: list[Line]) -> Drawn:
   """Bars of the mean LR sensitivity, with a stroke for each seed."""
   shown = [(i, x, x.sensitivities) for i, x in enumerate(lines) if x.sensitivities]
+  if not shown:
+    return None
   figure = Figure(figsize=(COLUMN, 0.75 + 0.34 * len(shown)))
   ax = figure.subplots()
   for y, (i, _, by_seed) in enumerate(shown):
@@ -236,14 +229,23 @@ def sensitivity(lines: list[Line]) -> tuple[Figure, str]:
 
 
 def draw(
-  pictures: dict[str, Callable[[list[Line]], tuple[Figure, str]]],
+  pictures: Mapping[str, Callable[[list[Line]], Drawn]],
   lines: list[Line],
   folder: storage.Path,
 ) -> dict[str, str]:
-  """Draws and writes the figures in STYLE -> their captions by name."""
+  """Writes FOLDER/NAME.svg, .pdf and .png of each figure with data -> the captions."""
   captions = {}
   with matplotlib.rc_context(STYLE):
     for name, picture in pictures.items():
-      figure, captions[name] = picture(lines)
-      save(figure, folder, name)
+      drawn = picture(lines)
+      if not drawn:
+        continue
+      figure, captions[name] = drawn
+      figure.draw_without_rendering()
+      # Keep this layout: computing it takes as long as drawing.
+      figure.set_layout_engine('none')
+      for kind, metadata in FORMATS.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, metadata=metadata)
+        storage.write(folder / f'{name}.{kind}', buffer.getvalue())
   return captions
