@@ -2,9 +2,8 @@
 
 from gated.evals import generate
 from gated.evals.heldout import Config, perplexity, summarize, table
-from gated.evals.report import measure_yardsticks
 from gated.evals.sampling import Sampling, define
-from gated.evals.yardsticks import Bigram, xz
+from gated.evals.yardsticks import Bigram, measure_yardsticks, xz
 
 __all__ = [
   'Bigram',

@@ -17,8 +17,10 @@ from gated.devices import mesh
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-  every: int
-  rows: int
+  """How often, and on how much text, a run is evaluated."""
+
+  every: int  # steps
+  rows: int  # held-out rows of each domain; 0 for all
 
   def __post_init__(self):
     config.at_least('config.eval.every', self.every, 1)
@@ -30,16 +32,16 @@ def perplexity(
 ) -> dict:
   """A model on held-out text -> {'loss': nats per token, 'domains': {name: summary}}.
 
-  `evaluate(model, batch)` gives each row's (nats, weight); of each domain the first
-  `limit` rows are read (0 for all), `batch` of them at a time. Without held-out tokens
-  the loss is None.
+  `evaluate(model, batch)` gives each row's (nats, weight). The first `limit` rows of each
+  domain are read (0 for all), `batch` at a time. Without held-out tokens, the loss is
+  None.
   """
   held = list(mesh.rows(on, batch))
   domains, nats, tokens = {}, 0.0, 0.0
   for domain in corpus.domains:
     sums = []
-    every = corpus.heldout(domain, batch=batch, rows=range(batch), limit=limit)
-    for whole, bytes_B in every:
+    batches = corpus.heldout(domain, batch=batch, rows=range(batch), limit=limit)
+    for whole, bytes_B in batches:
       local = type(whole)(*(x[held] for x in whole))
       nll_B, weight_B = evaluate(model, mesh.place(local, on, batch))
       sums.append((np.asarray(nll_B), np.asarray(weight_B), bytes_B))
@@ -51,24 +53,23 @@ def perplexity(
 
 
 def summarize(nll_R: np.ndarray, weight_R: np.ndarray, bytes_R: np.ndarray) -> dict:
-  """Per row R: summed nats, counted tokens, bytes of their text -> the row of a report.
+  """Per row R: summed nats, counted tokens, bytes of their text -> a summary.
 
   nats_per_token = sum(nll) / sum(weight) and bits_per_byte = sum(nll) / (ln 2 *
   sum(bytes)) are ratios r = sum(y) / sum(x) over rows. Tokens of one row are not
-  independent, so rows are the clusters; the ratio estimator's error (Cochran 1977,
-  "Sampling Techniques", chapter 6, without the finite population's correction) is
+  independent, so rows are the clusters. The standard error of a ratio (Cochran 1977,
+  "Sampling Techniques", chapter 6, without the finite population correction) is
 
     stderr(r)^2 = R / (R - 1) * sum((y - r * x)^2) / sum(x)^2.
 
-  Rows without tokens do not count. A standard error of a single row is None.
+  Rows without tokens are ignored. The standard error of a single row is None.
   """
-  nll_R, weight_R, bytes_R = (
-    np.asarray(a, np.float64) for a in (nll_R, weight_R, bytes_R)
-  )
-  counted_R = weight_R > 0
+  counted_R = np.asarray(weight_R) > 0
   if not counted_R.any():
-    raise ValueError('there is nothing to evaluate: no row holds a counted token')
-  nll_R, weight_R, bytes_R = nll_R[counted_R], weight_R[counted_R], bytes_R[counted_R]
+    raise ValueError('no row to evaluate holds a counted token')
+  nll_R, weight_R, bytes_R = (
+    np.asarray(a, np.float64)[counted_R] for a in (nll_R, weight_R, bytes_R)
+  )
   nats, nats_error = _ratio(nll_R, weight_R)
   bits, bits_error = _ratio(nll_R / math.log(2), bytes_R)
   return {
@@ -92,7 +93,7 @@ def _ratio(y_R: np.ndarray, x_R: np.ndarray) -> tuple[float, float | None]:
   return ratio, float(np.sqrt(square))
 
 
-# Heading, the report's key, format. The model's columns, then the yardsticks'.
+# Heading, key of the summary, format. The last two are the yardsticks.
 COLUMNS = (
   ('nats/token', 'nats_per_token', '.4f'),
   ('± stderr', 'nats_per_token_stderr', '.4f'),
@@ -106,23 +107,17 @@ COLUMNS = (
 
 
 def table(report: Mapping[str, Any]) -> str:
-  """{'step': int or None, 'domains': {name: summary + yardsticks}} -> a line a domain.
+  """{'step': int or None, 'domains': {name: summary + yardsticks}} -> a line per domain.
 
-  A yardstick that a domain lacks, and an error of one row, is a dash.
+  Missing yardsticks and errors are dashes.
   """
   step = 'imported' if report['step'] is None else f'step {report["step"]}'
   lines = [[step, *(heading for heading, _, _ in COLUMNS)]]
   for name, domain in report['domains'].items():
-    known = {k: v for k, v in domain.items() if v is not None}
-    cells = [
-      format(known[key], form) if key in known else '-' for _, key, form in COLUMNS
-    ]
+    values = ((domain.get(key), form) for _, key, form in COLUMNS)
+    cells = ('-' if value is None else format(value, form) for value, form in values)
     lines.append([name, *cells])
   widths = [max(map(len, column)) for column in zip(*lines)]
-  return '\n'.join(
-    '  '.join(
-      cell.ljust(width) if i == 0 else cell.rjust(width)
-      for i, (cell, width) in enumerate(zip(line, widths))
-    )
-    for line in lines
-  )
+  align = ['<', *('>' for _ in COLUMNS)]
+  rows = (zip(line, align, widths) for line in lines)
+  return '\n'.join('  '.join(f'{cell:{a}{w}}' for cell, a, w in row) for row in rows)

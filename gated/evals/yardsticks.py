@@ -1,25 +1,30 @@
-"""Two yardsticks beside a model: a bigram model of the training tokens, and `xz -9e`."""
+"""Two yardsticks for a model: a bigram model of the training tokens, and `xz -9e`."""
 
 import dataclasses
+import itertools
 import lzma
 from collections.abc import Iterable
 from typing import Self
 
 import numpy as np
 
+from gated import data
+
+PENDING = 1 << 22  # Pairs that are merged at a time: 32 MiB.
+ROWS = 64  # Rows of a batch for the bigram model.
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bigram:
-  """An interpolated bigram model: the least that a language model has to beat.
+  """An interpolated bigram model, a lower bar for language models.
 
   Witten-Bell interpolation (Witten and Bell 1991, "The zero-frequency problem", method C;
   Chen and Goodman 1998, TR-10-98, section 2.5) with an add-one unigram below:
 
     p(w | c) = (n(c, w) + t(c) * p(w)) / (n(c) + t(c)),    p(w) = (n(w) + 1) / (N + V)
 
-  where t(c) is how many different tokens were seen after c; after a c never seen, p(w).
-  Pairs are kept sparsely, as sorted keys c * V + w: memory goes with the different pairs
-  that occur, 16 bytes each, not with V * V.
+  where t(c) is the number of different tokens seen after c. An unseen c gives p(w). Pairs
+  are kept as sorted keys c * V + w: memory is 16 bytes per different pair, not V * V.
   """
 
   pair_P: np.ndarray
@@ -30,22 +35,22 @@ class Bigram:
 
   @classmethod
   def fit(cls, batches: Iterable[tuple], *, vocab: int) -> Self:
-    """(tokens_BT, targets_BT, weights_BT), ... -> the model of their counted pairs.
+    """(tokens_BT, targets_BT, weights_BT), ... -> the model of their pairs.
 
-    A target of weight zero is no pair. Up to PENDING pairs wait to be merged at a time.
+    Ignores targets of weight zero.
     """
     pair_P, count_P = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    waiting: list[np.ndarray] = []
+    pending: list[np.ndarray] = []
     for tokens_BT, targets_BT, weights_BT in batches:
       counted_BT = np.asarray(weights_BT) > 0
-      tokens_N = _checked(np.asarray(tokens_BT)[counted_BT], vocab)
-      waiting.append(
-        tokens_N * vocab + _checked(np.asarray(targets_BT)[counted_BT], vocab)
+      tokens_N, targets_N = (
+        _checked(np.asarray(a)[counted_BT], vocab) for a in (tokens_BT, targets_BT)
       )
-      if sum(map(len, waiting)) >= PENDING:
-        pair_P, count_P = _merge(pair_P, count_P, waiting)
-        waiting = []
-    pair_P, count_P = _merge(pair_P, count_P, waiting)
+      pending.append(tokens_N * vocab + targets_N)
+      if sum(map(len, pending)) >= PENDING:
+        pair_P, count_P = _merge(pair_P, count_P, pending)
+        pending = []
+    pair_P, count_P = _merge(pair_P, count_P, pending)
     context_P, target_P = np.divmod(pair_P, vocab)
     target_V = np.bincount(target_P, weights=count_P, minlength=vocab)
     return cls(
@@ -57,13 +62,13 @@ class Bigram:
     )
 
   def nll(self, tokens_BT: np.ndarray, targets_BT: np.ndarray) -> np.ndarray:
-    """-> nats_BT, float64: what each target costs after its token."""
+    """-> nats_BT, float64: the loss of each target after its token."""
     vocab = len(self.unigram_V)
     tokens_BT, targets_BT = _checked(tokens_BT, vocab), _checked(targets_BT, vocab)
     count_BT = self._count(tokens_BT * vocab + targets_BT)
     seen_BT, follower_BT = self.seen_V[tokens_BT], self.follower_V[tokens_BT]
     unigram_BT = self.unigram_V[targets_BT]
-    # An unseen context has no followers either: give it one, and it says p(w).
+    # An unseen context has no followers; with one follower, the formula gives p(w).
     follower_BT = np.maximum(follower_BT, 1)
     return -np.log((count_BT + follower_BT * unigram_BT) / (seen_BT + follower_BT))
 
@@ -74,36 +79,56 @@ class Bigram:
     return np.where(self.pair_P[place_BT] == pair_BT, self.count_P[place_BT], 0)
 
 
-# 32 MiB of keys.
-PENDING = 1 << 22
-
-
 def _checked(tokens: np.ndarray, vocab: int) -> np.ndarray:
   tokens = np.asarray(tokens, np.int64)
   if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab):
-    worst = tokens.min() if tokens.min() < 0 else tokens.max()
-    raise ValueError(f'token {worst} is outside the vocabulary of {vocab}')
+    token = tokens.min() if tokens.min() < 0 else tokens.max()
+    raise ValueError(f'token {token} is outside the vocabulary of {vocab}')
   return tokens
 
 
 def _merge(
-  pair_P: np.ndarray, count_P: np.ndarray, waiting: list[np.ndarray]
+  pair_P: np.ndarray, count_P: np.ndarray, pending: list[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Sorted pairs with their counts and lists of more pairs -> the same, all counted."""
-  if not waiting:
-    return pair_P, count_P
-  fresh_P, fresh_count_P = np.unique(np.concatenate(waiting), return_counts=True)
-  every_P, place_P = np.unique(np.concatenate([pair_P, fresh_P]), return_inverse=True)
-  total_P = np.zeros(len(every_P), np.int64)
-  # Within each of the two lists a pair stands once, so plain indexing loses none.
-  total_P[place_P[: len(pair_P)]] += count_P
-  total_P[place_P[len(pair_P) :]] += fresh_count_P
-  return every_P, total_P
+  """Sorted pairs with their counts, and lists of further pairs -> the same, merged."""
+  every_N = np.concatenate([pair_P, *pending])
+  count_N = np.concatenate([count_P, np.ones(len(every_N) - len(pair_P))])
+  merged_P, place_N = np.unique(every_N, return_inverse=True)
+  return merged_P, np.bincount(place_N, count_N, len(merged_P)).astype(np.int64)
 
 
 def xz(text: bytes) -> float:
-  """Text -> bits per byte as `xz -9e` compresses it; takes some 700 MB while it runs."""
+  """Text -> bits per byte of its compression by `xz -9e`, which needs about 700 MB."""
   if not text:
     raise ValueError('an empty text has no bits per byte')
   packed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
   return 8 * len(packed) / len(text)
+
+
+def measure_yardsticks(
+  corpus: data.Corpus, trained: data.Corpus, *, rows: int, limit: int, xz_bytes: int
+) -> dict[str, dict[str, float]]:
+  """Bits per byte of a bigram model and of `xz -9e` on held-out text, by domain.
+
+  The bigram model is fitted to the first `rows` training rows of `trained`. Both read the
+  first `limit` held-out rows of each domain of `corpus` (0: all); xz compresses the first
+  `xz_bytes` of their text (0: all).
+  """
+  batches = itertools.islice(trained.train(0, [0]), rows)
+  pairs = ((batch.tokens, batch.targets, batch.weights) for batch in batches)
+  bigram = Bigram.fit(pairs, vocab=corpus.vocab)
+  report = {}
+  for domain in corpus.domains:
+    nats, size = 0.0, 0
+    heldout = corpus.heldout(domain, batch=ROWS, rows=range(ROWS), limit=limit)
+    for batch, bytes_B in heldout:
+      nats += (bigram.nll(batch.tokens, batch.targets) * batch.weights).sum()
+      size += int(bytes_B.sum())
+    text = corpus.heldout_text(domain, limit)[: xz_bytes or None]
+    report[domain] = {
+      'bigram_rows': rows,
+      'bigram_bits_per_byte': float(nats / np.log(2) / size),
+      'xz_bits_per_byte': xz(text),
+      'xz_bytes': len(text),
+    }
+  return report

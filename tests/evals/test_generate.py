@@ -22,8 +22,9 @@ GREEDY = Sampling(max_tokens=9, temperature=0)
 SLOTS = 32  # of the rows that these need
 GATED = dict(attn__gate__position='sdpa')
 EXPERTS = dict(moe__experts=4, moe__top_k=2)
+SWITCH = dict(attn__switch__experts=3, attn__switch__top_k=2)
 
-VARIANTS = {
+FAST = {
   'sdpa_gate': GATED,
   'sinks_and_yarn': dict(
     attn__sink_tokens=2,
@@ -31,48 +32,67 @@ VARIANTS = {
     attn__yarn__factor=4.0,
     attn__yarn__original=8,
   ),
-  'dropless': EXPERTS | dict(moe__shared=1),
   'capacity': EXPERTS | dict(moe__dispatch='capacity', moe__capacity=1.0),
 }
 SLOW = {
+  'dropless': EXPERTS | dict(moe__shared=1),
+  'off_by_one': dict(attn__normalizer='off_by_one'),
+  'sigmoid': dict(attn__normalizer='sigmoid'),
+  'softpick': dict(attn__normalizer='softpick'),
+  'caps': dict(attn__logit_cap=2.0, logit_cap=3.0),
+  'switch_key_value': SWITCH | dict(attn__switch__where='key_value'),
+  'key_gate': dict(attn__gate__position='key', attn__gate__place='after'),
+  'value_state_gate': dict(attn__gate__position='value', attn__gate__source='value'),
+  'out_gate': dict(attn__gate__position='out'),
+  'untied_and_unrolled': dict(tied=False, layers='unroll', remat='full'),
+}
+FULL = {
   'plain': {},
   'one_kv_head': dict(attn__kv_heads=1),
   'all_kv_heads': dict(attn__kv_heads=4),
   'no_qk_norm': dict(attn__qk_norm=False),
   'biases': dict(attn__bias=True, attn__out_bias=True),
   'zero_sinks': dict(attn__sink_tokens=2, attn__sink_values='zero'),
-  'off_by_one': dict(attn__normalizer='off_by_one'),
-  'sigmoid': dict(attn__normalizer='sigmoid'),
-  'softpick': dict(attn__normalizer='softpick'),
-  'caps': dict(attn__logit_cap=2.0, logit_cap=3.0),
   'output_norm': dict(attn__output='rms_norm'),
   'output_silu': dict(attn__output='silu', attn__normalizer='off_by_one'),
-  'switch_value': dict(
-    attn__switch__where='value', attn__switch__experts=3, attn__switch__top_k=2
-  ),
-  'switch_key_value': dict(
-    attn__switch__where='key_value', attn__switch__experts=3, attn__switch__top_k=2
-  ),
+  'switch_value': SWITCH | dict(attn__switch__where='value'),
   'query_gate': dict(attn__gate__position='query'),
-  'key_gate': dict(attn__gate__position='key', attn__gate__place='after'),
   'value_gate': dict(attn__gate__position='value'),
-  'value_state_gate': dict(attn__gate__position='value', attn__gate__source='value'),
   'parameter_gate': GATED | dict(attn__gate__source='parameter'),
   'shared_headwise_gate': GATED
   | dict(attn__gate__granularity='headwise', attn__gate__heads='shared'),
-  'out_gate': dict(attn__gate__position='out'),
   'gated_norm_and_sandwich': dict(norm='gated', branch_norm='rms', branch_clip=2.0),
-  'untied_and_unrolled': dict(tied=False, layers='unroll', remat='full'),
   'rows_of_one_document': dict(mask_documents=False),
 }
+VARIANTS = FAST | SLOW | FULL
+
+
+def marked(slow, full=()):
+  """Names for a parametrized test, marked."""
+  marks = [(name, pytest.mark.slow) for name in slow]
+  marks += [(name, pytest.mark.full) for name in full]
+  return [pytest.param(name, marks=mark) for name, mark in marks]
+
 
 FORWARD = small.jit(lambda net, *batch: net(*batch))
 
 
+# Compiled in a hurry.
+PREFILL = small.jit(generate._prefill.__wrapped__, static_argnames='chunk')
+DECODE = small.jit(
+  generate._decode.__wrapped__,
+  static_argnames=('top_k', 'with_p'),
+  donate_argnames='rows',
+)
+
+
 @pytest.fixture(autouse=True)
-def chunks_of_8(monkeypatch):
-  """Prefill takes several chunks of these prompts."""
-  monkeypatch.setattr(generate, 'CHUNK', 8)
+def small_chunks(monkeypatch):
+  """Prefill takes two chunks of the longest prompt, and all rows have SLOTS slots."""
+  monkeypatch.setattr(generate, 'CHUNK', 16)
+  monkeypatch.setattr(generate, 'SHORTEST', SLOTS)
+  monkeypatch.setattr(generate, '_prefill', PREFILL)
+  monkeypatch.setattr(generate, '_decode', DECODE)
 
 
 def by_rerunning(net, prompts, count):
@@ -113,17 +133,15 @@ def equal(ours, expected):
   assert [x.tolist() for x in ours] == [x.tolist() for x in expected]
 
 
-@pytest.mark.parametrize(
-  'name', [*VARIANTS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
-)
+@pytest.mark.parametrize('name', [*FAST, *marked(SLOW, FULL)])
 def test_greedy_tokens_are_those_of_the_model_run_on_whole_rows(name):
-  net = small.model_of(**(VARIANTS | SLOW)[name])
+  net = small.model_of(**VARIANTS[name])
   ours = run(net)
   equal(ours, by_rerunning(net, PROMPTS, GREEDY.max_tokens))
   assert len(np.unique(np.concatenate(ours))) > 4  # Not one token again and again.
 
 
-@pytest.mark.parametrize('name', ['sdpa_gate', 'dropless', 'capacity'])
+@pytest.mark.parametrize('name', ['sdpa_gate', 'capacity', *marked(['dropless'])])
 def test_a_batch_of_unequal_prompts_gives_what_each_prompt_alone_gives(name):
   net = small.model_of(**VARIANTS[name])
   equal(run(net), [run(net, [prompt])[0] for prompt in PROMPTS])
@@ -140,8 +158,8 @@ def test_a_draw_depends_on_seed_row_and_position_only():
   equal(run(net, longer, shorter), [new[4:] for new in first])
   other = run(net, options=dataclasses.replace(options, seed=4))
   assert all((a != b).any() for a, b in zip(other, first))
-  twins = run(net, PROMPTS[:1] * 2, options)
-  assert (twins[0] != twins[1]).any()
+  twins = run(net, PROMPTS[:1] * 3, options)
+  assert (twins[0] != twins[1]).any() and (twins[1] != twins[2]).any()
 
 
 def test_low_temperature_top_k_and_top_p_are_greedy_in_the_limit():
@@ -201,7 +219,7 @@ def test_a_text_ends_before_a_stop_string_and_no_further_tokens_are_computed(mon
   ]
   calls.clear()
   assert texts(prompts[:1], **options, stop=(stop,)) == [whole[0].partition(stop)[0]]
-  assert len(calls) == whole[0].index(stop) // 4 + 1 or len(calls) < 16
+  assert len(calls) < 64 // 4
 
 
 def test_ids_end_before_the_token_that_completes_a_stop_string():
@@ -249,8 +267,7 @@ MESHES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('name', MESHES)
+@pytest.mark.parametrize('name', marked([*MESHES][:3], [*MESHES][3:]))
 def test_every_mesh_gives_the_tokens_of_one_device(name):
   sizes, variant = MESHES[name]
   net, on = small.model_of(**VARIANTS[variant]), small.mesh_of(**sizes)

@@ -32,7 +32,7 @@ def test_rows_without_tokens_do_not_count_and_one_row_has_no_error():
 
 
 def test_nothing_to_evaluate_is_said():
-  with pytest.raises(ValueError, match='no row holds a counted token'):
+  with pytest.raises(ValueError, match='no row to evaluate holds a counted token'):
     evals.summarize(np.zeros(3), np.zeros(3), np.zeros(3))
 
 

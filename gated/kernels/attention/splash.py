@@ -1,22 +1,18 @@
 """Splash attention: JAX's Pallas kernel for TPUs, within the attention contract.
 
-Keys and values are read by their own heads, never repeated. The backward pass is two
-kernels: the fused one would keep a dq for every block of keys, T / 1024 times q.
+Keys and values are not repeated for the query heads. The backward pass is two kernels: a
+fused one would keep a dq for each block of keys, T / 1024 times the size of q.
 
 B batch  T tokens  S keys' tokens  H heads  G KV heads  K head width
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-  splash_attention_kernel as splash,
-)
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-  splash_attention_mask as masks,
-)
+from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_mask_info as mask_info,
 )
@@ -24,15 +20,18 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from gated.kernels.attention import context
 from gated.kernels.attention.case import Case, with_lse_gradient
 
-# Blocks are as large as divides the tokens; a TPU's vector has 128 lanes.
+splash = splash_attention.splash_attention_kernel
+masks = splash_attention.splash_attention_mask
+
+# The largest block that divides the tokens is used; a TPU's vector has 128 lanes.
 BLOCKS = (1024, 512, 256, 128)
-# And as its vector memory holds beside scores, with the queries' gradients and the keys'.
+# The most bytes of a block: vector memory also holds scores and gradients.
 BLOCK_BYTES = 1 << 19
-# Rows run one after the other beyond this.
+# The most bytes of lse; more rows run one after the other.
 LSE_BYTES = 1 << 28
 
 
-def _seen(query, key):
+def _visible(query, key):
   return query >= key
 
 
@@ -61,18 +60,17 @@ def attend(
     def call(q_BTHK, k_BSGK, v_BSGK, residual=False):
       """y_BTHK, or (y_BTHK, lse_BTH) without a gradient."""
       q_BHTK = (q_BTHK * q_BTHK.shape[-1] ** -0.5).swapaxes(1, 2)
-      one = kernel(infos, residual=residual)
-      ids = None
-      if segment_BT is not None:
-        ids = splash.SegmentIds(segment_BT, segment_BS)
+      run_row = kernel(infos, residual=residual)
+      segments = segment_BT is not None
+      ids = splash.SegmentIds(segment_BT, segment_BS) if segments else None
       rows = q_BHTK, k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2), ids
-      out = _each(lambda q, k, v, ids: one(q, k, v, segment_ids=ids), rows)
+      out = _each(lambda q, k, v, ids: run_row(q, k, v, segment_ids=ids), rows)
       return jax.tree.map(lambda x: x.swapaxes(1, 2), out)
 
     y_BTHK = call(q_BTHK, k_BSGK, v_BSGK)
     if not case.lse:
       return y_BTHK
-    # What tells the log-sum-exp has no gradient, so it is called once more.
+    # The kernel that returns the log-sum-exp has no gradient, so it runs separately.
     stopped = map(jax.lax.stop_gradient, (q_BTHK, k_BSGK, v_BSGK))
     _, (lse_BTH,) = call(*stopped, residual=True)
     return y_BTHK, with_lse_gradient(call, q_BTHK, k_BSGK, lse_BTH)
@@ -83,9 +81,9 @@ def attend(
 
 
 def _each(call, rows):
-  """call(*row) for all rows, as many at once as the memory for their lse allows."""
+  """Calls call(*row) for all rows, as many at a time as LSE_BYTES allows."""
   count, H, T, _ = rows[0].shape
-  # The kernel writes each one 128 times.
+  # The kernel writes each lse 128 times.
   most = max(1, LSE_BYTES // (H * T * 128 * 4))
   if count <= most:
     return jax.vmap(call)(*rows)
@@ -94,16 +92,16 @@ def _each(call, rows):
 
 @functools.cache
 def plan(length: int, ways: int, block_q: int, block_kv: int) -> list:
-  """What each kernel visits: masks of the forward pass, of dq and of dk and dv.
+  """The masks of the three kernels: forward, dq, and dk with dv.
 
   Every array has a leading dim of `ways`, one part for each device.
   """
   query = context.order(length, ways).reshape(-1)
-  # The corners of a block tell whether it is full, empty or neither; a block's own mask
-  # is made in the kernel, from where its queries stand.
+  # The corners of a block decide whether it is full, empty or partial. The kernel itself
+  # computes the mask of a partial block, from the positions of its queries.
   corners = lambda at, block: at.reshape(-1, block)[:, [0, -1]].reshape(-1)
   rows, columns = corners(query, block_q), corners(np.arange(length), block_kv)
-  mask = masks.MultiHeadMask([masks.NumpyMask(_seen(rows[:, None], columns[None]))])
+  mask = masks.MultiHeadMask([masks.NumpyMask(_visible(rows[:, None], columns[None]))])
 
   def part(array):
     if array.ndim == 1:  # the queries' positions
@@ -111,32 +109,30 @@ def plan(length: int, ways: int, block_q: int, block_kv: int) -> list:
     # One head's blocks: (1, blocks of queries, blocks of keys).
     return array.reshape(1, ways, -1, array.shape[2]).swapaxes(0, 1)
 
-  def made(process):
+  def masked(process):
     info, _ = process(mask, (2, 2), head_shards=1, q_seq_shards=ways)
     info = info._replace(mask_next=None, partial_mask_blocks=None, q_sequence=query)
     return jax.tree.map(part, info)
 
-  forward, backward = made(mask_info.process_mask), made(mask_info.process_mask_dkv)
+  forward, backward = masked(mask_info.process_mask), masked(mask_info.process_mask_dkv)
   return [forward, forward, backward]
 
 
 def _kernel(infos, sizes: tuple[int, ...], cap: float, residual: bool, interpret: bool):
-  block_q, block_kv = sizes
+  queries: dict[str, Any] = dict.fromkeys(
+    ('block_q', 'block_q_dkv', 'block_q_dq'), sizes[0]
+  )
+  keys: dict[str, Any] = dict.fromkeys(
+    ('block_kv', 'block_kv_dkv', 'block_kv_dq'), sizes[1]
+  )
   return splash.SplashAttentionKernel(
     *infos,
-    block_sizes=splash.BlockSizes(
-      block_q=block_q,
-      block_kv=block_kv,
-      block_q_dkv=block_q,
-      block_kv_dkv=block_kv,
-      block_q_dq=block_q,
-      block_kv_dq=block_kv,
-    ),
+    block_sizes=splash.BlockSizes(**queries, **keys),
     is_mqa=False,
     save_residuals=residual,
     mask_value=splash.DEFAULT_MASK_VALUE,
     attn_logits_soft_cap=cap or None,
     residual_checkpoint_name=None,
-    mask_function=_seen,
+    mask_function=_visible,
     interpret=interpret,
   )
