@@ -135,22 +135,19 @@ def _directory(place: str, cfg: Config, folder: str) -> str:
 
 
 def _check(part: mixture.Part, first: mixture.Part, cfg: Config, knob: str) -> None:
-  place, own, other = (
-    part.term.directory,
-    part.manifest.tokenizer,
-    first.manifest.tokenizer,
-  )
-  if part.manifest.length != cfg.length:
+  place, manifest = part.term.directory, part.manifest
+  if manifest.length != cfg.length:
     raise ValueError(
       f'config.data.length={cfg.length}, but {place} was packed with --length='
-      f'{part.manifest.length} ({knob})'
+      f'{manifest.length} ({knob})'
     )
-  if own.sha256 != other.sha256:
+  token, other = manifest.tokenizer, first.manifest.tokenizer
+  if token.sha256 != other.sha256:
     raise ValueError(
-      f'{knob}: {place} was made with the tokenizer {own.name!r} ({own.sha256[:8]}), but '
-      f'{first.term.directory} with {other.name!r} ({other.sha256[:8]})'
+      f'{knob}: {place} was made with the tokenizer {token.name!r} ({token.sha256[:8]}), '
+      f'but {first.term.directory} with {other.name!r} ({other.sha256[:8]})'
     )
-  domain, domains = part.term.domain, sorted(part.manifest.splits['train'])
+  domain, domains = part.term.domain, sorted(manifest.splits['train'])
   if domain and domain not in domains:
     raise ValueError(f'{knob}: no domain {domain!r}, but allowed are {domains}')
   if not part.rows('train'):

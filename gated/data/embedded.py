@@ -110,7 +110,15 @@ def _build(out: str, paths: dict[str, str], length: int, spec: str) -> None:
   shutil.rmtree(out)  # It may hold files of an interrupted build.
   work = os.path.join(out, 'work')
   os.makedirs(work)
-  documents = _documents(paths)
+  documents: dict[str, list[tuple[str, str]]] = {domain: [] for domain in DOMAINS}
+  for name, path in paths.items():
+    try:
+      with tokenize.open(path) as file:
+        parts = take_apart(file.read())
+    except (SyntaxError, UnicodeDecodeError, ValueError, tokenize.TokenError):
+      continue  # Packages such as lib2to3 contain files of other Python versions.
+    for domain, text in zip(DOMAINS, parts):
+      documents[domain].append((name, text))
   if spec == 'bytes':
     token = tokenizer.load(spec)
   else:
@@ -140,17 +148,3 @@ def _build(out: str, paths: dict[str, str], length: int, spec: str) -> None:
   )
   shutil.rmtree(work)
   log.info('built the embedded corpus in %.0f s', time.monotonic() - began)
-
-
-def _documents(paths: dict[str, str]) -> dict[str, list[tuple[str, str]]]:
-  """Source files -> (name, text) pairs by domain."""
-  documents: dict[str, list[tuple[str, str]]] = {domain: [] for domain in DOMAINS}
-  for name, path in paths.items():
-    try:
-      with tokenize.open(path) as file:
-        parts = take_apart(file.read())
-    except (SyntaxError, UnicodeDecodeError, ValueError, tokenize.TokenError):
-      continue  # Packages such as lib2to3 contain files of other Python versions.
-    for domain, text in zip(DOMAINS, parts):
-      documents[domain].append((name, text))
-  return documents

@@ -151,14 +151,14 @@ def pack(
   notes = iter(run(_pack_shard, jobs, 'packing'))
   splits: dict[str, dict[str, shards.Portion]] = {split: {} for split in shards.SPLITS}
   for (split, domain), (documents, count) in portions.items():
-    own = list(itertools.islice(notes, count))
+    group = list(itertools.islice(notes, count))
     splits[split][domain] = shards.Portion(
-      shards=tuple(shards.Shard(**note['shard']) for note in own),
-      rows=sum(note['shard']['rows'] for note in own),
+      shards=tuple(shards.Shard(**note['shard']) for note in group),
+      rows=sum(note['shard']['rows'] for note in group),
       documents=documents,
-      tokens=sum(note['tokens'] for note in own),
-      bytes=sum(note['bytes'] for note in own),
-      segments=max((note['segments'] for note in own), default=0),
+      tokens=sum(note['tokens'] for note in group),
+      bytes=sum(note['bytes'] for note in group),
+      segments=max((note['segments'] for note in group), default=0),
     )
   if not any(portion.rows for portion in splits['train'].values()):
     raise ValueError('the input has too little text for a training row')

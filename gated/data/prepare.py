@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import tqdm
@@ -30,10 +31,6 @@ log = logging.getLogger(__name__)
 WORK = 'work'  # Folder of intermediate files; a complete dataset has none.
 SAMPLE = 1 << 26  # Bytes of text to train a BPE, spread over all units.
 BPE = re.compile(r'bpe:\d+')
-SHARD = r'.+-(train|heldout)-\d+-of-\d+\.array_record'
-LEFTOVER = re.compile(
-  rf'{SHARD}|\.({SHARD}|(manifest|tokenizer)\.\w+)\.[0-9a-f]+\.partial'
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,12 +79,12 @@ def run(
   work = os.path.join(out, WORK)
   with _pool(processes) as pool:
     digests = {
-      domain: pool(sources.digest, own, f'reading {domain}')
-      for domain, own in units.items()
+      domain: pool(sources.digest, group, f'reading {domain}')
+      for domain, group in units.items()
     }
     made['input'] = {
-      domain: hashlib.sha256(''.join(own).encode()).hexdigest()
-      for domain, own in digests.items()
+      domain: hashlib.sha256(''.join(hashes).encode()).hexdigest()
+      for domain, hashes in digests.items()
     }
     manifest = _existing(out, made)
     if not manifest:
@@ -96,14 +93,14 @@ def run(
       settings = [token.fingerprint, options.heldout, options.seed, options.bos]
       path = lambda digest: f'{work}/{config.digest([digest, settings])[:24]}.unit'
       paths = {
-        domain: [path(digest) for digest in own] for domain, own in digests.items()
+        domain: [path(digest) for digest in hashes] for domain, hashes in digests.items()
       }
       spec = token.path or token.name
       tokenize = functools.partial(
         _tokenize, spec=spec, eos=token.eos_token, options=options
       )
-      for domain, own in units.items():
-        pool(tokenize, list(zip(own, paths[domain])), f'tokenizing {domain}')
+      for domain, group in units.items():
+        pool(tokenize, list(zip(group, paths[domain])), f'tokenizing {domain}')
       manifest = packing.pack(
         out,
         paths,
@@ -141,9 +138,10 @@ def _clean(out: str, manifest: shards.Manifest) -> None:
   """Removes the files of interrupted calls, and of calls with other options."""
   shutil.rmtree(os.path.join(out, WORK), ignore_errors=True)
   kept = {shard.file for shard in manifest.shards}
-  for name in os.listdir(out):
-    if name not in kept and LEFTOVER.fullmatch(name):
-      os.remove(os.path.join(out, name))
+  for pattern in ('*-of-*.array_record', '.*.partial'):
+    for path in Path(out).glob(pattern):
+      if path.name not in kept:
+        path.unlink()
 
 
 def _survey(domains: dict[str, list[str]], options: Options) -> dict[str, list]:
@@ -176,7 +174,7 @@ def _train_bpe(
   work: str, units: dict[str, list], options: Options
 ) -> tokenizer.Tokenizer:
   """A BPE of the first training documents of every unit, SAMPLE bytes in total."""
-  pooled = [unit for own in units.values() for unit in own]
+  pooled = [unit for group in units.values() for unit in group]
 
   def texts() -> Iterator[str]:
     for unit in pooled:

@@ -8,7 +8,6 @@ processes nor on the place of the input.
 import functools
 import gzip
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -48,11 +47,12 @@ def survey(paths: Sequence[str], *, field: str, suffixes: Sequence[str]) -> list
   size = 0
   for path in paths:
     for name, file in _files(path, suffixes):
-      for piece, weight in _split(file, name, _kind(file, suffixes), field):
+      kind = _kind(file, suffixes)
+      for start, stop, weight in KINDS[kind].split(file, field):
         if pieces and size + weight > UNIT:
           units.append(tuple(pieces))
           pieces, size = [], 0
-        pieces.append(piece)
+        pieces.append(Piece(file, name, kind, field, start, stop))
         size += weight
   if not pieces:
     raise ValueError(f'{", ".join(paths)}: nothing to read')
@@ -95,12 +95,12 @@ def _files(path: str, suffixes: Sequence[str]) -> Iterator[tuple[str, str]]:
     return
   if not os.path.isdir(path):
     raise ValueError(f'{path!r}: no such file or folder')
-  wanted = tuple(suffixes) or tuple(SUFFIXES)
+  endings = tuple(suffixes) or tuple(SUFFIXES)
   for folder, folders, names in os.walk(path):
     folders.sort()
     for name in sorted(names):
       file = os.path.join(folder, name)
-      if name.endswith(wanted) and os.path.isfile(file):
+      if name.endswith(endings) and os.path.isfile(file):
         yield os.path.relpath(file, parent), file
 
 
@@ -116,24 +116,18 @@ def _kind(path: str, suffixes: Sequence[str]) -> str:
   )
 
 
-def _split(path: str, name: str, kind: str, field: str) -> Iterator[tuple[Piece, int]]:
-  """A file -> its pieces and their sizes in bytes."""
-  for (start, low), (stop, high) in itertools.pairwise(KINDS[kind].edges(path, field)):
-    yield Piece(path, name, kind, field, start, stop), high - low
+# Start and stop of each piece of a file, and its size in bytes.
+Split = list[tuple[int, int, int]]
 
 
-# Places where a file may be split, and the number of bytes before each.
-Edges = list[tuple[int, int]]
-
-
-def _whole(path: str, field: str) -> Edges:
+def _whole(path: str, field: str) -> Split:
   size = os.path.getsize(path)
   if size > MAX_DOCUMENT and not path.endswith(('.gz', '.zst')):
     raise ValueError(
       f'{path!r} is one document of {size} bytes, but {MAX_DOCUMENT} are allowed; split '
       'it into files or JSON lines'
     )
-  return [(0, 0), (size, size)] if size else []
+  return [(0, size, size)] if size else []
 
 
 def _whole_span(file: BinaryIO, piece: Piece) -> list[Span]:
@@ -145,9 +139,10 @@ def _read_text(piece: Piece) -> Iterator[tuple[str, bytes]]:
     yield piece.name, file.read()
 
 
-def _line_edges(path: str, field: str) -> Edges:
+def _split_lines(path: str, field: str) -> Split:
   size = os.path.getsize(path)
-  return [(place, place) for place in [*range(0, size, UNIT), size]] if size else []
+  starts = range(0, size, UNIT)
+  return [(i, min(i + UNIT, size), min(UNIT, size - i)) for i in starts]
 
 
 def _line_span(file: BinaryIO, piece: Piece) -> list[Span]:
@@ -219,14 +214,15 @@ def _column(path: str, field: str, group: int) -> Any:
   return next(column for column in columns if column.path_in_schema == field)
 
 
-def _group_edges(path: str, field: str) -> Edges:
-  edges, size = [(0, 0)], 0
+def _split_groups(path: str, field: str) -> Split:
+  pieces, start, size = [], 0, 0
   groups = _parquet(path, field).metadata.num_row_groups
   for group in range(groups):
     size += _column(path, field, group).total_uncompressed_size
-    if size - edges[-1][1] >= UNIT or group == groups - 1:
-      edges.append((group + 1, size))
-  return edges
+    if size >= UNIT or group == groups - 1:
+      pieces.append((start, group + 1, size))
+      start, size = group + 1, 0
+  return pieces
 
 
 def _group_spans(file: BinaryIO, piece: Piece) -> list[Span]:
@@ -250,16 +246,16 @@ def _read_groups(piece: Piece) -> Iterator[tuple[str, str]]:
 class Kind(NamedTuple):
   """A kind of file: where to split it, the bytes of a piece, and its documents."""
 
-  edges: Callable[[str, str], Edges]
+  split: Callable[[str, str], Split]
   spans: Callable[[BinaryIO, Piece], list[Span]]
   read: Callable[[Piece], Iterator[tuple[str, bytes | str]]]
 
 
 KINDS = {
   'text': Kind(_whole, _whole_span, _read_text),
-  'lines': Kind(_line_edges, _line_span, _read_lines),
+  'lines': Kind(_split_lines, _line_span, _read_lines),
   'packed lines': Kind(_whole, _whole_span, _read_packed_lines),
-  'parquet': Kind(_group_edges, _group_spans, _read_groups),
+  'parquet': Kind(_split_groups, _group_spans, _read_groups),
 }
 SUFFIXES = {
   '.txt': 'text',

@@ -142,9 +142,8 @@ def _hugging_face(path: str, content: bytes, eos: str) -> dict[str, Any]:
     settings = json.loads(content)
     decoder = settings.get('decoder') or {}
   with _faults(path, 'is refused'):
-    _check_rules(settings)
     vocab = model.get_vocab(with_added_tokens=True)
-    _check_ids(vocab)
+    _check(settings, vocab)
   model.no_truncation()
   model.no_padding()
   model.encode_special_tokens = True  # Control tokens in a text become ordinary tokens.
@@ -233,8 +232,8 @@ def _find_eos(find: Callable[[str], int | None], eos: str, path: str) -> tuple[s
   for token in (eos,) if eos else ENDS:
     if (number := find(token)) is not None:
       return token, number
-  wanted = repr(eos) if eos else f'any of {", ".join(ENDS)}; name one with --eos'
-  raise ValueError(f'tokenizer {path!r} has no end-of-text token {wanted}')
+  names = repr(eos) if eos else f'any of {", ".join(ENDS)}; name one with --eos'
+  raise ValueError(f'tokenizer {path!r} has no end-of-text token {names}')
 
 
 def _decoder(decode: Callable[[list[int]], str], path: str) -> Callable[..., bytes]:
@@ -256,16 +255,12 @@ def _faults(path: str, fault: str) -> Generator[None, None, None]:
     raise ValueError(f'tokenizer {path!r} {fault}: {error}'[:500]) from error
 
 
-def _check_ids(vocab: dict[str, int]) -> None:
-  """Raises ValueError for an id that is too large, or that two tokens share."""
+def _check(settings: dict[str, Any], vocab: dict[str, int]) -> None:
+  """Raises ValueError for bad ids, and for random rules or ones that blow a text up."""
   if max(vocab.values(), default=0) >= MAX_VOCAB:
     raise ValueError(f'the id {max(vocab.values())}, but {MAX_VOCAB - 1} is the largest')
   if len(set(vocab.values())) < len(vocab):
     raise ValueError('two of its tokens have the same id')
-
-
-def _check_rules(settings: dict[str, Any]) -> None:
-  """Raises ValueError for rules that lengthen a text too much, or that are random."""
   for group in ('normalizer', 'pre_tokenizer', 'decoder'):
     if (factor := _growth(settings.get(group))) > MAX_GROWTH:
       raise ValueError(
