@@ -11,11 +11,11 @@ from faults.world import Outcome, Row, Tally, World
 # 20, 23 and 28
 
 PROPERTIES = (
-  'data/test_prepare_data.py::test_rows_hold_every_token_as_a_target_once',
-  'data/test_prepare_data.py::test_batches_mask_what_belongs_to_another_document',
+  'data/test_prepare_data.py::test_rows_have_every_token_as_a_target_once',
+  'data/test_prepare_data.py::test_batches_mask_targets_in_another_document',
   'data/test_prepare_data.py::test_any_number_of_processes_gives_the_same_bytes',
   'data/test_data.py::test_every_window_of_a_mixture_holds_its_weights_exactly',
-  'data/test_data.py::test_every_epoch_has_every_row_once_in_another_order',
+  'data/test_data.py::test_every_epoch_has_every_row_once_in_a_different_order',
   'data/test_data.py::test_a_late_start_gives_the_batches_of_an_early_start',
   'data/test_data.py::test_the_batches_of_all_hosts_form_the_batch_of_one_host',
   'train/test_optim.py::test_a_schedule_warms_up_linearly_and_ends_at_its_floor',
