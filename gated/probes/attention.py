@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gated import kernels
+from gated import kernels, model
 from gated.devices import mesh
 from gated.model import attention
 
@@ -29,6 +29,7 @@ EPSILON, KEYS, PREFIX = 0.3, 5, 64
 # counts in `largest_key` if at least so many queries see it.
 LATER = 64
 BLOCK = 512  # Tokens of a block, at most.
+LONGEST = 512  # Tokens of a row whose whole map is given.
 
 
 class Rows(NamedTuple):
@@ -38,6 +39,14 @@ class Rows(NamedTuple):
   live: jax.Array  # False at padding
   index: jax.Array  # the position in the row
   first: jax.Array  # the index of the document's first token
+
+  @classmethod
+  def of(cls, batch: Any, cfg: model.Config) -> 'Rows':
+    """The rows of a batch, as a model of this config reads them."""
+    live_BT = batch.segments > 0
+    index = jnp.broadcast_to(jnp.arange(live_BT.shape[1])[None], live_BT.shape)
+    segment = batch.segments if cfg.mask_documents else None
+    return cls(segment, live_BT, index, index - batch.positions)
 
   @property
   def size(self) -> jax.Array:
@@ -92,6 +101,35 @@ def measure(
   to_first = _to_keys(trace, weights, rows)
   sums = _first_tokens(to_first, trace, weights, rows) | _sink_rates(to_first, rows)
   return sums | _all_pairs(trace, weights, rows)
+
+
+def maps(net: model.Transformer, batch: Any) -> jax.Array:
+  """A model and a batch (B, T) -> the attention weights of its first row, (L, H, T, T).
+
+  [l, h, i, j] is the weight that query i gives to key j, in float32; it is 0 for keys
+  that the query does not see, and for padding. ValueError for rows above LONGEST tokens.
+  """
+  length = batch.tokens.shape[1]
+  if length > LONGEST:
+    raise ValueError(
+      f'rows of {length} tokens, padding included, are too long for attention maps: at '
+      f'most {LONGEST} are allowed'
+    )
+  rows = Rows.of(batch, net.cfg)
+  mask_TT = jnp.tri(length, dtype=bool) & rows.live[0][:, None]
+  if rows.segment is not None:
+    mask_TT &= rows.segment[0][:, None] == rows.segment[0][None]
+
+  def through(block, x_BTD, *rest):
+    trace = block.trace(x_BTD, *rest)
+    weights = _weights(block.attn, trace.attn, rows)
+    [score] = kernels.scores(trace.attn.query[:1], trace.attn.key[:1])
+    of_query = tuple(x[0].T.reshape(*score.shape[:3], 1) for x in weights.of_query)
+    weight = jnp.where(mask_TT[None, None], weights(score, of_query), 0)
+    return trace.output, weight.reshape(-1, length, length)
+
+  documents = batch.segments, batch.positions
+  return net.hidden(batch.tokens, *documents, through=through)[1]
 
 
 def _weights(attn, trace, rows: Rows) -> Weights:

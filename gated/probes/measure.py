@@ -24,15 +24,8 @@ def measure(net: model.Transformer, batch: Any, class_V: jax.Array) -> dict[str,
   'rows' has arrays (L, B, ...), 'sums' arrays (L, ...) and 'logit' is (L,). `size` is the
   number of tokens of each row, (B,). Classes are indices of gates.CLASSES.
   """
-  cfg = net.cfg
-  live_BT = batch.segments > 0
-  index = jnp.broadcast_to(jnp.arange(live_BT.shape[1])[None], live_BT.shape)
-  rows = attention.Rows(
-    batch.segments if cfg.mask_documents else None,
-    live_BT,
-    index,
-    index - batch.positions,
-  )
+  cfg, rows = net.cfg, attention.Rows.of(batch, net.cfg)
+  live_BT = rows.live
   first_BT = batch.positions == 0
   class_BT = jnp.where(first_BT, gates.CLASSES.index('first'), class_V[batch.tokens])
   class_BTC = jax.nn.one_hot(class_BT, len(gates.CLASSES), dtype=bool)

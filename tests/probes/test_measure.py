@@ -307,3 +307,34 @@ def test_the_vocabulary_gate_is_the_gate_of_each_token_alone():
   batch = BATCH._replace(tokens=tokens, segments=ones, positions=0 * ones)
   score_BTHK = small.jit(gates.scores)(net, batch)[0]
   np.testing.assert_allclose(score_VH, score_BTHK[0].mean(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    name
+    if name in ('headwise', 'softpick')
+    else pytest.param(name, marks=pytest.mark.slow)
+    for name in ('headwise', 'softpick', 'sigmoid', *(n for n in MODELS if 'sink' in n))
+  ],
+)
+def test_maps_are_the_attention_weights_of_the_first_row(name):
+  net = small.model_of(**MODELS[name])
+  index, segment = np.arange(LENGTH), BATCH.segments
+  mask = (index[:, None] >= index[None]) & (segment[:, :, None] == segment[:, None])
+  map_LHTT = np.asarray(small.jit(attention.maps)(net, BATCH))
+  live_T = segment[0] > 0
+  for map_HTT, (trace, _) in zip(map_LHTT, traces(net, BATCH), strict=True):
+    expected, _ = weights_of(trace.attn, net.cfg, mask, segment > 0)
+    np.testing.assert_allclose(
+      map_HTT, expected[0] * live_T[:, None], rtol=1e-5, atol=1e-7
+    )
+  if net.cfg.attn.normalizer == 'softmax':
+    sums = np.broadcast_to(live_T, map_LHTT.shape[:3])
+    np.testing.assert_allclose(map_LHTT.sum(-1), sums, rtol=1e-5)
+
+
+def test_maps_of_long_rows_are_refused():
+  rows = jax.tree.map(lambda x: np.zeros((1, 513), x.dtype), BATCH)
+  with pytest.raises(ValueError, match=r'rows of 513 tokens.* at most 512 are allowed'):
+    attention.maps(small.model_of(), rows)
