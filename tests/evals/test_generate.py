@@ -12,9 +12,11 @@ import pytest
 import small
 
 import gated
+from gated import config, plan
 from gated.data import tokenizer
 from gated.evals import generate, sampling
 from gated.evals.sampling import Sampling
+from gated.run import checkpoint
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 40, n, np.int32) for n in (19, 1, 8)]
@@ -380,3 +382,23 @@ def test_a_loaded_model_continues_ids():
     run.generate(['text'])
   with pytest.raises(ValueError, match='top_k=-2'):
     run.generate(prompts, top_k=-2)
+
+
+@pytest.mark.slow
+def test_eval_prints_prompts_and_their_continuations(run_python, tmp_path):
+  c = small.recipe(model__vocab=264)
+  state = plan.Plan(config.build(plan.Config, c, 'config')).init()
+  digest = tokenizer.load('bytes').fingerprint
+  about = dict(config=c, data=dict(sha256='0', tokenizer=digest))
+  about |= dict(stability=dict(rollbacks=0), heldout_loss=1.0)
+  with checkpoint.Checkpoints(tmp_path / 'checkpoints', keep=1, keep_every=0) as saves:
+    saves.save(1, state, about)
+  options = dict(max_tokens=5, temperature=0, stop=('\n',))
+  texts = gated.load(tmp_path).generate(['def f', 'é'], **options)
+  flags = '--prompt=def f', '--prompt=é', '--max_tokens=5', '--temperature=0', '--stop=\n'
+  done = run_python(['eval.py', f'--workdir={tmp_path}', *flags])
+  assert done.returncode == 0, done.stderr
+  assert done.stdout == f'def f{texts[0]}\n\né{texts[1]}\n'
+  refused = run_python(['eval.py', f'--workdir={tmp_path}', *flags, '--top_p=0'])
+  assert refused.returncode == 2
+  assert refused.stderr.endswith('eval.py: --top_p=0.0, but it must be in (0, 1]\n')
