@@ -80,5 +80,5 @@ def verdicts(after):
   return [int(state.verdict) for _, state, _ in after]
 
 
-def told(state):
+def reported(state):
   return {name: float(value) for name, value in guard.report(state).items()}

@@ -114,9 +114,9 @@ def test_a_run_goes_on_in_another_arrangement_with_the_losses_of_one_device(
   workdir = tmp_path / 'run'
   train(recipe, workdir, first, HALF)
   train(recipe, workdir, then, STEPS)
-  expected, found = straight(recipe), evidence.losses(workdir)
-  assert [step for step, _ in found] == [step for step, _ in expected]
-  difference = [loss - at_one for (_, loss), (_, at_one) in zip(found, expected)]
+  expected, actual = straight(recipe), evidence.losses(workdir)
+  assert [step for step, _ in actual] == [step for step, _ in expected]
+  difference = [loss - at_one for (_, loss), (_, at_one) in zip(actual, expected)]
   np.testing.assert_allclose(difference, 0, atol=1e-5)
   sessions = json.loads((workdir / 'run.json').read_text())['sessions']
   assert [s['restored_step'] for s in sessions] == [-1, HALF]

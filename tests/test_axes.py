@@ -18,17 +18,17 @@ def test_a_float_is_written_so_that_it_comes_back_to_the_last_bit():
 
 
 def test_a_choice_changes_several_knobs_under_one_name():
-  found = axes.choice('variant', baseline={}, wide={'model.width': 8, 'model.ffn': 9})
-  assert [p.labels for p in found] == [{'variant': 'baseline'}, {'variant': 'wide'}]
-  assert found[1].changes == {'model.width': 8, 'model.ffn': 9}
+  points = axes.choice('variant', baseline={}, wide={'model.width': 8, 'model.ffn': 9})
+  assert [p.labels for p in points] == [{'variant': 'baseline'}, {'variant': 'wide'}]
+  assert points[1].changes == {'model.width': 8, 'model.ffn': 9}
 
 
 def test_a_product_has_every_combination_and_the_last_axis_varies_fastest():
-  found = axes.product(LR, axes.seeds(3))
-  assert [(p.changes['optim.lr'], p.changes['seed']) for p in found] == [
+  points = axes.product(LR, axes.seeds(3))
+  assert [(p.changes['optim.lr'], p.changes['seed']) for p in points] == [
     (lr, seed) for lr in (1e-3, 4e-3) for seed in range(3)
   ]
-  assert list(found[0].labels) == ['lr', 'seed']
+  assert list(points[0].labels) == ['lr', 'seed']
   assert axes.product() == [axes.Point({}, {})]
 
 

@@ -40,7 +40,7 @@ def test_a_whole_number_is_taken_for_a_float():
 
 
 @pytest.mark.parametrize(
-  ('changes', 'knob', 'said'),
+  ('changes', 'knob', 'message'),
   [
     (dict(name=3), 'config.name=3', 'str'),
     (dict(lit=1), 'config.lit=1', 'bool'),
@@ -60,11 +60,11 @@ def test_a_whole_number_is_taken_for_a_float():
     (dict(nam='h'), 'config.nam', 'did you mean config.name?'),
   ],
 )
-def test_a_bad_value_is_refused_by_the_knobs_full_name(changes, knob, said):
+def test_a_bad_value_is_refused_by_the_knobs_full_name(changes, knob, message):
   with pytest.raises(ValueError) as error:
     config.build(House, house(**changes), 'config')
   assert str(error.value).startswith(knob)
-  assert said in str(error.value)
+  assert message in str(error.value)
 
 
 def test_a_typo_deep_in_a_recipe_names_the_nearest_knob():
@@ -81,24 +81,24 @@ def test_base_is_a_complete_recipe():
   )
 
 
-def test_nearest_lists_what_is_known_when_nothing_is_near():
+def test_nearest_lists_all_known_names_if_none_is_near():
   assert config.nearest('zzzzz', ['alpha', 'beta']) == '; known are alpha, beta'
 
 
-def test_one_of_lists_what_is_allowed():
+def test_one_of_lists_the_allowed_values():
   config.one_of('config.a', 'x', ('x', 'y'))
   with pytest.raises(ValueError, match=r"config\.a='z', but allowed are 'x', 'y'"):
     config.one_of('config.a', 'z', ('x', 'y'))
 
 
 @pytest.mark.parametrize('value', [0.9, math.nan])
-def test_at_least_refuses_what_is_lower_or_no_number(value):
+def test_at_least_refuses_lower_values_and_nan(value):
   config.at_least('config.a', 1, 1)
   with pytest.raises(ValueError, match=r'config\.a=.* at least 1'):
     config.at_least('config.a', value, 1)
 
 
-def test_within_refuses_what_is_lower_or_higher():
+def test_within_refuses_lower_and_higher_values():
   config.within('config.a', 1, 1, 2)
   config.within('config.a', 2, 1, 2)
   with pytest.raises(ValueError, match=r'config\.a=0, but it must be at least 1'):
@@ -120,7 +120,7 @@ def test_divides_names_both_knobs(divisor):
     config.divides('config.a', 6, 'config.b', divisor)
 
 
-def test_differences_are_told_by_full_name_and_take_a_list_for_a_tuple():
+def test_differences_use_full_names_and_treat_lists_as_tuples():
   old = dict(a=1, b=dict(c=(1, 2), d='x', gone=None))
   new = dict(a=1, b=dict(c=[1, 2], d='y', come=0))
   assert config.differences(old, new) == {

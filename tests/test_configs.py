@@ -168,12 +168,12 @@ def test_a_dense_gates_parameters_are_taken_from_the_ffn(row, exact, rounded, ke
 
 
 def test_table_2_trains_as_long_and_as_fast_as_the_paper():
-  said = {
+  knobs = {
     row: (c['optim']['lr'], c['batch'], c['steps'])
     for row in ('28l_4e-3', '28l_3.5t_4.5e-3', '48l_8e-3', '48l_1t_5.3e-3')
     for c in [recipe(f'table2:{row}_baseline')]
   }
-  assert said == {
+  assert knobs == {
     '28l_4e-3': (4e-3, 1024, 95_367),
     '28l_3.5t_4.5e-3': (4.5e-3, 2048, 417_233),
     '48l_8e-3': (8e-3, 1024, 95_367),
@@ -202,15 +202,15 @@ def test_table_2_trains_as_long_and_as_fast_as_the_paper():
     ('table6:switch_v_8top2', dict(ppl=5.870, hellaswag=74.17)),
   ],
 )
-def test_a_row_carries_what_the_paper_printed(row, published):
-  found = build(recipe(row)).paper.published
-  assert found | published == found
-  # Where it printed nothing there is nothing.
+def test_a_row_holds_the_printed_results(row, published):
+  printed = build(recipe(row)).paper.published
+  assert printed | published == printed
+  # Values that the paper does not print are absent.
   assert 'gate_score' not in build(recipe('table4:baseline')).paper.published
   assert set(build(recipe('table2:48l_1t_8e-3_baseline')).paper.published) == {'max_lr'}
 
 
-def test_a_row_says_what_the_paper_leaves_open():
+def test_a_row_names_choices_that_the_paper_leaves_open():
   assumed = build(recipe('table1:plus4_experts')).paper.assumed
   assert any('inferred' in text for text in assumed)
   assert not any('inferred' in text for text in recipe('table1:k8')['paper']['assumed'])
@@ -221,7 +221,7 @@ def test_a_row_says_what_the_paper_leaves_open():
 
 
 @pytest.mark.parametrize(
-  ('get_config', 'argument', 'said'),
+  ('get_config', 'argument', 'message'),
   [
     (
       table1.get_config,
@@ -234,8 +234,8 @@ def test_a_row_says_what_the_paper_leaves_open():
     (dense_1b7.get_config, '12l', '28l, 48l, gate=none'),
   ],
 )
-def test_a_row_that_does_not_exist_lists_those_that_do(get_config, argument, said):
-  with pytest.raises(ValueError, match=said):
+def test_a_row_that_does_not_exist_lists_those_that_do(get_config, argument, message):
+  with pytest.raises(ValueError, match=message):
     get_config(argument)
 
 
@@ -285,15 +285,15 @@ def test_preflight_counts_a_row_and_ends_in_json(run_python):
   row = '--config=configs/table1.py:g1_headwise'
   done = count(run_python, row, '--count')
   assert done.returncode == 0, done.stderr
-  found = json.loads(done.stdout.splitlines()[-1])
-  assert set(found) == {
+  counts = json.loads(done.stdout.splitlines()[-1])
+  assert set(counts) == {
     *('total', 'active', 'embedding', 'attention', 'gate', 'experts'),
     *('added', 'paper_added', 'flops_per_token'),
   }
-  assert found['added'] == found['gate'] == L * D * H
-  assert found['paper_added'] == 1_600_000
-  assert found['experts'] == L * 128 * 3 * D * F
-  assert found['total'] == parameters(recipe('table1:g1_headwise'))
+  assert counts['added'] == counts['gate'] == L * D * H
+  assert counts['paper_added'] == 1_600_000
+  assert counts['experts'] == L * 128 * 3 * D * F
+  assert counts['total'] == parameters(recipe('table1:g1_headwise'))
   assert 'over table1.py:baseline,scale=paper' in done.stdout
 
 
@@ -301,14 +301,16 @@ def test_preflight_counts_a_row_and_ends_in_json(run_python):
 def test_preflight_takes_knobs_as_training_does(run_python):
   row = '--config=configs/table4.py:baseline,scale=test'
   done = count(run_python, row, '--config.model.depth=3', '--count')
-  found = json.loads(done.stdout.splitlines()[-1])
-  assert found['paper_added'] is None
+  counts = json.loads(done.stdout.splitlines()[-1])
+  assert counts['paper_added'] is None
   # Over the baseline as it stands in its file: a layer more.
-  assert found['added'] == found['total'] - parameters(recipe('table4:baseline', 'test'))
+  assert counts['added'] == counts['total'] - parameters(
+    recipe('table4:baseline', 'test')
+  )
 
 
 @pytest.mark.parametrize(
-  ('flags', 'said'),
+  ('flags', 'message'),
   [
     (['--config=configs/table1.py:k9', '--count'], "recipe argument 'k9': allowed are"),
     (['--config=configs/table5.py', '--count'], 'configs/table1.py'),
@@ -318,8 +320,8 @@ def test_preflight_takes_knobs_as_training_does(run_python):
   ],
 )
 @pytest.mark.slow
-def test_preflight_refuses_in_one_line(flags, said, run_python):
+def test_preflight_refuses_in_one_line(flags, message, run_python):
   done = count(run_python, *flags)
   assert done.returncode == 2
-  assert said in done.stderr
+  assert message in done.stderr
   assert len(done.stderr.splitlines()) == 1

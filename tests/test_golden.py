@@ -73,11 +73,11 @@ def losses(gate, accum):
   run = jax.jit(functools.partial(run, loss=cfg.loss))
   build = functools.partial(model.Transformer, cfg.model)
   state = jax.jit(lambda: step.init(build, tx, 0))()
-  found = []
+  values = []
   for i in range(5):
     state, metrics = run(state, small.batch(8, cfg.data.length, seed=i))
-    found.append(float(metrics['loss']))
-  return found
+    values.append(float(metrics['loss']))
+  return values
 
 
 @pytest.mark.parametrize('name', RECIPES)
@@ -92,7 +92,7 @@ GATES = [g if g == FAST else pytest.param(g, marks=pytest.mark.slow) for g in ba
 
 @pytest.mark.parametrize('accum', [1, pytest.param(2, marks=pytest.mark.full)])
 @pytest.mark.parametrize('gate', GATES)
-def test_the_first_losses_are_what_they_were(gate, accum):
+def test_the_first_losses_have_not_changed(gate, accum):
   """To 1e-5 of a loss, as versions and processors differ in the last bits."""
   golden = json.loads((FOLDER / 'losses.json').read_text())
   np.testing.assert_allclose(losses(gate, accum), golden[gate], rtol=1e-5, err_msg=STALE)

@@ -59,15 +59,15 @@ def name(path):
 def imports(path):
   """File -> the dotted names it imports, wherever in the file, relative ones resolved."""
   package = path.relative_to(ROOT).parent.parts
-  found = set()
+  names = set()
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
-      found |= {alias.name for alias in node.names}
+      names |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
       base = package[: len(package) - node.level + 1] if node.level else ()
       module = '.'.join([*base, *([node.module] if node.module else [])])
-      found |= {f'{module}.{alias.name}' for alias in node.names}
-  return found
+      names |= {f'{module}.{alias.name}' for alias in node.names}
+  return names
 
 
 def tops(path):

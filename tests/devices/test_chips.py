@@ -60,8 +60,8 @@ _ASK = """
 from jax.experimental import topologies
 import sys
 for name in sys.argv[1:]:
-  found = topologies.get_topology_desc(platform='tpu', topology_name=name).devices
-  print(name, len({(*d.coords,) for d in found}), found[0].device_kind, sep='|')
+  devices = topologies.get_topology_desc(platform='tpu', topology_name=name).devices
+  print(name, len({(*d.coords,) for d in devices}), devices[0].device_kind, sep='|')
 """
 
 
@@ -74,6 +74,6 @@ def test_the_compiler_knows_every_slice(run_for_tpu):
   }
   done = run_for_tpu(['-c', _ASK, *sizes])
   assert done.returncode == 0, done.stderr[-2000:]
-  found = [line.split('|') for line in done.stdout.splitlines()]
-  assert {name: int(size) for name, size, _ in found} == sizes
-  assert all(chips.of(kind) is chips.CHIPS[n.split(':')[0]] for n, _, kind in found)
+  lines = [line.split('|') for line in done.stdout.splitlines()]
+  assert {name: int(size) for name, size, _ in lines} == sizes
+  assert all(chips.of(kind) is chips.CHIPS[n.split(':')[0]] for n, _, kind in lines)

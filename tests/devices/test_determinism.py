@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import small
 
-from gated import kernels, plan, storage
+from gated import kernels, storage
 from gated.devices import determinism, mesh
 from gated.model import moe
+from gated.plan import Plan
 from gated.run import metrics, workdir
 from gated.train import step
 
@@ -143,13 +144,13 @@ def test_a_step_for_gpus_adds_no_floats_by_a_scatter(monkeypatch):
   gate = dict(model__attn__gate__position='sdpa', model__attn__backend='reference')
   experts = dict(model__moe__experts=4, model__moe__top_k=2)
   cfg = small.whole(**gate, **experts, model__numerics__compute='bfloat16')
-  the = plan.Plan(cfg, jax.devices()[:1])
+  plan = Plan(cfg, jax.devices()[:1])
   batch = jax.tree.map(jnp.asarray, small.batch(8, cfg.data.length))
 
   def sums():
     """The shapes of floats that values are added to where indices may be the same."""
-    opts = dict(tx=the.tx, schedule=the.schedule, loss=cfg.loss, accum=1)
-    run = jax.jit(functools.partial(step.train, **opts)).trace(the.state, batch)
+    opts = dict(tx=plan.tx, schedule=plan.schedule, loss=cfg.loss, accum=1)
+    run = jax.jit(functools.partial(step.train, **opts)).trace(plan.state, batch)
     text = run.lower(lowering_platforms=('cuda',)).as_text()
     for scatter in text.split('"stablehlo.scatter"')[1:]:
       shapes = re.search(r'\}\) : \(tensor<(\w+)>', scatter)

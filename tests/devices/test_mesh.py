@@ -37,7 +37,7 @@ def test_every_axis_is_left_to_the_partitioner():
 
 
 @pytest.mark.parametrize(
-  ('sizes', 'said'),
+  ('sizes', 'message'),
   [
     (dict(fsdp=4), r'config\.mesh\.fsdp=4 .* is not the 8 devices'),
     (dict(fsdp=16), r'config\.mesh\.fsdp=16 .* is not the 8 devices'),
@@ -47,8 +47,8 @@ def test_every_axis_is_left_to_the_partitioner():
     (dict(context=-2), r'config\.mesh\.context=-2'),
   ],
 )
-def test_sizes_that_do_not_make_the_devices_are_refused(sizes, said):
-  with pytest.raises(ValueError, match=said):
+def test_sizes_that_do_not_make_the_devices_are_refused(sizes, message):
+  with pytest.raises(ValueError, match=message):
     make(**sizes)
 
 
@@ -104,15 +104,15 @@ def test_machines_of_gpus_are_no_slices():
 
 
 @pytest.mark.parametrize(
-  ('sizes', 'said'),
+  ('sizes', 'message'),
   [
     (dict(tensor=8), r'config\.mesh\.data=1 or config\.mesh\.fsdp=1 must be .* 2 slices'),
     (dict(expert=8), 'no other axis may cross'),
     (dict(context=4, expert=2), 'no other axis may cross'),
   ],
 )
-def test_no_other_axis_may_cross_slices(sizes, said):
-  with pytest.raises(ValueError, match=said):
+def test_no_other_axis_may_cross_slices(sizes, message):
+  with pytest.raises(ValueError, match=message):
     mesh.make(**ONES | sizes, devices=slices(2, 4))
 
 
@@ -155,8 +155,8 @@ def test_an_axis_of_size_one_carries_no_name():
 def test_a_size_that_the_mesh_cannot_split_is_refused_by_its_knob():
   on = make(data=2, fsdp=4)
   mesh.check('batch', 16, on)
-  said = r'config\.batch=12 .* config\.mesh\.data=2 \* config\.mesh\.fsdp=4'
-  with pytest.raises(ValueError, match=said):
+  message = r'config\.batch=12 .* config\.mesh\.data=2 \* config\.mesh\.fsdp=4'
+  with pytest.raises(ValueError, match=message):
     mesh.check('batch', 12, on)
 
 

@@ -52,15 +52,15 @@ def gradient(kind: str, gate: str, **sizes: int):
 
 def assert_same(kind, gate, sizes):
   exact, exact_gradient = gradient(kind, gate)
-  metrics, found = gradient(kind, gate, **sizes)
+  metrics, gradients = gradient(kind, gate, **sizes)
   np.testing.assert_allclose(metrics['loss'], exact['loss'], rtol=0, atol=1e-5)
   for name, value in exact.items():
     np.testing.assert_allclose(metrics[name], value, rtol=2e-5, err_msg=name)
-  assert found.keys() == exact_gradient.keys()
+  assert gradients.keys() == exact_gradient.keys()
   for name, value in exact_gradient.items():
     assert np.abs(value).max() > 0, name
     atol = 1e-5 * max(1.0, np.abs(value).max())
-    np.testing.assert_allclose(found[name], value, rtol=0, atol=atol, err_msg=name)
+    np.testing.assert_allclose(gradients[name], value, rtol=0, atol=atol, err_msg=name)
 
 
 FEW = [

@@ -18,20 +18,22 @@ def pairs(seed, *, vocab, rows=4, tokens=50):
 
 def test_a_summary_is_the_ratio_of_the_sums():
   nll_R, weight_R, bytes_R = np.array([[20.0, 10, 3], [10, 10, 2], [40, 20, 5]])
-  got = evals.summarize(nll_R, weight_R, bytes_R)
-  assert got['nats_per_token'] == pytest.approx(33 / 22)
-  assert got['perplexity'] == pytest.approx(math.exp(33 / 22))
-  assert got['bits_per_byte'] == pytest.approx(33 / math.log(2) / 65)
-  assert (got['tokens'], got['bytes'], got['rows']) == (22, 65, 3)
+  actual = evals.summarize(nll_R, weight_R, bytes_R)
+  assert actual['nats_per_token'] == pytest.approx(33 / 22)
+  assert actual['perplexity'] == pytest.approx(math.exp(33 / 22))
+  assert actual['bits_per_byte'] == pytest.approx(33 / math.log(2) / 65)
+  assert (actual['tokens'], actual['bytes'], actual['rows']) == (22, 65, 3)
 
 
 def test_rows_without_tokens_do_not_count_and_one_row_has_no_error():
-  one = evals.summarize(np.array([2.0, 0.0]), np.array([4, 0]), np.array([8, 0]))
-  assert one['rows'] == 1 and one['nats_per_token'] == 0.5
-  assert one['nats_per_token_stderr'] is None and one['bits_per_byte_stderr'] is None
+  single = evals.summarize(np.array([2.0, 0.0]), np.array([4, 0]), np.array([8, 0]))
+  assert single['rows'] == 1 and single['nats_per_token'] == 0.5
+  assert (
+    single['nats_per_token_stderr'] is None and single['bits_per_byte_stderr'] is None
+  )
 
 
-def test_nothing_to_evaluate_is_said():
+def test_rows_without_counted_tokens_are_refused():
   with pytest.raises(ValueError, match='no row to evaluate holds a counted token'):
     evals.summarize(np.zeros(3), np.zeros(3), np.zeros(3))
 
@@ -43,10 +45,10 @@ def test_the_standard_error_is_the_spread_over_repeated_samples():
     weight_R = rng.integers(50, 200, 60)
     # A row shares its difficulty: its tokens are far from independent.
     nll_R = weight_R * rng.normal(3, 0.5, 60)
-    got = evals.summarize(nll_R, weight_R, weight_R * 4)
-    values.append(got['nats_per_token'])
-    claimed.append(got['nats_per_token_stderr'])
-    ratio = got['bits_per_byte_stderr'] / got['nats_per_token_stderr']
+    actual = evals.summarize(nll_R, weight_R, weight_R * 4)
+    values.append(actual['nats_per_token'])
+    claimed.append(actual['nats_per_token_stderr'])
+    ratio = actual['bits_per_byte_stderr'] / actual['nats_per_token_stderr']
     assert ratio == pytest.approx(1 / (4 * math.log(2)))
   assert np.std(values) == pytest.approx(np.mean(claimed), rel=0.15)
 
@@ -65,9 +67,9 @@ def test_bigram_follows_its_formula():
   bigram = evals.Bigram.fit([(tokens, targets, np.ones((1, 4)))], vocab=4)
   # p(w) = (n(w) + 1) / (4 + 4); after 0: 3 tokens, 2 different ones.
   expected = [(2 + 2 * 3 / 8) / 5, (0 + 2 * 1 / 8) / 5, (1 + 1 * 2 / 8) / 2, 1 / 8]
-  got = bigram.nll(np.array([0, 0, 1, 3]), np.array([1, 3, 0, 3]))
-  np.testing.assert_allclose(got, -np.log(expected), rtol=1e-12)
-  assert got.dtype == np.float64
+  actual = bigram.nll(np.array([0, 0, 1, 3]), np.array([1, 3, 0, 3]))
+  np.testing.assert_allclose(actual, -np.log(expected), rtol=1e-12)
+  assert actual.dtype == np.float64
 
 
 def test_targets_of_weight_zero_are_no_pairs():
@@ -103,7 +105,7 @@ def test_a_token_outside_the_vocabulary_is_refused(bad):
     evals.Bigram.fit([(tokens, tokens, np.ones((1, 2)))], vocab=8)
 
 
-def test_xz_is_what_xz_makes_of_it():
+def test_xz_counts_the_bytes_of_the_compressed_text():
   text = bytes(random.Random(0).choices(b'ab', k=4000))
   packed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
   assert evals.xz(text) == 8 * len(packed) / 4000

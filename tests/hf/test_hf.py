@@ -247,7 +247,7 @@ def test_load_save_load_is_exact(name, packing, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['qwen3', 'qwen3_yarn', 'qwen3_moe'])
-def test_what_transformers_wrote_is_written_again(name, tmp_path):
+def test_a_checkpoint_of_transformers_is_written_unchanged(name, tmp_path):
   hf.save(hf.load(golden(name)), tmp_path / 'out')
   theirs, ours = files.Tensors(golden(name)), files.Tensors(tmp_path / 'out')
   assert ours.headers == theirs.headers
@@ -275,7 +275,7 @@ def test_a_checkpoint_is_written_in_another_dtype(tmp_path):
 
 
 @pytest.mark.parametrize('gate', base.GATES)
-def test_a_model_of_ours_with_biases_comes_back(gate, tmp_path):
+def test_our_model_with_biases_survives_a_round_trip(gate, tmp_path):
   """A gate of theirs has a bias beside the others'; ours has none, which is zero."""
   changes = {f'attn__gate__{k}': v for k, v in base.GATES[gate].items()}
   params = small.model_of(**changes, attn__bias=True, attn__out_bias=True)
@@ -310,7 +310,7 @@ def test_a_sharded_model_is_read_in_place(name):
 
 
 @pytest.mark.parametrize('name', MODELS[:5])
-def test_transformers_opens_what_is_saved(name, tmp_path):
+def test_transformers_opens_a_saved_model(name, tmp_path):
   transformers, torch = map(pytest.importorskip, ('transformers', 'torch'))
   packing = 'per_head' if name in GATED else 'grouped'
   hf.save(hf.load(golden(name)), tmp_path / 'out', packing=packing, shard_bytes=16_000)

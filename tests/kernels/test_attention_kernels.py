@@ -63,9 +63,9 @@ def attend_by_hand(q, k, v, segments, dy):
   causal = np.tril(np.ones((length, length), bool))
   for b, h in itertools.product(range(q.shape[0]), range(q.shape[2])):
     g = h // (q.shape[2] // k.shape[2])
-    seen = causal & (segments[b][:, None] == segments[b][None])
+    visible = causal & (segments[b][:, None] == segments[b][None])
     score = q[b, :, h] @ k[b, :, g].T / np.sqrt(q.shape[-1])
-    weight = np.where(seen, np.exp(score - score.max(-1, keepdims=True)), 0)
+    weight = np.where(visible, np.exp(score - score.max(-1, keepdims=True)), 0)
     weight /= weight.sum(-1, keepdims=True)
     y[b, :, h] = weight @ v[b, :, g]
     dv[b, :, g] += weight.T @ dy[b, :, h]
@@ -94,14 +94,14 @@ def test_attention_and_its_gradients_are_the_definition(backend, dtype, kv_heads
     return y, *back(dy)
 
   ours = run(q, k, v, dy)
-  seen = packing if packed else np.ones_like(packing)
+  visible = packing if packed else np.ones_like(packing)
   exact = attend_by_hand(
-    *(np.asarray(a, np.float64) for a in (q, k, v)), seen, np.asarray(dy)
+    *(np.asarray(a, np.float64) for a in (q, k, v)), visible, np.asarray(dy)
   )
   tolerance = 2e-5 if dtype == jnp.float32 else 0.03
   for name, a, b in zip(('y', 'dq', 'dk', 'dv'), ours, exact):
     # Padding is nobody's: what a backend puts there does not matter, if it is finite.
-    real = np.asarray(seen > 0)
+    real = np.asarray(visible > 0)
     assert a.dtype == dtype
     assert np.isfinite(np.asarray(a, np.float32)).all()
     np.testing.assert_allclose(
@@ -121,7 +121,7 @@ def shapes_of(backend, length, **opts):
 
 @pytest.fixture
 def only_here(monkeypatch, caplog):
-  """The backends as they are, none of them interpreted, and what is said of them."""
+  """The backends as they are, none of them interpreted, and their messages."""
   if jax.default_backend() != 'cpu':
     pytest.skip('says what a machine without an accelerator says')
   monkeypatch.setitem(kernels.ATTENTION, 'splash', contract._splash)
@@ -140,12 +140,12 @@ def test_auto_takes_blocks_for_a_long_row_and_never_the_reference(only_here):
   assert shapes_of('reference', 4097).shape == (1, 4097, 2, 8)
 
 
-def test_what_only_the_reference_can_do_is_refused_for_a_long_row(only_here):
+def test_a_long_row_does_not_use_the_reference(only_here):
   with pytest.raises(NotImplementedError) as error:
     shapes_of('auto', 4097, normalizer='sigmoid')
-  said = str(error.value)
-  assert "config.model.attn.backend='reference'" in said and '4096' in said
-  assert all(name in said for name in kernels.ATTENTION)
+  message = str(error.value)
+  assert "config.model.attn.backend='reference'" in message and '4096' in message
+  assert all(name in message for name in kernels.ATTENTION)
 
 
 def test_auto_takes_the_reference_for_a_short_row_and_says_so_once(only_here):
@@ -157,14 +157,14 @@ def test_auto_takes_the_reference_for_a_short_row_and_says_so_once(only_here):
 
 
 @pytest.mark.parametrize(('backend', 'needs'), [('cudnn', 'GPU'), ('splash', 'TPU')])
-def test_a_named_backend_that_cannot_says_what_it_lacks(only_here, backend, needs):
+def test_a_named_backend_reports_the_unsupported_case(only_here, backend, needs):
   q = jnp.ones((1, 4, 1, 8), jnp.bfloat16)
   with pytest.raises(NotImplementedError, match=f'{backend} needs a {needs}'):
     kernels.attend(q, q, q, None, backend=backend, max_segments=8)
 
 
 @pytest.mark.parametrize(
-  ('shape', 'dtype', 'opts', 'said'),
+  ('shape', 'dtype', 'opts', 'message'),
   [
     ((1, 192, 2, 8), jnp.float32, {}, 'multiples of 128 tokens, not 192'),
     ((1, 128, 2, 8), jnp.float16, {}, 'computes in bfloat16 or float32, not float16'),
@@ -172,9 +172,9 @@ def test_a_named_backend_that_cannot_says_what_it_lacks(only_here, backend, need
     ((1, 128, 2, 8), jnp.float32, dict(normalizer='softpick'), 'no softpick attention'),
   ],
 )
-def test_splash_says_what_it_lacks(shape, dtype, opts, said):
+def test_splash_names_the_unsupported_case(shape, dtype, opts, message):
   q = jnp.ones(shape, dtype)
-  with pytest.raises(NotImplementedError, match=f'splash .*{said}'):
+  with pytest.raises(NotImplementedError, match=f'splash .*{message}'):
     kernels.attend(q, q, q, None, backend='splash', max_segments=8, **opts)
 
 
@@ -236,21 +236,21 @@ def test_segment_runs_of_random_rows():
     assert sum(s for s in size if s >= 0) == 24
 
 
-def variant(score, seen, normalizer):
+def variant(score, visible, normalizer):
   """Scores (T, S) of a head and which count -> weights, as their papers write them."""
   if normalizer == 'sigmoid':
-    weight = 1 / (1 + np.exp(-(score - np.log(seen.sum(-1, keepdims=True)))))
-    return np.where(seen, weight, 0)
+    weight = 1 / (1 + np.exp(-(score - np.log(visible.sum(-1, keepdims=True)))))
+    return np.where(visible, weight, 0)
   if normalizer == 'softpick':
-    e = np.where(seen, np.exp(score) - 1, 0)
+    e = np.where(visible, np.exp(score) - 1, 0)
     return np.maximum(e, 0) / (np.abs(e).sum(-1, keepdims=True) + 1e-8)
-  weight = np.where(seen, np.exp(score), 0)
+  weight = np.where(visible, np.exp(score), 0)
   return weight / weight.sum(-1, keepdims=True)
 
 
 @pytest.mark.parametrize('cap', [0.0, 1.5])
 @pytest.mark.parametrize('normalizer', kernels.NORMALIZERS)
-def test_what_takes_the_softmaxs_place_is_its_formula(normalizer, cap):
+def test_normalizers_match_their_formulas(normalizer, cap):
   q, k, v = draw_qkv(scale=1.5)
   causal = np.tril(np.ones((T, T), bool))
   ours = small.jit(
@@ -265,10 +265,10 @@ def test_what_takes_the_softmaxs_place_is_its_formula(normalizer, cap):
   )(q, k, v)
   q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
   for b, h in itertools.product(range(len(SEGMENTS)), range(H)):
-    seen = causal & (SEGMENTS[b][:, None] == SEGMENTS[b][None])
+    visible = causal & (SEGMENTS[b][:, None] == SEGMENTS[b][None])
     score = q[b, :, h] @ k[b, :, h // (H // G)].T / np.sqrt(K)
     score = cap * np.tanh(score / cap) if cap else score
-    exact = variant(score, seen, normalizer) @ v[b, :, h // (H // G)]
+    exact = variant(score, visible, normalizer) @ v[b, :, h // (H // G)]
     np.testing.assert_allclose(ours[b, :, h], exact, atol=1e-5)
 
 
@@ -350,16 +350,16 @@ def test_cudnns_log_sum_exp_and_its_gradients_are_the_references():
       np.testing.assert_allclose(x, y, atol=0.06 * np.abs(y).max())
 
 
-def test_what_no_fused_kernel_can_do_runs_on_the_reference_and_says_so(only_here):
+def test_unsupported_cases_run_on_the_reference_and_are_logged(only_here):
   q = jnp.ones((1, 8, 2, 8))
-  for opts, said in (
+  for opts, message in (
     (dict(normalizer='softpick'), 'has no softpick attention'),
     (dict(cap=2.0), 'has no soft cap'),
   ):
     choice.log.cache_clear()
     kernels.attend(q, q, q, None, backend='auto', max_segments=8, **opts)
-    assert f'reference backend (cudnn {said};' in only_here.records[-1].message
-    with pytest.raises(NotImplementedError, match=said):
+    assert f'reference backend (cudnn {message};' in only_here.records[-1].message
+    with pytest.raises(NotImplementedError, match=message):
       kernels.attend(q, q, q, None, backend='cudnn', max_segments=8, **opts)
 
 
@@ -430,7 +430,7 @@ def test_the_grouped_product_and_its_gradients_are_the_definition(backend, dtype
 
 
 @pytest.mark.parametrize('n', [128, 384, 768, 896, 2048, 5120])
-def test_blocks_on_a_tpu_divide_what_they_cut(n):
+def test_blocks_on_a_tpu_divide_the_sizes(n):
   for block, most in zip(grouped_tpu._blocks(n, n, n), grouped_tpu.BLOCK):
     assert n % block == block % 128 == 0 < block <= most
 

@@ -101,9 +101,9 @@ def test_rows_without_segments_are_split_too(backend):
 
 
 def test_tokens_that_do_not_make_whole_halves_of_shards_are_refused():
-  q, said = jnp.ones((1, 12, 2, 8)), r'8 equal parts of a row.*12 tokens'
+  q, message = jnp.ones((1, 12, 2, 8)), r'8 equal parts of a row.*12 tokens'
   where = on(context=4)
-  with jax.set_mesh(where), pytest.raises(NotImplementedError, match=said):
+  with jax.set_mesh(where), pytest.raises(NotImplementedError, match=message):
     kernels.attend(q, q, q, None, backend='blockwise', max_segments=8)
 
 

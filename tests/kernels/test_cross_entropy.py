@@ -80,7 +80,7 @@ def test_vocab_loss_without_a_gradient_is_the_same():
   assert_loss((total, nll, lse), loss_by_hand(*problem, 0.01)[:3], 1e-5)
 
 
-def test_vocab_loss_passes_on_what_its_total_is_multiplied_by():
+def test_vocab_loss_scales_its_gradient_by_the_cotangent():
   problem = loss_problem()
   *_, dx, dw = loss_and_gradients(*problem, z=0.01, chunk=16, scale=-2.0)
   *_, exact_dx, exact_dw = loss_by_hand(*problem, 0.01)

@@ -11,9 +11,10 @@ import optax
 import pytest
 import small
 
-from gated import model, plan
+from gated import model
 from gated.devices import mesh, trees
 from gated.model import layers, moe
+from gated.plan import Plan
 from gated.train import guard, optim, step
 
 D, F, E, K = 12, 10, 6, 2
@@ -461,9 +462,9 @@ def test_the_router_computes_in_float32_whatever_the_model_does():
 @pytest.mark.usefixtures('no_transfers')
 def test_a_step_with_experts_makes_no_transfer():
   with jax.transfer_guard('allow'):
-    the = plan.Plan(small.whole(accum=2, batch=16, **KNOBS))
-    run, state = the.train_step().compile(), the.init()
-    batch = mesh.place(small.batch(16, 16), the.mesh, 16)
+    plan = Plan(small.whole(accum=2, batch=16, **KNOBS))
+    run, state = plan.train_step().compile(), plan.init()
+    batch = mesh.place(small.batch(16, 16), plan.mesh, 16)
   state, metrics = run(state, batch)
   jax.block_until_ready(metrics)
   with jax.transfer_guard('allow'):
@@ -497,7 +498,7 @@ def test_experts_that_the_mesh_does_not_divide_are_refused():
   with pytest.raises(
     ValueError, match=r'moe\.experts=6 must be a multiple of .*expert=4'
   ):
-    plan.Plan(
+    Plan(
       small.whole(
         model__moe__experts=6, model__moe__top_k=2, mesh__expert=4, mesh__fsdp=2, batch=8
       )

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import small
 
-from gated import data, plan
+from gated import data
+from gated import plan as plans
 from gated.devices import mesh, trees
 from gated.train import losses
 
@@ -89,22 +90,22 @@ REFUSED = [
 
 
 @pytest.mark.usefixtures('nothing_compiled')
-@pytest.mark.parametrize(('changes', 'said'), REFUSED, ids=lambda v: str(v)[:40])
-def test_what_cannot_run_is_refused_by_its_knobs(changes, said):
-  with pytest.raises(ValueError, match=said):
-    plan.Plan(small.whole(**changes))
+@pytest.mark.parametrize(('changes', 'message'), REFUSED, ids=lambda v: str(v)[:40])
+def test_an_impossible_run_is_refused_by_its_knobs(changes, message):
+  with pytest.raises(ValueError, match=message):
+    plans.Plan(small.whole(**changes))
 
 
 @pytest.mark.usefixtures('nothing_compiled')
-def test_a_plan_knows_what_a_run_will_be_without_running_it():
-  the = plan.Plan(small.whole(accum=2, batch=16, model__attn__gate__position='sdpa'))
-  assert dict(the.mesh.shape) == dict(data=1, fsdp=8, expert=1, tensor=1, context=1)
-  assert (the.tokens_per_step, the.micro) == (256, 8)
-  ungated = plan.Plan(small.whole()).parameters
-  assert the.parameters - ungated == 2 * 16 * 4 * 8
-  assert the.parameters == sum(x.size for x in jax.tree.leaves(the.state.model))
-  assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(the.state))
-  table = trees.flatten(the.state)
+def test_a_plan_describes_a_run_without_running_it():
+  plan = plans.Plan(small.whole(accum=2, batch=16, model__attn__gate__position='sdpa'))
+  assert dict(plan.mesh.shape) == dict(data=1, fsdp=8, expert=1, tensor=1, context=1)
+  assert (plan.tokens_per_step, plan.micro) == (256, 8)
+  ungated = plans.Plan(small.whole()).parameters
+  assert plan.parameters - ungated == 2 * 16 * 4 * 8
+  assert plan.parameters == sum(x.size for x in jax.tree.leaves(plan.state.model))
+  assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(plan.state))
+  table = trees.flatten(plan.state)
   # Adam's moments lie beside their weights.
   spec = jax.P(None, 'fsdp', None, None)
   assert table['model.blocks.attn.gate.weight'].sharding.spec == spec
@@ -114,11 +115,11 @@ def test_a_plan_knows_what_a_run_will_be_without_running_it():
 
 @pytest.mark.usefixtures('nothing_compiled')
 def test_the_train_step_is_lowered_and_not_compiled():
-  the = plan.Plan(small.whole())
-  lowered = the.train_step()
-  out, wanted = trees.flatten(lowered.out_info[0]), trees.flatten(the.state)
+  plan = plans.Plan(small.whole())
+  lowered = plan.train_step()
+  out, expected = trees.flatten(lowered.out_info[0]), trees.flatten(plan.state)
   assert {name: leaf.shape for name, leaf in out.items()} == {
-    name: leaf.shape for name, leaf in wanted.items()
+    name: leaf.shape for name, leaf in expected.items()
   }
 
 
@@ -127,31 +128,31 @@ def test_a_row_too_long_for_any_backend_is_refused_as_the_step_is_lowered():
   if jax.default_backend() == 'cpu':
     # Softmax has blocks in plain XLA; what takes its place has the reference alone.
     knobs = dict(data__length=4104, model__attn__normalizer='sigmoid')
-    the = plan.Plan(small.whole(**knobs))
+    plan = plans.Plan(small.whole(**knobs))
     with pytest.raises(
       NotImplementedError, match=r"config\.model\.attn\.backend='reference'"
     ):
-      the.train_step()
+      plan.train_step()
 
 
 def test_batch_shapes_are_those_of_a_placed_batch():
-  the = plan.Plan(small.whole(mesh__fsdp=4, mesh__context=2))
-  placed = mesh.place(small.batch(8, 16), the.mesh, 8)
-  for name, shape, array in zip(data.Batch._fields, the.batch_shapes(8), placed):
+  plan = plans.Plan(small.whole(mesh__fsdp=4, mesh__context=2))
+  placed = mesh.place(small.batch(8, 16), plan.mesh, 8)
+  for name, shape, array in zip(data.Batch._fields, plan.batch_shapes(8), placed):
     assert (shape.shape, shape.dtype) == (array.shape, array.dtype), name
     assert shape.sharding == array.sharding
 
 
 def test_the_first_state_is_made_where_it_lives_and_is_the_same_on_any_mesh():
-  the = plan.Plan(small.whole(mesh__fsdp=2, mesh__tensor=2, mesh__context=2))
+  plan = plans.Plan(small.whole(mesh__fsdp=2, mesh__tensor=2, mesh__context=2))
   jax.config.update('jax_disable_most_optimizations', True)
   try:
-    state = the.init()
+    state = plan.init()
   finally:
     jax.config.update('jax_disable_most_optimizations', False)
   shapes, single = (
-    trees.flatten(the.state),
-    trees.flatten(small.transformer(the.cfg.model)),
+    trees.flatten(plan.state),
+    trees.flatten(small.transformer(plan.cfg.model)),
   )
   for name, leaf in trees.flatten(state).items():
     assert leaf.sharding == shapes[name].sharding, name
@@ -171,12 +172,12 @@ def test_the_first_state_is_made_where_it_lives_and_is_the_same_on_any_mesh():
 )
 def test_exact_asks_for_exact_products_of_a_float32_model_alone(compute, precision):
   cfg = small.model_config(numerics__compute=compute)
-  seen = []
-  run = plan.exact(
-    cfg, lambda x: seen.append(jax.config.jax_default_matmul_precision) or x
+  precisions = []
+  run = plans.exact(
+    cfg, lambda x: precisions.append(jax.config.jax_default_matmul_precision) or x
   )
   assert run(3) == 3
-  assert seen == [precision]
+  assert precisions == [precision]
   assert jax.config.jax_default_matmul_precision is None
 
 
@@ -184,10 +185,10 @@ def test_the_evaluation_step_is_the_same_on_any_mesh():
   cfg = small.whole(model__attn__gate__position='sdpa')
   net, batch = small.model_of(attn__gate__position='sdpa'), small.batch(8, 16)
   exact = small.jit(lambda m, b: losses.per_row(m, b, chunk=16))(net, batch)
-  the = plan.Plan(small.whole(mesh__fsdp=2, mesh__tensor=2, mesh__context=2))
-  placed = jax.device_put(net, mesh.shardings(net, the.mesh))
-  evaluate = plan.evaluate_step(cfg.model, the.mesh, 16)
-  ours = evaluate(placed, mesh.place(batch, the.mesh, 8))
+  plan = plans.Plan(small.whole(mesh__fsdp=2, mesh__tensor=2, mesh__context=2))
+  placed = jax.device_put(net, mesh.shardings(net, plan.mesh))
+  evaluate = plans.evaluate_step(cfg.model, plan.mesh, 16)
+  ours = evaluate(placed, mesh.place(batch, plan.mesh, 8))
   for a, b in zip(ours, exact):
     np.testing.assert_allclose(a, b, rtol=1e-5)
     assert a.sharding.is_fully_replicated

@@ -9,9 +9,10 @@ import pytest
 import small
 from faults import evidence, process
 
-from gated import kernels, model, plan
+from gated import kernels, model
 from gated.devices import mesh, trees
 from gated.model import layers
+from gated.plan import Plan
 from gated.probes import indicators
 from gated.run import metrics
 
@@ -22,8 +23,8 @@ NAMES |= {'residual_rms_first', 'residual_rms_last', 'residual_growth'}
 
 
 def measured(net, batch=BATCH, micro=8):
-  found = small.jit(lambda net, batch: indicators.measure(net, batch, micro=micro))
-  return {name: x.item() for name, x in found(net, batch).items()}
+  measure = small.jit(lambda net, batch: indicators.measure(net, batch, micro=micro))
+  return {name: x.item() for name, x in measure(net, batch).items()}
 
 
 def by_hand(net, batch=BATCH):
@@ -81,10 +82,10 @@ def by_hand(net, batch=BATCH):
   }
 
 
-def agree(found, expected):
-  assert found.keys() == expected.keys() == NAMES
+def agree(actual, expected):
+  assert actual.keys() == expected.keys() == NAMES
   for name in NAMES:
-    np.testing.assert_allclose(found[name], expected[name], rtol=2e-5, err_msg=name)
+    np.testing.assert_allclose(actual[name], expected[name], rtol=2e-5, err_msg=name)
 
 
 YARN = dict(attn__yarn__factor=4.0, attn__yarn__original=8)
@@ -166,10 +167,10 @@ def on_devices(net, batch=BATCH, *, accum=1, **sizes):
   rows, changes = len(batch.tokens), {f'mesh__{k}': n for k, n in sizes.items()}
   changes |= dict(mesh__fsdp=sizes.get('fsdp', 1), batch=rows, accum=accum)
   cfg = small.whole(log__indicators=3, **changes)
-  the = plan.Plan(cfg, on.devices.flatten())
-  placed = jax.device_put(net, mesh.shardings(net, the.mesh))
-  found = the.indicators()(3, placed, mesh.place(batch, the.mesh, rows))
-  return {name: x.item() for name, x in found.items()}
+  plan = Plan(cfg, on.devices.flatten())
+  placed = jax.device_put(net, mesh.shardings(net, plan.mesh))
+  values = plan.indicators()(3, placed, mesh.place(batch, plan.mesh, rows))
+  return {name: x.item() for name, x in values.items()}
 
 
 MESHES = [
@@ -206,9 +207,9 @@ def test_a_nan_on_one_device_is_told():
   leaves = trees.flatten(net)
   leaves['embed.table'] = leaves['embed.table'].at[41].set(math.nan)
   net = trees.unflatten(net, leaves)
-  for found in (measured(net, batch), on_devices(net, batch, fsdp=8)):
-    assert all(math.isnan(found[name]) for name in NAMES - {'attention_layer'})
-    assert found['attention_layer'] == 0
+  for values in (measured(net, batch), on_devices(net, batch, fsdp=8)):
+    assert all(math.isnan(values[name]) for name in NAMES - {'attention_layer'})
+    assert values['attention_layer'] == 0
 
 
 def test_they_are_due_at_the_first_step_and_at_multiples(monkeypatch):
@@ -216,11 +217,11 @@ def test_they_are_due_at_the_first_step_and_at_multiples(monkeypatch):
   traced = []
   monkeypatch.setattr(indicators, 'measure', lambda *_, micro: traced.append(micro) or {})
   on = small.mesh_of().devices.flatten()
-  the = plan.Plan(small.whole(mesh__fsdp=1), on)
-  assert [the.indicators()(step, (), ()) for step in range(1, 9)] == [None] * 8
+  plan = Plan(small.whole(mesh__fsdp=1), on)
+  assert [plan.indicators()(step, (), ()) for step in range(1, 9)] == [None] * 8
   assert not traced
-  the = plan.Plan(small.whole(mesh__fsdp=1, log__indicators=3, accum=2), on)
-  due = the.indicators()
+  plan = Plan(small.whole(mesh__fsdp=1, log__indicators=3, accum=2), on)
+  due = plan.indicators()
   assert [step for step in range(1, 9) if due(step, (), ()) is not None] == [1, 3, 6]
   assert traced == [4]
 
@@ -255,10 +256,10 @@ def command(workdir, **knobs):
   return ['train.py', f'--config={RECIPE}', f'--workdir={workdir}', *flags]
 
 
-def told(workdir):
+def logged(workdir):
   records = metrics.read(workdir / 'metrics.jsonl')
-  found = [r for r in records if r['kind'] == 'indicators']
-  return {r.pop('step'): {name: r[name] for name in NAMES} for r in found}
+  lines = [r for r in records if r['kind'] == 'indicators']
+  return {r.pop('step'): {name: r[name] for name in NAMES} for r in lines}
 
 
 @pytest.mark.slow
@@ -280,7 +281,7 @@ def test_a_run_with_them_has_the_losses_of_one_without(
   assert evidence.losses(on) == evidence.losses(off)
   assert evidence.losses(on, 'heldout') == evidence.losses(off, 'heldout')
   assert evidence.digest(on, 4) == evidence.digest(off, 4)
-  assert told(off) == {} and list(told(on)) == list(told(two)) == [1, 2, 4]
-  for step, found in told(on).items():
-    agree(told(two)[step], found)
+  assert logged(off) == {} and list(logged(on)) == list(logged(two)) == [1, 2, 4]
+  for step, values in logged(on).items():
+    agree(logged(two)[step], values)
   assert any(on.glob('tensorboard/*')) and json.loads((on / 'run.json').read_text())

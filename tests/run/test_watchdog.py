@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from guarded import INF, NAN, knobs, run, steady, told
+from guarded import INF, NAN, knobs, reported, run, steady
 
 from gated.run.watchdog import Watchdog
 from gated.train import guard
@@ -89,5 +89,5 @@ def test_the_watchdog_judges_the_reports_of_the_guard():
   norms = dict(grad_norm=1.0, param_norm=1.0)
   watchdog = Watchdog(knobs(on_spike='rollback'), rollbacks=0)
   for i, (_, state, _) in enumerate(run(losses, on_spike='rollback')):
-    action, _ = watchdog.judge(norms | dict(loss=losses[i]) | told(state))
+    action, _ = watchdog.judge(norms | dict(loss=losses[i]) | reported(state))
     assert action == ('rollback' if i == 9 else 'go')

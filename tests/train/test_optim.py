@@ -8,8 +8,9 @@ import pytest
 import small
 from flax import nnx
 
-from gated import model, plan
+from gated import model
 from gated.devices import mesh, trees
+from gated.plan import Plan
 from gated.pods import compiled
 from gated.run import checkpoint
 from gated.train import guard, optim
@@ -80,7 +81,7 @@ def test_a_decay_longer_than_what_follows_the_warmup_is_refused():
 
 
 @pytest.mark.parametrize(
-  ('changes', 'said'),
+  ('changes', 'message'),
   [
     (dict(name='sgd'), "name='sgd'.*'adamw', 'muon'"),
     (dict(muon__steps=0), 'muon.steps=0'),
@@ -98,8 +99,8 @@ def test_a_decay_longer_than_what_follows_the_warmup_is_refused():
     (dict(eps=-1.0), 'eps=-1.0'),
   ],
 )
-def test_a_bad_knob_is_refused_by_name(changes, said):
-  with pytest.raises(ValueError, match=r'config\.optim\.' + said):
+def test_a_bad_knob_is_refused_by_name(changes, message):
+  with pytest.raises(ValueError, match=r'config\.optim\.' + message):
     knobs(**changes)
 
 
@@ -134,10 +135,10 @@ def updates(grads, steps=1, multipliers={}, **changes):  # noqa: B006
 
 def test_an_update_is_adamw_as_written():
   b1, b2, eps, decay = 0.9, 0.95, 1e-8, 0.1
-  seen = updates(GRADS, 3, weight_decay=decay, schedule='constant')
+  steps = updates(GRADS, 3, weight_decay=decay, schedule='constant')
   g, p = (np.asarray(t['attn']['query']['weight'], float) for t in (GRADS, PARAMS))
   m = v = 0
-  for t, update in enumerate(seen, 1):
+  for t, update in enumerate(steps, 1):
     m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
     adam = m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
     expected = -PEAK * t / WARMUP * (adam + decay * p)
@@ -185,7 +186,7 @@ def test_clipping_scales_the_whole_gradient_to_the_norm_asked_for():
   np.testing.assert_allclose(first(9.0, norm / 2), first(0.5, 0.0), rtol=1e-3)
 
 
-def test_multipliers_scale_the_updates_of_what_they_name():
+def test_multipliers_scale_the_updates_of_named_parameters():
   plain, scaled = updates(GRADS)[0], updates(GRADS, multipliers={'gate': 0.25})[0]
   gate, query = (
     lambda u: u['attn']['gate']['weight'],
@@ -291,7 +292,7 @@ def test_muons_updates_are_as_large_as_asked_for_before_decay_and_multipliers(by
     np.testing.assert_allclose(changed[name], expected, rtol=1e-3, atol=1e-8)
 
 
-def test_what_is_no_matrix_is_updated_by_adamw(by_muon):
+def test_adamw_updates_all_but_matrices(by_muon):
   adamw = layered_updates(name='adamw')
   for name in ('router.weight', 'query.bias', 'norm.scale'):
     for ours, theirs in zip(by_muon, adamw):
@@ -342,27 +343,27 @@ def test_muon_takes_the_matrices_of_the_layers(changes, taken, left):
   matrices = {trees.name(path): optim.matrix(p) is not None for path, p in each}
   for group, expected in ((taken, True), (left, False)):
     for part in group.split():
-      found = {name: m for name, m in matrices.items() if f'.{part}.' in f'.{name}.'}
-      assert found and set(found.values()) == {expected}, (part, found)
+      values = {name: m for name, m in matrices.items() if f'.{part}.' in f'.{name}.'}
+      assert values and set(values.values()) == {expected}, (part, values)
 
 
 def run_of(count, devices=1, **changes):
   """-> a plan, its compiled step, its state after so many steps, and their losses."""
   changes |= dict(optim__name='muon', optim__lr=0.05, optim__schedule='constant')
   changes |= dict(model__attn__gate__position='sdpa')
-  the = plan.Plan(small.whole(**changes), jax.devices()[:devices])
-  step = the.train_step().compile(compiler_options=small.FAST)
-  state, losses = the.init(), []
+  plan = Plan(small.whole(**changes), jax.devices()[:devices])
+  step = plan.train_step().compile(compiler_options=small.FAST)
+  state, losses = plan.init(), []
   for i in range(count):
-    state, metrics = step(state, placed(the, i % 2))
+    state, metrics = step(state, placed(plan, i % 2))
     losses.append(float(metrics['loss']))
-  return the, step, state, losses
+  return plan, step, state, losses
 
 
-def placed(the, seed, weight=1.0):
-  host = small.batch(8, the.cfg.data.length, seed=seed)
+def placed(plan, seed, weight=1.0):
+  host = small.batch(8, plan.cfg.data.length, seed=seed)
   host = host._replace(weights=host.weights * np.float32(weight))
-  return mesh.place(jax.tree.map(np.asarray, host), the.mesh, 8)
+  return mesh.place(jax.tree.map(np.asarray, host), plan.mesh, 8)
 
 
 @pytest.mark.slow
@@ -372,7 +373,7 @@ def test_muon_learns_alike_on_one_device_and_on_eight_and_is_saved_to_the_last_b
 ):
   *_, losses = run_of(12)
   assert losses[-1] < losses[0] - 0.5
-  the, step, state, split = run_of(6, devices=8, mesh__fsdp=4, mesh__tensor=2, accum=2)
+  plan, step, state, split = run_of(6, devices=8, mesh__fsdp=4, mesh__tensor=2, accum=2)
   np.testing.assert_allclose(split, losses[:6], atol=1e-5)
   where = {name: leaf.sharding for name, leaf in trees.flatten(state).items()}
   moments = [name for name in where if '.mu.' in name]
@@ -381,17 +382,17 @@ def test_muon_learns_alike_on_one_device_and_on_eight_and_is_saved_to_the_last_b
     assert where[name] == where['model.' + name.split('.mu.')[1]], name
   # Matrices are moved to where they are whole, not sent in each of the iteration's steps:
   # that would be 28 bytes a parameter.
-  moved = compiled.read(step, dict(the.mesh.shape)).collectives
-  assert sum(t.bytes for t in moved if t.kind == 'all-gather') < 10 * the.parameters
+  moved = compiled.read(step.as_text(), dict(plan.mesh.shape)).collectives
+  assert sum(t.bytes for t in moved if t.kind == 'all-gather') < 10 * plan.parameters
 
   about = dict(config={}, data={}, heldout_loss=None)
   with checkpoint.Checkpoints(tmp_path / 'saves', keep=1, keep_every=0) as saved:
     saved.save(6, state, about)
   digest, inner = trees.digest(state), trees.digest((state.model, state.opt.inner))
   with checkpoint.Reader(tmp_path / 'saves') as saved:
-    state = saved.restore(6, the.state)
+    state = saved.restore(6, plan.state)
   assert trees.digest(state) == digest
   # A step that is not finite leaves the momenta as they were.
-  state, metrics = step(state, placed(the, 0, weight=np.nan))
+  state, metrics = step(state, placed(plan, 0, weight=np.nan))
   assert guard.VERDICTS[int(metrics['verdict'])] == 'not finite'
   assert trees.digest((state.model, state.opt.inner)) == inner

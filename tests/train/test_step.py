@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import small
 
-from gated import plan
 from gated.devices import mesh, trees
+from gated.plan import Plan
 from gated.train import guard, losses, optim, step
 
 GATE = dict(model__attn__gate__position='sdpa')
@@ -51,7 +51,7 @@ def norm(leaves):
   return math.sqrt(sum((np.asarray(leaf, float) ** 2).sum() for leaf in leaves))
 
 
-def test_step_and_data_step_count_what_was_done(single):
+def test_step_and_data_step_count_updates_and_batches(single):
   first, after = single
   assert (int(first.step), int(first.data_step)) == (0, 0)
   assert [(int(s.step), int(s.data_step)) for s, _ in after] == [
@@ -59,7 +59,7 @@ def test_step_and_data_step_count_what_was_done(single):
   ]
 
 
-def test_metrics_are_what_they_are_called(single):
+def test_metrics_match_their_names(single):
   first, after = single
   batch, (state, metrics) = batches()[0], after[0]
   assert set(metrics) == {
@@ -85,7 +85,7 @@ def test_metrics_are_what_they_are_called(single):
   np.testing.assert_allclose(metrics['update_norm'], moved, rtol=1e-3)
 
 
-def test_the_gradient_norm_is_told_before_clipping_to_1(single):
+def test_the_gradient_norm_is_reported_before_clipping(single):
   state, metrics = single[1][0]
   assert metrics['grad_norm'] > 1.1
   # Adam's first moment is the gradient that it was given, times 0.1.
@@ -109,7 +109,7 @@ def test_accumulation_with_uneven_weights_is_one_batch(single):
     np.testing.assert_allclose(ours[name], exact[name], atol=2e-5 * size, err_msg=name)
 
 
-def test_a_batch_without_a_token_changes_nothing_but_what_decay_does(single):
+def test_a_batch_without_a_token_changes_nothing_but_by_decay(single):
   first, batch = single[0], batches()[0]
   empty = batch._replace(weights=np.zeros_like(batch.weights))
   state, metrics = runner()(first, empty)
@@ -123,14 +123,14 @@ def test_a_batch_without_a_token_changes_nothing_but_what_decay_does(single):
 def sharded(sizes, single, **knobs):
   """Five losses on eight devices, no transfer on the way that was not asked for."""
   axes = {f'mesh__{k}': v for k, v in sizes.items()}
-  the = plan.Plan(small.whole(**KNOBS, **axes, **knobs))
-  train = the.train_step().compile(compiler_options=small.FAST)
+  plan = Plan(small.whole(**KNOBS, **axes, **knobs))
+  train = plan.train_step().compile(compiler_options=small.FAST)
   # By way of the host: what is donated must not be the memory of `single`.
   leaves = trees.flatten(jax.device_get(single[0]))
   place = lambda name, like: jax.device_put(leaves[name], like.sharding)
-  shapes = trees.flatten(the.state)
-  state = trees.unflatten(the.state, {n: place(n, like) for n, like in shapes.items()})
-  placed = [mesh.place(batch, the.mesh, 8) for batch in batches()]
+  shapes = trees.flatten(plan.state)
+  state = trees.unflatten(plan.state, {n: place(n, like) for n, like in shapes.items()})
+  placed = [mesh.place(batch, plan.mesh, 8) for batch in batches()]
   losses = []
   with jax.transfer_guard('disallow'):
     for batch in placed:
@@ -140,7 +140,7 @@ def sharded(sizes, single, **knobs):
     assert before.model.embed.table[...].is_deleted(), 'the state was not donated'
   for name, leaf in trees.flatten(state).items():
     assert leaf.sharding.is_equivalent_to(
-      trees.flatten(the.state)[name].sharding, leaf.ndim
+      trees.flatten(plan.state)[name].sharding, leaf.ndim
     )
   return state, jax.device_get(losses)
 
