@@ -111,25 +111,34 @@ def slices(devices: Sequence[Any]) -> int:
   return len({getattr(device, 'slice_index', None) for device in devices})
 
 
+def crossing(sizes: Mapping[str, int], count: int) -> str | None:
+  """The axis that crosses the slow network between `count` slices; None for one slice.
+
+  Raises ValueError if the slices divide neither `data` nor `fsdp`.
+  """
+  if count == 1:
+    return None
+  for axis in ('data', 'fsdp'):
+    if sizes[axis] % count == 0:
+      return axis
+  raise ValueError(
+    f'config.mesh.data={sizes["data"]} or config.mesh.fsdp={sizes["fsdp"]} must be a '
+    f'multiple of the {count} slices, whose slow network no other axis may cross'
+  )
+
+
 def _arranged(sizes: dict[str, int], devices: list) -> np.ndarray:
   """Devices -> an array with the five axes, which keeps the busiest axes on fast links.
 
   The network between slices is slow: only `data` crosses it, or `fsdp` if the slices do
-  not divide `data`. Raises ValueError if they divide neither. JAX calls each machine with
-  GPUs a slice; GPUs keep their order, which puts the last axes within a machine as far as
-  they fit.
+  not divide `data`. JAX calls each machine with GPUs a slice; GPUs keep their order,
+  which puts the last axes within a machine as far as they fit.
   """
   shape = tuple(sizes.values())
   count = 1 if devices[0].platform == 'gpu' else slices(devices)
   if count == 1:
     return _along_links(shape, devices)
-  outer = next((a for a in ('data', 'fsdp') if sizes[a] % count == 0), None)
-  if outer is None:
-    data, fsdp = sizes['data'], sizes['fsdp']
-    raise ValueError(
-      f'config.mesh.data={data} or config.mesh.fsdp={fsdp} must be a multiple of the '
-      f'{count} slices, whose slow network no other axis may cross'
-    )
+  outer = crossing(sizes, count)
   across = tuple(count if axis == outer else 1 for axis in AXES)
   within = tuple(n // m for n, m in zip(shape, across))
   split = dict(allow_split_physical_axes=True)
