@@ -133,7 +133,7 @@ def main():
   with jax.set_mesh(on):
     for name, run in methods.items():
       program = step(run).lower(*args).compile()
-      transfers = compiled.read(program, dict(on.shape)).collectives
+      transfers = compiled.read(program.as_text(), dict(on.shape)).collectives
       expert, fsdp = (
         sum(t.bytes for t in transfers if axis in t.axis) / 1e6
         for axis in ('expert', 'fsdp')

@@ -147,4 +147,4 @@ def _shapes(points: Sequence[Point]) -> list[plans.Config]:
 def _bytes(cfg: plans.Config) -> float:
   """A recipe -> the estimated memory of a process that trains it on a CPU."""
   sizes = dict.fromkeys(mesh.AXES, 1)
-  return PROCESS + SPARE * estimate.of(cfg, sizes, chips.CHIPS['cpu']).bytes
+  return PROCESS + SPARE * estimate.Estimate(cfg, sizes, chips.CHIPS['cpu']).bytes

@@ -14,9 +14,8 @@ from gated import config, model, plan
 from gated.devices import chips, mesh
 from gated.devices.chips import GIB
 from gated.pods import estimate
-from gated.pods.estimate import memory
+from gated.pods.estimate import memory, roofline
 from gated.pods.estimate.layout import Layout
-from gated.pods.estimate.roofline import share
 
 V5E, V5P, CPU = (chips.CHIPS[name] for name in ('v5e', 'v5p', 'cpu'))
 WIDE = dict(attn__heads=8, attn__kv_heads=8, attn__head_dim=4)
@@ -48,7 +47,7 @@ def large(module, arg='', **changes):
 @pytest.mark.parametrize(
   ('weights', 'optimizer'), [('float32', 'adamw'), ('bfloat16', 'muon')]
 )
-def test_bytes_of_weights_and_moments_are_those_of_the_plan(split, weights, optimizer):
+def test_weights_and_moments_have_the_plans_bytes(split, weights, optimizer):
   axes = {f'mesh__{axis}': n for axis, n in sizes(**split).items()}
   numerics = {'numerics__weights': weights}
   cfg = recipe(WIDE, EXPERTS, numerics, optim__name=optimizer, **axes)
@@ -57,64 +56,64 @@ def test_bytes_of_weights_and_moments_are_those_of_the_plan(split, weights, opti
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
   )
-  found = estimate.of(cfg, sizes(**split), CPU)
-  assert found.memory['weights'] == held(state.model)
-  # Beside the moments the optimizer keeps a few scalars.
-  assert found.memory['optimizer'] == pytest.approx(held(state.opt), abs=2000)
+  memory = estimate.Estimate(cfg, sizes(**split), CPU).memory
+  assert memory['weights'] == held(state.model)
+  # The optimizer also keeps a few scalars.
+  assert memory['optimizer'] == pytest.approx(held(state.opt), abs=2000)
 
 
 @pytest.mark.parametrize('arg', ['none', 'headwise', 'elementwise'])
-def test_flops_are_the_models_and_what_is_computed_again(arg):
+def test_flops_are_those_of_the_model_and_of_recomputation(arg):
   cfg = large(moe_15b, f'gate={arg}', accum=1, model__remat='none')
-  found = estimate.of(cfg, sizes(fsdp=64), V5P)
+  e = estimate.Estimate(cfg, sizes(fsdp=64), V5P)
   per_token = model.flops_per_token(cfg.model, cfg.data.length)
-  assert found.model_flops == per_token * 1024 * 4096 / 64
-  assert sum(found.flops.values()) == pytest.approx(found.model_flops, rel=1e-9)
-  again = large(moe_15b, f'gate={arg}', accum=1, model__remat='full')
+  assert e.model_flops == per_token * 1024 * 4096 / 64
+  assert sum(e.flops.values()) == pytest.approx(e.model_flops, rel=1e-9)
+  remat = large(moe_15b, f'gate={arg}', accum=1, model__remat='full')
   head = 6 * cfg.model.vocab * cfg.model.width * 1024 * 4096 / 64
-  layers = found.model_flops - head
-  full = estimate.of(again, sizes(fsdp=64), V5P)
+  layers = e.model_flops - head
+  full = estimate.Estimate(remat, sizes(fsdp=64), V5P)
   assert sum(full.flops.values()) == pytest.approx(head + layers * 4 / 3, rel=1e-9)
 
 
 def test_fsdp_gathers_each_weight_twice_in_each_micro_batch():
-  """All but the chip's own part, in bfloat16; and the gradients leave once."""
+  """In bfloat16, without the chip's own part; and the gradients are scattered once."""
   cfg = large(dense_1b7, '28l', accum=4)
-  found = estimate.of(cfg, sizes(fsdp=16), V5E)
+  traffic = estimate.Estimate(cfg, sizes(fsdp=16), V5E).traffic
   layers = sum(
     leaf.size
     for leaf in jax.tree.leaves(model.abstract(cfg.model).blocks)
     if leaf.ndim > 2
   )
-  sent = {t.what: t for t in found.traffic if t.what in ('weights', 'gradients')}
+  sent = {t.what: t for t in traffic if t.what in ('weights', 'gradients')}
   gathered = layers * 2 * 15 / 16
   assert sent['weights'].link == pytest.approx(4 * 2 * gathered, rel=1e-3)
-  reduced = [t for t in found.traffic if t.kind == 'reduce-scatter' and t.hidden]
+  reduced = [t for t in traffic if t.kind == 'reduce-scatter' and t.hidden]
   assert sum(t.link for t in reduced) == pytest.approx(4 * gathered, rel=1e-3)
 
 
 def test_only_a_chips_own_part_crosses_the_network():
   cfg = large(dense_1b7, '28l', accum=1)
-  one = estimate.of(cfg, sizes(data=2, fsdp=16), V5E)
-  two = estimate.of(cfg, sizes(data=2, fsdp=16), V5E, slices=2)
+  one = estimate.Estimate(cfg, sizes(data=2, fsdp=16), V5E)
+  two = estimate.Estimate(cfg, sizes(data=2, fsdp=16), V5E, slices=2)
   assert not any(t.network for t in one.traffic)
   crossing = {t.axis for t in two.traffic if t.network}
   assert crossing == {'data'}
   total = lambda e, where: sum(getattr(t, where) for t in e.traffic if t.axis == 'data')
   assert total(two, 'network') == pytest.approx(total(one, 'link'))
-  # Where fsdp crosses, each of the 16 chips of a slice sends its sixteenth.
-  wide = estimate.of(cfg, sizes(fsdp=32), V5E, slices=2)
+  # If fsdp crosses, each of the 16 chips of a slice sends a sixteenth.
+  wide = estimate.Estimate(cfg, sizes(fsdp=32), V5E, slices=2)
   weights = next(t for t in wide.traffic if t.what == 'weights')
   assert weights.network == pytest.approx(weights.link / 15 * 16 / 16 / 2)
 
 
 def test_an_axis_that_may_not_cross_slices_is_refused():
   with pytest.raises(ValueError, match='multiple of the 2 slices'):
-    estimate.of(recipe(WIDE), sizes(tensor=8), V5E, slices=2)
+    estimate.Estimate(recipe(WIDE), sizes(tensor=8), V5E, slices=2)
 
 
-def test_time_is_the_slowest_term_and_what_cannot_hide():
-  t = lambda hidden, link: estimate.Traffic(
+def test_time_is_the_slowest_term_and_the_exposed_traffic():
+  t = lambda hidden, link: roofline.Traffic(
     what='x',
     kind='all-gather',
     axis='fsdp',
@@ -123,61 +122,60 @@ def test_time_is_the_slowest_term_and_what_cannot_hide():
     share=1.0,
     hidden=hidden,
   )
-  run = lambda *sent: estimate.roofline(
+  run = lambda *sent: roofline.roofline(
     flops={'matmul': V5E.flops}, moved=0.0, sent=sent, chip=V5E
   )
-  compute = 1 / estimate.assumed('matmul')
-  second = V5E.link_bandwidth * estimate.assumed('link')
+  compute = 1 / roofline.assumed('matmul')
+  second = V5E.link_bandwidth * roofline.assumed('link')
   alone = run()
   assert alone.step == pytest.approx(compute) and alone.bound == 'compute'
   assert run(t(False, second)).step == pytest.approx(compute + 1)
-  some = 1 - estimate.assumed('overlap')
+  some = 1 - roofline.assumed('overlap')
   assert run(t(True, second)).step == pytest.approx(compute + some)
   slow = run(t(True, 10 * second))
   assert slow.step == pytest.approx(10) and slow.bound == 'fsdp (links)'
 
 
-def test_links_are_dealt_out_to_the_axes():
-  assert share(256, 256, V5E) == 1.0
-  assert share(16, 256, V5E) == 0.5
-  assert share(4, 256, V5E) == 0.5
-  assert share(16, 16, V5E) == 0.5  # no rings in a small slice
-  assert share(4, 64, V5P) == pytest.approx(1 / 3)
-  assert share(2, 8, chips.CHIPS['h100']) == 1.0
+def test_the_axes_share_the_links():
+  assert roofline.share(256, 256, V5E) == 1.0
+  assert roofline.share(16, 256, V5E) == 0.5
+  assert roofline.share(4, 256, V5E) == 0.5
+  assert roofline.share(16, 16, V5E) == 0.5  # no rings in a small slice
+  assert roofline.share(4, 64, V5P) == pytest.approx(1 / 3)
+  assert roofline.share(2, 8, chips.CHIPS['h100']) == 1.0
 
 
 @pytest.mark.parametrize('count', [1, 6, 8, 12])
-def test_every_mesh_that_is_tried_divides_the_recipe(count):
+def test_every_mesh_divides_the_recipe(count):
   cfg = recipe(WIDE, EXPERTS, batch=48, mesh__choice='auto')
-  found = estimate.meshes(cfg, count, CPU)
-  assert found
-  for e in found:
+  meshes = estimate.meshes(cfg, count, CPU)
+  assert meshes
+  for e in meshes:
     assert math.prod(e.sizes.values()) == count
     plan.check_mesh(cfg, Layout(cfg, e.sizes).on)
-  seen = [tuple(e.sizes.values()) for e in found]
-  assert len(set(seen)) == len(seen)
-  assert [e.time.step for e in found] == pytest.approx(
-    sorted(e.time.step for e in found), rel=0.02
-  )
+  splits = [tuple(e.sizes.values()) for e in meshes]
+  assert len(set(splits)) == len(splits)
+  seconds = [e.time.step for e in meshes]
+  assert seconds == pytest.approx(sorted(seconds), rel=0.02)
 
 
-def test_auto_takes_the_first_mesh_and_says_why(caplog):
+def test_auto_takes_the_best_mesh_and_logs_the_reason(caplog):
   cfg = recipe(WIDE, EXPERTS, mesh__choice='auto')
   with caplog.at_level('INFO', 'gated'):
-    what = plan.Plan(cfg, choose=estimate.sizes)
+    layout = plan.Plan(cfg, choose=estimate.sizes)
   best = estimate.meshes(cfg, 8, CPU)[0]
-  assert dict(what.mesh.shape) == best.sizes
+  assert dict(layout.mesh.shape) == best.sizes
   (line,) = [r.message for r in caplog.records if r.message.startswith('mesh ')]
   assert estimate.named(best.sizes) in line and 'next best' in line
 
 
-def test_auto_leaves_what_is_set_by_hand():
+def test_auto_keeps_the_axes_that_a_recipe_sets():
   cfg = recipe(WIDE, EXPERTS, mesh__choice='auto', mesh__tensor=4)
-  found, _ = estimate.sizes(cfg, 8, CPU)
-  assert found['tensor'] == 4 and math.prod(found.values()) == 8
+  chosen, _ = estimate.sizes(cfg, 8, CPU)
+  assert chosen['tensor'] == 4 and math.prod(chosen.values()) == 8
 
 
-def test_by_hand_nothing_is_chosen():
+def test_hand_takes_the_sizes_of_the_recipe():
   cfg = recipe(WIDE, mesh__tensor=2)
   assert estimate.sizes(cfg, 8, CPU) == (sizes(fsdp=4, tensor=2), '')
   with pytest.raises(ValueError, match=r"config\.mesh\.choice='by hand'"):
@@ -185,47 +183,50 @@ def test_by_hand_nothing_is_chosen():
 
 
 def test_ties_go_to_the_simplest_mesh():
-  """Replicas would be as fast, and fsdp=16 is one axis."""
+  """Replicas would be equally fast, but fsdp=16 is a single axis."""
   cfg = large(dense_1b7, '28l', mesh__choice='auto', accum=16, model__remat='full')
-  found, reason = estimate.sizes(cfg, 16, V5E)
-  assert found == sizes(fsdp=16), reason
+  chosen, reason = estimate.sizes(cfg, 16, V5E)
+  assert chosen == sizes(fsdp=16), reason
 
 
-def test_a_recipe_that_fits_nowhere_is_told_by_how_much_and_what_would():
+def with_flags(cfg, flags: str):
+  """A recipe and flags of a suggestion -> the changed recipe, and the mesh's sizes."""
+  changes = dict(flag.removeprefix('--config.').split('=') for flag in flags.split())
+  accum = int(changes.pop('accum', cfg.accum))
+  remat = changes.pop('model.remat', cfg.model.remat)
+  changes.pop('mesh.choice', None)
+  split = {axis.removeprefix('mesh.'): int(n) for axis, n in changes.items()}
+  return estimate.changed(cfg, remat, accum), cfg.mesh.sizes | split
+
+
+def test_a_recipe_that_does_not_fit_is_refused_with_flags_that_would():
   cfg = large(dense_1b7, '28l', mesh__choice='auto', accum=1)
-  with pytest.raises(ValueError) as caught:
+  with pytest.raises(ValueError, match=r'fsdp=16, needs .* GiB more than fit') as error:
     estimate.sizes(cfg, 16, V5E)
-  said = str(caught.value)
-  assert 'GiB more than fit' in said and 'fsdp=16' in said
-  knobs = said.split('What would: ')[1].split(' (')[0]
-  changes = dict(k.removeprefix('--').split('=') for k in knobs.split())
-  model_of = dataclasses.replace(
-    cfg.model, remat=changes.get('config.model.remat', 'none')
-  )
-  better = dataclasses.replace(cfg, accum=int(changes['config.accum']), model=model_of)
-  split = {
-    axis: int(changes.get(f'config.mesh.{axis}', getattr(cfg.mesh, axis)))
-    for axis in mesh.AXES
-  }
-  assert estimate.of(better, split, V5E).fits
+  flags = str(error.value).split('16 devices are enough with ')[1].split(' (')[0]
+  changed, split = with_flags(cfg, flags)
+  assert estimate.Estimate(changed, split, V5E).fits
 
 
-def test_a_recipe_that_nothing_divides_is_told_which_knob():
+def test_a_recipe_that_no_mesh_divides_is_refused_by_knob():
   with pytest.raises(ValueError, match=r'config\.batch=8 must be a multiple'):
     estimate.sizes(recipe(mesh__choice='auto'), 7, CPU)
 
 
-def test_what_is_suggested_fits_and_the_first_is_fastest():
+def test_suggestions_fit_and_the_first_is_the_fastest():
   cfg = large(dense_1b7, '28l')
-  found = estimate.suggest(cfg, V5E, 16)
-  assert found and all(e.fits for _, e in found)
-  assert found[0][1].time.step <= 1.01 * min(e.time.step for _, e in found)
-  knobs, best = found[0]
-  assert estimate.tail(knobs).startswith('--config.mesh.')
-  again = [getattr(cfg.mesh, axis) for axis in mesh.AXES]
-  assert [best.sizes[a] for a in mesh.AXES] == [
-    knobs.get(f'config.mesh.{axis}', n) for axis, n in zip(mesh.AXES, again)
-  ]
+  suggestions = estimate.suggest(cfg, V5E, 16)
+  assert suggestions and all(e.fits for e in suggestions)
+  best = suggestions[0]
+  assert best.time.step <= 1.01 * min(e.time.step for e in suggestions)
+  flags = estimate.flags(cfg, best)
+  assert flags.startswith('--config.mesh.')
+  assert with_flags(cfg, flags) == (best.cfg, best.sizes)
+
+
+def test_a_suggestion_without_changes_has_no_flags():
+  cfg = large(dense_1b7, '28l', mesh__fsdp=16)
+  assert estimate.flags(cfg, estimate.Estimate(cfg, sizes(fsdp=16), V5E)) == ''
 
 
 def test_more_remat_keeps_less():
@@ -234,15 +235,15 @@ def test_more_remat_keeps_less():
   assert kept == sorted(kept) and kept[0] < kept[-1]
 
 
-def test_memory_is_near_to_what_a_gpu_was_seen_to_take():
-  """Of an H200: dense 28l, 8 rows of 4096, unrolled, nothing made anew."""
+def test_memory_and_time_are_near_the_measurements_on_a_gpu():
+  """On an H200: dense 28l, 8 rows of 4096, unrolled, without recomputation."""
   cfg = large(dense_1b7, '28l', batch=8)
-  found = estimate.of(cfg, sizes(), chips.CHIPS['h200'])
-  assert found.bytes / GIB == pytest.approx(89, rel=0.25)
-  assert found.time.step == pytest.approx(0.730, rel=0.25)
+  e = estimate.Estimate(cfg, sizes(), chips.CHIPS['h200'])
+  assert e.bytes / GIB == pytest.approx(89, rel=0.25)
+  assert e.time.step == pytest.approx(0.730, rel=0.25)
 
 
-# Its Python has no pytest: it is told the recipes.
+# This Python has no pytest, so the recipes are its argument.
 _COMPILE = """
 import json, sys
 from jax.experimental import topologies
@@ -282,14 +283,16 @@ def compiled(kind):
 
 
 @pytest.mark.slow
-def test_memory_is_near_to_what_the_compiler_of_a_tpu_takes(run_for_tpu):
+def test_memory_is_near_that_of_a_program_compiled_for_tpus(run_for_tpu):
   if os.environ.get('GATED_PREFLIGHT') != 'all':
     pytest.skip('takes minutes: set GATED_PREFLIGHT=all')
   recipes = {kind: dataclasses.asdict(compiled(kind)[0]) for kind in COMPILED}
-  done = run_for_tpu(['-c', _COMPILE, json.dumps(recipes)], timeout=900)
-  assert done.returncode == 0, done.stderr[-2000:]
-  found = list(map(json.loads, done.stdout.splitlines()))
-  assert [kind for kind, _ in found] == list(COMPILED)
-  for kind, total in found:
+  process = run_for_tpu(['-c', _COMPILE, json.dumps(recipes)], timeout=900)
+  assert process.returncode == 0, process.stderr[-2000:]
+  totals = list(map(json.loads, process.stdout.splitlines()))
+  assert [kind for kind, _ in totals] == list(COMPILED)
+  for kind, total in totals:
     cfg, split = compiled(kind)
-    assert estimate.of(cfg, split, V5E).bytes == pytest.approx(total, rel=0.25), kind
+    assert estimate.Estimate(cfg, split, V5E).bytes == pytest.approx(total, rel=0.25), (
+      kind
+    )

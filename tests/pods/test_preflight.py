@@ -1,6 +1,6 @@
-"""Preflights: by arithmetic, for what is here, and for TPUs where their compiler is.
+"""Preflights: by arithmetic, for the devices here, and for TPUs if libtpu is installed.
 
-GATED_PREFLIGHT=all compiles every kept case, which takes ten minutes.
+GATED_PREFLIGHT=all compiles every golden case, which takes ten minutes.
 """
 
 import importlib.util
@@ -26,8 +26,9 @@ def run(run_python, *flags, **opts):
   return run_python(['scripts/preflight.py', *flags], **opts)
 
 
-def last(done) -> dict:
-  return json.loads(done.stdout.splitlines()[-1])
+def last(process) -> dict:
+  """The report in the last line of a process's output."""
+  return json.loads(process.stdout.splitlines()[-1])
 
 
 def machine(topology: str, slices: int = 1) -> preflight.Machine:
@@ -44,14 +45,14 @@ def machine(topology: str, slices: int = 1) -> preflight.Machine:
     ('cpu:8', 1, 'cpu', 8, 1),
   ],
 )
-def test_a_topology_names_a_chip_and_how_many(topology, slices, name, count, groups):
-  found = machine(topology, slices)
-  assert (found.chip.name, found.count, found.slices) == (name, count, groups)
-  assert found.compiles == bool(chips.topologies(name))
+def test_a_topology_names_a_chip_and_a_count(topology, slices, name, count, groups):
+  target = machine(topology, slices)
+  assert (target.chip.name, target.count, target.slices) == (name, count, groups)
+  assert target.compiles == bool(chips.topologies(name))
 
 
 @pytest.mark.parametrize(
-  ('topology', 'said'),
+  ('topology', 'message'),
   [
     ('v5e:2x3', r'v5e:2x3, but slices of v5e are 2x2 2x4 4x4'),
     ('v5p:8', 'slices of v5p are 2x2x1'),
@@ -60,26 +61,26 @@ def test_a_topology_names_a_chip_and_how_many(topology, slices, name, count, gro
     ('v9:2x2', 'but chips are v4, v5e'),
   ],
 )
-def test_a_topology_that_does_not_exist_lists_those_that_do(topology, said):
-  with pytest.raises(ValueError, match=said):
+def test_an_unknown_topology_is_refused_with_the_known_ones(topology, message):
+  with pytest.raises(ValueError, match=message):
     machine(topology)
   with pytest.raises(ValueError, match='--slices=0'):
     machine('v5e:2x2', 0)
 
 
-def test_without_a_compiler_the_table_is_marked_as_an_estimate():
+def test_a_report_without_a_compiler_is_marked_as_an_estimate():
   cfg = small.whole(mesh__fsdp=-1)
-  found = preflight.by_arithmetic(cfg, machine('h100:8'))
-  text = '\n'.join(table.lines(found))
-  assert found['source'] == 'estimate' and 'an estimate by arithmetic' in text
-  same = estimate.of(cfg, found['mesh'], chips.CHIPS['h100'])
-  assert found['memory']['total'] == same.bytes
-  assert found['flops']['model'] == same.model_flops
+  report = preflight.by_arithmetic(cfg, machine('h100:8'))
+  text = '\n'.join(table.lines(report))
+  assert report['source'] == 'estimate' and 'an estimate by arithmetic' in text
+  same = estimate.Estimate(cfg, report['mesh'], chips.CHIPS['h100'])
+  assert report['memory']['total'] == same.bytes
+  assert report['flops']['model'] == same.model_flops
   assert 'assumed: ' in text and 'MFU' in text
-  json.dumps(found)
+  json.dumps(report)
 
 
-def test_what_does_not_fit_says_by_how_much_and_what_would():
+def test_a_report_of_a_misfit_has_the_excess_and_advice():
   cfg = small.whole(
     batch=16,
     mesh__fsdp=-1,
@@ -88,19 +89,19 @@ def test_what_does_not_fit_says_by_how_much_and_what_would():
     model__vocab=40,
     model__depth=4,
   )
-  found = preflight.by_arithmetic(cfg, machine('v5e:2x2'))
-  assert not found['fits']
-  assert found['over'] == found['memory']['total'] - 15.75 * GIB > 0
-  best = found['advice'][0]
-  # It takes more chips, and on those it fits.
+  report = preflight.by_arithmetic(cfg, machine('v5e:2x2'))
+  assert not report['fits']
+  assert report['over'] == report['memory']['total'] - 15.75 * GIB > 0
+  best = report['advice'][0]
+  # It needs more chips, and fits them.
   assert best['chips'] > 4 and best['memory'] <= 0.95 * 15.75 * GIB
-  text = '\n'.join(table.lines(found))
-  assert f'DOES NOT FIT: {found["over"] / GIB:.2f} GiB over' in text
+  text = '\n'.join(table.lines(report))
+  assert f'DOES NOT FIT: {report["over"] / GIB:.2f} GiB over' in text
   assert f'would fit: {best["chips"]} chips' in text and best['flags'] in text
 
 
 @pytest.mark.parametrize(
-  ('said', 'over'),
+  ('message', 'over'),
   [
     ('Used 20.25G of 15.75G hbm. Exceeded hbm capacity by 4.50G.', 4.5),
     (
@@ -110,32 +111,31 @@ def test_what_does_not_fit_says_by_how_much_and_what_would():
     ),
   ],
 )
-def test_what_the_compiler_says_of_too_large_a_program_is_read(said, over):
-  what = plan.Plan(small.whole())
-  found = preflight._too_large(f'RESOURCE_EXHAUSTED: {said}', what)
-  held = sum(preflight.parts(what).values()) if 'temporaries' in said else 0
-  assert found['over'] == over * GIB + held
-  assert not found['fits']
+def test_the_compilers_error_for_too_large_a_program_is_read(message, over):
+  arguments = {'weights': 3 * GIB, 'batch': GIB}
+  memory, limit = preflight._too_large(f'RESOURCE_EXHAUSTED: {message}', arguments)
+  held = 4 * GIB if 'temporaries' in message else 0
+  assert memory['total'] - limit == over * GIB + held
+  assert memory['weights'] == 3 * GIB and limit == 15.75 * GIB
 
 
-def test_weights_and_optimizer_are_what_a_chip_holds_of_them():
-  what = plan.Plan(small.whole(mesh__fsdp=8))
-  found = preflight.parts(what)
-  whole = model.count(what.state.model)
-  assert whole * 4 / 8 <= found['weights'] < whole * 4 / 8 * 1.2
-  assert 2 * found['weights'] <= found['optimizer'] < 2 * found['weights'] + 2048
-  assert found['batch'] == 5 * 4 * 8 * 16 / 8
+def test_arguments_have_the_bytes_of_a_chips_shards():
+  layout = plan.Plan(small.whole(mesh__fsdp=8))
+  parts = preflight.parts(layout)
+  whole = model.count(layout.state.model)
+  assert whole * 4 / 8 <= parts['weights'] < whole * 4 / 8 * 1.2
+  assert 2 * parts['weights'] <= parts['optimizer'] < 2 * parts['weights'] + 2048
+  assert parts['batch'] == 5 * 4 * 8 * 16 / 8
 
 
-def test_balanced_routers_fill_their_share_of_the_buffers():
-  dense = preflight.assumed(plan.Plan(small.whole()))
-  assert (dense.fill, dense.idle) == (1.0, ())
+def test_balanced_routers_fill_a_share_of_the_buffers():
+  assert preflight.assumed(plan.Plan(small.whole())) == {}
   moe = dict(model__moe__experts=8, model__moe__top_k=2)
   split = preflight.assumed(plan.Plan(small.whole(mesh__expert=4, **moe)))
-  # A row of 16 tokens, of which each goes to 2 experts, and half as many rows more.
-  assert split.fill == 32 / 48
-  assert split.idle
-  assert preflight.assumed(plan.Plan(small.whole(**moe))).fill == 1.0
+  # A row has 16 tokens with 2 experts each; the buffer has half as many rows more.
+  assert split['fill'] == 32 / 48
+  assert split['idle']
+  assert preflight.assumed(plan.Plan(small.whole(**moe))) == {}
 
 
 @pytest.fixture(scope='module')
@@ -145,29 +145,28 @@ def compiled_here():
 
 
 @pytest.mark.slow
-def test_here_the_real_step_is_compiled(compiled_here):
-  found = compiled_here
-  assert found['source'] == 'compiled' and found['chips'] == jax.device_count()
-  parts = {k: v for k, v in found['memory'].items() if k != 'total'}
-  assert found['memory']['total'] == sum(parts.values())
-  assert {t['axis'] for t in found['collectives']} <= {'data', 'fsdp', 'data+fsdp', ''}
-  assert any(t['kind'] == 'all-gather' for t in found['collectives'])
-  assert len(found['buffers']) == 10
-  text = '\n'.join(table.lines(found))
+def test_here_compiles_the_real_step(compiled_here):
+  report = compiled_here
+  assert report['source'] == 'compiled' and report['chips'] == jax.device_count()
+  parts = {k: v for k, v in report['memory'].items() if k != 'total'}
+  assert report['memory']['total'] == sum(parts.values())
+  assert {t['axis'] for t in report['collectives']} <= {'data', 'fsdp', 'data+fsdp', ''}
+  assert any(t['kind'] == 'all-gather' for t in report['collectives'])
+  assert len(report['buffers']) == 10
+  text = '\n'.join(table.lines(report))
   assert 'compiled by XLA' in text and 'largest buffers' in text
-  json.dumps(found)
+  json.dumps(report)
 
 
 @pytest.mark.slow
-def test_the_reference_attention_is_told_to_be_quadratic(compiled_here):
-  found = compiled_here
-  assert any('tokens by tokens' in text for text in found['offences'])
-  assert '! an array of tokens by tokens' in '\n'.join(table.lines(found))
+def test_the_square_arrays_of_the_reference_attention_are_reported(compiled_here):
+  assert any('tokens by tokens' in text for text in compiled_here['offences'])
+  assert '! an array of tokens by tokens' in '\n'.join(table.lines(compiled_here))
 
 
 def report(**changes) -> dict:
-  """One that meets what is kept of it."""
-  found = {
+  """A report that passes its golden case, with changes."""
+  fields = {
     'jax': '0.10.2',
     'mesh': {'fsdp': 4},
     'memory': {'weights': 600, 'temporaries': 400, 'total': 1000},
@@ -180,7 +179,7 @@ def report(**changes) -> dict:
     'uncounted': {},
     'unknown_loops': [],
   }
-  return found | changes
+  return fields | changes
 
 
 def faults(**changes) -> list[str]:
@@ -189,7 +188,7 @@ def faults(**changes) -> list[str]:
   return golden.faults(case, report(**changes))
 
 
-def test_a_kept_case_may_grow_by_a_twentieth():
+def test_a_golden_case_may_grow_by_5_percent():
   sent = lambda kind, size: [{'kind': kind, 'network': 'links', 'bytes': size}]
   memory = lambda t: {'weights': 600, 'temporaries': t, 'total': 600 + t}
   flops = lambda n: {'counted': n, 'model': 90.0, 'expected': {'matmul': n}}
@@ -206,19 +205,19 @@ def test_a_kept_case_may_grow_by_a_twentieth():
   assert 'flops grew' in faults(flops=flops(120.0))[0]
 
 
-def test_a_kept_case_has_memory_to_spare_and_counts_everything():
-  assert 'to spare, not 5%' in faults(spare=0.04)[0]
+def test_a_golden_case_needs_free_memory_and_complete_counts():
+  assert 'free, not 5%' in faults(spare=0.04)[0]
   assert 'not counted' in faults(uncounted={'mystery': 3})[0]
   assert faults(offences=['an all-gather of all']) == ['an all-gather of all']
   wrong = {'counted': 100.0, 'model': 90.0, 'expected': {'matmul': 110.0}}
-  assert '0.9091 of those by arithmetic' in faults(flops=wrong)[0]
+  assert '0.9091 of the expected FLOPs' in faults(flops=wrong)[0]
   empty = {'flags': [], 'needs': {'spare': 0, 'counted': True}, 'found': None}
-  assert 'nothing is kept yet' in golden.faults(empty, report())[0]
+  assert 'no result yet' in golden.faults(empty, report())[0]
   lost = {'memory': {'total': 2000}}
   assert 'does not fit any more' in golden.faults(empty, lost)[0]
 
 
-def test_every_kept_case_says_how_it_is_made():
+def test_every_golden_case_has_its_flags():
   for name, path in CASES.items():
     case = json.loads(path.read_text())
     assert set(case) == {'flags', 'needs', 'found'}, name
@@ -227,79 +226,78 @@ def test_every_kept_case_says_how_it_is_made():
 
 def check(run_for_tpu, name: str, timeout: int) -> None:
   flags = ['--golden', f'--only={name}']
-  done = run_for_tpu(['scripts/preflight.py', *flags], timeout=timeout)
-  assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-  assert f'{name}: ' in done.stdout
+  process = run_for_tpu(['scripts/preflight.py', *flags], timeout=timeout)
+  assert process.returncode == 0, process.stdout + process.stderr[-2000:]
+  assert f'{name}: ' in process.stdout
 
 
 @pytest.mark.slow
-def test_a_small_step_compiled_for_tpus_is_as_it_was(run_for_tpu):
+def test_a_small_step_compiled_for_tpus_passes_its_golden_case(run_for_tpu):
   check(run_for_tpu, 'small', 600)
 
 
 @pytest.mark.parametrize('name', sorted(set(CASES) - {'small'}))
 @pytest.mark.slow
-def test_a_step_compiled_for_tpus_is_as_it_was(name, run_for_tpu):
+def test_a_step_compiled_for_tpus_passes_its_golden_case(name, run_for_tpu):
   if os.environ.get('GATED_PREFLIGHT') != 'all':
     pytest.skip('takes minutes: set GATED_PREFLIGHT=all')
   check(run_for_tpu, name, 7200)
 
 
-def test_the_script_prints_an_estimate_and_the_same_as_json(run_python, tmp_path):
+def test_the_script_prints_an_estimate_as_text_and_as_json(run_python, tmp_path):
   file = tmp_path / 'report.json'
   flags = ('--config=configs/moe_15b.py', '--topology=h100:64', f'--json={file}')
-  done = run(run_python, *flags)
-  assert done.returncode == 0, done.stderr
-  assert last(done) == json.loads(file.read_text())
-  assert last(done)['source'] == 'estimate' and last(done)['chips'] == 64
-  assert 'an estimate by arithmetic' in done.stdout
+  process = run(run_python, *flags)
+  assert process.returncode == 0, process.stderr
+  assert last(process) == json.loads(file.read_text())
+  assert last(process)['source'] == 'estimate' and last(process)['chips'] == 64
+  assert 'an estimate by arithmetic' in process.stdout
 
 
-def test_the_script_suggests_what_fits_best_first(run_python):
+def test_the_script_suggests_fits_best_first(run_python):
   flags = ('--config=configs/dense_1b7.py:28l', '--topology=v5e:4x4', '--suggest')
-  done = run(run_python, *flags)
-  assert done.returncode == 0, done.stderr
-  ways = last(done)['suggestions']
-  assert all(way['memory'] <= 0.95 * 15.75 * GIB for way in ways)
-  assert ways[0]['seconds'] <= 1.02 * min(way['seconds'] for way in ways)
-  assert f'{len(ways)} ways fit' in done.stdout and ways[0]['flags'] in done.stdout
+  process = run(run_python, *flags)
+  assert process.returncode == 0, process.stderr
+  suggestions = last(process)['suggestions']
+  assert all(s['memory'] <= 0.95 * 15.75 * GIB for s in suggestions)
+  best = suggestions[0]
+  assert best['seconds'] <= 1.02 * min(s['seconds'] for s in suggestions)
+  assert (
+    f'{len(suggestions)} ways fit' in process.stdout and best['flags'] in process.stdout
+  )
 
 
 @pytest.mark.parametrize(
-  ('flags', 'code', 'said'),
+  ('flags', 'message'),
   [
-    (['--topology=v5e:3x3'], 2, 'slices of v5e are 2x2 2x4'),
-    (
-      ['--topology=h100:8', '--config.mesh.tensor=8'],
-      2,
-      'config.model.attn.heads=4 must',
-    ),
-    (['--topology=h100:8', '--config.batch=12'], 2, 'config.batch=12 must be a multiple'),
-    (['--topology=h100:8', '--config.mesh.fsdp=3'], 2, 'is not the 8 devices'),
-    (['--golden', '--only=nothing'], 2, '--only=nothing, but cases are '),
+    (['--topology=v5e:3x3'], 'slices of v5e are 2x2 2x4'),
+    (['--topology=h100:8', '--config.mesh.tensor=8'], 'config.model.attn.heads=4 must'),
+    (['--topology=h100:8', '--config.batch=12'], 'config.batch=12 must be a multiple'),
+    (['--topology=h100:8', '--config.mesh.fsdp=3'], 'is not the 8 devices'),
+    (['--golden', '--only=nothing'], '--only=nothing, but cases are '),
   ],
 )
 @pytest.mark.slow
-def test_the_script_refuses_in_one_line(flags, code, said, run_python):
-  done = run(run_python, '--config=configs/base.py', *flags)
-  assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), done.stderr
-  assert said in done.stderr
+def test_the_script_refuses_in_one_line(flags, message, run_python):
+  process = run(run_python, '--config=configs/base.py', *flags)
+  assert (process.returncode, len(process.stderr.splitlines())) == (2, 1), process.stderr
+  assert message in process.stderr
 
 
 @pytest.mark.slow
-def test_the_script_says_how_to_get_the_compiler_for_tpus(run_python):
+def test_the_script_names_the_command_that_installs_libtpu(run_python):
   if importlib.util.find_spec('libtpu'):
-    pytest.skip('it is here')
-  done = run(run_python, '--config=configs/base.py', '--topology=v5e:2x2')
-  assert done.returncode == 2
-  assert 'pip install -r requirements-tpu.txt' in done.stderr
-  assert len(done.stderr.splitlines()) == 1
+    pytest.skip('libtpu is installed')
+  process = run(run_python, '--config=configs/base.py', '--topology=v5e:2x2')
+  assert process.returncode == 2
+  assert 'pip install -r requirements-tpu.txt' in process.stderr
+  assert len(process.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow
-def test_the_script_leaves_with_1_where_nothing_fits(run_python):
+def test_the_script_exits_with_1_if_the_recipe_does_not_fit(run_python):
   flags = ('--config=configs/moe_15b.py', '--topology=v5e:2x2', '--estimate')
-  done = run(run_python, *flags)
-  assert done.returncode == 1, done.stderr
-  assert 'DOES NOT FIT' in done.stdout and 'would fit: ' in done.stdout
-  assert last(done)['over'] > 0
+  process = run(run_python, *flags)
+  assert process.returncode == 1, process.stderr
+  assert 'DOES NOT FIT' in process.stdout and 'would fit: ' in process.stdout
+  assert last(process)['over'] > 0

@@ -1,4 +1,4 @@
-"""The page on scaling says what the estimates say."""
+"""The page on scaling agrees with the estimates."""
 
 import importlib
 import json
@@ -10,6 +10,7 @@ from test_estimate import large, sizes
 from configs import moe_15b
 from gated.devices import chips
 from gated.pods import estimate
+from gated.pods.estimate.roofline import ASSUMED
 
 scaling = importlib.import_module('scripts.scaling')
 GIB = chips.GIB
@@ -22,7 +23,7 @@ def tables():
   return {key: [scaling.row(cfg, chips.CHIPS['v5e'], n) for n in (4, 64, 512)]}
 
 
-def test_every_context_has_the_recipes_tokens():
+def test_every_context_has_the_same_tokens_a_step():
   for name in scaling.MODELS:
     for length in scaling.LENGTHS:
       cfg = scaling.recipe(name, length)
@@ -30,26 +31,26 @@ def test_every_context_has_the_recipes_tokens():
       assert cfg.data.length == length
 
 
-def test_counts_are_slices_that_there_are():
+def test_counts_are_whole_slices():
   for name in scaling.CHIPS:
     chip = chips.CHIPS[name]
-    there = {math.prod(shape) for shape in chips.topologies(name)}
+    slice_sizes = {math.prod(shape) for shape in chips.topologies(name)}
     for count in scaling.COUNTS:
       slices = -(-count // chip.slice_size)
-      assert count // slices in there and count % slices == 0
+      assert count // slices in slice_sizes and count % slices == 0
   assert max(scaling.COUNTS) >= 1024 and min(scaling.COUNTS) == 4
 
 
-def test_a_row_is_the_best_that_fits_or_says_by_how_much_it_does_not(tables):
+def test_a_row_has_the_best_fit_or_the_excess(tables):
   ((_, rows),) = tables.items()
   small, middle, large = rows
-  assert small.best is None and small.over > 0
+  assert not small.meshes and small.excess > 0
   assert middle.best.fits and large.best.fits and large.slices == 2
   cfg = estimate.changed(scaling.recipe('moe', 4096), 'full', 1024)
   least = min(e.excess for e in estimate.meshes(cfg, 4, chips.CHIPS['v5e']))
-  assert small.over <= least
+  assert small.excess <= least
   lines = scaling.table(rows)
-  assert f'{small.over / GIB:,.2f} GiB a chip too much' in lines[2]
+  assert f'{small.excess / GIB:,.2f} GiB a chip too much' in lines[2]
   cells = [cell.strip() for cell in lines[3].split('|')[1:-1]]
   assert cells[0] == '64' and cells[1] == estimate.named(middle.best.sizes)
   assert float(cells[3]) == pytest.approx(middle.best.bytes / GIB, abs=0.06)
@@ -59,22 +60,26 @@ def test_a_row_is_the_best_that_fits_or_says_by_how_much_it_does_not(tables):
   assert float(lines[4].split('|')[8]) == pytest.approx(speed, abs=0.006)
 
 
-def test_an_axis_that_stops_paying_is_told_with_what_takes_over(tables):
+def test_remarks_list_where_each_set_of_axes_pays(tables):
   ((_, rows),) = tables.items()
   lines = scaling.remarks(rows)
-  for line in lines[:-1]:
-    name = line.split('**')[1]
-    after = next(r for r in rows if f'At {r.count:,} ' in line)
-    found = after.families.get(name)
-    assert found is None or found.time.step > scaling.PAYS * after.best.time.step
-    assert found is None or f'{found.time.step / after.best.time.step:.2f} times' in line
-  best = scaling.family(rows[-1].best)
-  assert lines[-1].startswith('- To the most chips') and f'**{best}**' in lines[-1]
+  for line in lines:
+    name, counts = line.removeprefix('- **').split(' chips.')[0].split('** pays at ')
+    for r in rows:
+      e = r.meshes.get(name)
+      pays = e is not None and e.time.step <= scaling.PAYS * r.best.time.step
+      assert (f'{r.count:,}' in counts.split(', ')) == pays
+      if f'At {r.count:,} ' in line:
+        reason = (
+          f'{e.time.step / r.best.time.step:.2f} times' if e else 'no mesh of these axes'
+        )
+        assert reason in line
+  assert any(f'**{next(iter(rows[-1].meshes))}**' in line for line in lines)
 
 
-def test_what_was_compiled_stands_beside_its_estimate(tmp_path, monkeypatch):
+def test_golden_preflights_stand_beside_their_estimates(tmp_path, monkeypatch):
   monkeypatch.setattr(scaling, 'GOLDEN', tmp_path)
-  assert 'No compiled preflight' in scaling.compiled()[0]
+  assert len(scaling.compiled()) == 2
   case = {
     'flags': [
       '--config=configs/moe_15b.py:gate=headwise',
@@ -94,25 +99,23 @@ def test_what_was_compiled_stands_beside_its_estimate(tmp_path, monkeypatch):
   }
   (tmp_path / 'moe.json').write_text(json.dumps(case))
   cfg = large(moe_15b, 'gate=headwise', accum=4, model__layers='scan', mesh__expert=4)
-  e = estimate.of(cfg, sizes(fsdp=16, expert=4), chips.CHIPS['v5p'])
+  e = estimate.Estimate(cfg, sizes(fsdp=16, expert=4), chips.CHIPS['v5p'])
   line = scaling.compiled()[-1]
   assert line.startswith('| moe | v5p:4x4x4 | fsdp=16 expert=4 | 20.00 ')
   assert f'| {e.bytes / GIB:.2f} | {e.bytes / GIB / 20:.2f} |' in line
   assert line.endswith(f'| 7.5 | {e.time.step:.3g} |')
 
 
-def test_the_page_names_its_command_and_all_that_is_assumed(
-  tables, monkeypatch, tmp_path
-):
+def test_the_page_names_its_command_and_its_assumptions(tables, monkeypatch, tmp_path):
   monkeypatch.setattr(scaling, 'GOLDEN', tmp_path)
   page = scaling.page(tables)
   assert scaling.COMMAND in page.split('\n\n')[1]
-  for name, (_, text) in estimate.ASSUMED.items():
+  for name, (_, text) in ASSUMED.items():
     assert f'| {name} |' in page and text in page
   assert all(line in page for line in scaling.table(tables['moe', 'v5e', 4096]))
 
 
-def test_the_page_that_is_kept_is_of_these_chips_and_contexts():
+def test_the_page_in_docs_has_these_chips_and_contexts():
   page = scaling.PAGE.read_text()
   for name in scaling.MODELS:
     for chip in scaling.CHIPS:
@@ -121,11 +124,11 @@ def test_the_page_that_is_kept_is_of_these_chips_and_contexts():
         assert head in page, f'run {scaling.COMMAND}'
 
 
-def test_the_figure_is_drawn_where_there_is_something_to_draw_with(tables, tmp_path):
+def test_the_figure_is_drawn(tables, tmp_path):
+  pytest.importorskip('matplotlib')
   path = tmp_path / 'scaling.svg'
-  drawn = scaling.figure(tables, path)
-  assert drawn == path.exists()
-  assert not drawn or '<svg' in path.read_text()
+  scaling.figure(tables, path)
+  assert '<svg' in path.read_text()
 
 
 def test_the_command_line_prints_one_table(monkeypatch, capsys):

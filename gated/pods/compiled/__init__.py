@@ -1,17 +1,16 @@
 """The cost of a compiled program, read from its optimized HLO text.
 
-  program = compiled.read(lowered.compile())
-  program.flops, program.bytes, program.collectives, program.buffers, program.memory
+  program = compiled.read(lowered.compile().as_text())
+  program.flops, program.bytes, program.collectives, program.buffers
 
 Counts are per chip and run. XLA's `cost_analysis()` counts a loop's body once and skips
-most kernels; here loops count by their trips, and kernels by a table.
+most kernels; here a loop counts by its trips, and a kernel by a table.
 """
 
 import re
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from gated.pods.compiled import collectives, flops, hlo, loops, traffic
 from gated.pods.compiled.places import Place, Places
@@ -43,36 +42,6 @@ class Buffer:
   def bytes(self) -> int:
     return self.shape.bytes
 
-  @property
-  def size(self) -> int:
-    return self.shape.size
-
-  @property
-  def dims(self) -> tuple[int, ...]:
-    return self.shape.dims
-
-
-@dataclass(frozen=True)
-class Memory:
-  """Bytes on one chip, as the compiler planned them."""
-
-  arguments: int
-  outputs: int  # without arguments updated in place
-  temporaries: int
-  code: int
-
-  @property
-  def total(self) -> int:
-    return self.arguments + self.outputs + self.temporaries + self.code
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assumed:
-  """Properties of the data, which the HLO text does not contain."""
-
-  fill: float = 1.0  # share of the rows of grouped products that hold tokens
-  idle: tuple[str, ...] = ()  # loops of these files without a trip count never run
-
 
 @dataclass(frozen=True)
 class Program:
@@ -81,7 +50,6 @@ class Program:
   collectives: tuple[Traffic, ...]
   buffers: tuple[Buffer, ...]  # arrays outside fusions, the largest first
   gathers: tuple[Buffer, ...]  # results of all-gathers, the largest first
-  memory: Memory | None  # None for a program read from text
   kernels: Mapping[str, float]  # FLOPs by kernel, part of `flops`
   work: Mapping[str, float]  # `flops` by file of gated/, '' if not known
   uncounted: Mapping[str, int]  # unknown custom calls -> runs
@@ -95,78 +63,54 @@ class Program:
 
     Fused kernels do five products, separate ones three for dq and four for dk and dv.
     """
-    dq, dkv = (self.kernels.get(f'splash {name}', 0.0) for name in ('dq', 'dkv'))
-    cudnn = self.kernels.get('cuDNN attention, backward', 0.0)
-    return cudnn / 5 + (dq / 3 + dkv / 2 if dq else dkv / 5)
+    kernels = defaultdict(float, self.kernels)
+    dq, dkv = kernels['splash dq'], kernels['splash dkv']
+    splash = dq / 3 + dkv / 2 if dq else dkv / 5
+    return splash + kernels['cuDNN attention, backward'] / 5
 
 
 def read(
-  executable: Any,
+  text: str,
   axes: Mapping[str, int] | None = None,
   slices: Sequence[int] | None = None,
-  assumed: Assumed = Assumed(),
+  *,
+  fill: float = 1.0,
+  idle: tuple[str, ...] = (),
 ) -> Program:
-  """The result of `jax.stages.Lowered.compile()` -> its cost.
+  """Optimized HLO, as `jax.stages.Compiled.as_text()` returns it -> its cost.
 
   `axes` maps the mesh's axes to their sizes; `slices` lists each device's slice or host,
-  in the mesh's order.
+  in the mesh's order. `fill` is the share of the rows of grouped products that hold
+  tokens. Loops of the files `idle` that have no trip count never run.
   """
-  stats = executable.memory_analysis()
-  memory = Memory(
-    arguments=stats.argument_size_in_bytes,
-    outputs=max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0),
-    temporaries=stats.temp_size_in_bytes,
-    code=stats.generated_code_size_in_bytes,
-  )
-  text = executable.as_text()
-  return read_text(text, axes=axes, slices=slices, memory=memory, assumed=assumed)
-
-
-def read_text(
-  text: str,
-  *,
-  axes: Mapping[str, int] | None = None,
-  slices: Sequence[int] | None = None,
-  memory: Memory | None = None,
-  assumed: Assumed = Assumed(),
-) -> Program:
-  """Optimized HLO as text -> its cost."""
   program, places = hlo.parse(text), Places(text)
-  cost = lambda c, op: flops.of(c, op, assumed.fill)
-  idle = lambda c, op: places.of(c, op).file.startswith(assumed.idle)
-  runs = loops.count(program, lambda c, op: cost(c, op) or 0.0, idle)
-  # Arrays of idle loops take memory all the same.
+  cost = lambda c, op: flops.of(c, op, fill)
+  never = lambda c, op: places.of(c, op).file.startswith(idle)
+  runs = loops.count(program, lambda c, op: cost(c, op) or 0.0, never)
+  # Arrays of idle loops also need memory.
   reach = loops.count(program, lambda c, op: 0.0) if runs.idle else runs
-  total, moved, conditionals = 0.0, 0.0, 0
+  moved, conditionals = 0.0, 0
   kernels: dict[str, float] = defaultdict(float)
   uncounted: dict[str, int] = defaultdict(int)
   work: dict[str, float] = defaultdict(float)
-  for name, computation in program.items():
-    times, alone = runs.of(name), runs.alone[name]
-    if not times:
-      continue
-    for op in computation.body.values():
-      one_run = cost(computation, op)
-      if op.opcode == 'custom-call' and one_run != 0:
-        kernel = flops.kernel(op)
-        if one_run is None:
-          uncounted[kernel] += times
-        else:
-          kernels[kernel] += times * one_run
-      if one_run:
-        total += times * one_run
-        work[places.of(computation, op).file] += times * one_run
-      moved += alone * traffic.of(program, computation, op) if alone else 0
-      conditionals += op.opcode == 'conditional'
+  for computation, op, times in _reached(program, runs):
+    one_run = cost(computation, op)
+    if one_run is None:
+      uncounted[flops.kernel(op)] += times
+    elif one_run:
+      work[places.of(computation, op).file] += times * one_run
+      if op.opcode == 'custom-call':
+        kernels[flops.kernel(op)] += times * one_run
+    alone = runs.alone[computation.name]
+    moved += alone * traffic.of(program, computation, op) if alone else 0
+    conditionals += op.opcode == 'conditional'
+  layout = collectives.Layout(_devices(text), axes, slices)
   return Program(
-    flops=total,
+    flops=sum(work.values()),
     bytes=moved,
-    collectives=_collectives(
-      program, runs, collectives.Layout(_devices(text), axes, slices)
-    ),
+    collectives=_collectives(program, runs, layout),
     buffers=_buffers(places, _arrays(program, reach)),
     gathers=_buffers(places, _gathers(program, reach)),
-    memory=memory,
     kernels=dict(kernels),
     work=dict(work),
     uncounted=dict(uncounted),
@@ -179,13 +123,14 @@ def read_text(
 def _devices(text: str) -> int:
   """The number of devices of a program."""
   header = text.partition('\n')[0]
-  numbers = [
-    int(n) for n in re.findall(r'\b(?:num_partitions|replica_count)=(\d+)', header)
-  ]
-  return max([1, *numbers])
+  numbers = re.findall(r'\b(?:num_partitions|replica_count)=(\d+)', header)
+  return max([1, *map(int, numbers)])
 
 
-def _reached(program, runs):
+Ran = Iterator[tuple[hlo.Computation, hlo.Instruction, int]]
+
+
+def _reached(program, runs: loops.Runs) -> Ran:
   """-> (computation, instruction, runs) of all that run, inside fusions too."""
   for name, computation in program.items():
     times = runs.of(name)
@@ -195,36 +140,35 @@ def _reached(program, runs):
 
 def _collectives(program, runs, layout: collectives.Layout) -> tuple[Traffic, ...]:
   totals: dict[tuple[str, str, str], list] = defaultdict(lambda: [0, 0.0, 0])
-
-  def add(key, times, size, largest):
+  for computation, op, times in _reached(program, runs):
+    kind = collectives.kind(computation, op)
+    groups = layout.groups(op) if kind else []
+    between = collectives.between_slices(op)
+    if kind and groups:
+      key = kind, layout.axis(groups), layout.network(groups)
+      size, largest = max(map(len, groups)), max(s.bytes for s in op.shapes)
+      whole = collectives.whole(computation, op, kind, size)
+    elif between:
+      key = between, layout.crossing, 'network'
+      size, largest = layout.slices, op.shapes[0].bytes
+      whole = largest * size if between == 'reduce-scatter' else largest
+    else:
+      continue
     entry = totals[key]
     entry[0] += times
-    entry[1] += times * size
+    entry[1] += times * collectives.received(key[0], whole, size)
     entry[2] = max(entry[2], largest)
-
-  for computation, op, times in _reached(program, runs):
-    between = collectives.across(op)
-    if between:
-      whole = op.shapes[0].bytes
-      size = collectives.SHARE.get(between, lambda s, g: s)(whole, layout.slices)
-      add((between, layout.crossing, 'network'), times, size, whole)
-    kind = collectives.kind(computation, op)
-    if kind is None:
-      continue
-    groups = [g for g in layout.groups(op.words) if len(set(g)) > 1]
-    if groups:
-      size = collectives.received(computation, op, kind, max(map(len, groups)))
-      key = kind, layout.axis(groups), layout.network(groups)
-      add(key, times, size, max(s.bytes for s in op.shapes))
   entries = [Traffic(*key, *entry) for key, entry in totals.items()]
   return tuple(sorted(entries, key=lambda t: -t.bytes))
 
 
 # These return an operand, or end an operation that another instruction started.
 _VIEWS = traffic.VIEWS | {'dynamic-update-slice'}
+# As a result of a fusion, these are operands, returned or updated in place.
+_IN_PLACE = ('dynamic-update-slice', 'parameter', 'get-tuple-element')
 
 
-def _arrays(program, runs):
+def _arrays(program, runs: loops.Runs):
   """-> (computation, instruction, shape): arguments, and results outside fusions."""
   for computation, op, _ in _reached(program, runs):
     views = op.opcode in _VIEWS or op.opcode.endswith(('-start', '-update'))
@@ -232,13 +176,15 @@ def _arrays(program, runs):
     inner = op.opcode == 'parameter' and not computation.entry
     if views or inner or not runs.alone[computation.name]:
       continue
-    in_place = _updated(program, op) if op.opcode == 'fusion' else set()
-    for n, shape in enumerate(op.shapes):
-      if n not in in_place:
-        yield computation, op, shape
+    shapes = op.shapes
+    if op.opcode == 'fusion':
+      parts = traffic.results(program[op.called['calls'][0]], op)
+      shapes = [s for part, made in parts if part.opcode not in _IN_PLACE for s in made]
+    for shape in shapes:
+      yield computation, op, shape
 
 
-def _gathers(program, runs):
+def _gathers(program, runs: loops.Runs):
   """-> (computation, instruction, shape): results of all-gathers, fused ones too."""
   for computation, op, _ in _reached(program, runs):
     if collectives.kind(computation, op) == 'all-gather':
@@ -248,24 +194,9 @@ def _gathers(program, runs):
 
 
 def _buffers(places: Places, arrays) -> tuple[Buffer, ...]:
-  count: dict[tuple, int] = defaultdict(int)
-  for computation, op, shape in arrays:
-    source = op.source or op.name
-    count[shape, op.opcode, source, places.of(computation, op)] += 1
+  count = Counter(
+    (shape, op.opcode, op.source or op.name, places.of(computation, op))
+    for computation, op, shape in arrays
+  )
   order = lambda buffer: (-buffer.bytes, str(buffer.shape), buffer.source)
   return tuple(sorted((Buffer(*key, n) for key, n in count.items()), key=order))
-
-
-def _updated(program, op: hlo.Instruction) -> set[int]:
-  """The results of a fusion that are its operands, passed on or updated in place."""
-  callee = program[op.called['calls'][0]]
-  root = callee.root
-  parts = [root.name] if root.opcode != 'tuple' else root.operands
-  in_place = set()
-  for n, name in enumerate(parts):
-    part = callee.body[name]
-    while part.opcode == 'bitcast':
-      part = callee.body[part.operands[0]]
-    if part.opcode in ('dynamic-update-slice', 'parameter', 'get-tuple-element'):
-      in_place.add(n)
-  return in_place

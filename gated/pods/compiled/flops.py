@@ -25,28 +25,24 @@ def of(computation: Computation, op: Instruction, fill: float = 1.0) -> float | 
 
   `fill` is the share of the rows of grouped products that hold tokens.
   """
-  if op.opcode in ('dot', 'ragged-dot'):
-    flops = _product(computation, op)
-  elif op.opcode == 'convolution':
-    flops = _convolution(computation, op)
-  elif op.opcode == 'custom-call':
-    flops = _custom_call(computation, op)
-  else:
-    return 0.0
-  grouped = op.opcode == 'ragged-dot' or kernel(op) == GROUPED
-  return flops * fill if flops and grouped else flops
+  if op.opcode == 'dot':
+    return _product(computation, op)
+  if op.opcode == 'ragged-dot':
+    return _product(computation, op) * fill
+  if op.opcode == 'convolution':
+    return _convolution(computation, op)
+  if op.opcode == 'custom-call':
+    return _custom_call(computation, op, fill)
+  return 0.0
 
 
 def kernel(op: Instruction) -> str:
   """A custom call -> its name in KERNELS, or else in its source."""
-  if op.opcode != 'custom-call':
-    return ''
   entry = _entry(op)
   if entry:
     return entry[0]
   names = [op.target, *reversed(op.source.split('/'))]
-  plain = [n for n in names if n not in ('', 'pallas_call', *_GENERIC)]
-  return plain[0] if plain else op.target
+  return next((n for n in names if n not in ('', 'pallas_call', *_GENERIC)), op.target)
 
 
 def _product(computation: Computation, op: Instruction) -> float:
@@ -89,19 +85,13 @@ def _window(words: str) -> list[dict[str, int]]:
     return []
   fields = dict(part.split('=') for part in match[1].split())
   rank = len(fields['size'].split('x'))
-  number = lambda name, n: int(fields[name].split('x')[n]) if name in fields else 1
-  dims = []
-  for n in range(rank):
-    pad = fields['pad'].split('x')[n].split('_')[0] if 'pad' in fields else '0'
-    dims.append(
-      dict(
-        stride=number('stride', n),
-        low=int(pad),
-        left_step=number('lhs_dilate', n),
-        right_step=number('rhs_dilate', n),
-      )
-    )
-  return dims
+  column = lambda name: fields[name].split('x') if name in fields else ['1'] * rank
+  pads = fields['pad'].split('x') if 'pad' in fields else ['0_0'] * rank
+  columns = zip(column('stride'), pads, column('lhs_dilate'), column('rhs_dilate'))
+  return [
+    dict(stride=int(s), low=int(pad.split('_')[0]), left_step=int(l), right_step=int(r))
+    for s, pad, l, r in columns
+  ]
 
 
 def _meetings(left, right, out, *, stride, low, left_step, right_step) -> int:
@@ -122,11 +112,13 @@ def _meetings(left, right, out, *, stride, low, left_step, right_step) -> int:
   return pairs
 
 
-def _custom_call(computation: Computation, op: Instruction) -> float | None:
+def _custom_call(computation: Computation, op: Instruction, fill: float) -> float | None:
   entry = _entry(op)
-  if entry:
-    return entry[1]([computation.body[name].shapes for name in op.operands], op)
-  return 0.0 if FREE.search(op.target) else None
+  if not entry:
+    return 0.0 if FREE.search(op.target) else None
+  name, count = entry
+  flops = count([computation.body[name].shapes for name in op.operands], op)
+  return flops * fill if flops and name == GROUPED else flops
 
 
 # Targets that name a kernel's compiler; the kernel's own name is in its source.
@@ -148,15 +140,21 @@ def _entry(op: Instruction):
   return None
 
 
+def _matrices(operands: list[tuple[Shape, ...]]) -> list[Shape]:
+  """The operands that are floating-point arrays of two or more dims."""
+  firsts = [shapes[0] for shapes in operands if shapes]
+  return [s for s in firsts if _is_float(s) and len(s.dims) > 1]
+
+
 def _splash(products: int, fused: int = 0) -> Callable:
   """q (..., H, T, K) and k (..., S, K): the causal half of `products` of H T S K.
 
-  Blocks above the diagonal are skipped. The kernel of dk and dv may compute dq too, in a
-  result with one dim more than q; it then does `fused` products.
+  The kernel skips blocks above the diagonal. The kernel of dk and dv may compute dq too,
+  in a result with one dim more than q; it then does `fused` products.
   """
 
   def count(operands: list[tuple[Shape, ...]], op: Instruction) -> float:
-    q, k = [s[0] for s in operands if s and _is_float(s[0]) and len(s[0].dims) > 1][:2]
+    q, k = _matrices(operands)[:2]
     parts = any(len(s.dims) > len(q.dims) for s in op.shapes)
     done = fused if fused and parts else products
     return 2.0 * done * q.size * k.dims[-2] / 2
@@ -166,23 +164,23 @@ def _splash(products: int, fused: int = 0) -> Callable:
 
 def _grouped(operands: list[tuple[Shape, ...]], op: Instruction) -> float | None:
   """Rows (N, A) by the matrices (E, A, B) of their groups, or rows by rows: 2 N A B."""
-  arrays = [s[0] for s in operands if s and _is_float(s[0]) and len(s[0].dims) > 1]
+  arrays = _matrices(operands)
   made = [s for s in op.shapes if _is_float(s) and len(s.dims) == 3]
-  rows = next((s for s in arrays if len(s.dims) == 2), None)
-  stack = next((s for s in [*made, *arrays] if len(s.dims) == 3), None)
-  if rows is None or stack is None:
+  rows = [s for s in arrays if len(s.dims) == 2]
+  stacks = [s for s in [*made, *arrays] if len(s.dims) == 3]
+  if not rows or not stacks:
     return None
-  _, A, B = stack.dims
-  return 2.0 * rows.size * B if made else 2.0 * rows.dims[0] * A * B
+  _, A, B = stacks[0].dims
+  return 2.0 * rows[0].size * B if made else 2.0 * rows[0].dims[0] * A * B
 
 
 def _gemm(operands: list[tuple[Shape, ...]], op: Instruction) -> float | None:
   """cuBLAS; its configuration holds the contracting dims."""
-  contracting = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.words)
+  contracting = op.find(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
   if not contracting:
     return None
   left = operands[0][0].dims
-  summed = math.prod(left[int(n)] for n in re.findall(r'\d+', contracting[1]))
+  summed = math.prod(left[int(n)] for n in re.findall(r'\d+', contracting))
   return 2.0 * op.shapes[0].size * summed
 
 

@@ -13,8 +13,7 @@ PART = 8
 
 # Files that make the arrays of attention and of the loss.
 ATTENTION = ('gated/model/attention.py', 'gated/kernels/attention')
-LOSS = ('gated/kernels/cross_entropy',)
-NEITHER = ('gated/kernels/grouped',)
+LOSS = 'gated/kernels/cross_entropy'
 
 
 def whole_experts(program: Program, *, experts: int, width: int, ffn: int) -> list[str]:
@@ -27,7 +26,7 @@ def whole_experts(program: Program, *, experts: int, width: int, ffn: int) -> li
   stack = experts * width * ffn
   violations = []
   for gather in program.gathers:
-    dims, size = gather.dims, gather.size
+    dims, size = gather.shape.dims, gather.shape.size
     named = experts in dims and (width in dims or ffn in dims)
     if (named and size * PART >= stack) or size % stack == 0:
       violations.append(f'an all-gather holds all experts: {_line(gather)}')
@@ -36,13 +35,11 @@ def whole_experts(program: Program, *, experts: int, width: int, ffn: int) -> li
 
 def large_buffers(program: Program, limit: int = GIB) -> list[str]:
   """Arrays of the loss or of attention larger than `limit` bytes on a chip."""
-  parts = {'the loss': of_loss, 'attention': of_attention}
   return [
     f'a buffer of {name} is over {limit / GIB:g} GiB: {_line(buffer)}'
     for buffer in program.buffers
-    if buffer.bytes > limit
-    for name, is_part in parts.items()
-    if is_part(buffer)
+    for name, files in (('the loss', LOSS), ('attention', ATTENTION))
+    if buffer.bytes > limit and buffer.place.file.startswith(files)
   ]
 
 
@@ -55,29 +52,17 @@ def squares(
   of the model (`also`), only the arrays of attention are checked.
   """
   rows = {length, length // parts}
+  ambiguous = rows & set(also)
   violations = []
   for buffer in program.buffers:
-    dims = list(buffer.dims)
+    dims = list(buffer.shape.dims)
     if length not in dims:
       continue
     dims.remove(length)
-    square = any(n in rows for n in dims)
-    if square and (of_attention(buffer) or not rows & set(also)):
+    checked = not ambiguous or buffer.place.file.startswith(ATTENTION)
+    if checked and rows & set(dims):
       violations.append(f'an array of tokens by tokens: {_line(buffer)}')
   return violations
-
-
-def of_loss(buffer: Buffer) -> bool:
-  return buffer.place.file.startswith(LOSS)
-
-
-def of_attention(buffer: Buffer) -> bool:
-  """Whether attention made the buffer."""
-  return attention_file(buffer.place.file)
-
-
-def attention_file(file: str) -> bool:
-  return file.startswith(ATTENTION) and not file.startswith((*LOSS, *NEITHER))
 
 
 def _line(buffer: Buffer) -> str:

@@ -3,6 +3,7 @@
 A loop's trip count is the compiler's annotation; without one, its counter is simulated.
 """
 
+import operator
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -13,19 +14,11 @@ from gated.pods.compiled.hlo import Computation, Instruction
 # The simulation of a loop's counter stops after this many rounds.
 MOST = 1_000_000
 
-_KNOWN = re.compile(r'"?known_trip_count"?\s*[:=]\s*\{\s*"?n"?\s*[:=]\s*"?(\d+)')
-_COMPARE = {
-  'LT': int.__lt__,
-  'LE': int.__le__,
-  'GT': int.__gt__,
-  'GE': int.__ge__,
-  'EQ': int.__eq__,
-  'NE': int.__ne__,
-}
+_KNOWN = r'"?known_trip_count"?\s*[:=]\s*\{\s*"?n"?\s*[:=]\s*"?(\d+)'
 _ARITHMETIC = {
-  'add': int.__add__,
-  'subtract': int.__sub__,
-  'multiply': int.__mul__,
+  'add': operator.add,
+  'subtract': operator.sub,
+  'multiply': operator.mul,
   'maximum': max,
   'minimum': min,
 }
@@ -38,10 +31,9 @@ class Runs:
 
   alone: dict[str, int] = field(default_factory=lambda: defaultdict(int))
   fused: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-  trips: dict[str, int] = field(default_factory=dict)  # of each loop, by its name
+  trips: dict[str, int] = field(default_factory=dict)  # by loop
   unknown: dict[str, str] = field(default_factory=dict)  # loop -> its source
-  idle: dict[str, str] = field(default_factory=dict)  # likewise
-  rare: Callable[[Computation, Instruction], bool] = lambda computation, op: False
+  idle: dict[str, str] = field(default_factory=dict)  # loop -> its source
 
   def of(self, name: str) -> int:
     return self.alone[name] + self.fused[name]
@@ -58,62 +50,59 @@ def count(
   a loop without a trip count is counted once and listed in `unknown`; if
   `idle(computation, op)` is true, it is not counted and listed in `idle`.
   """
-  runs = Runs(rare=idle)
+  runs = Runs()
   whole: dict[str, float] = {}
   for name, computation in program.items():
     whole[name] = sum(cost(computation, op) for op in computation.body.values())
     for op in computation.body.values():
-      callees = _callees(program, computation, op, whole, runs)
-      whole[name] += sum(n * whole[callee] for callee, n in callees)
-  entry = next(c.name for c in program.values() if c.entry)
-  runs.alone[entry] = 1
+      if op.opcode == 'while':
+        _count_trips(program, computation, op, idle, runs)
+      whole[name] += sum(n * whole[c] for c, n in _callees(op, whole, runs.trips))
+  runs.alone[next(c.name for c in program.values() if c.entry)] = 1
   for name in reversed(program):
-    computation = program[name]
-    if not runs.of(name):
-      continue
-    for op in computation.body.values():
-      for callee, n in _callees(program, computation, op, whole, runs):
+    for op in program[name].body.values() if runs.of(name) else ():
+      for callee, n in _callees(op, whole, runs.trips):
         into_fusion = op.opcode == 'fusion'
         runs.fused[callee] += n * (runs.of(name) if into_fusion else runs.fused[name])
         runs.alone[callee] += 0 if into_fusion else n * runs.alone[name]
   # Drop unknown loops that never run.
-  reached = {
-    op.name for c in program.values() if runs.of(c.name) for op in c.body.values()
-  }
+  reached = {op for c in program.values() if runs.of(c.name) for op in c.body}
   runs.unknown = {k: v for k, v in runs.unknown.items() if k in reached}
   return runs
 
 
-def _callees(program, computation, op: Instruction, whole, runs: Runs):
+def _count_trips(program, computation: Computation, loop: Instruction, idle, runs: Runs):
+  trips = trip_count(program, computation, loop)
+  if trips is None:
+    never = idle(computation, loop)
+    (runs.idle if never else runs.unknown)[loop.name] = loop.source or loop.name
+    trips = 0 if never else 1
+  runs.trips[loop.name] = trips
+
+
+def _callees(op: Instruction, whole: dict[str, float], trips: dict[str, int]):
   """-> (computation, runs) for each one that an instruction calls."""
   called = op.called
   if op.opcode == 'while':
-    if op.name not in runs.trips:
-      trips = trip_count(program, computation, op)
-      rare = trips is None and runs.rare(computation, op)
-      if trips is None:
-        (runs.idle if rare else runs.unknown)[op.name] = op.source or op.name
-        trips = 0 if rare else 1
-      runs.trips[op.name] = trips
-    n = runs.trips[op.name]
+    n = trips[op.name]
     return [(called['body'][0], n), (called['condition'][0], n + 1)]
   if op.opcode == 'conditional':
     roles = ('branch_computations', 'true_computation', 'false_computation')
-    branches = [name for role in roles for name in called.get(role, ())]
-    return [(max(branches, key=lambda b: whole.get(b, 0)), 1)]
+    branches = [name for role in roles if role in called for name in called[role]]
+    return [(max(branches, key=whole.__getitem__), 1)]
   if op.opcode in ('fusion', 'async-start'):
-    return [(name, 1) for name in called.get('calls', ())]
+    return [(name, 1) for name in called['calls']]
   if op.opcode == 'call':
-    return [(name, 1) for name in called.get('to_apply', ())]
+    return [(name, 1) for name in called['to_apply']]
   # Reductions, sorts and collectives apply scalar functions; kernels count as a whole.
   return []
 
 
 def trip_count(program, computation: Computation, loop: Instruction) -> int | None:
   """How often a loop's body runs; None if not known."""
-  known = _KNOWN.search(loop.words)
+  known = loop.find(_KNOWN)
   if known:
-    return int(known[1])
+    return int(known)
   condition = program[loop.called['condition'][0]]
   body = program[loop.called['body'][0]]
   unknown = lambda n, index: None
@@ -146,9 +135,7 @@ def _value(program, computation: Computation, name: str, parameter, index=None):
 
   `parameter(n, index)` reads the computation's n-th parameter likewise.
   """
-  op = computation.body.get(name)
-  if op is None:
-    return None
+  op = computation.body[name]
   inner = lambda name, index=None: _value(program, computation, name, parameter, index)
   if op.opcode == 'parameter':
     return parameter(int(op.args), index)
@@ -157,23 +144,22 @@ def _value(program, computation: Computation, name: str, parameter, index=None):
   if op.opcode in _SAME:
     return inner(op.operands[0], index)
   if op.opcode in ('fusion', 'call'):
-    callee = program[(op.called.get('calls') or op.called['to_apply'])[0]]
+    callee = program[op.called['calls' if op.opcode == 'fusion' else 'to_apply'][0]]
     argument = lambda n, index: inner(op.operands[n], index)
     return _value(program, callee, callee.root.name, argument, index)
   if index is not None:
     return inner(op.operands[index]) if op.opcode == 'tuple' else None
   if op.opcode == 'constant':
-    text = op.args.strip()
-    number = re.fullmatch(r'-?\d+', text)
-    return int(text) if number else {'true': 1, 'false': 0}.get(text)
+    text = {'true': '1', 'false': '0'}.get(op.args.strip(), op.args.strip())
+    return int(text) if re.fullmatch(r'-?\d+', text) else None
   if op.opcode == 'get-tuple-element':
-    return inner(op.operands[0], op.number('index'))
+    return inner(op.operands[0], int(op.find(r'\bindex=(\d+)')))
   if op.opcode not in _ARITHMETIC and op.opcode != 'compare':
     return None
   a, b = (inner(operand) for operand in op.operands)
   if a is None or b is None:
     return None
-  if op.opcode in _ARITHMETIC:
-    return _ARITHMETIC[op.opcode](a, b)
-  direction = re.search(r'direction=(\w+)', op.words)
-  return int(_COMPARE[direction[1]](a, b)) if direction else None
+  if op.opcode == 'compare':
+    # The directions LT, LE, GT, GE, EQ and NE are the names of Python's functions.
+    return int(getattr(operator, op.find(r'direction=(\w+)').lower())(a, b))
+  return _ARITHMETIC[op.opcode](a, b)

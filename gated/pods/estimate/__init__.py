@@ -1,30 +1,23 @@
 """A recipe on a mesh of chips, by arithmetic: memory, FLOPs, traffic, time; and a choice.
 
-Nothing is compiled. What the code does is counted from the same tables that it is built
-from (the parameters' axes, `mesh.RULES`, `cross_entropy.inner_size`), and time follows
-from the assumptions in `roofline.ASSUMED`.
+Nothing is compiled. The counts come from the code's own tables (the axes of parameters,
+`mesh.RULES`, `cross_entropy.inner_size`), and times from `roofline.ASSUMED`.
 
-  of(cfg, sizes, chip)      a recipe on a mesh -> its Estimate
-  sizes(cfg, count, chip)   the mesh that a recipe asks for, chosen if it is to be
-  suggest(cfg, chip, count) all that fits, best first
+  Estimate(cfg, sizes, chip)  a recipe on a mesh
+  sizes(cfg, count, chip)     the mesh that a recipe requests, or the best for choice=auto
+  suggest(cfg, chip, count)   the meshes, remat policies and micro-batches that fit
 """
 
-from gated.pods.estimate.choice import changed, meshes, sizes, suggest, tail
-from gated.pods.estimate.one import Estimate, named, of
-from gated.pods.estimate.roofline import ASSUMED, Roofline, Traffic, assumed, roofline
+from gated.pods.estimate.choice import advice, changed, flags, meshes, sizes, suggest
+from gated.pods.estimate.one import Estimate, named
 
-__all__ = [
-  'ASSUMED',
+__all__ = (
   'Estimate',
-  'Roofline',
-  'Traffic',
-  'assumed',
+  'advice',
   'changed',
+  'flags',
   'meshes',
   'named',
-  'of',
-  'roofline',
   'sizes',
   'suggest',
-  'tail',
-]
+)

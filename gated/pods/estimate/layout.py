@@ -1,14 +1,17 @@
-"""A recipe on a mesh: what of each parameter and of each token one chip holds.
+"""A recipe on a mesh: the part of each parameter and of each token that one chip holds.
 
 D width  V vocabulary  F ffn  H heads  G kv heads  K head width  E experts  k of a token
 """
 
 import functools
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh
 
@@ -17,7 +20,6 @@ from gated.devices import mesh
 from gated.train import optim
 
 WIDE = 4  # bytes of a float32
-BYTES = {'float32': 4, 'bfloat16': 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,38 +27,42 @@ class Weights:
   """Parameters that are split alike."""
 
   part: str  # layers, embed, head or norm
-  axes: tuple[str, ...]  # logical ones that the mesh may split
-  count: int  # numbers, of all layers together
-  stored: int  # bytes of all of them
-  matrices: int  # of the numbers, those in matrices that Muon would take
+  axes: tuple[str, ...]  # logical axes that the mesh may split
+  count: int  # elements, in all layers
+  stored: int  # bytes
+  matrices: int  # elements of the matrices that Muon updates
 
 
 @functools.cache
 def weights(cfg: model.Config) -> tuple[Weights, ...]:
-  """A model's parameters, by part and by how they are split."""
+  """A model's parameters, grouped by part and by the axes that split them."""
   shapes = model.abstract(cfg)
-  found: dict[tuple, list[int]] = {}
-  is_parameter = lambda x: isinstance(x, nnx.Variable)
-  parts = dict(layers=shapes.blocks, embed=shapes.embed, head=shapes.head)
-  for part, tree in {**parts, 'norm': shapes.norm}.items():
-    for leaf in jax.tree.leaves(tree, is_leaf=is_parameter):
+  parts = dict(
+    layers=shapes.blocks, embed=shapes.embed, head=shapes.head, norm=shapes.norm
+  )
+  groups: dict[tuple, list[Any]] = defaultdict(list)
+  for part, tree in parts.items():
+    for leaf in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable)):
       axes = tuple(sorted(a for a in mesh.axes_of(leaf) if a and mesh.RULES[a]))
-      sums = found.setdefault((part, axes), [0, 0, 0])
-      sums[0] += leaf.size
-      sums[1] += leaf.size * leaf.dtype.itemsize
-      sums[2] += leaf.size if optim.matrix(leaf) else 0
+      groups[part, axes].append(leaf)
   return tuple(
-    Weights(part=part, axes=axes, count=count, stored=stored, matrices=matrices)
-    for (part, axes), (count, stored, matrices) in found.items()
+    Weights(
+      part=part,
+      axes=axes,
+      count=sum(leaf.size for leaf in leaves),
+      stored=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
+      matrices=sum(leaf.size for leaf in leaves if optim.matrix(leaf)),
+    )
+    for (part, axes), leaves in groups.items()
   )
 
 
-# A model is looked at once for a sweep over many meshes.
+# A search over meshes needs it once per model.
 flops_per_token = functools.cache(model.flops_per_token)
 
 
 class Layout:
-  """A recipe, and sizes of the mesh's axes -> sizes of what lies on one chip."""
+  """A recipe and the sizes of the mesh's axes -> the sizes of one chip's parts."""
 
   def __init__(self, cfg: Any, sizes: Mapping[str, int]):
     self.cfg, self.sizes = cfg, dict(sizes)
@@ -65,10 +71,10 @@ class Layout:
     self.on: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     self.ways = {axis: mesh.ways(axis, self.on) for axis in mesh.RULES if axis}
     self.devices = self.on.size
-    self.compute = BYTES[m.numerics.compute]
-    self.rows = cfg.batch // cfg.accum // self.ways['batch']
+    self.compute = jnp.dtype(m.numerics.compute).itemsize
     # Tokens of a micro-batch on one chip.
-    self.tokens = self.rows * cfg.data.length // self.ways['tokens']
+    rows = cfg.batch // cfg.accum // self.ways['batch']
+    self.tokens = rows * cfg.data.length // self.ways['tokens']
     self.tensor, self.context = sizes['tensor'], sizes['context']
     self.fsdp, self.expert = sizes['fsdp'], sizes['expert']
     self.query = m.attn.heads * m.attn.head_dim // self.tensor
@@ -80,35 +86,32 @@ class Layout:
     channels = {'heads': self.query, 'kv_heads': self.key, None: m.width}
     self.gate = channels[gate.at.heads] if gate.at and wide else 0
     # The routers' own forward pass, before a batch's micro-batches.
-    asked = m.moe.experts and cfg.accum > 1 and cfg.loss.balance_over == 'global'
-    self.counting = 1 if asked else 0
+    routed = m.moe.experts and cfg.accum > 1 and cfg.loss.balance_over == 'global'
+    self.counting = 1 if routed else 0
 
   def split(self, axes: Sequence[str], *, but: Sequence[str] = ()) -> int:
-    """Into how many parts weights with these logical axes are split, but for some."""
-    n = 1
-    for axis in axes:
-      n *= self.ways[axis] if axis not in but else 1
-    return n
+    """The number of parts of weights with these logical axes, without those in `but`."""
+    return math.prod(self.ways[axis] for axis in axes if axis not in but)
 
-  def held(self, *parts: str, but: Sequence[str] = (), having: str = '') -> float:
-    """Numbers of the parts' weights on one chip, not split by the axes in `but`.
+  def held(self, part: str = '', *, but: Sequence[str] = (), having: str = '') -> float:
+    """Elements of a part's weights on one chip, not split by the axes in `but`.
 
-    Of all parts if none is named; if `having` names a logical axis, of weights with it.
+    Without a part, those of all; with `having`, only weights with this logical axis.
     """
     return sum(
       w.count / self.split(w.axes, but=but)
       for w in self.weights
-      if (not parts or w.part in parts) and (not having or having in w.axes)
+      if part in ('', w.part) and (not having or having in w.axes)
     )
 
   @property
   def stored(self) -> float:
-    """Bytes of all weights on one chip, as they are kept."""
+    """Bytes of all weights on one chip."""
     return sum(w.stored / self.split(w.axes) for w in self.weights)
 
   @property
   def moments(self) -> float:
-    """Numbers that the optimizer keeps on one chip: two for each weight, Muon one."""
-    fewer = 1 if self.cfg.optim.name == 'muon' else 0
-    kept = lambda w: 2 * w.count - fewer * w.matrices
-    return sum(kept(w) / self.split(w.axes) for w in self.weights)
+    """Elements of the optimizer's state on one chip: two for each weight, Muon one."""
+    muon = self.cfg.optim.name == 'muon'
+    elements = lambda w: 2 * w.count - (w.matrices if muon else 0)
+    return sum(elements(w) / self.split(w.axes) for w in self.weights)

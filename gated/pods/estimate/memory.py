@@ -1,7 +1,8 @@
-"""Bytes of memory that one chip needs for a train step, by what they are.
+"""Bytes of memory that one chip needs for a train step, by name.
 
-What stands through the step (weights, optimizer, gradients), what the forward pass keeps,
-and the largest of what comes and goes: a layer's backward pass, or a chunk of the loss.
+Arrays that last through the step (weights, optimizer, gradients), the activations that
+the forward pass keeps, and the largest working set: a layer's backward pass, a chunk of
+the loss, or the embedding's backward pass.
 """
 
 from gated.devices import collectives
@@ -9,42 +10,41 @@ from gated.kernels import cross_entropy
 from gated.model import embedding
 from gated.pods.estimate.layout import WIDE, Layout
 
-# Of everything that a layer makes, how much exists at once in its backward pass: results
-# made again, and their gradients. With it small dense and MoE models, compiled for
-# v5e:2x2, take 1.02 and 1.04 times the estimate.
+# Recomputed results of a layer and their gradients that exist at once in its backward
+# pass, as a multiple of the results. With it, small dense and MoE models compiled for
+# v5e:2x2 take 1.02 and 1.04 times the estimate.
 LIVE = 2.0
-# Float32 chunks of logits that exist at once: they, and their gradient in halves. Dense
-# 28l on v5e:4x4, where they are a half of all, takes 1.06 times the estimate.
+# Float32 chunks of logits that exist at once: the logits, and two halves of their
+# gradient. Dense 28l on v5e:4x4, where logits are half of the memory, takes 1.06 times
+# the estimate.
 LOGITS = 2
 
 
 def held(layout: Layout) -> dict[str, float]:
   """A recipe on a mesh -> bytes by name; the chip needs their sum."""
   cfg = layout.cfg
-  numbers = layout.held()
-  depth = cfg.model.depth
-  # A scan over micro-batches adds to sums what a backward pass has made whole.
-  gradients = numbers * WIDE * (1 if cfg.accum == 1 else 2)
+  # A scan over micro-batches holds sums beside the gradients of one backward pass.
+  gradients = layout.held() * WIDE * (1 if cfg.accum == 1 else 2)
   return {
     'weights': layout.stored,
     'optimizer': WIDE * layout.moments,
     'gradients': gradients,
-    'activations': depth * kept(layout, cfg.model.remat),
+    'activations': cfg.model.depth * kept(layout, cfg.model.remat),
     'working set': max(_layer(layout), _loss(layout), _table(layout)),
   }
 
 
 def kept(layout: Layout, remat: str) -> float:
-  """Bytes of one layer that its backward pass finds there."""
+  """Bytes that a layer's forward pass keeps for its backward pass."""
   return layout.tokens * layout.compute * _elements(layout)[remat]
 
 
 def _elements(layout: Layout) -> dict[str, float]:
-  """Numbers that a layer keeps for each token of a chip, by remat policy."""
+  """Elements that a layer keeps for each token of a chip, by remat policy."""
   m = layout.cfg.model
   D, q, kv, gate, F = m.width, layout.query, layout.key, layout.gate, layout.ffn
   projected = q + 2 * kv + gate
-  # Queries and keys before and after RoPE, what attention returns, and that gated.
+  # Queries and keys before and after RoPE, attention's result, and the gated result.
   attention = projected + q + kv + 2 * kv * layout.context + q + (q if gate else 0)
   if m.moe.experts:
     k = m.moe.top_k
@@ -62,15 +62,15 @@ def _elements(layout: Layout) -> dict[str, float]:
 
 
 def _layer(layout: Layout) -> float:
-  """A layer's backward pass: everything it makes, and its weights, gathered."""
+  """A layer's backward pass: its results, and its gathered weights."""
   depth = layout.cfg.model.depth
   gathered = layout.held('layers', but=('embed',)) / depth * layout.compute
-  # This layer's, the next one's on their way, and the gradient before it is scattered.
+  # The weights of this layer and the next, and the gradient before it is scattered.
   return LIVE * kept(layout, 'none') + 3 * gathered + _experts(layout)
 
 
 def _experts(layout: Layout) -> float:
-  """Where experts are split, the tokens of all who share them, and sums in float32."""
+  """With split experts: the tokens of the whole expert axis, and sums in float32."""
   m = layout.cfg.model
   if not m.moe.experts or layout.expert == 1:
     return 0.0
@@ -81,7 +81,7 @@ def _experts(layout: Layout) -> float:
 
 
 def neighbours(layout: Layout) -> int:
-  """How many chips share their tokens in the vocabulary loss, as it decides."""
+  """The number of chips that share their tokens in the vocabulary loss."""
   group = collectives.Group(('fsdp',), layout.fsdp)
   return cross_entropy.inner_size(
     group, layout.vocab, layout.cfg.model.width, layout.tokens
@@ -89,7 +89,7 @@ def neighbours(layout: Layout) -> int:
 
 
 def _loss(layout: Layout) -> float:
-  """A chunk of logits, the unembedding and its gradient, all states and theirs."""
+  """A chunk of logits; the unembedding, all states, and the gradients of both."""
   D, near = layout.cfg.model.width, neighbours(layout)
   chunk = min(layout.cfg.loss.chunk, layout.tokens)
   rows = layout.vocab / near
@@ -99,7 +99,7 @@ def _loss(layout: Layout) -> float:
 
 
 def readers(layout: Layout) -> int:
-  """How many chips share their tokens in the embedding, as `embedding.Embed` decides."""
+  """The number of chips that share their tokens in the embedding (`embedding.Embed`)."""
   width = layout.cfg.model.width
   group = collectives.Group(('fsdp',), layout.fsdp)
   return max(n for n in group.sizes() if n == 1 or n * embedding.COLUMNS <= width)

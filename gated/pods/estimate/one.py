@@ -1,29 +1,34 @@
 """One recipe on one mesh: the estimate."""
 
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from gated import plan
+from gated.devices import mesh
 from gated.devices.chips import GIB, Chip
 from gated.pods.estimate import memory, work
 from gated.pods.estimate.layout import Layout, flops_per_token
-from gated.pods.estimate.roofline import Roofline, Traffic, assumed, crossing, roofline
+from gated.pods.estimate.roofline import Roofline, Traffic, assumed, roofline
 
 
-@dataclass(frozen=True, kw_only=True)
 class Estimate:
-  """One chip's part of a train step, per step."""
+  """One chip's part of a train step of a recipe (`plan.Config`) on a mesh.
 
-  chip: Chip
-  sizes: Mapping[str, int]  # of the mesh's axes
-  slices: int
-  memory: Mapping[str, float]  # bytes by name: weights, optimizer, gradients, ...
-  flops: Mapping[str, float]  # executed, by kind of product
-  model_flops: float  # what the model's arithmetic needs
-  moved: float  # bytes of memory read and written
-  traffic: tuple[Traffic, ...]
-  time: Roofline
+  Each quantity is computed when it is first read. Raises ValueError if the mesh does not
+  divide the recipe, or the slices the mesh.
+  """
+
+  def __init__(self, cfg: Any, sizes: Mapping[str, int], chip: Chip, slices: int = 1):
+    mesh.crossing(sizes, slices)
+    self.cfg, self.sizes, self.chip, self.slices = cfg, dict(sizes), chip, slices
+    self.layout = Layout(cfg, sizes)
+    plan.check_mesh(cfg, self.layout.on)
+
+  @functools.cached_property
+  def memory(self) -> dict[str, float]:
+    """Bytes by name: weights, optimizer, gradients, activations, working set."""
+    return memory.held(self.layout)
 
   @property
   def bytes(self) -> float:
@@ -33,11 +38,37 @@ class Estimate:
   @property
   def excess(self) -> float:
     """Bytes over the usable memory; negative if it fits."""
-    return _over(self.memory, self.chip)
+    if self.chip.memory is None:
+      return -float('inf')
+    return self.bytes - (1 - assumed('spare')) * self.chip.memory
 
   @property
   def fits(self) -> bool:
     return self.excess <= 0
+
+  @functools.cached_property
+  def flops(self) -> dict[str, float]:
+    """Executed FLOPs by kind of product."""
+    return work.flops(self.layout)
+
+  @property
+  def model_flops(self) -> float:
+    """FLOPs of the model, without recomputation."""
+    tokens = self.cfg.batch * self.cfg.data.length / self.layout.devices
+    return flops_per_token(self.cfg.model, self.cfg.data.length) * tokens
+
+  @functools.cached_property
+  def moved(self) -> float:
+    """Bytes of memory read and written."""
+    return work.moved(self.layout)
+
+  @functools.cached_property
+  def traffic(self) -> tuple[Traffic, ...]:
+    return work.sent(self.layout, self.chip, self.slices)
+
+  @functools.cached_property
+  def time(self) -> Roofline:
+    return roofline(flops=self.flops, moved=self.moved, sent=self.traffic, chip=self.chip)
 
   @property
   def mfu(self) -> float:
@@ -48,46 +79,6 @@ class Estimate:
     limit = '' if self.chip.memory is None else f' of {self.chip.memory / GIB:.5g}'
     used = f'{self.bytes / GIB:.3g}{limit} GiB'
     return f'{named(self.sizes)}: est. {self.time.step:.3g} s a step, {used}'
-
-
-def of(cfg: Any, sizes: Mapping[str, int], chip: Chip, slices: int = 1) -> Estimate:
-  """A recipe (`plan.Config`) on a mesh -> the estimate.
-
-  Raises ValueError if the mesh does not divide the recipe, or the slices the mesh.
-  """
-  layout = _layout(cfg, sizes, slices)
-  flops, moved = work.flops(layout), work.moved(layout)
-  sent = work.sent(layout, chip, slices)
-  tokens = cfg.batch * cfg.data.length
-  return Estimate(
-    chip=chip,
-    sizes=dict(sizes),
-    slices=slices,
-    memory=memory.held(layout),
-    flops=flops,
-    model_flops=flops_per_token(cfg.model, cfg.data.length) * tokens / layout.devices,
-    moved=moved,
-    traffic=sent,
-    time=roofline(flops=flops, moved=moved, sent=sent, chip=chip),
-  )
-
-
-def excess(cfg: Any, sizes: Mapping[str, int], chip: Chip, slices: int = 1) -> float:
-  """`of(...).excess` in a quarter of the time, for sweeps."""
-  return _over(memory.held(_layout(cfg, sizes, slices)), chip)
-
-
-def _layout(cfg: Any, sizes: Mapping[str, int], slices: int) -> Layout:
-  crossing(sizes, slices)
-  layout = Layout(cfg, sizes)
-  plan.check_mesh(cfg, layout.on)
-  return layout
-
-
-def _over(held: Mapping[str, float], chip: Chip) -> float:
-  if chip.memory is None:
-    return -float('inf')
-  return sum(held.values()) - (1 - assumed('spare')) * chip.memory
 
 
 def named(sizes: Mapping[str, int]) -> str:

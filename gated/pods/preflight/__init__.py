@@ -20,23 +20,24 @@ from gated.devices import chips, mesh
 from gated.model.moe import dropless
 from gated.pods import compiled, estimate
 from gated.pods.compiled import limits
-from gated.pods.estimate.roofline import share
+from gated.pods.estimate import roofline
 from gated.pods.preflight.machines import HERE, Machine, devices, machine
 
 __all__ = ['HERE', 'Machine', 'by_arithmetic', 'compiled_for', 'devices', 'machine']
 
 # A report's `advice` lists at most this many changes.
 FEW = 3
-# `suggestions` doubles the number of chips at most this many times.
-DOUBLINGS = 6
 # XLA's errors for a program that exceeds the memory.
-_TOO_LARGE = (
-  re.compile(r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm'),
-  re.compile(
-    r'temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)'
-  ),
+_TOO_LARGE = re.compile(
+  r'(Used|temporaries) \(?([\d.]+)([KMGT]?)(?: of |\) exceeds available HBM \()'
+  r'([\d.]+)([KMGT]?)'
 )
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+# Files of grouped products and of attention; other products are plain matmuls.
+_KINDS = {
+  'grouped': ('gated/model/moe', 'gated/kernels/grouped'),
+  'attention': limits.ATTENTION,
+}
 
 
 def compiled_for(cfg: plan.Config, target: Machine) -> dict[str, Any]:
@@ -44,65 +45,67 @@ def compiled_for(cfg: plan.Config, target: Machine) -> dict[str, Any]:
   layout = plan.Plan(cfg, devices=devices(target), choose=estimate.sizes)
   start = time.perf_counter()
   lowered = layout.train_step()
-  executable, refused = None, ''
+  executable, refusal = None, ''
   try:
     executable = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    refused = str(error)
-    if 'RESOURCE_EXHAUSTED' not in refused:
+    refusal = str(error)
+    if 'RESOURCE_EXHAUSTED' not in refusal:
       raise
-  took = {'source': 'compiled', 'compile_seconds': time.perf_counter() - start}
-  base = _recipe(cfg, layout.mesh.shape, target) | took
+  report = _recipe(cfg, layout.mesh.shape, target)
+  report |= {'source': 'compiled', 'compile_seconds': time.perf_counter() - start}
+  arguments = parts(layout)
   if executable is None:
-    return _advised(base | _too_large(refused, layout) | {'offences': []}, cfg, target)
-  flat = list(layout.mesh.devices.flat)
-  slices = [_slice(device) for device in flat]
-  program = compiled.read(executable, dict(layout.mesh.shape), slices, assumed(layout))
-  assert program.memory is not None
-  held = parts(layout)
+    report |= _fit(*_too_large(refusal, arguments)) | {'offences': []}
+    return report | _advice(report, cfg, target)
+  slices = [_slice(device) for device in layout.mesh.devices.flat]
+  shape = dict(layout.mesh.shape)
+  program = compiled.read(executable.as_text(), shape, slices, **assumed(layout))
+  stats = executable.memory_analysis()
   memory = {
-    **held,
-    'outputs': program.memory.outputs,
-    'temporaries': program.memory.temporaries,
-    'code': program.memory.code,
+    **arguments,
+    'outputs': max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0),
+    'temporaries': stats.temp_size_in_bytes,
+    'code': stats.generated_code_size_in_bytes,
+    # The chip's layout pads arguments.
+    'padding': stats.argument_size_in_bytes - sum(arguments.values()),
   }
-  # The chip's layout pads arguments.
-  memory['padding'] = program.memory.arguments - sum(held.values())
-  memory['total'] = program.memory.total
-  limit = target.chip.memory if target.chip else None
-  report = base | _fit(memory, limit, {}) | _costs(layout, program, target)
-  return _advised(report | {'offences': offences(layout, program)}, cfg, target)
+  memory['total'] = sum(memory.values())
+  report |= _fit(memory, target.chip.memory if target.chip else None)
+  report |= _costs(layout, program, target) | {'offences': offences(layout, program)}
+  return report | _advice(report, cfg, target)
 
 
-def _advised(report: dict[str, Any], cfg: plan.Config, target: Machine) -> dict[str, Any]:
-  """Adds changes that would make the recipe fit, if it does not."""
-  return report | {'advice': [] if report['fits'] else suggestions(cfg, target)[:FEW]}
+def _advice(report: Mapping[str, Any], cfg: plan.Config, target: Machine) -> dict:
+  """Changes that would make the recipe fit, if it does not."""
+  return {'advice': [] if report['fits'] else suggestions(cfg, target)[:FEW]}
 
 
-def _too_large(error: str, layout: plan.Plan) -> dict[str, Any]:
-  """XLA's error for a program that does not fit -> its memory."""
-  held = parts(layout)
-  for pattern in _TOO_LARGE:
-    match = pattern.search(error)
-    if match:
-      used, limit = (float(match[i]) * _UNITS[match[i + 1]] for i in (1, 3))
-      if 'temporaries' in match[0]:
-        held['temporaries'], used = int(used), used + sum(held.values())
-      return _fit({'total': used}, limit, held)
-  raise ValueError(f'the program does not fit: {error.splitlines()[0]}')
+def _too_large(error: str, arguments: Mapping[str, int]) -> tuple[dict, float]:
+  """XLA's error for a program that does not fit -> its memory, and the chip's."""
+  match = _TOO_LARGE.search(error)
+  if not match:
+    raise ValueError(f'the program does not fit: {error.splitlines()[0]}')
+  part, *sizes = match.groups()
+  used, limit = (float(n) * _UNITS[unit] for n, unit in zip(sizes[::2], sizes[1::2]))
+  memory = dict(arguments)
+  if part == 'temporaries':
+    memory['temporaries'], used = int(used), used + sum(arguments.values())
+  return memory | {'total': used}, limit
 
 
-def assumed(layout: plan.Plan) -> compiled.Assumed:
-  """Assumes balanced routers: one pass over the experts, partly filled."""
+def assumed(layout: plan.Plan) -> dict[str, Any]:
+  """Arguments of `compiled.read` for balanced routers: one pass, partly filled."""
   m, sizes = layout.cfg.model, layout.mesh.shape
   if not m.moe.experts or sizes['expert'] == 1:
-    return compiled.Assumed()
+    return {}
   tokens = layout.micro // mesh.ways('batch', layout.mesh)
   tokens *= layout.cfg.data.length // mesh.ways('tokens', layout.mesh)
-  team, mine = sizes['expert'], m.moe.experts // sizes['expert']
+  own = m.moe.experts // sizes['expert']
   mean = tokens * m.moe.top_k
-  rows = dropless.pass_rows(mean, worst=tokens * team * min(m.moe.top_k, mine))
-  return compiled.Assumed(fill=mean / rows, idle=('gated/model/moe/dropless',))
+  worst = tokens * sizes['expert'] * min(m.moe.top_k, own)
+  rows = dropless.pass_rows(mean, worst=worst)
+  return {'fill': mean / rows, 'idle': ('gated/model/moe/dropless',)}
 
 
 def by_arithmetic(cfg: plan.Config, target: Machine) -> dict[str, Any]:
@@ -112,29 +115,22 @@ def by_arithmetic(cfg: plan.Config, target: Machine) -> dict[str, Any]:
       f'--topology={target.topology} has a chip that is not in chips.CHIPS'
     )
   sizes, reason = estimate.sizes(cfg, target.count, target.chip, target.slices)
-  e = estimate.of(cfg, sizes, target.chip, target.slices)
-  limit = target.chip.memory
-  report = _recipe(cfg, sizes, target) | {'source': 'estimate', 'reason': reason}
-  report |= _fit({**e.memory, 'total': e.bytes}, limit, {})
-  sent: list[dict[str, Any]] = [
-    {
-      'kind': t.kind,
-      'what': t.what,
-      'axis': t.axis,
-      'network': network,
-      'bytes': number,
-    }
+  e = estimate.Estimate(cfg, sizes, target.chip, target.slices)
+  transfers: list[dict[str, Any]] = [
+    {'kind': t.kind, 'what': t.what, 'axis': t.axis, 'network': path, 'bytes': size}
     for t in e.traffic
-    for network, number in (('links', t.link), ('network', t.network))
-    if number
+    for path, size in (('links', t.link), ('network', t.network))
+    if size
   ]
+  report = _recipe(cfg, sizes, target) | {'source': 'estimate', 'reason': reason}
+  report |= _fit({**e.memory, 'total': e.bytes}, target.chip.memory)
   report |= {
-    'flops': {'model': e.model_flops, 'expected': dict(e.flops)},
+    'flops': {'model': e.model_flops, 'expected': e.flops},
     'bytes_moved': e.moved,
-    'collectives': sorted(sent, key=lambda t: -t['bytes']),
+    'collectives': sorted(transfers, key=lambda t: -t['bytes']),
   }
   report |= _time(e.time, e.model_flops, target.chip) | {'offences': []}
-  return _advised(report, cfg, target)
+  return report | _advice(report, cfg, target)
 
 
 def suggestions(cfg: plan.Config, target: Machine) -> list[dict[str, Any]]:
@@ -144,32 +140,24 @@ def suggestions(cfg: plan.Config, target: Machine) -> list[dict[str, Any]]:
   """
   if target.chip is None:
     return []
-  for doubling in range(DOUBLINGS + 1):
-    count = target.count * 2**doubling
-    matches = estimate.suggest(cfg, target.chip, count, target.slices)
-    if matches:
-      return [_suggestion(knobs, e, count) for knobs, e in matches]
-  return []
-
-
-def _suggestion(knobs: Mapping[str, Any], e: estimate.Estimate, count: int) -> dict:
-  return {
-    'chips': count,
-    'flags': estimate.tail(knobs),
-    'mesh': dict(e.sizes),
-    'memory': e.bytes,
-    'seconds': e.time.step,
-    'bound': e.time.bound,
-    'mfu': e.mfu,
-  }
+  return [
+    {
+      'chips': e.layout.devices,
+      'flags': estimate.flags(cfg, e),
+      'mesh': e.sizes,
+      'memory': e.bytes,
+      'seconds': e.time.step,
+      'bound': e.time.bound,
+      'mfu': e.mfu,
+    }
+    for e in estimate.advice(cfg, target.chip, target.count, target.slices)
+  ]
 
 
 def _slice(device: Any) -> int:
   """The slice of a TPU, or the host of another device."""
-  index = getattr(device, 'slice_index', None)
-  if index is not None or device.platform == 'tpu':
-    return index or 0
-  return device.process_index
+  host = 0 if device.platform == 'tpu' else device.process_index
+  return getattr(device, 'slice_index', host)
 
 
 def parts(layout: plan.Plan) -> dict[str, int]:
@@ -182,13 +170,10 @@ def parts(layout: plan.Plan) -> dict[str, int]:
 
 
 def _bytes(tree: Any) -> int:
-  total = 0
-  for leaf in jax.tree.leaves(tree):
-    size = leaf.dtype.itemsize
-    for n in leaf.sharding.shard_shape(leaf.shape):
-      size *= n
-    total += size
-  return total
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
 
 
 def _recipe(cfg: plan.Config, sizes: Mapping, target: Machine) -> dict[str, Any]:
@@ -206,16 +191,15 @@ def _recipe(cfg: plan.Config, sizes: Mapping, target: Machine) -> dict[str, Any]
   }
 
 
-def _fit(memory: Mapping[str, float], limit: float | None, held: Mapping) -> dict:
+def _fit(memory: Mapping[str, float], limit: float | None) -> dict[str, Any]:
   """Bytes of a chip by name, with `total` -> a report's memory fields."""
-  total = memory['total']
-  over = total - limit if limit is not None else None
+  over = None if limit is None else memory['total'] - limit
   return {
-    'memory': {**held, **memory},
+    'memory': memory,
     'limit': limit,
     'fits': over is None or over <= 0,
     'over': over,
-    'spare': None if limit is None else 1 - total / limit,
+    'spare': None if limit is None else 1 - memory['total'] / limit,
   }
 
 
@@ -223,38 +207,45 @@ def _costs(
   layout: plan.Plan, program: compiled.Program, target: Machine
 ) -> dict[str, Any]:
   """FLOPs, traffic, buffers and time of a step on one chip."""
-  cfg, count = layout.cfg, layout.mesh.size
-  needed = layout.flops_per_token * layout.tokens_per_step / count
+  needed = layout.flops_per_token * layout.tokens_per_step / layout.mesh.size
   report: dict[str, Any] = {
-    'flops': {
-      'counted': program.flops,
-      'model': needed,
-      'kernels': dict(program.kernels),
-    },
+    'flops': {'counted': program.flops, 'model': needed, 'kernels': program.kernels},
     'bytes_moved': program.bytes,
     'collectives': [dataclasses.asdict(t) for t in program.collectives],
-    'buffers': [_buffer(b) for b in program.buffers[:10]],
-    'uncounted': dict(program.uncounted),
-    'unknown_loops': list(program.unknown_loops),
-    'idle_loops': list(program.idle_loops),
+    'buffers': [
+      {
+        'bytes': b.bytes,
+        'shape': str(b.shape),
+        'count': b.count,
+        'place': str(b.place),
+        'source': b.source,
+      }
+      for b in program.buffers[:10]
+    ],
+    'uncounted': program.uncounted,
+    'unknown_loops': program.unknown_loops,
+    'idle_loops': program.idle_loops,
     'conditionals': program.conditionals,
   }
   if target.chip is None:
     return report
-  expected = estimate.of(cfg, dict(layout.mesh.shape), target.chip, target.slices)
-  report['flops']['expected'] = {**expected.flops, 'scores again': program.again}
-  sent = [_sent(t, layout, target) for t in program.collectives]
-  time_of = estimate.roofline(
-    flops=kinds(program), moved=program.bytes, sent=sent, chip=target.chip
+  shape = dict(layout.mesh.shape)
+  expected = estimate.Estimate(layout.cfg, shape, target.chip, target.slices).flops
+  report['flops']['expected'] = {**expected, 'scores again': program.again}
+  seconds = roofline.roofline(
+    flops=kinds(program),
+    moved=program.bytes,
+    sent=[_sent(t, shape, target, target.chip) for t in program.collectives],
+    chip=target.chip,
   )
-  return report | _time(time_of, needed, target.chip)
+  return report | _time(seconds, needed, target.chip)
 
 
-def _time(time_of: estimate.Roofline, needed: float, chip: chips.Chip) -> dict[str, Any]:
+def _time(seconds: roofline.Roofline, needed: float, chip: chips.Chip) -> dict[str, Any]:
   return {
-    'seconds': dataclasses.asdict(time_of) | {'bound': time_of.bound},
-    'mfu': needed / (time_of.step * chip.flops),
-    'assumed': {name: [n, text] for name, (n, text) in estimate.ASSUMED.items()},
+    'seconds': dataclasses.asdict(seconds) | {'bound': seconds.bound},
+    'mfu': needed / (seconds.step * chip.flops),
+    'assumed': {name: [n, text] for name, (n, text) in roofline.ASSUMED.items()},
   }
 
 
@@ -262,53 +253,38 @@ def kinds(program: compiled.Program) -> dict[str, float]:
   """FLOPs by the roofline's kinds of product."""
   totals = {'matmul': 0.0, 'attention': 0.0, 'grouped': 0.0}
   for file, flops in program.work.items():
-    if file.startswith(('gated/model/moe', *limits.NEITHER)):
-      kind = 'grouped'
-    elif limits.attention_file(file):
-      kind = 'attention'
-    else:
-      kind = 'matmul'
-    totals[kind] += flops
+    matches = (kind for kind, files in _KINDS.items() if file.startswith(files))
+    totals[next(matches, 'matmul')] += flops
   return totals
 
 
-def _sent(t: compiled.Traffic, layout: plan.Plan, target: Machine) -> estimate.Traffic:
+def _sent(
+  t: compiled.Traffic, shape: Mapping[str, int], target: Machine, chip: chips.Chip
+) -> roofline.Traffic:
   """Traffic as counted -> traffic for the roofline.
 
   Only traffic along `data` and `fsdp` may hide behind compute.
   """
-  assert target.chip is not None
   axes = t.axis.split('+') if t.axis else list(mesh.AXES)
-  inside = math.prod(layout.mesh.shape[axis] for axis in axes)
-  links = share(inside, target.count // target.slices, target.chip)
-  return estimate.Traffic(
+  inside = math.prod(shape[axis] for axis in axes)
+  return roofline.Traffic(
     what=t.kind,
     kind=t.kind,
     axis=t.axis or 'unknown',
     link=t.bytes if t.network == 'links' else 0.0,
     network=t.bytes if t.network == 'network' else 0.0,
-    share=links,
+    share=roofline.share(inside, target.count // target.slices, chip),
     hidden=set(axes) <= {'data', 'fsdp'},
   )
-
-
-def _buffer(b: compiled.Buffer) -> dict[str, Any]:
-  return {
-    'bytes': b.bytes,
-    'shape': str(b.shape),
-    'count': b.count,
-    'place': str(b.place),
-    'source': b.source,
-  }
 
 
 def offences(layout: plan.Plan, program: compiled.Program) -> list[str]:
   """The checks of `compiled.limits` that the program fails, as lines of text."""
   cfg, m = layout.cfg, layout.cfg.model
-  violations = limits.large_buffers(program)
-  shards = mesh.ways('tokens', layout.mesh)
   heads, kv_heads = (n * m.attn.head_dim for n in (m.attn.heads, m.attn.kv_heads))
   sizes = (m.width, m.ffn, m.vocab, heads, kv_heads, m.attn.head_dim)
+  shards = mesh.ways('tokens', layout.mesh)
+  violations = limits.large_buffers(program)
   violations += limits.squares(program, length=cfg.data.length, parts=shards, also=sizes)
   if m.moe.experts:
     violations += limits.whole_experts(

@@ -1,7 +1,7 @@
-"""Golden preflights: later compilations may not need much more than the kept ones.
+"""Golden preflights: a new compilation may not need much more than the recorded one.
 
-A kept case is a JSON file: the `flags` of preflight.py, its limits (`needs`), and the
-result (`found`), null at first.
+A case is a JSON file: the `flags` of preflight.py, its limits (`needs`), and the result
+(`found`), null at first.
 """
 
 from collections import defaultdict
@@ -16,31 +16,25 @@ SMALL = 2**20
 
 def kept(report: Mapping[str, Any]) -> dict[str, Any]:
   """A report -> the part to keep: bytes, FLOPs and traffic of a chip."""
-  sent: dict[str, float] = defaultdict(float)
+  received: dict[str, float] = defaultdict(float)
   for t in report['collectives']:
-    sent[f'{t["kind"]} ({t["network"]})'] += t['bytes']
-  memory = {name: int(size) for name, size in report['memory'].items()}
+    received[f'{t["kind"]} ({t["network"]})'] += t['bytes']
+  flops = report['flops']
   return {
     'jax': report['jax'],
     'mesh': report['mesh'],
-    'memory': memory,
+    'memory': {name: int(size) for name, size in report['memory'].items()},
     'spare': report['spare'] and round(report['spare'], 4),
-    'flops': report['flops']['counted'],
-    'of_expected': round(of_expected(report), 4),
-    'received': {name: int(size) for name, size in sorted(sent.items())},
+    'flops': flops['counted'],
+    'of_expected': round(flops['counted'] / sum(flops['expected'].values()), 4),
+    'received': {name: int(size) for name, size in sorted(received.items())},
     'step_seconds': round(report['seconds']['step'], 4),
     'mfu': round(report['mfu'], 4),
   }
 
 
-def of_expected(report: Mapping[str, Any]) -> float:
-  """FLOPs in the program, relative to those by arithmetic."""
-  flops = report['flops']
-  return flops['counted'] / sum(flops['expected'].values())
-
-
 def faults(case: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
-  """A kept case and a new report of it -> regressions; an empty list passes.
+  """A case and a new report of it -> regressions; an empty list passes.
 
   Memory, FLOPs and the bytes of each kind of collective may grow by GROWTH. New kinds of
   collectives must be SMALL.
@@ -50,22 +44,19 @@ def faults(case: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
   old, new = case['found'], kept(report)
   regressions = list(report['offences'])
   if old is None:
-    return [*regressions, 'nothing is kept yet: --write keeps what is found']
+    return [*regressions, 'the case has no result yet: --write keeps this one']
   for name in ('total', 'temporaries'):
     regressions += _grown(f'memory.{name}', old['memory'][name], new['memory'][name])
   regressions += _grown('flops', old['flops'], new['flops'])
+  received = dict.fromkeys(new['received'], 0) | old['received']
   for name, size in new['received'].items():
     if size > SMALL:
-      regressions += _grown(name, old['received'].get(name, 0), size)
+      regressions += _grown(name, received[name], size)
   least = case['needs']['spare']
   if report['spare'] is not None and report['spare'] < least:
-    regressions.append(
-      f'{report["spare"]:.1%} of the memory is to spare, not {least:.0%}'
-    )
+    regressions.append(f'{report["spare"]:.1%} of the memory is free, not {least:.0%}')
   if abs(new['of_expected'] - 1) > GROWTH:
-    regressions.append(
-      f'the FLOPs counted are {new["of_expected"]} of those by arithmetic'
-    )
+    regressions.append(f'counted FLOPs are {new["of_expected"]} of the expected FLOPs')
   if case['needs']['counted'] and (report['uncounted'] or report['unknown_loops']):
     regressions.append(f'not counted: {report["uncounted"]}, {report["unknown_loops"]}')
   return regressions
@@ -74,5 +65,5 @@ def faults(case: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
 def _grown(name: str, old: float, new: float) -> list[str]:
   if new <= old * (1 + GROWTH):
     return []
-  by = f'by {new / old - 1:.1%}' if old else 'from nothing'
-  return [f'{name} grew {by}: {old:,} was kept, {new:,} was found']
+  growth = f'by {new / old - 1:.1%}' if old else 'from nothing'
+  return [f'{name} grew {growth}: from {old:,} to {new:,}']

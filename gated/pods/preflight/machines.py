@@ -33,15 +33,13 @@ def machine(topology: str, slices: int) -> Machine:
   if slices < 1:
     raise ValueError(f'--slices={slices}, but it must be at least 1')
   if topology == HERE:
-    devices = jax.devices()
-    chip = chips.of(devices[0].device_kind)
-    count = len(devices)
+    chip, count = chips.of(jax.devices()[0].device_kind), jax.device_count()
     return Machine(topology=HERE, chip=chip, count=count, slices=1, compiles=True)
   name, _, size = topology.partition(':')
-  chip = chips.CHIPS.get(name)
-  if chip is None:
+  if name not in chips.CHIPS:
     known = ', '.join(chips.CHIPS)
     raise ValueError(f'--topology={topology}, but chips are {known}, or {HERE}')
+  chip = chips.CHIPS[name]
   shapes = ['x'.join(map(str, shape)) for shape in chips.topologies(name)]
   if shapes and size not in shapes:
     raise ValueError(
@@ -49,16 +47,12 @@ def machine(topology: str, slices: int) -> Machine:
     )
   if not shapes and not re.fullmatch(r'[1-9]\d{0,6}', size):
     raise ValueError(f'--topology={topology}, but it must be {name}:COUNT')
-  count = math.prod(int(side) for side in size.split('x')) * slices
-  if not shapes and slices == 1 and count > chip.slice_size:
-    # Devices that fast links connect count as a slice.
+  count = math.prod(map(int, size.split('x'))) * slices
+  if not shapes and slices == 1:
+    # GPUs that fast links connect count as a slice.
     slices = -(-count // chip.slice_size)
   return Machine(
-    topology=topology,
-    chip=chip,
-    count=count,
-    slices=slices,
-    compiles=bool(shapes),
+    topology=topology, chip=chip, count=count, slices=slices, compiles=bool(shapes)
   )
 
 
@@ -71,7 +65,7 @@ def devices(target: Machine) -> list[Any]:
   from jax.experimental import topologies
 
   opts = {'num_slices': target.slices} if target.slices > 1 else {}
-  described = topologies.get_topology_desc(
+  description = topologies.get_topology_desc(
     platform='tpu', topology_name=target.topology, **opts
   )
-  return list(described.devices)
+  return list(description.devices)
