@@ -26,7 +26,7 @@ import jax
 import numpy as np
 import small
 
-from gated import config, data, hf, plan, storage
+from gated import config, data, hf, model, plan, storage
 from gated.data import prepare, tokenizer
 from gated.hf import files
 from gated.run import checkpoint
@@ -307,7 +307,7 @@ def make_export(folder: Path) -> None:
 
 
 def use_export(folder: Path) -> None:
-  hf.load(folder)
+  hf.read(folder, model.abstract(hf.config(folder)))
 
 
 def header(change: Callable[[dict], Any], size: int | None = None):

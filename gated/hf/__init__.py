@@ -21,7 +21,7 @@ from gated.hf import files, knobs, meaning, names
 from gated.hf.files import is_checkpoint
 from gated.model.layers import DTYPES
 
-__all__ = ['check', 'config', 'is_checkpoint', 'load', 'read', 'save']
+__all__ = ['check', 'config', 'is_checkpoint', 'read', 'save']
 
 # Knobs that may differ from the initial checkpoint, for a longer context.
 MAY_DIFFER = (
@@ -38,36 +38,21 @@ CENTRED = (
 _log = logging.getLogger('gated')
 
 
-def load(
-  directory: str | Path, *, dtype: str | None = None, compute: str | None = None
-) -> model.Transformer:
-  """A folder -> the model, `model(tokens) -> logits`, on the default device.
+def config(directory: str | Path) -> model.Config:
+  """A folder -> the config of its model; ValueError if the model is not supported.
 
-  Weights are kept in `dtype`, by default the dtype of the embedding in the files;
-  `compute` defaults to the same. Qwen3-Next needs float32 weights, because 1 is added to
-  its norms. ValueError if the checkpoint is invalid or unsupported.
+  Weights have the dtype of the embedding in the files, or float32 for Qwen3-Next, because
+  1 is added to its norms. They are computed with in the dtype of the files.
   """
-  cfg = config(directory, dtype=dtype, compute=compute)
-  return read(directory, model.abstract(cfg))
-
-
-def config(
-  directory: str | Path, *, dtype: str | None = None, compute: str | None = None
-) -> model.Config:
-  """A folder -> the config of its model; `dtype` and `compute` as in `load`."""
   source = files.Tensors(directory)
-  # The embedding's dtype in the files; float32 if it is missing or unsupported.
   embedding = source.headers.get(names.TABLE[0][0])
-  kept = dtype or files.DTYPES.get(embedding.dtype if embedding else '', 'float32')
-  numerics = {'weights': kept, 'compute': compute or kept}
-  for name, value in zip(('dtype', 'compute'), numerics.values()):
-    one_of(name, value, DTYPES)
-  theirs = _meaning(source, {'numerics': numerics})
-  if not theirs.centred or kept == 'float32':
+  # An unsupported dtype is reported with the other faults of the tensors.
+  dtype = files.DTYPES.get(embedding.dtype if embedding else '', 'float32')
+  theirs = _meaning(source, {'numerics': {'weights': dtype, 'compute': dtype}})
+  if not theirs.centred:
     return theirs.cfg
-  if dtype:
-    raise ValueError(f'{source.directory}: dtype={dtype!r}, but {CENTRED}')
-  return _meaning(source, {'numerics': numerics | {'weights': 'float32'}}).cfg
+  numerics = dataclasses.replace(theirs.cfg.numerics, weights='float32')
+  return dataclasses.replace(theirs.cfg, numerics=numerics)
 
 
 def check(directory: str | Path, like: model.Transformer, *, fresh: bool = False) -> None:

@@ -43,6 +43,15 @@ def expected():
   return dict(np.load(FOLDER / 'hf_logits.npz'))
 
 
+def load(folder, dtype=None, compute=None):
+  """The model of a folder, in other dtypes if they are given."""
+  cfg = hf.config(folder)
+  kept = cfg.numerics
+  compute = compute or dtype or kept.compute
+  numerics = dataclasses.replace(kept, weights=dtype or kept.weights, compute=compute)
+  return hf.read(folder, model.abstract(dataclasses.replace(cfg, numerics=numerics)))
+
+
 def logits(params):
   return np.asarray(small.jit(lambda m, t: m(t))(params, expected()['tokens']))
 
@@ -80,15 +89,13 @@ def copy(tmp_path):
 
 @pytest.mark.parametrize('name', MODELS)
 def test_logits_are_those_of_transformers(name):
-  assert distance(hf.load(golden(name), dtype='float32'), name) < 1e-4
+  assert distance(load(golden(name), dtype='float32'), name) < 1e-4
 
 
 def test_weights_are_kept_as_in_the_files_and_computed_with_in_kind():
   numerics = hf.config(golden('qwen3_yarn')).numerics
   assert (numerics.weights, numerics.compute) == ('bfloat16', 'bfloat16')
-  numerics = hf.config(golden('qwen3_yarn'), compute='float32').numerics
-  assert (numerics.weights, numerics.compute) == ('bfloat16', 'float32')
-  params = hf.load(golden('qwen3_yarn'), compute='float32')
+  params = load(golden('qwen3_yarn'), compute='float32')
   assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {'bfloat16'}
   assert distance(params, 'qwen3_yarn') < 1e-4
 
@@ -104,7 +111,7 @@ def test_norms_of_qwen3_next_lose_nothing_in_bfloat16(copy, tmp_path):
   folder = copy('qwen3_next', tensors=halved)
   theirs = load_file(folder / files.SINGLE)
   norms = {name: w for name, w in theirs.items() if w.ndim == 1}
-  params = hf.load(folder)
+  params = load(folder)
   numerics = params.cfg.numerics
   assert (numerics.weights, numerics.compute) == ('float32', 'bfloat16')
   leaves = {name: np.asarray(leaf) for name, leaf in trees.flatten(params).items()}
@@ -125,12 +132,10 @@ def test_norms_of_qwen3_next_lose_nothing_in_bfloat16(copy, tmp_path):
   again = load_file(tmp_path / 'out' / files.SINGLE)
   for name, tensor in theirs.items():
     np.testing.assert_array_equal(again[name], tensor)
-  assert same(hf.load(tmp_path / 'out'), params)
+  assert same(load(tmp_path / 'out'), params)
 
 
 def test_norms_of_qwen3_next_are_refused_in_bfloat16():
-  with pytest.raises(ValueError, match=r"dtype='bfloat16', but norms .* float32"):
-    hf.load(golden('qwen3_next'), dtype='bfloat16')
   cfg = hf.config(golden('qwen3_next'))
   numerics = dataclasses.replace(cfg.numerics, weights='bfloat16')
   like = model.abstract(dataclasses.replace(cfg, numerics=numerics))
@@ -164,7 +169,7 @@ def swapped(name):
 @pytest.mark.parametrize('name', GATED)
 def test_two_heads_of_a_gate_swapped_do_not_pass(name, copy):
   folder = copy(name, tensors=lambda held: rows(held, swapped(name)))
-  assert distance(hf.load(folder), name) > 1e-2
+  assert distance(load(folder), name) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -189,16 +194,16 @@ def test_two_heads_of_a_gate_swapped_do_not_pass(name, copy):
 def test_the_other_packing_does_not_pass(name, changes, copy):
   uncentred = lambda held: {k: v + 1 for k, v in held.items() if v.ndim == 1}
   folder = copy(name, changes, uncentred if name == 'qwen3_next' else None)
-  assert distance(hf.load(folder), name) > 1e-2
+  assert distance(load(folder), name) > 1e-2
   if name == 'qwen3_next':
     # Only the packing is to blame.
     changes = changes | dict(elementwise_attn_output_gate=..., attn_output_gate=True)
-    assert distance(hf.load(copy(name, changes, uncentred)), name) < 1e-4
+    assert distance(load(copy(name, changes, uncentred)), name) < 1e-4
 
 
 @pytest.mark.slow
 def test_headwise_is_elementwise_with_each_row_repeated():
-  headwise = hf.load(golden('authors_headwise'))
+  headwise = load(golden('authors_headwise'))
   gate = dataclasses.replace(headwise.cfg.attn.gate, granularity='elementwise')
   attn = dataclasses.replace(headwise.cfg.attn, gate=gate)
   like = model.abstract(dataclasses.replace(headwise.cfg, attn=attn))
@@ -210,14 +215,14 @@ def test_headwise_is_elementwise_with_each_row_repeated():
 
 
 def test_a_gate_of_qwen3_next_is_written_in_the_authors_layout(tmp_path):
-  hf.save(hf.load(golden('qwen3_next')), tmp_path / 'out')
+  hf.save(load(golden('qwen3_next')), tmp_path / 'out')
   theirs = load_file(golden('qwen3_next') / files.SINGLE)
   ours = load_file(tmp_path / 'out' / files.SINGLE)
   name = 'model.layers.1.self_attn.q_proj.weight'
   per_head = theirs[name].reshape(G, H // G, 2, K, -1)
   grouped = per_head.transpose(0, 2, 1, 3, 4).reshape(2 * H * K, -1)
   np.testing.assert_array_equal(ours[name], grouped)
-  assert distance(hf.load(tmp_path / 'out'), 'qwen3_next') < 1e-4
+  assert distance(load(tmp_path / 'out'), 'qwen3_next') < 1e-4
 
 
 # There and back.
@@ -229,9 +234,9 @@ def test_a_gate_of_qwen3_next_is_written_in_the_authors_layout(tmp_path):
   + [(name, 'per_head') for name in ('qwen3_next', 'authors_elementwise')],
 )
 def test_load_save_load_is_exact(name, packing, tmp_path):
-  first = hf.load(golden(name))
+  first = load(golden(name))
   hf.save(first, tmp_path / 'a', packing=packing, shard_bytes=16_000)
-  second = hf.load(tmp_path / 'a')
+  second = load(tmp_path / 'a')
   assert second.cfg == first.cfg
   if packing == 'grouped':
     assert same(first, second)
@@ -239,7 +244,7 @@ def test_load_save_load_is_exact(name, packing, tmp_path):
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second)):
       np.testing.assert_allclose(a, b, rtol=1e-6)
   hf.save(second, tmp_path / 'b', packing=packing, shard_bytes=16_000)
-  assert same(hf.load(tmp_path / 'b'), second)
+  assert same(load(tmp_path / 'b'), second)
   names = sorted(path.name for path in (tmp_path / 'a').iterdir())
   assert len(names) > 3 and files.INDEX in names
   for file in names:
@@ -248,7 +253,7 @@ def test_load_save_load_is_exact(name, packing, tmp_path):
 
 @pytest.mark.parametrize('name', ['qwen3', 'qwen3_yarn', 'qwen3_moe'])
 def test_a_checkpoint_of_transformers_is_written_unchanged(name, tmp_path):
-  hf.save(hf.load(golden(name)), tmp_path / 'out')
+  hf.save(load(golden(name)), tmp_path / 'out')
   theirs, ours = files.Tensors(golden(name)), files.Tensors(tmp_path / 'out')
   assert ours.headers == theirs.headers
   for tensor in theirs.headers:
@@ -256,17 +261,17 @@ def test_a_checkpoint_of_transformers_is_written_unchanged(name, tmp_path):
 
 
 def test_experts_in_one_tensor_and_apart_are_the_same_model(copy):
-  apart = hf.load(copy('qwen3_moe', dict(norm_topk_prob=False)))
-  fused = hf.load(golden('qwen3_moe_fused'))
+  apart = load(copy('qwen3_moe', dict(norm_topk_prob=False)))
+  fused = load(golden('qwen3_moe_fused'))
   assert fused.cfg == apart.cfg
   assert fused.blocks.ffn.experts.act.shape == apart.blocks.ffn.experts.act.shape
 
 
 def test_a_checkpoint_is_written_in_another_dtype(tmp_path):
-  first = hf.load(golden('qwen3_moe'))
+  first = load(golden('qwen3_moe'))
   hf.save(first, tmp_path / 'out', dtype='bfloat16')
   kinds = {tensor.dtype for tensor in files.Tensors(tmp_path / 'out').headers.values()}
-  second = hf.load(tmp_path / 'out')
+  second = load(tmp_path / 'out')
   assert kinds == {'BF16'} and second.cfg.numerics.weights == 'bfloat16'
   for name, leaf in trees.flatten(second).items():
     assert leaf.dtype == ('float32' if 'router' in name else 'bfloat16')
@@ -280,7 +285,7 @@ def test_our_model_with_biases_survives_a_round_trip(gate, tmp_path):
   changes = {f'attn__gate__{k}': v for k, v in base.GATES[gate].items()}
   params = small.model_of(**changes, attn__bias=True, attn__out_bias=True)
   hf.save(params, tmp_path / 'out')
-  assert same(hf.load(tmp_path / 'out'), params)
+  assert same(load(tmp_path / 'out'), params)
 
 
 def test_a_gates_bias_is_refused_unless_zero(tmp_path):
@@ -295,7 +300,7 @@ def test_a_gates_bias_is_refused_unless_zero(tmp_path):
   with pytest.raises(
     ValueError, match=r'layers\.1\.self_attn\.q_proj\.bias: the gate has'
   ):
-    hf.load(tmp_path / 'out')
+    load(tmp_path / 'out')
 
 
 @pytest.mark.parametrize('name', ['qwen3_moe', 'authors_headwise'])
@@ -305,7 +310,7 @@ def test_a_sharded_model_is_read_in_place(name):
   shapes = model.abstract(cfg)
   params = hf.read(golden(name), plan.placed(shapes, mesh.shardings(shapes, on)))
   assert len(params.blocks.attn.query.weight[...].sharding.device_set) == 8
-  assert same(params, hf.load(golden(name)))
+  assert same(params, load(golden(name)))
   assert not params.embed.table[...].sharding.is_fully_replicated
 
 
@@ -313,7 +318,7 @@ def test_a_sharded_model_is_read_in_place(name):
 def test_transformers_opens_a_saved_model(name, tmp_path):
   transformers, torch = map(pytest.importorskip, ('transformers', 'torch'))
   packing = 'per_head' if name in GATED else 'grouped'
-  hf.save(hf.load(golden(name)), tmp_path / 'out', packing=packing, shard_bytes=16_000)
+  hf.save(load(golden(name)), tmp_path / 'out', packing=packing, shard_bytes=16_000)
   opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out')
   with torch.no_grad():
     actual = opened.float()(torch.tensor(expected()['tokens']).long()).logits.numpy()
@@ -436,7 +441,7 @@ DEEP = functools.reduce(lambda inner, _: [inner], range(100), [])
 def test_an_unsupported_key_is_refused_by_name(name, changes, message, copy):
   folder = copy(name, changes)
   with pytest.raises(ValueError, match=f'{files.CONFIG}.*{message}'):
-    hf.load(folder)
+    load(folder)
 
 
 @pytest.mark.parametrize(
@@ -501,16 +506,16 @@ def test_every_fault_of_a_checkpoint_is_named_before_a_tensor_is_read(copy, monk
   ):
     assert message in str(error.value)
   with pytest.raises(ValueError, match='5 faults'):
-    hf.load(folder)
+    load(folder)
 
 
 def test_an_unembedding_beside_tied_embeddings_must_be_the_embedding(copy):
   tie = lambda held: {'lm_head.weight': held['model.embed_tokens.weight'].copy()}
-  plain = hf.load(golden('qwen3_yarn'))
-  assert same(hf.load(copy('qwen3_yarn', tensors=tie)), plain)
+  plain = load(golden('qwen3_yarn'))
+  assert same(load(copy('qwen3_yarn', tensors=tie)), plain)
   other = lambda held: {'lm_head.weight': held['model.embed_tokens.weight'][::-1].copy()}
   with pytest.raises(ValueError, match=r'lm_head\.weight is not expected'):
-    hf.load(copy('qwen3_yarn', tensors=other))
+    load(copy('qwen3_yarn', tensors=other))
 
 
 @pytest.mark.parametrize('place', ['../out.safetensors', '/x.safetensors', 'a.bin', 3])
@@ -521,7 +526,7 @@ def test_an_index_may_only_name_files_in_its_folder(place, copy):
   index['weight_map']['model.norm.weight'] = place
   (folder / files.INDEX).write_text(json.dumps(index))
   with pytest.raises(ValueError, match=r'the file of model\.norm\.weight is '):
-    hf.load(folder)
+    load(folder)
 
 
 @pytest.mark.parametrize('damage', ['cut', 'long header', 'no header', 'lost', 'swapped'])
@@ -539,7 +544,7 @@ def test_a_damaged_file_is_named(damage, copy):
   elif damage == 'swapped':
     shutil.copy(sorted(folder.glob('*.safetensors'))[0], path)
   with pytest.raises(ValueError, match=path.name):
-    hf.load(folder)
+    load(folder)
 
 
 def test_only_links_of_the_hubs_cache_may_leave_a_folder(copy, tmp_path):
@@ -551,10 +556,10 @@ def test_only_links_of_the_hubs_cache_may_leave_a_folder(copy, tmp_path):
       shutil.copy(file, hub / 'blobs' / f'hash-{file.name}')
       (hub / place / file.name).symlink_to(f'../../blobs/hash-{file.name}')
     if read:
-      assert same(hf.load(hub / place), hf.load(golden('qwen3')))
+      assert same(load(hub / place), load(golden('qwen3')))
     else:
       with pytest.raises(ValueError, match='is a link out of the folder'):
-        hf.load(hub / place)
+        load(hub / place)
 
 
 def test_pickles_and_broken_json_are_refused(copy, tmp_path):
@@ -565,20 +570,20 @@ def test_pickles_and_broken_json_are_refused(copy, tmp_path):
   with pytest.raises(
     ValueError, match=r'holds 0 \*\.safetensors files .* such as pickles'
   ):
-    hf.load(folder)
+    load(folder)
   folder = copy('qwen3')
   for content in ('{', '[]', '{"a": ' + '[' * 100_000 + ']' * 100_000 + '}'):
     (folder / files.CONFIG).write_text(content)
     with pytest.raises(ValueError, match=r'config\.json (is not|nests)'):
-      hf.load(folder)
+      load(folder)
   with pytest.raises(ValueError, match=r'nothing holds 0'):
-    hf.load(tmp_path / 'nothing')
+    load(tmp_path / 'nothing')
 
 
 def test_nothing_is_overwritten(tmp_path):
   (tmp_path / 'notes').touch()
   with pytest.raises(ValueError, match='not an empty folder'):
-    hf.save(hf.load(golden('qwen3')), tmp_path)
+    hf.save(load(golden('qwen3')), tmp_path)
 
 
 # A gate for a checkpoint without one.
@@ -654,7 +659,7 @@ def test_a_run_is_converted(step, workdir, tmp_path):
   source, params = workdir
   to = tmp_path / 'out'
   assert convert(('from', f'{source}{step}'), ('to', to), ('shard_gib', 1e-5)) == 0
-  read = hf.load(to, compute=params.cfg.numerics.compute)
+  read = load(to, compute=params.cfg.numerics.compute)
   assert same(read, params)
   assert json.loads((to / files.CONFIG).read_text())['max_position_embeddings'] == 24
 
@@ -667,7 +672,7 @@ def test_a_checkpoint_is_converted_and_brings_its_tokenizer(copy, tmp_path):
   assert (to / 'tokenizer.json').read_text() == '{}'
   content = json.loads((to / files.CONFIG).read_text())
   assert (content['model_type'], content['eos_token_id']) == ('qwen3_next', 7)
-  actual = logits(hf.load(to, dtype='float32'))
+  actual = logits(load(to, dtype='float32'))
   np.testing.assert_allclose(actual, expected()['authors_elementwise'], atol=0.1)
 
 
