@@ -26,9 +26,10 @@ import jax
 import numpy as np
 import small
 
-from gated import config, data, hf, model, plan, storage
+from gated import config, data, hf, plan, storage
 from gated.data import prepare, tokenizer
 from gated.hf import files
+from gated.model import abstract
 from gated.run import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -307,7 +308,7 @@ def make_export(folder: Path) -> None:
 
 
 def use_export(folder: Path) -> None:
-  hf.read(folder, model.abstract(hf.config(folder)))
+  hf.read(folder, abstract(hf.config(folder)))
 
 
 def header(change: Callable[[dict], Any], size: int | None = None):
