@@ -21,7 +21,7 @@ import yaml
 from faults import process
 
 from gated import storage, sweep
-from gated.sweep import launch
+from gated.sweep import judge, launch
 from gated.sweep.launch import (
   desk,
   jobset,
@@ -41,15 +41,21 @@ SCHEDULERS = ROOT / 'tests/schedulers'
 AWKWARD = 'it\'s $HOME `x` "y" $(z) $$ \\ %a'  # Characters that a shell expands.
 
 
-def points(folder, count=2, more=(), label=None):
-  """Points of a sweep in `folder`."""
-  label = label or launch.label(folder)
-  batch = []
-  for i in range(count):
-    workdir = f'{folder}/points/lr-{i}-abc123'
-    command = ('train.py', '--config=configs/tiny.py', *more, f'--workdir={workdir}')
-    batch.append(launch.Point(f'{label}-{i:03d}', f'lr-{i}-abc123', command, workdir))
-  return batch
+def sweep_in(folder, count=2, more=(), sha256='ab' * 32):
+  """A sweep of `count` points in `folder`."""
+  command = ('train.py', '--config=configs/tiny.py', *more)
+  return sweep.Sweep(
+    folder=storage.path(folder),
+    name='lr_sweep',
+    recipe='configs/tiny.py',
+    overrides=(),
+    flags=(),
+    points=tuple(
+      sweep.Point(f'lr-{i}-abc123', {}, {}, command, {'steps': 280}) for i in range(count)
+    ),
+    rule=judge.Rule(multiple=1.5, rise=0.5, tail=0.05),
+    made={'sha256': sha256, 'python': '3.11.2'},
+  )
 
 
 NEEDS = {
@@ -69,12 +75,13 @@ def submission(on, folder='', count=2, more=(), sha256='ab' * 32, **options):
   folder = folder or folder_of(on)
   flags = launch.Options(**{'on': on} | NEEDS[on] | options)
   targets.check(flags, folder)
-  batch = tuple(points(folder, count, more))
-  return launch.prepare(
-    launch.Work(
-      folder=folder, sha256=sha256, python='3.11.2', points=batch, options=flags
-    )
-  )
+  whole = sweep_in(folder, count, more, sha256)
+  return launch.prepare(launch.Work(whole, whole.points, flags))
+
+
+def jobs_of(s):
+  """A submission -> the names of its jobs."""
+  return [s.work.job(p) for p in s.work.points]
 
 
 VARIANTS = {
@@ -175,7 +182,8 @@ def test_each_host_gets_the_command_and_the_path_of_its_sources(on):
     '/home/me/gated/code.tar.gz' if on == 'skypilot' else f'{folder_of(on)}/code.tar.gz'
   )
   first = s.work.points[0]
-  assert words[words.index('--') + 1 :] == list(first.command) and more[0] in words
+  command = [*s.work.swept.command(first)]
+  assert words[words.index('--') + 1 :] == command and more[0] in words
   kind = '-cuda' if NEEDS[on]['accelerator'].startswith('h100') else '-tpu'
   requirements = f'requirements.lock,requirements{kind}.lock'
   requirements += '' if on == 'slurm' else ',requirements-cloud.lock'
@@ -185,7 +193,7 @@ def test_each_host_gets_the_command_and_the_path_of_its_sources(on):
     f'--sha256={"ab" * 32}',
     f'--requirements={requirements}',
     '--python=3.11',
-    f'--workdir={first.workdir}',
+    f'--workdir={s.work.swept.workdir(first)}',
     f'--processes={processes}',
   }
 
@@ -432,7 +440,7 @@ def test_the_schema_refuses_a_jobset_with_a_typo(right, wrong):
 
 def test_a_jobset_requests_the_slice_and_its_hosts():
   s = submission('jobset', slices=2, spot=True)
-  manifest = yaml.safe_load(s.files[f'{s.work.points[1].job}.yaml'])
+  manifest = yaml.safe_load(s.files[f'{jobs_of(s)[1]}.yaml'])
   pods = manifest['spec']['replicatedJobs'][0]
   job = pods['template']['spec']
   assert (pods['replicas'], job['parallelism'], job['completions']) == (2, 16, 16)
@@ -479,7 +487,8 @@ def check_gcloud(command):
 
 
 def record_of(s, outputs=()):
-  jobs = [{'job': p.job, 'point': p.name, 'workdir': p.workdir} for p in s.work.points]
+  pairs = zip(jobs_of(s), s.work.points, strict=True)
+  jobs = [{'job': job, 'point': p.name} for job, p in pairs]
   options = s.work.options.changed()
   names = {'on': s.work.options.on, 'label': s.work.label}
   return names | {'jobs': jobs, 'told': list(outputs), 'options': options}
@@ -489,7 +498,7 @@ def record_of(s, outputs=()):
 def test_commands_use_documented_flags_of_gcloud(variant):
   s = submission('tpu', **variant)
   record = record_of(s)
-  states = {s.work.points[0].job: 'SUSPENDED'}
+  states = {jobs_of(s)[0]: 'SUSPENDED'}
   renewed = tpu.renew(s.work, states)
   assert [c[4] for c in renewed] == ['delete', 'create', 'create']
   for command in [*s.commands, *tpu.delete(record), tpu.listing(record), *renewed]:
@@ -547,7 +556,7 @@ def test_accelerator_types_count_cores_or_chips():
 
 def test_a_preempted_slice_is_created_again_unless_its_point_has_ended():
   s = submission('tpu', count=4)
-  jobs = [p.job for p in s.work.points]
+  jobs = jobs_of(s)
   states = {jobs[0]: 'ACTIVE', jobs[1]: 'SUSPENDED', jobs[2]: 'WAITING_FOR_RESOURCES'}
   listing = json.dumps(
     [{'name': f'projects/p/q/{k}', 'state': {'state': v}} for k, v in states.items()]
@@ -559,7 +568,7 @@ def test_a_preempted_slice_is_created_again_unless_its_point_has_ended():
     called.append(command)
     return listing if command[4] == 'list' else ''
 
-  due = dataclasses.replace(s.work, points=s.work.points[:3])
+  due = s.work._replace(points=s.work.points[:3])
   assert launch.renew(due, record_of(s), call) == [jobs[1]]
   assert [command[4:6] for command in called[1:]] == [
     ['delete', jobs[1]],
@@ -635,7 +644,7 @@ def test_skypilot_parses_tasks_and_commands_without_change(sky):
 
 def test_the_states_of_skypilot_jobs_are_read():
   s = submission('skypilot')
-  first, second = (p.job for p in s.work.points)
+  first, second = jobs_of(s)
   rows = [
     (second, 'RUNNING'),
     (first, 'RECOVERING'),
@@ -649,7 +658,7 @@ def test_the_states_of_skypilot_jobs_are_read():
 
 def test_the_states_of_jobsets_are_read():
   s = submission('jobset')
-  first, second = (p.job for p in s.work.points)
+  first, second = jobs_of(s)
   items = [
     {'metadata': {'name': first}, 'status': {'terminalState': 'Failed', 'restarts': 2}},
     {
@@ -828,12 +837,12 @@ def test_jobs_accepted_before_a_refusal_stay_recorded(remote):
   with pytest.raises(ValueError, match='quota'):
     launch.submit(s, call)
   record = launch.read(folder)
-  assert [job['job'] for job in record['jobs']] == [p.job for p in s.work.points[:2]]
+  assert [job['job'] for job in record['jobs']] == jobs_of(s)[:2]
   assert storage.names(f'{folder}/launch') == sorted(s.files)
   del called[:]
   assert launch.delete(folder, record, lambda command: called.append(command) or '') == []
   assert [command[-1] for command in called] == [
-    f'--name={p.job}' for p in s.work.points[:2]
+    f'--name={job}' for job in jobs_of(s)[:2]
   ]
 
 
@@ -841,14 +850,15 @@ def test_jobs_accepted_before_a_refusal_stay_recorded(remote):
 def test_jobs_of_an_interrupted_submission_can_be_deleted(on, tmp_path, monkeypatch):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
   s = submission(on)
-  s = dataclasses.replace(s.work, folder=str(tmp_path)), s.files, s.commands
+  moved = dataclasses.replace(s.work.swept, folder=storage.path(tmp_path))
+  s = s._replace(work=s.work._replace(swept=moved))
   called = []
 
   def killed(command):
     raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    launch.submit(launch.Submission(*s), killed)
+    launch.submit(s, killed)
   record = launch.read(tmp_path)
   assert launch.delete(tmp_path, record, lambda c: called.append(c) or '') == []
   names = {'slurm': f'--name={record["label"]}', 'tpu': record['jobs'][0]['job']}
@@ -946,7 +956,7 @@ def begun(tmp_path, body, **options):
   cache = str(tmp_path / 'cache')
   local = dict(accelerator='cpu', interpreter=sys.executable, cache=cache) | options
   s = submission('slurm', folder=str(folder), count=1, sha256=sha256, **local)
-  return launch.submit(s), Path(s.work.points[0].workdir)
+  return launch.submit(s), Path(s.work.swept.workdir(s.work.points[0]))
 
 
 def at_the_end(cluster, record):

@@ -10,15 +10,15 @@ import json
 import os
 import shlex
 import subprocess
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from gated import storage, sweep
 from gated.sweep.launch import tpu
 from gated.sweep.launch.targets import TARGETS
-from gated.sweep.launch.work import FOLDER, Options, Point, Work, label
+from gated.sweep.launch.work import FOLDER, Options, Work, label
 
-__all__ = ['TARGETS', 'Options', 'Point', 'Work', 'label']
+__all__ = ['TARGETS', 'Options', 'Work', 'label']
 
 RECORD = 'launched.json'
 LIMIT = 1 << 24  # The largest launched.json, in bytes.
@@ -40,17 +40,10 @@ class Submission(NamedTuple):
     return text + '\n'.join(shlex.join(command) for command in self.commands)
 
 
-def points(swept: sweep.Sweep, names: Collection[str], *, ended: bool) -> list[Point]:
-  """A sweep -> its points with these names; `ended` includes those that have ended."""
-  prefix, batch = label(os.fspath(swept.folder)), []
-  for index, p in enumerate(swept.points):
-    workdir = swept.workdir(p)
-    if p.name in names and (
-      ended or sweep.state(workdir, p.steps).state not in sweep.ENDED
-    ):
-      job, command = f'{prefix}-{index:03d}', swept.command(p)
-      batch.append(Point(job, p.name, command, os.fspath(workdir)))
-  return batch
+def due(swept: sweep.Sweep, points: Sequence[sweep.Point]) -> list[sweep.Point]:
+  """The points of a sweep that have not ended."""
+  state = lambda p: sweep.state(swept.workdir(p), p.steps).state
+  return [p for p in points if state(p) not in sweep.ENDED]
 
 
 def prepare(w: Work) -> Submission:
@@ -98,7 +91,8 @@ def submit(s: Submission, call: Call = call) -> dict:
   write(s)
   record: dict = {'on': w.options.on, 'label': w.label, 'jobs': [], 'told': []}
   record['options'] = w.options.changed()
-  jobs = [{'job': p.job, 'point': p.name, 'workdir': p.workdir} for p in w.points]
+  path = lambda p: os.fspath(w.swept.workdir(p))
+  jobs = [{'job': w.job(p), 'point': p.name, 'workdir': path(p)} for p in w.points]
   # A job array is one command for all points.
   batches = [jobs] if len(s.commands) == 1 else [[job] for job in jobs]
   for command, batch in zip(s.commands, batches, strict=True):

@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from rich.console import Console
@@ -50,23 +50,25 @@ def submit(
     targets.check_reachable(p.config, options.on)
   if args.watch and options.on != 'tpu':
     raise ValueError(f'--watch={args.watch} needs --on=tpu: other schedulers watch jobs')
-  names = {p.name for p in points}
   if args.dry_run:
     logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # It logs what it also raises.
     try:
-      batch = launch.points(swept, names, ended=False)
+      points = launch.due(swept, points)
     except OSError as error:
       reason = f'{swept.folder} cannot be read from here, so every point is shown'
       print(f'{reason}: {error}', file=sys.stderr)
-      batch = launch.points(swept, names, ended=True)
-    print(_prepared(options, swept, batch))
+    # These are recorded when the sweep is written.
+    sha256 = hashlib.sha256(folder.pack(folder.ROOT)).hexdigest()
+    made = {'sha256': sha256, 'python': platform.python_version(), **swept.made}
+    swept = replace(swept, made=made)
+    print(launch.prepare(launch.Work(swept, points, options)))
     return 0
   targets.check_installed(options.on)
   targets.check_writable(os.fspath(swept.folder))
   swept = sweep.write(swept)
   if options.on != 'tpu' or not storage.exists(swept.folder / launch.RECORD):
-    batch = launch.points(swept, names, ended=False)
-    record = launch.submit(_prepared(options, swept, batch))
+    work = launch.Work(swept, launch.due(swept, points), options)
+    record = launch.submit(launch.prepare(work))
     jobs = f'{len(record["jobs"])} jobs to {options.on}: {record["label"]}-...'
     print(f'submitted {jobs}', flush=True)
     if not args.watch:
@@ -75,23 +77,6 @@ def submit(
   for line in _renewed(options, swept, args.watch):
     print(line, flush=True)
   return 0
-
-
-def _prepared(
-  options: Options, swept: sweep.Sweep, points: Sequence[launch.Point]
-) -> launch.Submission:
-  made = swept.made or {
-    'python': platform.python_version(),
-    'sha256': hashlib.sha256(folder.pack(folder.ROOT)).hexdigest(),
-  }
-  work = launch.Work(
-    folder=os.fspath(swept.folder),
-    sha256=made['sha256'],
-    python=made['python'],
-    points=tuple(points),
-    options=options,
-  )
-  return launch.prepare(work)
 
 
 def _renewed(options: Options, swept: sweep.Sweep, watch: float) -> Iterator[str]:
@@ -107,16 +92,16 @@ def _renewed(options: Options, swept: sweep.Sweep, watch: float) -> Iterator[str
       'delete it first, or give the same options'
     )
   names = {job['point'] for job in record['jobs']}
+  submitted = [p for p in swept.points if p.name in names]
   while True:
     try:
-      points = launch.points(swept, names, ended=False)
-      if not points:
+      work = launch.Work(swept, launch.due(swept, submitted), options)
+      if not work.points:
         yield f'{swept.folder}: all points have ended'
         return
-      s = _prepared(options, swept, points)
-      launch.write(s)
-      created = ', '.join(launch.renew(s.work, record)) or 'none'
-      yield f'{len(points)} points have not ended; created again: {created}'
+      launch.write(launch.prepare(work))
+      created = ', '.join(launch.renew(work, record)) or 'none'
+      yield f'{len(work.points)} points have not ended; created again: {created}'
     except (ValueError, OSError) as error:
       if not watch:
         raise

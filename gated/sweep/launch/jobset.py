@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 
 from gated.run.exit_codes import FINAL
+from gated.sweep.grid import Point
 from gated.sweep.launch import machines, work
 from gated.sweep.launch.work import JOB, Options, Work
 
@@ -29,17 +30,17 @@ VARIABLES = {
 def tasks(w: Work) -> Iterator[work.Task]:
   """Work -> a YAML file for each point."""
   for p in w.points:
-    name = f'{p.job}.yaml'
+    name = f'{w.job(p)}.yaml'
     command = ['kubectl', 'create', f'--filename={w.files}/{name}']
     yield name, work.yaml(jobset(w, p)), command
 
 
-def jobset(w: Work, point: work.Point) -> dict:
+def jobset(w: Work, point: Point) -> dict:
   """A point -> its JobSet."""
   o, accelerator = w.options, w.accelerator
   hosts = accelerator.hosts * o.nodes
   metadata: dict = {
-    'name': point.job,
+    'name': w.job(point),
     'namespace': o.namespace,
     'labels': {'kueue.x-k8s.io/queue-name': o.queue, 'gated-sweep': w.label},
     'annotations': {'gated-point': point.name},
@@ -76,7 +77,7 @@ def jobset(w: Work, point: work.Point) -> dict:
   }
 
 
-def _pod(w: Work, point: work.Point, hosts: int) -> dict:
+def _pod(w: Work, point: Point, hosts: int) -> dict:
   o, accelerator = w.options, w.accelerator
   selector, tolerations, limits, env = {}, [], {}, []
   if accelerator.kind == 'tpu':
@@ -101,7 +102,7 @@ def _pod(w: Work, point: work.Point, hosts: int) -> dict:
     env.append({'name': 'PROCESSES_IN_JOB', 'value': str(hosts)})
   container = {
     'name': CONTAINER,
-    'image': o.image or f'python:{w.python_minor}',
+    'image': o.image or f'python:{w.python}',
     'command': ['bash', '-c', escaped(JOB), 'job', *map(escaped, w.arguments(point))],
     'env': env,
     'resources': {'limits': limits},

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 
 from gated.run.exit_codes import PREEMPTED
+from gated.sweep.grid import Point
 from gated.sweep.launch import machines, work
 from gated.sweep.launch.work import Work
 
@@ -18,11 +19,12 @@ def tasks(w: Work) -> Iterator[work.Task]:
   """Work -> a YAML file for each point."""
   launch = ['sky', 'jobs', 'launch', '--yes', '--detach-run']
   for p in w.points:
-    command = [*launch, f'--name={p.job}', f'{w.files}/{p.job}.yaml']
-    yield f'{p.job}.yaml', work.yaml(task(w, p)), command
+    name = f'{w.job(p)}.yaml'
+    command = [*launch, f'--name={w.job(p)}', f'{w.files}/{name}']
+    yield name, work.yaml(task(w, p)), command
 
 
-def task(w: Work, point: work.Point) -> dict:
+def task(w: Work, point: Point) -> dict:
   """A point -> its task."""
   accelerator, o = w.accelerator, w.options
   resources: dict = {'infra': o.infra} if o.infra else {}
@@ -46,7 +48,7 @@ def task(w: Work, point: work.Point) -> dict:
   processes = 'auto' if accelerator.kind == 'tpu' else 'skypilot'
   arguments = w.arguments(point, code='', processes=processes)
   return {
-    'name': point.job,
+    'name': w.job(point),
     'num_nodes': o.nodes,
     'resources': resources,
     'file_mounts': {CODE: f'{w.folder}/code.tar.gz'},

@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterator
 
 from gated.run.exit_codes import PREEMPTED, RESUMABLE
+from gated.sweep.grid import Point
 from gated.sweep.launch import machines, work
 from gated.sweep.launch.work import Options, Work
 
@@ -24,15 +25,16 @@ def tasks(w: Work) -> Iterator[work.Task]:
     allowed, wrong = ', '.join(machines.TPUS), w.options.accelerator
     raise ValueError(f'--accelerator={wrong} with --on=tpu, but allowed are {allowed}')
   for point in w.points:
-    yield f'{point.job}.sh', _startup(w, point), create(w, point.job)
+    job = w.job(point)
+    yield f'{job}.sh', _startup(w, point), create(w, job)
 
 
-def _startup(w: Work, point: work.Point) -> str:
-  codes = ' | '.join(map(str, RESUMABLE))
-  removal = shlex.join(_delete(point.job, w.options))
+def _startup(w: Work, point: Point) -> str:
+  codes, job = ' | '.join(map(str, RESUMABLE)), w.job(point)
+  removal = shlex.join(_delete(job, w.options))
   return f"""\
 #!/usr/bin/env bash
-# Every host of {point.job} runs this at its start, as root.
+# Every host of {job} runs this at its start, as root.
 set -euo pipefail
 export HOME=${{HOME:-/root}}
 {work.embedded()}
@@ -50,7 +52,7 @@ while :; do
   if [[ $restarts -gt {w.options.restarts} ]]; then break; fi
   sleep 30
 done
-echo "{point.job} exited with code $code"
+echo "{job} exited with code $code"
 worker=$(curl -sf -H Metadata-Flavor:Google "$metadata/agent-worker-number" || echo 0)
 if [[ $code -eq 0 && $worker -eq 0 ]]; then
   {removal} ||
@@ -115,11 +117,10 @@ def renew(w: Work, states: dict[str, str]) -> list[list[str]]:
   name is taken.
   """
   commands = []
-  for point in w.points:
-    state = states.get(point.job, '')
+  for job in map(w.job, w.points):
+    state = states.get(job, '')
     if state in DEAD:
-      removal = _delete(point.job, w.options)
-      commands.append([word for word in removal if word != '--async'])
+      commands.append([x for x in _delete(job, w.options) if x != '--async'])
     if state in (*DEAD, ''):
-      commands.append(create(w, point.job))
+      commands.append(create(w, job))
   return commands

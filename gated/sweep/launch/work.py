@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from yaml import SafeDumper, dump
 
 from gated import storage
 from gated.run.exit_codes import FINISHED, REFUSED, UNSTABLE
+from gated.sweep.grid import Point, Sweep
 from gated.sweep.launch import machines
 
 _HERE = Path(__file__).parent
@@ -63,29 +64,26 @@ class Options:
 Task = tuple[str, str, list[str]]
 
 
-class Point(NamedTuple):
-  """One run of a sweep."""
-
-  job: str  # Its name for the scheduler.
-  name: str
-  command: tuple[str, ...]  # train.py --config=... --workdir=...
-  workdir: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
+class Work(NamedTuple):
   """Points of a sweep, and the machines for them."""
 
-  folder: str  # The sweep's folder: an absolute path or a URL.
-  sha256: str  # The digest of FOLDER/code.tar.gz.
-  python: str  # The version that made the sweep: '3.11.2'.
-  points: tuple[Point, ...]
+  swept: Sweep
+  points: Sequence[Point]
   options: Options
+
+  @property
+  def folder(self) -> str:
+    """The sweep's folder: an absolute path or a URL."""
+    return os.fspath(self.swept.folder)
 
   @property
   def label(self) -> str:
     """The prefix of all job names."""
     return label(self.folder)
+
+  def job(self, point: Point) -> str:
+    """A point's name for the scheduler."""
+    return f'{self.label}-{[p.name for p in self.swept.points].index(point.name):03d}'
 
   @property
   def files(self) -> str:
@@ -96,9 +94,9 @@ class Work:
     return os.path.join(home, 'gated', FOLDER, self.label)
 
   @property
-  def python_minor(self) -> str:
-    """'3.11'."""
-    return '.'.join(self.python.split('.')[:2])
+  def python(self) -> str:
+    """The version that made the sweep: '3.11'."""
+    return '.'.join(self.swept.made['python'].split('.')[:2])
 
   @property
   def accelerator(self) -> machines.Accelerator:
@@ -119,16 +117,16 @@ class Work:
     suffix = 'txt' if o.unlocked else 'lock'
     values = {
       'code': f'{self.folder}/code.tar.gz' if code is None else code,
-      'sha256': self.sha256,
+      'sha256': self.swept.made['sha256'],
       'requirements': ','.join(f'requirements{name}.{suffix}' for name in ['', *extras]),
-      'python': self.python_minor,
-      'workdir': point.workdir,
+      'python': self.python,
+      'workdir': os.fspath(self.swept.workdir(point)),
       'processes': processes if count > 1 else 'one',
       'interpreter': o.interpreter,
       'cache': o.cache,
     }
     flags = [f'--{name}={value}' for name, value in values.items() if value]
-    return [*flags, '--', *point.command]
+    return [*flags, '--', *self.swept.command(point)]
 
 
 def embedded() -> str:

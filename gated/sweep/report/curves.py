@@ -11,17 +11,10 @@ from matplotlib.lines import Line2D
 from scipy import ndimage
 
 from gated.sweep.report.figures import COLORS, COLUMN, PAGE, Drawn, wrapped
-from gated.sweep.report.points import Curve, Judged, Line, rate
+from gated.sweep.report.points import WATCHED, Curve, Judged, Line, rate
 
 DRAWN = 240  # Points of a curve in a figure.
 SMOOTH = 60  # Windows of the rolling median per curve.
-# The early warnings that are drawn -> their titles.
-INDICATORS = {
-  'grad_norm': 'gradient norm',
-  'attention_logit': 'max. attention logit',
-  'output_logit': 'output logit (rms)',
-  'residual_growth': 'residual growth',
-}
 CALM = ('finished', 'partial')  # States whose losses set the range of the axis.
 FIRST = 0.1  # The first fraction of the steps may lie above the axis.
 
@@ -77,13 +70,12 @@ def training(lines: list[Line]) -> Drawn:
 
 def _losses(points: Sequence[Judged]) -> tuple[float, float]:
   """-> the ends of the axis, set by the stable runs."""
-  curves = [p.log.train for p in points]
   late = [
     p.log.train.values[p.log.train.steps > FIRST * p.steps]
     for p in points
     if p.state in CALM and np.isfinite(p.log.train.values).any()
   ]
-  finite = [x[np.isfinite(x)] for x in late or [curve.values for curve in curves]]
+  finite = [x[np.isfinite(x)] for x in late or [p.log.train.values for p in points]]
   finite = [x for x in finite if len(x)]
   if not finite:
     return 0.0, 1.0
@@ -132,7 +124,7 @@ def warnings(lines: list[Line]) -> Drawn:
   rows = [(line, pair) for line in lines if any(pair := around(line))]
   names = [
     name
-    for name in INDICATORS
+    for name in WATCHED
     if any(len(p.log.numbers[name].steps) for _, ps in rows for p in ps if p)
   ]
   if not names:
@@ -158,7 +150,7 @@ def warnings(lines: list[Line]) -> Drawn:
     subs = (1, 2, 5) if high < 300 * low else (1,)
     for ax in axes[:, names.index(name)]:
       ax.yaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=6))
-    top.set_title(INDICATORS[name], size=7)
+    top.set_title(WATCHED[name], size=7)
     _steps(bottom)
   drawn = [any(pair[i] for _, pair in rows) for i in range(2)]
   handles = [

@@ -22,8 +22,13 @@ from gated.sweep.judge.spikes import GAP, THRESHOLD, WARMUP, WINDOW
 from gated.sweep.judge.warnings import INDICATORS
 
 TAIL, LEAST = 0.02, 10  # Fraction and least number of records in a final training loss.
-# The early warnings that are drawn.
-WATCHED = 'grad_norm', 'attention_logit', 'output_logit', 'residual_growth'
+# The early warnings that are drawn -> their titles.
+WATCHED = {
+  'grad_norm': 'gradient norm',
+  'attention_logit': 'max. attention logit',
+  'output_logit': 'output logit (rms)',
+  'residual_growth': 'residual growth',
+}
 
 
 class Curve(NamedTuple):
