@@ -128,15 +128,12 @@ class Entry:
   def places(self) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
     """Each tensor's name, its index in our leaves, and its row if experts are fused."""
     for index in np.ndindex(self.leading):
-      yield self._name(index), index, index[1] if self.fused else None
+      name = self.theirs.format(**dict(zip(('layer', 'expert'), index)))
+      yield name, index, index[1] if self.fused else None
 
   def names(self) -> list[str]:
     """The names of their tensors, in order."""
-    leading = self.leading[:1] if self.fused else self.leading
-    return [self._name(index) for index in np.ndindex(leading)]
-
-  def _name(self, index: tuple[int, ...]) -> str:
-    return self.theirs.format(**dict(zip(('layer', 'expert'), index)))
+    return list(dict.fromkeys(name for name, _, _ in self.places()))
 
   def pack(self, arrays: list[np.ndarray]) -> np.ndarray:
     """One layer and expert of each of our leaves -> their tensor."""

@@ -203,8 +203,7 @@ def _cudnn_call(q_BTHK, k_BSGK, v_BSGK, *, segment_BT, limit, residual=False):
   # cuDNN returns it by segment, over all rows in sequence, each from its own start.
   lse_SHT = out[1]
   count_B1 = (start_BM >= 0).sum(1, keepdims=True)
-  first_BT = segment_BT != jnp.pad(segment_BT, ((0, 0), (1, 0)))[:, :-1]
-  run_BT = jnp.cumsum(first_BT.at[:, 0].set(True), 1) - 1
+  _, run_BT = _numbered(segment_BT)
   within_BT = jnp.arange(segment_BT.shape[1])[None] - jnp.take_along_axis(
     start_BM, run_BT, 1
   )
@@ -218,11 +217,16 @@ def _same(segment_BT: jax.Array | None) -> jax.Array | None:
   return segment_BT[:, None, :, None] == segment_BT[:, None, None, :]
 
 
-def segment_runs(segment_BT: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
-  """Segment ids -> the start and the size of each run of equal ids: (B, limit), or -1."""
+def _numbered(segment_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Segment ids -> (whether a run of equal ids starts, the run's number in its row)."""
   first_BT = segment_BT != jnp.pad(segment_BT, ((0, 0), (1, 0)))[:, :-1]
   first_BT = first_BT.at[:, 0].set(True)
-  run_BT = jnp.cumsum(first_BT, 1) - 1
+  return first_BT, jnp.cumsum(first_BT, 1) - 1
+
+
+def segment_runs(segment_BT: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
+  """Segment ids -> the start and the size of each run of equal ids: (B, limit), or -1."""
+  first_BT, run_BT = _numbered(segment_BT)
   size_BM = jax.vmap(lambda run: jnp.bincount(run, length=limit))(run_BT)
   start_BM = jax.vmap(lambda f: jnp.nonzero(f, size=limit, fill_value=-1)[0])(first_BT)
   size_BM = jnp.where(start_BM < 0, -1, size_BM)
