@@ -41,7 +41,10 @@ class Sampling:
     if not 0 < self.top_p <= 1:
       raise ValueError(f'top_p={self.top_p!r}, but it must be in (0, 1]')
     config.within('seed', self.seed, 0, 2**32 - 1)
-    if isinstance(self.stop, str) or not all(self.stop):
+    strings = isinstance(self.stop, (list, tuple)) and all(
+      isinstance(string, str) and string for string in self.stop
+    )
+    if not strings:
       raise ValueError(
         f'stop={self.stop!r}, but a sequence of strings that are not empty is expected'
       )

@@ -308,6 +308,7 @@ def test_the_cache_is_sharded_by_rows_and_heads_and_never_gathered():
     (dict(top_p=1.1), 'top_p=1.1, but it must be in (0, 1]'),
     (dict(seed=-1), 'seed=-1, but it must be at least 0'),
     (dict(stop='x'), "stop='x', but a sequence of strings"),
+    (dict(stop=(3,)), 'stop=(3,), but a sequence of strings'),
     (dict(stop=('',)), "stop=('',), but a sequence of strings"),
   ],
 )
