@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import math
 import os
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -104,7 +105,7 @@ def _on_gpus(jobs: int) -> Room:
 
 def _on_cpus(points: Sequence[Point], jobs: int) -> Room:
   cores = len(os.sched_getaffinity(0))
-  need, free = max(map(_bytes, _shapes(points)), default=PROCESS), available()
+  need, free = _need(points), available()
   fit = int(free // need) if free else cores
   reason = f'{cores} cores'
   if fit < (jobs or cores):
@@ -118,33 +119,26 @@ def _on_cpus(points: Sequence[Point], jobs: int) -> Room:
 
 def available() -> int:
   """-> bytes of free memory here; 0 if unknown."""
-  limits = []
+  group, limits = Path('/sys/fs/cgroup'), []
   try:
-    for line in Path('/proc/meminfo').read_text().splitlines():
-      if line.startswith('MemAvailable:'):
-        limits.append(int(line.split()[1]) * 1024)
-    limit, used = (
-      Path(f'/sys/fs/cgroup/memory.{name}').read_text().strip()
-      for name in ('max', 'current')
-    )
-    if limit != 'max':
-      limits.append(int(limit) - int(used))
+    free = re.search(r'MemAvailable: *(\d+) kB', Path('/proc/meminfo').read_text())
+    limits += [int(free[1]) * 1024] if free else []
+    # 'max' means no limit, and is no number.
+    limit = int((group / 'memory.max').read_text())
+    limits.append(limit - int((group / 'memory.current').read_text()))
   except (OSError, ValueError):
     pass  # Not Linux, or no limit.
   return max(0, min(limits, default=0))
 
 
-def _shapes(points: Sequence[Point]) -> list[plans.Config]:
-  """Points -> one recipe for each distinct need of memory."""
-  kinds = {}
+def _need(points: Sequence[Point]) -> float:
+  """The largest estimated memory of a process that trains a point on a CPU."""
+  recipes = {}
   for point in points:
-    c = point.config
+    c = point.config  # Only these knobs change its memory.
     sizes = [c['model'], c['batch'], c['accum'], c['data']['length'], c['loss']]
-    kinds.setdefault(config.digest([*sizes, c['optim']['name']]), c)
-  return [config.build(plans.Config, c, 'config') for c in kinds.values()]
-
-
-def _bytes(cfg: plans.Config) -> float:
-  """A recipe -> the estimated memory of a process that trains it on a CPU."""
-  sizes = dict.fromkeys(mesh.AXES, 1)
-  return PROCESS + SPARE * estimate.Estimate(cfg, sizes, chips.CHIPS['cpu']).bytes
+    recipes.setdefault(config.digest([*sizes, c['optim']['name']]), c)
+  axes, cpu = dict.fromkeys(mesh.AXES, 1), chips.CHIPS['cpu']
+  configs = [config.build(plans.Config, c, 'config') for c in recipes.values()]
+  estimates = [estimate.Estimate(c, axes, cpu).bytes for c in configs]
+  return PROCESS + SPARE * max(estimates, default=0)
