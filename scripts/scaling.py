@@ -102,7 +102,10 @@ def table(rows: Sequence[Row]) -> list[str]:
       lines.append(f'| {count} | does not fit: {excess or "no mesh"} | | | | | | | |')
       continue
     e, first = r.best, first or r
-    link, network = (sum(t.link for t in e.traffic), sum(t.network for t in e.traffic))
+    link, network = (
+      sum(t.bytes for t in e.traffic if t.network == name)
+      for name in ('links', 'network')
+    )
     sent = f'{link / GIB:,.1f}' + (f', {network / GIB:,.2f}' if network else '')
     lines.append(
       f'| {count} | {estimate.named(e.sizes)} | {e.cfg.model.remat}, {e.cfg.accum} '
@@ -154,7 +157,7 @@ def compiled() -> list[str]:
     cfg, machine = from_flags(case['flags'])
     assert machine.chip is not None
     e = estimate.Estimate(cfg, result['mesh'], machine.chip, machine.slices)
-    total, sent = result['memory']['total'], sum(t.link + t.network for t in e.traffic)
+    total, sent = result['memory']['total'], sum(t.bytes for t in e.traffic)
     received = sum(result['received'].values())
     lines.append(
       f'| {path.stem} | {machine.topology} | {estimate.named(e.sizes)} '

@@ -87,24 +87,24 @@ def test_fsdp_gathers_each_weight_twice_in_each_micro_batch():
   )
   sent = {t.what: t for t in traffic if t.what in ('weights', 'gradients')}
   gathered = layers * 2 * 15 / 16
-  assert sent['weights'].link == pytest.approx(4 * 2 * gathered, rel=1e-3)
+  assert sent['weights'].bytes == pytest.approx(4 * 2 * gathered, rel=1e-3)
   reduced = [t for t in traffic if t.kind == 'reduce-scatter' and t.hidden]
-  assert sum(t.link for t in reduced) == pytest.approx(4 * gathered, rel=1e-3)
+  assert sum(t.bytes for t in reduced) == pytest.approx(4 * gathered, rel=1e-3)
 
 
 def test_only_a_chips_own_part_crosses_the_network():
   cfg = large(dense_1b7, '28l', accum=1)
   one = estimate.Estimate(cfg, sizes(data=2, fsdp=16), V5E)
   two = estimate.Estimate(cfg, sizes(data=2, fsdp=16), V5E, slices=2)
-  assert not any(t.network for t in one.traffic)
-  crossing = {t.axis for t in two.traffic if t.network}
+  assert all(t.network == 'links' for t in one.traffic)
+  crossing = {t.axis for t in two.traffic if t.network == 'network'}
   assert crossing == {'data'}
-  total = lambda e, where: sum(getattr(t, where) for t in e.traffic if t.axis == 'data')
-  assert total(two, 'network') == pytest.approx(total(one, 'link'))
+  total = lambda e: sum(t.bytes for t in e.traffic if t.axis == 'data')
+  assert total(two) == pytest.approx(total(one))
   # If fsdp crosses, each of the 16 chips of a slice sends a sixteenth.
   wide = estimate.Estimate(cfg, sizes(fsdp=32), V5E, slices=2)
-  weights = next(t for t in wide.traffic if t.what == 'weights')
-  assert weights.network == pytest.approx(weights.link / 15 * 16 / 16 / 2)
+  links, network = (t.bytes for t in wide.traffic if t.what == 'weights')
+  assert network == pytest.approx(links / 15 * 16 / 16 / 2)
 
 
 def test_an_axis_that_may_not_cross_slices_is_refused():
@@ -113,14 +113,8 @@ def test_an_axis_that_may_not_cross_slices_is_refused():
 
 
 def test_time_is_the_slowest_term_and_the_exposed_traffic():
-  t = lambda hidden, link: roofline.Traffic(
-    what='x',
-    kind='all-gather',
-    axis='fsdp',
-    link=link,
-    network=0.0,
-    share=1.0,
-    hidden=hidden,
+  t = lambda hidden, size: roofline.Traffic(
+    axis='fsdp', network='links', bytes=size, share=1.0, hidden=hidden
   )
   run = lambda *sent: roofline.roofline(
     flops={'matmul': V5E.flops}, moved=0.0, sent=sent, chip=V5E

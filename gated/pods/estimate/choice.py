@@ -131,14 +131,13 @@ def _no_mesh(
 ) -> str:
   """The error if no mesh fits: the reason, and the changes that would fit."""
   request = f"config.mesh.choice='auto' on {count} x {chip.name}"
-  fixed = {axis: n for axis, n in cfg.mesh.sizes.items() if n > 1}
-  if not matches and fixed:
-    return f'{request}: no mesh with {named(fixed)} divides the recipe'
   if not matches:
     try:
-      Estimate(cfg, dict.fromkeys(mesh.AXES, 1) | {'fsdp': count}, chip, slices)
+      Estimate(cfg, mesh.filled(cfg.mesh.sizes, count), chip, slices)
     except ValueError as error:
-      return f'{request}: no mesh divides the recipe; with fsdp alone, {error}'
+      return (
+        f'{request}: no mesh divides the recipe. For the sizes of the recipe, {error}'
+      )
   least = min(matches, key=lambda e: e.bytes)
   assert chip.memory is not None
   fix = 'Use a smaller model, or chips with more memory'

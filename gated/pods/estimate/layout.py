@@ -5,10 +5,8 @@ D width  V vocabulary  F ffn  H heads  G kv heads  K head width  E experts  k of
 
 import functools
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,38 +20,32 @@ from gated.train import optim
 WIDE = 4  # bytes of a float32
 
 
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-  """Parameters that are split alike."""
+class Weight(NamedTuple):
+  """One parameter, of all layers."""
 
   part: str  # layers, embed, head or norm
   axes: tuple[str, ...]  # logical axes that the mesh may split
-  count: int  # elements, in all layers
-  stored: int  # bytes
-  matrices: int  # elements of the matrices that Muon updates
+  size: int  # elements
+  itemsize: int  # bytes of an element
+  matrix: bool  # whether Muon updates it
 
 
 @functools.cache
-def weights(cfg: model.Config) -> tuple[Weights, ...]:
-  """A model's parameters, grouped by part and by the axes that split them."""
-  shapes = model.abstract(cfg)
-  parts = dict(
-    layers=shapes.blocks, embed=shapes.embed, head=shapes.head, norm=shapes.norm
-  )
-  groups: dict[tuple, list[Any]] = defaultdict(list)
-  for part, tree in parts.items():
-    for leaf in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable)):
-      axes = tuple(sorted(a for a in mesh.axes_of(leaf) if a and mesh.RULES[a]))
-      groups[part, axes].append(leaf)
+def weights(cfg: model.Config) -> tuple[Weight, ...]:
+  """A model's parameters."""
+  m = model.abstract(cfg)
   return tuple(
-    Weights(
+    Weight(
       part=part,
-      axes=axes,
-      count=sum(leaf.size for leaf in leaves),
-      stored=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
-      matrices=sum(leaf.size for leaf in leaves if optim.matrix(leaf)),
+      axes=tuple(axis for axis in mesh.axes_of(leaf) if axis and mesh.RULES[axis]),
+      size=leaf.size,
+      itemsize=leaf.dtype.itemsize,
+      matrix=bool(optim.matrix(leaf)),
     )
-    for (part, axes), leaves in groups.items()
+    for part, tree in dict(
+      layers=m.blocks, embed=m.embed, head=m.head, norm=m.norm
+    ).items()
+    for leaf in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
   )
 
 
@@ -99,7 +91,7 @@ class Layout:
     Without a part, those of all; with `having`, only weights with this logical axis.
     """
     return sum(
-      w.count / self.split(w.axes, but=but)
+      w.size / self.split(w.axes, but=but)
       for w in self.weights
       if part in ('', w.part) and (not having or having in w.axes)
     )
@@ -107,11 +99,12 @@ class Layout:
   @property
   def stored(self) -> float:
     """Bytes of all weights on one chip."""
-    return sum(w.stored / self.split(w.axes) for w in self.weights)
+    return sum(w.size * w.itemsize / self.split(w.axes) for w in self.weights)
 
   @property
   def moments(self) -> float:
     """Elements of the optimizer's state on one chip: two for each weight, Muon one."""
     muon = self.cfg.optim.name == 'muon'
-    elements = lambda w: 2 * w.count - (w.matrices if muon else 0)
-    return sum(elements(w) / self.split(w.axes) for w in self.weights)
+    return sum(
+      w.size * (1 if muon and w.matrix else 2) / self.split(w.axes) for w in self.weights
+    )

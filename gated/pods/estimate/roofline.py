@@ -31,15 +31,15 @@ def assumed(name: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-  """What a chip sends in a step for one purpose along one mesh axis, in bytes."""
+  """What a chip sends in a step along one mesh axis over one network."""
 
-  what: str  # weights, gradients, tokens, ...
-  kind: str  # all-gather, reduce-scatter, all-reduce, all-to-all
   axis: str  # of the mesh
-  link: float  # over the links of its slice
-  network: float  # to other slices
+  network: str  # 'links' inside a slice, 'network' between slices
+  bytes: float
   share: float  # of a chip's links that lie along the axis
   hidden: bool  # whether it overlaps with compute
+  kind: str = ''  # all-gather, reduce-scatter, all-reduce, all-to-all
+  what: str = ''  # weights, gradients, tokens, ...
 
 
 def share(inside: int, chips: int, chip: Chip) -> float:
@@ -90,14 +90,16 @@ def roofline(
   hidden: dict[str, float] = defaultdict(float)
   exposed: dict[str, float] = defaultdict(float)
   totals = {'links': 0.0, 'network': 0.0}
+  speeds = {
+    'links': chip.link_bandwidth * assumed('link'),
+    'network': chip.network_bandwidth * assumed('network'),
+  }
   for t in sent:
-    seconds = {
-      'links': t.link / (chip.link_bandwidth * t.share * assumed('link')),
-      'network': t.network / (chip.network_bandwidth * assumed('network')),
-    }
-    for path in (path for path in seconds if seconds[path]):
-      (hidden if t.hidden else exposed)[f'{t.axis} ({path})'] += seconds[path]
-      totals[path] += seconds[path] if t.hidden else 0.0
+    share = t.share if t.network == 'links' else 1.0
+    seconds = t.bytes / (speeds[t.network] * share)
+    terms = hidden if t.hidden else exposed
+    terms[f'{t.axis} ({t.network})'] += seconds
+    totals[t.network] += seconds if t.hidden else 0.0
   overlap = assumed('overlap')
   busy = max(compute, memory, *(overlap * seconds for seconds in totals.values()))
   rest = (1 - overlap) * sum(totals.values())

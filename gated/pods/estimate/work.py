@@ -4,9 +4,8 @@ All counts are per step, over all micro-batches. A pass is a micro-batch going f
 backward, or forward again for recomputation or for counting the routers' choices.
 """
 
-import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gated.devices import mesh
 from gated.devices.chips import Chip
@@ -95,22 +94,22 @@ def sent(layout: Layout, chip: Chip, slices: int) -> tuple[Traffic, ...]:
   sources = (_weights, _copies, _tensor, _experts, _keys, _loss, _embedding)
   traffic = []
   for what, kind, axis, whole in (t for s in sources for t in s(layout, passes(layout))):
-    size = layout.sizes[axis]
-    if size == 1 or not whole:
-      continue
     across = slices if axis == crossing else 1
-    inside = size // across
-    traffic.append(
-      Traffic(
-        what=what,
-        kind=kind,
-        axis=axis,
-        link=received(kind, whole, inside),
-        network=received(kind, whole / inside, across),
-        share=share(inside, math.prod(layout.sizes.values()) // slices, chip),
-        hidden=what in HIDDEN,
-      )
+    inside = layout.sizes[axis] // across
+    opts: dict[str, Any] = dict(
+      axis=axis,
+      share=share(inside, layout.devices // slices, chip),
+      hidden=what in HIDDEN,
+      kind=kind,
+      what=what,
     )
+    for network, part, n in (
+      ('links', whole, inside),
+      ('network', whole / inside, across),
+    ):
+      size = received(kind, part, n)
+      if size:
+        traffic.append(Traffic(network=network, bytes=size, **opts))
   return tuple(traffic)
 
 
@@ -169,40 +168,38 @@ def _keys(layout: Layout, count: Passes) -> Transfers:
 def _loss(layout: Layout, count: Passes) -> Transfers:
   """Weights and tokens travel as in `kernels.cross_entropy`."""
   D, near = layout.cfg.model.width, memory.neighbours(layout)
-  rows, numbers = layout.vocab, layout.tokens * D
-  times = count.backward
+  numbers, times = layout.tokens * D, count.backward
   # Each chip gets rows of its own, and returns their float32 gradient.
-  exchanged = times * rows * D / layout.fsdp * (layout.compute + WIDE)
+  exchanged = times * layout.vocab * D / layout.fsdp * (layout.compute + WIDE)
   yield 'unembedding', 'all-to-all', 'fsdp', exchanged
-  far = times * (1 / near - 1 / layout.fsdp) * rows * D
-  yield 'unembedding', 'all-gather', 'fsdp', _whole(far * layout.compute, layout.fsdp)
-  yield 'unembedding', 'reduce-scatter', 'fsdp', _whole(far * WIDE, layout.fsdp)
+  yield from _table(layout, 'unembedding', near, times, times)
   shared = times * (near - 1) * numbers
   yield 'states', 'all-gather', 'fsdp', _whole(shared * layout.compute, layout.fsdp)
   yield 'states', 'reduce-scatter', 'fsdp', _whole(shared * WIDE, layout.fsdp)
   yield 'states', 'all-reduce', 'tensor', times * numbers * WIDE
-  own = times * rows * D / layout.fsdp * WIDE
+
+
+def _embedding(layout: Layout, count: Passes) -> Transfers:
+  """Neighbours read columns of the table for each other; all gather the other columns."""
+  near = memory.readers(layout)
+  states = layout.tokens * layout.cfg.model.width * layout.compute
+  # An exchange among neighbours: the whole, without each chip's own part.
+  traded = (count.forward + count.backward) * states * (1 - 1 / near)
+  yield 'embedding', 'all-to-all', 'fsdp', _whole(traded, layout.fsdp)
+  yield from _table(layout, 'embedding', near, count.forward, count.backward)
+  yield 'embedding', 'all-reduce', 'tensor', count.forward * states
+
+
+def _table(layout: Layout, what: str, near: int, gathers: int, sums: int) -> Transfers:
+  """The parts of a table beyond the `near` neighbours, and its gradient in float32."""
+  elements = layout.vocab * layout.cfg.model.width
+  far = (1 / near - 1 / layout.fsdp) * elements
+  yield what, 'all-gather', 'fsdp', _whole(gathers * far * layout.compute, layout.fsdp)
+  yield what, 'reduce-scatter', 'fsdp', _whole(sums * far * WIDE, layout.fsdp)
   for axis in ('data', 'expert', 'context'):
-    yield 'unembedding', 'all-reduce', axis, own
+    yield what, 'all-reduce', axis, sums * elements / layout.fsdp * WIDE
 
 
 def _whole(bytes_sent: float, n: int) -> float:
   """Bytes that n chips gather if each sends so many bytes."""
   return bytes_sent * n / max(n - 1, 1)
-
-
-def _embedding(layout: Layout, count: Passes) -> Transfers:
-  """Neighbours read columns of the table for each other; all gather the other columns."""
-  D, near = layout.cfg.model.width, memory.readers(layout)
-  states = layout.tokens * D * layout.compute
-  # An exchange among neighbours: the whole, without each chip's own part.
-  traded = (count.forward + count.backward) * states * (1 - 1 / near)
-  yield 'embedding', 'all-to-all', 'fsdp', _whole(traded, layout.fsdp)
-  far = (1 / near - 1 / layout.fsdp) * layout.vocab * D
-  gathered, added = (far * layout.compute * count.forward, far * WIDE * count.backward)
-  yield 'embedding', 'all-gather', 'fsdp', _whole(gathered, layout.fsdp)
-  yield 'embedding', 'reduce-scatter', 'fsdp', _whole(added, layout.fsdp)
-  yield 'embedding', 'all-reduce', 'tensor', count.forward * states
-  own = layout.vocab * D / layout.fsdp * count.backward * WIDE
-  for axis in ('data', 'expert', 'context'):
-    yield 'embedding', 'all-reduce', axis, own

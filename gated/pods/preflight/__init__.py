@@ -116,12 +116,8 @@ def by_arithmetic(cfg: plan.Config, target: Machine) -> dict[str, Any]:
     )
   sizes, reason = estimate.sizes(cfg, target.count, target.chip, target.slices)
   e = estimate.Estimate(cfg, sizes, target.chip, target.slices)
-  transfers: list[dict[str, Any]] = [
-    {'kind': t.kind, 'what': t.what, 'axis': t.axis, 'network': path, 'bytes': size}
-    for t in e.traffic
-    for path, size in (('links', t.link), ('network', t.network))
-    if size
-  ]
+  names = ('kind', 'what', 'axis', 'network', 'bytes')
+  transfers = [{name: getattr(t, name) for name in names} for t in e.traffic]
   report = _recipe(cfg, sizes, target) | {'source': 'estimate', 'reason': reason}
   report |= _fit({**e.memory, 'total': e.bytes}, target.chip.memory)
   report |= {
@@ -268,11 +264,9 @@ def _sent(
   axes = t.axis.split('+') if t.axis else list(mesh.AXES)
   inside = math.prod(shape[axis] for axis in axes)
   return roofline.Traffic(
-    what=t.kind,
-    kind=t.kind,
     axis=t.axis or 'unknown',
-    link=t.bytes if t.network == 'links' else 0.0,
-    network=t.bytes if t.network == 'network' else 0.0,
+    network=t.network,
+    bytes=t.bytes,
     share=roofline.share(inside, target.count // target.slices, chip),
     hidden=set(axes) <= {'data', 'fsdp'},
   )

@@ -76,15 +76,12 @@ def _work(r: Mapping[str, Any]) -> list[str]:
   row = lambda name, number, text: f'  {name:14}{number:12.4g} {text}'
   rows = ['work of a chip and step']
   rows.append(row('model', flops['model'], 'FLOPs, without recomputation'))
-  share = ''
-  if 'expected' in flops:
-    expected = sum(flops['expected'].values())
+  expected = sum(flops['expected'].values()) if 'expected' in flops else 0.0
+  if expected:
     text = f'FLOPs by arithmetic, with recomputation (remat {r["remat"]})'
     rows.append(row('expected', expected, text))
-    share = (
-      f', {flops["counted"] / expected:.3f} of expected' if 'counted' in flops else ''
-    )
   if 'counted' in flops:
+    share = f', {flops["counted"] / expected:.3f} of expected' if expected else ''
     rows.append(row('counted', flops['counted'], f'FLOPs in the program{share}'))
     rows += [row('', n, f'of them in {name}') for name, n in flops['kernels'].items()]
     rows += [
