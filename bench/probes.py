@@ -6,8 +6,11 @@
 Peak memory is what the compiled program needs: arguments, results and temporaries.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import timing
 
 from configs import dense_1b7
@@ -25,16 +28,21 @@ def main():
   cfg = config.build(model.Config, c['model'], 'config.model')
   net = jax.jit(lambda key: model.Transformer(cfg, key))(jax.random.key(0))
   token_BT = jax.random.randint(jax.random.key(1), (1, a.length), 0, cfg.vocab)
-  ones = jnp.ones_like(token_BT)
-  index = jnp.arange(a.length)[None]
-  batch = data.Batch(token_BT, token_BT, ones.astype(jnp.float32), ones, index)
+  ones, index = (
+    np.ones((1, a.length), np.int32),
+    np.arange(a.length, dtype=np.int32)[None],
+  )
+  host = data.Batch(
+    np.asarray(token_BT), np.asarray(token_BT), ones.astype(np.float32), ones, index
+  )
+  batch = jax.device_put(host)
   class_V = jnp.zeros(cfg.vocab, jnp.int32)
   print(f'{model.count(net) / 1e6:.0f}M parameters')
   forward = lambda net, batch, _: losses.per_row(net, batch, chunk=1024)
   measured = {}
   for name, run in (('loss', forward), ('probes', probes.measure)):
     compiled = jax.jit(run).lower(net, batch, class_V).compile()
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
     peak += memory.temp_size_in_bytes
     measured[name] = timing.milliseconds(compiled, net, batch, class_V), peak / 2**30

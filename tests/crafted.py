@@ -384,7 +384,9 @@ EXPORTS = {
   'an index with a NUL': Case('', index('a\0.safetensors')),
   'an index of an address': Case('', index('gs://x/y.safetensors')),
   'an index of nothing': Case('no weight_map', text(files.INDEX, '{"weight_map": {}}')),
-  'a deep index': Case('nests deeper', text(files.INDEX, f'{{"weight_map": {DEEP}}}')),
+  'a deep index': Case(
+    'nested too deeply', text(files.INDEX, f'{{"weight_map": {DEEP}}}')
+  ),
   'weights linked out': Case('a link out', linked(files.SINGLE)),
   'weights of /dev/zero': Case('a link out', linked(files.SINGLE, '/dev/zero')),
   'weights from a pipe': Case('no such file', pipe(files.SINGLE)),
@@ -415,8 +417,8 @@ EXPORTS = {
   '10^5 kinds of layers': Case(
     'layer_types', model(layer_types=['full_attention'] * 10**5)
   ),
-  'a deep config': Case('nests deeper', text(files.CONFIG, f'{{"x": {DEEP}}}')),
-  'no config': Case('no such file', lambda f: (f / files.CONFIG).unlink()),
+  'a deep config': Case('nested too deeply', text(files.CONFIG, f'{{"x": {DEEP}}}')),
+  'no config': Case('No such file', lambda f: (f / files.CONFIG).unlink()),
 }
 
 

@@ -25,17 +25,20 @@ def measure(trace: Any, live_BT: jax.Array) -> dict[str, dict[str, jax.Array]]:
 
 
 def _row(h_BTD: jax.Array, live_BT: jax.Array) -> dict[str, jax.Array]:
-  size_BTD = jnp.abs(h_BTD.astype(jnp.float32))
+  size_BTD = jnp.abs(h_BTD)
   B, _, D = size_BTD.shape
-  shown = jnp.where(live_BT[..., None], size_BTD, -1)
-  top_BTk, channel_BTk = jax.lax.top_k(shown, min(TOP, D))
-  top_Bk, place_Bk = jax.lax.top_k(top_BTk.reshape(B, -1), TOP)
-  token_B, rank_B = jnp.divmod(place_Bk[:, 0], top_BTk.shape[-1])
-  channel_B = channel_BTk[jnp.arange(B), token_B, rank_B]
-  square = jnp.square(size_BTD)
+  # The largest three lie in the three tokens with the largest maxima.
+  largest_BT = jnp.where(live_BT, size_BTD.max(-1), -1)
+  _, token_Bk = jax.lax.top_k(largest_BT, TOP)
+  few_BkD = jnp.take_along_axis(size_BTD, token_Bk[..., None], 1)
+  few_BkD = jnp.where(jnp.take_along_axis(live_BT, token_Bk, 1)[..., None], few_BkD, -1)
+  top_Bk, place_Bk = jax.lax.top_k(few_BkD.reshape(B, -1), TOP)
+  rank_B, channel_B = jnp.divmod(place_Bk[:, 0], D)
+  token_B = jnp.take_along_axis(token_Bk, rank_B[:, None], 1)[:, 0]
+  square = jnp.square(size_BTD.astype(jnp.float32))
   kurtosis_BT = jnp.square(square).mean(-1) / jnp.square(square.mean(-1))
   return {
-    'top': top_Bk,
+    'top': top_Bk.astype(jnp.float32),
     'token': token_B,
     'channel': channel_B,
     'median': _median(size_BTD, live_BT),
@@ -49,16 +52,20 @@ def _median(size_BTD: jax.Array, live_BT: jax.Array) -> jax.Array:
   The bits of non-negative floats are ordered like the floats. From the highest bit on, a
   bit of the k-th smallest number is set if at most k numbers are smaller than with it.
   """
-  bits_BTD = jax.lax.bitcast_convert_type(size_BTD, jnp.int32)
+  width = 8 * size_BTD.dtype.itemsize
+  integer = jnp.dtype(f'int{width}')
+  bits_BTD = jax.lax.bitcast_convert_type(size_BTD, integer)
+  # Padding counts nowhere: it is larger than any number.
+  bits_BTD = jnp.where(live_BT[..., None], bits_BTD, jnp.iinfo(integer).max)
   count_B = live_BT.sum(1) * size_BTD.shape[-1]
-  middle_B2 = jnp.stack([jnp.maximum(count_B - 1, 0) // 2, count_B // 2], -1)
+  middle_2B = jnp.stack([jnp.maximum(count_B - 1, 0) // 2, count_B // 2])
 
-  def step(i, value_B2):
-    candidate_B2 = value_B2 | (1 << (30 - i))
-    below = bits_BTD[..., None] < candidate_B2[:, None, None]
-    below_B2 = jnp.sum(below & live_BT[..., None, None], (1, 2))
-    return jnp.where(below_B2 <= middle_B2, candidate_B2, value_B2)
+  def step(i, value_2B):
+    candidate_2B = value_2B | (jnp.ones((), integer) << (width - 2 - i).astype(integer))
+    below = bits_BTD[None] < candidate_2B[..., None, None]
+    return jnp.where(jnp.sum(below, (2, 3)) <= middle_2B, candidate_2B, value_2B)
 
-  value_B2 = jax.lax.fori_loop(0, 31, step, jnp.zeros_like(middle_B2, jnp.int32))
-  median_B2 = jax.lax.bitcast_convert_type(value_B2, jnp.float32)
-  return jnp.where(count_B > 0, median_B2.mean(-1), 0)
+  value_2B = jnp.zeros(middle_2B.shape, integer)
+  value_2B = jax.lax.fori_loop(0, width - 1, step, value_2B)
+  median_2B = jax.lax.bitcast_convert_type(value_2B, size_BTD.dtype)
+  return jnp.where(count_B > 0, median_2B.astype(jnp.float32).mean(0), 0)

@@ -85,8 +85,8 @@ def measure(
   class_BTC = class_BTC & live_BT[..., None]
 
   def count(limits: np.ndarray) -> jax.Array:
-    less = score_BTHK[..., None] < limits.reshape(1, 1, 1, 1, -1)
-    return jnp.sum(live[..., None] & less, (0, 1, 2, 3))
+    less = score_BTHK[None] < limits.reshape(-1, 1, 1, 1, 1)
+    return jnp.sum(live[None] & less, (1, 2, 3, 4))
 
   less = count(edges(activation)[1:-1])
   per_token = score.shape[2] * score.shape[3]

@@ -47,7 +47,7 @@ MODELS = {
 
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch):
-  monkeypatch.setattr(attention, 'BLOCK', 40)
+  monkeypatch.setattr(attention, 'PAIRS', 8 * 4 * 40 * 40)
 
 
 def traces(net, batch):
