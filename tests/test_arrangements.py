@@ -96,7 +96,7 @@ def straight(train, tmp_path_factory):
   return losses
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
   ('recipe', 'first', 'then'),
   [

@@ -258,7 +258,7 @@ def test_the_scales_are_the_same_everywhere():
     pytest.param('table2:48l_8e-3_sandwich', marks=pytest.mark.full),
     pytest.param('table3:sdpa_rmsnorm', marks=pytest.mark.full),
     pytest.param('table4:input_independent', marks=pytest.mark.full),
-    'table6:switch_v_1top1',
+    pytest.param('table6:switch_v_1top1', marks=pytest.mark.full),
   ],
 )
 @pytest.mark.slow
@@ -319,7 +319,7 @@ def test_preflight_takes_knobs_as_training_does(run_python):
     (['--count'], '--config=configs/RECIPE.py is missing'),
   ],
 )
-@pytest.mark.slow
+@pytest.mark.full
 def test_preflight_refuses_in_one_line(flags, message, run_python):
   done = count(run_python, *flags)
   assert done.returncode == 2

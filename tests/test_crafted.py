@@ -54,7 +54,7 @@ def test_a_command_line_is_refused_in_one_line_and_runs_nothing(run_python, tmp_
   assert list((tmp_path / 'empty').iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_writes_no_credential_anywhere(run_python, tmp_path):
   names = ('WANDB_API_KEY', 'AWS_SECRET_ACCESS_KEY', 'HF_TOKEN', 'JAX_X_PASSWORD')
   secrets = {name: f'hush-{name}' for name in names}

@@ -30,6 +30,7 @@ def runs(run_python, tmp_path_factory):
   return folder
 
 
+@pytest.mark.full
 def test_the_notebook_looks_at_the_gates_of_a_run(runs, run_python):
   pytest.importorskip('matplotlib')
   notebook = json.loads((EXAMPLES / 'look_at_gates.ipynb').read_text())
@@ -44,6 +45,7 @@ def test_the_notebook_looks_at_the_gates_of_a_run(runs, run_python):
   assert 'layers, heads, tokens, channels = (2, 6,' in done.stdout
 
 
+@pytest.mark.full
 def test_a_gate_of_ones_own_trains_beside_the_baseline(run_python):
   done = run_python(['examples/add_a_gate.py', '--steps=10'])
   assert done.returncode == 0, done.stderr
@@ -52,6 +54,7 @@ def test_a_gate_of_ones_own_trains_beside_the_baseline(run_python):
   assert step == 10 and len(set(losses)) == 3 and all(0 < loss < 6 for loss in losses)
 
 
+@pytest.mark.full
 def test_two_runs_are_compared(runs, run_python):
   done = run_python(['examples/compare_runs.py', runs / 'none', runs / 'elementwise'])
   assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ def bench(tmp_path_factory):
     yield bench
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('row', ROWS, ids=lambda row: row.number)
 def test_a_run_survives(row, bench):
   with bench.row(row.number) as space:
@@ -24,7 +24,7 @@ def test_a_run_survives(row, bench):
   assert outcome.survived == outcome.injected > 0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_check_detects_differences_from_the_straight_run(bench):
   """Another seed, different bits at a step, a leftover file."""
   straight, other = bench.straight(), bench.straight(seed=1)

@@ -98,7 +98,7 @@ def copied(spiky, tmp_path):
   return tmp_path / 'run', write
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_event_with_other_records_is_refused_with_the_first_difference(copied):
   workdir, write = copied
   event = write(lambda event: event['records'][3].__setitem__(2, 1 << 20))
@@ -116,7 +116,7 @@ def test_an_event_with_a_wrong_field_is_refused(copied):
   assert 'records' in message
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_step_after_a_rollback_starts_past_the_skipped_batch(spiky):
   """Steps 9 and 10 ran twice from step 8; the second time past the batch of step 10."""
   c, _ = replay.recipe(storage.path(spiky), STEPS)

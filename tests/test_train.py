@@ -65,7 +65,7 @@ def ok(done):
   ('gate', 'accum'),
   [
     ('headwise', 1),
-    ('elementwise', 2),
+    pytest.param('elementwise', 2, marks=pytest.mark.full),
     pytest.param('none', 1, marks=pytest.mark.full),
     pytest.param('none', 2, marks=pytest.mark.full),
     pytest.param('headwise', 2, marks=pytest.mark.full),
@@ -170,7 +170,7 @@ def test_an_evaluation_prints_its_report_as_the_last_line(trained, run_python):
     assert summary['tokens'] > 500 and summary['nats_per_token_stderr'] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_evaluation_repeats_the_held_out_loss_of_the_run(trained, run_python):
   best_step, best = min(evidence.losses(trained, 'heldout')[0:], key=lambda x: x[1])
   saved = {6, 8, 12} & {step for step, _ in evidence.losses(trained, 'heldout')}
@@ -203,7 +203,7 @@ def test_a_run_can_start_from_the_weights_of_another(trained, tmp_path, run_pyth
   assert [step for step, _ in evidence.losses(fresh)] == [1, 2, 3]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_workdir_of_another_run_is_refused_and_left_as_it_was(trained, run_python):
   before = (trained / 'metrics.jsonl').read_bytes(), (trained / 'run.json').read_bytes()
   for knobs, told in (
@@ -221,7 +221,7 @@ def test_a_workdir_of_another_run_is_refused_and_left_as_it_was(trained, run_pyt
   assert now == before
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_finished_run_does_nothing_and_needs_no_weights_to_start_from(
   trained, tmp_path, run_python
 ):
@@ -237,7 +237,7 @@ def test_a_finished_run_does_nothing_and_needs_no_weights_to_start_from(
   assert (fresh / 'metrics.jsonl').read_bytes() == before
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_data_without_anything_held_out_trains_and_saves(tmp_path, run_python):
   text, dataset, workdir = tmp_path / 'text', tmp_path / 'data', tmp_path / 'run'
   text.mkdir()
@@ -280,8 +280,15 @@ REFUSED = {
 }
 
 
+# `make test` runs the first two of them.
 @pytest.mark.slow
-@pytest.mark.parametrize('knob', REFUSED)
+@pytest.mark.parametrize(
+  'knob',
+  [
+    pytest.param(knob, marks=[pytest.mark.full] * (i > 1))
+    for i, knob in enumerate(REFUSED)
+  ],
+)
 def test_a_bad_knob_is_refused_by_name_before_any_work(knob, tmp_path, run_python):
   value, told = REFUSED[knob]
   workdir = tmp_path / 'run'
@@ -299,7 +306,7 @@ def test_a_recipe_argument_that_does_not_exist_lists_those_that_do(run_python):
   assert "'32l'" in done.stderr and '28l, 48l' in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_dense_model_of_table_7_reports_its_parameters(run_python):
   done = ok(run_python(['train.py', '--config=configs/dense_1b7.py:28l', '--dry_run']))
   assert '1.72B parameters' in done.stderr
@@ -315,7 +322,7 @@ def ungated(tmp_path_factory, run_python):
   return folder / 'run', folder / 'hf'
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_imported_checkpoint_is_evaluated_as_the_run_is(ungated, run_python):
   reports = []
   for workdir, more in zip(ungated, ([], ['--data=stdlib', '--length=64'])):
@@ -334,7 +341,7 @@ def test_an_imported_checkpoint_is_evaluated_as_the_run_is(ungated, run_python):
   assert refused.returncode == 2 and 'has no steps' in refused.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_gate_is_added_to_ungated_weights_without_changing_the_first_step(
   ungated, tmp_path, run_python
 ):
@@ -359,7 +366,7 @@ def test_a_gate_is_added_to_ungated_weights_without_changing_the_first_step(
   assert first['hf-gated'][1][1] != first['hf-plain'][1][1]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_weights_of_another_model_are_refused_by_their_knobs(
   ungated, tmp_path, run_python
 ):

@@ -446,6 +446,7 @@ def stdlib(tmp_path_factory):
   return folder, {name: embedded.files()[name] for name in names}
 
 
+@pytest.mark.slow
 def test_the_embedded_corpus_is_built_once_and_splits_by_file(
   stdlib, monkeypatch, caplog
 ):
@@ -508,7 +509,7 @@ def test_the_default_cache_follows_the_platform(monkeypatch, tmp_path):
     open_('stdlib', cache=str(tmp_path / 'file'))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_whole_library_is_large_enough_and_built_within_a_minute(tmp_path):
   began = time.monotonic()
   corpus = open_('stdlib', length=256, cache=str(tmp_path))
@@ -680,7 +681,7 @@ if __name__ == '__main__':
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('workers', [1, 2])
 def test_worker_processes_do_not_change_the_batches(built, tmp_path, workers):
   mix = f'{built[0]}=2,{built[1]}=1'

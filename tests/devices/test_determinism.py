@@ -126,7 +126,7 @@ def test_a_session_records_it_and_the_next_one_reports_the_change(tmp_path, monk
   assert owner.changed == {'--deterministic': (True, False)}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_accepts_the_flag_and_rejects_conflicting_flags(run_python):
   command = ['train.py', '--config=configs/tiny.py', '--dry_run', '--deterministic']
   done = run_python([*command, '--config.steps=2'])
@@ -137,7 +137,7 @@ def test_a_run_accepts_the_flag_and_rejects_conflicting_flags(run_python):
   assert "--xla_gpu_autotune_level='3', but --deterministic needs '0'" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_step_for_gpus_adds_no_floats_by_a_scatter(monkeypatch):
   """Lowered for GPUs, which need not be here; without the flag it does so."""
   monkeypatch.setattr(mesh, 'platform', lambda: 'gpu')

@@ -174,6 +174,7 @@ def test_a_connection_with_an_invalid_hello_is_closed(noise):
     assert first.result() == ['']
 
 
+@pytest.mark.slow
 def test_conflicting_processes_are_reported_to_all():
   port = process.free_port()
   messages = meeting_of(*(place(port, 3, i) for i in (0, 1, 1)), limit=9)
@@ -196,6 +197,7 @@ def test_another_version_of_jax_is_reported():
   assert wrong == f'the version of jax=0.1 of process 1 on x, {here}'
 
 
+@pytest.mark.slow
 def test_a_wrong_host_or_port_is_reported():
   port = process.free_port()
   [output] = meeting_of(place(port, 2, 1))
@@ -395,7 +397,7 @@ CLUSTERS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('name', CLUSTERS)
 def test_two_processes_find_each_other_as_their_cluster_says(name, together):
   env, devices = CLUSTERS[name]

@@ -36,7 +36,7 @@ FAST = {
   ),
   'capacity': EXPERTS | dict(moe__dispatch='capacity', moe__capacity=1.0),
 }
-SLOW = {
+FULL = {
   'dropless': EXPERTS | dict(moe__shared=1),
   'off_by_one': dict(attn__normalizer='off_by_one'),
   'sigmoid': dict(attn__normalizer='sigmoid'),
@@ -47,8 +47,6 @@ SLOW = {
   'value_state_gate': dict(attn__gate__position='value', attn__gate__source='value'),
   'out_gate': dict(attn__gate__position='out'),
   'untied_and_unrolled': dict(tied=False, layers='unroll', remat='full'),
-}
-FULL = {
   'plain': {},
   'one_kv_head': dict(attn__kv_heads=1),
   'all_kv_heads': dict(attn__kv_heads=4),
@@ -66,14 +64,12 @@ FULL = {
   'gated_norm_and_sandwich': dict(norm='gated', branch_norm='rms', branch_clip=2.0),
   'rows_of_one_document': dict(mask_documents=False),
 }
-VARIANTS = FAST | SLOW | FULL
+VARIANTS = FAST | FULL
 
 
-def marked(slow, full=()):
+def full(names):
   """Names for a parametrized test, marked."""
-  marks = [(name, pytest.mark.slow) for name in slow]
-  marks += [(name, pytest.mark.full) for name in full]
-  return [pytest.param(name, marks=mark) for name, mark in marks]
+  return [pytest.param(name, marks=pytest.mark.full) for name in names]
 
 
 FORWARD = small.jit(lambda net, *batch: net(*batch))
@@ -135,7 +131,7 @@ def equal(ours, expected):
   assert [x.tolist() for x in ours] == [x.tolist() for x in expected]
 
 
-@pytest.mark.parametrize('name', [*FAST, *marked(SLOW, FULL)])
+@pytest.mark.parametrize('name', [*FAST, *full(FULL)])
 def test_greedy_tokens_are_those_of_the_model_run_on_whole_rows(name):
   net = small.model_of(**VARIANTS[name])
   ours = run(net)
@@ -143,7 +139,7 @@ def test_greedy_tokens_are_those_of_the_model_run_on_whole_rows(name):
   assert len(np.unique(np.concatenate(ours))) > 4  # Not one token again and again.
 
 
-@pytest.mark.parametrize('name', ['sdpa_gate', 'capacity', *marked(['dropless'])])
+@pytest.mark.parametrize('name', ['sdpa_gate', 'capacity', *full(['dropless'])])
 def test_a_batch_of_unequal_prompts_gives_what_each_prompt_alone_gives(name):
   net = small.model_of(**VARIANTS[name])
   equal(run(net), [run(net, [prompt])[0] for prompt in PROMPTS])
@@ -269,7 +265,7 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize('name', marked([*MESHES][:3], [*MESHES][3:]))
+@pytest.mark.parametrize('name', full(MESHES))
 def test_every_mesh_gives_the_tokens_of_one_device(name):
   sizes, variant = MESHES[name]
   net, on = small.model_of(**VARIANTS[variant]), small.mesh_of(**sizes)
@@ -279,7 +275,7 @@ def test_every_mesh_gives_the_tokens_of_one_device(name):
   equal(run(placed, options=drawn, on=on), run(net, options=drawn))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_cache_is_sharded_by_rows_and_heads_and_never_gathered():
   net, on = small.model_of(**GATED), small.mesh_of(fsdp=2, tensor=2)
   net = jax.device_put(net, generate.mesh.shardings(net, on))
@@ -385,7 +381,7 @@ def test_a_loaded_model_continues_ids():
     run.generate(prompts, top_k=-2)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_eval_prints_prompts_and_their_continuations(run_python, tmp_path):
   c = small.recipe(model__vocab=264)
   state = plan.Plan(config.build(plan.Config, c, 'config')).init()

@@ -314,6 +314,7 @@ def test_a_sharded_model_is_read_in_place(name):
   assert not params.embed.table[...].sharding.is_fully_replicated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', MODELS[:5])
 def test_transformers_opens_a_saved_model(name, tmp_path):
   transformers, torch = map(pytest.importorskip, ('transformers', 'torch'))

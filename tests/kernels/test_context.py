@@ -60,7 +60,7 @@ def placed(arrays, where):
 MESHES = [
   dict(context=4),
   *(
-    pytest.param(sizes, marks=pytest.mark.slow)
+    pytest.param(sizes, marks=pytest.mark.full)
     for sizes in [
       dict(),
       dict(context=2),
@@ -87,7 +87,7 @@ def test_attention_on_a_mesh_is_attention_on_one_device(backend, sizes):
     np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('backend', ['blockwise', 'splash'])
 def test_rows_without_segments_are_split_too(backend):
   *qkv, _, weight = problem(512)
@@ -143,7 +143,7 @@ def most_elements(run, *args):
   return max(np.prod([int(n) for n in shape.split(',')]) for shape in shapes)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
 @pytest.mark.parametrize('ways', [1, 2])
 def test_blockwise_attention_never_holds_all_scores(monkeypatch, ways, remat):

@@ -295,6 +295,7 @@ def test_a_model_that_cannot_be_is_refused_by_its_knob(changes, said):
     small.model_config(**changes)
 
 
+@pytest.mark.slow
 def test_branches_are_normalised_before_they_are_added():
   """Sandwich norm: with scales of zero a branch adds nothing."""
   net = small.model_of(branch_norm='rms')
@@ -307,6 +308,7 @@ def test_branches_are_normalised_before_they_are_added():
   np.testing.assert_allclose(logits(net), bare, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_branches_are_clipped_before_they_are_added():
   clipped, free = small.model_of(branch_clip=0.05), small.model_of()
   grown = lambda net: np.abs(
@@ -351,7 +353,7 @@ def test_gated_norms_stand_at_every_norm_before_a_branch_and_at_the_end():
   ],
   ids=str,
 )
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_remedy_scans_as_it_unrolls_and_rematerialises(changes):
   found = []
   for layers, remat in (('scan', 'none'), ('unroll', 'dots'), ('scan', 'full')):

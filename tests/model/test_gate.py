@@ -351,6 +351,7 @@ def followers(position, token, shut):
   return (np.abs(layer(x, angles, None) - before)[0].max(-1) > 1e-3).tolist()
 
 
+@pytest.mark.slow
 def test_the_value_gate_is_of_the_key_token_and_the_sdpa_gate_of_the_query_token():
   # G2: nobody sees the value of the token whose gate is shut, and all see another's.
   assert followers('value', 2, shut=2) == [False] * 5
@@ -375,6 +376,7 @@ def ungated_logits():
   return small.model_of(layers='unroll')(TOKENS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('position', 'granularity', 'place'), NEUTRAL)
 def test_a_gate_that_starts_at_one_is_bit_identical_to_no_gate(
   position, granularity, place, ungated_logits

@@ -114,7 +114,7 @@ def test_weights_that_are_not_normalised_are_the_probabilities():
     np.testing.assert_allclose(ours[name], exact[name], atol=1e-5 * size, err_msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_shared_experts_are_added_for_every_token():
   net, x, _ = problem('skewed')
   more = built(shared=2)
@@ -135,7 +135,7 @@ def capacity_by_hand(choice, live, capacity):
   return fits
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_what_a_capacity_drops_is_left_out_and_counted():
   net, x, _ = problem('skewed')
   factor = 0.9
@@ -168,7 +168,7 @@ def test_what_a_capacity_drops_is_left_out_and_counted():
   assert np.abs(y - one)[live].max() > 1e-2
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_padding_is_neither_counted_nor_balanced():
   net, x, _ = problem('as it comes')
   live = np.ones((B, T), bool)
@@ -349,7 +349,7 @@ def first_step(accum=1, over='global', dispatch='dropless', **sizes):
   ('accum', 'sizes'),
   [
     (2, {}),
-    (2, dict(fsdp=2, expert=2)),
+    pytest.param(2, dict(fsdp=2, expert=2), marks=pytest.mark.full),
     pytest.param(4, {}, marks=pytest.mark.full),
     pytest.param(8, {}, marks=pytest.mark.full),
     pytest.param(1, dict(fsdp=2), marks=pytest.mark.full),
@@ -458,7 +458,7 @@ def test_the_router_computes_in_float32_whatever_the_model_does():
   assert all(leaf.dtype == jnp.float32 for leaf in report)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures('no_transfers')
 def test_a_step_with_experts_makes_no_transfer():
   with jax.transfer_guard('allow'):

@@ -1,6 +1,7 @@
 """gated.load: a checkpoint as an object, on eight devices."""
 
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -72,7 +73,7 @@ def test_logits_are_those_of_the_model_and_the_loss_is_theirs(headwise):
 
 @pytest.mark.parametrize(
   'name',
-  [g if g == 'headwise' else pytest.param(g, marks=pytest.mark.slow) for g in GATES],
+  [g if g == 'headwise' else pytest.param(g, marks=pytest.mark.full) for g in GATES],
 )
 def test_gate_scores_are_the_formula(name, tmp_path):
   folder, net = saved(tmp_path, **dict(position='sdpa') | GATES[name])
@@ -154,7 +155,7 @@ def test_a_workdir_in_a_store_is_loaded(remote):
 LONG = TEXT * 20
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_is_probed_on_a_text(headwise):
   run = gated.load(headwise[0])
   report = run.probe(LONG, length=64, rows=3)
@@ -174,7 +175,47 @@ def test_a_run_is_probed_on_a_text(headwise):
   assert len(table) == run.cfg.depth + 2 and '-' not in table[1].split()
 
 
-@pytest.mark.slow
+@pytest.mark.full
+def test_attention_is_that_of_the_text_alone(headwise):
+  run = gated.load(headwise[0])
+  map_LHTT = run.attention(TEXT)
+  assert map_LHTT.shape == (2, 4, len(TEXT), len(TEXT))
+  np.testing.assert_allclose(map_LHTT.sum(-1), 1, rtol=1e-5)
+  assert not np.triu(map_LHTT, 1).any()
+  np.testing.assert_allclose(run.attention(TEXT[:8]), map_LHTT[:, :, :8, :8], rtol=1e-4)
+  report = run.probe(LONG, length=64, rows=1)
+  first_LH = run.attention(LONG[:64])[..., 0].mean(-1)
+  numbers = report['first_token_attention']
+  np.testing.assert_allclose(numbers['heads'], first_LH, rtol=1e-5)
+  with pytest.raises(ValueError, match=r'1024 tokens.* at most 512'):
+    run.attention('x' * 513)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize('gate', ['headwise', 'none'])
+def test_a_report_is_drawn_into_its_workdir(headwise, tmp_path, gate):
+  pytest.importorskip('matplotlib')
+  folder = tmp_path / 'run'
+  if gate == 'none':
+    saved(folder)
+  else:
+    shutil.copytree(headwise[0], folder)
+  run = gated.load(folder)
+  run.draw(run.probe(LONG, length=64), LONG)
+  names = {'sinks', 'sparsity', 'attention', 'attention-heads', 'attention-long'}
+  names |= {'gates', 'gates-by-layer'} if gate == 'headwise' else set()
+  files = {f'2-{name}.{kind}' for name in names for kind in ('svg', 'png')}
+  files |= {'2-gates.html'} if gate == 'headwise' else set()
+  assert {path.name for path in (folder / 'probes').iterdir()} == files
+  if gate == 'headwise':
+    assert 'return' in ''.join(
+      re.findall(
+        r'<span style="[^"]*">(.)</span>', (folder / 'probes/2-gates.html').read_text()
+      )
+    )
+
+
+@pytest.mark.full
 def test_documents_are_masked_or_not_by_a_flag(headwise):
   rows = small.batch(8, 64)
   masked, whole = (

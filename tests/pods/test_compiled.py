@@ -617,7 +617,7 @@ def analytic(cfg: plan.Config) -> float:
 
 
 @pytest.mark.parametrize('name', STEPS)
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_train_step_has_the_analytic_flops(name):
   cfg = small.whole(**WIDE, **STEPS[name])
   layout = plan.Plan(cfg)

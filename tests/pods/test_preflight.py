@@ -144,7 +144,7 @@ def compiled_here():
   return preflight.compiled_for(cfg, preflight.machine('here', 1))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_here_compiles_the_real_step(compiled_here):
   report = compiled_here
   assert report['source'] == 'compiled' and report['chips'] == jax.device_count()
@@ -158,7 +158,7 @@ def test_here_compiles_the_real_step(compiled_here):
   json.dumps(report)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_square_arrays_of_the_reference_attention_are_reported(compiled_here):
   assert any('tokens by tokens' in text for text in compiled_here['offences'])
   assert '! an array of tokens by tokens' in '\n'.join(table.lines(compiled_here))
@@ -231,19 +231,20 @@ def check(run_for_tpu, name: str, timeout: int) -> None:
   assert f'{name}: ' in process.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_small_step_compiled_for_tpus_passes_its_golden_case(run_for_tpu):
   check(run_for_tpu, 'small', 600)
 
 
 @pytest.mark.parametrize('name', sorted(set(CASES) - {'small'}))
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_step_compiled_for_tpus_passes_its_golden_case(name, run_for_tpu):
   if os.environ.get('GATED_PREFLIGHT') != 'all':
     pytest.skip('takes minutes: set GATED_PREFLIGHT=all')
   check(run_for_tpu, name, 7200)
 
 
+@pytest.mark.slow
 def test_the_script_prints_an_estimate_as_text_and_as_json(run_python, tmp_path):
   file = tmp_path / 'report.json'
   flags = ('--config=configs/moe_15b.py', '--topology=h100:64', f'--json={file}')
@@ -254,6 +255,7 @@ def test_the_script_prints_an_estimate_as_text_and_as_json(run_python, tmp_path)
   assert 'an estimate by arithmetic' in process.stdout
 
 
+@pytest.mark.slow
 def test_the_script_suggests_fits_best_first(run_python):
   flags = ('--config=configs/dense_1b7.py:28l', '--topology=v5e:4x4', '--suggest')
   process = run(run_python, *flags)
@@ -277,14 +279,14 @@ def test_the_script_suggests_fits_best_first(run_python):
     (['--golden', '--only=nothing'], '--only=nothing, but cases are '),
   ],
 )
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_script_refuses_in_one_line(flags, message, run_python):
   process = run(run_python, '--config=configs/base.py', *flags)
   assert (process.returncode, len(process.stderr.splitlines())) == (2, 1), process.stderr
   assert message in process.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_script_names_the_command_that_installs_libtpu(run_python):
   if importlib.util.find_spec('libtpu'):
     pytest.skip('libtpu is installed')
@@ -294,7 +296,7 @@ def test_the_script_names_the_command_that_installs_libtpu(run_python):
   assert len(process.stderr.splitlines()) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_script_exits_with_1_if_the_recipe_does_not_fit(run_python):
   flags = ('--config=configs/moe_15b.py', '--topology=v5e:2x2', '--estimate')
   process = run(run_python, *flags)

@@ -41,6 +41,7 @@ def test_counts_are_whole_slices():
   assert max(scaling.COUNTS) >= 1024 and min(scaling.COUNTS) == 4
 
 
+@pytest.mark.slow
 def test_a_row_has_the_best_fit_or_the_excess(tables):
   ((_, rows),) = tables.items()
   small, middle, large = rows

@@ -117,7 +117,7 @@ MODELS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('name', MODELS)
 def test_indicators_are_those_of_a_plain_computation(name):
   net = small.model_of(**MODELS[name])
@@ -130,14 +130,14 @@ def test_rows_are_read_evenly_apart_eight_at_least_and_one_on_each_device():
   assert indicators._rows(24, 3) == 12  # Of 9 and 12, those that divide the batch.
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_of_a_large_batch_some_rows_stand_for_all():
   net, whole = small.model_of(), small.batch(32, LENGTH)
   some = type(whole)(*(x[::4] for x in whole))
   assert measured(net, whole, micro=16) == measured(net, some)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_scores_are_made_block_by_block(monkeypatch):
   """Of 64 tokens never more scores than are allowed, and the same largest one."""
   net, batch = small.model_of(vocab=8, width=8, ffn=8), small.batch(8, 64, vocab=8)
@@ -175,9 +175,9 @@ def on_devices(net, batch=BATCH, *, accum=1, **sizes):
 
 MESHES = [
   pytest.param(dict(fsdp=2, tensor=2, context=2), id='rows, heads and tokens'),
-  pytest.param(dict(fsdp=8), marks=pytest.mark.slow, id='rows alone'),
-  pytest.param(dict(data=2, context=4), marks=pytest.mark.slow, id='tokens'),
-  pytest.param(dict(fsdp=2, tensor=2, accum=2), marks=pytest.mark.slow, id='accum'),
+  pytest.param(dict(fsdp=8), marks=pytest.mark.full, id='rows alone'),
+  pytest.param(dict(data=2, context=4), marks=pytest.mark.full, id='tokens'),
+  pytest.param(dict(fsdp=2, tensor=2, accum=2), marks=pytest.mark.full, id='accum'),
 ]
 
 
@@ -189,7 +189,7 @@ def test_eight_devices_see_what_a_plain_computation_does(sizes):
   agree(on_devices(net, batch, **sizes), by_hand(net, some))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_experts_on_devices_see_what_one_sees():
   net = small.model_of(**EXPERTS)
   on = small.mesh_of(data=2, expert=2, context=2)
@@ -198,7 +198,7 @@ def test_experts_on_devices_see_what_one_sees():
     agree(measured(placed, mesh.place(BATCH, on, 8)), measured(net))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_nan_on_one_device_is_told():
   """A token that stands in one row alone, so that other rows have numbers."""
   net = small.model_of(vocab=42, tied=False)
@@ -262,7 +262,7 @@ def logged(workdir):
   return {r.pop('step'): {name: r[name] for name in NAMES} for r in lines}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.full
 def test_a_run_with_them_has_the_losses_of_one_without(
   tmp_path, run_python, spawn_python

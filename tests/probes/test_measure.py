@@ -241,22 +241,23 @@ def agree(numbers, layers):
 FAST = ('elementwise',)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  'name', [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
+  'name', [n if n in FAST else pytest.param(n, marks=pytest.mark.full) for n in MODELS]
 )
 def test_numbers_equal_a_plain_computation(name):
   net = small.model_of(**MODELS[name])
   agree(report(net, BATCH), reference(net, BATCH))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('name', ['elementwise', 'off by one, one document', 'softpick'])
 def test_numbers_of_whole_rows_equal_a_plain_computation(name):
   net = small.model_of(**MODELS[name])
   agree(report(net, ONE_DOCUMENT), reference(net, ONE_DOCUMENT))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
   ('name', 'sizes'),
   [
@@ -277,7 +278,7 @@ def test_a_mesh_gives_the_numbers_of_one_device(name, sizes):
   agree(numbers, reference(net, BATCH))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_numbers_do_not_depend_on_how_rows_are_batched():
   net = small.model_of(**MODELS['elementwise'])
   parts = [report(net, BATCH, parts=n) for n in (1, 4)]
@@ -314,7 +315,7 @@ def test_the_vocabulary_gate_is_the_gate_of_each_token_alone():
   [
     name
     if name in ('headwise', 'softpick')
-    else pytest.param(name, marks=pytest.mark.slow)
+    else pytest.param(name, marks=pytest.mark.full)
     for name in ('headwise', 'softpick', 'sigmoid', *(n for n in MODELS if 'sink' in n))
   ],
 )

@@ -289,6 +289,7 @@ def flip(path):
   path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('damage', [truncate, empty, flip, lambda path: path.unlink()])
 def test_a_step_with_any_damaged_file_is_skipped_with_the_reason(damage, three, caplog):
   files = [path for path in (three / '3').rglob('*') if path.is_file()]

@@ -138,6 +138,7 @@ def test_truncating_a_missing_file_does_nothing(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_event_files(tmp_path):
   write(tmp_path, [(1, {'loss': 1.0, 'note': 'text'})], tensorboard=True)
   (events,) = (tmp_path / 'tensorboard').iterdir()

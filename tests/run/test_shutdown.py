@@ -29,6 +29,7 @@ def test_the_signal_handler_is_restored_without_a_sigterm():
   assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('error', 'code', 'message'),
   [

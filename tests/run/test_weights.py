@@ -91,6 +91,7 @@ def test_weights_of_another_tokenizer_are_refused(workdir):
     weights.find(str(workdir), placed(), other)
 
 
+@pytest.mark.slow
 def test_the_tokenizer_of_imported_weights_must_be_that_of_the_data(tmp_path, caplog):
   folder = tmp_path / 'hf'
   hf.save(small.model_of(), folder)

@@ -347,7 +347,7 @@ def test_skypilot_hosts_use_the_first_host_as_coordinator(host):
   assert (got, out) == (0, f'--start_timeout=1800 {flags}')
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_host_installs_the_requirements_once(host, tmp_path, monkeypatch):
   body = 'import sys; print(sys.prefix)'
   monkeypatch.setitem(
@@ -522,7 +522,7 @@ def test_a_gcloud_flag_with_a_typo_is_refused(right, wrong):
     check_gcloud([word.replace(right, wrong) for word in command])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_linter_of_gcloud_accepts_the_commands(tmp_path):
   """The linter needs no account and no network."""
   if not shutil.which('gcloud'):
@@ -601,7 +601,7 @@ def sky(tmp_path_factory):
   return ask
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_skypilot_parses_tasks_and_commands_without_change(sky):
   submissions = [submission('skypilot', **variant) for variant in VARIANTS['skypilot']]
   texts = [text for s in submissions for text in s.files.values()]
@@ -966,7 +966,7 @@ def at_the_end(cluster, record):
   return json.loads((cluster / record['told'][0] / '0.json').read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_task_at_its_time_limit_saves_and_is_requeued(cluster, tmp_path):
   record, workdir = begun(tmp_path, LEAVES)
   wait((workdir / 'up').exists, lambda: 'it did not start', 30)
@@ -977,7 +977,7 @@ def test_a_task_at_its_time_limit_saves_and_is_requeued(cluster, tmp_path):
   assert (task['state'], task['restarts']) == ('COMPLETED', 1)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_deleted_task_saves_and_is_not_requeued(cluster, tmp_path):
   """Its exit code says that it could resume."""
   record, workdir = begun(tmp_path, LEAVES)
@@ -988,7 +988,7 @@ def test_a_deleted_task_saves_and_is_not_requeued(cluster, tmp_path):
   assert (task['state'], task['restarts'], task['code']) == ('CANCELLED', 0, 4)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_failed_process_ends_the_processes_that_wait_for_it(
   cluster, tmp_path, monkeypatch
 ):
@@ -1106,7 +1106,7 @@ esac
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_lost_slices_are_created_again_until_all_points_have_ended(
   gs, tmp_path, monkeypatch, capsys
 ):
@@ -1175,7 +1175,7 @@ SMALL = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_sweep_runs_under_slurm_with_two_processes_each_and_survives_preemption(
   cluster, tmp_path, capsys
 ):

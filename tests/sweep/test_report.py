@@ -597,7 +597,7 @@ def test_a_report_is_complete_and_reproducible(lab, tmp_path):
   assert 'Crosses' in captions and 'Triangles' in captions
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_command_needs_only_the_folder_of_a_sweep(tmp_path, capsys):
   pytest.importorskip('matplotlib')
   script = importlib.import_module('scripts.sweep')

@@ -78,7 +78,7 @@ def test_every_planted_spike_of_a_subsampled_log_is_found(case, sigma):
     check(planted, spikes(steps, losses), sigma=sigma)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('fraction', [0.028, 0.055, 0.3])
 @pytest.mark.parametrize('case', CASES)
 def test_every_planted_spike_is_found_under_many_seeds(case, fraction):
@@ -90,7 +90,7 @@ def test_every_planted_spike_is_found_under_many_seeds(case, fraction):
     check(planted, spikes(steps, losses), sigma=sigma)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_noise_alone_is_no_spike():
   rng = np.random.default_rng(0)
   for _ in range(5):

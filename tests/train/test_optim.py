@@ -245,6 +245,7 @@ def by_muon():
   return layered_updates(name='muon')
 
 
+@pytest.mark.slow
 def test_muon_updates_every_layer_and_expert_as_optax_does_a_matrix(by_muon):
   cfg = knobs(name='muon')
   theirs = optax.contrib.muon(
