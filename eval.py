@@ -2,7 +2,7 @@
 
   python eval.py --workdir=runs/tiny-elementwise-1a2b3c4d --step=best
   python eval.py --workdir=Qwen3-0.6B --data=DIR --length=4096
-  python eval.py --workdir=runs/demo --probe
+  python eval.py --workdir=runs/demo --probe --figures
   python eval.py --workdir=runs/demo --prompt="def fib(" --max_tokens=64
 
 Prints a table of held-out loss by domain, beside two yardsticks on the same text, and as
@@ -10,7 +10,8 @@ its last line the report as JSON, which it also writes to WORKDIR/eval/STEP.json
 is written to a Hugging Face folder. Exit code 2: refused.
 
 With --probe it prints what each layer does inside instead, and writes it to
-WORKDIR/probes/STEP.json. With --prompt it prints how the model continues the prompt.
+WORKDIR/probes/STEP.json; --figures draws it there too. With --prompt it prints how the
+model continues the prompt.
 """
 
 import logging
@@ -36,24 +37,17 @@ _STEP = flags.DEFINE_string('step', 'latest', 'latest, best (held-out), or a num
 _DATA = flags.DEFINE_string(
   'data', '', "Another mixture; default: the run's own; stdlib for a Hugging Face folder."
 )
-_LENGTH = flags.DEFINE_integer(
-  'length', 0, 'Tokens in a row, for a Hugging Face folder; default: that of base.py.'
-)
-_TOKENIZER = flags.DEFINE_string(
-  'tokenizer', '', 'Tokenizer of stdlib, for a Hugging Face folder; default: base.py.'
-)
+_LENGTH = flags.DEFINE_integer('length', 0, 'Tokens in a row, for a Hugging Face folder.')
+_TOKENIZER = flags.DEFINE_string('tokenizer', '', 'For stdlib and a Hugging Face folder.')
 _CACHE = flags.DEFINE_string('cache', '', 'Folder of the embedded corpus.')
 _ROWS = flags.DEFINE_integer(
   'rows', 0, 'Held-out rows read per domain, or rows of --text; 0 for all (--probe: 16).'
 )
 _BATCH = flags.DEFINE_integer('batch', 8, 'Rows per device at a time.')
-_BIGRAM_ROWS = flags.DEFINE_integer(
-  'bigram_rows', 65536, 'The most training rows that the bigram model is fitted to.'
-)
-_XZ_BYTES = flags.DEFINE_integer(
-  'xz_bytes', 1 << 26, 'Bytes of each domain that xz compresses; 0 for all.'
-)
+_BIGRAM_ROWS = flags.DEFINE_integer('bigram_rows', 65536, 'Rows of the bigram model.')
+_XZ_BYTES = flags.DEFINE_integer('xz_bytes', 1 << 26, 'Bytes a domain for xz; 0 for all.')
 _PROBE = flags.DEFINE_boolean('probe', False, 'Look inside the model (docs/probes.md).')
+_FIGURES = flags.DEFINE_boolean('figures', False, 'With --probe: draw figures of it.')
 _TEXT = flags.DEFINE_string('text', '', 'A file to probe on; default: held-out rows.')
 _MASK = flags.DEFINE_boolean(
   'mask_documents', None, "Probe with documents masked or not; default: the model's own."
@@ -95,19 +89,24 @@ def probe(workdir: str) -> dict[str, Any]:
   """A workdir or a Hugging Face folder -> the report of the probes."""
   config.at_least('--rows', _ROWS.value, 0)
   loaded, mask = _load(workdir), _MASK.value
+  if _FIGURES.value:
+    probing.drawing(loaded)  # A missing package is refused before the work.
   if _TEXT.value:
     try:
-      text, length = Path(_TEXT.value).read_text(), _LENGTH.value
-      report = loaded.probe(text, length=length, rows=_ROWS.value, mask_documents=mask)
+      rows, length = Path(_TEXT.value).read_text(), _LENGTH.value
+      report = loaded.probe(rows, length=length, rows=_ROWS.value, mask_documents=mask)
     except (OSError, ValueError) as error:
       raise ValueError(f'--text={_TEXT.value}: {error}') from error
   else:
     corpus = _corpus(loaded)
     rows = probing.heldout_rows(corpus, _ROWS.value or 16)
-    report = loaded.fit(corpus.max_segments).probe(rows, mask_documents=mask)
+    loaded = loaded.fit(corpus.max_segments)
+    report = loaded.probe(rows, mask_documents=mask)
   report = {'text': _TEXT.value or _DATA.value or 'held-out rows'} | report
   if loaded.about and jax.process_index() == 0:
     storage.write_json(loaded.path / 'probes' / f'{loaded.step}.json', report)
+  if _FIGURES.value:
+    loaded.draw(report, rows)
   return report
 
 
@@ -120,8 +119,7 @@ def _load(workdir: str) -> Loaded:
     if is_run and flag.value:
       raise ValueError(f'--{flag.name}={flag.value}, but {workdir} is a run with its own')
   try:
-    step = _STEP.value if is_run else ''
-    return gated.load(workdir, step=step, cache=_CACHE.value)
+    return gated.load(workdir, step=_STEP.value if is_run else '', cache=_CACHE.value)
   except ValueError as error:
     raise ValueError(f'--workdir={workdir} --step={_STEP.value!r}: {error}') from error
 
@@ -182,6 +180,8 @@ def main(argv: list[str]) -> int:
       if jax.process_index() == 0:
         print(*map(''.join, zip(prompts, texts)), sep='\n\n')
       return exit_codes.FINISHED
+    if _FIGURES.value and not _PROBE.value:
+      raise ValueError('--figures draws what --probe measures: add --probe')
     report = (probe if _PROBE.value else run)(_WORKDIR.value)
   except (ValueError, NotImplementedError) as error:
     print(f'eval.py: {error}', file=sys.stderr)

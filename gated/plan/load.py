@@ -18,7 +18,7 @@ from gated.data import tokenizer
 from gated.devices import mesh
 from gated.plan import probing
 from gated.plan.plan import evaluate_step, exact, reading
-from gated.probes import gates
+from gated.probes import attention, gates
 from gated.run import checkpoint, workdir
 
 # What a checkpoint must say about its run.
@@ -176,6 +176,15 @@ class Loaded:
     score = self.compiled(gates.scores)(self.model, batch)
     return np.moveaxis(np.asarray(score[:, 0, :count]), 1, 2)
 
+  def attention(self, text: Text) -> np.ndarray:
+    """A text -> its attention weights before any gate: (L, H, T, T).
+
+    As `probes.attention.maps`, of one text; ValueError for one of more than 512 tokens.
+    """
+    batch, count = self._batch(self._tokens(text))
+    weight = self.compiled(attention.maps)(self.model, batch)
+    return np.asarray(weight[..., :count, :count])
+
   def generate(self, prompts: Sequence[Text], **options: Any) -> list[Any]:
     """Prompts -> continuations: strings of strings, arrays of token ids.
 
@@ -218,6 +227,17 @@ class Loaded:
       ids = self._tokens(text)
       text = probing.rows_of(ids, length=length or trained, limit=rows)
     return probing.probe(self, text, mask_documents=mask_documents)
+
+  def draw(self, report: dict[str, Any], text: Text | data.Batch) -> None:
+    """Draws a report of `probe`, and maps and gates of its text, into WORKDIR/probes/.
+
+    The files are STEP-NAME.svg and .png, and STEP-gates.html. Of packed rows the longest
+    document of the first is drawn. ValueError without matplotlib, and for imported
+    weights, whose folder is left as it is.
+    """
+    rows = isinstance(text, data.Batch)
+    ids = probing.longest_document(text) if rows else self._tokens(text)
+    probing.draw(self, report, ids)
 
   @functools.cache  # noqa: B019
   def compiled(self, function: Any) -> Any:

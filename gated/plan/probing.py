@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from gated import data, probes
+from gated import data, probes, storage
 from gated.devices import mesh
-from gated.probes import attention, gates
+from gated.probes import attention, gates, page
 from gated.run import metrics
 
 TOKENS = 8192  # Tokens per device in one batch, unless a single row has more.
@@ -87,6 +87,68 @@ def heldout_rows(corpus: data.Corpus, limit: int) -> data.Batch:
     batches = corpus.heldout(domain, batch=limit, rows=range(limit), limit=limit)
     parts += [batch for batch, _ in batches]
   return data.Batch(*(np.concatenate(arrays) for arrays in zip(*parts)))
+
+
+def drawing(loaded: Any) -> Any:
+  """The modules that draw; ValueError without matplotlib or a folder for the figures."""
+  if not loaded.about:
+    raise ValueError(f'figures are drawn into a workdir, but {loaded.path} is none')
+  try:
+    from gated.probes import figures, style
+  except ImportError as error:
+    raise ValueError(f"figures need {error.name}: pip install 'gated[report]'") from error
+  return figures, style
+
+
+def draw(loaded: Any, report: dict[str, Any], ids: np.ndarray) -> None:
+  """Draws a report, and maps and gates of a text -> WORKDIR/probes/STEP-*.
+
+  The maps are of the authors' prompt and of the first `attention.LONGEST` of the ids.
+  """
+  figures, style = drawing(loaded)
+  label = loaded.path.name
+  reports, ids = {label: report}, ids[: attention.LONGEST]
+  pictures = {'sinks': figures.sinks(reports), 'sparsity': figures.sparsity(reports)}
+  tokens = texts_of(loaded, ids)
+  pictures['attention-long'] = figures.attention({label: loaded.attention(ids)}, tokens)
+  try:
+    prompt = loaded.tokenizer.encode(figures.PROMPT)[0]
+  except ValueError:
+    prompt = ids[:16]  # Without a tokenizer.
+  weight, words = loaded.attention(prompt), texts_of(loaded, prompt)
+  pictures['attention'] = figures.attention({label: weight}, words)
+  pictures['attention-heads'] = figures.attention_heads(weight, words)
+  gate = loaded.cfg.attn.gate
+  html = ''
+  if gate.position != 'none':
+    pictures['gates'] = figures.gates(reports)
+    pictures['gates-by-layer'] = figures.gates_by_layer(reports)
+    title = f'{label}, step {loaded.step}: gate scores'
+    limits = gates.RANGES[gate.activation]
+    html = page.page(loaded.gates(ids), tokens, title=title, limits=limits)
+  if jax.process_index() == 0:
+    folder = loaded.path / 'probes'
+    for name, figure in pictures.items():
+      style.save(figure, folder, f'{loaded.step}-{name}', ('svg', 'png'))
+    if html:
+      storage.write(folder / f'{loaded.step}-gates.html', html.encode())
+
+
+def longest_document(rows: data.Batch) -> np.ndarray:
+  """The longest document of the first packed row -> its token ids."""
+  segment_T = rows.segments[0]
+  counts = np.bincount(segment_T)
+  counts[0] = 0  # Padding.
+  return rows.tokens[0][segment_T == counts.argmax()]
+
+
+def texts_of(loaded: Any, ids: np.ndarray) -> list[str]:
+  """The text of each token; its id without a tokenizer."""
+  try:
+    decode = loaded.tokenizer.decode
+  except ValueError:
+    return [f'[{i}]' for i in ids]
+  return [decode([i]).decode(errors='replace') for i in ids]
 
 
 def _filled(x_RT: np.ndarray, rows: int) -> np.ndarray:

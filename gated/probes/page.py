@@ -1,0 +1,121 @@
+"""The gate of each token, drawn over the text: one self-contained HTML page.
+
+The page fetches nothing. Its script only recolours the text for another layer or head.
+
+L layers  H heads  T tokens
+"""
+
+import html
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+LOW, HIGH = (255, 255, 255), (86, 180, 233)  # Black text is legible on both.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+STYLE = """\
+body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff;
+  max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+#text { font: 15px/1.9 ui-monospace, monospace; white-space: pre-wrap;
+  overflow-wrap: anywhere; border-top: 1px solid #d5d5d5; padding-top: 1rem; }
+#text span { padding: 0.15em 0; border-radius: 2px; }
+#bar { display: inline-block; width: 8rem; height: 0.8rem; border: 1px solid #d5d5d5;
+  background: linear-gradient(to right, rgb(LOW), rgb(HIGH)); }
+label { margin-right: 1rem; }
+"""
+# scores[layer][head][token] are thousandths of the range; the last layer is the mean of
+# all, and so is the last head.
+SCRIPT = """\
+const data = JSON.parse(document.getElementById('scores').textContent);
+const spans = document.querySelectorAll('#text span');
+const layer = document.getElementById('layer'), head = document.getElementById('head');
+const mix = share => 'rgb(' + data.low.map(
+  (x, i) => Math.round(x + share * (data.high[i] - x))).join(',') + ')';
+function draw() {
+  const row = data.scores[layer.value][head.value];
+  spans.forEach((span, i) => {
+    span.style.background = mix(row[i] / 1000);
+    const score = data.least + (data.most - data.least) * row[i] / 1000;
+    span.title = 'token ' + i + ': ' + score.toFixed(3);
+  });
+}
+layer.onchange = head.onchange = draw;
+draw();
+"""
+
+
+def page(
+  score: np.ndarray,
+  tokens: Sequence[str],
+  *,
+  title: str,
+  limits: tuple[float, float] = (0.0, 1.0),
+) -> str:
+  """Scores (L, H, T) or (L, H, T, K), and the text of each token -> an HTML page.
+
+  Channels are averaged. Colours range over `limits`; `gates.RANGES` has those of each
+  activation. ValueError unless every token has a score.
+  """
+  score = np.asarray(score, float)
+  if score.ndim not in (3, 4) or score.shape[2] != len(tokens) or not score.size:
+    raise ValueError(
+      f'scores of shape {score.shape} for {len(tokens)} tokens, but (L, H, T) or '
+      '(L, H, T, K) is needed'
+    )
+  score_LHT = score if score.ndim == 3 else score.mean(-1)
+  least, most = limits
+  share_LHT = np.clip((score_LHT - least) / (most - least), 0, 1)
+  share_LHT = np.concatenate([share_LHT, share_LHT.mean(0, keepdims=True)])
+  share_LHT = np.concatenate([share_LHT, share_LHT.mean(1, keepdims=True)], 1)
+  numbers = {'scores': np.rint(1000 * share_LHT).astype(int).tolist()}
+  numbers |= dict(low=LOW, high=HIGH, least=least, most=most)
+  depth, heads = score_LHT.shape[:2]
+  channels = 'shared by all channels' if score.ndim == 3 else 'mean over channels'
+  shades = share_LHT[-1, -1]
+  text = ''.join(_token(*pair) for pair in zip(tokens, shades, strict=True))
+  css = STYLE.replace('LOW', _color(0)[4:-1]).replace('HIGH', _color(1)[4:-1])
+  return f"""\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title>
+<style>
+{css}</style>
+</head>
+<body>
+<h1>{html.escape(title)}</h1>
+<p>The gate score of each token ({channels}); point at a token to read it.</p>
+<p>{_select('layer', depth)}{_select('head', heads)}
+{least:g} <span id="bar"></span> {most:g}</p>
+<div id="text">{text}</div>
+<script type="application/json" id="scores">{json.dumps(numbers)}</script>
+<script>
+{SCRIPT}</script>
+</body>
+</html>
+"""
+
+
+def shown(token: str) -> str:
+  """A token with its line ends and tabs made visible."""
+  return token.replace('\n', '⏎').replace('\t', '⇥').replace('\r', '␍')
+
+
+def _token(token: str, share: float) -> str:
+  after = '\n' * token.count('\n')
+  text = html.escape(shown(token))
+  return f'<span style="background: {_color(share)}">{text}</span>{after}'
+
+
+def _color(share: float) -> str:
+  mixed = (round(a + share * (b - a)) for a, b in zip(LOW, HIGH, strict=True))
+  return f'rgb({", ".join(map(str, mixed))})'
+
+
+def _select(name: str, count: int) -> str:
+  numbers = ''.join(f'<option value="{i}">{i}</option>' for i in range(count))
+  mean = f'<option value="{count}" selected>mean of {count}</option>'
+  return f'<label>{name} <select id="{name}">{mean}{numbers}</select></label>'

@@ -1,0 +1,96 @@
+"""The style of figures for a paper: sizes, colours, numbers on axes, and files.
+
+Sizes are those in print. Lines differ in colour (Okabe and Ito's, for the colour-blind),
+marker and dash, so that they are distinct in grey print. The same numbers give the same
+bytes. Needs matplotlib.
+"""
+
+import functools
+import io
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from gated import storage
+
+COLORS = (
+  '#0072B2',
+  '#D55E00',
+  '#009E73',
+  '#E69F00',
+  '#CC79A7',
+  '#56B4E9',
+  '#000000',
+  '#F0E442',
+)
+MARKERS = ('o', 's', '^', 'D', 'v', 'P', '>')
+DASHES = ('-', (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)))
+GREY = '#666666'
+STYLE: Any = {
+  'font.size': 8,
+  'axes.titlesize': 8,
+  'axes.labelsize': 8,
+  'xtick.labelsize': 7,
+  'ytick.labelsize': 7,
+  'legend.fontsize': 7,
+  'legend.frameon': False,
+  'axes.linewidth': 0.6,
+  'axes.edgecolor': GREY,
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'axes.grid': True,
+  'grid.color': '#e6e6e6',
+  'grid.linewidth': 0.5,
+  'axes.axisbelow': True,
+  'lines.linewidth': 1.2,
+  'lines.markersize': 4,
+  'xtick.major.width': 0.6,
+  'ytick.major.width': 0.6,
+  'figure.constrained_layout.use': True,
+  'savefig.dpi': 300,
+  'svg.hashsalt': 'gated',
+  'pdf.fonttype': 42,  # TrueType, required by conferences.
+  # Config values are not formulas.
+  'text.parse_math': False,
+}
+# Format -> metadata to leave out, as it holds the time or the version.
+FORMATS = {'svg': {'Date': None}, 'pdf': {'CreationDate': None}, 'png': {}}
+
+
+def look(index: int) -> dict[str, Any]:
+  """The look of the line with this index; the first 280 are distinct."""
+  at = lambda table: table[index % len(table)]
+  return {'color': at(COLORS), 'marker': at(MARKERS), 'ls': at(DASHES)}
+
+
+def wrapped(name: str, width: int) -> str:
+  """A name wrapped to at most three lines."""
+  return '\n'.join(textwrap.wrap(name, width, max_lines=3, placeholder=' ...'))
+
+
+def styled(draw: Callable) -> Callable:
+  """A function that draws -> the same in STYLE."""
+
+  @functools.wraps(draw)
+  def run(*args, **options):
+    with matplotlib.rc_context(STYLE):
+      return draw(*args, **options)
+
+  return run
+
+
+@styled
+def save(
+  figure: Figure, folder: storage.Path, name: str, formats: tuple[str, ...] = (*FORMATS,)
+) -> None:
+  """A figure -> FOLDER/NAME.svg, .pdf and .png."""
+  figure.draw_without_rendering()
+  # Keep this layout: computing it takes as long as drawing.
+  figure.set_layout_engine('none')
+  for kind in formats:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, metadata=FORMATS[kind])
+    storage.write(folder / f'{name}.{kind}', buffer.getvalue())
