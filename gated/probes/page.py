@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-LOW, HIGH = (255, 255, 255), (86, 180, 233)  # Black text is legible on both.
+LOW, HIGH = (255, 255, 255), (46, 152, 216)  # Black text is legible on both.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 STYLE = """\
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff;

@@ -84,7 +84,10 @@ def styled(draw: Callable) -> Callable:
 
 @styled
 def save(
-  figure: Figure, folder: storage.Path, name: str, formats: tuple[str, ...] = (*FORMATS,)
+  figure: Figure,
+  folder: storage.PathLike,
+  name: str,
+  formats: tuple[str, ...] = (*FORMATS,),
 ) -> None:
   """A figure -> FOLDER/NAME.svg, .pdf and .png."""
   figure.draw_without_rendering()
@@ -93,4 +96,4 @@ def save(
   for kind in formats:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, metadata=FORMATS[kind])
-    storage.write(folder / f'{name}.{kind}', buffer.getvalue())
+    storage.write(storage.path(folder) / f'{name}.{kind}', buffer.getvalue())
