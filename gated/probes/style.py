@@ -1,4 +1,4 @@
-"""The style of figures for a paper: sizes, colours, numbers on axes, and files.
+"""The style of figures for a paper: fonts, colours, lines and files.
 
 Sizes are those in print. Lines differ in colour (Okabe and Ito's, for the colour-blind),
 marker and dash, so that they are distinct in grey print. The same numbers give the same

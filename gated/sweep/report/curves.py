@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy import ndimage
 
-from gated.sweep.report.figures import COLORS, COLUMN, PAGE, Drawn, wrapped
+from gated.probes.style import COLORS, wrapped
+from gated.sweep.report.figures import COLUMN, PAGE, Drawn
 from gated.sweep.report.points import WATCHED, Curve, Judged, Line, rate
 
 DRAWN = 240  # Points of a curve in a figure.

@@ -1,12 +1,8 @@
-"""Figures ready for a paper: style, drawing and files.
+"""The figures of a report: final loss by learning rate, and LR sensitivity.
 
-Sizes are those in print, one column or one page wide. Lines differ in colour (Okabe and
-Ito's, for the colour-blind), marker and dash, so that they are distinct in grey print.
-The same numbers give the same bytes.
+They are one column or one page wide, in the style of `gated.probes.style`.
 """
 
-import io
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,64 +15,13 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 
 from gated import storage
+from gated.probes import style
+from gated.probes.style import GREY, look, wrapped
 from gated.sweep.report.points import Line, rate
 
 Drawn = tuple[Figure, str] | None  # A figure and its caption; None without data.
 COLUMN, PAGE = 3.5, 5.5  # Widths in inches.
-COLORS = (
-  '#0072B2',
-  '#D55E00',
-  '#009E73',
-  '#E69F00',
-  '#CC79A7',
-  '#56B4E9',
-  '#000000',
-  '#F0E442',
-)
-MARKERS = ('o', 's', '^', 'D', 'v', 'P', '>')
-DASHES = ('-', (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)))
-GREY = '#666666'
-STYLE: Any = {
-  'font.size': 8,
-  'axes.titlesize': 8,
-  'axes.labelsize': 8,
-  'xtick.labelsize': 7,
-  'ytick.labelsize': 7,
-  'legend.fontsize': 7,
-  'legend.frameon': False,
-  'axes.linewidth': 0.6,
-  'axes.edgecolor': GREY,
-  'axes.spines.top': False,
-  'axes.spines.right': False,
-  'axes.grid': True,
-  'grid.color': '#e6e6e6',
-  'grid.linewidth': 0.5,
-  'axes.axisbelow': True,
-  'lines.linewidth': 1.2,
-  'lines.markersize': 4,
-  'xtick.major.width': 0.6,
-  'ytick.major.width': 0.6,
-  'figure.constrained_layout.use': True,
-  'savefig.dpi': 300,
-  'svg.hashsalt': 'gated',
-  'pdf.fonttype': 42,  # TrueType, required by conferences.
-  # Config values are not formulas.
-  'text.parse_math': False,
-}
-# Format -> metadata to leave out, as it holds the time or the version.
-FORMATS = {'svg': {'Date': None}, 'pdf': {'CreationDate': None}, 'png': {}}
 NARROW = 0.15  # If stable losses fill less of the axis, it shows them alone.
-
-
-def look(index: int) -> dict[str, Any]:
-  """The look of the line with this index; the first 280 are distinct."""
-  at = lambda table: table[index % len(table)]
-  return {'color': at(COLORS), 'marker': at(MARKERS), 'ls': at(DASHES)}
-
-
-def wrapped(name: str, width: int) -> str:
-  """A name wrapped to at most three lines."""
-  return '\n'.join(textwrap.wrap(name, width, max_lines=3, placeholder=' ...'))
 
 
 def rate_axis(ax: Any, lrs: list[float]) -> None:
@@ -235,17 +180,11 @@ def draw(
 ) -> dict[str, str]:
   """Writes FOLDER/NAME.svg, .pdf and .png of each figure with data -> the captions."""
   captions = {}
-  with matplotlib.rc_context(STYLE):
+  with matplotlib.rc_context(style.STYLE):
     for name, picture in pictures.items():
       drawn = picture(lines)
       if not drawn:
         continue
       figure, captions[name] = drawn
-      figure.draw_without_rendering()
-      # Keep this layout: computing it takes as long as drawing.
-      figure.set_layout_engine('none')
-      for kind, metadata in FORMATS.items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, metadata=metadata)
-        storage.write(folder / f'{name}.{kind}', buffer.getvalue())
+      style.save(figure, folder, name)
   return captions
