@@ -124,7 +124,7 @@ def _loop(run: Run, step, state, services: Services, record: recorder.Recorder) 
   """The loop: data, step, metrics of the step before, held-out loss, save."""
   cfg, on, corpus = run.plan.cfg, run.plan.mesh, run.corpus
   evaluate = evaluate_step(cfg.model, on, cfg.loss.chunk)
-  indicators = run.plan.indicators()
+  watch = run.plan.watch()
   batches = corpus.train(int(state.data_step), mesh.rows(on, cfg.batch))
   owed = False  # A save was due at a step that was not finite.
   for number in range(int(state.step) + 1, cfg.steps + 1):
@@ -133,7 +133,7 @@ def _loop(run: Run, step, state, services: Services, record: recorder.Recorder) 
     record.profile.before(number)
     state, values = step(state, batch)
     record.profile.after(number, values)
-    record.take(number, values, indicators(number, state.model, batch))
+    record.take(number, values, watch(number, state.model, batch))
     services.saves.check()
     workdirs.check_held(services.lock)
     stop = services.sigterm.received(number)

@@ -87,6 +87,9 @@ def get_config(arg: str = '') -> ConfigDict:
     # Steps between early-warning measurements (gated/probes/), which cost a forward pass
     # of a few rows each; 0 for none.
     indicators=0,
+    # Steps between probes (docs/probes.md), which cost some forward passes of a few rows;
+    # 0 for none.
+    probes=0,
   )
   c.paper = dict(
     table='',  # table of the paper; '' for a recipe outside its tables

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gated import data, model
+from gated import data, model, probes
 from gated.devices import chips, mesh
 from gated.plan.recipe import Config, check_mesh
 from gated.probes import indicators
@@ -90,16 +90,28 @@ class Plan:
     with jax.set_mesh(self.mesh):
       return jitted.lower(self.state, self.batch_shapes(cfg.batch))
 
-  def indicators(self) -> Any:
-    """-> a function (step, model, batch) -> indicators on the devices, or None.
+  def watch(self) -> Callable[..., dict[str, tuple[Any, Callable]]]:
+    """-> a function (step, model, batch) -> what is measured at that step, by its kind.
 
-    None at steps without indicators. The first step with indicators compiles it.
+    Each kind ('indicators', 'probes') has values on the devices and the function that
+    turns them into scalars on the host. Its first measurement compiles it.
     """
-    every = self.cfg.log.indicators
-    run = functools.partial(indicators.measure, micro=self.micro)
-    jitted = _replicated(self.cfg.model, self.mesh, run)
-    due = lambda step: every and (step <= 1 or step % every == 0)
-    return lambda step, *args: jitted(*args) if due(step) else None
+    cfg = self.cfg
+    scalars = functools.partial(probes.scalars, cfg.model)
+    kinds = {
+      'indicators': (cfg.log.indicators, indicators.measure, indicators.scalars),
+      'probes': (cfg.log.probes, probes.watch, scalars),
+    }
+    compiled = {
+      kind: _replicated(cfg.model, self.mesh, functools.partial(run, micro=self.micro))
+      for kind, (_, run, _) in kinds.items()
+    }
+    due = lambda every, step: every and (step <= 1 or step % every == 0)
+    return lambda step, *args: {
+      kind: (compiled[kind](*args), read)
+      for kind, (every, _, read) in kinds.items()
+      if due(every, step)
+    }
 
   def batch_shapes(self, rows: int) -> Any:
     """The shapes and shardings of a global batch of `rows` rows."""

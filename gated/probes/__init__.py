@@ -1,7 +1,16 @@
 """What a model does inside: attention, activations, gates, outputs, early warnings."""
 
 from gated.probes.conventions import CONVENTIONS
-from gated.probes.measure import measure, merge
-from gated.probes.report import of_weights, summarize, table
+from gated.probes.measure import measure, merge, watch
+from gated.probes.report import of_weights, scalars, summarize, table
 
-__all__ = ['CONVENTIONS', 'measure', 'merge', 'of_weights', 'summarize', 'table']
+__all__ = [
+  'CONVENTIONS',
+  'measure',
+  'merge',
+  'of_weights',
+  'scalars',
+  'summarize',
+  'table',
+  'watch',
+]

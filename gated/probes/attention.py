@@ -12,6 +12,7 @@ B batch  T tokens  H heads  G KV heads  R = H/G  K head width  N pairs of blocks
 q, s a block of queries, of keys
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,8 @@ EPSILON, KEYS, PREFIX = 0.3, 5, 64
 # First-token attention is also given over the queries from this position on, and a key
 # counts in `largest_key` if at least so many queries see it.
 LATER = 64
-BLOCK = 512  # Tokens of a block, at most.
+# Scores of a pair of blocks, over all rows and heads: 128 MiB.
+PAIRS = 1 << 25
 LONGEST = 512  # Tokens of a row whose whole map is given.
 
 
@@ -242,8 +244,8 @@ class _Blocks(NamedTuple):
 
 
 def _blocks(trace, rows: Rows) -> _Blocks:
-  length = rows.live.shape[1]
-  count = -(-length // BLOCK)
+  batch, length = rows.live.shape
+  count = -(-length // max(1, math.isqrt(PAIRS // (batch * trace.query.shape[2]))))
   size = -(-length // count)
   more = count * size - length
   # Each device holds the whole rows of its heads.

@@ -47,13 +47,10 @@ class _Seen(NamedTuple):
 
 def measure(net: model.Transformer, batch: Any, *, micro: int) -> dict[str, jax.Array]:
   """A model and a step's batch (B, T), of micro-batches of `micro` rows -> scalars."""
-  length = batch.tokens.shape[1]
-  rows = _rows(micro, _ways('batch'))
-  # Row i of so many is row i * B / rows: each device reads some of those that it has.
-  some = lambda x: mesh.constrain(x.reshape(rows, -1, length)[:, 0], 'batch', 'tokens')
-  segment_BT, live_BT = some(batch.segments), some(batch.segments) > 0
-  where = segment_BT, some(batch.positions)
-  x_BTD, seen = net.hidden(some(batch.tokens), *where, through=_layer)
+  batch = some_rows(batch, micro)
+  live_BT = batch.segments > 0
+  documents = batch.segments, batch.positions
+  x_BTD, seen = net.hidden(batch.tokens, *documents, through=_layer)
   first, last = seen.before[0], seen.after[-1]
   layer = jnp.where(jnp.isnan(seen.score), jnp.inf, seen.score).argmax()
   return {
@@ -64,6 +61,21 @@ def measure(net: model.Transformer, batch: Any, *, micro: int) -> dict[str, jax.
     'residual_rms_last': last,
     'residual_growth': last / first,
   }
+
+
+def scalars(values: dict[str, Any]) -> dict[str, float]:
+  """What `measure` returned, on the host -> Python scalars."""
+  return {name: value.item() for name, value in values.items()}
+
+
+def some_rows(batch: Any, micro: int) -> Any:
+  """A batch (B, T) -> ROWS of its rows, evenly apart.
+
+  Row i of R is row i * B / R, so each device reads rows that it already has.
+  """
+  rows, length = _rows(micro, _ways('batch')), batch.tokens.shape[1]
+  some = lambda x: mesh.constrain(x.reshape(rows, -1, length)[:, 0], 'batch', 'tokens')
+  return type(batch)(*map(some, batch))
 
 
 def _rows(micro: int, ways: int) -> int:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gated import model
-from gated.probes import activations, attention, gates, outputs
+from gated.probes import activations, attention, gates, indicators, outputs
 
 
 def measure(net: model.Transformer, batch: Any, class_V: jax.Array) -> dict[str, Any]:
@@ -47,6 +47,18 @@ def measure(net: model.Transformer, batch: Any, class_V: jax.Array) -> dict[str,
   documents = batch.segments, batch.positions
   _, measures = net.hidden(batch.tokens, *documents, through=through)
   return measures | {'size': rows.size}
+
+
+def watch(net: model.Transformer, batch: Any, *, micro: int) -> dict[str, Any]:
+  """A model and a step's batch -> measures of a few of its rows, for `report.scalars`.
+
+  What only a whole report shows is left out.
+  """
+  class_V = jnp.full(net.cfg.vocab, gates.CLASSES.index('other'), jnp.int32)
+  measures = measure(net, indicators.some_rows(batch, micro), class_V)
+  for name in ('gram_before', 'gram_after'):
+    del measures['sums'][name]
+  return measures
 
 
 def merge(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

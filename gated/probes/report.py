@@ -11,6 +11,36 @@ import numpy as np
 
 from gated import model
 from gated.probes import activations, attention, conventions, gates, outputs
+from gated.probes.measure import merge
+
+# What is logged while training.
+SCALARS = (
+  'first_token_attention',
+  'first_token_attention_documents',
+  'first_token_uniform_documents',
+  'sink_rate',
+  'largest_key_weight',
+  'attention_entropy',
+  'sink_mass',
+  'm_act',
+  'm_act_max',
+  'm_act_median',
+  'kurtosis',
+  'gate_mean',
+  'gate_std',
+  'gate_below_0.1',
+  'output_mean',
+  'output_below_1e-2',
+)
+
+
+def scalars(cfg: model.Config, measures: dict[str, Any]) -> dict[str, float]:
+  """What `watch` returned, on the host -> the model's SCALARS, those that it has."""
+  merged = merge([measures])
+  numbers = _attention(merged, cfg) | _activations(merged) | _outputs(merged, cfg)
+  numbers |= _gates(merged, cfg)
+  values = {name: numbers[name]['value'] for name in SCALARS}
+  return {name: float(value) for name, value in values.items() if value is not None}
 
 
 def summarize(
@@ -21,7 +51,7 @@ def summarize(
   A number that the model does not have is None.
   """
   numbers = _attention(measures, cfg) | _activations(measures) | _outputs(measures, cfg)
-  numbers |= _gates(measures, cfg, weights)
+  numbers |= _output_ranks(measures) | _gates(measures, cfg) | _gate_weights(weights)
   ranks = None
   if weights['value'] is not None:
     ranks = outputs.ranks_of_maps(weights['value'], weights['out'])
@@ -152,11 +182,6 @@ def _outputs(measures: dict[str, Any], cfg: model.Config) -> dict[str, Any]:
     for i, limit in enumerate(outputs.SMALL):
       key = f'output_below_1e-{round(-np.log10(limit))}{suffix}'
       numbers[key] = _mean(sizes['small'][:, i] / count)
-  for name in ('before', 'after'):
-    stable_LH, effective_LH = outputs.ranks_of_grams(sums[f'gram_{name}'])
-    numbers[f'output_rank_{name}'] = _mean(
-      effective_LH.mean(-1), heads=effective_LH, stable=stable_LH
-    )
   documents = sums['documents']
   for name, tokens_L in (('first', documents), ('other', tokens - documents)):
     norm_LG = _ratio(sums[f'value_{name}'], tokens_L[:, None])
@@ -164,7 +189,17 @@ def _outputs(measures: dict[str, Any], cfg: model.Config) -> dict[str, Any]:
   return numbers
 
 
-def _gates(measures, cfg: model.Config, weights: dict[str, Any]) -> dict[str, Any]:
+def _output_ranks(measures: dict[str, Any]) -> dict[str, Any]:
+  numbers = {}
+  for name in ('before', 'after'):
+    stable_LH, effective_LH = outputs.ranks_of_grams(measures['sums'][f'gram_{name}'])
+    numbers[f'output_rank_{name}'] = _mean(
+      effective_LH.mean(-1), heads=effective_LH, stable=stable_LH
+    )
+  return numbers
+
+
+def _gates(measures: dict[str, Any], cfg: model.Config) -> dict[str, Any]:
   names = [name for name in conventions.CONVENTIONS if name.startswith('gate_')]
   if 'gate' not in measures['sums']:
     return {name: _mean(None) for name in names}
@@ -193,7 +228,6 @@ def _gates(measures, cfg: model.Config, weights: dict[str, Any]) -> dict[str, An
       'edges': gates.edges(cfg.attn.gate.activation),
     },
     'gate_heads': _mean(by_head),
-    'gate_weight_norm': _mean(weights['gate_norms']),
   }
   for i, limit in enumerate(gates.BELOW):
     numbers[f'gate_below_{limit:g}'] = _mean(sums['below'][:, i] / total_L)
@@ -204,16 +238,24 @@ def _gates(measures, cfg: model.Config, weights: dict[str, Any]) -> dict[str, An
   numbers['gate_classes'] = {
     name: _mean(classes_LC[:, i]) for i, name in enumerate(gates.CLASSES)
   } | {'elsewhere': _mean(other_L)}
-  score_VH = weights['gate_vocabulary']
-  numbers['gate_vocabulary'] = {
-    'value': score_VH.mean(),
-    'layers': None,
-    'heads': score_VH.mean(0),
-    'below': {f'{limit:g}': np.mean(score_VH < limit) for limit in gates.BELOW},
-    'open': int((score_VH >= gates.OPEN).any(1).sum()),
-    'tokens': len(score_VH),
-  }
   return numbers
+
+
+def _gate_weights(weights: dict[str, Any]) -> dict[str, Any]:
+  score_VH = weights['gate_vocabulary']
+  if score_VH is None:
+    return {name: _mean(None) for name in ('gate_weight_norm', 'gate_vocabulary')}
+  return {
+    'gate_weight_norm': _mean(weights['gate_norms']),
+    'gate_vocabulary': {
+      'value': score_VH.mean(),
+      'layers': None,
+      'heads': score_VH.mean(0),
+      'below': {f'{limit:g}': np.mean(score_VH < limit) for limit in gates.BELOW},
+      'open': int((score_VH >= gates.OPEN).any(1).sum()),
+      'tokens': len(score_VH),
+    },
+  }
 
 
 def of_weights(net: model.Transformer) -> dict[str, jax.Array | None]:

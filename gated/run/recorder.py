@@ -13,6 +13,9 @@ from gated.run import events, metrics, watchdog
 from gated.run.events import Events
 from gated.train import guard
 
+# Measures of a step by kind: values on the devices, and how to read them on the host.
+Watched = dict[str, tuple[Any, Callable[[Any], dict[str, float]]]]
+
 
 class Rollback(Exception):
   """The run must restore a good step and continue its data at `data_step`."""
@@ -48,7 +51,7 @@ class Recorder(contextlib.ExitStack):
     self._every, self._steps = log.every, steps
     self._corpus, self._beat = corpus, beat
     self._ahead = data_step - step
-    self._late: tuple[int, Any, Any] | None = None
+    self._late: tuple[int, Any, Watched] | None = None
     self._finite = True
     writes = jax.process_index() == 0
     window = log.profile_first, log.profile_last
@@ -81,13 +84,13 @@ class Recorder(contextlib.ExitStack):
       summary = events.summary(self.events.report())
       print(f'unstable steps: {summary} ({events.NAME})', file=sys.stderr)
 
-  def take(self, step: int, values: Any, indicators: Any = None) -> None:
+  def take(self, step: int, values: Any, watched: Watched | None = None) -> None:
     """Takes a step's metrics on the device, and reads those of the previous step.
 
-    `indicators` describe the state after the step; None when they are not due.
+    `watched` describes the state after the step, as `Plan.watch` returns it.
     """
     self.settle()
-    self._late = step, values, indicators
+    self._late = step, values, watched or {}
 
   def settle(self) -> bool:
     """Reads the metrics that `take` holds -> True if the last step was finite.
@@ -99,9 +102,9 @@ class Recorder(contextlib.ExitStack):
       self._finite = self._read(*late)
     return self._finite
 
-  def _read(self, step: int, values: Any, indicators: Any) -> bool:
+  def _read(self, step: int, values: Any, watched: Watched) -> bool:
     values = {name: float(value) for name, value in jax.device_get(values).items()}
-    indicators = jax.device_get(indicators)
+    scalars = {kind: read(jax.device_get(tree)) for kind, (tree, read) in watched.items()}
     self.timer.tick()
     self._beat(step)
     action, reason = self._watchdog.judge(values)
@@ -109,8 +112,8 @@ class Recorder(contextlib.ExitStack):
       row = values | self.timer.read() | metrics.memory()
       self._log.write(step, 'train', row)
       self._progress.update(step, row)
-    if indicators:
-      self._log.write(step, 'indicators', {k: x.item() for k, x in indicators.items()})
+    for kind, row in scalars.items():
+      self._log.write(step, kind, row)
     if action != 'go':
       self.say(f'step {step}: {reason}')
       data_step = step - 1 + self._ahead

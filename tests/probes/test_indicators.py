@@ -169,8 +169,9 @@ def on_devices(net, batch=BATCH, *, accum=1, **sizes):
   cfg = small.whole(log__indicators=3, **changes)
   plan = Plan(cfg, on.devices.flatten())
   placed = jax.device_put(net, mesh.shardings(net, plan.mesh))
-  values = plan.indicators()(3, placed, mesh.place(batch, plan.mesh, rows))
-  return {name: x.item() for name, x in values.items()}
+  watched = plan.watch()(3, placed, mesh.place(batch, plan.mesh, rows))
+  values, read = watched['indicators']
+  return read(values)
 
 
 MESHES = [
@@ -218,17 +219,18 @@ def test_they_are_due_at_the_first_step_and_at_multiples(monkeypatch):
   monkeypatch.setattr(indicators, 'measure', lambda *_, micro: traced.append(micro) or {})
   on = small.mesh_of().devices.flatten()
   plan = Plan(small.whole(mesh__fsdp=1), on)
-  assert [plan.indicators()(step, (), ()) for step in range(1, 9)] == [None] * 8
+  assert [plan.watch()(step, (), ()) for step in range(1, 9)] == [{}] * 8
   assert not traced
   plan = Plan(small.whole(mesh__fsdp=1, log__indicators=3, accum=2), on)
-  due = plan.indicators()
-  assert [step for step in range(1, 9) if due(step, (), ()) is not None] == [1, 3, 6]
+  due = plan.watch()
+  assert [step for step in range(1, 9) if due(step, (), ())] == [1, 3, 6]
   assert traced == [4]
 
 
-def test_a_negative_cadence_is_refused_by_its_knob():
-  with pytest.raises(ValueError, match=r'config\.log\.indicators=-1'):
-    small.whole(log__indicators=-1)
+@pytest.mark.parametrize('kind', ['indicators', 'probes'])
+def test_a_negative_cadence_is_refused_by_its_knob(kind):
+  with pytest.raises(ValueError, match=rf'config\.log\.{kind}=-1'):
+    small.whole(**{f'log__{kind}': -1})
 
 
 KNOBS = {
@@ -256,23 +258,30 @@ def command(workdir, **knobs):
   return ['train.py', f'--config={RECIPE}', f'--workdir={workdir}', *flags]
 
 
-def logged(workdir):
+BOTH = dict(log__indicators=2, log__probes=2)
+
+
+def logged(workdir, kind='indicators'):
+  """Step -> its scalars."""
   records = metrics.read(workdir / 'metrics.jsonl')
-  lines = [r for r in records if r['kind'] == 'indicators']
-  return {r.pop('step'): {name: r[name] for name in NAMES} for r in lines}
+  fixed = {'step', 'kind', 'time'}
+  return {
+    r['step']: {name: value for name, value in r.items() if name not in fixed}
+    for r in records
+    if r['kind'] == kind
+  }
 
 
-@pytest.mark.full
 @pytest.mark.full
 def test_a_run_with_them_has_the_losses_of_one_without(
   tmp_path, run_python, spawn_python
 ):
   """To the last bit; and two processes tell the same as one."""
   off, on, two = (tmp_path / name for name in ('off', 'on', 'two'))
-  for workdir, knobs in ((off, {}), (on, dict(log__indicators=2, log__tensorboard=True))):
+  for workdir, knobs in ((off, {}), (on, BOTH | dict(log__tensorboard=True))):
     done = run_python(command(workdir, **knobs), env=on_cpus(2))
     assert done.returncode == 0, done.stderr[-4000:]
-  args = [*command(two, log__indicators=2), '--processes=2']
+  args = [*command(two, **BOTH), '--processes=2']
   args.append(f'--coordinator=127.0.0.1:{process.free_port()}')
   children = [spawn_python([*args, f'--process={i}'], env=on_cpus(1)) for i in range(2)]
   for child in children:
@@ -284,4 +293,10 @@ def test_a_run_with_them_has_the_losses_of_one_without(
   assert logged(off) == {} and list(logged(on)) == list(logged(two)) == [1, 2, 4]
   for step, values in logged(on).items():
     agree(logged(two)[step], values)
+  one, other = logged(on, 'probes'), logged(two, 'probes')
+  assert list(one) == list(other) == [1, 2, 4]
+  assert {'m_act', 'gate_mean', 'first_token_attention'} < one[4].keys()
+  for step, values in one.items():
+    for name, value in values.items():
+      np.testing.assert_allclose(other[step][name], value, rtol=2e-5, err_msg=name)
   assert any(on.glob('tensorboard/*')) and json.loads((on / 'run.json').read_text())

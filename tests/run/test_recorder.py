@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 import small
 
+from gated.probes import indicators
 from gated.run import events, metrics, recorder
 
 NAN, INF = math.nan, math.inf
@@ -192,9 +193,11 @@ def test_a_session_drops_later_records_of_another_session(begin, tmp_path):
 def test_indicators_are_written_even_if_they_are_not_finite(begin, tmp_path):
   record = begin(log__every=4)
   seen = dict(attention_logit=jnp.float32(NAN), attention_layer=jnp.int32(3))
-  record.take(1, values(), seen)
-  record.take(2, values(), None)
-  record.take(3, values(param_norm=NAN), seen | dict(output_logit=jnp.float32(INF)))
+  watched = lambda tree: {'indicators': (tree, indicators.scalars)}
+  record.take(1, values(), watched(seen))
+  record.take(2, values())
+  last = watched(seen | dict(output_logit=jnp.float32(INF)))
+  record.take(3, values(param_norm=NAN), last)
   with pytest.raises(FloatingPointError, match='step 3'):
     record.settle()
   first, last = written(tmp_path, 'indicators')

@@ -42,10 +42,12 @@ class Config:
   profile_first: int
   profile_last: int
   indicators: int
+  probes: int
 
   def __post_init__(self):
     config.at_least('config.log.every', self.every, 1)
     config.at_least('config.log.indicators', self.indicators, 0)
+    config.at_least('config.log.probes', self.probes, 0)
     if self.profile_first >= 0 and self.profile_last < self.profile_first:
       first, last = self.profile_first, self.profile_last
       raise ValueError(
@@ -94,7 +96,8 @@ class Log(contextlib.ExitStack):
   def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
     """Writes one record of a step: its kind, the time, and the scalars by name.
 
-    Kinds are 'train', 'heldout' and 'indicators'; 'time' is in seconds since 1970.
+    Kinds are 'train', 'heldout', 'indicators' and 'probes'; 'time' counts seconds from
+    1970.
     TensorBoard and wandb get the numbers as kind/name.
     """
     if self._sink is None:
