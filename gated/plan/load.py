@@ -61,7 +61,7 @@ class Loaded:
     self.step = step  # None for imported weights
     self.about = about  # what the run saved with the step; None for imported weights
     self.cache = cache  # folder of the embedded corpus and of copied datasets
-    self._like: Any = None
+    self.changes: tuple[Any, ...] = ()  # of the model, once its weights are read
 
   @functools.cached_property
   def config(self) -> dict[str, Any]:
@@ -78,9 +78,13 @@ class Loaded:
     """The model: `model(tokens) -> logits`, with its weights."""
     _, like = reading(self.cfg)
     if self.step is None:
-      return hf.read(Path(self.path), like)
-    with checkpoint.Reader(self.path / 'checkpoints') as saves:
-      return saves.restore_model(self.step, like)
+      net = hf.read(Path(self.path), like)
+    else:
+      with checkpoint.Reader(self.path / 'checkpoints') as saves:
+        net = saves.restore_model(self.step, like)
+    for change in self.changes:
+      net = change(net)
+    return net
 
   @functools.cached_property
   def tokenizer(self) -> tokenizer.Tokenizer:
@@ -146,7 +150,10 @@ class Loaded:
     most = max(attn.max_segments, segments)
     attn = dataclasses.replace(attn, max_segments=most)
     cfg = dataclasses.replace(self.cfg, attn=attn)
-    return Loaded(self.path, cfg, step=self.step, about=self.about, cache=self.cache)
+    same: dict[str, Any] = dict(step=self.step, about=self.about, cache=self.cache)
+    fitted = Loaded(self.path, cfg, **same)
+    fitted.changes = self.changes
+    return fitted
 
   def evaluate(self, batch: data.Batch) -> tuple[jax.Array, jax.Array]:
     """A placed batch (B, T) -> each row's sum of nats and sum of weights: (B,), (B,)."""
@@ -184,6 +191,25 @@ class Loaded:
     batch, count = self._batch(self._tokens(text))
     weight = self.compiled(attention.maps)(self.model, batch)
     return np.asarray(weight[..., :count, :count])
+
+  def force(
+    self,
+    gates: str | float,
+    *,
+    layers: Sequence[int] | None = None,
+    text: Text | None = None,
+  ) -> 'Loaded':
+    """The same model with its gates' scores replaced, in all layers or in those given.
+
+    `gates` is 'open' (1), 'closed' (0), a number, or 'mean': each head's (and channel's)
+    mean over the tokens of `text`. ValueError for a model without a gate.
+    """
+    score = None if text is None else self.gates(text)
+    change = probing.forcing(self, gates, layers, score)
+    run = self.fit(0)
+    run.changes = (*self.changes, change)
+    run.model = change(self.model)  # The weights are not read again.
+    return run
 
   def generate(self, prompts: Sequence[Text], **options: Any) -> list[Any]:
     """Prompts -> continuations: strings of strings, arrays of token ids.
@@ -235,6 +261,8 @@ class Loaded:
     document of the first is drawn. ValueError without matplotlib, and for imported
     weights, whose folder is left as it is.
     """
+    if self.changes:
+      raise ValueError(f'figures in {self.path} are those of the model as it is saved')
     rows = isinstance(text, data.Batch)
     ids = probing.longest_document(text) if rows else self._tokens(text)
     probing.draw(self, report, ids)

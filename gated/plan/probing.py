@@ -12,7 +12,7 @@ import numpy as np
 
 from gated import data, probes, storage
 from gated.devices import mesh
-from gated.probes import attention, gates, page
+from gated.probes import attention, force, gates, page
 from gated.run import metrics
 
 TOKENS = 8192  # Tokens per device in one batch, unless a single row has more.
@@ -78,6 +78,14 @@ def probe(
     'conventions': probes.CONVENTIONS,
   }
   return metrics.plain(report)
+
+
+def forcing(loaded: Any, gates: str | float, layers: Any, score: Any) -> Any:
+  """The change of a model that forces its gates: see `Loaded.force`, `force.arrays`."""
+  whole = jax.sharding.NamedSharding(loaded.mesh, jax.P())
+  arrays = force.arrays(loaded.cfg, gates, layers, score)
+  chosen, forced = (jax.device_put(x, whole) for x in arrays)
+  return lambda net: force.force(net, chosen, forced)
 
 
 def heldout_rows(corpus: data.Corpus, limit: int) -> data.Batch:

@@ -191,6 +191,29 @@ def test_attention_is_that_of_the_text_alone(headwise):
     run.attention('x' * 513)
 
 
+@pytest.mark.slow
+def test_a_run_with_forced_gates_is_measured_like_any_other(headwise):
+  run = gated.load(headwise[0])
+  shut = run.force('mean', layers=[1], text=LONG[:64]).force('closed', layers=[0])
+  score, before = shut.gates(TEXT), run.gates(LONG[:64])
+  assert (score[0] == 0).all()
+  np.testing.assert_allclose(score[1, :, 0], before[1].mean(-1), rtol=1e-5)
+  np.testing.assert_array_equal(score[1], score[1, :, :1] * np.ones(len(TEXT)))
+  assert run.gates(TEXT)[0].min() > 0 and shut.loss(TEXT) != run.loss(TEXT)
+  assert shut.fit(9).loss(TEXT) == pytest.approx(shut.loss(TEXT), rel=1e-6)
+  report = shut.probe(LONG, length=64)
+  assert report['gate_mean']['layers'][0] == 0
+  assert report['output_below_1e-3']['layers'][0] == 1
+  [text] = shut.generate(['def'], max_tokens=4, temperature=0)
+  assert shut.generate(['def'], max_tokens=4, temperature=0) == [text]
+  with pytest.raises(ValueError, match='those of the model as it is saved'):
+    shut.draw(report, LONG)
+  with pytest.raises(
+    ValueError, match=r'layers=\[7\], but the model has the layers 0 to 1'
+  ):
+    run.force('open', layers=[7])
+
+
 @pytest.mark.full
 @pytest.mark.parametrize('gate', ['headwise', 'none'])
 def test_a_report_is_drawn_into_its_workdir(headwise, tmp_path, gate):

@@ -1,0 +1,84 @@
+"""Gates forced to a score at inference: open, closed, their mean, or a constant.
+
+L layers  H heads  K head width  B batch  T tokens
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gated import model
+from gated.model.gate import FORMS
+
+WORDS = {'open': 1.0, 'closed': 0.0}
+
+
+class Forced(nnx.Module):
+  """A gate whose scores are replaced in the chosen layers; it takes the gate's place.
+
+  Its arrays are stacked over the layers, as the gate's weight is: chosen_L, and a score
+  of shape (L, H, K), or (L, D) at position 'out', where any but L may be 1.
+  """
+
+  def __init__(self, gate: Any, chosen_L: jax.Array, score: jax.Array):
+    self.gate, self.cfg = gate, gate.cfg
+    keep = lambda x: nnx.Variable(x, axes=(None,) * (x.ndim - 1))
+    self.chosen, self.forced = keep(chosen_L), keep(score)
+
+  @property
+  def weight(self) -> Any:
+    """The weight of the gate itself."""
+    return self.gate.weight
+
+  def score(self, x: jax.Array) -> jax.Array:
+    """As `Gate.score`."""
+    forced = self.forced[...][None, None]
+    return jnp.where(self.chosen[...], forced, self.gate.score(x))
+
+  def __call__(self, y: jax.Array, x_BTD: jax.Array) -> jax.Array:
+    score = self.score(y if self.cfg.source == 'value' else x_BTD)
+    return FORMS[self.cfg.form](y.astype(jnp.float32), score).astype(y.dtype)
+
+
+def arrays(
+  cfg: model.Config,
+  gates: str | float,
+  layers: Sequence[int] | None,
+  score: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """-> the chosen layers and their score, as `Forced` takes them.
+
+  `gates` is a word or a number, as for `Loaded.force`. `score` is that of a text, (L, H,
+  T) or (L, H, T, K), for 'mean'. ValueError if any of them is wrong.
+  """
+  gate, depth = cfg.attn.gate, cfg.depth
+  if gate.position == 'none':
+    raise ValueError("the model has no gate: config.model.attn.gate.position='none'")
+  chosen = np.arange(depth) if layers is None else np.asarray(layers)
+  if chosen.ndim != 1 or chosen.dtype.kind not in 'iu':
+    raise ValueError(f'layers={layers}, but a list of numbers is needed')
+  if not np.isin(chosen, np.arange(depth)).all():
+    raise ValueError(f'layers={layers}, but the model has the layers 0 to {depth - 1}')
+  if (gates == 'mean') != (score is not None):
+    raise ValueError(f"gates={gates!r}: 'mean', and nothing else, takes a text")
+  if score is None:
+    constant = WORDS.get(gates) if isinstance(gates, str) else gates
+    if constant is None or not np.isfinite(constant):
+      raise ValueError(f'gates={gates!r}, but allowed are {[*WORDS, "mean"]} and numbers')
+    mean = np.full((depth, 1, 1), constant)
+  else:
+    mean = score.mean(2)
+  shape = (depth, -1) if gate.position == 'out' else (*mean.shape, 1)[:3]
+  whole = np.isin(np.arange(depth), chosen)
+  return whole, mean.reshape(shape).astype(np.float32)
+
+
+def force(net: model.Transformer, chosen_L: Any, score: Any) -> model.Transformer:
+  """A model with a gate, and `arrays` on its devices -> the model with a forced gate."""
+  net = jax.tree.map(lambda leaf: leaf, net)  # New modules, the same weights.
+  net.blocks.attn.gate = Forced(net.blocks.attn.gate, chosen_L, score)
+  return net
