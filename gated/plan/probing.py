@@ -111,11 +111,12 @@ def drawing(loaded: Any) -> Any:
 def draw(loaded: Any, report: dict[str, Any], ids: np.ndarray) -> None:
   """Draws a report, and maps and gates of a text -> WORKDIR/probes/STEP-*.
 
-  The maps are of the authors' prompt and of the first `attention.LONGEST` of the ids.
+  The maps are of the authors' prompt, and of the ids up to a row of the report and to
+  `attention.LONGEST`.
   """
   figures, style = drawing(loaded)
   label = loaded.path.name
-  reports, ids = {label: report}, ids[: attention.LONGEST]
+  reports, ids = {label: report}, ids[: min(report['row_length'], attention.LONGEST)]
   pictures = {'sinks': figures.sinks(reports), 'sparsity': figures.sparsity(reports)}
   tokens = texts_of(loaded, ids)
   pictures['attention-long'] = figures.attention({label: loaded.attention(ids)}, tokens)
