@@ -65,14 +65,14 @@ def test_the_run_resumes_with_the_losses_that_it_would_have_had(before, run):
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_eval_measures_the_saved_held_out_loss(before, run):
   done = run('eval.py', '--workdir=workdir', f'--step={SAVED}', '--rows=4')
   loss = json.loads(done.stdout.splitlines()[-1])['loss']
   np.testing.assert_allclose(loss, dict(EXPECTED['heldout'])[SAVED], rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_sweep_is_reported_and_compared(before, run):
   run('scripts/sweep.py', 'report', 'sweep')
   report = (before / 'sweep/report/report.md').read_text()

@@ -51,7 +51,7 @@ def contents(folder):
   return {p: p.read_bytes() for p in folder.rglob('*') if p.is_file()}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_replay_has_the_loss_of_the_run_to_the_last_bit(spiky, run_python):
   event, before = events(spiky)[-1], contents(spiky)
   assert event['step'] % SAVES > 1  # There are steps to train before it.

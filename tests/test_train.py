@@ -67,9 +67,6 @@ def ok(done):
     ('headwise', 1),
     pytest.param('elementwise', 2, marks=pytest.mark.full),
     pytest.param('none', 1, marks=pytest.mark.full),
-    pytest.param('none', 2, marks=pytest.mark.full),
-    pytest.param('headwise', 2, marks=pytest.mark.full),
-    pytest.param('elementwise', 1, marks=pytest.mark.full),
   ],
 )
 def test_a_killed_run_goes_on_to_the_last_bit(
@@ -155,7 +152,7 @@ def trained(tmp_path_factory, run_python):
   return workdir
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_evaluation_prints_its_report_as_the_last_line(trained, run_python):
   done = ok(run_python(['eval.py', f'--workdir={trained}', '--rows=16'], devices=8))
   report = json.loads(done.stdout.splitlines()[-1])

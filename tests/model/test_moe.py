@@ -348,7 +348,7 @@ def first_step(accum=1, over='global', dispatch='dropless', **sizes):
 @pytest.mark.parametrize(
   ('accum', 'sizes'),
   [
-    (2, {}),
+    pytest.param(2, {}, marks=pytest.mark.full),
     pytest.param(2, dict(fsdp=2, expert=2), marks=pytest.mark.full),
     pytest.param(4, {}, marks=pytest.mark.full),
     pytest.param(8, {}, marks=pytest.mark.full),

@@ -566,7 +566,7 @@ def test_selected_points_are_judged_among_all_points(tmp_path, monkeypatch):
     report.write(swept, out, only='lr=1')
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_report_is_complete_and_reproducible(lab, tmp_path):
   image = pytest.importorskip('matplotlib.image')
   outs = [storage.path(tmp_path / name) for name in ('first', 'second')]
