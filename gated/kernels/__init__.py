@@ -16,6 +16,8 @@ from gated.kernels.attention.contract import (
   check_backend,
   segment_runs,
 )
+from gated.kernels.attention.key_sums import KeySums, key_sums
+from gated.kernels.attention.key_sums import fits as key_sums_fit
 from gated.kernels.cross_entropy import vocab_loss
 from gated.kernels.grouped_matmul.contract import GROUPED, check_grouped, grouped_matmul
 
@@ -25,12 +27,15 @@ __all__ = [
   'NORMALIZERS',
   'REFERENCE_LIMIT',
   'SOFTPICK_EPS',
+  'KeySums',
   'attend',
   'attend_cache',
   'attend_lse',
   'check_backend',
   'check_grouped',
   'grouped_matmul',
+  'key_sums',
+  'key_sums_fit',
   'scores',
   'segment_runs',
   'soft_cap',

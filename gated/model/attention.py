@@ -116,6 +116,7 @@ class Trace(NamedTuple):
   query: jax.Array  # (B, T, H, K), normed, gated, rotated and scaled
   key: jax.Array  # (B, T, G, K), likewise
   value: jax.Array  # (B, T, G, K), gated
+  lse: jax.Array | None  # log-sum-exp of the scores (B, T, H), if it was asked for
   sinks: jax.Array | None  # log-sum-exp of the sinks' terms in the denominator (B, T, H)
   sdpa: jax.Array  # the SDPA output before its gate, after `Config.output` (B, T, H, K)
   gated: jax.Array  # what the output projection reads (B, T, H, K)
@@ -203,10 +204,13 @@ class Attention(nnx.Module):
     angle_BTk: jax.Array,
     segment_BT: jax.Array | None,
     cache: Cache | None = None,
+    *,
+    lse: bool = False,
   ) -> Trace:
     """The same computation -> all its tensors.
 
-    With a cache the tokens attend to its slots up to their own position, themselves
+    With `lse`, for inference, a softmax also returns its log-sum-exp, without sinks. With
+    a cache the tokens attend to its slots up to their own position, themselves
     included, whatever the segments; the caller stores the new keys and values.
     """
     unrotated_BTHK, k_BTGK = self._query_and_key(x_BTD, angle_BTk)
@@ -217,16 +221,19 @@ class Attention(nnx.Module):
     q_BTHK = self._rotated(unrotated_BTHK, angle_BTk)
     qkv = q_BTHK, k_BTGK, v_BTGK
     if cache is None:
-      y_BTHK, extra_BTH = self._attend(unrotated_BTHK, *qkv, segment_BT)
+      y_BTHK, lse_BTH = self._attend(*qkv, segment_BT, lse)
     else:
-      y_BTHK, extra_BTH = self._attend_cache(unrotated_BTHK, *qkv, cache)
+      y_BTHK, lse_BTH = self._attend_cache(*qkv, cache)
+    extra_BTH = None
+    if self.sinks is not None:
+      y_BTHK, extra_BTH = self.sinks(y_BTHK, lse_BTH, unrotated_BTHK)
     if self.output_norm is not None:
       y_BTHK = self.output_norm(y_BTHK)
     elif self.cfg.output == 'silu':
       y_BTHK = jax.nn.silu(y_BTHK)
     z_BTHK = self._gated('sdpa', y_BTHK, x_BTD)
     update_BTD = self._gated('out', self.out(z_BTHK), x_BTD)
-    return Trace(q_BTHK, k_BTGK, v_BTGK, extra_BTH, y_BTHK, z_BTHK, update_BTD)
+    return Trace(*qkv, lse_BTH, extra_BTH, y_BTHK, z_BTHK, update_BTD)
 
   def query_and_key(self, x_BTD, angle_BTk) -> tuple[jax.Array, jax.Array]:
     """-> (q_BTHK, k_BTGK), the kernel inputs: normed, gated, rotated and scaled."""
@@ -242,26 +249,23 @@ class Attention(nnx.Module):
   def _rotated(self, x_BTHK, angle_BTk) -> jax.Array:
     return rope(x_BTHK, angle_BTk, self.cfg.yarn.scale)
 
-  def _attend(self, unrotated_BTHK, q_BTHK, k_BTGK, v_BTGK, segment_BT):
-    """-> (y_BTHK, the log-sum-exp of the sinks' terms or None)."""
+  def _attend(self, q_BTHK, k_BTGK, v_BTGK, segment_BT, lse: bool):
+    """-> (y_BTHK, the log-sum-exp of the scores or None)."""
     cfg, qkvs = self.cfg, (q_BTHK, k_BTGK, v_BTGK, segment_BT)
     opts: dict[str, Any] = dict(backend=cfg.backend, cap=cfg.logit_cap)
     opts['max_segments'] = cfg.max_segments
-    if self.sinks is None:
-      return kernels.attend(*qkvs, normalizer=cfg.normalizer, **opts), None
-    return self.sinks(*kernels.attend_lse(*qkvs, **opts), unrotated_BTHK)
+    if self.sinks is not None or (lse and cfg.normalizer in OVER_SOFTMAX):
+      return kernels.attend_lse(*qkvs, **opts, gradient=not lse)
+    return kernels.attend(*qkvs, normalizer=cfg.normalizer, **opts), None
 
-  def _attend_cache(self, unrotated_BTHK, q_BTHK, k_BTGK, v_BTGK, cache: Cache):
+  def _attend_cache(self, q_BTHK, k_BTGK, v_BTGK, cache: Cache):
     """As `_attend`, with the keys and values of the cache."""
     cfg = self.cfg
     k_BSGK = put(cache.key, k_BTGK, cache.start_B)
     v_BSGK = put(cache.value, v_BTGK, cache.start_B)
     normalizer = 'softmax' if cfg.normalizer in OVER_SOFTMAX else cfg.normalizer
     opts: dict[str, Any] = dict(normalizer=normalizer, cap=cfg.logit_cap)
-    y_BTHK, lse_BTH = kernels.attend_cache(q_BTHK, k_BSGK, v_BSGK, cache.start_B, **opts)
-    if self.sinks is None:
-      return y_BTHK, None
-    return self.sinks(y_BTHK, lse_BTH, unrotated_BTHK)
+    return kernels.attend_cache(q_BTHK, k_BSGK, v_BSGK, cache.start_B, **opts)
 
   def _gated(self, position: str, y: jax.Array, x_BTD: jax.Array) -> jax.Array:
     """Applies the gate to y if it is configured for this position."""

@@ -126,10 +126,12 @@ class Block(nnx.Module):
     segment_BT,
     live_BT,
     cache: attention.Cache | None = None,
+    *,
+    lse: bool = False,
   ) -> BlockTrace:
-    """The same computation -> all its tensors; `cache` is for `Attention.trace`."""
+    """The same computation -> all its tensors; `Attention.trace` has the options."""
     x_BTD = mesh.constrain(x_BTD, 'batch', 'tokens', None)
-    attn = self.attn.trace(self.attn_norm(x_BTD), angle_BTk, segment_BT, cache)
+    attn = self.attn.trace(self.attn_norm(x_BTD), angle_BTk, segment_BT, cache, lse=lse)
     attn_BTD = self._branch(attn.update, self.attn_branch_norm)
     middle_BTD = x_BTD + attn_BTD
     y_BTD, report = self.ffn_norm(middle_BTD), None

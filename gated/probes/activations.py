@@ -58,14 +58,21 @@ def _median(size_BTD: jax.Array, live_BT: jax.Array) -> jax.Array:
   # Padding counts nowhere: it is larger than any number.
   bits_BTD = jnp.where(live_BT[..., None], bits_BTD, jnp.iinfo(integer).max)
   count_B = live_BT.sum(1) * size_BTD.shape[-1]
-  middle_2B = jnp.stack([jnp.maximum(count_B - 1, 0) // 2, count_B // 2])
+  lower_B = jnp.maximum(count_B - 1, 0) // 2
 
-  def step(i, value_2B):
-    candidate_2B = value_2B | (jnp.ones((), integer) << (width - 2 - i).astype(integer))
-    below = bits_BTD[None] < candidate_2B[..., None, None]
-    return jnp.where(jnp.sum(below, (2, 3)) <= middle_2B, candidate_2B, value_2B)
+  def step(i, value_B):
+    candidate_B = value_B | (jnp.ones((), integer) << (width - 2 - i).astype(integer))
+    smaller = bits_BTD < candidate_B[:, None, None]
+    return jnp.where(jnp.sum(smaller, (1, 2)) <= lower_B, candidate_B, value_B)
 
-  value_2B = jnp.zeros(middle_2B.shape, integer)
-  value_2B = jax.lax.fori_loop(0, width - 1, step, value_2B)
-  median_2B = jax.lax.bitcast_convert_type(value_2B, size_BTD.dtype)
-  return jnp.where(count_B > 0, median_2B.astype(jnp.float32).mean(0), 0)
+  value_B = jnp.zeros(lower_B.shape, integer)
+  value_B = jax.lax.fori_loop(0, width - 1, step, value_B)
+  # Of an even count the median is the mean of this number and the next one in order.
+  larger = bits_BTD > value_B[:, None, None]
+  next_B = jnp.where(larger, bits_BTD, jnp.iinfo(integer).max).min((1, 2))
+  up_to_B = count_B - jnp.sum(larger & live_BT[..., None], (1, 2))
+  upper_B = jnp.where(up_to_B > count_B // 2, value_B, next_B)
+  to_float = lambda bits: jax.lax.bitcast_convert_type(bits, size_BTD.dtype)
+  lower, upper = to_float(value_B), to_float(upper_B)
+  middle_B = (lower.astype(jnp.float32) + upper.astype(jnp.float32)) / 2
+  return jnp.where(count_B > 0, middle_B, 0)

@@ -12,16 +12,14 @@ B batch  T tokens  H heads  G KV heads  R = H/G  K head width  N pairs of blocks
 q, s a block of queries, of keys
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gated import kernels, model
-from gated.devices import mesh
 from gated.model import attention
+from gated.probes import pairs
 
 # Sink rate (Gu et al., arXiv 2410.10781): a mean weight above EPSILON, for the keys
 # 0 to KEYS - 1, over the first PREFIX tokens of a row and over the whole row.
@@ -29,8 +27,6 @@ EPSILON, KEYS, PREFIX = 0.3, 5, 64
 # First-token attention is also given over the queries from this position on, and a key
 # counts in `largest_key` if at least so many queries see it.
 LATER = 64
-# Scores of a pair of blocks, over all rows and heads: 128 MiB.
-PAIRS = 1 << 25
 LONGEST = 512  # Tokens of a row whose whole map is given.
 
 
@@ -94,7 +90,7 @@ def measure(
   queries, documents_queries   (B, 3): the number of these queries
   sink_prefix, sink_row        (B, H, KEYS): whether alpha_k > EPSILON
   mass, sink_mass, entropy     (B, H): summed over queries
-  logit             (): the largest |q k| / sqrt(K), before a cap; NaN if any is
+  logit             (): the largest |q k| / sqrt(K), before a cap; infinite if one is NaN
   key_mean          (B, H): the largest mean weight that a key receives
   key_index         (B, H): that key's position in the row
   key_counts        (B,): whether any key is seen by at least LATER queries
@@ -123,7 +119,7 @@ def maps(net: model.Transformer, batch: Any) -> jax.Array:
     mask_TT &= rows.segment[0][:, None] == rows.segment[0][None]
 
   def through(block, x_BTD, *rest):
-    trace = block.trace(x_BTD, *rest)
+    trace = block.trace(x_BTD, *rest, lse=True)
     weights = _weights(block.attn, trace.attn, rows)
     [score] = kernels.scores(trace.attn.query[:1], trace.attn.key[:1])
     of_query = tuple(x[0].T.reshape(*score.shape[:3], 1) for x in weights.of_query)
@@ -141,12 +137,10 @@ def _weights(attn, trace, rows: Rows) -> Weights:
     log_BT1 = jnp.log(rows.visible.astype(jnp.float32))[..., None]
     return Weights('sigmoid', cfg.logit_cap, (jnp.broadcast_to(log_BT1, shape),))
   if cfg.normalizer == 'softpick':
-    return Weights('softpick', cfg.logit_cap, _softpick(trace, rows, cfg.logit_cap))
-  opts = dict(backend=cfg.backend, cap=cfg.logit_cap, max_segments=cfg.max_segments)
-  qkvs = trace.query, trace.key, trace.value, rows.segment
-  _, log_sum_BTH = kernels.attend_lse(*qkvs, **opts)
+    return Weights('softpick', cfg.logit_cap, pairs.softpick(trace, rows, cfg.logit_cap))
+  log_sum_BTH = trace.lse
   if trace.sinks is not None:
-    log_sum_BTH = jnp.logaddexp(log_sum_BTH, trace.sinks)
+    log_sum_BTH = jnp.logaddexp(trace.lse, trace.sinks)
   return Weights('softmax', cfg.logit_cap, (log_sum_BTH,))
 
 
@@ -213,131 +207,42 @@ def _sink_rates(to_first, rows: Rows) -> dict[str, jax.Array]:
 EXACT: Any = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-class _Blocks(NamedTuple):
-  """A batch in blocks of tokens, and the pairs of blocks that causal attention visits."""
-
-  query: jax.Array  # (B, T, G, R, K), T a multiple of `size`
-  key: jax.Array  # (B, T, G, K)
-  segment: jax.Array  # (B, T); one document per row if whole rows attend
-  live: jax.Array  # (B, T)
-  size: int
-  pairs: tuple[np.ndarray, np.ndarray]  # indices of query blocks and of key blocks
-
-  def pad(self, x: jax.Array) -> jax.Array:
-    """(B, T, ...) -> the same up to a multiple of the block's size."""
-    more = self.live.shape[1] - x.shape[1]
-    return jnp.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)))
-
-  def cut(self, x: jax.Array, i) -> jax.Array:
-    """Block i of (B, T, ...)."""
-    return jax.lax.dynamic_slice_in_dim(x, i * self.size, self.size, 1)
-
-  def scores(self, i, j) -> tuple[jax.Array, jax.Array]:
-    """Blocks of queries and keys -> (uncapped scores BGRqs, which count: B11qs)."""
-    query_BqHK = self.cut(self.query, i)
-    score = kernels.scores(query_BqHK, self.cut(self.key, j))
-    place = jnp.arange(self.size)
-    causal = (i * self.size + place)[:, None] >= (j * self.size + place)[None]
-    same = self.cut(self.segment, i)[..., None] == self.cut(self.segment, j)[:, None]
-    mask = causal[None] & same & self.cut(self.live, i)[..., None]
-    return score, mask[:, None, None]
-
-
-def _blocks(trace, rows: Rows) -> _Blocks:
-  batch, length = rows.live.shape
-  count = -(-length // max(1, math.isqrt(PAIRS // (batch * trace.query.shape[2]))))
-  size = -(-length // count)
-  more = count * size - length
-  # Each device holds the whole rows of its heads.
-  whole = lambda x, axis: mesh.constrain(x, 'batch', None, axis, None)
-  pad = lambda x: jnp.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)))
-  flat = lambda x: pad(mesh.constrain(x, 'batch', None))
-  pairs = np.tril_indices(count)
-  segment = jnp.ones_like(rows.index) if rows.segment is None else rows.segment
-  return _Blocks(
-    pad(whole(trace.query, 'heads')),
-    pad(whole(trace.key, 'kv_heads')),
-    flat(segment),
-    flat(rows.live),
-    size,
-    (pairs[0].astype(np.int32), pairs[1].astype(np.int32)),
-  )
-
-
-def _softpick(trace, rows: Rows, cap: float) -> tuple[jax.Array, jax.Array]:
-  """-> each query's largest positive score, and the sum of |exp(s - top) - exp(-top)|."""
-  blocks = _blocks(trace, rows)
-  B, T, H, _ = blocks.query.shape
-
-  def heads_last(x_BGRq):
-    return x_BGRq.reshape(B, H, -1).swapaxes(1, 2)
-
-  def step(carry, pair):
-    top_BTH, total_BTH = carry
-    i, j = pair
-    score, mask = blocks.scores(i, j)
-    score = kernels.soft_cap(score, cap)
-    before = blocks.cut(top_BTH, i)
-    top = jnp.maximum(before, heads_last(jnp.where(mask, score, 0).max(-1)))
-    wide = top.swapaxes(1, 2).reshape(*score.shape[:-1], 1)
-    e = jnp.where(mask, jnp.abs(jnp.exp(score - wide) - jnp.exp(-wide)), 0)
-    total = blocks.cut(total_BTH, i) * jnp.exp(before - top) + heads_last(e.sum(-1))
-    put = lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, i * blocks.size, 1)
-    return (put(top_BTH, top), put(total_BTH, total)), None
-
-  zero = jnp.zeros((B, T, H), jnp.float32)
-  (top, total), _ = jax.lax.scan(step, (zero, zero), blocks.pairs)
-  length = rows.live.shape[1]
-  return top[:, :length], total[:, :length] + kernels.SOFTPICK_EPS
-
-
 def _all_pairs(trace, weights: Weights, rows: Rows) -> dict[str, jax.Array]:
   """Entropy, mass, the largest logit and the largest mean weight of a key."""
-  blocks = _blocks(trace, rows)
-  B, T, H, _ = blocks.query.shape
-  G = blocks.key.shape[2]
-  of_query = tuple(map(blocks.pad, weights.of_query))
-
-  def step(carry, pair):
-    entropy_BH, mass_BH, logit, bad, column_BTH, seen_BT = carry
-    i, j = pair
-    score, mask = blocks.scores(i, j)
-    spread = lambda x: (
-      blocks.cut(x, i).swapaxes(1, 2).reshape(B, G, H // G, blocks.size, 1)
+  if weights.normalizer == 'softmax' and kernels.key_sums_fit(trace.query):
+    segment = jnp.ones_like(rows.index) if rows.segment is None else rows.segment
+    [log_sum_BTH] = weights.of_query
+    documents = segment, rows.live
+    sums = kernels.key_sums(
+      trace.query, trace.key, log_sum_BTH, *documents, cap=weights.cap
     )
-    weight = jnp.where(mask, weights(score, tuple(map(spread, of_query))), 0)
-    log_weight = jnp.log(jnp.where(weight > 0, weight, 1))
-    size = jnp.where(mask, jnp.abs(score), 0)
-    by_head = lambda x: x.reshape(B, H, *x.shape[3:])
-    add = lambda x, part: jax.lax.dynamic_update_slice_in_dim(
-      x, blocks.cut(x, j) + part, j * blocks.size, 1
-    )
-    return (
-      entropy_BH - by_head((weight * log_weight).sum((-1, -2))),
-      mass_BH + by_head(weight.sum((-1, -2))),
-      jnp.maximum(logit, size.max()),
-      bad | jnp.isnan(size).any(),
-      add(column_BTH, by_head(weight.sum(-2)).swapaxes(1, 2)),
-      add(seen_BT, mask[:, 0, 0].sum(-2)),
-    ), None
-
-  zero = jnp.float32(0)
-  heads = jnp.zeros((B, H), jnp.float32)
-  columns = jnp.zeros((B, T, H), jnp.float32)
-  start = heads, heads, zero, False, columns, jnp.zeros((B, T), jnp.int32)
-  sums, _ = jax.lax.scan(step, start, blocks.pairs)
-  entropy_BH, mass_BH, logit, bad, column_BTH, seen_BT = sums
+  else:
+    sums = pairs.key_sums(trace, weights, rows)
+  seen_BT = _seen(rows)
   enough_BT = seen_BT >= LATER
-  mean_BTH = column_BTH / jnp.maximum(seen_BT, 1)[..., None]
-  mean_BTH = jnp.where(enough_BT[..., None], mean_BTH, -1)
+  mean_BHT = sums.weight / jnp.maximum(seen_BT, 1)[:, None]
+  mean_BHT = jnp.where(enough_BT[:, None], mean_BHT, -1)
+  mass_BH = sums.weight.sum(-1)
   queries_B1 = rows.size[:, None].astype(jnp.float32)
   taken = queries_B1 - mass_BH if trace.sinks is not None else jnp.zeros_like(mass_BH)
   return {
-    'entropy': entropy_BH,
+    'entropy': sums.entropy.sum(-1),
     'mass': mass_BH,
     'sink_mass': taken,
-    'logit': jnp.where(bad, jnp.nan, logit),
-    'key_mean': mean_BTH.max(1),
-    'key_index': mean_BTH.argmax(1),
+    'logit': sums.logit.max(),
+    'key_mean': mean_BHT.max(-1),
+    'key_index': mean_BHT.argmax(-1),
     'key_counts': enough_BT.any(1),
   }
+
+
+def _seen(rows: Rows) -> jax.Array:
+  """The number of queries, without padding, that see each key: (B, T)."""
+  left_BT = jnp.cumsum(rows.live[:, ::-1], 1)[:, ::-1]
+  if rows.segment is None:
+    return left_BT
+  # Those after the document: the largest number left behind the end of a document.
+  after_BT = jnp.pad(left_BT[:, 1:], ((0, 0), (0, 1)))
+  next_BT = jnp.pad(rows.segment[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+  after_BT = jnp.where(rows.segment != next_BT, after_BT, 0)
+  return left_BT - jax.lax.cummax(after_BT, axis=1, reverse=True)

@@ -32,7 +32,7 @@ def measure(net: model.Transformer, batch: Any, class_V: jax.Array) -> dict[str,
   gated = cfg.attn.gate.position == 'sdpa'
 
   def through(block, x_BTD, *rest):
-    trace = block.trace(x_BTD, *rest)
+    trace = block.trace(x_BTD, *rest, lse=True)
     score = gates.of_block(block, x_BTD)
     by_row: dict[str, Any] = attention.measure(block.attn, trace.attn, rows)
     logit = by_row.pop('logit')
@@ -74,6 +74,6 @@ def merge(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
   return {
     'rows': jax.tree.map(join, *trees('rows')),
     'sums': jax.tree.map(add, *trees('sums')),
-    'logit': np.stack(trees('logit')).max(0),  # NaN stays.
+    'logit': np.stack(trees('logit')).max(0),
     'size': size[size > 0],
   }

@@ -7,7 +7,7 @@ import small
 
 from gated import probes
 from gated.devices import mesh
-from gated.probes import activations, attention, gates, outputs
+from gated.probes import activations, attention, gates, outputs, pairs
 
 LENGTH = 96
 VOCAB = 40
@@ -47,7 +47,7 @@ MODELS = {
 
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch):
-  monkeypatch.setattr(attention, 'PAIRS', 8 * 4 * 40 * 40)
+  monkeypatch.setattr(pairs, 'PAIRS', 8 * 4 * 40 * 40)
 
 
 def traces(net, batch):

@@ -17,6 +17,7 @@ class Case(NamedTuple):
   normalizer: str
   cap: float  # on scores, 0 for none
   lse: bool  # also return the log of the softmax's denominator
+  gradient: bool = True  # of that log, which takes fused kernels a second attention
 
 
 def scores(q_BTHK: jax.Array, k_BSGK: jax.Array) -> jax.Array:

@@ -79,13 +79,15 @@ def attend_lse(
   backend: str,
   max_segments: int,
   cap: float = 0.0,
+  gradient: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
   """As `attend`, by softmax -> (y_BTHK, lse_BTH), both with their gradients.
 
   lse = ln(sum(exp(score))), in float32. It allows extra terms in the denominator outside
-  of the kernel: a term exp(s) scales y by sigmoid(lse - s).
+  of the kernel: a term exp(s) scales y by sigmoid(lse - s). Without `gradient`, for
+  inference, fused kernels save a second attention.
   """
-  case = Case(max_segments, 'softmax', cap, lse=True)
+  case = Case(max_segments, 'softmax', cap, lse=True, gradient=gradient)
   return _run(backend, q_BTHK, k_BSGK, v_BSGK, segment_BT, case)
 
 
@@ -175,6 +177,8 @@ def _cudnn(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
     # The result is indexed by segment, and each device numbers its own segments.
     raise NotImplementedError('has no log-sum-exp of packed rows on several devices')
   y_BTHK, lse_BTH = run(q_BTHK, k_BSGK, v_BSGK, residual=True)
+  if not case.gradient:
+    return y_BTHK, lse_BTH
   return y_BTHK, with_lse_gradient(run, q_BTHK, k_BSGK, lse_BTH)
 
 

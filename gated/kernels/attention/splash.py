@@ -73,6 +73,8 @@ def attend(
     # The kernel that returns the log-sum-exp has no gradient, so it runs separately.
     stopped = map(jax.lax.stop_gradient, (q_BTHK, k_BSGK, v_BSGK))
     _, (lse_BTH,) = call(*stopped, residual=True)
+    if not case.gradient:
+      return y_BTHK, lse_BTH
     return y_BTHK, with_lse_gradient(call, q_BTHK, k_BSGK, lse_BTH)
 
   args = q_BTHK, k_BSGK, v_BSGK, segment_BT
