@@ -133,7 +133,7 @@ def draw(loaded: Any, report: dict[str, Any], ids: np.ndarray) -> None:
     pictures['gates'] = figures.gates(reports)
     pictures['gates-by-layer'] = figures.gates_by_layer(reports)
     title = f'{label}, step {loaded.step}: gate scores'
-    limits = gates.RANGES[gate.activation]
+    limits = gates.score_range(gate.activation)
     html = page.page(loaded.gates(ids), tokens, title=title, limits=limits)
   if jax.process_index() == 0:
     folder = loaded.path / 'probes'

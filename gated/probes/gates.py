@@ -11,17 +11,12 @@ import numpy as np
 
 from gated import model
 from gated.devices import mesh
+from gated.model.gate import ACTIVATIONS
 
 BELOW = (0.05, 0.1, 0.5)  # Shares of scores below these are counted.
 BINS = 50
-# The range of a histogram by activation; scores outside of it count in the outer bins.
-RANGES = {
-  'sigmoid': (0.0, 1.0),
-  'ns_sigmoid': (0.0, 1.0),
-  '2sigmoid': (0.0, 2.0),
-  'silu': (-2.0, 2.0),
-  'identity': (-2.0, 2.0),
-}
+# The range of a histogram of scores that have no limits of their own.
+UNLIMITED = (-2.0, 2.0)
 # Classes of tokens: by their characters, and the first token of each document.
 CLASSES = ('letters', 'digits', 'spaces', 'other', 'first')
 # A head is open at a token if its mean score is at least this.
@@ -62,9 +57,21 @@ def of_block(block: model.Block, x_BTD: jax.Array) -> jax.Array | None:
   return score[..., None, :] if score.ndim == 3 else score
 
 
+def score_range(activation: str) -> tuple[float, float]:
+  """The range of a histogram; scores outside of it count in the outer bins.
+
+  It holds 0, 1 and the limits of the activation, or is UNLIMITED if they lie beyond.
+  """
+  act = ACTIVATIONS[activation]
+  with jax.ensure_compile_time_eval():
+    low, high = (float(act(jnp.float32(logit))) for logit in (-30, 30))
+  inside = UNLIMITED[0] <= low <= high <= UNLIMITED[1]
+  return (min(low, 0.0), max(high, 1.0)) if inside else UNLIMITED
+
+
 def edges(activation: str) -> np.ndarray:
   """The BINS + 1 edges of a histogram, in float32."""
-  return np.linspace(*RANGES[activation], BINS + 1, dtype=np.float32)
+  return np.linspace(*score_range(activation), BINS + 1, dtype=np.float32)
 
 
 def measure(

@@ -53,8 +53,8 @@ def page(
 ) -> str:
   """Scores (L, H, T) or (L, H, T, K), and the text of each token -> an HTML page.
 
-  Channels are averaged. Colours range over `limits`; `gates.RANGES` has those of each
-  activation. ValueError unless every token has a score.
+  Channels are averaged. Colours range over `limits`; `gates.score_range` gives those of
+  each activation. ValueError unless every token has a score.
   """
   score = np.asarray(score, float)
   if score.ndim not in (3, 4) or score.shape[2] != len(tokens) or not score.size:

@@ -7,6 +7,7 @@ import small
 
 from gated import probes
 from gated.devices import mesh
+from gated.model import gate
 from gated.probes import activations, attention, gates, outputs, pairs
 
 LENGTH = 96
@@ -174,7 +175,7 @@ def reference(net, batch):
     layer['value_norm_other'] = norm[live & ~starts].mean()
     if score is not None:
       s = score[live].astype(float)
-      low, high = gates.RANGES[cfg.attn.gate.activation]
+      low, high = gates.score_range(cfg.attn.gate.activation)
       edges = np.linspace(low, high, 51, dtype=np.float32)
       inner = np.clip(score[live], edges[0], np.nextafter(edges[-1], low))
       layer |= {
@@ -298,6 +299,20 @@ def test_the_rank_of_a_map_is_that_of_its_singular_values():
       s = np.linalg.svd(product, compute_uv=False)[:6]
       assert stable[layer, head] == pytest.approx((s**2).sum() / s[0] ** 2)
       assert exp_entropy[layer, head] == pytest.approx(effective(s))
+
+
+def test_the_range_of_a_histogram_follows_from_the_activation(monkeypatch):
+  ranges = {name: gates.score_range(name) for name in gate.ACTIVATIONS}
+  assert ranges == {
+    'sigmoid': (0, 1),
+    'silu': (-2, 2),
+    'identity': (-2, 2),
+    'ns_sigmoid': (0, 1),
+    '2sigmoid': (0, 2),
+  }
+  # A new activation needs no second table.
+  monkeypatch.setitem(gate.ACTIVATIONS, 'tanh', jax.numpy.tanh)
+  assert gates.score_range('tanh') == (-1, 1)
 
 
 def test_the_vocabulary_gate_is_the_gate_of_each_token_alone():
