@@ -37,7 +37,7 @@ class Config:
   # without a weight has weight 1; a part without a domain pools all its domains.
   mixture: str
   length: int  # T; must equal the datasets' --length.
-  tokenizer: str  # Of 'stdlib': 'bytes' or 'bpe:SIZE'. Other datasets contain theirs.
+  tokenizer: str  # For 'stdlib': 'bytes' or 'bpe:SIZE'. Other datasets contain one.
   # Folder for 'stdlib' and copies from gs:// and s3://; '' is the platform's cache.
   cache: str
   verify: str  # Check of each shard against the manifest: 'sha256' or 'size'.

@@ -22,7 +22,7 @@ def default() -> str:
 def make(
   folder: str, is_complete: Callable[[], bool], fill: Callable[[str], None]
 ) -> None:
-  """Makes a folder unless it `is_complete`: `fill` writes a draft, then it is renamed."""
+  """Makes a folder unless it is complete: `fill` writes a draft, then it is renamed."""
   if is_complete():
     return
   cache, name = os.path.split(folder)
@@ -48,7 +48,7 @@ def make(
 
 @contextlib.contextmanager
 def _lock(path: str) -> Generator[bool, None, None]:
-  """Waits for the lock file; yields whether it is locked: some file systems cannot."""
+  """Waits for the lock; yields False if the file system does not support locks."""
   with open(path, 'w') as file:
     try:
       try:

@@ -159,11 +159,11 @@ def _order(part: mixture.Part, seed: int) -> Any:
 
 @dataclasses.dataclass
 class _Batches:
-  """A data source of one host's batches, from a step on."""
+  """A data source of one host's batches, starting at a data step."""
 
   records: _Records
   row: np.dtype
-  step: int  # The first one.
+  step: int  # The first data step.
   batch: int
   rows: list[int]  # In-batch indices of this host.
 

@@ -1,8 +1,8 @@
 """The embedded corpus: the running interpreter's own standard library, without its tests.
 
-About 12 MB of real Python on every machine. A hash of its path puts a file into train or
-held-out (1 in 20). Each file is split into two domains: 'prose' is its comments and
-docstrings, 'code' the rest, unchanged.
+About 12 MB of real Python on every machine. A hash of the path assigns each file to the
+train or held-out split (1 in 20). Each file is divided into two domains: 'prose' contains
+its comments and docstrings, 'code' the rest, unchanged.
 """
 
 import ast
@@ -23,7 +23,7 @@ from gated.data import cache, packing, shards, tokenizer
 
 DOMAINS = ('code', 'prose')
 HELDOUT = 0.05
-SEED = 0  # Of the order in which documents are packed; the run's seed shuffles the rows.
+SEED = 0  # Sets the packing order of documents; the run's seed shuffles the rows.
 SHARD_ROWS = 1 << 14
 # Tests, installed packages, and pydoc_data, which is generated and 6% of the library.
 SKIPPED = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', 'pydoc_data'}
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def directory(length: int, spec: str, folder: str) -> str:
-  """T, 'bytes' or 'bpe:N', and the cache -> the directory of the corpus, built if new."""
+  """T, a tokenizer ('bytes' or 'bpe:N') and the cache -> the corpus, built if missing."""
   paths = files()
   survey = [[name, os.path.getsize(path)] for name, path in paths.items()]
   key = config.digest([sys.version, survey])[:8]
@@ -61,10 +61,11 @@ def files() -> dict[str, str]:
 def take_apart(source: str) -> tuple[str, str]:
   """Python source -> (code, prose), each in the order of the file.
 
-  `pass` replaces a docstring that is a whole body; a line with only a comment disappears.
-  SyntaxError and other errors of a parser for text that is not Python.
+  `pass` replaces a docstring that is the whole body of its function or class. A line with
+  only a comment is removed. Raises SyntaxError or another parser error if the text is not
+  Python.
   """
-  lines = io.StringIO(source).readlines()  # Of '\n' alone, as Python counts them.
+  lines = io.StringIO(source).readlines()  # Splits at '\n' only, as Python counts lines.
   cuts = [*_docstrings(source, lines), *_comments(source)]
   prose = []
   for row, start, stop, substitute, text in sorted(cuts, reverse=True):

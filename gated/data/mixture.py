@@ -50,7 +50,7 @@ class Part:
   """An opened term of the mixture."""
 
   term: Term
-  directory: str  # Local, while that of the term may be a URL or 'stdlib'.
+  directory: str  # A local folder; term.directory may be a URL or 'stdlib'.
   manifest: shards.Manifest
 
   @property
@@ -152,7 +152,7 @@ class Turns:
 
   def __getitem__(self, index: int) -> tuple[int, int]:
     for part, (weight, rest) in enumerate(itertools.pairwise(self._remaining)):
-      # Of the first n indices that reach a part, floor(n * rest / weight) pass it.
+      # Of the first n indices that reach a part, floor(n * rest / weight) skip it.
       passed = index * rest // weight
       if (index + 1) * rest // weight == passed:
         return part, index - passed

@@ -2,8 +2,8 @@
 
 First, each unit of input becomes a unit of tokens. Then the documents of a domain and
 split are ordered by a hash of the seed and their names, and form one stream; row r holds
-its tokens r*T to r*T + T. Any number of processes can do both steps in any order, with
-the same bytes as a result.
+its tokens r*T to r*T + T. The bytes of the result depend neither on the number of
+processes nor on the order in which they work.
 
 N tokens of a stream  R rows  T tokens  C = T + 1 columns of a stored row.
 """
@@ -45,8 +45,8 @@ def write_unit(
 ) -> None:
   """(name, text) pairs -> a unit: tokens, a table of its documents, and their SHA-256.
 
-  Documents without a token are left out. The split of a document depends on its name
-  alone, its place in the stream also on the seed.
+  Documents without a token are skipped. The split of a document depends only on its name;
+  its place in the stream depends on its name and the seed.
   """
   table, start = [], 0
   with storage.draft(path) as draft, open(draft, 'wb') as file:
@@ -264,7 +264,7 @@ def cut(
 ) -> np.ndarray:
   """Consecutive tokens of a stream -> `count` rows, the last one padded.
 
-  begins_N marks the first token of each document, which is no target.
+  begins_N marks the first token of each document, which is not a target.
   """
   C = row['tokens'].shape[0]
   at_RC = np.arange(count)[:, None] * (C - 1) + np.arange(C)
@@ -272,7 +272,7 @@ def cut(
   at_RC = np.minimum(at_RC, len(pieces_N) - 1)
   begins_RC = begins_N[at_RC]
   weighted_RC = real_RC & ~begins_RC
-  weighted_RC[:, 0] = False  # A target of the previous row.
+  weighted_RC[:, 0] = False  # Column 0 is a target of the previous row.
   edges_RC = begins_RC.copy()
   edges_RC[:, 0] = True
   edge_RC = np.maximum.accumulate(np.where(edges_RC, np.arange(C), 0), axis=1)

@@ -2,8 +2,8 @@
 
 Stage 1 turns each unit of input into a unit of tokens, stage 2 packs the token streams
 into shards; the manifest comes last. A restarted call reuses the finished files of an
-interrupted one after a check of their SHA-256. The result is the same to the byte for any
-number of processes.
+interrupted one after a check of their SHA-256. The number of processes does not change a
+byte of the result.
 """
 
 import concurrent.futures
@@ -42,10 +42,10 @@ class Options:
   eos: str  # The end-of-text token, if it has an unusual name.
   heldout: float  # The held-out fraction of documents.
   shard_rows: int
-  seed: int  # Of the order of documents.
-  bos: bool  # Whether a document starts with a token of its own.
-  field: str  # The text in JSON lines and Parquet.
-  suffixes: tuple[str, ...]  # Of files read as text, one document each.
+  seed: int  # Sets the order of documents.
+  bos: bool  # Whether each document starts with the beginning-of-text token.
+  field: str  # The field with the text, in JSON lines and Parquet.
+  suffixes: tuple[str, ...]  # Files with these suffixes are one document of text each.
 
   def __post_init__(self):
     config.within('--length', self.length, 1, shards.MAX_LENGTH)
@@ -117,7 +117,7 @@ def run(
 
 
 def _existing(out: str, made: dict[str, Any]) -> shards.Manifest | None:
-  """The manifest of a complete dataset in `out`; ValueError if it was made otherwise."""
+  """The manifest of a complete dataset in `out`; ValueError if `made` differs."""
   try:
     manifest = shards.read_manifest(out)
   except FileNotFoundError:
@@ -215,11 +215,11 @@ def _tokenize(
 
 @contextlib.contextmanager
 def _pool(processes: int) -> Generator[packing.Run, None, None]:
-  """Yields a Run with this number of processes; one is this process itself."""
+  """Yields a Run over so many processes; with 1, it runs in this process."""
   if processes == 1:
     yield functools.partial(_run, map)
     return
-  # Spawn, as a forked process with threads can hang.
+  # Spawn, because forking a process that has threads can hang.
   spawn = multiprocessing.get_context('spawn')
   executor = concurrent.futures.ProcessPoolExecutor(
     processes, spawn, workers.die_with_parent

@@ -43,7 +43,7 @@ class Batch(NamedTuple):
   in each row, 0 is padding; positions restart with each segment.
   """
 
-  tokens: np.ndarray  # (B, T), like all five.
+  tokens: np.ndarray  # All five arrays have the shape (B, T).
   targets: np.ndarray
   weights: np.ndarray
   segments: np.ndarray
@@ -61,7 +61,7 @@ def layout(length: int, vocab: int) -> np.dtype:
       ('tokens', token, C),
       ('segments', index, C),
       ('positions', index, C),
-      ('weights', '<f4', C),  # Of each token as a target; the first one has none.
+      ('weights', '<f4', C),  # Weight of each token as a target; 0 for the first.
     ]
   )
 
@@ -117,8 +117,8 @@ class Portion:
   rows: int
   documents: int
   tokens: int  # Targets with a weight.
-  bytes: int  # Of text in these targets.
-  segments: int  # The largest number in one row.
+  bytes: int  # Bytes of text in these targets.
+  segments: int  # The largest number of segments in one row.
 
   def __post_init__(self):
     for name in ('rows', 'documents', 'tokens', 'bytes', 'segments'):
@@ -135,7 +135,7 @@ class Vocabulary:
   vocab: int
   eos: int
   eos_token: str
-  sha256: str  # The fingerprint.
+  sha256: str  # The fingerprint of the tokenizer.
 
   def __post_init__(self):
     config.within('vocab', self.vocab, 1, 1 << 31)

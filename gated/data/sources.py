@@ -2,7 +2,7 @@
 
 A unit is about 16 MB of input: many small files, one file, or a range of a large one, so
 that all processes can share one huge file. The units depend neither on the number of
-processes nor on the place of the input.
+processes nor on the location of the input.
 """
 
 import functools
@@ -25,9 +25,9 @@ class Piece(NamedTuple):
   """A file, or bytes (JSON lines) or row groups (Parquet) `start` to `stop` of it."""
 
   path: str
-  name: str  # Relative to the named folder; the documents are called by it.
+  name: str  # Path relative to the parent of the input; document names start with it.
   kind: str  # A key of KINDS.
-  field: str  # The text, in JSON lines and Parquet.
+  field: str  # The field with the text, in JSON lines and Parquet.
   start: int
   stop: int
 
@@ -38,9 +38,9 @@ Unit = tuple[Piece, ...]  # The input of one process at a time.
 def survey(paths: Sequence[str], *, field: str, suffixes: Sequence[str]) -> list[Unit]:
   """Files and folders -> units.
 
-  A file with a suffix of `suffixes` that SUFFIXES lacks is one document of text. Folders
-  are read for `suffixes` alone, if there are any. ValueError for a missing path, an
-  unknown suffix, or paths without input.
+  A file whose suffix is in `suffixes` but not in SUFFIXES is one document of text. If
+  `suffixes` is not empty, only files with these suffixes are read from folders.
+  ValueError for a missing path, an unknown suffix, or paths without input.
   """
   units: list[Unit] = []
   pieces: list[Piece] = []
@@ -173,7 +173,7 @@ def _read_packed_lines(piece: Piece) -> Iterator[tuple[str, str]]:
       yield from _lines(file, piece, 0, 1 << 62)
   except ValueError:
     raise
-  except Exception as error:  # Every compression has its own.
+  except Exception as error:  # Each library raises its own.
     raise ValueError(f'{piece.path} cannot be unpacked: {error}') from error
 
 

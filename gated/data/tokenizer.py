@@ -32,7 +32,7 @@ END = '<|endoftext|>'
 ENDS = (END, '</s>', '<|end_of_text|>', '<eos>', '<|im_end|>', '[SEP]')
 BEGINNINGS = ('<|begin_of_text|>', '<s>', '<bos>', '[CLS]')
 MAX_FILE = 1 << 26  # Bytes; the largest published vocabularies take about 30 MB.
-MAX_VOCAB = 1 << 22  # An array is as long as the largest id.
+MAX_VOCAB = 1 << 22  # Limits an array with one entry per id.
 MAX_GROWTH = 64  # Factor by which the rules of a tokenizer.json may lengthen a text.
 
 Encoded = tuple[np.ndarray, np.ndarray]
@@ -158,7 +158,7 @@ def _hugging_face(path: str, content: bytes, eos: str) -> dict[str, Any]:
       pieces = model.encode(text, add_special_tokens=False)
     ids_N = np.array(pieces.ids, np.int32)
     bytes_N = bytes_V[ids_N]
-    # The sizes of byte-level tokens are exact, also inside of characters, unless the
+    # The sizes of byte-level tokens are exact, even for parts of a character, unless the
     # tokenizer rewrites the text first.
     if eos_id not in ids_N and bytes_N.sum() == len(text.encode()):
       return ids_N, bytes_N
@@ -207,8 +207,9 @@ KINDS = {'.json': _hugging_face, '.model': _sentencepiece}
 def _covered(ids: list, spans: list, text: str, *, eos: str, eos_id: int) -> Encoded:
   """Token ids and their spans of characters -> ids and the bytes that each covers.
 
-  Text between two tokens counts for the later one, text after the last token for that
-  one, and a character of several tokens for the first whose span ends behind it.
+  Text between two tokens counts for the later token, and text after the last token counts
+  for the last one. A character that spans several tokens counts for the first token whose
+  span ends after it.
   """
   ids_N = np.array(ids, np.int32)
   if (ids_N == eos_id).any():
@@ -246,7 +247,7 @@ def _decoder(decode: Callable[[list[int]], str], path: str) -> Callable[..., byt
 
 @contextlib.contextmanager
 def _faults(path: str, fault: str) -> Generator[None, None, None]:
-  """Turns the errors of a library into ValueError; a panic of Rust is no Exception."""
+  """Turns the errors of a library, and Rust panics (BaseException), into ValueError."""
   try:
     yield
   except BaseException as error:
@@ -256,7 +257,7 @@ def _faults(path: str, fault: str) -> Generator[None, None, None]:
 
 
 def _check(settings: dict[str, Any], vocab: dict[str, int]) -> None:
-  """Raises ValueError for bad ids, and for random rules or ones that blow a text up."""
+  """Raises ValueError for bad ids, random rules, and rules that lengthen a text a lot."""
   if max(vocab.values(), default=0) >= MAX_VOCAB:
     raise ValueError(f'the id {max(vocab.values())}, but {MAX_VOCAB - 1} is the largest')
   if len(set(vocab.values())) < len(vocab):

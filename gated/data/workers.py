@@ -30,7 +30,7 @@ def die_with_parent(*_) -> None:
 def terminate_with_parent() -> Callable[[], None] | None:
   """-> the preexec_fn of a command that gets SIGTERM when this process dies.
 
-  None where the kernel cannot do this.
+  None on other systems than Linux.
   """
   if sys.platform != 'linux':
     return None

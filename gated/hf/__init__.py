@@ -41,8 +41,8 @@ _log = logging.getLogger('gated')
 def config(directory: str | Path) -> model.Config:
   """A folder -> the config of its model; ValueError if the model is not supported.
 
-  Weights have the dtype of the embedding in the files, or float32 for Qwen3-Next, because
-  1 is added to its norms. They are computed with in the dtype of the files.
+  The dtype of the weights is that of the embedding in the files, or float32 for
+  Qwen3-Next, because reading adds 1 to its norms. The compute dtype is that of the files.
   """
   source = files.Tensors(directory)
   embedding = source.headers.get(names.TABLE[0][0])
@@ -106,8 +106,8 @@ def save(
   Without a gate, the format is Qwen3 or Qwen3-MoE. With a gate, packing 'grouped' writes
   the authors' Qwen3, which only their code opens; 'per_head' writes a dense model with an
   elementwise gate as Qwen3-Next, which transformers opens. `dtype` defaults to that of
-  each tensor. `also` are keys of config.json without an effect on logits. ValueError
-  names each unsupported knob.
+  each tensor. `also` holds further keys of config.json, which have no effect on logits.
+  ValueError names each unsupported knob.
   """
   if jax.process_count() > 1:
     raise ValueError('saving a Hugging Face checkpoint needs a single process')

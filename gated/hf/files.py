@@ -78,7 +78,7 @@ class Tensors:
   def __init__(self, directory: str | Path):
     self.directory = Path(directory)
     self.headers: dict[str, Tensor] = {}
-    self._files: dict[str, Any] = {}  # By tensor.
+    self._files: dict[str, Any] = {}  # The open file of each tensor.
     for path, names in _files(self.directory).items():
       self._open(path, names)
 

@@ -1,6 +1,7 @@
 """model.Config -> config.json, and the tables shared by both directions.
 
-A model that their architectures cannot express raises ValueError with the knob's name.
+A model that no architecture of Hugging Face can express raises ValueError with the knob's
+name.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ SAME = {
   'vocab_size': ('vocab', int),
 }
 
-# Fixed in all their architectures. Reading sets the knobs to these values; writing
+# Knobs fixed in all these architectures. Reading sets the knobs to these values; writing
 # requires them.
 FIXED = {
   'norm': 'rms',
@@ -79,7 +80,7 @@ def write(
 ) -> tuple[dict[str, Any], int, bool]:
   """Our config -> (config.json, `groups` and `centred` of names.table).
 
-  `also` are further keys. ValueError names each knob that config.json cannot express.
+  `also` holds further keys. ValueError names each knob that config.json cannot express.
   """
   config.one_of('packing', packing, ('grouped', 'per_head'))
   for key in also:

@@ -6,7 +6,7 @@
 
 `data_step` is the number of batches read before the step. Unlike `step` it never
 decreases, even after a rollback, so it decides which events belong to the history of a
-resumed run. A run with forty rollbacks has forty lines here and cannot pass as stable.
+resumed run. A run with forty rollbacks has at least forty lines here.
 """
 
 from collections.abc import Mapping, Sequence

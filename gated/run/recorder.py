@@ -65,7 +65,7 @@ class Recorder(contextlib.ExitStack):
     )
     self.profile = metrics.Profile(workdir, *window, enabled=writes)
     self._progress = metrics.Progress(steps, start=step, seconds=10, enabled=writes)
-    self.push(self._summarize)  # Runs last, after those that are closed here.
+    self.push(self._summarize)  # Runs last: an ExitStack unwinds in reverse order.
     for part in (self._log, self.profile, self._progress):
       self.enter_context(part)
     self.timer = metrics.Timer(

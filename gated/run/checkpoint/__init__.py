@@ -36,7 +36,7 @@ class SaveFailed(RuntimeError):
 
 
 class Checkpoints(Reader):
-  """The checkpoints of a running run; leaving the `with` waits for the last save."""
+  """The checkpoints of a run in progress; leaving the `with` waits for the last save."""
 
   def __init__(self, directory: storage.PathLike, *, keep: int, keep_every: int):
     """Keeps the last `keep` steps, the best one, and every multiple of `keep_every`."""
@@ -68,7 +68,8 @@ class Checkpoints(Reader):
   def save(self, step: int, state: Any, about: dict) -> None:
     """Starts to save; `about` has 'config', 'data' (its fingerprint), 'heldout_loss'.
 
-    Waits for the save before. Raises SaveFailed if that one failed or this one's start.
+    Waits for the previous save. Raises SaveFailed if that save failed or this one cannot
+    start.
     """
     self.wait()
     items = split(state)
@@ -101,15 +102,15 @@ class Checkpoints(Reader):
 
   def newest_good(self) -> int | None:
     self.wait()
-    processes.gather('')  # All processes see what process 0 committed.
+    processes.gather('')  # A barrier: process 0 has committed the step.
     return super().newest_good()
 
   def go_back(self, step: int, *, data_step: int | None = None) -> int | None:
     """Discards the steps after `step` from the history, for later sessions as well.
 
-    They stay on disk until a newer step is committed, or they are saved again. Give
-    `data_step` if the data must continue elsewhere than where the step left it; it is
-    stored, and returned again to later sessions that resume from the same step.
+    They stay on disk until a newer step is committed, or they are saved again. Pass
+    `data_step` if the data must not continue where the step stopped. It is stored, and
+    later sessions that resume from the same step get it as the result.
     """
     self.wait()
     old = head.read(self.directory)
@@ -130,7 +131,7 @@ class Checkpoints(Reader):
       return
     if str(step) in storage.names(self.directory):
       retention.remove(self.directory, step)
-    # After a kill between these two, the folder is gone but still listed in head.json.
+    # If a kill ends the process here, the step is gone but still listed in head.json.
     old = head.read(self.directory)
     if step in old.discarded:
       discarded = tuple(s for s in old.discarded if s != step)
@@ -177,7 +178,7 @@ class Checkpoints(Reader):
     digests = manifest.survey(folder, names[own::count])
     if count == 1:
       return digests
-    # Collectives are not for a background thread: exchange the digests in files.
+    # A background thread must not run collectives: exchange the digests in files.
     notes = folder.parent / f'{step}.digests'
     storage.write(notes / f'{own}.json', json.dumps(digests).encode())
     if own == 0:

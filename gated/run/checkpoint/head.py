@@ -1,6 +1,7 @@
 """head.json, beside the steps: the position of a run, and the steps that it discarded.
 
-It is a hint. The steps decide, and a damaged head.json is ignored with a warning.
+It is only a hint: the committed steps take precedence, and a damaged head.json is ignored
+with a warning.
 """
 
 import logging

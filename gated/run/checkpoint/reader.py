@@ -85,7 +85,7 @@ class Reader(contextlib.AbstractContextManager):
     if last is not None and last not in steps:
       path = self.directory / str(last) / manifest.NAME
       faults.append(f'{path} is missing, but the step was saved')
-    # Before there was a manifest, Orbax's own manager laid out the steps.
+    # Earlier versions had no manifest: Orbax's CheckpointManager laid out the steps.
     if last is None and not steps and (old := ', '.join(self._folders('about'))):
       faults.append(f'{self.directory} has the steps {old} of an earlier version')
     for step in reversed(steps):
@@ -130,7 +130,7 @@ class Reader(contextlib.AbstractContextManager):
     return step
 
   def verify(self, step: int) -> None:
-    """Raises Damaged unless every file of the step is what was saved, byte for byte.
+    """Raises Damaged unless every file of the step is byte for byte as saved.
 
     The processes of a run share the work, and all of them raise if one finds a fault.
     """
@@ -196,7 +196,7 @@ class Reader(contextlib.AbstractContextManager):
     }
 
   def check_model(self, step: int, like: Any) -> None:
-    """Raises ValueError unless the step has the model `like`, except for gates."""
+    """Raises ValueError unless the step has the model `like`; it may lack gates."""
     self.check_items(step, {'model': self._without_new_gates(step, like)})
 
   def restore_model(self, step: int, like: Any, *, fresh: Any = None) -> Any:
@@ -221,7 +221,7 @@ class Reader(contextlib.AbstractContextManager):
     return {name: leaf for name, leaf in trees.flatten(like).items() if not new(name)}
 
   def read(self, step: int, items: dict[str, dict[str, Any]]) -> dict[str, dict]:
-    """A step and, by item, {leaf's name: shape with sharding} -> the same of arrays."""
+    """A step and {item: {leaf: shape with sharding}} -> {item: {leaf: array}}."""
     self.check_items(step, items)
     args = {item: ocp.args.StandardRestore(leaves) for item, leaves in items.items()}
     folder = self._fetched(step)

@@ -22,7 +22,7 @@ class Config:
 
 
 def best(losses: Mapping[int, float | None]) -> int | None:
-  """Steps with their held-out losses -> the lowest, the first of equals; None without."""
+  """Steps with their held-out losses -> the first step with the lowest; None for none."""
   known = [(loss, step) for step, loss in losses.items() if loss is not None]
   return min(known)[1] if known else None
 

@@ -34,7 +34,7 @@ _log = logging.getLogger('gated')
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-  """What a run records of itself, and how often."""
+  """The logs of a run, their intervals in steps, and the window of the profiler."""
 
   every: int
   tensorboard: bool
@@ -96,9 +96,8 @@ class Log(contextlib.ExitStack):
   def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
     """Writes one record of a step: its kind, the time, and the scalars by name.
 
-    Kinds are 'train', 'heldout', 'indicators' and 'probes'; 'time' counts seconds from
-    1970.
-    TensorBoard and wandb get the numbers as kind/name.
+    Kinds are 'train', 'heldout', 'indicators' and 'probes'; 'time' is in seconds since
+    1970. TensorBoard and wandb get the numbers as kind/name.
     """
     if self._sink is None:
       return

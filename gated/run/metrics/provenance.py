@@ -120,11 +120,11 @@ def _without_login(text: str) -> str:
 
 def versions() -> dict[str, str | None]:
   """-> {package: its installed version}; None if it is not installed."""
-  found: dict[str, str | None] = dict.fromkeys(PACKAGES)
+  installed: dict[str, str | None] = dict.fromkeys(PACKAGES)
   for package in PACKAGES:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      found[package] = importlib.metadata.version(package)
-  return found
+      installed[package] = importlib.metadata.version(package)
+  return installed
 
 
 def git(checkout: Path) -> dict | None:

@@ -3,8 +3,8 @@
 JSON lacks NaN and the infinities: they are the strings 'NaN', 'Infinity' and '-Infinity',
 which `read` turns back into floats. Floats are written by `repr` and lose no bit.
 
-An object store cannot append. There, the records of metrics.jsonl lie in the folder
-metrics.jsonl.parts/, in objects of about a thousand, of which the last is rewritten as it
+An object store cannot append. There, the folder metrics.jsonl.parts/ holds the records of
+metrics.jsonl in objects of about a thousand records; the last object is rewritten as it
 grows. If both exist, the file comes before the parts, so that a workdir can be copied
 from a disk to a store and back.
 """
@@ -26,7 +26,7 @@ from gated import storage
 
 ABSENT = {'NaN': math.nan, 'Infinity': math.inf, '-Infinity': -math.inf}
 LARGEST = 1 << 32  # The most bytes of a file of records.
-END = 1 << 20  # More bytes than the last record of a file has.
+END = 1 << 20  # Bytes; more than the largest record.
 PART = 1000  # About the number of records in a part.
 SECONDS = 30.0  # The most seconds before a record is written to a store.
 
@@ -138,7 +138,7 @@ class Parts:
     self._folder = _parts(path)
     heads = [name.partition('-')[0] for name in storage.names(self._folder)]
     self._number = max((int(n) for n in heads if n.isdecimal()), default=0)
-    # Even two writers, which should not happen, would not overwrite each other.
+    # A random name, so that two writers by mistake do not overwrite each other.
     self._session = secrets.token_hex(4)
     self._lines: list[bytes] = []  # The lines of the growing part.
     self._sent = 0  # The number of them in the store.

@@ -25,7 +25,8 @@ class Timer:
 
   MFU = flops_per_token * tokens/s / (peak * devices): only the model's arithmetic,
   forward and backward, without recomputation; `flops_per_token` comes from the model,
-  which counts causal attention half. Without a known `peak` (None) there is no MFU.
+  which counts half of the attention FLOPs because of causality. If `peak` is None, the
+  report has no MFU.
   """
 
   def __init__(
