@@ -48,7 +48,7 @@ class Side(NamedTuple):
 
 
 def ours(saved):
-  """As a run saves: the arrays, their digests, and a manifest."""
+  """Saves as a run does: the arrays, their digests, and a manifest."""
   save = functools.partial(saved.save, about=ABOUT)
   return Side(Path(saved.directory), save, saved.wait, saved.restore)
 
@@ -72,7 +72,7 @@ def plain_orbax(folder, saver):
 
 
 def random_state(size, width):
-  """Bytes -> a decoder's random float32 weights, a third, and its two moments."""
+  """Bytes -> random float32 weights of a decoder, a third of them, and two moments."""
   ffn, count = width * 11 // 4, int(size) // 12
   layer = 4 * width * width + 3 * width * ffn + 2 * width
   depth = max(1, int(0.8 * count / layer))
@@ -115,7 +115,7 @@ def timed(times, name, f, *args):
 
 
 def rotated(names, turn):
-  """The names, with another one first in each turn."""
+  """The names, rotated by one position in each turn."""
   names = collections.deque(names)
   names.rotate(-turn)
   return names

@@ -33,7 +33,7 @@ RECIPES = (
   'configs/dense_1b7.py:28l,gate=elementwise,scale={scale}',
   'configs/moe_15b.py:gate=headwise,scale={scale}',
 )
-# Less to compile, more to compute.
+# Overrides that shorten compilation and lengthen computation.
 SCALES = {
   'test': ['--config.model.layers=scan'],
   'proxy': ['--config.model.layers=scan', '--config.model.depth=8', '--config.batch=32'],
@@ -51,7 +51,7 @@ def flags(steps):
 
 
 def train(recipe, flags, workdir):
-  """Trains -> the losses, the digest of the parameters, tokens/s; RuntimeError."""
+  """Trains -> losses, digest of the parameters, tokens/s; RuntimeError if it fails."""
   command = [sys.executable, 'train.py', f'--config={recipe}', *flags]
   command.append(f'--workdir={workdir}')
   begun = time.perf_counter()

@@ -3,8 +3,8 @@
   python bench/expert_parallel.py [--expert=4 --tokens=8192 --experts=128 --top_k=8 ...]
 
 A dropless layer's forward and backward pass on all devices: 8 simulated ones on a CPU
-(small sizes are the default there), or the GPUs of this machine. FSDP takes the devices
-that --expert leaves. Peers in the same run: the all-to-all, with buffers for the worst
+(small sizes are the default there), or the GPUs of this machine. The fsdp axis has the
+devices that remain. Peers in the same run: the all-to-all, with buffers for the worst
 load, since no token may be dropped; and the weights of all experts on each device. Bytes
 are those that a device receives, read from the compiled program; times are medians in
 milliseconds; errors are relative to the gather of weights.

@@ -4,7 +4,7 @@
 
 An activation of a gate is one line in one table, `ACTIVATIONS` in gated/model/gate.py.
 This example adds the line from outside. To keep it, write it into that file: then
-`python train.py --config.model.attn.gate.activation=hard_sigmoid` knows it too.
+`python train.py --config.model.attn.gate.activation=hard_sigmoid` accepts it too.
 2 CPU cores, about a minute.
 """
 

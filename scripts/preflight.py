@@ -17,8 +17,8 @@ faster. Bytes, FLOPs and traffic are per chip and step. The last line is JSON, w
 
   python scripts/preflight.py --golden [--only=NAME,...] [--write]
 
-compiles the cases of tests/golden/preflight again and reports what grew by more than 5%;
---write keeps the new results.
+compiles the cases of tests/golden/preflight again and reports numbers that grew by more
+than 5%; --write keeps the new results.
 
 Exit codes: 1 if the recipe does not fit or a case fails, 2 for a wrong command line.
 """
@@ -167,7 +167,7 @@ def parse(argv: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> int:
   if _TOPOLOGY.value != preflight.HERE:
-    # JAX takes no device, and libtpu asks no cloud for the machine that it runs on.
+    # JAX opens no accelerator, and libtpu does not query the cloud's metadata server.
     jax.config.update('jax_platforms', 'cpu')
     os.environ |= {
       'TPU_SKIP_MDS_QUERY': '1',

@@ -3,9 +3,9 @@
   python scripts/replay.py --workdir=runs/tiny-elementwise-1a2b3c4d --step=57
 
 Restores the newest checkpoint that leads to a step of spikes.jsonl and trains up to it
-with the run's own train step. On the run's machines and versions the loss is the run's
-to the last bit. The float32 pass starts from the same state, with weights and matrix
-products in float32. Writes nothing. Exit code 2: refused.
+with the run's own train step. On the same machines and versions, the loss equals the
+run's to the last bit. The float32 pass starts from the same state, with weights and
+matrix products in float32. Writes nothing. Exit code 2: refused.
 """
 
 import argparse
@@ -138,7 +138,8 @@ def restore(
 ) -> tuple[int, step.State]:
   """-> the newest step that leads to the event, and its state with the data step set.
 
-  From a step the run read the next batch, or after a later rollback the batch past it.
+  After a step, the run read the next batch or, if it rolled back to the step, the batch
+  past the bad one.
   """
   before, tried = event['step'] - 1, {}
   steps = saved.steps()
@@ -186,7 +187,8 @@ def replay(run: Replay, rows: int) -> dict:
     with jax.set_mesh(p.mesh):
       report[name] = summary(*jax.device_get(inspect(p)(s, batch)))
     losses[name] = row_losses(p, s.model, corpus, event['data_step'])
-  # The run's own step comes last, for it donates the state; it has the bits of the run.
+  # The run's own step comes last, because it donates the state. Only this step gives the
+  # bits of the run.
   _, values = train(state, batch)
   report['recomputed'] |= summary(jax.device_get(values), {})
   bits = lambda name: [repr(report[name][k]) for k in ('loss', 'grad_norm')]
@@ -201,7 +203,7 @@ def replay(run: Replay, rows: int) -> dict:
 
 
 def widened(cfg: plans.Config) -> plans.Config:
-  """A recipe -> the same in float32, on kernels that support it."""
+  """A recipe -> the same recipe in float32, with kernels that support float32."""
   replace = dataclasses.replace
   numerics = replace(cfg.model.numerics, weights='float32', compute='float32')
   attn, experts = (replace(c, backend='auto') for c in (cfg.model.attn, cfg.model.moe))

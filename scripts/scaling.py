@@ -118,7 +118,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 def remarks(rows: Sequence[Row]) -> list[str]:
   """The numbers of chips where each set of axes pays, and why it stops.
 
-  Of the sets of one or two axes, and those of the best meshes.
+  Covers the sets of one or two axes, and the sets of the best meshes.
   """
   rows = [r for r in rows if r.meshes]
   best = {next(iter(r.meshes)) for r in rows}

@@ -167,7 +167,7 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
   points = sweep.only(draft.points, args.only)
   if not (sweep.local(draft.folder) / sweep.NAME).exists():
     sweep.check_here(points)
-  # Of all points, so that a part has the same environment, and losses, as the whole.
+  # Room for all points, so that a part has the same environment and losses as the whole.
   room = sweep.room(draft.points, args.jobs)
   slots = room.slots[: len(points)]
   swept = swept or sweep.write(draft, room.environment)
