@@ -9,9 +9,9 @@ Prints a table of held-out loss by domain, beside two yardsticks on the same tex
 its last line the report as JSON, which it also writes to WORKDIR/eval/STEP.json. Nothing
 is written to a Hugging Face folder. Exit code 2: refused.
 
-With --probe it prints what each layer does inside instead, and writes it to
-WORKDIR/probes/STEP.json; --figures draws it there too. With --prompt it prints how the
-model continues the prompt.
+With --probe it prints measurements of each layer instead, and writes them to
+WORKDIR/probes/STEP.json; --figures adds figures there. With --prompt it prints the
+prompt and the model's continuation.
 """
 
 import logging
@@ -90,7 +90,7 @@ def probe(workdir: str) -> dict[str, Any]:
   config.at_least('--rows', _ROWS.value, 0)
   loaded, mask = _load(workdir), _MASK.value
   if _FIGURES.value:
-    probing.drawing(loaded)  # A missing package is refused before the work.
+    probing.drawing(loaded)  # Reports a missing package before the probes run.
   if _TEXT.value:
     try:
       rows, length = Path(_TEXT.value).read_text(), _LENGTH.value
@@ -125,7 +125,7 @@ def _load(workdir: str) -> Loaded:
 
 
 def _corpus(loaded: Loaded) -> data.Corpus:
-  """The text of --data, or the run's own; base.py's for a Hugging Face folder."""
+  """The corpus of --data, or the run's own; base.py's for a Hugging Face folder."""
   c = base.get_config().to_dict()
   flagged = dict(length=_LENGTH.value, tokenizer=_TOKENIZER.value)
   knobs = c['data'] | {k: v for k, v in flagged.items() if v}
@@ -158,7 +158,7 @@ def _path(loaded: Loaded, corpus: data.Corpus) -> storage.Path:
 
 
 def parse(argv: list[str]) -> list[str]:
-  """Parses the command line; a mistake in it is one line that names the flag."""
+  """Parses the command line; an error is reported in one line that names the flag."""
   try:
     rest = flags.FLAGS(argv)
     if rest[1:] or not _WORKDIR.value:

@@ -41,7 +41,7 @@ _log = logging.getLogger('gated')
 
 
 class Services(NamedTuple):
-  """What a run holds from its first session to its last."""
+  """The services that all sessions of a run share."""
 
   saves: checkpoint.Checkpoints
   lock: Lock
@@ -121,7 +121,7 @@ def _session(run: Run, step: Any, services: Services) -> int:
 
 
 def _loop(run: Run, step, state, services: Services, record: recorder.Recorder) -> int:
-  """The loop: data, step, metrics of the step before, held-out loss, save."""
+  """The loop: data, step, metrics of the previous step, held-out loss, save."""
   cfg, on, corpus = run.plan.cfg, run.plan.mesh, run.corpus
   evaluate = evaluate_step(cfg.model, on, cfg.loss.chunk)
   watch = run.plan.watch()
@@ -161,7 +161,7 @@ def _loop(run: Run, step, state, services: Services, record: recorder.Recorder) 
 
 
 def _save(run: Run, state, services: Services, record, heldout_loss) -> None:
-  """Starts to save a state that was seen to be finite."""
+  """Starts to save a state whose step was finite."""
   record.sync()
   about = dict(config=run.config, data=run.corpus.fingerprint)
   about |= dict(heldout_loss=heldout_loss, stability=record.events.report())
@@ -170,7 +170,7 @@ def _save(run: Run, state, services: Services, record, heldout_loss) -> None:
 
 
 def parse(argv: list[str]) -> list[str]:
-  """Parses the command line; a mistake in it is one line that names the knob."""
+  """Parses the command line; an error is reported in one line that names the knob."""
   try:
     config.check_command(argv, config.flatten(base.get_config().to_dict()))
     rest = flags.FLAGS(argv)

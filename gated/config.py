@@ -88,7 +88,7 @@ def coerce(hint: Any, value: Any, name: str) -> Any:
   An integer becomes a float; a float must be finite; a mapping becomes a dataclass.
   """
   if type(value) is hint and hint is not float:
-    return value  # Fast, for files with many entries.
+    return value  # A fast path, for files with many entries.
   if dataclasses.is_dataclass(hint):
     if not isinstance(value, Mapping):
       raise ValueError(f'{name}={value!r}, but a group of knobs is expected')

@@ -34,9 +34,9 @@ PathLike = str | os.PathLike[str]
 STORES = {'gs': 'gcsfs', 's3': 's3fs'}
 REMOTE = tuple(f'{scheme}://' for scheme in STORES)
 THREADS = 8  # Concurrent copies.
-# Errors of a disk that takes no more data: full, over quota, read-only, broken.
+# Errors of a disk that cannot be written: full, over quota, read-only, broken.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-PART = 1 << 24  # Bytes per part of a multipart upload; THREADS * 4 parts are in memory.
+PART = 1 << 24  # Bytes per part of a multipart upload; memory holds THREADS * 4 parts.
 
 
 def path(spec: PathLike) -> Path:
@@ -139,7 +139,7 @@ def write_json(
 
 
 def is_full(error: Exception) -> bool:
-  """Whether an error means that the disk takes no more data; see FULL."""
+  """Whether an error means that the disk cannot be written; see FULL."""
   return isinstance(error, OSError) and error.errno in FULL
 
 

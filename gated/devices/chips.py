@@ -1,11 +1,11 @@
 """The table of accelerators: speed, memory, links, slices, from the vendors' pages.
 
-A chip is one JAX device (a TPU7x has two). Speeds are the vendors'
-peaks; `pods/estimate/roofline.py` assumes how much of a peak a program reaches.
+A chip is one JAX device (a TPU7x has two). Speeds are the vendors' peaks;
+`pods/estimate/roofline.py` holds the assumed fraction of a peak that a program reaches.
 
 TPUs: docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x, "system architecture".
-GPUs: NVIDIA's data sheets (A100, L4, L40S, H100, H200, GH200, HGX B200), which print most
-figures with 2:4 sparsity: halved here.
+GPUs: NVIDIA's data sheets (A100, L4, L40S, H100, H200, GH200, HGX B200). They print most
+figures with 2:4 sparsity; those are halved here.
 """
 
 import itertools
@@ -27,8 +27,8 @@ class Chip:
   link_bandwidth: float  # sent over all links to the chips around it
   network_bandwidth: float  # sent to other slices or hosts
   slice_size: int  # the most chips that the links connect
-  torus_dims: int  # of the links' grid; 1 is a switch
-  torus_from: int  # the least slice whose rows of chips are rings
+  torus_dims: int  # dims of the links' grid; 1 for a switch
+  torus_from: int  # the smallest slice whose rows of chips are rings
 
 
 def _chip(
@@ -80,14 +80,14 @@ CHIPS: dict[str, Chip] = {
     _chip('h200-nvl', 'NVIDIA H200 NVL', 835, 139.8, 4800, 450, 50),
     _chip('gh200', 'NVIDIA GH200 480GB', 989, 94.5, 4000, 450, 50),
     _chip('b200', 'NVIDIA B200', 2250, 178.3, 8000, 900, 50),
-    # Round numbers, to compare meshes on simulated devices and on those missing from this
-    # table. Its memory, the host's, is no limit.
+    # Round numbers, to compare meshes on simulated devices and on devices missing from
+    # this table. The memory is the host's and has no limit here.
     _chip('cpu', 'cpu', 1, None, 20, 10, 1, 1024),
   )
 }
 
-# Sides of the largest slice on offer. Google's pages: v4 and v5p slices below 4x4x4 are
-# those of _SMALL; the sides of larger ones are multiples of 4.
+# Sides of the largest slice that Google offers. By its pages, v4 and v5p slices below
+# 4x4x4 are those of _SMALL, and the sides of larger slices are multiples of 4.
 _SIDES = {
   'v4': (12, 16, 16),
   'v5e': (16, 16),

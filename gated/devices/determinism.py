@@ -2,8 +2,8 @@
 
 CPUs and TPUs repeat a step bit for bit. GPUs do not: atomics and NVLink's switches add in
 any order, and XLA's autotuning chooses kernels by measured time. `enable` prevents this
-by environment variables, which XLA and NCCL read when the first device is used. Our own
-code checks them with `enabled`.
+with environment variables, which XLA and NCCL read when the first device is used. Our own
+code reads them through `enabled`.
 
 R rows of a table  D width  N values to add
 """
@@ -31,19 +31,19 @@ class Setting(NamedTuple):
 
 
 FLAGS = {
-  # cuDNN's gradient of attention and scatters in a fixed order; no kernel with atomics.
+  # cuDNN's attention gradient and scatters add in a fixed order; atomics are excluded.
   'xla_gpu_exclude_nondeterministic_ops': Setting('true', ON),
   # Older versions of XLA autotune kernels unless these forbid it.
   'xla_gpu_deterministic_ops': Setting('true', ON),
   'xla_gpu_autotune_level': Setting('0', ('0',)),
-  # Without autotuning, cuBLAS chooses better than Triton's first candidate.
+  # Without autotuning, cuBLAS chooses a faster kernel than Triton's first candidate.
   'xla_gpu_enable_triton_gemm': Setting('false', ()),
 }
 
 VARIABLES = {
   # Switches add in any order (github.com/NVIDIA/nccl/issues/1497).
   'NCCL_NVLS_ENABLE': Setting('0', ('0',)),
-  # By default NCCL chooses by message size, number of channels and topology.
+  # NCCL's default depends on message size, number of channels and topology.
   'NCCL_ALGO': Setting('Ring', ('Ring',)),
   'NCCL_PROTO': Setting('Simple', ('Simple', 'LL', 'LL128')),
 }
@@ -108,9 +108,9 @@ def applies(platform: str) -> bool:
 def add_rows(table_RD: jax.Array, row_N: jax.Array, value_ND: jax.Array) -> jax.Array:
   """Adds each value to its row of the table in a fixed order; drops rows outside of it.
 
-  The values are sorted by row; a segmented scan adds them, and a row's last partial sum
-  is its total. XLA's own deterministic scatter adds one row at a time, or sorts every
-  number.
+  The values are sorted by row and added by a segmented scan; a row's last partial sum is
+  its total. XLA's own deterministic scatter is slower: it adds one row at a time, or
+  sorts all numbers.
   """
   order_N = jnp.argsort(row_N, stable=True)
   row_N, value_ND = row_N[order_N], value_ND[order_N]

@@ -40,7 +40,7 @@ class Config:
   threshold: float  # of a spike: standard deviations of loss or gradient norm above mean
   window: int  # accepted steps in the mean; no step is a spike before half of them
   max_bad_steps: int  # skipped steps in a row before the run rolls back, or stops
-  max_rollbacks: int  # of a whole run before it stops
+  max_rollbacks: int  # rollbacks in a run before it stops
   stuck_after: float  # seconds without a step after which a process exits; 0 for never
   peer_timeout: int  # seconds without a heartbeat after which a process is lost
 
@@ -78,9 +78,9 @@ def guard(
   and `on_spike` is not 'none'. Then the updates are zeros, and the inner state does not
   change by a bit. In all other steps the updates are those of `tx`.
 
-  An exception is an update that is not finite although its gradient is (for example if
-  Adam divides by an `eps` of 0): it is skipped, but the inner state includes the finite
-  gradient. To keep the former inner state as well would need 4 more bytes per parameter.
+  An exception is a non-finite update from a finite gradient (for example if Adam divides
+  by an `eps` of 0): it is skipped, but the inner state includes the finite gradient.
+  Keeping the former inner state as well would need 4 more bytes per parameter.
   """
   wrapped = optax.with_extra_args_support(tx)
 
@@ -145,14 +145,14 @@ def _score(
   """A value and the ring of earlier ones -> (its z-score, the value for the ring).
 
   The value for the ring is clipped to `threshold` standard deviations from the mean, so
-  that one outlier does not hide later spikes. A lasting shift widens the statistics step
-  by step, until it is accepted.
+  that one outlier does not hide later spikes. A lasting shift moves the mean and widens
+  the deviation step by step, until it no longer counts as a spike.
   """
   window = len(ring_W)
   count = jnp.clip(filled, 1, window)
   mean = ring_W.sum() / count
   off_W = jnp.where(jnp.arange(window) < count, ring_W - mean, 0.0)
-  # Without a lower bound, rounding would be a spike of a nearly constant loss.
+  # Without a lower bound, rounding of a nearly constant loss would count as a spike.
   bound = 1e-3 * jnp.abs(mean) + 1e-8
   std = jnp.maximum(jnp.sqrt(jnp.square(off_W).sum() / count), bound)
   ready = 2 * filled >= window

@@ -1,4 +1,4 @@
-"""What is minimised: cross-entropy, the z-loss, and the routers' two losses.
+"""The training loss: cross-entropy, the z-loss, and the routers' two losses.
 
 B batch  T tokens  L layers  E experts
 """
@@ -15,7 +15,7 @@ from gated.model import moe
 
 # Which tokens the load-balancing loss counts when a batch is split into micro-batches.
 BALANCE_OVER = (
-  'global',  # the whole batch, counted by a forward pass of its own
+  'global',  # the whole batch, counted by a separate forward pass
   'buffer',  # the micro-batches so far (arXiv 2501.11873, section 3)
   'micro',  # each micro-batch alone
 )

@@ -29,7 +29,7 @@ _NAME = 'config.optim'
 
 @dataclass(frozen=True, kw_only=True)
 class Muon:
-  """The update of matrices if the optimizer is Muon."""
+  """Options of Muon, for the matrices that it updates."""
 
   momentum: float
   nesterov: bool
@@ -229,9 +229,9 @@ OPTIMIZERS: dict[str, Callable[[Config], optax.GradientTransformation]] = {
 def make(
   cfg: Config, *, steps: int, multipliers: dict[str, float]
 ) -> optax.GradientTransformation:
-  """The optimizer, with clipping and its schedule.
+  """The optimizer with clipping and its schedule.
 
-  Norms, biases and sink logits have no weight decay. `multipliers` maps a part of a
+  Weight decay skips norms, biases and sink logits. `multipliers` maps a part of a
   parameter's name, such as 'gate', to a factor of its learning rate.
   """
   decay = cfg.weight_decay / (cfg.lr if cfg.decay_by == 'schedule' else 1.0)

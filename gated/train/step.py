@@ -21,7 +21,7 @@ from gated.train import guard, losses
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-  """All that a run carries from step to step."""
+  """The state that a run carries from step to step."""
 
   step: jax.Array  # optimizer steps done, skipped updates included
   data_step: jax.Array  # batches read: the steps, and the batches that rollbacks skipped
@@ -30,7 +30,7 @@ class State:
 
 
 class Gradients(NamedTuple):
-  """The first half's result, on the devices."""
+  """The result of `gradients`, on the devices."""
 
   grads: Any  # of the model's structure
   losses: dict[str, jax.Array]  # nats per token, by name
@@ -56,7 +56,7 @@ def train(
 ) -> tuple[State, dict[str, Any]]:
   """One optimizer step -> (the next state, metrics as scalars on the devices).
 
-  `batch` has tokens, targets, weights, segments and positions (B, T); `tx` is of
+  `batch` has tokens, targets, weights, segments and positions (B, T); `tx` comes from
   `guard.guard`. Losses are in nats per token.
   """
   return update(
@@ -65,9 +65,9 @@ def train(
 
 
 def gradients(model: Any, batch: Any, *, accum: int, loss: losses.Config) -> Gradients:
-  """The gradient of the loss over a batch, read in `accum` micro-batches.
+  """The gradient of the loss over a batch, computed in `accum` micro-batches.
 
-  Every token weighs the same, whichever micro-batch it is in.
+  Every token has the same weight, whichever micro-batch it is in.
   """
   tokens = jnp.maximum(batch.weights.sum(), 1.0)
   batch = batch._replace(weights=batch.weights / tokens)
@@ -81,7 +81,7 @@ def gradients(model: Any, batch: Any, *, accum: int, loss: losses.Config) -> Gra
   if accum == 1:
     grads, (terms, report) = gradient(batch, lambda own: own)
     return Gradients(grads, terms, report, tokens)
-  # Micro-batch a takes rows a, a + accum, ...: each device then keeps the rows it has.
+  # Micro-batch a takes rows a, a + accum, ..., so no row moves to another device.
   split = lambda x: x.reshape(-1, accum, *x.shape[1:]).swapaxes(0, 1)
   micros = jax.tree.map(split, batch)
   counts = loss.balance_over == 'global'
@@ -121,7 +121,7 @@ def update(
     'grad_norm': optax.tree.norm(grads),
     'param_norm': optax.tree.norm(model),
     'update_norm': optax.tree.norm(updates),
-    # A skipped update leaves the schedule where it was, like the rest of the optimizer.
+    # A skipped update does not advance the schedule or the rest of the optimizer.
     'lr': schedule(state.step - state.opt.skipped),
     'tokens': tokens,
   }
@@ -132,5 +132,5 @@ def update(
 
 
 def _float32(tree: Any) -> Any:
-  """Gradients, moments and updates are float32, whatever the dtype of the weights."""
+  """Casts a tree to float32, the dtype of gradients, moments and updates."""
   return jax.tree.map(lambda x: x.astype(jnp.float32), tree)

@@ -65,7 +65,7 @@ def start(
 
 
 def _go_direct(address: str) -> None:
-  """Excludes process 0 from web proxies, through which gRPC would wait for ever."""
+  """Excludes process 0 from web proxies; gRPC would hang on a proxy."""
   before = [os.environ[name] for name in DIRECT if os.environ.get(name)]
   host = address.rpartition(':')[0].strip('[]')
   os.environ[DIRECT[0]] = ','.join([*before, host])

@@ -1,7 +1,7 @@
 """Finds process 0 of a run in the environment of a cluster, for --coordinator=auto.
 
-CLUSTERS come first: they read environment variables only, where JAX would need the
-cluster's API or another package. A private module of JAX knows the other clusters.
+CLUSTERS are tried first: they read environment variables only, while JAX would need the
+cluster's API or another package. A private module of JAX detects the other clusters.
 """
 
 import os
@@ -49,7 +49,7 @@ def by_hand(coordinator: str, processes: int, process: int) -> Place:
 def find(limit: float) -> Place:
   """The environment -> Place, within about `limit` seconds.
 
-  ValueError if no known cluster set it, or if it is incomplete.
+  ValueError if no known cluster is detected, or if a variable is missing.
   """
   named = '--coordinator=auto'
   try:
@@ -58,7 +58,7 @@ def find(limit: float) -> Place:
         return Place(*place, shared=False, named=named)
     auto = clusters.ClusterEnv.auto_detect_unset_distributed_params
     address, processes, process, _ = auto(None, None, None, [], None, round(limit))
-  except Exception as error:  # The clusters' packages raise any kind.
+  except Exception as error:  # The clusters' packages may raise any exception.
     reason = f'{type(error).__name__}: {error}'.partition('\n')[0][:300]
     reason = f'{error} is not set' if isinstance(error, KeyError) else reason
     message = f'{named}, but the cluster cannot be read: {reason}'

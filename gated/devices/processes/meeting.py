@@ -22,9 +22,9 @@ import jax
 from gated.devices.processes.clusters import Place
 
 TICK = 0.2  # Seconds between two polls.
-ANSWER = 5.0  # Seconds that a reachable machine has to answer.
+ANSWER = 5.0  # Timeout in seconds for an answer from a machine.
 NAMED = 8  # Missing processes listed in one line.
-LINE = 4096  # The most bytes of one message.
+LINE = 4096  # Maximum bytes of one message.
 
 _log = logging.getLogger('gated')
 
@@ -76,7 +76,8 @@ def _listen(place: Place, end: float) -> socket.socket:
 def _receive(listening: socket.socket, processes: int, end: float) -> None:
   """Process 0 accepts all processes, and sends them the status until all are connected.
 
-  After an error it goes on for a while, so that late processes receive the error too.
+  After a refusal it keeps accepting for ANSWER seconds, so that late processes receive
+  the error too.
   """
   members: dict[int, Member] = {}
   polled, wrong, go, close = time.monotonic(), '', False, math.inf
