@@ -1,9 +1,9 @@
-"""The vocabulary loss: cross-entropy over V tokens without V logits of every token.
+"""The vocabulary loss: cross-entropy with the logits of a few tokens in memory at a time.
 
 On a mesh neither the whole unembedding nor its float32 gradient need fit on a device. The
-axes that shard the width are split into inner groups: each device of one takes some rows
-of w_VD, and gathers the group's tokens. Small groups move more weights, large groups more
-tokens; `inner_size` chooses the size.
+devices that shard the width are split into inner groups. Each device of a group takes
+some rows of w_VD and gathers the group's tokens. Small groups move more weights, large
+groups more tokens; `inner_size` chooses the size.
 
 B batch  T tokens  N tokens of a chunk  D width  V vocab
 """
@@ -18,7 +18,7 @@ from gated.devices import collectives, mesh
 from gated.devices.collectives import TableGroups
 from gated.kernels.attention.case import soft_cap
 
-LIMIT = 1 << 30  # bytes of a device's float32 gradient in w, if any group size allows it
+LIMIT = 1 << 30  # bytes of a device's float32 gradient of w, if a group size allows it
 PADDING = -1e9  # a padded row's logit: its exp is 0, without overflow
 
 
@@ -34,10 +34,11 @@ def vocab_loss(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Hidden states and unembedding -> (total, nll_BT, lse_BT), in nats, in float32.
 
-  total = sum(weight * (nll + z * lse^2)), lse being the log of the softmax's denominator
-  (arXiv 2204.02311, section 5). A `cap` c makes each logit c tanh(logit / c) first (arXiv
-  2408.00118, section 2). Only `chunk` tokens' logits per device exist at a time: the
-  forward pass also computes the gradient. Only `total` has one.
+  total = sum(weight * (nll + z * lse^2)), where lse is the log of the softmax's
+  denominator (arXiv 2204.02311, section 5). A `cap` c first replaces each logit by
+  c tanh(logit / c) (arXiv 2408.00118, section 2). A device holds the logits of `chunk`
+  tokens at a time: the forward pass also computes the gradient. Only `total` has a
+  gradient.
   """
   current = mesh.current()
   BT = P() if current is None else mesh.spec(('batch', 'tokens'), current)
@@ -79,9 +80,9 @@ def vocab_loss(
 def inner_size(group: collectives.Group, rows: int, width: int, tokens: int) -> int:
   """The size of inner groups for `rows` of the vocabulary and `tokens` a device.
 
-  In an inner group of n a device gathers rows / n of w and (n - 1) * tokens of x; the
-  gradients of both travel back. Chooses the n that moves the fewest bytes among those
-  that keep the float32 gradient in w within LIMIT, or the whole group if none does.
+  In an inner group of n, a device gathers rows / n of w and (n - 1) * tokens of x, and
+  sends back the gradients of both. Chooses the n that moves the fewest bytes among those
+  that keep the float32 gradient of w within LIMIT, or the whole group if none does.
   """
   fits = [n for n in group.sizes() if 4 * width * rows <= n * LIMIT] or [group.size]
   return min(fits, key=lambda n: (n - 1) * tokens + rows / n)
@@ -94,8 +95,9 @@ def _groups(groups: TableGroups, x: jax.Array, w: jax.Array) -> TableGroups:
 
 
 def _local_loss(grad, x_BTD, w_VD, target_BT, weight_BT, *, z, chunk, cap, groups):
-  """One device's shards -> (total, nll_BT, lse_BT), and with `grad` the gradients in x
-  and, in float32, in w. The gradients are sharded as x and w.
+  """One device's shards -> (total, nll_BT, lse_BT), and with `grad` two gradients.
+
+  The gradients of x and of w (in float32) are sharded like x and w.
   """
   (B, T, _), rows = x_BTD.shape, len(w_VD)
   count = -(-B * T // chunk)
@@ -144,7 +146,7 @@ def _ids(rows: int, groups: TableGroups) -> jax.Array:
 def _chunk(grad, w_VD, id_V, dw_VD, piece, *, padded, z, cap, groups):
   """Adds a chunk's gradient to dw_VD -> (dw_VD, each token's losses and gradient).
 
-  Computes the chunks of the whole inner group; each device keeps its own tokens' results.
+  Computes the tokens of the whole inner group; each device keeps its own tokens' results.
   """
   inner, vocab = groups.inner, groups.vocab
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

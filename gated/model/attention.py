@@ -1,8 +1,8 @@
 """Attention: projections, QK-norm, RoPE, the kernel, and five positions for a gate.
 
-Beside the gates are other remedies for attention sinks: extra terms in the softmax
-denominator (off-by-one, sink logits, sink tokens), replacements of the softmax, and
-normalization or activation of each head's output.
+The other remedies for attention sinks are extra terms in the softmax denominator
+(off-by-one, sink logits, sink tokens), replacements of the softmax, and normalization or
+activation of each head's output.
 
 B batch  T tokens  D width  H heads  G KV heads  K head width  N sink tokens
 E SwitchHead's experts
@@ -108,19 +108,19 @@ class Config:
 
 
 class Trace(NamedTuple):
-  """What one layer's attention computes on the way; under jit unread fields cost nothing.
+  """Tensors inside one layer's attention; under jit, unread fields cost nothing.
 
-  The kernel attends with query, key and value.
+  `query`, `key` and `value` are the inputs of the kernel.
   """
 
   query: jax.Array  # (B, T, H, K), normed, gated, rotated and scaled
   key: jax.Array  # (B, T, G, K), likewise
   value: jax.Array  # (B, T, G, K), gated
-  lse: jax.Array | None  # log-sum-exp of the scores (B, T, H), if it was asked for
+  lse: jax.Array | None  # log-sum-exp of the scores (B, T, H), if requested
   sinks: jax.Array | None  # log-sum-exp of the sinks' terms in the denominator (B, T, H)
   sdpa: jax.Array  # the SDPA output before its gate, after `Config.output` (B, T, H, K)
-  gated: jax.Array  # what the output projection reads (B, T, H, K)
-  update: jax.Array  # of the residual stream (B, T, D)
+  gated: jax.Array  # the input of the output projection (B, T, H, K)
+  update: jax.Array  # the update of the residual stream (B, T, D)
 
 
 class Cache(NamedTuple):
@@ -185,7 +185,7 @@ class Attention(nnx.Module):
       numerics=numerics,
     )
     self.sinks = make_sinks() if cfg.has_sinks else None
-    # The paper's GroupNorm with "almost no additional parameters": H K of them.
+    # The paper's GroupNorm with "almost no additional parameters": it has H K.
     by_head = functools.partial(RMSNorm, (H, K), axes=('heads', 'head_dim'))
     normed = cfg.output == 'rms_norm'
     self.output_norm = by_head(numerics=numerics) if normed else None
@@ -210,8 +210,8 @@ class Attention(nnx.Module):
     """The same computation -> all its tensors.
 
     With `lse`, for inference, a softmax also returns its log-sum-exp, without sinks. With
-    a cache the tokens attend to its slots up to their own position, themselves
-    included, whatever the segments; the caller stores the new keys and values.
+    a cache, each token attends to the slots up to its own position, itself included, and
+    segments are ignored; the caller stores the new keys and values.
     """
     unrotated_BTHK, k_BTGK = self._query_and_key(x_BTD, angle_BTk)
     v_BTGK = self._gated('value', self.value(x_BTD), x_BTD)

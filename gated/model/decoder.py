@@ -36,7 +36,7 @@ _POLICIES = jax.checkpoint_policies
 # must not exhaust the machine's memory or time.
 LIMITS = {'vocab': 1 << 24, 'width': 1 << 20, 'depth': 1 << 12, 'ffn': 1 << 22}
 
-# What the forward pass stores for the backward pass; the rest is recomputed.
+# Tensors that the forward pass stores for the backward pass; the rest is recomputed.
 REMAT = {
   'none': None,  # everything: fastest, most memory
   'full': _POLICIES.nothing_saveable,  # each layer's input only
@@ -78,15 +78,15 @@ class Config:
 
 
 class BlockTrace(NamedTuple):
-  """What one layer computes on the way; under jit unread fields cost nothing.
+  """Tensors inside one layer; under jit, unread fields cost nothing.
 
   All but `attn` and `report` are (B, T, D).
   """
 
   attn: attention.Trace
-  attn_branch: jax.Array  # what attention adds to the residual stream
+  attn_branch: jax.Array  # the summand of attention in the residual stream
   middle: jax.Array  # the residual stream between the branches
-  ffn_branch: jax.Array  # what the FFN adds
+  ffn_branch: jax.Array  # the summand of the FFN
   output: jax.Array  # the residual stream after the layer
   report: moe.Report | None  # the router's
 
@@ -149,8 +149,8 @@ class Block(nnx.Module):
 
 
 # Called in place of a block: (block, x_BTD, angle_BTk, segment_BT, live_BT) -> (x_BTD,
-# extra). `extra` is a pytree of arrays. live_BT is False at padding. With a cache, its
-# layer follows.
+# extra). `extra` is a pytree of arrays. live_BT is False at padding. With a cache, the
+# layer's part of the cache is one more argument.
 Through = Callable[..., tuple[jax.Array, Any]]
 
 
@@ -197,8 +197,8 @@ class Transformer(nnx.Module):
       x_BTD, score_LBTHK = model.hidden(tokens, segments, positions, through=scores)
 
     `cache` is a tree stacked over the layers, such as keys and values of earlier tokens.
-    `through` gets the part of its layer as one more argument, and the positions are those
-    given, with or without `mask_documents`.
+    `through` gets its layer's part of the cache as one more argument. With a cache,
+    `position_BT` is used even if `mask_documents` is off.
     """
     cfg = self.cfg
     # Segment 0 is padding.

@@ -46,8 +46,8 @@ def _look_up_backward(compute, saved, dx_BTD):
 
 _look_up.defvjp(_look_up_forward, _look_up_backward)
 
-# The devices of an inner group split the table's columns; each takes at least so many,
-# the width of the rows that an accelerator's memory reads and adds at a time.
+# The devices of an inner group split the table's columns; each takes at least this many.
+# An accelerator's memory reads and adds rows of this width at a time.
 COLUMNS = 128
 
 

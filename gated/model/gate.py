@@ -33,8 +33,8 @@ class Position(NamedTuple):
   normed: bool  # QK-norm applies to the tensor
 
 
-# The only definition of what a position means. A new position needs a row here and one
-# call of `Attention._gated` in attention.py.
+# The only definition of the positions. A new position needs a row here and one call of
+# `Attention._gated` in attention.py.
 POSITIONS: dict[str, Position | None] = {
   'none': None,  # the paper's baseline
   'query': Position('G4', 'query', 'heads', normed=True),

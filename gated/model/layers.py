@@ -6,8 +6,8 @@ and its own name. Adding a parameter (a gate, say) therefore does not change the
 values of the others.
 
 Elementwise functions are wrapped in `jax.checkpoint`: the backward pass recomputes them
-from their inputs. Storing their float32 intermediates would take twice the bytes of a
-bfloat16 input each, and on an accelerator moving bytes costs more than the arithmetic.
+from their inputs. Each stored float32 intermediate would take twice the bytes of a
+bfloat16 input, and on an accelerator moving bytes costs more than the arithmetic.
 """
 
 import functools

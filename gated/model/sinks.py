@@ -12,16 +12,15 @@ from gated.model.layers import Numerics, child_key, normal_param
 
 
 class Sinks(nnx.Module):
-  """Extra terms in the softmax's denominator: (y_BTHK, lse_BTH, q_BTHK) -> y'_BTHK.
+  """Extra terms in the softmax's denominator, added after the attention kernel.
 
-  Logits e_n with values u_n join the softmax over the keys: e = 0 for a 1 in the
-  denominator and e = s_h for a learned sink logit, both with u = 0, e = q k_n / sqrt(K)
-  for a sink token:
+  Logits e_n with values u_n join the softmax over the keys. e is 0 for off-by-one and s_h
+  for a learned sink logit, both with u = 0; it is q k_n / sqrt(K) for a sink token.
 
     y' = y * p + u * (1 - p),    p = exp(lse) / (exp(lse) + sum(exp(e)))
 
-  outside of the kernel, which only needs to return its log-sum-exp. q is the query before
-  RoPE, so that a sink token has no position.
+  The kernel only needs to return its log-sum-exp. q is the query before RoPE, so that a
+  sink token has no position.
   """
 
   def __init__(
@@ -70,7 +69,7 @@ class Sinks(nnx.Module):
     if self.key is None:
       return []
     q, k_NHK = q_BTHK.astype(jnp.float32), self._by_head(self.key)
-    # YaRN scales the queries and the keys of all others.
+    # YaRN scales the queries and keys of all other scores; q and k_n here are unscaled.
     scale = q.shape[-1] ** -0.5 * self.scale**2
     score_BTHN = scale * jnp.einsum('bthk,nhk->bthn', q, k_NHK)
     return [kernels.soft_cap(score_BTHN, self.cap)]

@@ -39,7 +39,7 @@ class Switched(nnx.Module):
     sum over the top k of sigmoid(x r_e) * (x W_e)
 
   All projections are computed, because they are few and small; the others have weight 0.
-  One expert is the same as a headwise sigmoid gate after the projection, G2 or G3.
+  With one expert this equals a headwise sigmoid gate after the projection, G2 or G3.
   """
 
   def __init__(

@@ -21,7 +21,7 @@ import numpy as np
 from gated.kernels.attention import context
 from gated.kernels.attention.case import Case, soft_cap
 
-# The most tokens of a block: 1 MiB of float32 scores for each row and head.
+# Maximum tokens of a block: 1 MiB of float32 scores for each row and head.
 MOST = 512
 _LOW = float(np.finfo(np.float32).min)
 

@@ -17,7 +17,7 @@ class Case(NamedTuple):
   normalizer: str
   cap: float  # on scores, 0 for none
   lse: bool  # also return the log of the softmax's denominator
-  gradient: bool = True  # of that log, which takes fused kernels a second attention
+  gradient: bool = True  # of that log; costs fused kernels a second attention
 
 
 def scores(q_BTHK: jax.Array, k_BSGK: jax.Array) -> jax.Array:
@@ -30,7 +30,7 @@ def scores(q_BTHK: jax.Array, k_BSGK: jax.Array) -> jax.Array:
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:
-  """cap * tanh(x / cap): close to x if small, within cap; 0 for no cap."""
+  """cap * tanh(x / cap): close to x if x is small, always within cap; 0 for no cap."""
   return cap * jnp.tanh(x / cap) if cap else x
 
 

@@ -2,19 +2,19 @@
 
 Each device gathers the keys and values of its whole rows, in order. Queries are first
 rebalanced: under the causal mask, c contiguous shards would give the last device 2 - 1/c
-times the mean work. Split each shard in two: of these 2c halves, half h needs work in
-proportion to 2h + 1, so halves j and 2c-1-j together always need the same. Device j
-computes both; arrays outside of the kernel stay contiguous.
+times the mean work. Each shard is split in two. Of these 2c halves, half h needs work in
+proportion to 2h + 1, so halves j and 2c-1-j together need the same work for every j.
+Device j computes both; arrays outside of the kernel stay contiguous.
 
-Why the keys are gathered and not passed around a ring: in bfloat16 a layer gathers
-4 T G K bytes a row, which for 8 KV heads of 128 at T = 32,768 is 128 MiB, held for one
-layer at a time, and as much of gradients. Against the FLOPs of the forward pass,
-2 T^2 H K / c on each device, its transfer takes 2 (c-1) (G/H) F / (T W) of their time,
-with F in FLOP/s and W in bytes/s: at T = 32,768, G/H = 1/2, F = 230e12 and W = 200e9
-(half of a v5p's peak, one axis of its torus) 4% for c = 2 and 25% for c = 8, and half of
-that for the backward pass. A ring could hide most of this time and save the memory, but
-adds merges of partial softmaxes and a second rotation for the gradients. It would pay
-from about a million tokens (4 GiB a row), or where c G / H is large at few tokens.
+The keys are gathered, not passed around a ring. In bfloat16 a layer gathers 4 T G K bytes
+per row: 128 MiB for 8 KV heads of 128 at T = 32,768. Only one layer's keys are held at a
+time, and as many bytes of gradients. The forward pass takes 2 T^2 H K / c FLOPs on each
+device. The transfer takes a share 2 (c-1) (G/H) F / (T W) of their time, with F in FLOP/s
+and W in bytes/s. At T = 32,768, G/H = 1/2, F = 230e12 and W = 200e9 (half of a v5p's
+peak, one axis of its torus) the share is 4% for c = 2 and 25% for c = 8, and half of that
+for the backward pass. A ring could hide most of this time and save the memory, but needs
+merges of partial softmaxes and a second rotation for the gradients. It would pay from
+about a million tokens (4 GiB a row), or at fewer tokens if c G / H is large.
 
 B batch  T tokens  S keys' tokens  H heads  G KV heads  K head width  c ways
 """

@@ -16,15 +16,15 @@ from gated.kernels import choice
 from gated.kernels.attention import blockwise, context, splash
 from gated.kernels.attention.case import Case, scores, soft_cap, with_lse_gradient
 
-# Above this many tokens the quadratic reference runs only by name.
+# Above this many tokens 'auto' does not choose the quadratic reference.
 REFERENCE_LIMIT = 4096
 # A constant in softpick's denominator, from the authors' code.
 SOFTPICK_EPS = 1e-8
 
 
 def _sigmoid(score, mask):
-  # The bias keeps the sum of weights near 1 at the start. n counts the visible keys only,
-  # so that later tokens and other documents in the row do not matter.
+  # The bias keeps the sum of weights near 1 at the start of training. It counts only the
+  # visible keys, so that later tokens and other documents in the row have no effect.
   count = jnp.broadcast_to(mask.sum(-1, keepdims=True), (*score.shape[:-1], 1))
   return jnp.where(mask, jax.nn.sigmoid(score - jnp.log(count)), 0)
 
@@ -61,10 +61,10 @@ def attend(
 ) -> jax.Array:
   """Causal softmax(q k / sqrt(K)) v -> y_BTHK; head h reads KV head h // (H/G) (Eq. 2).
 
-  With segments, a token attends within its own segment only; equal segment ids must
-  stand together, at most `max_segments` runs of them in a row. Another normalizer of
-  NORMALIZERS takes softmax's place; scores are soft-capped if there is a cap. Raises
-  NotImplementedError, listing what each backend lacks, if none can.
+  With segments, a token attends within its own segment only. Equal segment ids must be
+  adjacent, in at most `max_segments` runs per row. `normalizer` may replace softmax by
+  another entry of NORMALIZERS; a positive `cap` soft-caps the scores. If no backend
+  supports the case, raises NotImplementedError with the reason of each.
   """
   case = Case(max_segments, normalizer, cap, lse=False)
   return _run(backend, q_BTHK, k_BSGK, v_BSGK, segment_BT, case)
@@ -83,9 +83,9 @@ def attend_lse(
 ) -> tuple[jax.Array, jax.Array]:
   """As `attend`, by softmax -> (y_BTHK, lse_BTH), both with their gradients.
 
-  lse = ln(sum(exp(score))), in float32. It allows extra terms in the denominator outside
-  of the kernel: a term exp(s) scales y by sigmoid(lse - s). Without `gradient`, for
-  inference, fused kernels save a second attention.
+  lse = ln(sum(exp(score))), in float32. With it the caller can add terms to the
+  denominator after the kernel: a term exp(s) scales y by sigmoid(lse - s). Without
+  `gradient`, for inference, fused kernels skip the second attention that it needs.
   """
   case = Case(max_segments, 'softmax', cap, lse=True, gradient=gradient)
   return _run(backend, q_BTHK, k_BSGK, v_BSGK, segment_BT, case)
@@ -103,7 +103,7 @@ def attend_cache(
   """T queries from position start_B on, over the keys of positions 0 to S - 1.
 
   -> (y_BTHK, lse_BTH), as `attend` and `attend_lse` give them. A query reads the keys up
-  to its own position; those after it may hold anything finite. In plain XLA, with all
+  to its own position; later keys may hold any finite values. Runs in plain XLA, with all
   T x S scores in memory.
   """
   position_BT = start_B[:, None] + jnp.arange(q_BTHK.shape[1])[None]
@@ -127,7 +127,7 @@ def _too_long(*_):
 
 
 def _reference(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
-  """The definition, scores and softmax in float32, with all T x S of them in memory."""
+  """The definition of attention in float32, with all T x S scores in memory."""
   T = q_BTHK.shape[1]
   # Each device needs the keys of its whole rows.
   k_BSGK = mesh.constrain(k_BSGK, 'batch', None, 'kv_heads', None)
@@ -154,8 +154,8 @@ def _dense(q_BTHK, k_BSGK, v_BSGK, mask_BTS, case: Case) -> Any:
 def _cudnn(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
   """cuDNN's fused attention, packed segments as ragged sequences (from Hopper on).
 
-  In deterministic mode segments become a mask: its gradient takes memory quadratic in the
-  row, where ragged sequences would take memory quadratic in the batch
+  In deterministic mode segments become a mask. The mask's gradient takes memory quadratic
+  in the row; ragged sequences would take memory quadratic in the batch
   (github.com/NVIDIA/cudnn-frontend/pull/398).
   """
   if case.normalizer != 'softmax':
@@ -204,7 +204,7 @@ def _cudnn_call(q_BTHK, k_BSGK, v_BSGK, *, segment_BT, limit, residual=False):
   )
   if not residual:
     return out
-  # cuDNN returns it by segment, over all rows in sequence, each from its own start.
+  # cuDNN returns the lse by segment, numbered over all rows; each starts at index 0.
   lse_SHT = out[1]
   count_B1 = (start_BM >= 0).sum(1, keepdims=True)
   _, run_BT = _numbered(segment_BT)

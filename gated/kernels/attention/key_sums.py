@@ -1,6 +1,7 @@
-"""What each key receives of softmax attention, on GPUs: one Pallas kernel through Triton.
+"""Sums of the softmax attention that each key receives: a Pallas kernel for GPUs.
 
-A block of keys meets the blocks of queries that see it; no scores leave the chip.
+A program handles one block of keys and loops over the blocks of queries that see it. The
+scores stay on the chip.
 
 B batch  T tokens  H heads  G KV heads  K head width  q, s a block of queries, of keys
 """
@@ -16,7 +17,7 @@ from gated.devices import mesh
 from gated.kernels.attention.case import soft_cap
 
 BLOCK = 64  # Queries of a block, and keys of a block.
-_MASKED = -1e30  # The logarithm of a weight of zero; times zero it is zero.
+_MASKED = -1e30  # The logarithm of a zero weight; finite, because 0 * inf is NaN.
 
 
 class KeySums(NamedTuple):
@@ -43,7 +44,7 @@ def key_sums(
 ) -> KeySums:
   """Queries, keys, the logs of the softmax's denominators, documents -> KeySums.
 
-  Causal, within documents, of queries that are live (not padding).
+  Attention is causal and within documents. Only live queries count, not padding.
   """
   B, T, H, K = q_BTHK.shape
   shared, scale = H // k_BTGK.shape[2], K**-0.5
@@ -94,6 +95,6 @@ def key_sums(
     jnp.where(live_BT, segment_BT, -1),
     segment_BT,
   )
-  # A score that is NaN makes the sums NaN, but a maximum may lose it.
+  # A NaN score makes the sums NaN, but a maximum may ignore it.
   weight, entropy, logit = sums
   return KeySums(weight, entropy, jnp.where(jnp.isnan(weight), jnp.inf, logit))

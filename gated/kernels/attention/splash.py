@@ -1,7 +1,7 @@
 """Splash attention: JAX's Pallas kernel for TPUs, within the attention contract.
 
-Keys and values are not repeated for the query heads. The backward pass is two kernels: a
-fused one would keep a dq for each block of keys, T / 1024 times the size of q.
+Keys and values are not repeated for the query heads. The backward pass uses two kernels:
+a fused kernel would store a dq for each block of keys, T / 1024 times the size of q.
 
 B batch  T tokens  S keys' tokens  H heads  G KV heads  K head width
 """
@@ -25,9 +25,9 @@ masks = splash_attention.splash_attention_mask
 
 # The largest block that divides the tokens is used; a TPU's vector has 128 lanes.
 BLOCKS = (1024, 512, 256, 128)
-# The most bytes of a block: vector memory also holds scores and gradients.
+# Maximum bytes of a block: vector memory also holds scores and gradients.
 BLOCK_BYTES = 1 << 19
-# The most bytes of lse; more rows run one after the other.
+# Maximum bytes of lse at a time; further rows run in later batches.
 LSE_BYTES = 1 << 28
 
 

@@ -67,8 +67,8 @@ def _ragged(x_NA, w_EAB, size_E):
 def _blocked(x_NA, w_EAB, size_E):
   """Pads each group to whole blocks of rows, so that a block has one matrix.
 
-  On a CPU, a loop over the blocks that are not empty; elsewhere batches of blocks, each
-  with a copy of its matrix: correct on any platform, and slow.
+  A CPU loops over the blocks that are not empty. Other platforms multiply batches of
+  blocks, each with a copy of its matrix, which is slow.
   """
   rows, dtype = block_rows(len(x_NA), len(w_EAB)), x_NA.dtype
   if mesh.platform() == 'cpu':
@@ -78,12 +78,12 @@ def _blocked(x_NA, w_EAB, size_E):
 
 
 def block_rows(n: int, groups: int) -> int:
-  """Rows of a block: half the mean group, so that padding adds a half on average."""
+  """Rows of a block: half the mean group, so that padding adds half on average."""
   return max(8, min(256, 1 << max(n // (2 * groups), 1).bit_length() - 1))
 
 
 def _blocks(size_E: jax.Array, n: int, rows: int):
-  """-> each block's group (E for an empty block) and its rows' numbers, n for none."""
+  """-> each block's group (E for an empty block) and its row numbers (n for padding)."""
   blocks = n // rows + len(size_E)
   count_E = -(-size_E // rows)
   end_E = jnp.cumsum(count_E)
@@ -98,7 +98,7 @@ def _blocks(size_E: jax.Array, n: int, rows: int):
 
 
 def _gathered(x_NA, row_MR):
-  """Rows by number, zeros for none -> x_MRA."""
+  """Row numbers -> the rows x_MRA, with zeros for padding."""
   return x_NA.at[row_MR].get(mode='fill', fill_value=0)
 
 
@@ -127,7 +127,7 @@ def _by_blocks_backward(rows, saved, dy_NB):
 
 _by_blocks.defvjp(_by_blocks_forward, _by_blocks_backward)
 
-# Blocks multiplied at a time; on a CPU batches do not pay.
+# Blocks multiplied at a time; not used on a CPU, where batches are no faster.
 _BATCH = 128
 
 

@@ -1,8 +1,8 @@
 """The grouped matmul on GPUs: two Pallas kernels, lowered through Triton.
 
-`rows` times their groups' matrices, for the product and for the gradient of x; sums of
-x^T dy over each group's rows, for the gradient of w. Groups start
-at any row: a block belongs to one group, and masks the rows of other groups.
+One kernel multiplies rows by their groups' matrices, for the product and for the gradient
+of x. The other sums x^T dy over each group's rows, for the gradient of w. A group may
+start at any row: a block belongs to one group and masks the rows of other groups.
 
 N rows  E groups  A width in  B width out  M blocks  R rows of a block
 """
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-# Rows of a block, columns of a block, terms added at a time; warps, stages of its loop.
+# Rows and columns of a block, terms added at a time; warps, and stages of the loop.
 # Measured on one H200: bench/grouped_matmul.py.
 TILE = dict(rows=128, columns=256, terms=64, warps=8, stages=4)
 OUTER_TILE = dict(rows=128, columns=256, terms=32, warps=8, stages=4)

@@ -11,8 +11,8 @@ import functools
 import jax
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
-# The most rows, terms and columns of a block. Two blocks each of x, w and y and a sum in
-# float32 lie in 16 MiB of a core's memory.
+# Maximum rows, terms and columns of a block. Two blocks each of x, w and y and a float32
+# sum must fit into 16 MiB of a core's memory.
 BLOCK = (512, 1024, 1024)
 LANES = 128
 

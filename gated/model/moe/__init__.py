@@ -1,8 +1,8 @@
 """Mixture of experts: a softmax router, top-k experts, and balancing losses.
 
 `dropless.py` computes every selected expert of every token. `capacity.py` limits the
-tokens of an expert in each row, and reports the dropped ones. The gradient is exact in
-both.
+tokens of an expert in each row, and reports the number of dropped choices. Both compute
+exact gradients.
 
 B batch  T tokens  D width  F ffn of an expert  E experts  k experts of a token
 """
@@ -33,7 +33,7 @@ class Config:
   norm_topk: bool  # the k weights of a token sum to 1
   shared: int  # experts that every token uses, as one FFN of this many times the width
   dispatch: str  # dropless, or capacity
-  capacity: float  # tokens of a row that an expert takes, times the mean, k T / E
+  capacity: float  # tokens of a row that an expert takes, over the mean k T / E
   backend: str  # of kernels.GROUPED, or auto
 
   def __post_init__(self):
@@ -59,8 +59,8 @@ class Config:
 class Report(NamedTuple):
   """Statistics of a layer's router, summed over the tokens that are not padding.
 
-  Sums of several batches add up to the sums of one batch of them all. The probabilities
-  and the squares have a gradient, the counts have none.
+  The sums of several batches add up to those of one joint batch. The probabilities and
+  the squares have a gradient; the counts do not.
   """
 
   load_E: jax.Array  # number of tokens that chose each expert
@@ -70,7 +70,7 @@ class Report(NamedTuple):
 
 
 class MoE(nnx.Module):
-  """x_BTD, and which tokens are not padding -> (y_BTD, Report)."""
+  """(x_BTD, live_BT: False at padding) -> (y_BTD, Report)."""
 
   def __init__(
     self,
@@ -139,7 +139,7 @@ class Experts(nnx.Module):
 def route(logit_BTE: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Router logits -> (weight_BTk, choice_BTk, prob_BTE), in float32.
 
-  The k most probable experts of softmax(logit); of equals, the first.
+  Chooses the k most probable experts of softmax(logit); among equals, the first.
   """
   prob_BTE = jax.nn.softmax(logit_BTE, -1)
   weight_BTk, choice_BTk = jax.lax.top_k(prob_BTE, cfg.top_k)

@@ -1,4 +1,4 @@
-"""Experts with a capacity: the number of tokens per row is limited, the rest is dropped.
+"""Experts with a capacity: an expert takes a limited number of tokens per row.
 
 The shapes do not depend on the router, and XLA's partitioner moves the tokens.
 
@@ -51,7 +51,7 @@ def run(
 
 @jax.vmap
 def _read(x_TD, at_S):
-  """Tokens by their index in the row, on the row's device; zeros beyond the row."""
+  """Reads tokens by their index in the row, on the row's device; zeros beyond the row."""
   return x_TD.at[at_S].get(mode='fill', fill_value=0)
 
 

@@ -1,20 +1,20 @@
 """Dropless experts: sorts all tokens by expert and multiplies them in groups.
 
 A device that holds every expert sorts its own tokens. If the mesh splits the experts over
-S devices, each holds E / S of them, and tokens travel:
-
-  gather   each of the S devices gathers all their tokens, computes its own experts' part
-           of each result, and a reduce-scatter returns the sums to the tokens' owners
+S devices, each holds E / S of them. Each of the S devices then gathers the tokens of all
+S, and computes its own experts' part of each result. A reduce-scatter returns the sums to
+the devices that own the tokens.
 
 The alternative is an all-to-all, which sends each of a token's selections to its expert.
-A device of N tokens then sends and receives k (S-1)/S N D numbers each way, where the
-gather moves (S-1) N D: the same at S = k, and less below. With S = 4, k = 8 it is 3 N D
-against 6 N D. The all-to-all also needs buffers for the worst load, since shapes are
-static: S N k rows, unless it drops. See bench/expert_parallel.py.
+A device of N tokens would send and receive k (S-1)/S N D numbers each way; the gather
+moves (S-1) N D. Both are equal at S = k, and the gather moves less for S < k: with S = 4
+and k = 8, 3 N D instead of 6 N D. The all-to-all also needs buffers for the worst load,
+since shapes are static: S N k rows, unless it drops selections. See
+bench/expert_parallel.py.
 
-The number of selections of a device's experts varies. It takes them in passes of C rows,
-a little more than the mean N k; the first pass nearly always takes them all, and a loop
-over further passes stops when none is left.
+The number of selections of a device's experts varies. A device computes them in passes of
+C rows, SLACK times the mean N k. The first pass nearly always holds all of them; a loop
+over further passes stops when no selection is left.
 
 B batch  T tokens  D width  F ffn of an expert  E experts  k experts of a token
 N = B * T  M = N * k selections  S devices that share the experts  e = E / S of a device
@@ -34,11 +34,12 @@ from gated import kernels
 from gated.devices import determinism, mesh
 from gated.model.layers import swiglu
 
-# Rows of a pass over a device's mean. A balanced router stays below; a higher load costs
-# a second pass, while additional rows always cost memory.
+# Rows of a pass, over the mean number of a device's selections. A balanced router stays
+# below this ratio. A higher load costs a second pass; more rows would always cost memory.
 SLACK = 1.5
 
-# Accelerators' kernels take rows in multiples of this, except for few rows.
+# The rows of a pass are a multiple of this, which suits accelerators' kernels; those of a
+# small pass are a multiple of 8.
 TILE = 512
 
 
@@ -59,7 +60,7 @@ def run(
   experts, embed, ffn = wide
 
   def local(x_BTD, weight_BTk, choice_BTk, act, up, down):
-    # Gathered here, so that the gradient is scattered as it is summed.
+    # Gathered here, so that the sum of the gradients is a reduce-scatter.
     whole = lambda w, axis: (
       jax.lax.all_gather(w, embed, axis=axis, tiled=True) if embed else w
     )
@@ -68,7 +69,7 @@ def run(
       return _alone(*args, backend=backend)
     return _shared(*args, over=experts, backend=backend)
 
-  # Devices that split F each compute a summand of y: a leading dim holds the summands.
+  # Each device that splits F computes a summand of y: a leading dim holds the summands.
   parts = jax.shard_map(
     local,
     mesh=current,
@@ -155,9 +156,9 @@ def pass_rows(mean: int, *, worst: int) -> int:
 class _Table(NamedTuple):
   """The positions of the selections of this device's experts."""
 
-  order_M: jax.Array  # the selections of all S devices, each one's sorted by expert
-  first_eS: jax.Array  # where those of one device for one expert begin in that order
-  size_eS: jax.Array  # how many they are
+  order_M: jax.Array  # selections, device after device; each device's sorted by expert
+  first_eS: jax.Array  # index in order_M of one device's first selection of one expert
+  size_eS: jax.Array  # number of these selections
 
 
 def _table(choice_M, e: int, over: str) -> _Table:
@@ -179,7 +180,7 @@ class _Rows(NamedTuple):
   token_C: jax.Array  # N for unassigned rows
   selection_C: jax.Array  # beyond all selections for unassigned rows
   order_C: jax.Array  # the rows sorted by token
-  size_e: jax.Array  # how many belong to each expert
+  size_e: jax.Array  # number of rows of each expert
 
 
 def _rows(table: _Table, start, rows: int, k: int) -> _Rows:
@@ -213,7 +214,8 @@ def _passes_forward(part, rows, inputs, table):
   y_ND, back = jax.vjp(lambda inputs: part(inputs, table, 0, empty), inputs)
   add = lambda turn, y_ND: part(inputs, table, turn, y_ND)
   y_ND = jax.lax.fori_loop(1, _turns(table, rows), add, y_ND)
-  # As devices that split F, those that split the experts add up in the dtype of x.
+  # Devices that split the experts sum their parts in the dtype of x, like those that
+  # split F.
   return y_ND.astype(x_ND.dtype), (back, inputs, table)
 
 
@@ -254,7 +256,7 @@ def _part(inputs, table: _Table, turn, y_ND, *, rows: int, k: int, backend: str)
 
 @jax.checkpoint
 def _weighted(act_CF: jax.Array, up_CF: jax.Array, weight_C: jax.Array) -> jax.Array:
-  """SwiGLU, times the router's weights: here, where rows are shorter than after it."""
+  """SwiGLU times the router's weights, which cost less here than on the wider output."""
   act_CF, up_CF, dtype = (
     act_CF.astype(jnp.float32),
     up_CF.astype(jnp.float32),
@@ -267,7 +269,7 @@ def _weighted(act_CF: jax.Array, up_CF: jax.Array, weight_C: jax.Array) -> jax.A
 # do the gradients.
 def _scattered(y_ND, row_CD, at: _Rows):
   """y_ND, in float32, plus each token's rows."""
-  # A TPU would sort the rows anyway, but after the cast to float32.
+  # Sorting by token before the cast to float32 saves a TPU its own sort after the cast.
   row_CD = row_CD[at.order_C].astype(jnp.float32)
   token_C = at.token_C[at.order_C]
   if determinism.applies(mesh.platform()):
