@@ -1,4 +1,4 @@
-"""What a model does inside: attention, activations, gates, outputs, early warnings."""
+"""Measurements inside a model: attention, activations, gates, outputs, early warnings."""
 
 from gated.probes.conventions import CONVENTIONS
 from gated.probes.measure import measure, merge, watch

@@ -1,4 +1,4 @@
-"""How large activations grow: the residual stream and what each branch adds to it.
+"""The size of activations: the residual stream and the output of each branch.
 
 B batch  T tokens  D width
 """
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Where a layer is measured: fields of model.BlockTrace.
+# The measured points of a layer: fields of model.BlockTrace.
 POINTS = ('attn_branch', 'middle', 'ffn_branch', 'output')
 TOP = 3
 
@@ -17,7 +17,7 @@ def measure(trace: Any, live_BT: jax.Array) -> dict[str, dict[str, jax.Array]]:
   """One layer's trace -> {point: numbers of each row}; padding does not count.
 
   top       (B, 3): the three largest |h| over tokens and channels, largest first
-  token, channel   (B,): where the largest is
+  token, channel   (B,): the position of the largest |h|
   median    (B,): of |h| over tokens and channels
   kurtosis  (B,): summed over tokens: mean(h^4) / mean(h^2)^2 over channels
   """
@@ -49,13 +49,14 @@ def _row(h_BTD: jax.Array, live_BT: jax.Array) -> dict[str, jax.Array]:
 def _median(size_BTD: jax.Array, live_BT: jax.Array) -> jax.Array:
   """The exact median of non-negative numbers, without a sort: (B,), 0 without tokens.
 
-  The bits of non-negative floats are ordered like the floats. From the highest bit on, a
-  bit of the k-th smallest number is set if at most k numbers are smaller than with it.
+  The bits of non-negative floats are ordered like the floats. The result is built from
+  its highest bit on: a bit is set if at most (count - 1) // 2 numbers are smaller than
+  the result with this bit.
   """
   width = 8 * size_BTD.dtype.itemsize
   integer = jnp.dtype(f'int{width}')
   bits_BTD = jax.lax.bitcast_convert_type(size_BTD, integer)
-  # Padding counts nowhere: it is larger than any number.
+  # Padding is never counted as smaller: it is set above any number.
   bits_BTD = jnp.where(live_BT[..., None], bits_BTD, jnp.iinfo(integer).max)
   count_B = live_BT.sum(1) * size_BTD.shape[-1]
   lower_B = jnp.maximum(count_B - 1, 0) // 2
@@ -67,7 +68,7 @@ def _median(size_BTD: jax.Array, live_BT: jax.Array) -> jax.Array:
 
   value_B = jnp.zeros(lower_B.shape, integer)
   value_B = jax.lax.fori_loop(0, width - 1, step, value_B)
-  # Of an even count the median is the mean of this number and the next one in order.
+  # For an even count the median is the mean of this number and the next larger one.
   larger = bits_BTD > value_B[:, None, None]
   next_B = jnp.where(larger, bits_BTD, jnp.iinfo(integer).max).min((1, 2))
   up_to_B = count_B - jnp.sum(larger & live_BT[..., None], (1, 2))

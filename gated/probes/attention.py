@@ -1,12 +1,13 @@
-"""Where attention goes: to first tokens, to any one key, to sinks; entropy and logits.
+"""Attention weights of first tokens, of each key and of sinks; entropy and logits.
 
-A[i, j] is the weight that query i gives to key j, before any gate. Terms of sinks in the
-softmax's denominator are no keys: what they take is `sink_mass`, and the weights of the
-keys sum to 1 minus that. The weights of sigmoid and softpick attention need not sum to 1.
+A[i, j] is the weight that query i gives to key j, before any gate. The terms of sinks in
+the softmax's denominator are not keys: their share is `sink_mass`, and the weights of the
+keys sum to 1 minus this share. The weights of sigmoid and softpick attention need not sum
+to 1.
 
-Weights to a few chosen keys are read directly. What needs all pairs of queries and keys
-goes over blocks of both, of which those above the diagonal are left out, so memory is
-linear in the tokens.
+Weights to a few chosen keys are computed directly. Sums over all pairs of queries and
+keys run over blocks of both and skip the blocks above the diagonal; memory is linear in
+the tokens.
 
 B batch  T tokens  H heads  G KV heads  R = H/G  K head width  N pairs of blocks
 q, s a block of queries, of keys
@@ -24,16 +25,16 @@ from gated.probes import pairs
 # Sink rate (Gu et al., arXiv 2410.10781): a mean weight above EPSILON, for the keys
 # 0 to KEYS - 1, over the first PREFIX tokens of a row and over the whole row.
 EPSILON, KEYS, PREFIX = 0.3, 5, 64
-# First-token attention is also given over the queries from this position on, and a key
-# counts in `largest_key` if at least so many queries see it.
+# First-token attention is also averaged over the queries from this position on. A key
+# counts in `largest_key_weight` if at least this many queries see it.
 LATER = 64
-LONGEST = 512  # Tokens of a row whose whole map is given.
+LONGEST = 512  # Maximum tokens of a row for `maps`.
 
 
 class Rows(NamedTuple):
   """The tokens of a batch, each array (B, T)."""
 
-  segment: jax.Array | None  # documents that attend within themselves; None: whole rows
+  segment: jax.Array | None  # document ids if attention is masked by them; else None
   live: jax.Array  # False at padding
   index: jax.Array  # the position in the row
   first: jax.Array  # the index of the document's first token
@@ -59,14 +60,14 @@ class Rows(NamedTuple):
 
 
 class Weights(NamedTuple):
-  """Scores -> attention weights, with the numbers of each query that this takes."""
+  """Scores -> attention weights; `of_query` normalizes the weights of each query."""
 
   normalizer: str
   cap: float
   of_query: tuple[jax.Array, ...]  # each (B, T, H)
 
   def __call__(self, score: jax.Array, of_query: tuple[jax.Array, ...]) -> jax.Array:
-    """Uncapped scores and the numbers of their queries -> weights."""
+    """Uncapped scores and the normalizing numbers of their queries -> weights."""
     score = kernels.soft_cap(score, self.cap)
     if self.normalizer == 'sigmoid':
       [log_count] = of_query
@@ -85,7 +86,7 @@ def measure(
 
   first_*           (B, H, 3): summed weight to the row's first token, of all queries, of
                     all but query 0, and of those from LATER on
-  documents_*       the same for each document's first token, positions counted in it
+  documents_*       the same for each document's first token; positions in the document
   uniform, documents_uniform   (B, 3): the same under uniform attention
   queries, documents_queries   (B, 3): the number of these queries
   sink_prefix, sink_row        (B, H, KEYS): whether alpha_k > EPSILON
@@ -159,8 +160,8 @@ def _to_keys(trace, weights: Weights, rows: Rows) -> jax.Array:
 
 
 def _first_tokens(to_first, trace, weights: Weights, rows: Rows) -> dict[str, jax.Array]:
-  """Weight to the first token of the row and of each document, beside uniform."""
-  # Documents: each query's own key, one product per head.
+  """Weight to the first token of the row and of each document, with the uniform case."""
+  # Each query has one key, the first token of its document: one product per head.
   key_BTGK = jnp.take_along_axis(trace.key, rows.first[..., None, None], 1)
   heads = trace.query.shape[2] // key_BTGK.shape[2]
   key_BTHK = jnp.repeat(key_BTGK, heads, 2)
@@ -203,7 +204,7 @@ def _sink_rates(to_first, rows: Rows) -> dict[str, jax.Array]:
   return {'sink_prefix': above(prefix_B), 'sink_row': above(size_B)}
 
 
-# Sums of float32 numbers: no device may round them to fewer bits.
+# Exact products for sums in float32: no device may round the inputs to fewer bits.
 EXACT: Any = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
@@ -241,7 +242,8 @@ def _seen(rows: Rows) -> jax.Array:
   left_BT = jnp.cumsum(rows.live[:, ::-1], 1)[:, ::-1]
   if rows.segment is None:
     return left_BT
-  # Those after the document: the largest number left behind the end of a document.
+  # The queries after a document: the number left after its last token, which a running
+  # maximum from the right carries to its other tokens.
   after_BT = jnp.pad(left_BT[:, 1:], ((0, 0), (0, 1)))
   next_BT = jnp.pad(rows.segment[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
   after_BT = jnp.where(rows.segment != next_BT, after_BT, 0)

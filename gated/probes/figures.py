@@ -22,14 +22,14 @@ from gated.probes.style import COLORS, DASHES, GREY, MARKERS, look, styled, wrap
 WIDTH = 3.3  # Inches.
 # First-token attention (F-Attn) and largest activation (M-Act).
 PAPER = {'baseline': (0.467, 1053), 'elementwise gate': (0.048, 94)}
-MEANS = {'elementwise': 0.116, 'value': 0.221, 'head-shared': 0.271}  # of scores
+MEANS = {'elementwise': 0.116, 'value': 0.221, 'head-shared': 0.271}  # mean gate scores
 # The text of the authors' demo. It shows layers 1, 7, 21 and 28 of 28.
 PROMPT = 'Sparse gating mechanism mitigates attention sink.'
 SHOWN = (0, 6 / 27, 20 / 27, 1)
-NAMED = 16  # Maps of at most so many tokens name them.
+NAMED = 16  # Maximum tokens of a map whose axes show the tokens' texts.
 ACROSS = 8  # Heads in a row of a figure.
 
-NORM = colors.PowerNorm(1 / 3, 0, 1)  # Uniform attention and a sink are both seen.
+NORM = colors.PowerNorm(1 / 3, 0, 1)  # Shows both uniform attention and a sink.
 
 Reports = Mapping[str, Mapping[str, Any]]
 
@@ -120,7 +120,7 @@ def gates_by_layer(reports: Reports) -> Figure:
 
 @styled
 def sparsity(reports: Reports) -> Figure:
-  """The share of small SDPA outputs before the gate, after it, and scaled by its mean."""
+  """The share of small SDPA outputs: before the gate, after it, times its mean score."""
   kinds = {
     'before the gate': '_before',
     'after the gate': '',
@@ -161,8 +161,9 @@ def attention(
 ) -> Figure:
   """Attention maps {label: (L, H, T, T)}, mean over heads, at four layers.
 
-  Several runs stand side by side. Beside a layer is the mean weight of the first token,
-  over all queries but the first. `tokens` are their texts, `layers` other layers.
+  Several runs are drawn side by side. The title of a map has the mean weight of the first
+  token over all queries but the first. `tokens` are the texts of the tokens; `layers`
+  replaces the four layers.
   """
   runs = [(label, _checked(label, x, layers)) for label, x in _some(maps).items()]
   columns = runs
@@ -231,7 +232,7 @@ def _by_layer(reports: Reports, name: str) -> dict[str, np.ndarray]:
 
 
 def _histograms(reports: Reports) -> list[Any]:
-  """-> index, label, histogram and mean of each run with a gate; ValueError without."""
+  """-> index, label, histogram and mean of each run with a gate; ValueError if none."""
   runs = []
   for i, (label, report) in enumerate(_some(reports).items()):
     histogram, mean = (_number(label, report, f'gate_{n}') for n in ('histogram', 'mean'))

@@ -20,8 +20,8 @@ WORDS = {'open': 1.0, 'closed': 0.0}
 class Forced(nnx.Module):
   """A gate whose scores are replaced in the chosen layers; it takes the gate's place.
 
-  Its arrays are stacked over the layers, as the gate's weight is: chosen_L, and a score
-  of shape (L, H, K), or (L, D) at position 'out', where any but L may be 1.
+  Its arrays are stacked over the layers, like the gate's weight: chosen_L, and a score of
+  shape (L, H, K), or (L, D) at position 'out'. All dims but L may be 1.
   """
 
   def __init__(self, gate: Any, chosen_L: jax.Array, score: jax.Array):
@@ -52,8 +52,9 @@ def arrays(
 ) -> tuple[np.ndarray, np.ndarray]:
   """-> the chosen layers and their score, as `Forced` takes them.
 
-  `gates` is a word or a number, as for `Loaded.force`. `score` is that of a text, (L, H,
-  T) or (L, H, T, K), for 'mean'. ValueError if any of them is wrong.
+  `gates` is a word or a number, as for `Loaded.force`. 'mean', and only 'mean', needs
+  `score`: the gate scores of a text, (L, H, T) or (L, H, T, K). ValueError for a wrong
+  argument.
   """
   gate, depth = cfg.attn.gate, cfg.depth
   if gate.position == 'none':

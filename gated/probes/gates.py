@@ -1,4 +1,4 @@
-"""Gate scores: what each gate multiplies (or adds), by layer, head and token.
+"""Gate scores by layer, head and token: the factors (or summands) of the gated tensor.
 
 B batch  T tokens  L layers  H heads  K head width  C token classes  V vocabulary
 """
@@ -15,7 +15,7 @@ from gated.model.gate import ACTIVATIONS
 
 BELOW = (0.05, 0.1, 0.5)  # Shares of scores below these are counted.
 BINS = 50
-# The range of a histogram of scores that have no limits of their own.
+# The range of a histogram if the activation is not bounded.
 UNLIMITED = (-2.0, 2.0)
 # Classes of tokens: by their characters, and the first token of each document.
 CLASSES = ('letters', 'digits', 'spaces', 'other', 'first')
@@ -52,7 +52,7 @@ def of_block(block: model.Block, x_BTD: jax.Array) -> jax.Array | None:
     return None
   from_value = attn.gate.cfg.source == 'value'
   score = attn.gate.score(attn.value(h_BTD) if from_value else h_BTD)
-  # A score that is a parameter has no batch and no tokens of its own.
+  # The scores of a learned parameter have B = T = 1.
   score = jnp.broadcast_to(score, (*x_BTD.shape[:2], *score.shape[2:]))
   return score[..., None, :] if score.ndim == 3 else score
 
@@ -82,10 +82,10 @@ def measure(
   sum           (H,): of the scores
   row_sum, row_square   (B,): sum of a row's scores, and of their squared deviations from
                 the row's mean
-  below         (3,): how many scores are below each of BELOW
-  histogram     (BINS,): how many scores are in each bin, [edge, next edge)
+  below         (3,): number of scores below each of BELOW
+  histogram     (BINS,): number of scores in each bin, [edge, next edge)
   class_sum     (C,): summed over the tokens of each class; class_BTC is one-hot
-  class_count   (C,): tokens of each class
+  class_count   (C,): number of tokens of each class
   """
   live = live_BT[..., None, None]
   score = jnp.where(live, score_BTHK, 0)

@@ -1,22 +1,22 @@
-"""Early warnings: what grows in a model before its loss shows it, told in scalars.
+"""Early warnings: scalars that grow in a model before its loss diverges.
 
-  attention_logit     the largest |q k| / sqrt(K), over layers, heads and the pairs that
-                      attend: as the kernel gets them (after QK-norm, gates, RoPE and
-                      YaRN's scale), before a soft cap, and sinks' logits left out
-  attention_layer     the layer it was seen in, from 0
+  attention_logit     the largest |q k| / sqrt(K), over layers, heads and visible pairs of
+                      a query and a key; the kernel's inputs (after QK-norm, gates, RoPE
+                      and YaRN's scale), before a soft cap, without the sinks' logits
+  attention_layer     the layer of this logit, from 0
   output_logit        root mean square of the logits, over tokens and the vocabulary,
                       before a soft cap
   residual_rms_first  root mean square of the residual stream, after the embedding
   residual_rms_last   the same after the last layer, before the final norm
   residual_growth     last / first
 
-At large learning rates attention logits grow and output logits drift, and both are seen
-before the loss diverges (arXiv 2309.14322, section 3); that the residual stream outgrows
-what layers add to it is hidden by their norms. Padding counts nowhere. A number that is
-not finite is told as it is: it is a warning too.
+At large learning rates attention logits grow and output logits drift; both are visible
+before the loss diverges (arXiv 2309.14322, section 3). The residual stream can outgrow
+the layers' updates, which the norms hide from the loss. Padding is excluded. Non-finite
+numbers are reported unchanged: they are warnings too.
 
-They are read in a program of its own, forward only, from a few rows of a step's batch, by
-the model's own layers; the train step knows nothing of it.
+A separate program computes the scalars in a forward pass over a few rows of a step's
+batch, with the model's own layers. The train step does not change.
 
 B batch  T tokens  D width  H heads  G KV heads  K head width  V vocabulary
 q queries of a block  N blocks
@@ -30,23 +30,24 @@ import jax.numpy as jnp
 from gated import kernels, model
 from gated.devices import mesh
 
-# Rows of a batch that are read, at least, and at least one on each device: so up to eight
-# devices read the same rows.
+# The minimum number of rows to read. Each device reads at least one, so meshes of up to
+# eight devices read the same rows.
 ROWS = 8
-# A query and a key, of each row and head, whose scores a device has at a time: 2 MiB.
+# Pairs of a query and a key, per row and head, whose scores a device holds at a time:
+# 2 MiB.
 PAIRS = 1 << 19
 
 
 class _Seen(NamedTuple):
-  """What a layer reports."""
+  """The measurements of one layer."""
 
-  score: jax.Array  # the largest |score|, or one that is NaN
-  before: jax.Array  # the root mean square of the residual that it reads
-  after: jax.Array  # and of the one that it leaves
+  score: jax.Array  # the largest |score|; NaN if any score is NaN
+  before: jax.Array  # the root mean square of the residual stream before the layer
+  after: jax.Array  # the same after the layer
 
 
 def measure(net: model.Transformer, batch: Any, *, micro: int) -> dict[str, jax.Array]:
-  """A model and a step's batch (B, T), of micro-batches of `micro` rows -> scalars."""
+  """A model and a step's batch (B, T) in micro-batches of `micro` rows -> scalars."""
   batch = some_rows(batch, micro)
   live_BT = batch.segments > 0
   documents = batch.segments, batch.positions
@@ -64,14 +65,14 @@ def measure(net: model.Transformer, batch: Any, *, micro: int) -> dict[str, jax.
 
 
 def scalars(values: dict[str, Any]) -> dict[str, float]:
-  """What `measure` returned, on the host -> Python scalars."""
+  """The result of `measure`, on the host -> Python scalars."""
   return {name: value.item() for name, value in values.items()}
 
 
 def some_rows(batch: Any, micro: int) -> Any:
-  """A batch (B, T) -> ROWS of its rows, evenly apart.
+  """A batch (B, T) -> ROWS or more of its rows, evenly spaced.
 
-  Row i of R is row i * B / R, so each device reads rows that it already has.
+  Row i of R is row i * B / R of the batch, so each device reads rows that it already has.
   """
   rows, length = _rows(micro, _ways('batch')), batch.tokens.shape[1]
   some = lambda x: mesh.constrain(x.reshape(rows, -1, length)[:, 0], 'batch', 'tokens')
@@ -79,7 +80,7 @@ def some_rows(batch: Any, micro: int) -> Any:
 
 
 def _rows(micro: int, ways: int) -> int:
-  """How many rows are read, as many on each device, and evenly apart in a batch."""
+  """The number of rows to read: equal on all devices, and evenly spaced in a batch."""
   fits = (n for n in range(ways, micro + 1, ways) if micro % n == 0)
   return next(n for n in fits if n >= min(ROWS, micro))
 
@@ -90,8 +91,8 @@ def _ways(axis: str) -> int:
 
 
 def _layer(block: model.Block, x_BTD, angle_BTk, segment_BT, live_BT):
-  """A call of a block -> what it makes of x, and what was seen of it."""
-  # The block computes the same queries and keys: the compiler makes them once.
+  """Calls a block -> its output and its measurements."""
+  # The block computes the same queries and keys; the compiler computes them only once.
   q_BTHK, k_BTGK = block.attn.query_and_key(block.attn_norm(x_BTD), angle_BTk)
   score = _largest_score(q_BTHK, k_BTGK, segment_BT, live_BT)
   y_BTD, _ = block(x_BTD, angle_BTk, segment_BT, live_BT)
@@ -99,10 +100,10 @@ def _layer(block: model.Block, x_BTD, angle_BTk, segment_BT, live_BT):
 
 
 def _largest_score(q_BTHK, k_BTGK, segment_BT, live_BT) -> jax.Array:
-  """The largest |score| of a query that is not padding and a key that it may see.
+  """The largest |score| of a query that is not padding and a key that it sees.
 
-  Or NaN, where there is one: a maximum may lose it, on a device or between them, but a
-  sum does not.
+  It is NaN if any of these scores is. A maximum may ignore a NaN, on one device or
+  between devices; a sum keeps it.
   """
   length = q_BTHK.shape[1]
   count = _blocks(length, _ways('tokens'))
@@ -113,7 +114,7 @@ def _largest_score(q_BTHK, k_BTGK, segment_BT, live_BT) -> jax.Array:
   key_T = jnp.arange(length)
 
   def cut(x_BT):
-    # Block i has queries i, i + count, ...: of each device's as many.
+    # Block i has queries i, i + count, ...: equally many of each device.
     x = x_BT.reshape(len(x_BT), -1, count, *x_BT.shape[2:])
     return jnp.moveaxis(x, 2, 0)
 
@@ -134,16 +135,17 @@ def _largest_score(q_BTHK, k_BTGK, segment_BT, live_BT) -> jax.Array:
 
 
 def _blocks(length: int, ways: int) -> int:
-  """Into how many blocks each device's queries are cut: the fewest whose scores fit."""
+  """The number of blocks of each device's queries: the fewest whose scores fit."""
   own = length // ways
   fits = (n for n in range(1, own) if own % n == 0 and own // n * length <= PAIRS)
   return next(fits, own)
 
 
 def _logit_rms(x_BTD, w_VD, live_BT) -> jax.Array:
-  """Root mean square of x w, without a logit: sum over V of (x w)^2 = x (w^T w) x^T."""
+  """Root mean square of the logits, from w^T w: sum over V of (x w)^2 = x (w^T w) x^T."""
   vocab, width = w_VD.shape
-  # Of w a device has columns; it takes whole rows instead, as many: no one holds all.
+  # A device holds some columns of w. Here it takes an equal number of whole rows instead,
+  # so that no device holds all of w.
   ways = _ways('embed')
   more = -vocab % (ways * _ways('vocab'))
   w_VD = jnp.pad(w_VD.astype(x_BTD.dtype), ((0, more), (0, 0)))
@@ -163,5 +165,5 @@ def _rms(x_BTD, live_BT) -> jax.Array:
 def _root_mean(square_BT, live_BT) -> jax.Array:
   """The root of the mean over tokens that are not padding."""
   mean = jnp.where(live_BT, square_BT, 0).sum() / jnp.maximum(live_BT.sum(), 1)
-  # Rounding may leave it just below zero.
+  # Rounding may leave the mean just below zero.
   return jnp.sqrt(jnp.where(mean < 0, 0, mean))

@@ -1,8 +1,8 @@
-"""All probes in one forward pass: a model and a batch -> numbers that add up.
+"""All probes in one forward pass: a model and a batch -> sums and numbers of its rows.
 
-A batch gives sums over its tokens and numbers of its rows; `merge` joins those of several
-batches on the host, and `report` turns them into the numbers of a report. Nothing here
-depends on how rows are batched or sharded.
+`merge` joins the measures of several batches on the host, and `report.summarize` turns
+them into the numbers of a report. The numbers do not depend on the batching or the
+sharding of the rows.
 
 B batch  T tokens  L layers  H heads  C token classes
 """
@@ -52,7 +52,7 @@ def measure(net: model.Transformer, batch: Any, class_V: jax.Array) -> dict[str,
 def watch(net: model.Transformer, batch: Any, *, micro: int) -> dict[str, Any]:
   """A model and a step's batch -> measures of a few of its rows, for `report.scalars`.
 
-  What only a whole report shows is left out.
+  Omits the measures that only a whole report needs.
   """
   class_V = jnp.full(net.cfg.vocab, gates.CLASSES.index('other'), jnp.int32)
   measures = measure(net, indicators.some_rows(batch, micro), class_V)

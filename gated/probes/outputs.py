@@ -27,11 +27,11 @@ def measure(
   1. `first_BT` marks the first token of each document.
 
   before, after, scaled   of y, of the gated y, and of y times the row's mean score:
-    'sum' (H,): summed |y|;  'small' (2,): how many are below SMALL
+    'sum' (H,): summed |y|;  'small' (2,): number of |y| below each of SMALL
   gram_before, gram_after   (H, K, K): y^T y
-  documents                 (): documents that start in the batch
-  value_first, value_other  (G,): summed norms of the values of their first tokens, and
-                            of all others
+  documents                 (): number of documents that start in the batch
+  value_first, value_other  (G,): summed norms of the values of documents' first tokens,
+                            and of all other tokens
   """
   before = trace.sdpa.astype(jnp.float32)
   after = trace.gated.astype(jnp.float32)
@@ -91,7 +91,7 @@ def ranks_of_maps(value_LDGK: np.ndarray, out_LHKD: np.ndarray) -> np.ndarray:
 
 
 def _ranks(singular: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Singular values s -> (sum(s^2) / max(s)^2, exp(entropy of s / sum(s))); 0 of none.
+  """Singular values s -> (sum(s^2) / max(s)^2, exp(entropy of s / sum(s))); 0 if s = 0.
 
   The second is the effective rank of Roy and Vetterli 2007.
   """

@@ -23,13 +23,13 @@ class _Blocks(NamedTuple):
 
   query: jax.Array  # (B, T, G, R, K), T a multiple of `size`
   key: jax.Array  # (B, T, G, K)
-  segment: jax.Array  # (B, T); one document per row if whole rows attend
+  segment: jax.Array  # (B, T); all ones if documents are not masked
   live: jax.Array  # (B, T)
   size: int
   pairs: tuple[np.ndarray, np.ndarray]  # indices of query blocks and of key blocks
 
   def pad(self, x: jax.Array) -> jax.Array:
-    """(B, T, ...) -> the same up to a multiple of the block's size."""
+    """(B, T, ...) -> the same, padded to a multiple of the block's size."""
     more = self.live.shape[1] - x.shape[1]
     return jnp.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)))
 
@@ -38,7 +38,7 @@ class _Blocks(NamedTuple):
     return jax.lax.dynamic_slice_in_dim(x, i * self.size, self.size, 1)
 
   def scores(self, i, j) -> tuple[jax.Array, jax.Array]:
-    """Blocks of queries and keys -> (uncapped scores BGRqs, which count: B11qs)."""
+    """Blocks of queries and keys -> (uncapped scores BGRqs, their mask B11qs)."""
     query_BqHK = self.cut(self.query, i)
     score = kernels.scores(query_BqHK, self.cut(self.key, j))
     place = jnp.arange(self.size)
@@ -97,7 +97,7 @@ def softpick(trace, rows: Any, cap: float) -> tuple[jax.Array, jax.Array]:
 
 
 def key_sums(trace, weights: Any, rows: Any) -> kernels.KeySums:
-  """The same as the kernel, in XLA, for any normalizer, dtype and mesh."""
+  """As `kernels.key_sums`, in plain XLA, for any normalizer, dtype and mesh."""
   blocks = _blocks(trace, rows)
   B, T, H, _ = blocks.query.shape
   G = blocks.key.shape[2]

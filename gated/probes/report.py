@@ -1,4 +1,4 @@
-"""Measures of a model -> the numbers of a report, each with its convention in words.
+"""Measures of a model -> the numbers of a report, scalars for the log, and a table.
 
 L layers  R rows  H heads
 """
@@ -13,7 +13,7 @@ from gated import model
 from gated.probes import activations, attention, conventions, gates, outputs
 from gated.probes.measure import merge
 
-# What is logged while training.
+# Numbers that are logged while training.
 SCALARS = (
   'first_token_attention',
   'first_token_attention_documents',
@@ -35,7 +35,7 @@ SCALARS = (
 
 
 def scalars(cfg: model.Config, measures: dict[str, Any]) -> dict[str, float]:
-  """What `watch` returned, on the host -> the model's SCALARS, those that it has."""
+  """The result of `watch`, on the host -> those of SCALARS that the model has."""
   merged = merge([measures])
   numbers = _attention(merged, cfg) | _activations(merged) | _outputs(merged, cfg)
   numbers |= _gates(merged, cfg)
@@ -62,7 +62,7 @@ def summarize(
 
 
 def _mean(of_layer_L: Any, **more: Any) -> dict[str, Any]:
-  """A number of each layer -> its mean and itself."""
+  """The value of each layer -> their mean and all of them."""
   value = None if of_layer_L is None else np.mean(of_layer_L, 0)
   return {'value': value, 'layers': of_layer_L} | more
 
@@ -72,7 +72,7 @@ def _largest(of_layer_L: np.ndarray, **more: Any) -> dict[str, Any]:
 
 
 def _ratio(sum_: np.ndarray, count: Any) -> np.ndarray:
-  """A quotient, NaN where nothing was counted."""
+  """A quotient; NaN where the count is 0."""
   count = np.asarray(count, np.float64)
   return np.asarray(sum_, np.float64) / np.where(count > 0, count, np.nan)
 
@@ -259,7 +259,7 @@ def _gate_weights(weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def of_weights(net: model.Transformer) -> dict[str, jax.Array | None]:
-  """The weights that `summarize` reads on the host, and layer 0's gate."""
+  """The inputs of `summarize` from the weights; they include layer 0's gate scores."""
   attn, gated = net.blocks.attn, net.cfg.attn.gate.position != 'none'
   switched = net.cfg.attn.switch.where != 'none'
   return {
@@ -292,7 +292,7 @@ COLUMNS = (
 
 
 def table(report: dict[str, Any]) -> str:
-  """A report -> a line per layer, and one of the whole model; '-' if a number is None."""
+  """A report -> a line per layer, and one for the whole model; '-' if a number is None."""
   depth = len(report['m_act']['layers'])
   lines = [['layer', *(heading for heading, _, _ in COLUMNS)]]
   for layer in [*range(depth), 'all']:

@@ -56,7 +56,7 @@ STYLE: Any = {
   # Config values are not formulas.
   'text.parse_math': False,
 }
-# Format -> metadata to leave out, as it holds the time or the version.
+# Format -> metadata; None omits an entry that holds the time.
 FORMATS = {'svg': {'Date': None}, 'pdf': {'CreationDate': None}, 'png': {}}
 
 
