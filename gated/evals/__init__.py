@@ -1,4 +1,4 @@
-"""How good a model is: held-out loss beside two yardsticks, and texts it continues."""
+"""Evaluation of a model: held-out loss beside two yardsticks, and text generation."""
 
 from gated.evals import generate
 from gated.evals.heldout import Config, perplexity, summarize, table

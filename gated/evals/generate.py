@@ -36,7 +36,7 @@ from gated.model import attention
 log = logging.getLogger('gated')
 
 CHUNK = 256  # Tokens of a row that prefill takes at a time.
-SHORTEST = 16  # Slots of a row, at least.
+SHORTEST = 16  # Minimum slots of a row.
 STOP_EVERY = 32  # Tokens between two searches for stop strings.
 
 AXES = ('layers', 'batch', None, 'kv_heads', None)  # Of the cache, (L, B, S, G, K).
@@ -48,15 +48,15 @@ class Rows(NamedTuple):
   token_BN: Any
   count_B: Any  # tokens so far, the prompt's included
   done_B: Any
-  cache: tuple[jax.Array, ...]  # keys and values, (L, B, S, G, K) each; () without
+  cache: tuple[jax.Array, ...]  # keys and values, (L, B, S, G, K) each; () for no cache
 
 
 class Knobs(NamedTuple):
   """Options that do not change the program."""
 
-  limit_B: Any  # the most tokens of a row, the prompt's included
+  limit_B: Any  # maximum tokens of a row, the prompt's included
   end: Any  # the token that ends a text; -1 for none
-  vocab: Any  # only smaller ids are drawn
+  vocab: Any  # all drawn ids are below this
   temperature: Any
   top_p: Any
   seed: Any
@@ -72,13 +72,13 @@ def texts(
   read_tokenizer: Callable[[], Tokenizer],
   context: int,
 ) -> list[Any]:
-  """Prompts -> their continuations, without what stopped them.
+  """Prompts -> their continuations, without the stop string or the end-of-text token.
 
-  A string continues as a string, token ids as an int32 array. The tokenizer is read if a
-  prompt or a stop string needs it; then its end of text ends a continuation too, and of
-  ids the token that completes a stop string is left out. A warning is logged if rows may
-  exceed the `context` that the model was trained on (0: unknown). ValueError names a
-  prompt that is empty or outside the vocabulary.
+  A string prompt gives a string, token ids give an int32 array. The tokenizer is read
+  only if a prompt or a stop string needs it; its end-of-text token then ends a
+  continuation too. Among token ids, the token that completes a stop string is dropped. A
+  warning is logged if rows may exceed the `context` that the model was trained on (0:
+  unknown). ValueError names a prompt that is empty or outside the vocabulary.
   """
   if isinstance(prompts, (str, bytes)) or not len(prompts):
     raise ValueError(f'prompts={prompts!r:.100}, but a list of texts is expected')
@@ -109,8 +109,8 @@ def run(
 ) -> list[np.ndarray]:
   """Token ids of prompts -> the ids that continue them; all processes must call it.
 
-  As `texts`, without the checks. Some tokens may follow a stop string. Needs a tokenizer
-  for stop strings.
+  As `texts`, without the checks. Some tokens may follow a stop string. Stop strings need
+  a tokenizer.
   """
   cfg, on = net.cfg, _joined(on)
   cached = not (cfg.moe.experts and cfg.moe.dispatch == 'capacity')
@@ -120,10 +120,10 @@ def run(
   # The loop itself feeds the last token of each prompt.
   chunks = -(-(longest - 1) // chunk)
   slots = _rounded(max(longest + options.max_tokens, chunks * chunk))
-  # A row's capacity is in proportion to its length.
+  # The experts' capacity is proportional to the length of a row.
   slots = slots if cached else max(slots, context)
   every = STOP_EVERY if options.stop else options.max_tokens
-  kept = dict(top_k=1 if options.greedy else options.top_k, with_p=options.top_p < 1)
+  filters = dict(top_k=1 if options.greedy else options.top_k, with_p=options.top_p < 1)
   with jax.set_mesh(on), _precision(cfg):
     put = functools.partial(jax.device_put, device=NamedSharding(on, P()))
     net = jax.device_put(net, mesh.shardings(net, on))
@@ -133,7 +133,7 @@ def run(
       rows = rows._replace(cache=cache)
     for start in range(0, options.max_tokens, every):
       steps = min(every, options.max_tokens - start)
-      rows = _decode(net, rows, knobs, put(np.int32(steps)), **kept)
+      rows = _decode(net, rows, knobs, put(np.int32(steps)), **filters)
       token_BN, count_B, done_B = (np.array(x) for x in rows[:3])
       new = [row[len(a) : n] for a, row, n in zip(prompts, token_BN, count_B)]
       for i in range(len(prompts) if options.stop else 0):
@@ -158,8 +158,8 @@ class Stop(NamedTuple):
     whole, head = decode([*self.prompt, *new]), decode(self.prompt)
     # A tokenizer may drop a space from the start of a text.
     text = whole[len(head) :] if whole.startswith(head) else decode(new)
-    found = [text.find(string.encode()) for string in self.strings]
-    ends = [at for at in found if at >= 0]
+    places = [text.find(string.encode()) for string in self.strings]
+    ends = [place for place in places if place >= 0]
     return text[: min(ends, default=None)].decode(errors='replace'), bool(ends)
 
   def before(self, new: np.ndarray) -> np.ndarray:
@@ -171,7 +171,7 @@ class Stop(NamedTuple):
 def _encode(
   prompt: Any, name: str, vocab: int, tokenizer: Tokenizer | None
 ) -> np.ndarray:
-  """A text or ids -> ids, checked."""
+  """A text or ids -> checked ids."""
   if isinstance(prompt, str):
     assert tokenizer
     ids = tokenizer.encode(prompt)[0]
@@ -218,9 +218,9 @@ def _precision(cfg: model.Config) -> Any:
 
 
 def _joined(on: Mesh) -> Mesh:
-  """The same devices, those of the context axis joined to `data`.
+  """The same devices, with the context axis merged into `data`.
 
-  A step has one token of each row, which no axis can split.
+  A step has one token per row, which the context axis cannot split.
   """
   if on.shape['context'] == 1:
     return on
@@ -237,7 +237,7 @@ def _start(
   ways: int,
   tokenizer: Tokenizer | None,
 ) -> tuple[Rows, Knobs]:
-  """The rows before the first step, and more that are done, to a multiple of `ways`."""
+  """The rows before the first step, padded with rows that are done for `ways` shards."""
   count = len(prompts)
   total = -(-count // ways) * ways
   token_BN = np.zeros((total, slots), np.int32)
@@ -287,7 +287,7 @@ def _decode(net, rows: Rows, knobs: Knobs, steps, *, top_k: int, with_p: bool):
     score_BV = (logit_BV - logit_BV.max(-1, keepdims=True)) / knobs.temperature
     token_B = sampling.draw(score_BV, key_B, top_k=top_k, top_p=top_p)
     going_B = ~rows.done_B & (token_B != knobs.end)
-    # Rows that are done write outside of the row, which drops the token.
+    # Rows that are done write to a slot outside of the row, which drops the token.
     slot_B = jnp.where(going_B, rows.count_B, rows.token_BN.shape[1])
     token_BN = rows.token_BN.at[row_B, slot_B].set(token_B, mode='drop')
     count_B = rows.count_B + going_B
@@ -319,8 +319,8 @@ def _extend(
   """T tokens from positions start_B on -> (their hidden states, the cache with them)."""
 
   def through(block, x_BTD, angle_BTk, segment_BT, live_BT, layer):
-    seen = attention.Cache(*layer, start_B)
-    trace = block.trace(x_BTD, angle_BTk, segment_BT, live_BT, seen)
+    earlier = attention.Cache(*layer, start_B)
+    trace = block.trace(x_BTD, angle_BTk, segment_BT, live_BT, earlier)
     return trace.output, (trace.attn.key, trace.attn.value)
 
   position_BT = start_B[:, None] + jnp.arange(token_BT.shape[1], dtype=jnp.int32)[None]

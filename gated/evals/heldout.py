@@ -1,6 +1,6 @@
 """Held-out loss: row sums -> nats per token, perplexity, bits per byte, with errors.
 
-Host arithmetic in float64. The row sums come from `train.step.evaluate`.
+Host arithmetic in float64. The row sums come from `train.losses.per_row`.
 """
 
 import math
@@ -17,7 +17,7 @@ from gated.devices import mesh
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-  """How often, and on how much text, a run is evaluated."""
+  """The interval and the number of rows of a run's evaluations."""
 
   every: int  # steps
   rows: int  # held-out rows of each domain; 0 for all

@@ -19,12 +19,12 @@ LARGEST = 1 << 24  # Upper limit of max_tokens, far above any use.
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-  """How a text goes on. ValueError for an option out of range."""
+  """Options of a continuation. ValueError for an option out of range."""
 
-  max_tokens: int = 128  # new tokens of a row, at most
+  max_tokens: int = 128  # maximum new tokens of a row
   temperature: float = 1.0  # divides the logits; 0: the most probable token
   top_k: int = 0  # keeps the k most probable tokens; 0: all
-  top_p: float = 1.0  # keeps the fewest tokens that have this probability together
+  top_p: float = 1.0  # keeps the fewest tokens whose probabilities sum to this
   stop: tuple[str, ...] = ()  # a continuation ends before any of these strings
   seed: int = 0
 
@@ -51,7 +51,7 @@ class Sampling:
 
   @property
   def greedy(self) -> bool:
-    """Whether the temperature is 0 for a float32."""
+    """Whether the temperature is 0, or below the smallest normal float32."""
     return bool(np.float32(self.temperature) < np.finfo(np.float32).tiny)
 
 
@@ -60,8 +60,9 @@ def define(
 ) -> Callable[[], tuple[list[str], dict[str, Any]]]:
   """Defines --prompt and a flag for each option -> a function that reads them.
 
-  It returns the prompts and the options of `Sampling`; ValueError names a flag that is
-  wrong, that has no --prompt, or that --prompt `excludes`. `flags` is absl's module.
+  The function returns the prompts and the options of `Sampling`. ValueError names a flag
+  with a wrong value, an option without --prompt, or a flag of `excludes` with --prompt.
+  `flags` is absl's module.
   """
   prompt = flags.DEFINE_multi_string(
     'prompt', [], 'Continues this text instead of measuring; may be repeated.'
@@ -106,9 +107,9 @@ def keep(
 ) -> tuple[jax.Array, jax.Array]:
   """Logits -> the logits of the kept tokens (B, k) and their ids (B, k), by rank.
 
-  First the `top_k` largest logits (0: all), the smaller id first among equals. Of these
-  the fewest whose probabilities sum to at least `top_p`; the logits of the others are
-  -inf. None skips this filter.
+  First keeps the `top_k` largest logits (0: all); among equals the smaller id comes
+  first. Of these keeps the fewest whose probabilities sum to at least `top_p`, and sets
+  the logits of the others to -inf. None skips the second filter.
   """
   V = logit_BV.shape[-1]
   logit_Bk, id_Bk = jax.lax.top_k(logit_BV, min(top_k or V, V))
@@ -124,7 +125,7 @@ def keep(
 def draw(
   logit_BV: jax.Array, key_B: jax.Array, *, top_k: int, top_p: jax.Array | None
 ) -> jax.Array:
-  """Logits and a key for each row -> a token of each row (B,), drawn as `keep` keeps."""
+  """Logits and a key for each row -> (B,): for each row, a token that `keep` keeps."""
   draw_rows = jax.vmap(jax.random.categorical)
   if not top_k and top_p is None:
     return draw_rows(key_B, logit_BV)
@@ -134,7 +135,7 @@ def draw(
 
 
 def keys(seed: jax.Array, row_B: jax.Array, position_B: jax.Array) -> jax.Array:
-  """A key for each row: of the seed, the row, and the position of the drawn token."""
+  """A key for each row, from the seed, the row, and the position of the drawn token."""
   of_seed = jax.random.key(seed)
   fold = lambda row, position: jax.random.fold_in(
     jax.random.fold_in(of_seed, row), position

@@ -10,21 +10,21 @@ import numpy as np
 
 from gated import data
 
-PENDING = 1 << 22  # Pairs that are merged at a time: 32 MiB.
+PENDING = 1 << 22  # Number of pairs to merge at a time: 32 MiB.
 ROWS = 64  # Rows of a batch for the bigram model.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bigram:
-  """An interpolated bigram model, a lower bar for language models.
+  """An interpolated bigram model, a weak baseline for language models.
 
   Witten-Bell interpolation (Witten and Bell 1991, "The zero-frequency problem", method C;
   Chen and Goodman 1998, TR-10-98, section 2.5) with an add-one unigram below:
 
     p(w | c) = (n(c, w) + t(c) * p(w)) / (n(c) + t(c)),    p(w) = (n(w) + 1) / (N + V)
 
-  where t(c) is the number of different tokens seen after c. An unseen c gives p(w). Pairs
-  are kept as sorted keys c * V + w: memory is 16 bytes per different pair, not V * V.
+  where t(c) is the number of distinct tokens seen after c. An unseen c gives p(w). Pairs
+  are stored as sorted keys c * V + w: memory is 16 bytes per distinct pair, not V * V.
   """
 
   pair_P: np.ndarray

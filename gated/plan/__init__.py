@@ -1,4 +1,4 @@
-"""A whole recipe, joined and checked, and what follows from it: mesh, state, steps."""
+"""A whole recipe, joined and checked, and the mesh, state and steps built from it."""
 
 from gated.plan.plan import Plan, amount, evaluate_step, exact, placed, reading
 from gated.plan.prepare import Run, prepare

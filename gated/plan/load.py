@@ -21,7 +21,7 @@ from gated.plan.plan import evaluate_step, exact, reading
 from gated.probes import attention, gates
 from gated.run import checkpoint, workdir
 
-# What a checkpoint must say about its run.
+# Required entries in a checkpoint's metadata.
 NEEDED = (
   'config.model',
   'config.data',
@@ -32,7 +32,7 @@ NEEDED = (
   'data.tokenizer',
   'stability.rollbacks',
 )
-SHORTEST = 16  # Texts are padded to a power of two of at least so many tokens.
+SHORTEST = 16  # Texts are padded to a power of two; this is the smallest.
 CHUNK = 1024  # Tokens per device whose logits are in memory at a time, for imports.
 
 _log = logging.getLogger('gated')
@@ -41,10 +41,10 @@ Text = str | Sequence[int] | np.ndarray
 
 
 class Loaded:
-  """A trained model, as `load` found it. The weights are read when `model` is first used.
+  """A trained model, made by `load`. The weights are read when `model` is first used.
 
-  They are split over all devices. Texts are single documents; a text is a string, or a
-  sequence of token ids.
+  They are split over all devices. A text is a single document: a string, or a sequence of
+  token ids.
   """
 
   def __init__(
@@ -59,13 +59,13 @@ class Loaded:
     self.path = path  # the workdir, or the Hugging Face folder
     self.cfg = cfg
     self.step = step  # None for imported weights
-    self.about = about  # what the run saved with the step; None for imported weights
+    self.about = about  # metadata of the step's checkpoint; None for imported weights
     self.cache = cache  # folder of the embedded corpus and of copied datasets
-    self.changes: tuple[Any, ...] = ()  # of the model, once its weights are read
+    self.changes: tuple[Any, ...] = ()  # applied to the model after reading its weights
 
   @functools.cached_property
   def config(self) -> dict[str, Any]:
-    """The resolved recipe of the run; of imported weights, its group `model` alone."""
+    """The resolved recipe of the run; for imported weights, only its group `model`."""
     return self.about['config'] if self.about else {'model': dataclasses.asdict(self.cfg)}
 
   @functools.cached_property
@@ -98,27 +98,27 @@ class Loaded:
         raise ValueError(f'{self.path} has no tokenizer.json: pass token ids, not text')
       return tokenizer.load(str(file))
     knobs = self.config['data'] | {'cache': self.cache}
-    found = data.open_tokenizer(config.build(data.Config, knobs, 'config.data'))
-    if found.fingerprint != self.about['data']['tokenizer']:
+    opened = data.open_tokenizer(config.build(data.Config, knobs, 'config.data'))
+    if opened.fingerprint != self.about['data']['tokenizer']:
       raise ValueError(
         f'config.data.mixture={knobs["mixture"]!r} now has another tokenizer than '
         f'{self.path} was trained with: pass token ids, not text'
       )
-    return found
+    return opened
 
   def corpus(
     self, mixture: str = '', *, knobs: dict[str, Any] | None = None, seed: int = 0
   ) -> data.Corpus:
     """The data that the run was trained on, or another mixture, as rows of tokens.
 
-    Imported weights have no data of their own: `knobs` (as config.data) and `seed` are
-    for them. With a batch of one row, row i is the run's i-th row. ValueError if the
+    `knobs` (as config.data) and `seed` are for imported weights, which have no data of
+    their own. With a batch of one row, row i is the run's i-th row. ValueError if the
     run's data has changed or the mixture has another tokenizer.
     """
     c = self.config if self.about else {'data': knobs, 'seed': seed}
     if c['data'] is None:
       raise ValueError(f'{self.path} has no data of its own: pass `knobs`')
-    # The cache is a matter of this machine, not of the checkpoint.
+    # The cache folder belongs to this machine, not to the checkpoint.
     data_knobs = c['data'] | {'cache': self.cache}
     data_knobs |= {'mixture': mixture} if mixture else {}
     cfg = config.build(data.Config, data_knobs, 'config.data')
@@ -132,7 +132,7 @@ class Loaded:
     return corpus
 
   def _check_data(self, corpus: data.Corpus, mixture: str) -> None:
-    """ValueError unless the corpus is the run's own, or has at least its tokenizer."""
+    """ValueError if the run's data has changed, or if a mixture has another tokenizer."""
     assert self.about is not None
     fingerprint = self.about['data']
     if not mixture and corpus.fingerprint['sha256'] != fingerprint['sha256']:
@@ -145,7 +145,7 @@ class Loaded:
       raise ValueError(f'--data={mixture!r} has another tokenizer than the run')
 
   def fit(self, segments: int) -> 'Loaded':
-    """The same model for rows of that many documents, which cost a fused kernel more."""
+    """The same model for rows of up to `segments` documents; more slow a fused kernel."""
     attn = self.cfg.attn
     most = max(attn.max_segments, segments)
     attn = dataclasses.replace(attn, max_segments=most)
@@ -177,7 +177,7 @@ class Loaded:
   def gates(self, text: Text) -> np.ndarray:
     """A text -> its gates' scores: (L, H, T) headwise, (L, H, T, K) elementwise.
 
-    As `probes.gates.scores`, of one text; ValueError for a model without a gate.
+    As `probes.gates.scores`, for one text. ValueError for a model without a gate.
     """
     batch, count = self._batch(self._tokens(text))
     score = self.compiled(gates.scores)(self.model, batch)
@@ -186,7 +186,7 @@ class Loaded:
   def attention(self, text: Text) -> np.ndarray:
     """A text -> its attention weights before any gate: (L, H, T, T).
 
-    As `probes.attention.maps`, of one text; ValueError for one of more than 512 tokens.
+    As `probes.attention.maps`, for one text. ValueError for more than 512 tokens.
     """
     batch, count = self._batch(self._tokens(text))
     weight = self.compiled(attention.maps)(self.model, batch)
@@ -212,7 +212,7 @@ class Loaded:
     return run
 
   def generate(self, prompts: Sequence[Text], **options: Any) -> list[Any]:
-    """Prompts -> continuations: strings of strings, arrays of token ids.
+    """Prompts -> continuations: a string for a string, an int32 array for token ids.
 
     The options are the fields of `evals.Sampling`: max_tokens, temperature, top_k, top_p,
     stop, seed. ValueError names a prompt or an option that is wrong.
@@ -240,13 +240,13 @@ class Loaded:
     rows: int = 0,
     mask_documents: bool | None = None,
   ) -> dict[str, Any]:
-    """A text -> what the model does inside on it, as `eval.py --probe` reports it.
+    """A text -> the report of all probes on it, as in `eval.py --probe`.
 
-    The text is cut into rows of `length` tokens (0: as the model was trained, or one row
-    for an imported one), of which the first `rows` are read (0: all); each is one
-    document. Packed rows (R, T) on the host may take the place of a text.
-    `mask_documents` replaces the model's own. ValueError for a text shorter than the
-    probes need. The numbers are explained under 'conventions'.
+    The text is cut into rows of `length` tokens (0: the training length, or one row for
+    imported weights). The first `rows` rows are read (0: all); each is one document.
+    `text` may also be packed rows (R, T) on the host. `mask_documents` replaces the
+    model's own setting. ValueError for a text shorter than the probes need. The entry
+    'conventions' of the report explains its numbers.
     """
     if not isinstance(text, data.Batch):
       trained = self.config['data']['length'] if self.about else 0
@@ -257,9 +257,9 @@ class Loaded:
   def draw(self, report: dict[str, Any], text: Text | data.Batch) -> None:
     """Draws a report of `probe`, and maps and gates of its text, into WORKDIR/probes/.
 
-    The files are STEP-NAME.svg and .png, and STEP-gates.html. Of packed rows the longest
-    document of the first is drawn. ValueError without matplotlib, and for imported
-    weights, whose folder is left as it is.
+    The files are STEP-NAME.svg and .png, and STEP-gates.html. For packed rows, the text
+    is the longest document of the first row. ValueError without matplotlib, for a model
+    with forced gates, and for imported weights, whose folder does not change.
     """
     if self.changes:
       raise ValueError(f'figures in {self.path} are those of the model as it is saved')
@@ -291,7 +291,7 @@ class Loaded:
   def _batch(self, tokens: np.ndarray, targets: Any = None) -> tuple[data.Batch, int]:
     """One text -> (a placed batch whose rows all hold it, its number of tokens).
 
-    It has a row for each part that the mesh splits a batch into.
+    The batch has one row for each shard of a batch on the mesh.
     """
     count = len(tokens)
     length = max(SHORTEST, 1 << (count - 1).bit_length())
@@ -313,8 +313,8 @@ class Loaded:
 def load(path: storage.PathLike, *, step: str = '', cache: str = '') -> Loaded:
   """A workdir, WORKDIR:STEP or a Hugging Face folder -> Loaded.
 
-  STEP, which may also be given as `step`, is a number, 'latest' (the default) or 'best',
-  the step with the lowest held-out loss. A workdir may be in an object store (gs://,
+  STEP is a number, 'latest' (the default) or 'best', the step with the lowest held-out
+  loss; `step` may give it instead. A workdir may be in an object store (gs://,
   s3://). Every byte of the step is verified first. `cache` is the folder of the embedded
   corpus, '' for the platform's. Raises ValueError, with the path, if loading fails.
   """

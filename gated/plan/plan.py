@@ -1,6 +1,6 @@
 """A whole recipe, checked -> its mesh, state, train and evaluation step.
 
-`train.py`, `eval.py` and the scripts all build a run by this module.
+`train.py`, `eval.py` and the scripts all build a run with this module.
 """
 
 import functools
@@ -26,8 +26,8 @@ Chooser = Callable[[Config, int, chips.Chip, int], tuple[dict[str, int], str]]
 class Plan:
   """The mesh, the optimizer and the shapes of a run; allocates and compiles nothing.
 
-  `devices` defaults to all devices of this process's run. They may belong to another
-  machine, to compile for it.
+  `devices` defaults to all devices of this process's run. To compile for another machine,
+  pass that machine's devices.
   """
 
   def __init__(
@@ -91,10 +91,10 @@ class Plan:
       return jitted.lower(self.state, self.batch_shapes(cfg.batch))
 
   def watch(self) -> Callable[..., dict[str, tuple[Any, Callable]]]:
-    """-> a function (step, model, batch) -> what is measured at that step, by its kind.
+    """-> a function (step, model, batch) -> the measurements due at that step, by kind.
 
-    Each kind ('indicators', 'probes') has values on the devices and the function that
-    turns them into scalars on the host. Its first measurement compiles it.
+    Each kind ('indicators', 'probes') has values on the devices and a function that turns
+    them into scalars on the host. The first measurement of a kind compiles it.
     """
     cfg = self.cfg
     scalars = functools.partial(probes.scalars, cfg.model)

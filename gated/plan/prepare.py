@@ -1,4 +1,4 @@
-"""A recipe and a workdir -> a run that passed every check, before it costs anything."""
+"""A recipe and a workdir -> a run that passed every check; nothing is compiled yet."""
 
 import dataclasses
 import logging
@@ -27,7 +27,7 @@ class Run(NamedTuple):
   corpus: data.Corpus
   lowered: Any  # the train step, lowered but not compiled
   weights: weights.Source | None  # of config.init_from
-  resume: workdirs.Resume  # the step to restore, and what changed since
+  resume: workdirs.Resume  # the step to restore, and the changes since
 
   def record_session(self) -> None:
     """Adds this session to run.json, on process 0."""

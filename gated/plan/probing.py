@@ -21,8 +21,8 @@ TOKENS = 8192  # Tokens per device in one batch, unless a single row has more.
 def rows_of(ids: np.ndarray, *, length: int, limit: int) -> data.Batch:
   """Token ids -> rows of `length` tokens, the first `limit` of them (0: all).
 
-  Each row is one document. What does not fill the last row is left out, unless it is the
-  only row. ValueError for a text shorter than the probes need.
+  Each row is one document. Tokens that do not fill a last row are dropped; a text shorter
+  than `length` is one row. ValueError for a text shorter than the probes need.
   """
   if len(ids) < attention.PREFIX:
     raise ValueError(
@@ -41,7 +41,7 @@ def probe(
 ) -> dict[str, Any]:
   """A `Loaded` and rows (R, T) on the host -> the report.
 
-  `mask_documents` replaces config.model.mask_documents, None keeps it.
+  `mask_documents` replaces config.model.mask_documents; None keeps it.
   """
   net = loaded.model
   if mask_documents is not None and mask_documents != net.cfg.mask_documents:
@@ -81,7 +81,7 @@ def probe(
 
 
 def forcing(loaded: Any, gates: str | float, layers: Any, score: Any) -> Any:
-  """The change of a model that forces its gates: see `Loaded.force`, `force.arrays`."""
+  """-> a function that forces a model's gates; see `Loaded.force` and `force.arrays`."""
   whole = jax.sharding.NamedSharding(loaded.mesh, jax.P())
   arrays = force.arrays(loaded.cfg, gates, layers, score)
   chosen, forced = (jax.device_put(x, whole) for x in arrays)
@@ -98,7 +98,7 @@ def heldout_rows(corpus: data.Corpus, limit: int) -> data.Batch:
 
 
 def drawing(loaded: Any) -> Any:
-  """The modules that draw; ValueError without matplotlib or a folder for the figures."""
+  """-> the modules figures and style; ValueError without matplotlib or a workdir."""
   if not loaded.about:
     raise ValueError(f'figures are drawn into a workdir, but {loaded.path} is none')
   try:
@@ -111,8 +111,8 @@ def drawing(loaded: Any) -> Any:
 def draw(loaded: Any, report: dict[str, Any], ids: np.ndarray) -> None:
   """Draws a report, and maps and gates of a text -> WORKDIR/probes/STEP-*.
 
-  The maps are of the authors' prompt, and of the ids up to a row of the report and to
-  `attention.LONGEST`.
+  Attention maps show the authors' prompt, and the first ids: at most a row of the report,
+  and at most `attention.LONGEST`.
   """
   figures, style = drawing(loaded)
   label = loaded.path.name
@@ -123,7 +123,7 @@ def draw(loaded: Any, report: dict[str, Any], ids: np.ndarray) -> None:
   try:
     prompt = loaded.tokenizer.encode(figures.PROMPT)[0]
   except ValueError:
-    prompt = ids[:16]  # Without a tokenizer.
+    prompt = ids[:16]  # There is no tokenizer.
   weight, words = loaded.attention(prompt), texts_of(loaded, prompt)
   pictures['attention'] = figures.attention({label: weight}, words)
   pictures['attention-heads'] = figures.attention_heads(weight, words)
@@ -161,7 +161,7 @@ def texts_of(loaded: Any, ids: np.ndarray) -> list[str]:
 
 
 def _filled(x_RT: np.ndarray, rows: int) -> np.ndarray:
-  """Rows up to a number of them; those added are padding."""
+  """Appends rows of padding up to `rows` rows."""
   return np.pad(x_RT, ((0, rows - len(x_RT)), (0, 0)))
 
 

@@ -1,4 +1,4 @@
-"""A whole recipe: the configs of all rooms, joined and checked against each other."""
+"""A whole recipe: the configs of all modules, joined and checked against each other."""
 
 import re
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ NAME = re.compile(r'[A-Za-z0-9_][\w.+=,-]{0,99}', re.ASCII)
 
 @dataclass(frozen=True, kw_only=True)
 class Paper:
-  """What a recipe reproduces; nothing of it acts on the run."""
+  """The published row that a recipe reproduces; it has no effect on the run."""
 
-  table: str  # 'Table 1', or '' for a recipe of none
-  row: str  # as a recipe's argument names it
-  baseline: str  # the recipe that its parameters are counted against: FILE:ARGUMENT
-  added: float  # millions of parameters, as the paper prints them; -1 where it does not
-  published: dict[str, float]  # the row's numbers
-  assumed: tuple[str, ...]  # what the paper does not say, and is chosen here
+  table: str  # such as 'table1'; '' for a recipe outside the paper's tables
+  row: str  # the argument that selects the row
+  baseline: str  # the recipe without the `added` parameters: FILE:ARGUMENT
+  added: float  # published extra parameters in millions; -1 for none published
+  published: dict[str, float]  # published metrics by name
+  assumed: tuple[str, ...]  # our choices where the paper is silent
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-  """`configs/base.py`, whole and checked."""
+  """All knobs of `configs/base.py`, checked."""
 
   name: str
   seed: int
@@ -61,7 +61,7 @@ class Config:
 
 
 def check_mesh(cfg: Config, on: Any) -> None:
-  """Raises ValueError unless a mesh splits every micro-batch, row and layer evenly."""
+  """Raises ValueError unless the mesh splits every micro-batch, row and layer evenly."""
   ways = mesh.ways('batch', on)
   if (cfg.batch // cfg.accum) % ways:
     sizes = ' * '.join(f'config.mesh.{a}={on.shape[a]}' for a in mesh.RULES['batch'])
@@ -81,6 +81,6 @@ def check_mesh(cfg: Config, on: Any) -> None:
 def digest(c: dict) -> str:
   """A resolved recipe -> 8 hexadecimal digits that name its default workdir.
 
-  `config.paper` does not count: it changes nothing in the run.
+  The digest omits `config.paper`, which has no effect on the run.
   """
   return config.digest({knob: c[knob] for knob in c if knob != 'paper'})[:8]

@@ -60,7 +60,8 @@ def of_block(block: model.Block, x_BTD: jax.Array) -> jax.Array | None:
 def score_range(activation: str) -> tuple[float, float]:
   """The range of a histogram; scores outside of it count in the outer bins.
 
-  It holds 0, 1 and the limits of the activation, or is UNLIMITED if they lie beyond.
+  It includes 0, 1 and the limits of the activation; if they exceed UNLIMITED, it is
+  UNLIMITED.
   """
   act = ACTIVATIONS[activation]
   with jax.ensure_compile_time_eval():

@@ -292,7 +292,7 @@ COLUMNS = (
 
 
 def table(report: dict[str, Any]) -> str:
-  """A report -> a line per layer, and one for the whole model; '-' if a number is None."""
+  """A report -> a line per layer and one for the whole model; '-' if a number is None."""
   depth = len(report['m_act']['layers'])
   lines = [['layer', *(heading for heading, _, _ in COLUMNS)]]
   for layer in [*range(depth), 'all']:
