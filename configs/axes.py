@@ -64,7 +64,7 @@ def zipped(*grids: Sequence[Point]) -> list[Point]:
 
 
 def chain(*grids: Sequence[Point]) -> list[Point]:
-  """The points of all grids, one grid after the other."""
+  """The points of all grids, one grid after another."""
   return [point for grid in grids for point in grid]
 
 

@@ -47,7 +47,7 @@ def get_config(arg: str = '') -> ConfigDict:
     prefetch=8,  # batches read ahead
   )
   c.mesh = dict(
-    choice='hand',  # auto sets axes at 1 or -1 to the estimated fastest sizes
+    choice='hand',  # auto replaces axes of 1 or -1 by the estimated fastest sizes
     data=1,  # replicas of the weights; each reads its own rows
     fsdp=-1,  # shards weights and rows; -1 takes all remaining devices
     expert=1,  # shards experts; acts as a data axis in the other layers
@@ -84,10 +84,10 @@ def get_config(arg: str = '') -> ConfigDict:
     wandb='',  # Weights & Biases project; '' for none
     profile_first=-1,  # first step to profile; -1 for none
     profile_last=-1,  # last step to profile
-    # Steps between early-warning measurements (gated/probes/), which cost a forward pass
-    # of a few rows each; 0 for none.
+    # Steps between early-warning measurements (gated/probes/indicators.py). Each costs a
+    # forward pass of a few rows; 0 for none.
     indicators=0,
-    # Steps between probes (docs/probes.md), which cost some forward passes of a few rows;
+    # Steps between probes (docs/probes.md). Each costs some forward passes of a few rows;
     # 0 for none.
     probes=0,
   )
@@ -177,7 +177,7 @@ def gate() -> dict:
     init='normal',  # or zero
     std=0.02,  # the authors' code uses this for all weights
     lr=1.0,  # multiplier of the learning rate
-    place='before',  # QK-norm comes after the query or key gate, as Eq. 1 reads
+    place='before',  # before: gates query or key before QK-norm, by the wording of Eq. 1
   )
 
 
@@ -211,7 +211,7 @@ def rule() -> dict[str, float]:
   A run's level is the median of the last `tail` of its logged losses.
   """
   return dict(
-    multiple=1.5,  # final loss over the best run's; no sound learning rate reaches this
+    multiple=1.5,  # final loss over the best run's; above that of any sound learning rate
     rise=0.5,  # nats of the final level above the run's lowest; far above its noise
     tail=0.05,  # fraction of the logged losses
   )

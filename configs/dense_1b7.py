@@ -8,8 +8,8 @@ time: 59 h (28l) or 63 h (48l) on 64 H200 at 35% MFU; published perplexity 7.499
 
 Published: the architecture, the peak learning rate, the batch and the tokens. Assumed,
 because unpublished for the dense models: warm-up 1k steps and floor 3e-5 (the MoE's,
-section 3.1), weight decay 0.1, clipping at 1.0, init std 0.02. The FFN is not narrowed
-for the gate here; table2.py narrows it.
+section 3.1), weight decay 0.1, clipping at 1.0, init std 0.02. table2.py narrows the FFN
+of gated models; this recipe does not.
 """
 
 from configs import base, rows
@@ -20,7 +20,7 @@ SHAPES = {
     'proxy': dict(depth=18, width=512, ffn=1536),
     'test': dict(depth=2, width=32, ffn=96),
   },
-  # Deeper, narrower and less stable.
+  # This shape is deeper, narrower and less stable.
   '48l': {
     'paper': dict(depth=48, width=1536, ffn=4608),
     'proxy': dict(depth=30, width=384, ffn=1152),

@@ -2,11 +2,11 @@
 
 python scripts/sweep.py run --config=configs/lr_sweep.py:scale=test
 python scripts/sweep.py run --config=configs/lr_sweep.py --config.data.mixture=DIR
-Variants x learning rates x seeds of Table 2's 48-layer model, the less stable one.
-optimizer=muon and precision=fp32 change all runs, =both adds an axis; seeds=1 to
-5. scale=proxy (the default): 62M parameters, 33M tokens a run, about 2 minutes each on
-one H200; it needs prepared text with a vocabulary of at most 8192. scale=paper: 1T
-tokens a run. scale=test: 36 runs, about 8 minutes on 2 CPU cores.
+Variants x learning rates x seeds of Table 2's 48-layer model, the less stable shape.
+optimizer=muon or precision=fp32 changes all runs; optimizer=both or precision=both adds
+an axis. seeds is 1 to 5. scale=proxy (the default): 62M parameters, 33M tokens a run,
+about 2 minutes each on one H200; it needs prepared text with a vocabulary of at most
+8192. scale=paper: 1T tokens a run. scale=test: 36 runs, about 8 minutes on 2 CPU cores.
 
 The gated variants' FFN is narrower by the gate's parameters, as in Table 2. The rates go
 beyond 8e-3, where the paper's 48-layer baseline fails. Small models are more stable,
@@ -46,7 +46,7 @@ RATES = {
   'test': (1e-3, 1e-2, 1e-1, 3e-1),
 }
 
-# Small models with QK-norm are stable at all these rates; without it some rate diverges.
+# With QK-norm, small models are stable at all these rates; without it, some diverge.
 VARIANTS = {
   'paper': ('baseline', 'headwise', 'elementwise', 'sandwich'),
   'proxy': ('baseline', 'headwise', 'elementwise', 'sandwich'),
@@ -94,7 +94,7 @@ def get_grid(arg: str = '') -> list[axes.Point]:
 
 
 def get_rule() -> dict[str, float]:
-  # In nats the paper's baseline at 8e-3 is 1.12 times the best, and "converges worse".
+  # The paper's baseline at 8e-3 only "converges worse": 1.12 times the best loss in nats.
   return base.rule() | dict(multiple=1.2)
 
 

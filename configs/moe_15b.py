@@ -1,12 +1,12 @@
-"""Table 7's mixture of experts, "15A2B", as Tables 1, 3, 4 and 6 train it: section 3.
+"""Table 7's mixture of experts, "15A2B", as trained for Tables 1, 3, 4 and 6 (section 3).
 
 python train.py --config=configs/moe_15b.py --config.data.mixture=DIR
 python train.py --config=configs/moe_15b.py:gate=headwise,scale=proxy
 24 layers, 8 of 128 experts per token: 15.58B parameters, 1.99B active. A step is 1024 *
 4096 tokens. Estimated time: 66 h on 64 H200 at 35% MFU; published perplexity 6.026
 ungated, 5.792 headwise, 5.761 elementwise. scale=proxy: 626M parameters, 60M active;
-12 GB and a minute a step on a CPU. On a GPU add --config.model.layers=unroll
---config.model.remat=none for speed. scale=test: seconds on a CPU.
+12 GB and a minute per step on a CPU. On a GPU add --config.model.layers=unroll
+--config.model.remat=none for speed. scale=test runs in seconds on a CPU.
 
 Published: the architecture and the schedule. The paper also calls the model 15A2.54B and
 counts 400M for 4 extra experts. We follow Table 7, which gives 1.99B and 453M. "400B

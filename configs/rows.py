@@ -5,9 +5,9 @@ config.model to a value, or to a function of the default, so that one table serv
 scale. None marks a number that the paper does not print.
 
 Scales: `paper` is the paper's own. `proxy` keeps Table 7's ratios of shapes, in a model
-for one GPU. Its default is about 23 epochs of the embedded corpus (3.5M tokens), in
-batches that 2 CPU cores can handle; use more text and a larger batch before trusting a
-difference. `test` trains in seconds on a CPU.
+for one GPU. By default it trains about 23 epochs of the embedded corpus (3.5M tokens), in
+batches for 2 CPU cores. Use more text and a larger batch before trusting a difference.
+`test` trains in seconds on a CPU.
 """
 
 from configs import base
@@ -34,7 +34,7 @@ SCALES = {
   'test': dict(
     steps=20,
     batch=8,
-    # Large initial weights, so that 20 steps suffice to learn something.
+    # Large initial weights, so that the loss falls within 20 steps.
     model=dict(
       vocab=320,
       width=32,
@@ -78,12 +78,12 @@ def plus(number: int):
 
 
 def gate(position: str, **knobs: str) -> dict:
-  """The changes that make a gate: gate('sdpa', granularity='headwise')."""
+  """The changes of a gated row, for example gate('sdpa', granularity='headwise')."""
   return {f'attn.gate.{k}': v for k, v in {'position': position, **knobs}.items()}
 
 
 def switch(where: str, experts: int, top_k: int) -> dict:
-  """The changes that make SwitchHead's experts of keys and values."""
+  """The changes of a row with SwitchHead's experts for keys and values."""
   knobs = {'where': where, 'experts': experts, 'top_k': top_k}
   return {f'attn.switch.{k}': v for k, v in knobs.items()}
 

@@ -2,16 +2,16 @@
 
 python train.py --config=configs/table2.py:48l_8e-3_sandwich[,scale=proxy|test]
 python train.py --config=configs/table2.py:28l_4e-3_elementwise,match=128
-A row's name is LAYERS[_TOKENS]_RATE_CHANGE: tokens where they are not 400B, the peak
-learning rate, and baseline, elementwise or headwise (a gate after attention), sandwich,
-or clip300 and clip100 of appendix A.6. Time and hardware as in dense_1b7.py; ROWS holds
-the published perplexities.
+A row's name is LAYERS[_TOKENS]_RATE_CHANGE. TOKENS is omitted for 400B; RATE is the peak
+learning rate. CHANGE is baseline, elementwise or headwise (a gate after attention),
+sandwich, or clip300 and clip100 of appendix A.6. Time and hardware as in dense_1b7.py;
+ROWS holds the published perplexities.
 
-A gated row's FFN is narrowed by as many parameters as its gate adds. match=exact, the
-default, takes the nearest integer (5461 for 6144), which no tensor-parallel mesh divides;
-match=128 rounds up to a multiple of 128, as in the released elementwise model (5504);
-match=none keeps the FFN. Every scale uses the paper's rates. The paper's baseline
-diverged at 1T and 8e-3, and at 8e-3 with clipping. The 3.5T rows are 3T in the
+A gated row's FFN is narrower by as many parameters as its gate adds. match=exact, the
+default, takes the nearest integer (5461 for 6144), which does not split over a tensor
+axis. match=128 rounds up to a multiple of 128, as in the released elementwise model
+(5504). match=none keeps the FFN. Every scale uses the paper's rates. The paper's baseline
+diverged with 1T tokens at 8e-3, and with clipping at 8e-3. The 3.5T rows are 3T in the
 camera-ready's Figure 1, and the released curves end at 3.02T.
 """
 

@@ -4,9 +4,10 @@ python train.py --config=configs/table6.py:switch_v_1top1[,scale=proxy|test]
 Time and hardware as in moe_15b.py. ROWS holds the published perplexities: 6.026 for the
 baseline, 5.808 with one expert per head, which equals Table 1's g2_headwise.
 
-The paper gives 3M extra parameters for that row here, 0.2M in Table 1; it has 2048 * 4 *
-24 = 0.197M. No number in this column follows from the paper's description. The rows with
-value experts match 3.1M per expert, or 2048 * 64 * 24; SwitchHead's own experts have 25M.
+For that row the paper gives 3M extra parameters here and 0.2M in Table 1; our model has
+2048 * 4 * 24 = 0.197M. No number in this column follows from the paper's description. The
+rows with value experts match 3.1M per expert, or 2048 * 64 * 24; an expert of SwitchHead
+has 25M.
 """
 
 from configs import moe_15b, rows
