@@ -71,7 +71,7 @@ def is_remote(path: PathLike) -> bool:
 
 
 def read(path: PathLike, limit: int) -> bytes:
-  """A file -> its bytes. FileNotFoundError; ValueError if they are more than `limit`."""
+  """A file -> its bytes. Raises FileNotFoundError, or ValueError above `limit` bytes."""
   place = _Place(path)
   with place.faults():
     if place.store:
@@ -123,7 +123,7 @@ def draft(target: str) -> Generator[str]:
 
 
 def read_json(path: PathLike, limit: int) -> Any:
-  """A file of JSON -> its content; errors as of `read`, ValueError also for bad JSON."""
+  """A JSON file -> its content. Raises as `read`, and ValueError for bad JSON."""
   try:
     return json.loads(read(path, limit))
   except RecursionError as error:

@@ -74,7 +74,7 @@ class Group:
     return jax.numpy.asarray([by_axis[p] for p in range(len(by_axis))])[index]
 
   def shard(self, x: jax.Array, dim: int) -> jax.Array:
-    """This device's shard of an array that the whole group holds."""
+    """This device's shard of an array that every device of the group holds."""
     if self.size == 1:
       return x
     size = x.shape[dim] // self.size

@@ -82,9 +82,9 @@ def probe(
 
 def forcing(loaded: Any, gates: str | float, layers: Any, score: Any) -> Any:
   """-> a function that forces a model's gates; see `Loaded.force` and `force.arrays`."""
-  whole = jax.sharding.NamedSharding(loaded.mesh, jax.P())
+  replicated = jax.sharding.NamedSharding(loaded.mesh, jax.P())
   arrays = force.arrays(loaded.cfg, gates, layers, score)
-  chosen, forced = (jax.device_put(x, whole) for x in arrays)
+  chosen, forced = (jax.device_put(x, replicated) for x in arrays)
   return lambda net: force.force(net, chosen, forced)
 
 

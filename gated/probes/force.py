@@ -74,8 +74,8 @@ def arrays(
   else:
     mean = score.mean(2)
   shape = (depth, -1) if gate.position == 'out' else (*mean.shape, 1)[:3]
-  whole = np.isin(np.arange(depth), chosen)
-  return whole, mean.reshape(shape).astype(np.float32)
+  selected = np.isin(np.arange(depth), chosen)
+  return selected, mean.reshape(shape).astype(np.float32)
 
 
 def force(net: model.Transformer, chosen_L: Any, score: Any) -> model.Transformer:

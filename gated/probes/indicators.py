@@ -147,8 +147,8 @@ def _logit_rms(x_BTD, w_VD, live_BT) -> jax.Array:
   # A device holds some columns of w. Here it takes an equal number of whole rows instead,
   # so that no device holds all of w.
   ways = _ways('embed')
-  more = -vocab % (ways * _ways('vocab'))
-  w_VD = jnp.pad(w_VD.astype(x_BTD.dtype), ((0, more), (0, 0)))
+  padding = -vocab % (ways * _ways('vocab'))
+  w_VD = jnp.pad(w_VD.astype(x_BTD.dtype), ((0, padding), (0, 0)))
   w_VsD = mesh.constrain(w_VD.reshape(-1, ways, width), 'vocab', 'embed', None)
   f32 = dict(preferred_element_type=jnp.float32)
   gram_DD = jnp.einsum('vsd,vse->de', w_VsD, w_VsD, **f32)

@@ -30,8 +30,8 @@ class _Blocks(NamedTuple):
 
   def pad(self, x: jax.Array) -> jax.Array:
     """(B, T, ...) -> the same, padded to a multiple of the block's size."""
-    more = self.live.shape[1] - x.shape[1]
-    return jnp.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)))
+    padding = self.live.shape[1] - x.shape[1]
+    return jnp.pad(x, ((0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)))
 
   def cut(self, x: jax.Array, i) -> jax.Array:
     """Block i of (B, T, ...)."""
@@ -52,10 +52,10 @@ def _blocks(trace, rows: Any) -> _Blocks:
   batch, length = rows.live.shape
   count = -(-length // max(1, math.isqrt(PAIRS // (batch * trace.query.shape[2]))))
   size = -(-length // count)
-  more = count * size - length
+  padding = count * size - length
   # Each device holds the whole rows of its heads.
   whole = lambda x, axis: mesh.constrain(x, 'batch', None, axis, None)
-  pad = lambda x: jnp.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)))
+  pad = lambda x: jnp.pad(x, ((0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)))
   flat = lambda x: pad(mesh.constrain(x, 'batch', None))
   pairs = np.tril_indices(count)
   segment = jnp.ones_like(rows.index) if rows.segment is None else rows.segment

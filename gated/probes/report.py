@@ -62,7 +62,7 @@ def summarize(
 
 
 def _mean(of_layer_L: Any, **more: Any) -> dict[str, Any]:
-  """The value of each layer -> their mean and all of them."""
+  """A value for each layer -> {'value': their mean, 'layers': the values}."""
   value = None if of_layer_L is None else np.mean(of_layer_L, 0)
   return {'value': value, 'layers': of_layer_L} | more
 

@@ -37,8 +37,8 @@ class Config:
   """The definition of a bad step, the response to it, and timeouts."""
 
   on_spike: str  # of ON_SPIKE
-  threshold: float  # of a spike: standard deviations of loss or gradient norm above mean
-  window: int  # accepted steps in the mean; no step is a spike before half of them
+  threshold: float  # a spike has a loss or gradient norm this many deviations above mean
+  window: int  # accepted steps in the mean; detection starts after half of them
   max_bad_steps: int  # skipped steps in a row before the run rolls back, or stops
   max_rollbacks: int  # rollbacks in a run before it stops
   stuck_after: float  # seconds without a step after which a process exits; 0 for never

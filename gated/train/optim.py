@@ -5,8 +5,8 @@ nearest orthogonal matrix. It updates the matrices between the residual stream a
 channels of the heads or the FFN: attention projections, FFNs, experts, and elementwise
 gates. AdamW updates all other parameters: embeddings, the unembedding, norms, biases and
 sinks; routers and headwise gates, in which each column is a separate score; and small
-parameters (gated norms, gates that do not read the stream). A parameter stacks layers and
-experts; each of them is a separate matrix.
+parameters (gated norms, gates that do not read the stream). A parameter stacks the
+matrices of layers and experts; Muon treats each matrix separately.
 """
 
 import functools

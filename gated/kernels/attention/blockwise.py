@@ -44,7 +44,7 @@ class Sizes(NamedTuple):
 
 
 class _Mask(NamedTuple):
-  """The visible keys of a query: none after it, none of another segment."""
+  """Hides the keys after a query, and the keys of other segments."""
 
   pairs: Pairs
   segments: tuple[jax.Array, jax.Array] | None  # of queries, of keys

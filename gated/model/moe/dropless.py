@@ -134,7 +134,7 @@ _spread.defvjp(
 def _shared(x_BTD, weight_BTk, choice_BTk, act_eDF, up_eDF, down_eFD, *, over, backend):
   """One device's tokens through the experts of all S -> y in a leading dim of 1.
 
-  `over` is the mesh axis of the S devices. N from here on counts the tokens of them all.
+  `over` is the mesh axis of the S devices. From here on, N counts the tokens of all S.
   """
   (B, T, D), k, e = x_BTD.shape, choice_BTk.shape[-1], len(act_eDF)
   gather = functools.partial(jax.lax.all_gather, axis_name=over, tiled=True)
@@ -178,7 +178,7 @@ class _Rows(NamedTuple):
   """The rows of a pass, sorted by expert; the last ones may be unassigned."""
 
   token_C: jax.Array  # N for unassigned rows
-  selection_C: jax.Array  # beyond all selections for unassigned rows
+  selection_C: jax.Array  # M or more for unassigned rows
   order_C: jax.Array  # the rows sorted by token
   size_e: jax.Array  # number of rows of each expert
 
