@@ -30,8 +30,8 @@ import jax.numpy as jnp
 from gated import kernels, model
 from gated.devices import mesh
 
-# The minimum number of rows to read. Each device reads at least one, so meshes of up to
-# eight devices read the same rows.
+# The minimum number of rows to read from a batch that has as many. Each device reads at
+# least one, so meshes of up to eight devices read the same rows.
 ROWS = 8
 # Pairs of a query and a key, per row and head, whose scores a device holds at a time:
 # 2 MiB.
@@ -70,7 +70,7 @@ def scalars(values: dict[str, Any]) -> dict[str, float]:
 
 
 def some_rows(batch: Any, micro: int) -> Any:
-  """A batch (B, T) -> ROWS or more of its rows, evenly spaced.
+  """A batch (B, T) -> some of its rows, evenly spaced; see ROWS.
 
   Row i of R is row i * B / R of the batch, so each device reads rows that it already has.
   """
