@@ -1,1 +1,1 @@
-"""Before a pod is rented: preflight, estimates, and what a compiled program costs."""
+"""The cost of a run before a pod is rented: preflight, estimates, compiled programs."""

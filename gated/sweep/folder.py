@@ -1,6 +1,6 @@
 """The folder of a sweep: its recipe, points and sources, enough to run it again.
 
-All points run the packed sources, whatever is edited meanwhile.
+All points run the packed sources, even if the checkout changes meanwhile.
 """
 
 import dataclasses

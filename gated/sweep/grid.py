@@ -147,7 +147,7 @@ def _point(
   resolve: Resolve,
 ) -> Point:
   """The command of all points, and the labels and changes of one -> Point."""
-  # Strings stand as they are; repr gives other values back without a loss.
+  # Strings are passed as they are; `repr` keeps every bit of other values.
   texts = {k: v if isinstance(v, str) else repr(v) for k, v in changes.items()}
   command = (*command, *(f'--config.{knob}={text}' for knob, text in texts.items()))
   name = '-'.join(filter(None, [_slug(labels), config.digest(dict(changes))[:6]]))

@@ -33,7 +33,7 @@ class Room(NamedTuple):
   """The slots of this machine."""
 
   slots: tuple[Slot, ...]
-  # Of every point, so that a resumed one has the same losses; kept in sweep.json.
+  # For every point, so that a resumed point has the same losses; recorded in sweep.json.
   environment: Mapping[str, str]
   reason: str
 
@@ -123,7 +123,7 @@ def available() -> int:
   try:
     free = re.search(r'MemAvailable: *(\d+) kB', Path('/proc/meminfo').read_text())
     limits += [int(free[1]) * 1024] if free else []
-    # 'max' means no limit, and is no number.
+    # 'max' means no limit; int() then raises ValueError.
     limit = int((group / 'memory.max').read_text())
     limits.append(limit - int((group / 'memory.current').read_text()))
   except (OSError, ValueError):

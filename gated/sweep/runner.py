@@ -1,8 +1,8 @@
 """Runs points on this machine, several at a time, each in its own process.
 
 train.py holds the lock of its workdir, so several runners, on one machine or many, can
-share a sweep's folder. A runner waits for a point that another one runs, and resumes it
-if that one leaves it unfinished.
+share a sweep's folder. A runner waits for a point that another runner holds, and resumes
+the point if it is left unfinished.
 """
 
 import json
@@ -36,8 +36,9 @@ class Row:
   workdir: storage.Path
   state: str = 'absent'  # One of state.STATES, or running, elsewhere.
   step: int = 0
-  message: str = ''  # Of its last session, as it ended.
-  loss: str = ''  # These three are of the last training record in a local workdir.
+  message: str = ''  # The reason why its last session ended.
+  # Loss, spikes and seconds come from the last training record of a local workdir.
+  loss: str = ''
   spikes: int = 0
   seconds: float = 0.0  # Per step; 0 if unknown.
   slot: str = ''
@@ -91,7 +92,7 @@ class _Job:
   row: Row
   process: subprocess.Popen
   slot: Slot
-  stops: int = 0  # How many stop signals it got.
+  stops: int = 0  # The number of stop signals sent to it.
 
 
 class Runner:
@@ -113,7 +114,7 @@ class Runner:
     self.rows = rows(swept, points)
     self._free = list(slots)
     self._jobs: list[_Job] = []
-    self._stops = 0  # How many stop signals this process got.
+    self._stops = 0  # The number of stop signals that this process received.
 
   def leave(self, *_) -> None:
     """A signal handler: starts no more points, and makes the running ones save and exit.

@@ -21,8 +21,8 @@ class State(NamedTuple):
   """The state of a point."""
 
   state: str  # One of STATES.
-  step: int  # The last in its metrics; 0 for none.
-  message: str = ''  # Of its last session, as it ended.
+  step: int  # The last step in its metrics; 0 for none.
+  message: str = ''  # The reason why its last session ended.
 
 
 def state(workdir: storage.Path, steps: int) -> State:

@@ -4,7 +4,7 @@
   program.flops, program.bytes, program.collectives, program.buffers
 
 Counts are per chip and run. XLA's `cost_analysis()` counts a loop's body once and skips
-most kernels; here a loop counts by its trips, and a kernel by a table.
+most kernels. Here, a loop's body counts once per trip, and a table counts kernels.
 """
 
 import re
@@ -81,7 +81,7 @@ def read(
 
   `axes` maps the mesh's axes to their sizes; `slices` lists each device's slice or host,
   in the mesh's order. `fill` is the share of the rows of grouped products that hold
-  tokens. Loops of the files `idle` that have no trip count never run.
+  tokens. Loops without a trip count in the files `idle` are assumed never to run.
   """
   program, places = hlo.parse(text), Places(text)
   cost = lambda c, op: flops.of(c, op, fill)
@@ -131,7 +131,7 @@ Ran = Iterator[tuple[hlo.Computation, hlo.Instruction, int]]
 
 
 def _reached(program, runs: loops.Runs) -> Ran:
-  """-> (computation, instruction, runs) of all that run, inside fusions too."""
+  """-> (computation, instruction, runs) of each one that runs, also inside fusions."""
   for name, computation in program.items():
     times = runs.of(name)
     for op in computation.body.values() if times else ():
@@ -164,7 +164,7 @@ def _collectives(program, runs, layout: collectives.Layout) -> tuple[Traffic, ..
 
 # These return an operand, or end an operation that another instruction started.
 _VIEWS = traffic.VIEWS | {'dynamic-update-slice'}
-# As a result of a fusion, these are operands, returned or updated in place.
+# As results of a fusion, these are operands that are returned or updated in place.
 _IN_PLACE = ('dynamic-update-slice', 'parameter', 'get-tuple-element')
 
 

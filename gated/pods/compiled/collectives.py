@@ -113,7 +113,7 @@ def groups(words: str, devices: int) -> list[tuple[int, ...]]:
   """`replica_groups=...` in any of its forms -> the groups of device numbers.
 
   {{0,1},{2,3}} lists the groups; {} is one group of all devices. [2,2]<=[2,2]T(1,0)
-  reshapes and transposes all numbers, a group a row. mesh['a'=2,'b'=2],
+  reshapes and transposes all numbers; each row is a group. mesh['a'=2,'b'=2],
   device_ids=([2,2]T(1,0)) {'a'} arranges them in a mesh, whose named axes make a group.
   The `source_target_pairs` of a permutation are groups of two.
   """

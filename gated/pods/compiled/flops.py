@@ -46,7 +46,7 @@ def kernel(op: Instruction) -> str:
 
 
 def _product(computation: Computation, op: Instruction) -> float:
-  """A (ragged) dot; each row of a ragged one meets the matrix of its group."""
+  """A dot, or a ragged dot: it multiplies each row by the matrix of the row's group."""
   left = computation.operand(op, 0).dims
   summed_dims = op.dims('lhs_contracting_dims')
   summed = math.prod(left[d] for d in summed_dims)
@@ -128,7 +128,7 @@ _GENERIC = ('tpu_custom_call', '__gpu$xla.gpu.triton', 'triton_kernel_call', 'mo
 def _entry(op: Instruction):
   """A custom call -> its entry in KERNELS, or None.
 
-  With a generic target, the innermost name of its source that KERNELS knows decides.
+  With a generic target, the entry is that of the innermost name of its source in KERNELS.
   """
   names = (op.target,)
   if op.target.startswith(_GENERIC):

@@ -46,7 +46,7 @@ def large_buffers(program: Program, limit: int = GIB) -> list[str]:
 def squares(
   program: Program, *, length: int, parts: int, also: Sequence[int]
 ) -> list[str]:
-  """Arrays with two dims of tokens: both whole, or one of a shard's tokens.
+  """Arrays with two dims of tokens: a whole row by a whole row, or by a shard of it.
 
   The mesh splits a row of `length` into `parts` shards. If the length equals another size
   of the model (`also`), only the arrays of attention are checked.

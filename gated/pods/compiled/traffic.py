@@ -7,7 +7,7 @@ vector memory cost nothing. A kernel counts as if it read each operand once.
 
 from gated.pods.compiled.hlo import Computation, Instruction, Shape
 
-# They compute nothing and return what exists.
+# Opcodes that compute nothing and return existing arrays.
 VIEWS = {
   'constant',
   'tuple',
@@ -19,7 +19,7 @@ VIEWS = {
   'optimization-barrier',
   'add-dependency',
 }
-# They move nothing either, or end an operation that was counted at its start.
+# Opcodes that move no bytes, or end an operation that was counted at its start.
 SILENT = VIEWS | {
   'parameter',
   'after-all',
@@ -105,7 +105,8 @@ def results(callee: Computation, op: Instruction):
 def _written(callee: Computation, part: Instruction, shapes: tuple[Shape, ...]) -> int:
   """Bytes written for an element of a fusion's result.
 
-  None for an operand that the fusion returns; for one updated in place, the update.
+  0 for an operand that the fusion returns; the bytes of the update for an operand that
+  is updated in place.
   """
   if part.opcode in ('parameter', 'get-tuple-element'):
     return 0

@@ -25,8 +25,8 @@ def sizes(
 ) -> tuple[dict[str, int], str]:
   """A recipe and a number of devices -> the sizes of its mesh's axes, and the reason.
 
-  With choice `hand` the knobs decide and the reason is ''; ValueError if their product is
-  not `count`. With `auto`, ValueError if no mesh divides the recipe or fits.
+  With choice `hand`, the knobs set the sizes and the reason is ''; ValueError if their
+  product is not `count`. With `auto`, ValueError if no mesh divides the recipe or fits.
   """
   if cfg.mesh.choice == 'hand':
     return mesh.filled(cfg.mesh.sizes, count), ''
@@ -68,7 +68,7 @@ def suggest(cfg: Any, chip: Chip, count: int, slices: int = 1) -> list[Estimate]
 
 
 def advice(cfg: Any, chip: Chip, count: int, slices: int = 1) -> list[Estimate]:
-  """`suggest`; if nothing fits, for the least doubling of the devices that fits."""
+  """`suggest`; if nothing fits, it doubles the number of devices until a mesh fits."""
   for devices in (count * 2**n for n in range(DOUBLINGS + 1)):
     needed = max(slices, -(-devices // chip.slice_size))
     matches = suggest(cfg, chip, devices, needed)

@@ -49,7 +49,7 @@ def weights(cfg: model.Config) -> tuple[Weight, ...]:
   )
 
 
-# A search over meshes needs it once per model.
+# Cached, because a search over meshes calls it for each mesh.
 flops_per_token = functools.cache(model.flops_per_token)
 
 
@@ -82,13 +82,13 @@ class Layout:
     self.counting = 1 if routed else 0
 
   def split(self, axes: Sequence[str], *, but: Sequence[str] = ()) -> int:
-    """The number of parts of weights with these logical axes, without those in `but`."""
+    """The number of parts of weights with these logical axes, ignoring those in `but`."""
     return math.prod(self.ways[axis] for axis in axes if axis not in but)
 
   def held(self, part: str = '', *, but: Sequence[str] = (), having: str = '') -> float:
     """Elements of a part's weights on one chip, not split by the axes in `but`.
 
-    Without a part, those of all; with `having`, only weights with this logical axis.
+    Without `part`, all weights; with `having`, only weights with this logical axis.
     """
     return sum(
       w.size / self.split(w.axes, but=but)

@@ -16,7 +16,7 @@ class Estimate:
   """One chip's part of a train step of a recipe (`plan.Config`) on a mesh.
 
   Each quantity is computed when it is first read. Raises ValueError if the mesh does not
-  divide the recipe, or the slices the mesh.
+  divide the recipe, or the number of slices does not divide the mesh.
   """
 
   def __init__(self, cfg: Any, sizes: Mapping[str, int], chip: Chip, slices: int = 1):

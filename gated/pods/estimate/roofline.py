@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from gated.devices.chips import Chip
 
-# The share of a peak that a program reaches, or another share, as the text says.
+# Name -> (a share, its meaning). Most are the share of a peak that a program reaches.
 ASSUMED: dict[str, tuple[float, str]] = {
   'matmul': (0.70, 'of peak FLOP/s in dense products (an H200 reaches 0.75 at 8192^3)'),
   'attention': (0.40, 'of peak FLOP/s in attention, counting causal work alone (0.41)'),
@@ -31,7 +31,7 @@ def assumed(name: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-  """What a chip sends in a step along one mesh axis over one network."""
+  """The bytes that a chip sends in a step along one mesh axis over one network."""
 
   axis: str  # of the mesh
   network: str  # 'links' inside a slice, 'network' between slices
@@ -43,7 +43,7 @@ class Traffic:
 
 
 def share(inside: int, chips: int, chip: Chip) -> float:
-  """A mesh axis's size, and a slice's -> the share of a chip's links along the axis.
+  """The sizes of a mesh axis and a slice -> the share of a chip's links along the axis.
 
   The axes share the dims of the links' grid by the logarithms of their sizes.
   """

@@ -23,7 +23,7 @@ HIDDEN = ('weights', 'gradients')
 class Passes(NamedTuple):
   """Passes of each kind in a step."""
 
-  forward: int  # with the routers' own
+  forward: int  # including the routers' own
   again: int  # for recomputation
   backward: int
 
@@ -85,7 +85,7 @@ Transfers = Iterator[tuple[str, str, str, float]]
 
 
 def sent(layout: Layout, chip: Chip, slices: int) -> tuple[Traffic, ...]:
-  """-> what a chip sends, by purpose and mesh axis.
+  """-> the traffic of a chip, by purpose and mesh axis.
 
   A collective on an axis that crosses slices runs inside each slice first, so only a
   chip's own part crosses the network.
@@ -144,7 +144,7 @@ def _tensor(layout: Layout, count: Passes) -> Transfers:
 
 
 def _experts(layout: Layout, count: Passes) -> Transfers:
-  """The chips of the expert axis share their tokens; sums return; likewise backward."""
+  """Tokens are gathered along the expert axis; sums return; likewise backward."""
   m = layout.cfg.model
   if not m.moe.experts:
     return
@@ -155,7 +155,7 @@ def _experts(layout: Layout, count: Passes) -> Transfers:
 
 
 def _keys(layout: Layout, count: Passes) -> Transfers:
-  """Keys and values of whole rows are gathered; queries trade places to balance work."""
+  """Keys and values of whole rows are gathered; queries move to balance the work."""
   depth = layout.cfg.model.depth
   keys = 2 * layout.key * layout.tokens * layout.context * layout.compute * depth
   yield 'keys', 'all-gather', 'context', (count.forward + count.again) * keys
@@ -166,7 +166,7 @@ def _keys(layout: Layout, count: Passes) -> Transfers:
 
 
 def _loss(layout: Layout, count: Passes) -> Transfers:
-  """Weights and tokens travel as in `kernels.cross_entropy`."""
+  """Weights and tokens move as in `kernels.cross_entropy`."""
   D, near = layout.cfg.model.width, memory.neighbours(layout)
   numbers, times = layout.tokens * D, count.backward
   # Each chip gets rows of its own, and returns their float32 gradient.

@@ -34,7 +34,7 @@ class Noise:
   cells: int  # configurations with two or more seeds
 
   def beyond(self, n: int, m: int) -> float:
-    """Seeds of two means -> the smallest significant difference, in nats.
+    """Numbers of seeds of two means -> the smallest significant difference, in nats.
 
         t * std * sqrt(1/n + 1/m)
 

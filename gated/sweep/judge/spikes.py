@@ -3,7 +3,7 @@
 The method applied to the paper's released curves: subtract the centred rolling median of
 101 logged points from the loss. Here points of a spike are left out of the median, and it
 is recomputed until no point is added. So neither a wide spike nor a second one nearby
-raises the baseline of its height.
+raises the baseline from which its height is measured.
 
 n points of a log
 """
@@ -79,7 +79,7 @@ def spikes(
 
 
 def limit(steps: ArrayLike, losses: ArrayLike, *, threshold: float, warmup: int) -> float:
-  """Losses in nats -> the threshold in force in `spikes`.
+  """Losses in nats -> the threshold that `spikes` applies to them.
 
   It is `threshold`, or the height that noise alone exceeds with probability CHANCE. The
   noise is that of differences of successive losses: they do not depend on the trend.

@@ -51,7 +51,7 @@ def submit(
   if args.watch and options.on != 'tpu':
     raise ValueError(f'--watch={args.watch} needs --on=tpu: other schedulers watch jobs')
   if args.dry_run:
-    logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # It logs what it also raises.
+    logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # It raises these errors too.
     try:
       points = launch.due(swept, points)
     except OSError as error:
@@ -105,7 +105,7 @@ def _renewed(options: Options, swept: sweep.Sweep, watch: float) -> Iterator[str
     except (ValueError, OSError) as error:
       if not watch:
         raise
-      yield f'trying again in {watch} s: {error}'  # A network fails during days of watch.
+      yield f'trying again in {watch} s: {error}'  # A network may fail for a while.
     if not watch:
       return
     time.sleep(watch)

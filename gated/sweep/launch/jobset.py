@@ -18,7 +18,7 @@ from gated.sweep.launch.work import JOB, Options, Work
 REPLICATED = 'pods'
 CONTAINER = 'train'
 _ANNOTATION = "metadata.annotations['jobset.sigs.k8s.io/{}']"
-# What --coordinator=auto reads (docs/clusters.md).
+# Variables that --coordinator=auto reads (docs/clusters.md) -> annotations of JobSet.
 VARIABLES = {
   'JOBSET_NAME': 'jobset-name',
   'REPLICATED_JOB_NAME': 'replicatedjob-name',

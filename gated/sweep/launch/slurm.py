@@ -1,10 +1,10 @@
 """SLURM: a job array with a task for each point.
 
 slurm.schedmd.com/sbatch.html, srun.html, scancel.html and scontrol.html. Two minutes
-before the time limit SLURM sends SIGUSR1 to the batch script. The script then has SIGTERM
-sent to the processes, waits until they have saved, and requeues its task. SIGTERM to the
-script means that the task was cancelled or preempted; it requeues nothing, because SLURM
-itself requeues a preempted task.
+before the time limit, SLURM sends SIGUSR1 to the batch script. The script then sends
+SIGTERM to the processes, waits until they have saved, and requeues its task. SIGTERM to
+the script means that the task was cancelled or preempted; it requeues nothing, because
+SLURM itself requeues a preempted task.
 """
 
 import shlex

@@ -17,7 +17,7 @@ from gated.sweep.report.points import WATCHED, Curve, Judged, Line, rate
 DRAWN = 240  # Points of a curve in a figure.
 SMOOTH = 60  # Windows of the rolling median per curve.
 CALM = ('finished', 'partial')  # States whose losses set the range of the axis.
-FIRST = 0.1  # The first fraction of the steps may lie above the axis.
+FIRST = 0.1  # Losses in this first fraction of the steps may lie above the axis.
 
 
 def training(lines: list[Line]) -> Drawn:

@@ -21,7 +21,7 @@ from gated.sweep.report.points import Line, rate
 
 Drawn = tuple[Figure, str] | None  # A figure and its caption; None without data.
 COLUMN, PAGE = 3.5, 5.5  # Widths in inches.
-NARROW = 0.15  # If stable losses fill less of the axis, it shows them alone.
+NARROW = 0.15  # If stable losses fill less than this of the axis, it shows only them.
 
 
 def rate_axis(ax: Any, lrs: list[float]) -> None:

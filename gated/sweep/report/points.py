@@ -54,11 +54,11 @@ class Curve(NamedTuple):
 
 
 class Log(NamedTuple):
-  """What a workdir records; the records themselves, perhaps millions, are dropped."""
+  """A summary of a workdir, without its records, which may be millions."""
 
   state: str  # absent, partial, finished, diverged or failed
   step: int
-  message: str  # of the last session, as it ended
+  message: str  # the reason why its last session ended
   train: Curve
   numbers: Mapping[str, Curve]  # early warnings over steps, by name
   warnings: Mapping[str, float | int | None]  # from judge.warnings
@@ -120,12 +120,12 @@ class Judged:
 
   @property
   def height(self) -> float:
-    """Of the highest spike, in nats; 0 without a spike."""
+    """The height of the highest spike, in nats; 0 without a spike."""
     return max((s.height for s in self.spikes), default=0.0)
 
   @property
   def capped(self) -> float | None:
-    """min(final, init) of those that are finite."""
+    """min(final, init) over the finite ones; None if neither is finite."""
     losses = [x for x in (self.log.final, self.init) if x is not None]
     return min(filter(math.isfinite, losses), default=None)
 

@@ -104,7 +104,7 @@ def _difference(cell: Cell | None, start: Cell | None) -> str:
 
 
 def by_row(lines: Sequence[Line]) -> Table | None:
-  """The printed and our results of points that are rows of the paper's tables.
+  """The paper's results beside ours, for points that are rows of the paper's tables.
 
   Differences are to the row that the recipe names as the baseline.
   """
