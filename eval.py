@@ -117,7 +117,7 @@ def _load(workdir: str) -> Loaded:
     raise ValueError(f'--step={_STEP.value!r}, but {workdir} has no steps')
   for flag in (_LENGTH, _TOKENIZER):
     if is_run and flag.value:
-      raise ValueError(f'--{flag.name}={flag.value}, but {workdir} is a run with its own')
+      raise ValueError(f'--{flag.name}={flag.value}, but {workdir} is a run')
   try:
     return gated.load(workdir, step=_STEP.value if is_run else '', cache=_CACHE.value)
   except ValueError as error:

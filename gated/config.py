@@ -29,7 +29,9 @@ def build(cls: type[C], mapping: Mapping, name: str) -> C:
   hints = _hints(cls)
   for key in mapping:
     if key not in hints:
-      raise ValueError(f'{name}.{key} is no knob{nearest(f"{name}.{key}", hints, name)}')
+      raise ValueError(
+        f'{name}.{key} is not a knob{nearest(f"{name}.{key}", hints, name)}'
+      )
   missing = [key for key in hints if key not in mapping]
   if missing:
     raise ValueError(f'{name}.{missing[0]} is missing')
@@ -63,7 +65,7 @@ def check_command(argv: Iterable[str], known: Iterable[str]) -> None:
   lines, known = '\n'.join(argv), list(known)
   for typed in re.findall(r'(?m)^--?(config\.[^=\s]*)', lines):
     if not any(f'{knob}.'.startswith(f'{typed}.') for knob in known):
-      raise ValueError(f'{typed} is no knob{nearest(typed, known)}')
+      raise ValueError(f'{typed} is not a knob{nearest(typed, known)}')
   recipe = re.search(r'(?m)^--?config=([^:\n]+)', lines)
   if not recipe:
     return
@@ -71,7 +73,7 @@ def check_command(argv: Iterable[str], known: Iterable[str]) -> None:
   if not is_recipe(pathlib.Path(recipe[1])):
     files = sorted(pathlib.Path('configs').glob('*.py'))
     recipes = ', '.join(str(path) for path in files if is_recipe(path))
-    raise ValueError(f'--config={recipe[1]!r} is no recipe; recipes here: {recipes}')
+    raise ValueError(f'--config={recipe[1]!r} is not a recipe; recipes here: {recipes}')
 
 
 def plain(error: Exception) -> str:

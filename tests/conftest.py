@@ -23,7 +23,7 @@ os.environ['OMP_NUM_THREADS'] = os.environ['OPENBLAS_NUM_THREADS'] = '1'
 # XLA aborts a process whose devices meet too late, which busy cores may cause.
 os.environ['XLA_FLAGS'] = (
   '--xla_force_host_platform_device_count=8'
-  ' --xla_cpu_collective_call_terminate_timeout_seconds=600'
+  ' --xla_cpu_collective_call_terminate_timeout_seconds=240'
 )
 sys.path.insert(0, str(ROOT))
 from faults import process

@@ -644,8 +644,8 @@ COMMANDS = (
   ('config.data.mixture', '--config.data.mixture=../../../etc/passwd'),
   ('config.__class__', '--config.__class__=x'),
   ('config.model.moe.experts', '--config.model.moe.experts=1000000000'),
-  ('is no recipe', '--config=/etc/passwd'),
-  ('is no recipe', '--config=os:system("touch x")'),
+  ('is not a recipe', '--config=/etc/passwd'),
+  ('is not a recipe', '--config=os:system("touch x")'),
 )
 
 

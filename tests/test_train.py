@@ -66,7 +66,6 @@ def ok(done):
   [
     ('headwise', 1),
     pytest.param('elementwise', 2, marks=pytest.mark.full),
-    pytest.param('none', 1, marks=pytest.mark.full),
   ],
 )
 def test_a_killed_run_goes_on_to_the_last_bit(

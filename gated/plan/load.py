@@ -169,7 +169,7 @@ class Loaded:
     """A text of at least two tokens -> its mean loss, in nats per predicted token."""
     tokens = self._tokens(text)
     if len(tokens) < 2:
-      raise ValueError(f'a text of {len(tokens)} tokens has none to predict')
+      raise ValueError(f'a loss needs at least 2 tokens, but the text has {len(tokens)}')
     batch, _ = self._batch(tokens[:-1], tokens[1:])
     nats_B, weight_B = self.evaluate(batch)
     return float(nats_B[0] / weight_B[0])
@@ -262,7 +262,7 @@ class Loaded:
     with forced gates, and for imported weights, whose folder does not change.
     """
     if self.changes:
-      raise ValueError(f'figures in {self.path} are those of the model as it is saved')
+      raise ValueError(f'a model with forced gates cannot draw figures into {self.path}')
     rows = isinstance(text, data.Batch)
     ids = probing.longest_document(text) if rows else self._tokens(text)
     probing.draw(self, report, ids)

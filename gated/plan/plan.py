@@ -78,7 +78,10 @@ class Plan:
   def init(self) -> step.State:
     """The first state; each device computes only its own shards."""
     with jax.set_mesh(self.mesh):
-      return jax.jit(self._init, out_shardings=self.shardings)()
+      state = jax.jit(self._init, out_shardings=self.shardings)()
+    # A step whose devices start before the last of them is here can deadlock: simulated
+    # devices share few threads, and a collective holds one until all others join.
+    return jax.block_until_ready(state)
 
   def train_step(self) -> Any:
     """(state, batch) -> (state, metrics), lowered, not compiled; donates the state."""

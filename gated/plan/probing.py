@@ -100,7 +100,7 @@ def heldout_rows(corpus: data.Corpus, limit: int) -> data.Batch:
 def drawing(loaded: Any) -> Any:
   """-> the modules figures and style; ValueError without matplotlib or a workdir."""
   if not loaded.about:
-    raise ValueError(f'figures are drawn into a workdir, but {loaded.path} is none')
+    raise ValueError(f'figures are drawn into a workdir, but {loaded.path} is not one')
   try:
     from gated.probes import figures, style
   except ImportError as error:

@@ -55,8 +55,8 @@ class Config:
     config.divides('config.batch', self.batch, 'config.accum', self.accum)
     if not NAME.fullmatch(self.name):
       raise ValueError(
-        f'config.name={self.name[:100]!r}, but it is to name a folder: letters, digits '
-        'and _.-+=, of them at most 100'
+        f'config.name={self.name[:100]!r}, but a folder is named after it: allowed '
+        'are at most 100 letters, digits and _.-+='
       )
 
 

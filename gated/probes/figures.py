@@ -222,7 +222,7 @@ def _number(label: str, report: Mapping[str, Any], name: str) -> Mapping[str, An
   try:
     return report[name]
   except (KeyError, TypeError) as error:
-    raise ValueError(f'{label}: not a report of the probes, without {name!r}') from error
+    raise ValueError(f'{label}: the report of probes lacks {name!r}') from error
 
 
 def _by_layer(reports: Reports, name: str) -> dict[str, np.ndarray]:

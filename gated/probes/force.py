@@ -65,7 +65,9 @@ def arrays(
   if not np.isin(chosen, np.arange(depth)).all():
     raise ValueError(f'layers={layers}, but the model has the layers 0 to {depth - 1}')
   if (gates == 'mean') != (score is not None):
-    raise ValueError(f"gates={gates!r}: 'mean', and nothing else, takes a text")
+    raise ValueError(
+      f'gates={gates!r} {"takes no" if gates != "mean" else "needs a"} text'
+    )
   if score is None:
     constant = WORDS.get(gates) if isinstance(gates, str) else gates
     if constant is None or not np.isfinite(constant):

@@ -81,7 +81,7 @@ def plan(
     for knob, value in changes.items():
       name = f'config.{knob}'
       if name not in known:
-        raise ValueError(f'{name} is no knob{config.nearest(name, known)}')
+        raise ValueError(f'{name} is not a knob{config.nearest(name, known)}')
       if name in fixed:
         raise ValueError(f'--{name} is given, but an axis of the grid changes it')
       if isinstance(value, float) and not math.isfinite(value):

@@ -133,7 +133,7 @@ def test_what_cannot_be_loaded_is_refused_with_its_path(headwise, path, message)
 
 def test_texts_that_cannot_be_measured_are_refused(headwise, tmp_path):
   run = gated.load(headwise[0])
-  with pytest.raises(ValueError, match='1 tokens has none to predict'):
+  with pytest.raises(ValueError, match='at least 2 tokens, but the text has 1'):
     run.loss('a')
   for text in ('', [], [[1, 2]], [0.5]):
     with pytest.raises(ValueError, match='neither a text with tokens nor'):
@@ -206,7 +206,7 @@ def test_a_run_with_forced_gates_is_measured_like_any_other(headwise):
   assert report['output_below_1e-3']['layers'][0] == 1
   [text] = shut.generate(['def'], max_tokens=4, temperature=0)
   assert shut.generate(['def'], max_tokens=4, temperature=0) == [text]
-  with pytest.raises(ValueError, match='those of the model as it is saved'):
+  with pytest.raises(ValueError, match='forced gates cannot draw figures'):
     shut.draw(report, LONG)
   with pytest.raises(
     ValueError, match=r'layers=\[7\], but the model has the layers 0 to 1'

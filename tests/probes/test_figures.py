@@ -158,7 +158,7 @@ def test_what_is_no_report_is_refused(name):
   for wrong in ({}, None, [report()]):
     with pytest.raises(ValueError, match='nothing to draw'):
       draw(name, wrong)
-  with pytest.raises(ValueError, match='run: not a report of the probes, without'):
+  with pytest.raises(ValueError, match='run: the report of probes lacks'):
     draw(name, {'run': {'step': 3}})
 
 

@@ -97,7 +97,7 @@ def test_a_forced_gate_may_be_forced_again_and_the_model_stays_as_it_was():
     ('open', [0.5], 'a list of numbers is needed'),
     ('ajar', None, r"gates='ajar', but allowed are \['open', 'closed', 'mean'\]"),
     (float('nan'), None, 'gates=nan, but allowed'),
-    ('mean', None, "gates='mean': 'mean', and nothing else, takes a text"),
+    ('mean', None, "gates='mean' needs a text"),
   ],
 )
 def test_wrong_gates_and_layers_are_refused(gate, layers, message):
@@ -106,7 +106,7 @@ def test_wrong_gates_and_layers_are_refused(gate, layers, message):
 
 
 def test_a_text_is_for_the_mean_alone_and_a_model_without_a_gate_is_refused():
-  with pytest.raises(ValueError, match="gates='open': 'mean', and nothing else"):
+  with pytest.raises(ValueError, match="gates='open' takes no text"):
     forced(gated('headwise'), 'open', None, np.ones((2, 4, 5)))
   with pytest.raises(ValueError, match=r"has no gate: .*position='none'"):
     forced(small.model_of(), 'open')

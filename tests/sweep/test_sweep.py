@@ -100,10 +100,10 @@ def test_a_recipe_is_found_from_any_folder(tmp_path, monkeypatch):
 
 
 BAD_GRIDS = {
-  'config.optim.lrr is no knob; did you mean config.optim.lr?': axes.axis(
+  'config.optim.lrr is not a knob; did you mean config.optim.lr?': axes.axis(
     'optim.lrr', [1.0]
   ),
-  'config.optim is no knob': axes.axis('optim', [1.0]),
+  'config.optim is not a knob': axes.axis('optim', [1.0]),
   'its grid is empty': [],
   'are the same run': axes.axis('optim.lr', [1e-3, 1e-3]),
   'config.optim.warmup=-1, but it must be at least 0': axes.axis('optim.warmup', [-1]),
@@ -192,7 +192,7 @@ def run(*words, expect=0):
     (['--config=configs/tiny.py', '--axis==1'], 'is not KNOB=VALUE,VALUE'),
     (['--config=configs/tiny.py', '--axis=optim.lr'], 'is not KNOB=VALUE,VALUE'),
     (['--config=configs/tiny.py', '--seeds=0'], '--seeds=0 must be positive'),
-    (['--config=configs/tinny.py', '--seeds=2'], 'is no recipe; recipes here'),
+    (['--config=configs/tinny.py', '--seeds=2'], 'is not a recipe; recipes here'),
     (['--config=configs/tiny.py', '--seeds=2', '--config.optim.l=1'], 'did you mean'),
     (['--config=configs/tiny.py', '--seeds=2', '--jbos=3'], 'jbos'),
     (['--config=configs/tiny.py', '--seeds=2', '--jobs=-3'], '--jobs=-3 must not be'),

@@ -60,7 +60,7 @@ def _ragged(x_NA, w_EAB, size_E):
   The gradient of w has no kernel: it multiplies every row by every matrix.
   """
   if mesh.platform() != 'tpu':
-    raise NotImplementedError('pays for every matrix on every row')
+    raise NotImplementedError('multiplies every row by every matrix')
   return jax.lax.ragged_dot(x_NA, w_EAB, size_E)
 
 
