@@ -108,8 +108,8 @@ class _Keys:
   def end(self) -> None:
     """Raises ValueError for unread keys.
 
-    HARMLESS keys pass, and unknown keys with the value null, false, [] or {}. Numbers
-    never pass: 0 may be a scale.
+    HARMLESS keys pass; unknown keys pass if their value is null, false, [] or {}. Unknown
+    keys with a number never pass: 0 may be a scale.
     """
     off = lambda v: v is None or v is False or v == [] or v == {}
     left = {k: v for k, v in self.left.items() if k not in HARMLESS and not off(v)}

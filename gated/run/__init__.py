@@ -1,1 +1,1 @@
-"""What a run keeps: its workdir and lock, checkpoints, metrics, events and exit codes."""
+"""The workdir of a run and its lock, checkpoints, metrics, events and exit codes."""

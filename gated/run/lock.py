@@ -40,7 +40,7 @@ class Note(NamedTuple):
   """The fields of lock.json."""
 
   host: str
-  machine: str  # A digest, equal for processes that share pids.
+  machine: str  # A digest, equal for processes with the same kernel and pid namespace.
   pid: int
   started: int  # Start of the process in ticks since boot; 0 if unknown.
   since: float  # When the lock was taken; seconds since 1970, as `beat`.
@@ -191,7 +191,7 @@ def _alive(note: Note, stale_after: float) -> bool:
 
 
 def living(workdir: storage.PathLike, *, stale_after: float) -> bool:
-  """Tests if a running process holds the workdir, from one read of its note."""
+  """Whether a running process holds the workdir, from one read of its note."""
   note = _read(storage.Path(workdir) / NAME)
   return note is not None and _alive(note, stale_after)
 

@@ -1,4 +1,4 @@
-"""Reads the metrics of each step one step late, logs them and judges them."""
+"""Reads the metrics of each step one step late, logs and judges them."""
 
 import contextlib
 import math

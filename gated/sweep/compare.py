@@ -114,7 +114,7 @@ def folders(a: storage.Path, b: storage.Path) -> tuple[int, str]:
 
   ValueError for a run and a sweep.
   """
-  a, b = absolute(a), absolute(b)  # A run's sweep is in one of its parents.
+  a, b = absolute(a), absolute(b)  # A parent folder of a run may hold its sweep.
   kinds = [storage.exists(folder / sweeps.NAME) for folder in (a, b)]
   if kinds[0] != kinds[1]:
     sweep, run = (a, b) if kinds[0] else (b, a)

@@ -42,7 +42,7 @@ class Row:
   spikes: int = 0
   seconds: float = 0.0  # Per step; 0 if unknown.
   slot: str = ''
-  code: int | None = None  # The exit code of its last process here.
+  code: int | None = None  # The exit code of its last process on this machine.
 
   @property
   def steps(self) -> int:

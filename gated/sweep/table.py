@@ -32,7 +32,7 @@ def console() -> Console:
 
 
 def table(rows: Sequence[Row], title: str) -> Group:
-  """Rows -> a table below its summary, which a short terminal shows too."""
+  """Rows -> a summary, which a short terminal shows too, and a table below it."""
   grid = Table(box=None, pad_edge=False)
   names = list(dict.fromkeys(name for row in rows for name in row.point.labels))
   for name in names:

@@ -89,7 +89,7 @@ def neighbours(layout: Layout) -> int:
 
 
 def _loss(layout: Layout) -> float:
-  """A chunk of logits; the unembedding, all states, and the gradients of both."""
+  """A chunk of logits; the unembedding, all hidden states, and the gradients of both."""
   D, near = layout.cfg.model.width, neighbours(layout)
   chunk = min(layout.cfg.loss.chunk, layout.tokens)
   rows = layout.vocab / near
@@ -106,7 +106,7 @@ def readers(layout: Layout) -> int:
 
 
 def _table(layout: Layout) -> float:
-  """The embedding's backward pass: columns of a table, their gradient, and all states."""
+  """The embedding's backward pass: columns, their gradient, and all hidden states."""
   D = layout.cfg.model.width
   table = layout.vocab * D / readers(layout) * (layout.compute + WIDE)
   return table + layout.tokens * D * (2 * layout.compute + WIDE)

@@ -1,7 +1,7 @@
 """manifest.json of a saved step: it is written last and commits the step.
 
 It lists every file with its size and digest, every array with its dtype and shape, and
-what the run recorded about the step. Digests detect damage, not forgery: whoever can
+the metadata that the run recorded. Digests detect damage, not forgery: anyone who can
 write the folder can also write the manifest.
 
 All content is untrusted: sizes and types are checked before use, and file names must stay

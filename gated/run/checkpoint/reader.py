@@ -148,7 +148,7 @@ class Reader(contextlib.AbstractContextManager):
       raise Damaged(faults[0])
 
   def about(self, step: int) -> dict:
-    """What the run recorded with a step: 'config', 'data', 'heldout_loss' and more."""
+    """The metadata of a step: 'config', 'data', 'heldout_loss' and more."""
     return self._manifest(step).about
 
   def _manifest(self, step: int) -> manifest.Manifest:

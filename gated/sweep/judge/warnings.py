@@ -37,8 +37,8 @@ def warnings(records: Iterable[Mapping[str, Any]]) -> dict[str, float | int | No
   the first half of the steps; a non-finite value is out of range. The first tenth of the
   steps is ignored: stable runs have large norms there too.
 
-  `skipped` is the fraction of all steps without an update, `not_finite` that with a
-  non-finite loss, gradient or update (such steps are always logged).
+  `skipped` is the fraction of steps without an update; `not_finite` is the fraction of
+  steps with a non-finite loss, gradient or update (such steps are always logged).
   """
   records = list(records)
   summary: dict[str, float | int | None] = {}

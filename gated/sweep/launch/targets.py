@@ -129,7 +129,7 @@ def check_writable(folder: str) -> None:
 def check_reachable(config: Mapping[str, Any], on: str) -> None:
   """ValueError if the machines of a scheduler cannot read a recipe's data or weights.
 
-  They read object stores, and local folders only if they share a disk with this machine.
+  The machines read object stores, and local folders only on a disk shared with this one.
   """
   for knob, place in grid.inputs(config):
     if TARGETS[on].stores and not storage.is_remote(place):
