@@ -92,6 +92,7 @@ class _Job:
   row: Row
   process: subprocess.Popen
   slot: Slot
+  last: bool  # whether it runs the command that follows training
   stops: int = 0  # The number of stop signals sent to it.
 
 
@@ -107,10 +108,16 @@ class Runner:
     code: Path,
     show: Callable[[Sequence[Row]], None],
     keep_checkpoints: bool,
+    after: Callable[[Point], Sequence[str]] = lambda point: (),
   ):
-    """`code` is the folder of the sweep's sources; `show` runs about twice a second."""
+    """`code` is the folder of the sweep's sources; `show` runs about twice a second.
+
+    `show` may reorder `rows`, or leave out rows that do not run: they start in order.
+    `after` names the command that a finished point still needs, such as eval.py and its
+    arguments; it runs in the point's place, before its checkpoints are removed.
+    """
     self._swept, self._code, self._show = swept, code, show
-    self._keep = keep_checkpoints
+    self._keep, self._after = keep_checkpoints, after
     self.rows = rows(swept, points)
     self._free = list(slots)
     self._jobs: list[_Job] = []
@@ -167,13 +174,17 @@ class Runner:
     for row in self.rows:
       if not self._free or self.leaving:
         return
-      if row.state == 'running' or row.ended or row.code is not None:
+      if row.state == 'running' or row.code is not None or self._done(row):
         continue
       if row.state == 'elsewhere' and living(row.workdir):
         continue
       row.update()  # Another runner may have started or finished it.
-      if row.state != 'elsewhere' and not row.ended:
+      if row.state != 'elsewhere' and not self._done(row):
         self._launch(row, self._free.pop(0))
+
+  def _done(self, row: Row) -> bool:
+    """Whether a point has ended and needs no further command."""
+    return row.ended and not (row.state == 'finished' and self._after(row.point))
 
   def _launch(self, row: Row, slot: Slot) -> None:
     log = self._swept.log(row.point)
@@ -182,7 +193,9 @@ class Runner:
     common = self._swept.made['environment']
     environment = {'PYTHONUNBUFFERED': '1', **common, **slot.environment}
     prefix = ' '.join(f'{k}={v}' for k, v in environment.items())
-    command = [sys.executable, *self._swept.command(row.point)]
+    last = row.ended
+    words = self._after(row.point) if last else self._swept.command(row.point)
+    command = [sys.executable, *words]
     with open(log, 'ab') as out, warnings.catch_warnings():
       out.write(f'$ {prefix} {shlex.join(command)}\n'.encode())
       out.flush()
@@ -199,7 +212,7 @@ class Runner:
         preexec_fn=workers.terminate_with_parent(),
       )
     row.state, row.slot = 'running', slot.name
-    self._jobs.append(_Job(row, process, slot))
+    self._jobs.append(_Job(row, process, slot, last))
 
   def _reap(self) -> None:
     """Updates the rows of the processes that have exited."""
@@ -210,14 +223,15 @@ class Runner:
       row.code, row.slot = job.process.returncode, ''
       row.update()
       self._drop(row)
-      if row.state == 'elsewhere':
+      needs_more = row.state == 'finished' and not self._done(row)
+      if row.state == 'elsewhere' or (needs_more and not job.last):
         row.code = None
-      elif not row.ended and not self.leaving:
+      elif not self._done(row) and not self.leaving:
         row.state = 'failed'
 
   def _drop(self, row: Row) -> None:
-    """Removes the checkpoints of a point that has ended, unless they are kept."""
-    if row.ended and not self._keep:
+    """Removes the checkpoints of a point that is done, unless they are kept."""
+    if self._done(row) and not self._keep:
       storage.remove(row.workdir / 'checkpoints')
 
 
