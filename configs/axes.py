@@ -20,6 +20,7 @@ class Point(NamedTuple):
 
   labels: dict[str, str]  # {'variant': 'baseline', 'lr': '0.001'}, for display
   changes: dict[str, Any]  # {'optim.lr': 0.001}: knobs and their values
+  arg: str = ''  # 'k8,scale=test': its own argument of the recipe; '' for the sweep's
 
 
 def axis(knob: str, values: Iterable[Any], name: str = '') -> list[Point]:
@@ -34,6 +35,19 @@ def choice(name: str, /, **variants: Mapping[str, Any]) -> list[Point]:
   return [
     Point({name: variant}, {knob: _plain(value) for knob, value in knobs.items()})
     for variant, knobs in variants.items()
+  ]
+
+
+def rows(arg: str, names: Iterable[str]) -> list[Point]:
+  """'scale=test' -> a point for each row of a table; 'ROW,scale=test' -> that row alone.
+
+  A row is an argument of its recipe, so that each point has its own `config.paper`.
+  """
+  words = list(filter(None, arg.split(',')))
+  options = [word for word in words if '=' in word]
+  named = [word for word in words if '=' not in word]
+  return [
+    Point({'row': row}, {}, ','.join([row, *options])) for row in named[-1:] or names
   ]
 
 
@@ -89,4 +103,6 @@ def _both(a: Point, b: Point) -> Point:
   names = a.labels.keys() & b.labels.keys()
   if names:
     raise ValueError(f'two axes are named {min(names)!r}: rename one of them')
-  return Point(a.labels | b.labels, a.changes | b.changes)
+  if a.arg and b.arg:
+    raise ValueError(f'two axes give the recipe an argument: {a.arg} and {b.arg}')
+  return Point(a.labels | b.labels, a.changes | b.changes, a.arg or b.arg)

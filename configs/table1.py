@@ -3,6 +3,7 @@
 python train.py --config=configs/table1.py:g1_headwise
 python train.py --config=configs/table1.py:g1_headwise,scale=proxy      (or scale=test)
 python scripts/preflight.py --config=configs/table1.py:g1_headwise --count
+python scripts/sweep.py run --config=configs/table1.py:scale=test     (all rows)
 Time and hardware as in moe_15b.py. ROWS holds the published perplexities: 6.026 without a
 gate, 5.761 with the best one.
 
@@ -11,7 +12,7 @@ g2_elementwise is 53.97 in this table, 51.33 in Table 4. Figure 1 (middle) shows
 g4 and the baseline: its third bar is the query's, not the key's.
 """
 
-from configs import moe_15b, rows
+from configs import axes, moe_15b, rows
 
 COLUMNS = ('added', 'ppl', 'hellaswag', 'mmlu', 'gsm8k', 'ceval')
 G1, G2 = rows.gate('sdpa'), rows.gate('value')
@@ -63,3 +64,7 @@ ROWS = {
 
 def get_config(arg: str = ''):
   return rows.pick(arg, ROWS, COLUMNS, 'table1', moe_15b.at)
+
+
+def get_grid(arg: str = '') -> list[axes.Point]:
+  return axes.rows(arg, ROWS)

@@ -2,6 +2,7 @@
 
 python train.py --config=configs/table2.py:48l_8e-3_sandwich[,scale=proxy|test]
 python train.py --config=configs/table2.py:28l_4e-3_elementwise,match=128
+python scripts/sweep.py run --config=configs/table2.py:scale=test   (all rows)
 A row's name is LAYERS[_TOKENS]_RATE_CHANGE. TOKENS is omitted for 400B; RATE is the peak
 learning rate. CHANGE is baseline, elementwise or headwise (a gate after attention),
 sandwich, or clip300 and clip100 of appendix A.6. Time and hardware as in dense_1b7.py;
@@ -15,7 +16,7 @@ diverged with 1T tokens at 8e-3, and with clipping at 8e-3. The 3.5T rows are 3T
 camera-ready's Figure 1, and the released curves end at 3.02T.
 """
 
-from configs import base, dense_1b7, rows
+from configs import axes, base, dense_1b7, rows
 
 # Setting -> shape, peak learning rate, batch, steps.
 SETTINGS = {
@@ -96,6 +97,10 @@ def get_config(arg: str = ''):
   if chosen['match'] != matches[0]:
     c.name += f'-match-{chosen["match"]}'
   return c
+
+
+def get_grid(arg: str = '') -> list[axes.Point]:
+  return axes.rows(arg, ROWS)
 
 
 def published() -> list[tuple[str, str, float, float | None]]:

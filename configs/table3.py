@@ -1,6 +1,7 @@
 """Table 3: the effect of a non-linearity between value and output projection.
 
 python train.py --config=configs/table3.py:sdpa_rmsnorm[,scale=proxy|test]
+python scripts/sweep.py run --config=configs/table3.py:scale=test   (all rows)
 Time and hardware as in moe_15b.py. ROWS holds the published perplexities: 6.026 for the
 baseline, 5.761 with the gate, 5.847 with a norm and no gate.
 
@@ -8,7 +9,7 @@ Rows shared with Table 1 have the same names. g1_additive_identity is linear in 
 the attention's output; it reaches half of the gate's gain.
 """
 
-from configs import moe_15b, rows
+from configs import axes, moe_15b, rows
 
 # The paper prints no added parameters here; the text says "almost no" for sdpa_rmsnorm.
 COLUMNS = ('added', 'ppl', 'hellaswag', 'mmlu', 'gsm8k', 'ceval')
@@ -34,3 +35,7 @@ ROWS = {
 
 def get_config(arg: str = ''):
   return rows.pick(arg, ROWS, COLUMNS, 'table3', moe_15b.at)
+
+
+def get_grid(arg: str = '') -> list[axes.Point]:
+  return axes.rows(arg, ROWS)

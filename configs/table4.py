@@ -1,6 +1,7 @@
 """Table 4: sparse scores, the attention sink and massive activations.
 
 python train.py --config=configs/table4.py:input_independent[,scale=proxy|test]
+python scripts/sweep.py run --config=configs/table4.py:scale=test   (all rows)
 Time and hardware as in moe_15b.py. ROWS holds the published numbers: the first token gets
 0.467 of the attention without a gate, 0.048 with an elementwise one.
 
@@ -9,7 +10,7 @@ in this table. GSM8k of g2_elementwise is 51.33 here, 53.97 in Tables 1 and 3. T
 calls the shared gate "comparable to the baseline"; these numbers disagree.
 """
 
-from configs import moe_15b, rows
+from configs import axes, moe_15b, rows
 
 # gate_score: mean gate score. m_act: largest activation, averaged over layers. f_attn:
 # share of attention on the first token. The paper prints no added parameters here.
@@ -45,3 +46,7 @@ ROWS = {
 
 def get_config(arg: str = ''):
   return rows.pick(arg, ROWS, COLUMNS, 'table4', moe_15b.at)
+
+
+def get_grid(arg: str = '') -> list[axes.Point]:
+  return axes.rows(arg, ROWS)

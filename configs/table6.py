@@ -1,6 +1,7 @@
 """Table 6: SwitchHead's experts of keys and values (arXiv 2312.07987).
 
 python train.py --config=configs/table6.py:switch_v_1top1[,scale=proxy|test]
+python scripts/sweep.py run --config=configs/table6.py:scale=test   (all rows)
 Time and hardware as in moe_15b.py. ROWS holds the published perplexities: 6.026 for the
 baseline, 5.808 with one expert per head, which equals Table 1's g2_headwise.
 
@@ -10,7 +11,7 @@ rows with value experts match 3.1M per expert, or 2048 * 64 * 24; an expert of S
 has 25M.
 """
 
-from configs import moe_15b, rows
+from configs import axes, moe_15b, rows
 
 COLUMNS = ('added', 'ppl', 'mmlu', 'gsm8k', 'hellaswag', 'ceval')
 ROWS = {
@@ -40,3 +41,7 @@ ROWS = {
 
 def get_config(arg: str = ''):
   return rows.pick(arg, ROWS, COLUMNS, 'table6', moe_15b.at)
+
+
+def get_grid(arg: str = '') -> list[axes.Point]:
+  return axes.rows(arg, ROWS)

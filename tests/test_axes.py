@@ -53,6 +53,26 @@ def test_two_axes_that_change_the_same_knob_are_refused(other):
     axes.product(LR, axes.axis(other, [1], 'other'))
 
 
+def test_the_rows_of_a_table_are_arguments_of_its_recipe():
+  assert axes.rows('scale=test', ['baseline', 'k8']) == [
+    axes.Point({'row': 'baseline'}, {}, 'baseline,scale=test'),
+    axes.Point({'row': 'k8'}, {}, 'k8,scale=test'),
+  ]
+  points = axes.product(axes.rows('', ['a', 'b']), LR)
+  assert points[3] == axes.Point({'row': 'b', 'lr': '0.004'}, {'optim.lr': 4e-3}, 'b')
+
+
+def test_a_named_row_is_alone_in_its_grid():
+  points = axes.rows('scale=test,k8', ['baseline', 'k8'])
+  assert points == [axes.Point({'row': 'k8'}, {}, 'k8,scale=test')]
+
+
+def test_two_arguments_of_one_recipe_are_refused():
+  other = [axes.Point({'size': 'large'}, {}, '48l')]
+  with pytest.raises(ValueError, match='two axes give the recipe an argument: k8 and 48'):
+    axes.product(axes.rows('', ['k8']), other)
+
+
 def test_two_axes_of_one_name_are_refused():
   with pytest.raises(ValueError, match="two axes are named 'lr'"):
     axes.product(LR, axes.axis('model.attn.gate.lr', [1.0]))

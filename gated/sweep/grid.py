@@ -14,6 +14,8 @@ from gated.sweep import judge
 
 # Arguments of train.py -> the recipe that they resolve to.
 Resolve = Callable[[Sequence[str]], dict]
+# The labels and changes of a point, and its own argument of the recipe (configs/axes.py).
+Entry = tuple[Mapping[str, str], Mapping[str, Any], str]
 
 
 class Point(NamedTuple):
@@ -56,7 +58,7 @@ class Sweep:
 
 def plan(
   recipe: str,
-  grid: Sequence[tuple[Mapping[str, str], Mapping[str, Any]]],
+  grid: Sequence[Entry],
   *,
   resolve: Resolve,
   rule: judge.Rule,
@@ -64,7 +66,7 @@ def plan(
   flags: Sequence[str] = (),
   folder: str = '',
 ) -> Sweep:
-  """A recipe, and the labels and changes of its points -> Sweep; writes nothing.
+  """A recipe and its grid -> Sweep; writes nothing.
 
   `overrides` are `--config.x=y` of all points. The default folder is sweeps/NAME-DIGEST.
   ValueError for an unknown knob, a bad value, an empty grid, two equal points, or a knob
@@ -72,12 +74,11 @@ def plan(
   """
   if not grid:
     raise ValueError(f'--config={recipe}: its grid is empty')
-  command = ('train.py', f'--config={recipe}', *overrides)
-  base = resolve(command[1:])
+  base = resolve((f'--config={recipe}', *overrides))
   known = list(config.flatten(base))
   fixed = {word.partition('=')[0].removeprefix('--') for word in overrides}
   points: list[Point] = []
-  for labels, changes in grid:
+  for labels, changes, arg in grid:
     for knob, value in changes.items():
       name = f'config.{knob}'
       if name not in known:
@@ -86,15 +87,18 @@ def plan(
         raise ValueError(f'--{name} is given, but an axis of the grid changes it')
       if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f'{name}={value} is not finite')
-    points.append(_point(command, labels, changes, resolve))
+    own = f'{recipe.partition(":")[0]}:{arg}' if arg else recipe
+    command = ('train.py', f'--config={own}', *overrides)
+    points.append(_point(command, (labels, changes, arg), resolve))
   _check_apart(points)
   for point in points:
     _check_paths(point)
   configs = [{k: v for k, v in p.config.items() if k != 'paper'} for p in points]
   digest = config.digest([configs, list(flags)])[:8]
+  name = base['name'] if not any(arg for *_, arg in grid) else _title(recipe)
   return Sweep(
-    folder=absolute(folder or f'sweeps/{base["name"]}-{digest}'),
-    name=base['name'],
+    folder=absolute(folder or f'sweeps/{name}-{digest}'),
+    name=name,
     recipe=recipe,
     overrides=tuple(overrides),
     flags=tuple(flags),
@@ -140,17 +144,21 @@ def _same(text: str, value: str) -> bool:
     return False
 
 
-def _point(
-  command: Sequence[str],
-  labels: Mapping[str, str],
-  changes: Mapping[str, Any],
-  resolve: Resolve,
-) -> Point:
-  """The command of all points, and the labels and changes of one -> Point."""
+def _title(recipe: str) -> str:
+  """'configs/table4.py:scale=test' -> 'table4-test'."""
+  file, _, arg = recipe.partition(':')
+  words = (part.rpartition('=')[2] for part in arg.split(',') if part)
+  return '-'.join([file.rpartition('/')[2].removesuffix('.py'), *words])
+
+
+def _point(command: Sequence[str], entry: Entry, resolve: Resolve) -> Point:
+  """The command of a point without its changes, and its entry in the grid -> Point."""
+  labels, changes, arg = entry
   # Strings are passed as they are; `repr` keeps every bit of other values.
   texts = {k: v if isinstance(v, str) else repr(v) for k, v in changes.items()}
   command = (*command, *(f'--config.{knob}={text}' for knob, text in texts.items()))
-  name = '-'.join(filter(None, [_slug(labels), config.digest(dict(changes))[:6]]))
+  own = [dict(changes), arg] if arg else dict(changes)
+  name = '-'.join(filter(None, [_slug(labels), config.digest(own)[:6]]))
   try:
     resolved = resolve(command[1:])
     config.build(plans.Config, resolved, 'config')

@@ -11,9 +11,10 @@ import time
 
 import numpy as np
 import pytest
+import rows as trained
 from faults import process
 
-from configs import axes, base, lr_sweep
+from configs import axes, base, lr_sweep, rows
 from gated import config, model, storage, sweep
 from gated.run import workdir as workdirs
 from gated.sweep import folder, judge, machine, runner
@@ -151,6 +152,39 @@ def test_the_variants_of_the_learning_rate_sweep_have_equal_parameter_counts():
   # The FFN of a gated variant is smaller by the gate's parameters.
   counts = [count(json.dumps(p.config['model'])) for p in points]
   assert max(counts) < 1.01 * min(counts)
+
+
+def planned(*words):
+  return script.planned(*script.parser().parse_known_args(['run', *words]))
+
+
+@pytest.mark.parametrize('name', trained.TABLES)
+@pytest.mark.parametrize('scale', rows.SCALES)
+def test_the_grid_of_a_table_has_its_rows_with_their_published_numbers(name, scale):
+  swept = planned(f'--config=configs/{name}.py:scale={scale}', '--seeds=2')
+  table = trained.TABLES[name]
+  assert swept.name == f'{name}-{scale}'
+  assert [(p.labels['row'], p.config['seed']) for p in swept.points] == [
+    (row, seed) for row in table.ROWS for seed in (0, 1)
+  ]
+  for point in swept.points:
+    own = table.get_config(f'{point.labels["row"]},scale={scale}').to_dict()
+    assert point.config == own | {'seed': point.config['seed']}
+    assert point.config['paper']['row'] == point.labels['row']
+
+
+def test_an_argument_of_a_table_holds_for_all_its_rows():
+  points = planned('--config=configs/table2.py:scale=test,match=none').points
+  assert len({p.config['model']['ffn'] for p in points}) == 2  # 28 and 48 layers.
+  assert points[1].command == (
+    'train.py',
+    '--config=configs/table2.py:28l_4e-3_elementwise,scale=test,match=none',
+  )
+
+
+def test_a_named_row_runs_alone():
+  [point] = planned('--config=configs/table4.py:g1_headwise,scale=test').points
+  assert point.config['paper']['row'] == 'g1_headwise'
 
 
 def test_a_knob_of_the_grid_cannot_be_an_override():
