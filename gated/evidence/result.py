@@ -57,11 +57,6 @@ class Result:
   command: str
 
   @property
-  def digest(self) -> str:
-    """The digest of the recipe, without the places of its files."""
-    return digest(self.config)
-
-  @property
   def finished(self) -> bool:
     return self.state == 'finished'
 
@@ -72,12 +67,18 @@ class Result:
     return math.nan if value is None else float(value)
 
 
-def digest(recipe: Mapping[str, Any]) -> str:
-  """A resolved recipe -> its digest, without the places of its files."""
-  plain = json.loads(metrics.dumps(recipe, indent=None))
-  flat = config.flatten(plain)
-  kept = {k: v for k, v in flat.items() if not _is_place(k)}
-  return config.digest(kept)[:12]
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+  """Two resolved recipes -> {knob: (old value, new value)} of what is computed.
+
+  A knob that the old recipe lacks was added since, and its default changes nothing.
+  """
+  plain = lambda recipe: json.loads(metrics.dumps(recipe, indent=None))
+  known = config.flatten(old)
+  return {
+    knob: pair
+    for knob, pair in config.differences(plain(old), plain(new)).items()
+    if knob in known and not _is_place(knob)
+  }
 
 
 def _is_place(knob: str) -> bool:
@@ -222,9 +223,9 @@ def merge(source: storage.Path, root: storage.Path) -> tuple[list[str], list[str
     here = folder(root, result.experiment, result.scale) / path.name
     if not storage.exists(here):
       fresh.append(result)
-    elif (old := read(here)).digest != result.digest:
-      changed = '; '.join(config.differences(old.config, result.config))
-      raise ValueError(f'{path} and {here} differ in their recipes: {changed}')
+    elif differing := changes(read(here).config, result.config):
+      names = ', '.join(differing)
+      raise ValueError(f'{path} and {here} differ in their recipes: {names}')
     else:
       kept.append(str(here))
   return [str(write(root, result)) for result in fresh], kept

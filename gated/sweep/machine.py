@@ -72,17 +72,25 @@ def gpus() -> list[str]:
   if visible is not None:
     return [name.strip() for name in visible.split(',') if name.strip()]
   try:
-    result = subprocess.run(
-      ['nvidia-smi', '--query-gpu=index', '--format=csv,noheader'],
-      capture_output=True,
-      text=True,
-      check=True,
-      timeout=60,
-    )
-    return result.stdout.split()
+    return _query('index')
   except (OSError, subprocess.SubprocessError):
     devices = Path('/dev').glob('nvidia[0-9]*')
     return sorted((p.name.removeprefix('nvidia') for p in devices), key=int)
+
+
+def gpu_memory() -> int | None:
+  """-> bytes of the smallest GPU of this machine; None if unknown."""
+  try:
+    return min(int(mib) << 20 for mib in _query('memory.total'))
+  except (OSError, subprocess.SubprocessError, ValueError):
+    return None
+
+
+def _query(name: str) -> list[str]:
+  """A property -> its value for each GPU, without units."""
+  command = ['nvidia-smi', f'--query-gpu={name}', '--format=csv,noheader,nounits']
+  result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+  return result.stdout.split()
 
 
 def _on_gpus(jobs: int) -> Room:
@@ -139,6 +147,11 @@ def _need(points: Sequence[Point]) -> float:
     sizes = [c['model'], c['batch'], c['accum'], c['data']['length'], c['loss']]
     recipes.setdefault(config.digest([*sizes, c['optim']['name']]), c)
   axes, cpu = dict.fromkeys(mesh.AXES, 1), chips.CHIPS['cpu']
-  configs = [config.build(plans.Config, c, 'config') for c in recipes.values()]
-  estimates = [estimate.Estimate(c, axes, cpu).bytes for c in configs]
+  estimates = []
+  for c in recipes.values():
+    try:
+      built = config.build(plans.Config, c, 'config')
+    except ValueError:
+      continue  # Other sources resolved it, before a knob was added or removed.
+    estimates.append(estimate.Estimate(built, axes, cpu).bytes)
   return PROCESS + SPARE * max(estimates, default=0)

@@ -158,13 +158,13 @@ class Runner:
     self._show(self.rows)
     while True:
       self._reap()
-      if not self.leaving:
-        self._start()
-      self._forward()
       waiting = [row for row in self.rows if row.state == 'elsewhere']
       for row in [*waiting, *(job.row for job in self._jobs)]:
         row.follow()
       self._show(self.rows)
+      if not self.leaving:
+        self._start()
+      self._forward()
       if not self._jobs and (self.leaving or not waiting):
         return
       time.sleep(SECONDS)

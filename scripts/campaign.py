@@ -1,0 +1,143 @@
+"""Spends minutes on experiments: what decides an open claim soonest runs first.
+
+  python scripts/campaign.py --minutes=25 --text=DIR       all experiments, on GPUs
+  python scripts/campaign.py --minutes=25 --text=DIR sink  one experiment
+  python scripts/campaign.py --minutes=3 --scale=test      the mechanics, on CPUs
+  python scripts/campaign.py --status                      results and what is wanted next
+  python scripts/campaign.py --merge=CHECKOUT              adds another machine's results
+
+An experiment is a folder of experiments/; its recipe.py has the grid. Each GPU runs one
+point at a time, or --per_card of them. Results are written to
+experiments/NAME/results/SCALE/ when a point ends: recipe, losses, probes, curves, without
+weights. At the end of the time the running points save; the same command continues them
+while runs/campaign/ exists. With --whole, a point that does not fit into the time left is
+not started, for machines that are given back.
+
+Exit codes: 0 the time is spent, or nothing is wanted. 1: some points failed. 2: refused.
+"""
+
+import argparse
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+  sys.path.append(str(ROOT))  # For experiments/ and scripts/, which are not installed.
+
+from configs import base  # noqa: E402
+from gated import config, storage, sweep  # noqa: E402
+from gated.evidence import campaign, experiment, result  # noqa: E402
+from gated.sweep import judge  # noqa: E402
+from gated.sweep.runner import tail  # noqa: E402
+from scripts.sweep import resolve  # noqa: E402
+
+REFUSED, FAILED = 2, 1
+
+
+def names() -> list[str]:
+  """-> the experiments of this checkout."""
+  return sorted(p.parent.name for p in ROOT.glob('experiments/*/recipe.py'))
+
+
+def opened(name: str, scale: str, text: str) -> experiment.Experiment:
+  """An experiment's name, a scale and the folder of its text -> Experiment."""
+  if name not in names():
+    known = ', '.join(names())
+    raise ValueError(f'{name!r} is not an experiment; experiments/ has {known}')
+  module = importlib.import_module(f'experiments.{name}.recipe')
+  spec = f'experiments/{name}/recipe.py:scale={scale}'
+  place = [f'--config.data.mixture={Path(text).resolve()}'] if text else []
+  rule = getattr(module, 'get_rule', base.rule)()
+  swept = sweep.plan(
+    spec,
+    module.get_grid(f'scale={scale}'),
+    resolve=resolve,
+    overrides=place if scale == 'gpu' else (),
+    rule=config.build(judge.Rule, rule, 'rule'),
+  )
+  root = storage.path(ROOT)
+  return experiment.opened(root, name, scale, swept=swept, settings=vars(module))
+
+
+def run(args: argparse.Namespace, experiments: list[experiment.Experiment]) -> int:
+  if not args.minutes > 0:
+    raise ValueError(f'--minutes={args.minutes:g} must be positive')
+  if args.scale == 'gpu' and not args.text:
+    raise ValueError(
+      '--text=DIR is missing: make the text as experiments/text/README.md says'
+    )
+  experiments = [e for e in experiments if e.wanted()]
+  if not experiments:
+    print('nothing is wanted: every point has a result, or its budget is spent')
+    return 0
+  campaign.check(experiments)
+  swept = campaign.joined(experiments, storage.path(ROOT / 'runs' / 'campaign'))
+  cards = len(sweep.machine.gpus()) if args.scale == 'gpu' else 0
+  room = sweep.room(swept.points, args.per_card * cards)
+  swept = sweep.write(swept, room.environment)
+  campaign.check_versions(swept)
+  code = sweep.unpacked(swept)
+  print(f'{swept.folder}: {len(room.slots)} points at a time ({room.reason})', flush=True)
+  for e in experiments:
+    print(e.status(), flush=True)
+  with sweep.View(f'campaign  {swept.folder}') as view:
+    work = campaign.Campaign(
+      storage.path(ROOT),
+      experiments,
+      swept,
+      seconds=60 * args.minutes,
+      whole=args.whole,
+      open_claims=lambda e: len(e.claims),
+      view=view,
+    )
+    runner = work.runner(room.slots, code)
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {n: signal.signal(n, runner.leave) for n in stops}
+    try:
+      runner.run()
+    finally:
+      for number, handler in before.items():
+        signal.signal(number, handler)
+  for e in experiments:
+    print(e.status())
+  print(work.summary())
+  failed = work.failed()
+  for row in failed:
+    print(f'{row.point.name} failed; the end of {swept.log(row.point)}:')
+    print(tail(swept.log(row.point)))
+  return FAILED if failed else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  layout = argparse.RawDescriptionHelpFormatter
+  parser = argparse.ArgumentParser('campaign.py', None, __doc__, formatter_class=layout)
+  parser.add_argument('experiments', nargs='*', help='default: all')
+  parser.add_argument('--minutes', type=float, default=0.0, help='to spend')
+  parser.add_argument('--scale', choices=experiment.SCALES, default='gpu')
+  parser.add_argument('--text', default='', help="the dataset of scale=gpu's points")
+  parser.add_argument('--per_card', type=int, default=1, help='points at a time on a GPU')
+  parser.add_argument('--whole', action='store_true', help='start only what can end')
+  parser.add_argument('--status', action='store_true', help='print it and exit')
+  parser.add_argument('--merge', default='', help='a checkout whose results are added')
+  args = parser.parse_args(argv)
+  try:
+    if args.merge:
+      copied, kept = result.merge(storage.path(args.merge), storage.path(ROOT))
+      print(f'{len(copied)} results copied; {len(kept)} were here already')
+      return 0
+    chosen = args.experiments or names()
+    experiments = [opened(name, args.scale, args.text) for name in chosen]
+    if args.status:
+      print(*(e.status() for e in experiments), sep='\n')
+      return 0
+    return run(args, experiments)
+  except (ValueError, NotImplementedError, OSError) as error:
+    print(f'campaign.py: {error}', file=sys.stderr)
+    return REFUSED
+
+
+if __name__ == '__main__':
+  sys.exit(main())
