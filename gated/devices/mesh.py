@@ -99,10 +99,15 @@ def filled(requested: Mapping[str, int], count: int) -> dict[str, int]:
     raise ValueError(f'config.mesh.{rest[0]} and .{rest[1]} are -1, but only one may be')
   if rest and count % known == 0:
     sizes[rest[0]] = count // known
-  product = math.prod(sizes.values())
-  if product != count:
-    knobs = ' * '.join(f'config.mesh.{axis}={size}' for axis, size in sizes.items())
-    raise ValueError(f'{knobs} is not the {count} devices here')
+  if math.prod(sizes.values()) != count:
+    have = '1 device is' if count == 1 else f'{count} devices are'
+    fixed = {axis: size for axis, size in requested.items() if size not in (1, -1)}
+    knobs = ' * '.join(f'config.mesh.{axis}={size}' for axis, size in fixed.items())
+    need = 'a multiple of ' if rest else 'exactly '
+    raise ValueError(
+      f'{have} available, but {knobs or "config.mesh with only axes of 1"} needs '
+      f'{need}{known}'
+    )
   return sizes
 
 

@@ -39,9 +39,13 @@ def test_every_axis_is_left_to_the_partitioner():
 @pytest.mark.parametrize(
   ('sizes', 'message'),
   [
-    (dict(fsdp=4), r'config\.mesh\.fsdp=4 .* is not the 8 devices'),
-    (dict(fsdp=16), r'config\.mesh\.fsdp=16 .* is not the 8 devices'),
-    (dict(data=3, fsdp=-1), r'config\.mesh\.data=3 .* is not the 8 devices'),
+    (dict(fsdp=4), r'^8 devices are available, but config\.mesh\.fsdp=4 needs exactly 4'),
+    (
+      dict(fsdp=16),
+      r'^8 devices are .*config\.mesh\.fsdp=16 needs exactly 16',
+    ),
+    (dict(data=3, fsdp=-1), r'^8 devices .*config\.mesh\.data=3 needs a multiple of 3'),
+    (dict(), r'^8 devices are available, but config\.mesh with only axes of 1 needs'),
     (dict(fsdp=-1, tensor=-1), r'config\.mesh\.fsdp and \.tensor are -1'),
     (dict(tensor=0), r'config\.mesh\.tensor=0'),
     (dict(context=-2), r'config\.mesh\.context=-2'),
