@@ -17,24 +17,27 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from configs import base
-from gated import config, evals, storage
+from gated import config, evals
 from gated.devices import determinism, mesh, processes
-from gated.plan import Run, evaluate_step, prepare, recipe
+from gated.plan import Run, command, evaluate_step, home, prepare, recipe
 from gated.run import checkpoint, exit_codes, recorder, shutdown
 from gated.run import workdir as workdirs
 from gated.run.lock import Lock
 from gated.run.pulse import Pulse
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'Recipe.', lock_config=True)
-_WORKDIR = flags.DEFINE_string('workdir', '', "Default: runs/<recipe>-<config's hash>.")
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'The recipe.', lock_config=True)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', '', "Folder of the run; default: runs/<recipe>-<config's hash>."
+)
 _RESTORE_STEP = flags.DEFINE_string(
-  'restore_step', '', 'Resume from this saved step, or fail; default: the newest.'
+  'restore_step', '', 'Resume from this saved step: a number, latest or best.'
 )
 _ALLOW = flags.DEFINE_list(
   'allow_change', [], "Knobs, groups of knobs or 'data' that may change on resumption."
 )
 _DETERMINISTIC = flags.DEFINE_bool('deterministic', False, 'Bit-exact results on GPUs.')
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Check, count parameters, and exit.')
+_PRINT = flags.DEFINE_bool('print_config', False, 'Print the recipe as YAML, and exit.')
 _PROCESSES = processes.define(flags)
 
 _log = logging.getLogger('gated')
@@ -172,15 +175,12 @@ def _save(run: Run, state, services: Services, record, heldout_loss) -> None:
 def parse(argv: list[str]) -> list[str]:
   """Parses the command line; an error is reported in one line that names the knob."""
   try:
-    config.check_command(argv, config.flatten(base.get_config().to_dict()))
-    rest = flags.FLAGS(argv)
-    if len(rest) > 1:
-      raise ValueError(f'unknown argument {rest[1]!r}')
+    command.parse(argv, flags.FLAGS, base, __doc__, folder='workdir')
     if _CONFIG.value is None or not _CONFIG.value.name:
-      raise ValueError('--config=configs/RECIPE.py is missing')
-    return rest
-  except Exception as error:
-    print(f'train.py: {config.plain(error)}', file=sys.stderr)
+      raise ValueError('--config=configs/RECIPE.py is missing; --help lists the recipes')
+    return argv[:1]
+  except ValueError as error:
+    print(f'train.py: {error}', file=sys.stderr)
     sys.exit(exit_codes.REFUSED)
 
 
@@ -191,10 +191,13 @@ def main(argv: list[str]) -> int:
   c = _CONFIG.value.to_dict()
   try:
     cfg = config.build(recipe.Config, c, 'config')
+    if _PRINT.value:
+      print(command.as_yaml(c, base.get_config().to_dict()))
+      return exit_codes.FINISHED
     if _DETERMINISTIC.value:
       determinism.enable()
-    workdir = storage.path(_WORKDIR.value or f'runs/{c["name"]}-{recipe.digest(c)}')
     processes.start(**_PROCESSES(), peer_timeout=cfg.stability.peer_timeout)
+    workdir = home.workdir(_WORKDIR.value, c, allowed=_ALLOW.value or [])
     run = prepare(
       c,
       workdir,

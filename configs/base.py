@@ -1,7 +1,8 @@
-"""Every knob, its default and the reason. Other recipes hold only differences from this.
+"""Every knob, its default and the reason.
 
-Set a knob on the command line by its path: `--config.optim.lr=4.5e-3`. "The paper" is
-arXiv 2505.06708; "unpublished" means that it gives no value.
+Other recipes hold only their differences. Set a knob on the command line by its path:
+`--config.optim.lr=4.5e-3`. "The paper" is arXiv 2505.06708; "unpublished" means that it
+gives no value.
 """
 
 from ml_collections import ConfigDict
@@ -11,6 +12,9 @@ GATES = {
   'headwise': dict(position='sdpa', granularity='headwise'),
   'elementwise': dict(position='sdpa', granularity='elementwise'),
 }
+
+# Named values of a group of knobs, for messages.
+PRESETS = {'model.attn.gate': GATES}
 
 
 def get_config(arg: str = '') -> ConfigDict:

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import math
-import pathlib
 import re
 import types
 import typing
@@ -42,38 +41,96 @@ def build(cls: type[C], mapping: Mapping, name: str) -> C:
 _hints = functools.cache(typing.get_type_hints)
 
 
+# The usual names of our knobs elsewhere, for suggestions.
+USUAL = {
+  'seed': 'random_seed rng_seed',
+  'steps': 'max_steps num_steps total_steps train_steps num_train_steps max_iters',
+  'batch': 'batch_size global_batch_size train_batch_size',
+  'accum': 'grad_accum accum_steps grad_accum_steps gradient_accumulation_steps',
+  'init_from': 'resume_from pretrained checkpoint_path load_from init_checkpoint',
+  'model.vocab': 'vocab_size n_vocab padded_vocab_size',
+  'model.width': 'hidden_size d_model n_embd embed_dim hidden_dim model_dim emb_dim dim',
+  'model.depth': 'num_layers n_layers n_layer num_hidden_layers',
+  'model.ffn': 'intermediate_size d_ff ffn_dim mlp_dim ffn_hidden_size',
+  'model.tied': 'tie_embeddings tie_word_embeddings',
+  'model.remat': 'gradient_checkpointing activation_checkpointing remat_policy',
+  'model.numerics.compute': 'dtype compute_dtype precision',
+  'model.numerics.weights': 'param_dtype weight_dtype',
+  'model.numerics.init_std': 'initializer_range std_init',
+  'model.numerics.norm_eps': 'rms_norm_eps layer_norm_eps',
+  'model.attn.heads': 'n_heads n_head num_heads num_attention_heads',
+  'model.attn.kv_heads': 'n_kv_heads num_kv_heads num_key_value_heads num_query_groups',
+  'model.attn.head_dim': 'd_head head_size kv_channels',
+  'model.attn.rope_base': 'rope_theta rotary_base',
+  'model.attn.gate.position': 'gate_position gate_type use_gate',
+  'model.moe.experts': 'num_experts n_experts n_routed_experts',
+  'model.moe.top_k': 'num_experts_per_tok experts_per_token moe_top_k',
+  'model.moe.shared': 'n_shared_experts num_shared_experts',
+  'loss.z': 'z_loss z_loss_weight',
+  'loss.balance': 'aux_loss_coef router_aux_loss_coef load_balance_loss_weight',
+  'optim.name': 'optimizer',
+  'optim.lr': 'learning_rate base_lr max_lr peak_lr',
+  'optim.floor': 'min_lr lr_min end_lr final_lr min_learning_rate',
+  'optim.schedule': 'scheduler lr_scheduler lr_schedule lr_scheduler_type',
+  'optim.warmup': 'warmup_steps warmup_iters num_warmup_steps lr_warmup_steps',
+  'optim.b1': 'beta1 adam_beta1 adam_b1',
+  'optim.b2': 'beta2 adam_beta2 adam_b2',
+  'optim.eps': 'epsilon adam_eps adam_epsilon',
+  'optim.weight_decay': 'wd weightdecay',
+  'optim.clip': 'grad_clip gradient_clip clip_grad max_grad_norm gradient_clip_val',
+  'data.mixture': 'dataset dataset_name dataset_path data_path data_dir train_data',
+  'data.length': 'seq_len seq_length sequence_length max_seq_len block_size',
+  'data.workers': 'num_workers dataloader_num_workers',
+  'mesh.data': 'dp data_parallel data_parallel_size',
+  'mesh.tensor': 'tp tensor_parallel tensor_parallel_size tensor_model_parallel_size',
+  'mesh.context': 'cp context_parallel context_parallel_size',
+  'mesh.expert': 'ep expert_parallel expert_parallel_size expert_model_parallel_size',
+  'eval.every': 'eval_every eval_interval eval_steps',
+  'checkpoint.every': 'save_every save_interval save_steps checkpoint_every',
+  'log.every': 'log_every log_interval logging_steps',
+  'log.wandb': 'wandb_project use_wandb',
+}
+ALIASES = {a: f'config.{knob}' for knob, names in USUAL.items() for a in names.split()}
+
+
 def nearest(knob: str, known: Iterable[str], prefix: str = '') -> str:
-  """A mistyped knob, the known ones -> '; did you mean ...?', or all known ones."""
+  """A mistyped knob, the known ones -> '; did you mean ...?', or those of its group."""
   names = [f'{prefix}.{key}' if prefix else key for key in known]
+  if match := namesake(knob, names):
+    return f'; did you mean {match}?'
   group, _, last = knob.rpartition('.')
   # Prefer a close match in the same group to one with a similar long path.
-  siblings = {n.rpartition('.')[2]: n for n in names if n.rpartition('.')[0] == group}
+  siblings = members(group, names)
   close = difflib.get_close_matches(last, siblings, n=1, cutoff=0.6)
   if close:
     return f'; did you mean {siblings[close[0]]}?'
-  close = [] if prefix else difflib.get_close_matches(knob, names, n=1, cutoff=0.6)
+  close = [] if prefix else difflib.get_close_matches(knob, names, n=1, cutoff=0.8)
   if close:
     return f'; did you mean {close[0]}?'
-  return f'; known are {", ".join(siblings.values() or names)}'
+  while group and not siblings:
+    group = group.rpartition('.')[0]
+    siblings = members(group, names)
+  return f'; known are {", ".join(siblings.values())}'
 
 
-def check_command(argv: Iterable[str], known: Iterable[str]) -> None:
-  """Raises ValueError for an unknown knob or a missing recipe on a command line.
+def namesake(knob: str, known: Iterable[str]) -> str:
+  """A knob in the wrong group, or by its usual name -> the known one; '' without one."""
+  names = list(known)
+  last = knob.rpartition('.')[2].replace('-', '_').lower()
+  usual = ALIASES.get(last, '')
+  if usual and (usual in names or knob.startswith('config.')):
+    return usual
+  groups = {name[: dot.start()] for name in names for dot in re.finditer(r'\.', name)}
+  same = [name for name in (*names, *sorted(groups)) if name.endswith(f'.{last}')]
+  likeness = lambda name: difflib.SequenceMatcher(None, knob, name).ratio()
+  return max(same, key=likeness, default='')
 
-  `known` holds the full names of all knobs. A recipe is a file with a `get_config`.
-  """
-  lines, known = '\n'.join(argv), list(known)
-  for typed in re.findall(r'(?m)^--?(config\.[^=\s]*)', lines):
-    if not any(f'{knob}.'.startswith(f'{typed}.') for knob in known):
-      raise ValueError(f'{typed} is not a knob{nearest(typed, known)}')
-  recipe = re.search(r'(?m)^--?config=([^:\n]+)', lines)
-  if not recipe:
-    return
-  is_recipe = lambda path: path.is_file() and 'def get_config' in path.read_text()
-  if not is_recipe(pathlib.Path(recipe[1])):
-    files = sorted(pathlib.Path('configs').glob('*.py'))
-    recipes = ', '.join(str(path) for path in files if is_recipe(path))
-    raise ValueError(f'--config={recipe[1]!r} is not a recipe; recipes here: {recipes}')
+
+def members(group: str, known: Iterable[str]) -> dict[str, str]:
+  """A group and full names -> its members: {'gate': 'config.model.attn.gate'}."""
+  prefix = f'{group}.' if group else ''
+  inside = (name.removeprefix(prefix) for name in known if name.startswith(prefix))
+  return {rest.partition('.')[0]: prefix + rest.partition('.')[0] for rest in inside}
 
 
 def plain(error: Exception) -> str:

@@ -39,6 +39,7 @@ from ml_collections import config_flags
 from configs import base
 from gated import config, model, plan
 from gated.devices.chips import GIB
+from gated.plan import command
 from gated.pods import preflight
 from gated.pods.preflight import golden, table
 from gated.run import metrics
@@ -149,19 +150,16 @@ def check_golden(only: list[str], write: bool) -> int:
 def parse(argv: list[str]) -> list[str]:
   """Parses the command line; exits with one line that names the wrong flag or knob."""
   try:
-    config.check_command(argv, config.flatten(base.get_config().to_dict()))
-    left = flags.FLAGS(argv)
-    if len(left) > 1:
-      raise ValueError(f'unknown argument {left[1]!r}')
+    command.parse(argv, flags.FLAGS, base, __doc__)
     if _GOLDEN.value:
-      return left
+      return argv[:1]
     if _CONFIG.value is None or not _CONFIG.value.name:
       raise ValueError('--config=configs/RECIPE.py is missing')
     if not _COUNT.value and not _TOPOLOGY.value:
       raise ValueError('--topology=CHIP:SHAPE or --count is missing')
-    return left
-  except Exception as error:
-    print(f'preflight.py: {config.plain(error)}', file=sys.stderr)
+    return argv[:1]
+  except ValueError as error:
+    print(f'preflight.py: {error}', file=sys.stderr)
     sys.exit(REFUSED)
 
 

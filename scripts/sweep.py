@@ -33,6 +33,7 @@ from ml_collections import config_flags
 
 from configs import axes, base, table2
 from gated import config, storage, sweep
+from gated.plan import command
 from gated.sweep import judge, report
 from gated.sweep.launch import desk
 
@@ -99,16 +100,7 @@ def _parse(words: Sequence[str]) -> Any:
   config_flags.DEFINE_config_file(
     'config', None, '', lock_config=True, flag_values=values, sys_argv=words
   )
-  try:
-    config.check_command(words, config.flatten(base.get_config().to_dict()))
-    left = values(words)
-  except ValueError:
-    raise
-  except Exception as error:
-    raise ValueError(config.plain(error)) from error
-  if len(left) > 1:
-    hint = '; resume a sweep with --dir=DIR' if Path(left[1]).is_dir() else ''
-    raise ValueError(f'unknown argument {left[1]!r}{hint}')
+  command.parse(words, values, base, None, folder='dir')
   return values['config']
 
 

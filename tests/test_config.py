@@ -6,6 +6,7 @@ import math
 import pytest
 import small
 
+from configs import base
 from gated import config, model, plan
 
 
@@ -83,6 +84,61 @@ def test_base_is_a_complete_recipe():
 
 def test_nearest_lists_all_known_names_if_none_is_near():
   assert config.nearest('zzzzz', ['alpha', 'beta']) == '; known are alpha, beta'
+
+
+KNOBS = config.flatten(base.get_config().to_dict())
+
+
+def test_every_alias_stands_for_a_knob_and_is_none_itself():
+  assert set(config.ALIASES.values()) <= KNOBS.keys()
+  assert not {knob.rpartition('.')[2] for knob in KNOBS} & config.ALIASES.keys()
+  named = [name for names in config.USUAL.values() for name in names.split()]
+  assert len(named) == len(set(named)) == len(config.ALIASES)
+
+
+@pytest.mark.parametrize(
+  ('typed', 'meant'),
+  [
+    ('config.optim.learning_rate', 'config.optim.lr'),
+    ('config.learning-rate', 'config.optim.lr'),
+    ('config.batch_size', 'config.batch'),
+    ('config.model.num_layers', 'config.model.depth'),
+    ('config.model.hidden_size', 'config.model.width'),
+    ('config.model.n_heads', 'config.model.attn.heads'),
+    ('config.data.seq_len', 'config.data.length'),
+    ('config.max_steps', 'config.steps'),
+    ('config.optim.warmup_steps', 'config.optim.warmup'),
+    ('config.optim.grad_clip', 'config.optim.clip'),
+    ('config.model.vocab_size', 'config.model.vocab'),
+    # The right name in the wrong group, and a group.
+    ('config.lr', 'config.optim.lr'),
+    ('config.heads', 'config.model.attn.heads'),
+    ('optim.lr', 'config.optim.lr'),
+    ('config.gate', 'config.model.attn.gate'),
+    # Typos.
+    ('config.optim.lrr', 'config.optim.lr'),
+    ('config.opt', 'config.optim'),
+    ('config.model.atn.headz', 'config.model.attn.heads'),
+  ],
+)
+def test_a_usual_name_or_a_wrong_group_suggests_our_knob(typed, meant):
+  assert config.nearest(typed, KNOBS) == f'; did you mean {meant}?'
+
+
+def test_an_unknown_knob_lists_its_group_or_the_group_above():
+  of_mesh = 'choice, config.mesh.context, config.mesh.data, config.mesh.expert'
+  known = config.nearest('config.mesh.zzzz', KNOBS)
+  assert known.startswith(f'; known are config.mesh.{of_mesh}')
+  assert config.nearest('config.zzzz.yyyy', KNOBS).startswith('; known are config.accum,')
+
+
+def test_a_recipe_file_with_a_usual_name_is_told_ours():
+  c = small.recipe()
+  c['optim']['learning_rate'] = 1e-3
+  with pytest.raises(
+    ValueError, match=r'learning_rate is not a knob.*config\.optim\.lr\?'
+  ):
+    config.build(plan.Config, c, 'config')
 
 
 def test_one_of_lists_the_allowed_values():

@@ -267,7 +267,7 @@ REFUSED = {
   'config.batch': (1e3, 'config.batch'),
   'config.accum': (3, 'config.batch=8 must be a multiple of config.accum=3'),
   'config.model.attn.heads': (3, 'must be a multiple of config.model.attn.kv_heads=2'),
-  'config.mesh.tensor': (3, 'is not the 1 devices here'),
+  'config.mesh.tensor': (3, '1 device is available, but config.mesh.tensor=3 needs'),
   'config.data.mixture': ('/nowhere', 'no such dataset'),
   'config.optim.schedule': ('cosin', "allowed are 'cosine'"),
   'config.init_from': ('/nowhere', '/nowhere'),

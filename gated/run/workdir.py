@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,7 +89,7 @@ def check(
   """
   known = [*config.flatten(c), 'data']
   for name in allowed:
-    if not any(_within(k, name) for k in known):
+    if not any(within(k, name) for k in known):
       raise ValueError(
         f'--allow_change={name} is not a knob{config.nearest(name, known)}'
       )
@@ -178,12 +178,9 @@ def conclude(workdir: storage.Path, code: int, reason: str) -> None:
 
 def _refuse(workdir: storage.Path, c: dict, changed: dict, allowed: Collection[str]):
   """Raises ValueError with a list of the changed knobs that may not change."""
-  never = {'config.data.length'}
-  if c['model']['moe']['experts'] and c['loss']['balance_over'] != 'global':
-    never.add('config.accum')  # Routers balance their load within each micro-batch.
-  fixed = {k for k in changed if not k.startswith(MAY_CHANGE) or k in never}
-  permitted = {k for k in fixed if any(_within(k, name) for name in allowed)}
-  refused = {k: changed[k] for k in sorted(fixed - permitted)}
+  locked = fixed(changed, c)
+  permitted = {k for k in locked if any(within(k, name) for name in allowed)}
+  refused = {k: changed[k] for k in sorted(locked - permitted)}
   if refused:
     listed = '\n'.join(f'  {k}: {a!r} there, {b!r} here' for k, (a, b) in refused.items())
     raise ValueError(
@@ -195,7 +192,15 @@ def _refuse(workdir: storage.Path, c: dict, changed: dict, allowed: Collection[s
     _log.warning('%s: changed from %r to %r (--allow_change)', knob, *changed[knob])
 
 
-def _within(knob: str, name: str) -> bool:
+def fixed(changed: Iterable[str], c: Mapping) -> set[str]:
+  """Changed knobs and a recipe -> those that need --allow_change to resume a run."""
+  never = {'config.data.length'}
+  if c['model']['moe']['experts'] and c['loss']['balance_over'] != 'global':
+    never.add('config.accum')  # Routers balance their load within each micro-batch.
+  return {k for k in changed if not k.startswith(MAY_CHANGE) or k in never}
+
+
+def within(knob: str, name: str) -> bool:
   """Tests if a knob is `name` or in that group: 'config.optim' or 'config.optim.'."""
   return f'{knob}.'.startswith(f'{name.rstrip(".")}.')
 

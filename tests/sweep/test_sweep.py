@@ -237,7 +237,7 @@ def run(*words, expect=0):
       'config.data.mixture names /no/data, which does not exist',
     ),
     (['--config.steps=3'], '--config.steps=3 needs --config'),
-    (['tests'], "unknown argument 'tests'; resume a sweep with --dir=DIR"),
+    (['tests'], "unknown argument 'tests'; did you mean --dir=tests?"),
     (['--dir=nowhere'], 'is not a sweep: sweep.json is missing'),
   ],
 )
