@@ -23,7 +23,6 @@ import importlib
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -31,9 +30,8 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
-from configs import axes, base, table2
+from configs import axes, base
 from gated import config, storage, sweep
-from gated.plan import command
 from gated.sweep import judge, report
 from gated.sweep.launch import desk
 
@@ -100,7 +98,16 @@ def _parse(words: Sequence[str]) -> Any:
   config_flags.DEFINE_config_file(
     'config', None, '', lock_config=True, flag_values=values, sys_argv=words
   )
-  command.parse(words, values, base, None, folder='dir')
+  try:
+    config.check_command(words, config.flatten(base.get_config().to_dict()))
+    left = values(words)
+  except ValueError:
+    raise
+  except Exception as error:
+    raise ValueError(config.plain(error)) from error
+  if len(left) > 1:
+    hint = '; resume a sweep with --dir=DIR' if Path(left[1]).is_dir() else ''
+    raise ValueError(f'unknown argument {left[1]!r}{hint}')
   return values['config']
 
 
@@ -216,13 +223,17 @@ def launched(args: argparse.Namespace, words: Sequence[str]) -> int:
 def write_report(args: argparse.Namespace, words: Sequence[str]) -> int:
   swept = sweep.open(args.dir)
   options = {k: v for k, v in vars(args).items() if v is not None}
-  rule = replace(swept.rule, **{k: options[k] for k in RULE if k in options})
   out = storage.path(args.out) if args.out else swept.folder / 'report'
-  rows = [report.Published(*row) for row in table2.published()]
-  spikes = {k: options[k] for k in SPIKES if k in options}
   try:
     written = report.write(
-      swept, out, only=args.only, rule=rule, spikes=spikes, published=rows
+      out,
+      [swept],
+      only=args.only,
+      rule={k: options[k] for k in RULE if k in options},
+      spikes={k: options[k] for k in SPIKES if k in options},
+      baseline=args.baseline,
+      by=args.by,
+      resolve=resolve,
     )
   except OSError as error:
     raise ValueError(f'the report of {swept.folder} in {out}: {error}') from error
@@ -264,6 +275,10 @@ def parser() -> argparse.ArgumentParser:
   add('status', status, 'print the state of the points', folder)
   command = add('report', write_report, 'judge the points: tables, figures', folder, only)
   command.add_argument('--out', default='', help='folder; default DIR/report')
+  text = 'the line that others are compared with, or its label; default: an ungated one'
+  command.add_argument('--baseline', default='', help=text)
+  text = 'horizontal axis of the overlaid runs'
+  command.add_argument('--by', choices=[*report.AXES], default='step', help=text)
   for name, text in RULE.items():
     command.add_argument(f'--{name}', type=float, help=f'diverged: {text}')
   for name, (kind, text) in SPIKES.items():

@@ -194,7 +194,7 @@ def test_for_two_cells_the_noise_floor_is_students_t_test():
     floor = noise([a, b])
     assert (floor.dof, floor.cells) == (5, 2)
     p = scipy.stats.ttest_ind(a, b).pvalue
-    assert floor.differ(spread(a), spread(b)) == (p < 1 - judge.seeds.LEVEL)
+    assert (abs(a.mean() - b.mean()) > floor.beyond(3, 4)) == (p < 1 - judge.seeds.LEVEL)
 
 
 def test_noise_alone_differs_at_the_stated_rate():
@@ -203,7 +203,8 @@ def test_noise_alone_differs_at_the_stated_rate():
   claims = []
   for _ in range(400):
     cells = rng.normal(3, 0.05, (8, 3))
-    claims.append(noise(cells).differ(spread(cells[0]), spread(cells[1])))
+    apart = abs(cells[0].mean() - cells[1].mean())
+    claims.append(apart > noise(cells).beyond(3, 3))
   assert 0.02 < np.mean(claims) < 0.09
 
 
@@ -213,6 +214,7 @@ def test_the_noise_floor_is_stated_in_nats():
   assert floor.std == pytest.approx(0.02 / math.sqrt(2))
   t = scipy.stats.t.ppf(0.975, 2)
   assert floor.beyond(3, 2) == pytest.approx(t * floor.std * math.sqrt(1 / 3 + 1 / 2))
+  assert floor.within(3) == pytest.approx(t * floor.std / math.sqrt(3))
   assert f'{floor.beyond(2, 2):.4f} (n=2)' in str(floor)
   assert '0.0141' in str(floor)
 
@@ -223,7 +225,7 @@ def test_one_seed_per_cell_claims_no_ordering(cells):
   assert (floor.dof, floor.cells) == (0, 0)
   assert math.isnan(floor.std)
   assert floor.beyond(1, 1) == INF
-  assert not floor.differ(spread([2.0]), spread([9.0]))
+  assert floor.within(1) == INF
   assert 'claims no ordering' in str(floor)
 
 

@@ -41,16 +41,23 @@ class Noise:
     with Student's t, two-sided, at LEVEL. It holds for one comparison chosen beforehand;
     the best of many needs more. inf if the noise is unknown or a mean has no seed.
     """
-    if not self.dof or min(n, m) < 1:
+    if min(n, m) < 1:
+      return math.inf
+    return self.within(n) * math.sqrt(1 + n / m)
+
+  def within(self, n: int) -> float:
+    """A number of seeds -> half of the confidence interval of their mean, in nats.
+
+        t * std / sqrt(n)
+
+    inf if the noise is unknown or there is no seed.
+    """
+    if not self.dof or n < 1:
       return math.inf
     # A late import: SciPy takes as long to load as the rest of a short run.
     from scipy.special import stdtrit
 
-    return float(stdtrit(self.dof, (1 + LEVEL) / 2)) * self.std * math.sqrt(1 / n + 1 / m)
-
-  def differ(self, a: Spread, b: Spread) -> bool:
-    """Whether the means of two cells differ by more than the noise."""
-    return abs(a.mean - b.mean) > self.beyond(a.n, b.n)
+    return float(stdtrit(self.dof, (1 + LEVEL) / 2)) * self.std / math.sqrt(n)
 
   def __str__(self) -> str:
     if not self.dof:

@@ -12,7 +12,8 @@ from scipy import ndimage
 
 from gated.probes.style import COLORS, wrapped
 from gated.sweep.report.figures import COLUMN, PAGE, Drawn
-from gated.sweep.report.points import WATCHED, Curve, Judged, Line, rate
+from gated.sweep.report.logs import WATCHED, Curve
+from gated.sweep.report.points import Judged, Line, rate
 
 DRAWN = 240  # Points of a curve in a figure.
 SMOOTH = 60  # Windows of the rolling median per curve.
@@ -126,7 +127,7 @@ def warnings(lines: list[Line]) -> Drawn:
   names = [
     name
     for name in WATCHED
-    if any(len(p.log.numbers[name].steps) for _, ps in rows for p in ps if p)
+    if any(len(p.log.watched(name).steps) for _, ps in rows for p in ps if p)
   ]
   if not names:
     return None
@@ -136,8 +137,8 @@ def warnings(lines: list[Line]) -> Drawn:
   for row, (line, pair) in zip(axes, rows, strict=True):
     for ax, name in zip(row, names, strict=True):
       for p, (color, dash, _) in zip(pair, PAIR, strict=True):
-        if p and len(p.log.numbers[name].steps):
-          steps, values = p.log.numbers[name]
+        if p and len(p.log.watched(name).steps):
+          steps, values = p.log.watched(name)
           shown = np.isfinite(values) & (values > 0)
           _strand(ax, Curve(steps[shown], values[shown]), color, dash)
       ax.set_yscale('log')

@@ -1,10 +1,10 @@
-"""The figures of a report: final loss by learning rate, and LR sensitivity.
+"""The figures of a report: final loss by learning rate, LR sensitivity, and probes.
 
 They are one column or one page wide, in the style of `gated.probes.style`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -17,7 +17,9 @@ from matplotlib.transforms import ScaledTranslation
 from gated import storage
 from gated.probes import style
 from gated.probes.style import GREY, look, wrapped
-from gated.sweep.report.points import Line, rate
+from gated.sweep.report import probed as probes
+from gated.sweep.report.points import LOSSES, Line, rate
+from gated.sweep.report.published import PROBES, Row
 
 Drawn = tuple[Figure, str] | None  # A figure and its caption; None without data.
 COLUMN, PAGE = 3.5, 5.5  # Widths in inches.
@@ -68,8 +70,8 @@ def loss_against_rate(lines: list[Line]) -> Drawn:
   columns = 2 if max(len(line.name) for line in lines) <= 20 else 1
   below: dict[str, Any] = dict(loc='outside lower center', ncols=columns)
   figure.legend(handles=handles, handlelength=3, **below)
-  ax.set_ylabel('final loss (nats/token)')
-  caption = 'Final loss against the peak learning rate. '
+  ax.set_ylabel(f'final {loss_name(lines)} (nats/token)')
+  caption = f'Final {loss_name(lines)} against the peak learning rate. '
   if any(len(c.finals) > 1 for line in lines for c in line.cells):
     caption += 'Lines are means over the seeds that did not diverge, bands their range. '
   if all(len(c.points) == 1 for line in lines for c in line.cells):
@@ -81,10 +83,16 @@ def loss_against_rate(lines: list[Line]) -> Drawn:
   return figure, caption.strip()
 
 
+def loss_name(lines: Sequence[Line]) -> str:
+  """'held-out loss': the kind of the final losses, the same for all points."""
+  kinds = {p.final_of for line in lines for p in line.points if p.final_of}
+  return LOSSES[kinds.pop()] if kinds else 'loss'
+
+
 def _range(lines: list[Line]) -> tuple[float, float]:
   """-> the ends of the axis, so that stable losses fill a good part of it."""
   points = [p for line in lines for p in line.points if p.done]
-  stable = [p.log.final for p in points if not p.diverged and p.log.final is not None]
+  stable = [p.final for p in points if not p.diverged and p.final is not None]
   crosses = [p.capped for p in points if p.diverged and p.capped is not None]
   if not stable + crosses:
     return 0.0, 1.0
@@ -171,6 +179,77 @@ def sensitivity(lines: list[Line]) -> Drawn:
     seeds += ' The learning rates differ by line: these bars are not comparable.'
   text = 'LR sensitivity: the mean over learning rates of min(final loss, loss at '
   return figure, f'{text}initialisation) minus the best final loss.{seeds}'
+
+
+def probed(lines: list[Line], rows: Sequence[Row] = ()) -> Drawn:
+  """First-token attention and M-Act against the mean gate score, as in Table 4.
+
+  Marks are lines; `rows` are those of the paper, drawn in grey where it has the numbers.
+  """
+  shown = [(i, x) for i, x in enumerate(lines) if x in probes.lines_with(lines)]
+  if not any(probes.value(x.best, probes.GATE) is not None for _, x in shown):
+    return None
+  figure = Figure(figsize=(PAGE, 2.4 + 0.15 * -(-len(shown) // 2)))
+  axes = figure.subplots(1, 2)
+  papers = {row.paper['row']: row.paper['published'] for row in rows}.values()
+  caption = 'Mean over the seeds of the last probed step; dashed: lines without a gate.'
+  for ax, name in zip(axes, probes.AGAINST, strict=True):
+    values = []
+    for i, line in shown:
+      x, y = probes.value(line.best, probes.GATE), probes.value(line.best, name)
+      look_of = look(i) | ({'ls': 'none'} if x is not None else {'marker': ''})
+      if y is None:
+        continue
+      values.append(y)
+      if x is None:
+        ax.axhline(y, color=look_of['color'], ls=(0, (4, 2)), lw=0.9)
+      else:
+        ax.plot([x], [y], zorder=3, **look_of)
+    pairs = [_paper(paper, name) for paper in papers]
+    for x, y in [(x, y) for x, y in pairs if x is not None and y is not None]:
+      ax.plot([x], [y], marker='o', ms=4, mfc='none', mec=GREY, ls='none', zorder=2)
+      values.append(y)
+    if min(values) > 0 and max(values) > 10 * min(values):
+      ax.set_yscale('log')
+    else:
+      ax.set_ylim(bottom=0)
+    ax.set(xlabel='mean gate score', ylabel=LABELS[name], xlim=(0, None))
+    texts = {'ours': probes.of_lines(lines, name), 'paper': probes.correlation(pairs)}
+    found = [f'ρ {who} {rho}' for who, rho in texts.items() if rho]
+    ax.set_title('\n'.join(found), size=7)
+  handles = [_mark(i, line) for i, line in shown]
+  if any(None not in _paper(paper, probes.AGAINST[0]) for paper in papers):
+    label = "the paper's Table 4"
+    circle: dict[str, Any] = dict(marker='o', ms=4, mfc='none', mec=GREY, ls='none')
+    handles.append(Line2D([], [], label=label, **circle))
+    caption += " Circles: the paper's models; scale and data differ from ours."
+  options: dict[str, Any] = dict(loc='outside lower center', handlelength=2.5)
+  figure.legend(handles=handles, ncols=2, **options)
+  return figure, (
+    f'First-token attention and largest activation against the gate score. {caption} ρ: '
+    "Spearman's rank correlation over the gated lines."
+  )
+
+
+LABELS = {
+  'first_token_attention': 'first-token attention (F-Attn)',
+  'm_act': 'largest activation (M-Act)',
+}
+
+
+def _mark(i: int, line: Line) -> Line2D:
+  gated = probes.value(line.best, probes.GATE) is not None
+  own: dict[str, Any] = look(i) | (
+    {'ls': 'none'} if gated else {'marker': '', 'ls': (0, (4, 2))}
+  )
+  return Line2D([], [], label=wrapped(line.name, 30), **own)
+
+
+def _paper(paper: Mapping[str, float], name: str) -> tuple[float | None, float | None]:
+  """A row of the paper -> its gate score, and its value of a number of the probes."""
+  columns = {ours: column for column, (ours, *_) in PROBES.items()}
+  pair = [paper[c] if (c := columns[n]) in paper else None for n in (probes.GATE, name)]
+  return pair[0], pair[1]
 
 
 def draw(

@@ -1,74 +1,34 @@
-"""Reads the points of a sweep, judges them, and gathers them in lines.
+"""Judges the points of sweeps, and gathers those of one recipe in cells and lines.
 
-Final loss, in nats per token: the held-out loss at the point's last step if it was
-measured, otherwise the mean training loss of the last 2% of the records, at least 10. NaN
-for a run that was stopped as unstable: it did not reach its end. Loss at initialisation:
-the training loss of step 1, taken before any update.
+A cell holds the seeds of one recipe, and a line its cells at several learning rates. So
+no mean is over different models.
+
+Final loss, in nats per token: the held-out loss at the last step if every finished point
+measured it there, otherwise the mean training loss of the last 2% of the records, at
+least 10. NaN for a run that was stopped as unstable: it did not reach its end. Loss at
+initialisation: the training loss of step 1, taken before any update.
 """
 
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from gated import storage, sweep
-from gated.run import metrics
-from gated.run import workdir as workdirs
+from gated import config, model, sweep
+from gated import plan as plans
 from gated.sweep import judge
 from gated.sweep.judge.spikes import GAP, THRESHOLD, WARMUP, WINDOW
 from gated.sweep.judge.warnings import INDICATORS
+from gated.sweep.report import logs, names
+from gated.sweep.report.logs import Log
 
 TAIL, LEAST = 0.02, 10  # Fraction and least number of records in a final training loss.
-# The early warnings that are drawn -> their titles.
-WATCHED = {
-  'grad_norm': 'gradient norm',
-  'attention_logit': 'max. attention logit',
-  'output_logit': 'output logit (rms)',
-  'residual_growth': 'residual growth',
-}
-
-
-class Curve(NamedTuple):
-  """A metric over steps."""
-
-  steps: np.ndarray
-  values: np.ndarray
-
-  def thinned(self, count: int) -> 'Curve':
-    """About `count` points: the minimum and maximum of each stretch."""
-    n = len(self.steps)
-    if n <= count:
-      return self
-    kept = {0, n - 1}
-    finite = np.isfinite(self.values)
-    for part in np.array_split(np.arange(n), max(1, count // 2)):
-      good = part[finite[part]]
-      if len(good):
-        kept |= {good[np.argmin(self.values[good])], good[np.argmax(self.values[good])]}
-      kept |= set(part[~finite[part]][:1])
-    indices = np.array(sorted(kept))
-    return Curve(self.steps[indices], self.values[indices])
-
-
-class Log(NamedTuple):
-  """A summary of a workdir, without its records, which may be millions."""
-
-  state: str  # absent, partial, finished, diverged or failed
-  step: int
-  message: str  # the reason why its last session ended
-  train: Curve
-  numbers: Mapping[str, Curve]  # early warnings over steps, by name
-  warnings: Mapping[str, float | int | None]  # from judge.warnings
-  noted: int | None  # spikes that the guard counted during training
-  final: float | None  # nats per token; None for a point that has not ended
-  final_of: str  # heldout or train; '' without a final loss
-  seconds: float
-  rate: float | None  # tokens per second
-  device: str  # of the latest session: '2 x NVIDIA H200'
-  data: str  # the fingerprint of its training data
+# The kind of a final loss -> its name.
+LOSSES = {'heldout': 'held-out loss', 'train': 'training loss'}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,19 +36,26 @@ class Judged:
   """A point, its log, and the verdict."""
 
   point: sweep.Point
+  name: str
   log: Log
   line: str
   line_labels: Mapping[str, str]  # labels except learning rate and seed
+  final: float | None  # nats per token; None for a point that has not ended
+  final_of: str  # heldout or train, the same for all points
   reason: str  # why it counts as diverged, or ''
   slow: bool  # above the rule's limit only because it learned slowly
   spikes: Sequence[judge.Spike]
   limit: float  # the height above which this run has a spike, in nats
-  lr: float
-  seed: int
+  parameters: int | None  # None if this version cannot build the recipe
+  flops: float | None  # per trained token
 
   @property
-  def name(self) -> str:
-    return self.point.name
+  def lr(self) -> float:
+    return self.point.config['optim']['lr']
+
+  @property
+  def seed(self) -> int:
+    return self.point.config['seed']
 
   @property
   def steps(self) -> int:
@@ -126,79 +93,100 @@ class Judged:
   @property
   def capped(self) -> float | None:
     """min(final, init) over the finite ones; None if neither is finite."""
-    losses = [x for x in (self.log.final, self.init) if x is not None]
+    losses = [x for x in (self.final, self.init) if x is not None]
     return min(filter(math.isfinite, losses), default=None)
 
 
 def read(
-  swept: sweep.Sweep, rule: judge.Rule, spike_args: Mapping[str, Any]
+  sweeps: Sequence[sweep.Sweep], rule: judge.Rule, spike_args: Mapping[str, Any]
 ) -> list[Judged]:
-  """A sweep -> its judged points.
+  """Sweeps -> their judged points; a run that several of them hold counts once.
 
   `spike_args` override the arguments of `judge.spikes` that `fitting` chooses.
   """
-  points = swept.points
-  lrs = [point.config['optim']['lr'] for point in points]
-  seeds = [point.config['seed'] for point in points]
-  axes = _label(points, 'lr', lrs), _label(points, 'seed', seeds)
-  labels = [{k: v for k, v in p.labels.items() if k not in axes} for p in points]
-  names = [', '.join(own.values()) or swept.name for own in labels]
-  logs = [_log(swept, point) for point in points]
-  finals = [log.final if log.state == 'finished' else None for log in logs]
-  finite = [final for final in finals if final is not None and math.isfinite(final)]
+  named = names.of_points(sweeps)
+  read = [logs.read(p.workdir, p.point.steps) for p in named]
+  kept = names.once(named, [log.state in sweep.ENDED for log in read])
+  named, read = [named[i] for i in kept], [read[i] for i in kept]
+  kind = _kind(read)
+  finals = [_final(log, kind) for log in read]
+  # A run that stopped as unstable is not the best.
+  ended = [
+    x if log.state == 'finished' else None for x, log in zip(finals, read, strict=True)
+  ]
+  finite = [final for final in ended if final is not None and math.isfinite(final)]
   best = min(finite, default=math.inf)
   # A point that diverged even without a comparison to the sweep's best is not slow.
-  alone = [_reason(log, math.inf, rule) for log in logs]
-  stable: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-  for name, lr, final, reason in zip(names, lrs, finals, alone, strict=True):
+  alone = [_reason(log, x, math.inf, rule) for log, x in zip(read, finals, strict=True)]
+  stable: dict[str, list[tuple[float, float]]] = {p.line: [] for p in named}
+  for p, final, reason in zip(named, ended, alone, strict=True):
     if final is not None and not reason:
-      stable[name].append((lr, final))
+      stable[p.line].append((p.point.config['optim']['lr'], final))
   peaks = {k: judge.best_rate(v, best=best, rule=rule) for k, v in stable.items()}
   judged = []
-  for i, (point, log, name) in enumerate(zip(points, logs, names, strict=True)):
-    reason = _reason(log, best, rule)
-    slow = bool(reason and not alone[i] and lrs[i] < peaks[name])
-    args = fitting(point.steps) | dict(spike_args)
+  for p, log, final, before in zip(named, read, finals, alone, strict=True):
+    reason = _reason(log, final, best, rule)
+    slow = bool(reason and not before and p.point.config['optim']['lr'] < peaks[p.line])
+    args = fitting(p.point.steps) | dict(spike_args)
     limits = {k: args[k] for k in ('threshold', 'warmup')}
+    parameters, flops = _size(json.dumps(dict(p.point.config), sort_keys=True))
     judged.append(
       Judged(
-        point=point,
+        point=p.point,
+        name=p.name,
         log=log,
-        line=name,
-        line_labels=labels[i],
+        line=p.line,
+        line_labels=p.labels,
+        final=final,
+        final_of=kind if final is not None else '',
         reason='' if slow else reason,
         slow=slow,
         spikes=judge.spikes(*log.train, **args),
         limit=judge.limit(*log.train, **limits),
-        lr=lrs[i],
-        seed=seeds[i],
+        parameters=parameters,
+        flops=flops,
       )
     )
   return judged
 
 
-def _label(points: Sequence[sweep.Point], axis: str, values: Sequence[float]) -> str:
-  """The name of the label that holds the values of an axis; '' if no label does.
-
-  An axis may have any name, so the values decide if no label is called `axis`.
-  """
-  names = list(dict.fromkeys(name for p in points for name in p.labels))
-  for name in [] if axis in names or len(set(values)) == 1 else names:
-    texts = [p.labels.get(name, '') for p in points]
-    try:
-      if np.allclose([*map(float, texts)], values, rtol=1e-3, atol=0):
-        return name
-    except ValueError:
-      continue  # Not a number.
-  return axis
+def _kind(read: Sequence[Log]) -> str:
+  """The kind of loss that all finished points have at their last step."""
+  finished = [log for log in read if log.state == 'finished' and len(log.train.steps)]
+  last = lambda curve: int(curve.steps[-1]) if len(curve.steps) else 0
+  heldout = all(last(log.heldout) == last(log.train) for log in finished)
+  return 'heldout' if heldout and finished else 'train'
 
 
-def _reason(log: Log, best: float, rule: judge.Rule) -> str:
+def _final(log: Log, kind: str) -> float | None:
+  """The final loss; NaN if the run was stopped as unstable, None before its end."""
+  if log.state == 'diverged':
+    return math.nan
+  if log.state != 'finished' or not len(log.train.steps):
+    return None
+  if kind == 'heldout':
+    return log.heldout.last
+  count = max(LEAST, math.ceil(TAIL * len(log.train.values)))
+  return float(np.mean(log.train.values[-count:]))
+
+
+def _reason(log: Log, final: float | None, best: float, rule: judge.Rule) -> str:
   """Why an ended point counts as diverged; '' if it does not."""
-  if log.state not in sweep.ENDED or log.final is None:
+  if log.state not in sweep.ENDED or final is None:
     return ''
   broken = log.state == 'diverged'
-  return judge.diverged(*log.train, best=best, rule=rule, broken=broken, final=log.final)
+  return judge.diverged(*log.train, best=best, rule=rule, broken=broken, final=final)
+
+
+@functools.cache
+def _size(recipe: str) -> tuple[int | None, float | None]:
+  """A recipe as JSON -> its model's parameters, and FLOPs per trained token."""
+  try:
+    cfg = config.build(plans.Config, json.loads(recipe), 'config')
+  except ValueError:  # Of an older version, with other knobs.
+    return None, None
+  count = model.count(model.abstract(cfg.model))
+  return count, model.flops_per_token(cfg.model, cfg.data.length)
 
 
 def fitting(steps: int) -> dict[str, Any]:
@@ -211,58 +199,6 @@ def fitting(steps: int) -> dict[str, Any]:
   return {'window': WINDOW, 'threshold': THRESHOLD, 'warmup': warmup, 'gap': gap}
 
 
-def _log(swept: sweep.Sweep, point: sweep.Point) -> Log:
-  workdir = swept.workdir(point)
-  state, step, message = sweep.state(workdir, point.steps)
-  path = workdir / 'metrics.jsonl'
-  records = metrics.read(path) if metrics.exists(path) else []
-  train = _curve(records, 'train', 'loss')
-  final, final_of = _final(records, train) if state == 'finished' else (None, '')
-  own = [r for r in records if r['kind'] == 'train']
-  # step_seconds is the mean of a step since the previous record.
-  gaps = np.diff([0, *(r['step'] for r in own)])
-  rates = [r['tokens_per_second'] for r in own if 'tokens_per_second' in r]
-  device = data = ''
-  if storage.exists(workdir / 'run.json'):
-    run = json.loads(storage.read(workdir / 'run.json', workdirs.LIMIT))
-    last, data = run['sessions'][-1], run['data'].get('sha256', '')
-    device = f'{last["devices"]} x {last["device_kind"]}'
-  return Log(
-    state=state,
-    step=step,
-    message=message,
-    train=train,
-    numbers={name: _curve(records, *INDICATORS[name]) for name in WATCHED},
-    warnings=judge.warnings(records),
-    noted=int(own[-1]['spikes']) if own else None,
-    final=math.nan if state == 'diverged' else final,
-    final_of=final_of,
-    seconds=float(sum(r.get('step_seconds', 0) * n for r, n in zip(own, gaps))),
-    rate=float(np.median(rates)) if rates else None,
-    device=device,
-    data=data,
-  )
-
-
-def _curve(records: Sequence[Mapping[str, Any]], kind: str, name: str) -> Curve:
-  own = [r for r in records if name in r and r['kind'] == kind]
-  steps = np.array([r['step'] for r in own], np.int64)
-  return Curve(steps, np.array([r[name] for r in own], np.float64))
-
-
-def _final(
-  records: Sequence[Mapping[str, Any]], train: Curve
-) -> tuple[float | None, str]:
-  if not len(train.steps):
-    return None, ''
-  last = train.steps[-1]
-  heldout = [r for r in records if r['kind'] == 'heldout' and r['step'] == last]
-  if heldout:
-    return float(heldout[-1]['loss']), 'heldout'
-  count = max(LEAST, math.ceil(TAIL * len(train.values)))
-  return float(np.mean(train.values[-count:])), 'train'
-
-
 def rate(lr: float) -> str:
   """0.0032 -> '3.2e-3', 0.01 -> '1e-2'."""
   digits, _, power = f'{lr:.2e}'.partition('e')
@@ -270,14 +206,16 @@ def rate(lr: float) -> str:
 
 
 class Cell:
-  """The seeds of a line at one learning rate."""
+  """The seeds of a line at one learning rate: one recipe."""
 
   def __init__(self, lr: float, points: Sequence[Judged]):
     self.lr, self.points = lr, points
     self.diverged = [p for p in points if p.diverged]
-    ended = [p.log.final for p in points if not p.diverged]
-    # Final losses of the points without divergence.
-    self.finals = [final for final in ended if final is not None]
+    # Seed -> final loss, of the points without divergence.
+    self.by_seed = {
+      p.seed: p.final for p in points if not p.diverged and p.final is not None
+    }
+    self.finals = [*self.by_seed.values()]
     self.spread = judge.spread(self.finals)
     self.mean = self.spread.mean
 
@@ -301,12 +239,16 @@ class Line:
       inits = [math.nan if p.init is None else p.init for p in own]
       ended = all(p.done for p in own) and all(map(math.isfinite, inits))
       if ended and {p.lr for p in own} == set(self.lrs):
-        finals = [math.nan if p.log.final is None else p.log.final for p in own]
+        finals = [math.nan if p.final is None else p.final for p in own]
         value = judge.sensitivity(finals, inits)
         self.sensitivities |= {seed: value} if math.isfinite(value) else {}
+
+  @property
+  def gated(self) -> bool:
+    return self.points[0].point.config['model']['attn']['gate']['position'] != 'none'
 
 
 def gather(points: Sequence[Judged]) -> list[Line]:
   """Points -> lines, in the order of their first points."""
-  names = dict.fromkeys(p.line for p in points)
-  return [Line(name, [p for p in points if p.line == name]) for name in names]
+  lines = dict.fromkeys(p.line for p in points)
+  return [Line(name, [p for p in points if p.line == name]) for name in lines]

@@ -1,130 +1,131 @@
-"""The paper's differences in nats, the logarithm of a ratio of perplexities, beside ours.
+"""The paper's numbers beside ours, for points that are rows of the paper's tables.
 
-Scale, data and tokenizer differ from the paper's, and so does every loss: only signs and
-ratios of differences may be compared.
+A point is a row if its recipe still is: `config.paper` and the model are those that the
+recipe of its command gives. A variant's name does not matter.
 """
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from gated.sweep.report.points import Cell, Judged, Line, rate
+from gated import config
+from gated.sweep.grid import Resolve
+from gated.sweep.report import probed
+from gated.sweep.report.points import Cell, Line, rate
 from gated.sweep.report.tables import Table, loss_text
 
-MEANS = (
-  'nats: minus the baseline at the lowest rate of these rows, in the paper and in ours. '
-  'beside: minus the baseline at the same rate. times: the rate over the lowest one. our '
-  "lr: the same multiple of our baseline's best rate, where the loss is ours there; nats "
-  'there: that loss minus the one at our best rate.'
-)
-SAME, NEAR = 0.02, 0.1  # Relative tolerances of a learning rate.
+# Knobs of a model that choose how it is computed.
+COMPUTED = 'config.layers', 'config.remat', 'config.numerics.'
+# The paper's columns -> our scalars of the probes, and the format of both.
+PROBES = {
+  'gate_score': ('gate_mean', 'gate score', '.3f'),
+  'm_act': ('m_act', 'M-Act', '.4g'),
+  'f_attn': ('first_token_attention', 'F-Attn', '.3f'),
+}
 
 
-class Published(NamedTuple):
-  """A row of the paper's tables: a variant at a learning rate."""
+class Row(NamedTuple):
+  """A row of a table of the paper, and our cell of its recipe."""
 
-  setting: str  # the same in all rows that are compared with it
-  variant: str
-  lr: float
-  ppl: float | None  # None if it diverged
+  line: Line
+  cell: Cell
+  paper: Mapping[str, Any]  # config.paper
+
+  @property
+  def scale(self) -> str:
+    """'test': the recipe's scale, which its baseline also has."""
+    _, _, scale = self.paper['baseline'].partition('scale=')
+    return scale.partition(',')[0]
+
+  @property
+  def start(self) -> tuple[str, str, str]:
+    """The table, row and scale of its baseline."""
+    row = self.paper['baseline'].partition(':')[2].partition(',')[0]
+    return self.paper['table'], row, self.scale
+
+  @property
+  def context(self) -> tuple[str, ...]:
+    """The labels of other axes of the grid."""
+    labels = self.line.points[0].line_labels
+    return tuple(f'{k}={v}' for k, v in labels.items() if v != self.paper['row'])
+
+  @property
+  def key(self) -> tuple[str, str, str]:
+    return self.paper['table'], self.paper['row'], self.scale
 
 
-def by_rate(
-  lines: Sequence[Line], rows: Sequence[Published]
-) -> Iterator[tuple[str, Table]]:
-  """(name, table) for each setting of the paper and each combination of other labels."""
-  contexts: dict[str, dict[str, Line]] = {}
+def rows(lines: Sequence[Line], resolve: Resolve | None) -> list[Row]:
+  """The cells that are rows of the paper; `resolve` gives the recipe of a command."""
+  found: list[Row] = []
+  if not resolve:
+    return found
   for line in lines:
-    labels = dict(line.points[0].line_labels)
-    variant = labels.pop('variant', None)
-    if variant is not None:
-      contexts.setdefault(', '.join(labels.values()), {})[variant] = line
-  settings = dict.fromkeys(row.setting for row in rows)
-  for (context, ours), setting in itertools.product(contexts.items(), settings):
-    some = [row for row in rows if row.setting == setting and row.variant in ours]
-    baselines = [row for row in some if row.variant == 'baseline']
-    first = min(baselines, key=lambda row: row.lr, default=None)
-    if first and first.ppl and len({row.lr for row in some}) > 1:
-      name = f'{setting}; ours: {context}' if context else setting
-      yield name, _table(some, first, ours)
+    for cell in line.cells:
+      point = cell.points[0].point
+      paper = point.config['paper']
+      if paper['table'] and paper['published'] and _is_row(point.config, point, resolve):
+        found.append(Row(line, cell, paper))
+  return found
 
 
-def _table(rows: Sequence[Published], first: Published, ours: dict[str, Line]) -> Table:
-  baseline = ours['baseline']
-  start, best = _cell(baseline, first.lr, SAME), baseline.best
-  baseline_ppl = {row.lr: row.ppl for row in rows if row.variant == 'baseline'}
-  cells = []
-  for row in rows:
-    times = row.lr / first.lr
-    same = _cell(ours[row.variant], row.lr, SAME)
-    beside = _cell(baseline, row.lr, SAME)
-    near = _cell(ours[row.variant], best.lr * times, NEAR) if best else None
-    other = row.variant != 'baseline'
-    cells.append(
-      {
-        'variant': row.variant,
-        'lr': rate(row.lr),
-        'ppl, paper': f'{row.ppl:.3f}' if row.ppl else 'diverged',
-        'nats, paper': _nats(row.ppl, first.ppl) if row.ppl else 'diverged',
-        'beside, paper': _nats(row.ppl, baseline_ppl.get(row.lr)) if other else '–',
-        'ours': loss_text(same),
-        'nats, ours': _difference(same, start),
-        'beside, ours': _difference(same, beside) if other else '–',
-        'times': f'{times:.3g}',
-        'our lr': rate(near.lr) if near else '–',
-        'ours there': loss_text(near),
-        'nats there': _difference(near, best),
-      }
-    )
-  # Drop empty columns, and `times` with the last ones, which need it.
-  empty = {name for name in cells[0] if all(c[name] == '–' for c in cells)}
-  if 'our lr' in empty:
-    empty.add('times')
-  kept = [name for name in cells[0] if name not in empty]
-  return Table(kept, [[c[name] for name in kept] for c in cells])
+def _is_row(own: Mapping[str, Any], point: Any, resolve: Resolve) -> bool:
+  """Whether a point's recipe has the model and learning rate of the paper's row."""
+  try:
+    recipe = resolve(point.command[1:2])
+  except ValueError:  # A recipe that this version lacks.
+    return False
+  same = all(own['paper'][k] == recipe['paper'][k] for k in ('table', 'row', 'baseline'))
+  printed = own['paper']['published']
+  if not same or dict(printed) != dict(recipe['paper']['published']):
+    return False
+  if 'max_lr' in printed and not math.isclose(own['optim']['lr'], printed['max_lr']):
+    return False
+  a, b = config.flatten(own['model']), config.flatten(recipe['model'])
+  # A knob that only one version has is no difference.
+  changed = [k for k in a.keys() & b.keys() if a[k] != b[k]]
+  return all(k.startswith(COMPUTED) for k in changed)
 
 
-def _nats(ppl: float | None, start: float | None) -> str:
-  return f'{math.log(ppl / start):+.4f}' if ppl and start else '–'
+def table(rows: Sequence[Row]) -> Table:
+  """The paper's results beside ours.
 
-
-def _cell(line: Line, lr: float, within: float) -> Cell | None:
-  """The cell at the nearest learning rate; None if that is not `within` tolerance."""
-  cell = min(line.cells, key=lambda c: abs(math.log(c.lr / lr)))
-  return cell if abs(cell.lr / lr - 1) <= within else None
-
-
-def _difference(cell: Cell | None, start: Cell | None) -> str:
-  if cell and cell.diverged:
-    return loss_text(cell)
-  if not (cell and start) or not (cell.finals and start.finals) or start.diverged:
-    return '–'
-  return f'{cell.mean - start.mean:+.4f}'
-
-
-def by_row(lines: Sequence[Line]) -> Table | None:
-  """The paper's results beside ours, for points that are rows of the paper's tables.
-
-  Differences are to the row that the recipe names as the baseline.
+  Differences are to the row that the recipe names as the baseline, at the same learning
+  rate and with the same other labels.
   """
-  groups: dict[tuple[str, str, float], list[Judged]] = {}
-  for p in (p for line in lines for p in line.points):
-    paper = p.point.config['paper']
-    if paper['table'] and paper['published']:
-      groups.setdefault((paper['table'], paper['row'], p.lr), []).append(p)
-  rows = {key: Cell(key[2], points) for key, points in groups.items()}
-  papers = {key: points[0].point.config['paper'] for key, points in groups.items()}
-  ppls = {key: paper['published'].get('ppl') for key, paper in papers.items()}
-  cells = []
-  for key, cell in rows.items():
-    table, row, lr = key
-    start = table, papers[key]['baseline'].partition(':')[2].partition(',')[0], lr
-    base, ppl, nats = rows.get(start), ppls[key], _nats(ppls[key], ppls.get(start))
-    ours = cell.mean - base.mean if base else math.nan
-    shown = f'{ours:+.4f}' if math.isfinite(ours) else '–'
-    cells.append(
-      [table, row, rate(lr), ppl and f'{ppl:.3f}', nats, loss_text(cell), shown]
-    )
-  columns = ['table', 'row', 'lr', 'ppl, paper', 'nats, paper', 'final loss, ours']
-  return Table([*columns, 'nats, ours'], cells) if cells else None
+  own = {(row.key, row.context, row.cell.lr): row for row in rows}
+  records = []
+  for row in rows:
+    start = own.get((row.start, row.context, row.cell.lr))
+    printed = row.paper['published']
+    record = {
+      'table': row.paper['table'],
+      'row': ', '.join([row.paper['row'], *row.context]),
+      'scale': row.scale,
+      'lr': rate(row.cell.lr),
+    }
+    for key, (name, title, form) in PROBES.items():
+      if any(key in x.paper['published'] for x in rows):
+        record[f'{title}, paper'] = format(printed[key], form) if key in printed else None
+        value = probed.value(row.cell, name)
+        record[f'{title}, ours'] = None if value is None else format(value, form)
+    record['ppl, paper'] = f'{printed["ppl"]:.3f}' if 'ppl' in printed else None
+    record['nats, paper'] = _nats(printed, start)
+    record['loss, ours'] = loss_text(row.cell)
+    record['nats, ours'] = _difference(row.cell, start)
+    records.append(record)
+  kept = [name for name in records[0] if any(r[name] is not None for r in records)]
+  return Table(kept, [[r[name] for name in kept] for r in records])
+
+
+def _nats(printed: Mapping[str, float], start: Row | None) -> str | None:
+  base = start.paper['published'].get('ppl') if start else None
+  own = printed.get('ppl')
+  return f'{math.log(own / base):+.4f}' if own and base else None
+
+
+def _difference(cell: Cell, start: Row | None) -> str | None:
+  if not start or cell.diverged or start.cell.diverged:
+    return None
+  if not (cell.finals and start.cell.finals):
+    return None
+  return f'{cell.mean - start.cell.mean:+.4f}'

@@ -2,18 +2,22 @@
 
 import csv
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from gated.probes.report import SCALARS
 from gated.sweep.report.points import Cell, Judged, Line, rate
+from gated.sweep.report.results import Result
 
 KEPT = 300  # Points of a curve in curves.csv.
 # Cells that are aligned right.
 NUMBER = re.compile(
-  r'(|–|diverged( \d+ of \d+)?|[+-]?[\d.,]+(e-?\d+)?( ± [\d.]+| \(\+[\d.inf]+\))?)'
+  r'(|–|diverged( \d+ of \d+)?'
+  r'|[+-]?[\d.,]+(e-?\d+)?[kMGTB]?( ± [\d.]+| \(\+[\d.inf]+\))?)'
 )
 # Characters that Markdown would interpret.
 MARKUP = re.compile(r'[\\`*\[\]<>|&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])')
@@ -62,13 +66,17 @@ def of_points(points: Sequence[Judged]) -> Table:
   for p in points:
     losses = p.log.train.values[np.isfinite(p.log.train.values)]
     row: dict[str, Any] = {'point': p.name, **labels, **p.point.labels}
-    row |= {'state': p.state, 'step': p.log.step, 'steps': p.steps, 'learning_rate': p.lr}
-    row |= {'final_loss': p.log.final, 'final_loss_of': p.log.final_of}
+    row |= {'line': p.line, 'state': p.state, 'step': p.log.step, 'steps': p.steps}
+    row |= {'learning_rate': p.lr, 'train_seed': p.seed}
+    row |= {'parameters': p.parameters, 'flops_per_token': p.flops}
+    row |= {'final_loss': p.final, 'final_loss_of': p.final_of}
     row |= {'best_loss': losses.min() if len(losses) else None, 'loss_at_init': p.init}
     row |= {'spikes': len(p.spikes), 'max_spike': p.height, 'spike_limit': p.limit}
     row |= {'spikes_noted': p.log.noted, 'diverged_because': p.reason}
     row |= {'warnings': warned(p), 'seconds': p.log.seconds}
     row |= {'tokens_per_second': p.log.rate, 'device': p.log.device}
+    probed = {name: p.log.curves[f'probes/{name}'].last for name in SCALARS}
+    row |= {f'probe_{name}': x for name, x in probed.items() if x is not None}
     rows.append(row | dict(p.log.warnings))
   return _from(rows)
 
@@ -116,6 +124,68 @@ def of_sensitivity(lines: Sequence[Line]) -> Table:
       std = float(np.std(values, ddof=1)) if len(values) > 1 else None
       rows.append([line.name, 'mean', float(np.mean(values)), std, len(values), *ends])
   return Table(columns, rows)
+
+
+def of_results(results: Sequence[Result]) -> Table:
+  """A row for each line of the main table, with full precision."""
+  rows = []
+  for r in results:
+    row: dict[str, Any] = {'line': r.line.name, 'parameters': r.parameters}
+    row |= {'added': r.added, 'flops_per_token': r.flops, 'tokens_per_second': r.rate}
+    row |= {'learning_rate': r.cell and r.cell.lr, 'loss': r.cell and r.cell.mean}
+    row |= {'loss_interval': _finite(r.within), 'seeds': r.cell and len(r.cell.finals)}
+    if r.difference:
+      row |= {'difference': r.difference.value, 'pairs': r.difference.pairs}
+      row |= {'difference_interval': _finite(r.difference.within)}
+      row |= {'verdict': r.difference.verdict}
+    rows.append(row)
+  return _from(rows)
+
+
+def _finite(x: float) -> float | None:
+  return x if math.isfinite(x) else None
+
+
+def main(results: Sequence[Result], loss: str) -> Table:
+  """The main table as it is shown; `loss` names the loss."""
+  columns = ['', 'parameters', 'added', 'FLOPs/token', 'tokens/s', 'best lr', loss]
+  columns += ['seeds', 'difference', 'verdict']
+  rows = []
+  for r in results:
+    n, d = r.cell and len(r.cell.finals), r.difference
+    added = None if r.added is None else f'{r.added:+,}' if r.added else '0'
+    rows.append(
+      [
+        r.line.name,
+        None if r.parameters is None else short(r.parameters, 'kMBT'),
+        added,
+        None if r.flops is None else short(r.flops, 'kMGT'),
+        None if r.rate is None else short(r.rate, 'kMGT'),
+        rate(r.cell.lr) if r.cell else None,
+        _plus_minus(f'{r.cell.mean:.4f}', r.within) if r.cell else _ended(r),
+        f'{d.pairs} pairs' if d and d.pairs else n,
+        _plus_minus(f'{d.value:+.4f}', d.within) if d else None,
+        d.verdict if d else None,
+      ]
+    )
+  return Table(columns, rows)
+
+
+def _ended(result: Result) -> str | None:
+  """Why a line has no loss: every rate has a diverged seed, or none has ended."""
+  return 'diverged' if any(p.diverged for p in result.line.points) else None
+
+
+def short(number: float, units: str) -> str:
+  """1783744 and 'kMBT' -> '1.784M'."""
+  for power, unit in reversed(list(enumerate(units, 1))):
+    if number >= 1000**power:
+      return f'{number / 1000**power:.4g}{unit}'
+  return f'{number:.4g}'
+
+
+def _plus_minus(text: str, within: float) -> str:
+  return f'{text} ± {within:.4f}' if math.isfinite(within) else text
 
 
 def by_rate(lines: Sequence[Line], text: Callable[[Cell | None], str]) -> Table:

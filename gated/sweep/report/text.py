@@ -9,8 +9,16 @@ from typing import Any
 from gated import config
 from gated.sweep import judge
 from gated.sweep.judge.warnings import SETTLED, TIMES
-from gated.sweep.report import published, tables
-from gated.sweep.report.points import LEAST, TAIL, Judged, Line, fitting, rate
+from gated.sweep.report import probed, published, results, tables
+from gated.sweep.report.points import (
+  LEAST,
+  LOSSES,
+  TAIL,
+  Judged,
+  Line,
+  fitting,
+  rate,
+)
 from gated.sweep.report.tables import Table, plain
 
 STATES = ('finished', 'diverged', 'partial', 'failed', 'absent')
@@ -37,7 +45,9 @@ class Report:
   lines: Sequence[Line]
   rule: judge.Rule
   spikes: Mapping[str, Any]  # arguments of judge.spikes from the command line
-  published: Sequence[published.Published]
+  baseline: Line
+  rows: Sequence[published.Row]  # of the paper's tables
+  notes: Mapping[str, str]  # what differs between several sweeps, by name
   captions: Mapping[str, str]  # of the figures, by name
 
   def states(self) -> str:
@@ -50,6 +60,16 @@ class Report:
   def noise(self) -> judge.Noise:
     return judge.noise([c.finals for x in self.lines for c in x.cells if not c.diverged])
 
+  @property
+  def loss(self) -> str:
+    """'held-out loss': the kind of the final losses."""
+    kinds = {p.final_of for p in self.points if p.final_of}
+    return LOSSES[kinds.pop()] if kinds else 'loss'
+
+  def results(self) -> tuple[list[results.Result], judge.Noise]:
+    """-> the main table, and the noise of the differences of pairs."""
+    return results.of_lines(self.lines, self.baseline, self.noise)
+
 
 def markdown(report: Report) -> str:
   """A report -> report.md."""
@@ -60,19 +80,22 @@ def _paragraphs(report: Report) -> Iterator[str]:
   yield f'# {plain(report.name)}'
   yield from _opening(report)
   number = 0
-  for heading, figure, section in (
-    ('Final loss', 'loss_vs_lr', _losses),
-    ('LR sensitivity', 'sensitivity', _sensitivity),
-    ('Training curves and spikes', 'curves', _spikes),
-    ('Divergence', '', _divergence),
-    ('Early warnings', 'warnings', _warnings),
-    ('Comparison with the paper', '', _paper),
-    ('Method', '', _method),
+  loss = report.loss
+  for heading, figures, section in (
+    ('Results', ('overlay',), _results),
+    (f'Final {loss} by learning rate', ('loss_vs_lr',), _losses),
+    ('Comparison with the paper', (), _paper),
+    ('Probes', ('probes',), lambda r: probed.section(r.lines)),
+    ('LR sensitivity', ('sensitivity',), _sensitivity),
+    ('Training curves and spikes', ('curves',), _spikes),
+    ('Divergence', (), _divergence),
+    ('Early warnings', ('warnings',), _warnings),
+    ('Method', (), _method),
   ):
     paragraphs = list(section(report))
     if paragraphs:
       yield f'## {heading}'
-    if figure in report.captions:
+    for figure in filter(report.captions.__contains__, figures):
       number += 1
       yield f'![Figure {number}]({figure}.svg)'
       yield f'*Figure {number}.* {report.captions[figure]}'
@@ -82,6 +105,8 @@ def _paragraphs(report: Report) -> Iterator[str]:
 def _opening(report: Report) -> Iterator[str]:
   part = report.about.get('points')
   yield f'{report.states()}.{f" Only a part: {plain(part)}." if part else ""}'
+  for name, value in report.notes.items():
+    yield f'**The sweeps differ in their {name}**, which may move a loss: {plain(value)}.'
   missing = [p for p in report.points if not p.done]
   if missing:
     yield (
@@ -92,6 +117,31 @@ def _opening(report: Report) -> Iterator[str]:
     yield Table(['point', 'state', 'step', 'of', 'message'], rows).markdown()
 
 
+def _results(report: Report) -> Iterator[str]:
+  lines, paired = report.results()
+  yield (
+    f'Each line at its learning rate of the lowest final {report.loss} (nats per token) '
+    f'without divergence. Differences are to **{plain(report.baseline.name)}**.'
+  )
+  yield tables.main(lines, report.loss).markdown()
+  if not report.noise.dof and not paired.dof:
+    yield str(report.noise)
+    return
+  level = f'{judge.LEVEL:.0%}'
+  yield (
+    f'± is half of a {level} confidence interval (Student). A difference is beyond the '
+    'noise floor if its interval excludes 0; otherwise it claims no ordering. The same '
+    'runs chose the learning rates, so a small difference is less certain than its '
+    'interval suggests.'
+  )
+  if paired.dof:
+    yield (
+      'Pairs: the same seed gives both runs the same order of data, so differences are '
+      f'of pairs. Their standard deviation is {paired.std:.4f} nats, pooled over '
+      f'{paired.cells} lines ({paired.dof} degrees of freedom).'
+    )
+
+
 def _losses(report: Report) -> Iterator[str]:
   yield 'Nats per token; mean and standard deviation over the seeds without divergence.'
   yield tables.by_rate(report.lines, tables.loss_text).markdown()
@@ -100,34 +150,6 @@ def _losses(report: Report) -> Iterator[str]:
   yield f'Seeds per learning rate: {seeds}. {report.noise}'
   if counts[-1] <= 1:
     yield 'One seed per line: the report claims no ordering of these lines.'
-  elif len(report.lines) > 1:
-    yield from _ordering(report)
-
-
-def _ordering(report: Report) -> Iterator[str]:
-  """Compares each line at its best rate with the first line."""
-  noise, rows = report.noise, []
-  bests = [(line, line.best) for line in report.lines if line.best]
-  if not bests or not noise.dof:
-    return
-  (first, start), *_ = bests
-  for line, cell in bests:
-    row = [line.name, rate(cell.lr), tables.loss_text(cell), len(cell.finals)]
-    if line is first:
-      rows.append([*row, '–', '–', '–'])
-      continue
-    difference = cell.mean - start.mean
-    floor = noise.beyond(cell.spread.n, start.spread.n)
-    side = 'lower' if difference < 0 else 'higher'
-    verdict = side if noise.differ(cell.spread, start.spread) else 'within the noise'
-    rows.append([*row, f'{difference:+.4f}', f'{floor:.4f}', verdict])
-  yield (
-    f'Each line at its best learning rate without divergence, compared with '
-    f'{plain(first.name)}. The same runs chose that rate, so a small difference is less '
-    'certain than the noise floor suggests.'
-  )
-  columns = ['', 'lr', 'final loss', 'seeds', 'difference', 'noise floor', 'verdict']
-  yield Table(columns, rows).markdown()
 
 
 def _sensitivity(report: Report) -> Iterator[str]:
@@ -221,22 +243,17 @@ def _warnings(report: Report) -> Iterator[str]:
 
 
 def _paper(report: Report) -> Iterator[str]:
-  rows = published.by_row(report.lines)
-  settings = list(published.by_rate(report.lines, report.published))
-  if not rows and not settings:
+  if not report.rows:
     return
   certainty = 'Our noise is unknown: the signs of our differences may be chance.'
   if report.noise.dof:
     certainty = 'A difference of ours within the noise floor has no sign.'
   yield f'{UNLIKE} {certainty}'
-  if rows:
-    yield "Rows of the paper's tables, each compared with its baseline row:"
-    yield rows.markdown()
-  if settings:
-    yield published.MEANS
-  for name, table in settings:
-    yield f'**{plain(name)}**'
-    yield table.markdown()
+  yield (
+    f"Rows of the paper's tables: the loss is our final {report.loss}, and nats are the "
+    "difference to the table's baseline at the same learning rate."
+  )
+  yield published.table(report.rows).markdown()
 
 
 def _method(report: Report) -> Iterator[str]:
@@ -245,15 +262,14 @@ def _method(report: Report) -> Iterator[str]:
 
 def _items(report: Report) -> Iterator[str]:
   points = report.points
-  kinds = {p.log.final_of for p in points if p.log.final_of and not p.diverged}
+  kinds = {p.final_of for p in points if p.final_of}
   names = {
     'heldout': 'the held-out loss at the last step',
     'train': f'the mean training loss of the last {TAIL:.0%} of the records '
     f'({LEAST} at least)',
   }
-  if kinds:
-    both = ' (this sweep has both, which are not comparable)' if len(kinds) > 1 else ''
-    yield f'Final loss: {" or ".join(names[k] for k in sorted(kinds))}{both}'
+  for kind in kinds:
+    yield f'Final loss: {names[kind]}'
   inits = [p.init for p in points if p.init is not None]
   ends = f' ({min(inits):.3f} to {max(inits):.3f})' if inits else ''
   yield f'Loss at initialisation: the training loss of step 1, before any update{ends}'
@@ -270,9 +286,9 @@ def _items(report: Report) -> Iterator[str]:
     'seconds and tokens per second (points.csv)'
   )
   yield (
-    'Other files in this folder: points.csv (every point), summary.csv (every line and '
-    'learning rate), sensitivity.csv, curves.csv (thinned training losses), and each '
-    'figure as SVG, PDF and PNG'
+    'Other files in this folder: results.csv (the main table), points.csv (every point), '
+    'summary.csv (every line and learning rate), sensitivity.csv, curves.csv (thinned '
+    'training losses), and each figure as SVG, PDF and PNG'
   )
 
 

@@ -1,0 +1,232 @@
+"""Runs in one panel, along steps, tokens or hours, and their difference to a baseline.
+
+Also the panels of single numbers of a log, for `scripts/plot.py`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib import ticker
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from scipy import ndimage
+
+from gated.probes.style import look, wrapped
+from gated.sweep.report.figures import COLUMN, PAGE, Drawn
+from gated.sweep.report.logs import AXES, Curve, Log
+from gated.sweep.report.points import Line
+
+WINDOWS = 40  # Windows of the rolling median in a curve.
+DRAWN = 400  # Points of a curve in a figure.
+FIRST = 0.1  # This first fraction of a curve may lie outside the axis.
+# The least extent of an axis in hours -> its unit, and hours in the unit.
+UNITS = ((1.0, 'hours', 1.0), (1 / 60, 'minutes', 1 / 60), (0.0, 'seconds', 1 / 3600))
+
+
+class Series(NamedTuple):
+  """Runs that are drawn alike: the seeds of a recipe."""
+
+  label: str
+  logs: Mapping[int, Log]  # by seed
+
+
+def of_lines(lines: list[Line], *, baseline: Line, by: str) -> Drawn:
+  """Each line at its best rate, and its difference to the baseline over training."""
+  series = [Series(x.name, {p.seed: p.log for p in _cell(x).points}) for x in lines]
+  drawn = losses(series, base=lines.index(baseline), by=by)
+  if drawn and any(line.best is None for line in lines):
+    figure, caption = drawn
+    return figure, f'{caption} A line without a stable rate is shown at its lowest one.'
+  return drawn
+
+
+def _cell(line: Line) -> Any:
+  return line.best or line.cells[0]
+
+
+def losses(series: Sequence[Series], *, base: int, by: str) -> Drawn:
+  """Training and held-out losses of all series, and the differences to one of them."""
+  shown = [s for s in series if any(len(log.train.steps) for log in s.logs.values())]
+  if not shown:
+    return None
+  below = [s for s in shown if s is not series[base]] if series[base] in shown else []
+  rows = 2 if below else 1
+  figure = Figure(figsize=(COLUMN, 2.2 * rows + 0.16 * len(shown) + 0.3))
+  axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+  extent = max(_extent(log, by) for s in shown for log in s.logs.values())
+  label, unit = _unit(by, extent)
+  handles, heights = [], []
+  for i, s in enumerate(series):
+    if s not in shown:
+      continue
+    heights += _losses(axes[0], s, look(i), by, unit)
+    handles.append(Line2D([], [], label=wrapped(s.label, 44), **look(i)))
+  _frame(axes[0], heights)
+  axes[0].set_ylabel('loss (nats/token)')
+  caption = (
+    'Training loss (lines: rolling median, mean over the seeds) and held-out loss '
+  )
+  caption += '(marks).'
+  if below:
+    heights = []
+    for i, s in enumerate(series):
+      if s in below:
+        heights += _difference(axes[1], s, series[base], look(i), by, unit)
+    axes[1].axhline(0, color='black', lw=0.6, zorder=1)
+    _frame(axes[1], heights)
+    axes[1].set_ylabel('difference (nats/token)')
+    caption += f' Below: minus the loss of {series[base].label}, seed by seed where both '
+    caption += 'have it; bands are the range over the seeds.'
+  axes[-1].set_xlabel(label)
+  axes[-1].xaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+  axes[-1].xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
+  options: dict[str, Any] = dict(loc='outside lower center', handlelength=3)
+  figure.legend(handles=handles, ncols=1, **options)
+  return figure, caption
+
+
+def _extent(log: Log, by: str) -> float:
+  return float(log.along(log.train, by)[-1]) if len(log.train.steps) else 0.0
+
+
+def _unit(by: str, extent: float) -> tuple[str, float]:
+  """An axis and its extent -> its label, and its unit in those of the log."""
+  if by != 'hours':
+    return AXES[by], 1.0
+  return next((f'{name} of training', u) for least, name, u in UNITS if extent >= least)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+  """Values -> their rolling median; non-finite ones count as the largest."""
+  size = len(values) // WINDOWS
+  if size < 2:
+    return values
+  top = np.finfo(np.float64).max
+  x = ndimage.median_filter(np.nan_to_num(values, nan=top, posinf=top), size | 1)
+  return np.where(x == top, np.nan, x)
+
+
+def _mean(curves: Sequence[Curve]) -> tuple[Curve, np.ndarray, np.ndarray]:
+  """Curves -> their mean, least and largest values over their common steps."""
+  steps = curves[0].steps
+  for curve in curves[1:]:
+    steps = np.intersect1d(steps, curve.steps)
+  rows = np.stack([c.values[np.searchsorted(c.steps, steps)] for c in curves])
+  return Curve(steps, rows.mean(0)), rows.min(0), rows.max(0)
+
+
+def _losses(ax: Any, s: Series, look: dict, by: str, unit: float) -> list[np.ndarray]:
+  """Draws the mean training curve and the held-out marks -> the drawn values."""
+  logs = [log for log in s.logs.values() if len(log.train.steps)]
+  train, *_ = _mean([Curve(x.train.steps, _smooth(x.train.values)) for x in logs])
+  line = {**look, 'marker': ''}
+  curve = train.thinned(DRAWN)
+  ax.plot(logs[0].along(curve, by) / unit, curve.values, zorder=3, **line)
+  heights = [train.values[int(FIRST * len(train.values)) :]]
+  held = [log.heldout for log in logs if len(log.heldout.steps)]
+  if held:
+    mean, *_ = _mean(held)
+    ax.plot(
+      logs[0].along(mean, by) / unit, mean.values, zorder=4, **look | {'ls': 'none'}
+    )
+    heights.append(mean.values)
+  return heights
+
+
+def _difference(
+  ax: Any, s: Series, base: Series, look: dict, by: str, unit: float
+) -> list[np.ndarray]:
+  """Draws the difference of two series -> the drawn values."""
+  common = [seed for seed in s.logs if seed in base.logs]
+  pairs = [(s.logs[seed], base.logs[seed]) for seed in common]
+  pairs = pairs or [(log, next(iter(base.logs.values()))) for log in s.logs.values()]
+  curves = [_minus(own, other, by, 'train/loss') for own, other in pairs]
+  curves = [Curve(c.steps, _smooth(c.values)) for c in curves if len(c.steps)]
+  heights: list[np.ndarray] = []
+  if curves:
+    mean, least, most = _mean(curves)
+    x = pairs[0][0].along(mean, by) / unit
+    ax.plot(x, mean.values, zorder=3, **look | {'marker': ''})
+    if len(curves) > 1:
+      ax.fill_between(x, least, most, color=look['color'], alpha=0.15, lw=0)
+    heights.append(mean.values[int(FIRST * len(mean.values)) :])
+  held = [_minus(own, other, by, 'heldout/loss') for own, other in pairs]
+  held = [c for c in held if len(c.steps)]
+  if held:
+    mean, *_ = _mean(held)
+    x = pairs[0][0].along(mean, by) / unit
+    ax.plot(x, mean.values, zorder=4, **look | {'ls': 'none'})
+    heights.append(mean.values[mean.steps > FIRST * mean.steps[-1]])
+  return heights
+
+
+def _minus(own: Log, other: Log, by: str, name: str) -> Curve:
+  """A curve of one log minus that of another, at the same step, token or hour.
+
+  At the same step both have read the same rows, so their noise partly cancels. Elsewhere
+  the other curve is interpolated.
+  """
+  a, b = own.curves[name], other.curves[name]
+  if by == 'step':
+    steps = np.intersect1d(a.steps, b.steps)
+    left, right = (c.values[np.searchsorted(c.steps, steps)] for c in (a, b))
+    return Curve(steps, left - right)
+  if not len(b.steps):
+    return Curve(b.steps, b.values)
+  x, xs = own.along(a, by), other.along(b, by)
+  inside = (x >= xs[0]) & (x <= xs[-1])
+  return Curve(a.steps[inside], a.values[inside] - np.interp(x[inside], xs, b.values))
+
+
+def _frame(ax: Any, heights: Sequence[np.ndarray]) -> None:
+  """Sets the range of the axis to the finite values, without their outer percent."""
+  finite = [x[np.isfinite(x)] for x in heights]
+  values = np.concatenate([*finite, np.zeros(0)])
+  if len(values):
+    low, high = np.quantile(values, [0.005, 0.995])
+    pad = 0.08 * max(high - low, 1e-3 * abs(high), 1e-9)
+    ax.set_ylim(low - pad, high + pad)
+
+
+def panels(series: Sequence[Series], titles: Mapping[str, str], *, by: str) -> Drawn:
+  """A small panel for each number of `titles` that a log has; None if none has any."""
+  logs = [log for s in series for log in s.logs.values()]
+  names = [n for n in titles if any(len(log.curves[n].steps) for log in logs)]
+  if not names:
+    return None
+  across = min(3, len(names))
+  down = -(-len(names) // across)
+  size = PAGE if across > 1 else COLUMN, 0.5 + 1.5 * down + 0.16 * len(series)
+  figure = Figure(figsize=size)
+  axes = figure.subplots(down, across, squeeze=False, sharex=True)
+  label, unit = _unit(by, max(_extent(log, by) for log in logs))
+  for ax in axes.flat[len(names) :]:
+    ax.set_visible(False)
+  for panel, (ax, name) in enumerate(zip(axes.flat, names)):
+    ax.set_title(titles[name], size=7)
+    for i, s in enumerate(series):
+      for log in s.logs.values():
+        curve = log.curves[name].thinned(DRAWN)
+        style = look(i) | ({'marker': ''} if len(curve.steps) > 12 else {'ms': 2.5})
+        ax.plot(log.along(curve, by) / unit, curve.values, **style | {'lw': 0.8})
+    _scale(ax)
+    ax.tick_params(labelsize=6, labelbottom=panel + across >= len(names))
+    ax.xaxis.set_major_locator(ticker.MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
+  figure.supxlabel(label, size=8)
+  handles = [
+    Line2D([], [], label=wrapped(s.label, 40), **look(i)) for i, s in enumerate(series)
+  ]
+  options: dict[str, Any] = dict(loc='outside upper center', handlelength=3)
+  figure.legend(handles=handles, ncols=2 if len(series) > 1 else 1, **options)
+  return figure, f'{", ".join(titles[name] for name in names)}.'
+
+
+def _scale(ax: Any) -> None:
+  """A logarithmic axis for positive numbers that span more than a factor of 30."""
+  values = np.concatenate([np.asarray(line.get_ydata(), float) for line in ax.lines])
+  values = values[np.isfinite(values)]
+  if len(values) and values.min() > 0 and values.max() > 30 * values.min():
+    ax.set_yscale('log')
+    ax.yaxis.set_minor_formatter(ticker.NullFormatter())
