@@ -112,15 +112,19 @@ def check(
     changed = config.differences(old['config'], c)
     if old['data'].get('sha256') != fingerprint['sha256']:
       changed['data'] = str(old['data'].get('sha256'))[:12], fingerprint['sha256'][:12]
-    _refuse(workdir, c, changed, allowed)
+    misfit = ''
+    if step is not None:
+      try:
+        saved.check_items(step, checkpoint.split(like))
+      except ValueError as error:
+        misfit = str(error)
+    _refuse(workdir, c, changed, allowed, misfit)
     # Allowed: it changes only the last bits.
     before, now = old.get('deterministic'), determinism.enabled(os.environ)
     if before is not None and before != now:
       changed['--deterministic'] = before, now
-    if step is not None:
-      if step > c['steps']:
-        raise ValueError(f'config.steps={c["steps"]}, but {workdir} is at step {step}')
-      saved.check_items(step, checkpoint.split(like))
+    if step is not None and step > c['steps']:
+      raise ValueError(f'config.steps={c["steps"]}, but {workdir} is at step {step}')
   return Resume(step, steps, changed)
 
 
@@ -176,18 +180,26 @@ def conclude(workdir: storage.Path, code: int, reason: str) -> None:
     _log.warning('%s could not be written: %s', workdir / outcome.NAME, error)
 
 
-def _refuse(workdir: storage.Path, c: dict, changed: dict, allowed: Collection[str]):
-  """Raises ValueError with a list of the changed knobs that may not change."""
+def _refuse(
+  workdir: storage.Path, c: dict, changed: dict, allowed: Collection, misfit: str
+):
+  """Raises ValueError with a list of the changed knobs that may not change.
+
+  `misfit` says why the saved state cannot be restored, or is ''.
+  """
   locked = fixed(changed, c)
   permitted = {k for k in locked if any(within(k, name) for name in allowed)}
-  refused = {k: changed[k] for k in sorted(locked - permitted)}
+  refused = {k: changed[k] for k in sorted(locked if misfit else locked - permitted)}
   if refused:
     listed = '\n'.join(f'  {k}: {a!r} there, {b!r} here' for k, (a, b) in refused.items())
+    resume = f'resume with --allow_change={",".join(refused)}, which run.json records'
     raise ValueError(
       f'--workdir={workdir} belongs to a run that differs in\n{listed}\n'
-      'Choose another workdir, start from its weights with --config.init_from, or resume '
-      f'with --allow_change={",".join(refused)}, which run.json records'
+      'Choose another workdir, start from its weights with --config.init_from, or '
+      + (f'keep these knobs; --allow_change cannot help: {misfit}' if misfit else resume)
     )
+  if misfit:
+    raise ValueError(f'--workdir={workdir}: {misfit}')
   for knob in sorted(permitted):
     _log.warning('%s: changed from %r to %r (--allow_change)', knob, *changed[knob])
 

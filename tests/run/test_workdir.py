@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -50,9 +51,9 @@ def run(saved, tmp_path):
   return storage.path(shutil.copytree(saved, tmp_path / 'run'))
 
 
-def check(home, *, allowed=(), restore_step='', data=DATA, **changes):
+def check(home, *, allowed=(), restore_step='', data=DATA, like=None, **changes):
   c = small.recipe(**changes)
-  like = place(state(0))
+  like = like or place(state(0))
   options = dict(like=like, allowed=allowed, restore_step=restore_step)
   return workdir.check(home, c, data, **options)
 
@@ -168,6 +169,25 @@ def test_an_unknown_knob_is_refused_with_the_nearest_one(run):
     ('dat', 'data'),
   ):
     refused(run, f'--allow_change={name} is not a knob; .*{nearest}', allowed=[name])
+
+
+def test_allow_change_is_neither_accepted_nor_offered_for_a_state_of_other_shapes(
+  run, caplog
+):
+  wide = place(state(0))
+  wide.model['w'] = jax.ShapeDtypeStruct((9,), 'int32')
+  for allowed in [(), ['config.model']]:
+    options = dict(allowed=allowed, like=wide, model__width=32)
+    with pytest.raises(ValueError) as caught:
+      check(run, **options)
+    message = str(caught.value)
+    assert 'config.model.width: 16 there, 32 here' in message
+    reason = (
+      r'--allow_change cannot help: .*/4/model: w is int32\(8,\) there, but int32\(9'
+    )
+    assert re.search(reason, message)
+    assert '--allow_change=' not in message and not caplog.messages
+  refused(run, r'^--workdir=.*/4/model: w is int32', like=wide)
 
 
 def test_other_data_are_refused_unless_allowed(run):
