@@ -1,10 +1,8 @@
 """The report of a sweep: its numbers, tables, figures and page."""
 
-import csv
 import dataclasses
 import html.parser
 import importlib
-import io
 import json
 import math
 import statistics
@@ -12,150 +10,29 @@ import sys
 
 import numpy as np
 import pytest
+from lab import (
+  INIT,
+  RATES,
+  RULE,
+  STEPS,
+  described,
+  fate,
+  grid,
+  judged,
+  losses,
+  point,
+  rows,
+  run,
+  trained,
+)
 
-from configs import axes, base, table2
+from configs import axes
 from gated import storage, sweep
 from gated.run.metrics import records
 from gated.sweep import judge, report
-from gated.sweep.report import points, published, tables, text
+from gated.sweep.report import tables
 
-RULE = judge.Rule(multiple=1.5, rise=0.5, tail=0.05)
-STEPS, INIT = 200, 6.0
-RATES = (1e-3, 4e-3, 8e-3)
 EVIL = '<script>a|b</script> ![x](http://example.org/x.png) $1$ _so_'
-
-
-def losses(kind: str, level: float, seed: int) -> np.ndarray:
-  """A training curve that falls from INIT to about `level`."""
-  n = {'partial': 60, 'failed': 20, 'broken': 120}.get(kind, STEPS)
-  step = np.arange(n)
-  noise = np.random.default_rng(seed).normal(0, 0.005, n)
-  loss = level + (INIT - level) * np.exp(-step / 10) + noise
-  loss[0] = INIT
-  if kind == 'spiky':
-    for at, height in ((80, 0.9), (140, 0.4)):
-      loss[at : at + 6] += height * np.exp(-np.arange(6) / 2)
-  if kind in ('lost', 'broken'):
-    loss[90:] = 5.5 + noise[90:]
-  if kind == 'broken':
-    loss[-1] = math.nan
-  return loss
-
-
-def run(workdir: storage.Path, kind: str, level: float, seed: int, *, heldout: bool):
-  """Writes the files of a run into a workdir."""
-  if kind == 'absent':
-    return
-  lines = []
-  loss = losses(kind, level, seed)
-  for i, value in enumerate(loss):
-    wild = kind in ('lost', 'broken') and i > 85
-    norm = 30.0 if wild else 1.0 + 0.1 * math.sin(i)
-    train = {'loss': float(value), 'grad_norm': norm, 'param_norm': 10.0}
-    train |= {'update_norm': 0.01, 'lr': 1e-3, 'tokens': 256.0, 'skipped': 0.0}
-    train |= {'spikes': 0.0, 'verdict': 0.0 if math.isfinite(value) else 1.0}
-    train |= {'step_seconds': 0.5, 'tokens_per_second': 512.0}
-    lines.append({'step': i + 1, 'kind': 'train', 'time': 1e9 + i} | train)
-    if i % 20 == 19:
-      logits = {'attention_logit': 300.0 if wild else 6.0, 'output_logit': 1.0 + i / 100}
-      residual = {'residual_rms_first': 1.0, 'residual_rms_last': 3.0}
-      record = {
-        'step': i + 1,
-        'kind': 'indicators',
-        'time': 1e9 + i,
-        **logits,
-        **residual,
-      }
-      lines.append(record | {'residual_growth': 3.0})
-  if heldout and len(loss) == STEPS:
-    held = {'loss': float(loss[-1]) + 0.05}
-    lines.append({'step': STEPS, 'kind': 'heldout', 'time': 1e9} | held)
-  storage.write(workdir / 'metrics.jsonl', b''.join(map(records.line, lines)))
-  session = {'devices': 2, 'device_kind': 'cpu'}
-  storage.write_json(
-    workdir / 'run.json',
-    {'config': {}, 'data': {'sha256': '0a1b'}, 'sessions': [session]},
-  )
-  code = {'broken': 3, 'failed': 1, 'partial': 4}.get(kind, 0)
-  end = {'code': code, 'step': len(loss), 'told': f'{kind} | why', 'time': 1e9}
-  storage.write_json(workdir / 'outcome.json', end)
-
-
-def point(changes: dict, **labels: str) -> sweep.Point:
-  """Labels and their knobs -> a point."""
-  c = base.get_config()
-  c.update_from_flattened_dict({'steps': STEPS} | changes)
-  name = '-'.join(labels.values()).replace('/', '_')
-  return sweep.Point(
-    name=f'{name}-0a1b2c',
-    labels=labels,
-    changes=changes,
-    command=['train.py'],
-    config=c.to_dict(),
-  )
-
-
-def grid(variants, rates=RATES, seeds=(0, 1, 2)) -> list[sweep.Point]:
-  return [
-    point({'optim.lr': lr, 'seed': seed}, variant=v, lr=f'{lr:g}', seed=str(seed))
-    for v in variants
-    for lr in rates
-    for seed in seeds
-  ]
-
-
-def fate(p: sweep.Point) -> tuple[str, float]:
-  """A point -> the kind of its run, and its final loss."""
-  lr, seed = p.config['optim']['lr'], p.config['seed']
-  baseline = p.labels['variant'] == 'baseline'
-  level = (2.5 if baseline else 2.4) + 20 * abs(lr - 4e-3) + 0.003 * seed
-  kind = 'spiky' if lr == 4e-3 and baseline else 'calm'
-  if lr == 8e-3 and baseline:
-    kind = ('lost', 'broken', 'calm')[seed]
-  return kind, level
-
-
-def trained(folder, grid, fate=fate, *, heldout=False) -> sweep.Sweep:
-  """A sweep whose points have run."""
-  swept = sweep.Sweep(
-    folder=storage.path(folder),
-    name='lab',
-    recipe='configs/lab.py',
-    overrides=(),
-    flags=(),
-    points=tuple(grid),
-    rule=RULE,
-  )
-  for i, p in enumerate(grid):
-    run(swept.workdir(p), *fate(p), i, heldout=heldout)
-  return swept
-
-
-def judged(swept):
-  """A sweep -> its judged points, and their lines."""
-  batch = points.read(swept, RULE, {})
-  return batch, points.gather(batch)
-
-
-def described(swept, rows=(), result=None) -> str:
-  """The Markdown of a sweep's report, without figures; `result` is that of `judged`."""
-  batch, lines = result or judged(swept)
-  return text.markdown(
-    text.Report(
-      name=swept.name,
-      about={'recipe': swept.recipe},
-      points=batch,
-      lines=lines,
-      rule=RULE,
-      spikes={},
-      published=rows,
-      captions={},
-    )
-  )
-
-
-def rows(table: tables.Table) -> list[dict[str, str]]:
-  return list(csv.DictReader(io.StringIO(table.csv().decode())))
 
 
 @pytest.fixture(scope='module')
@@ -192,8 +69,8 @@ def test_points_csv_holds_the_numbers_of_each_point(lab, result):
 def test_the_final_loss_is_the_held_out_loss_of_the_last_step(tmp_path):
   swept = trained(tmp_path, grid(['baseline'], [4e-3], [0]), heldout=True)
   (p,), _ = judged(swept)
-  assert p.log.final_of == 'heldout'
-  assert p.log.final == losses(*fate(swept.points[0]), 0)[-1] + 0.05
+  assert p.final_of == 'heldout'
+  assert p.final == losses(*fate(swept.points[0]), 0)[-1] + 0.05
   assert 'Final loss: the held-out loss at the last step.' in described(swept)
 
 
@@ -213,7 +90,7 @@ def test_the_summary_averages_the_seeds_that_did_not_diverge(result):
   for row in rows(tables.of_summary(lines)):
     lr = float(row['learning_rate'])
     own = [p for p in batch if p.line == row['line'] and p.lr == lr]
-    finals = [p.log.final for p in own if not p.diverged]
+    finals = [p.final for p in own if not p.diverged]
     assert int(row['n']) == len(finals) == 3 - int(row['diverged'])
     assert float(row['mean']) == pytest.approx(statistics.mean(finals))
     if len(finals) > 1:
@@ -227,7 +104,7 @@ def test_sensitivity_is_given_for_each_seed_and_as_a_mean(result):
   for name in ('baseline', 'elementwise'):
     each = []
     for seed in range(3):
-      finals = [p.log.final for p in batch if p.line == name and p.seed == seed]
+      finals = [p.final for p in batch if p.line == name and p.seed == seed]
       capped = [min(INIT, x) if math.isfinite(x) else INIT for x in finals]
       each.append(statistics.mean(capped) - min(capped))
     values = [float(row['sensitivity']) for row in table if row['line'] == name]
@@ -309,7 +186,7 @@ def test_a_run_that_stopped_as_unstable_has_no_final_loss(tmp_path):
   storage.write_json(last / 'outcome.json', end)
   batch, (line,) = judged(swept)
   assert [p.diverged for p in batch] == [broken(p) for p in swept.points]
-  assert math.isnan(batch[-1].log.final) and batch[-1].capped == INIT
+  assert math.isnan(batch[-1].final) and batch[-1].capped == INIT
   # Its last losses are low, but it counts as the loss at initialisation.
   assert line.sensitivities[0] == pytest.approx((INIT - 2.5) / 3, abs=0.01)
 
@@ -389,7 +266,16 @@ def test_lines_are_named_by_all_labels_except_rate_and_seed(tmp_path):
   names = {'peak': '0.001', 'draw': '3'}
   varied = [
     point(
-      {'optim.lr': lr, 'seed': seed}, gate=g, precision=f, peak=f'{lr:g}', draw=str(seed)
+      {
+        'optim.lr': lr,
+        'seed': seed,
+        'model.attn.gate.position': g,
+        'model.numerics.compute': f,
+      },
+      gate=g,
+      precision=f,
+      peak=f'{lr:g}',
+      draw=str(seed),
     )
     for g in ('none', 'sdpa')
     for f in ('float32', 'bfloat16')
@@ -399,60 +285,23 @@ def test_lines_are_named_by_all_labels_except_rate_and_seed(tmp_path):
   swept = trained(tmp_path, varied, lambda p: ('calm', 2.5))
   batch, lines = judged(swept)
   assert [line.name for line in lines] == [
-    *('none, float32', 'none, bfloat16', 'sdpa, float32', 'sdpa, bfloat16')
+    'gate=none, float32',
+    'gate=none, bfloat16',
+    'sdpa, float32',
+    'sdpa, bfloat16',
   ]
   assert all(line.lrs == [1e-3, 4e-3] and line.seeds == [3, 4] for line in lines)
   assert batch[0].point.labels.items() >= names.items()
-  plain = [point({'steps': STEPS}, width=w) for w in ('64', '128')]
-  swept = trained(tmp_path / 'plain', plain, lambda p: ('calm', 2.5))
+
+
+def test_a_line_of_an_axis_names_its_knob(tmp_path):
+  plain = [point({'model.attn.qk_norm': on}, qk_norm=str(on)) for on in (True, False)]
+  plain += [point({'model.branch_norm': 'rms'}, branch_norm='rms')]
+  swept = trained(tmp_path, plain, lambda p: ('calm', 2.5))
   _, lines = judged(swept)
-  assert [line.name for line in lines] == ['64', '128']
+  names = ['qk_norm=True', 'qk_norm=False', 'branch_norm=rms']
+  assert [line.name for line in lines] == names
   assert 'Not available' in described(swept) and '|  | 1e-3 |' in described(swept)
-
-
-def test_differences_of_the_paper_are_logarithms_of_perplexity_ratios(lab, result):
-  rows = [
-    published.Published('48 layers', variant, lr, table2.ROWS[f'48l_{rate}_{variant}'][0])
-    for rate, lr in (('4e-3', 4e-3), ('8e-3', 8e-3))
-    for variant in ('baseline', 'elementwise')
-  ]
-  # A setting with one learning rate, or without a perplexity, is not compared.
-  rows.append(published.Published('28 layers', 'baseline', 4e-3, 7.499))
-  rows.append(published.Published('28 layers', 'elementwise', 4e-3, 7.404))
-  rows.append(published.Published('1T', 'baseline', 4e-3, None))
-  _, lines = result
-  ((name, table),) = published.by_rate(lines, rows)
-  cells = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-  by = {(row['variant'], row['lr']): row for row in cells}
-  assert name == '48 layers' and len(by) == 4
-  assert by['baseline', '8e-3']['nats, paper'] == '+0.2143'
-  assert by['elementwise', '4e-3']['nats, paper'] == f'{math.log(7.288 / 7.421):+.4f}'
-  assert by['baseline', '8e-3']['nats, ours'] == 'diverged 2 of 3'
-  base, gated = (line.cells for line in lines)
-  ours = by['elementwise', '8e-3']['nats, ours']
-  assert ours == f'{gated[2].mean - base[1].mean:+.4f}'
-  # One of our baselines diverged at that rate.
-  assert by['elementwise', '8e-3']['beside, paper'] == f'{math.log(7.325 / 9.195):+.4f}'
-  assert by['elementwise', '8e-3']['beside, ours'] == '–'
-  ours = by['elementwise', '4e-3']['beside, ours']
-  assert ours == f'{gated[1].mean - base[1].mean:+.4f}'
-  message = described(lab, rows, result)
-  assert 'only the signs and the ratios' in message and '| 9.195 | +0.2143 |' in message
-  assert 'within the noise floor has no sign' in message
-
-
-def test_columns_without_a_number_are_left_out(tmp_path):
-  rows = [
-    published.Published('48 layers', variant, lr, 7.4)
-    for lr in (4e-3, 8e-3)
-    for variant in ('baseline', 'elementwise')
-  ]
-  swept = trained(tmp_path, grid(['baseline', 'elementwise'], [3e-3, 1e-2], [0]))
-  _, lines = judged(swept)
-  ((_, table),) = published.by_rate(lines, rows)
-  assert {'ours', 'nats, ours', 'beside, ours'} & set(table.columns) == set()
-  assert table.columns[-3:] == ['our lr', 'ours there', 'nats there']
-  assert 'the signs of our differences may be chance' in described(swept, rows)
 
 
 def test_a_comparison_of_lines_with_different_rates_is_flagged(tmp_path):
@@ -474,23 +323,6 @@ def test_the_report_describes_the_runs(lab, result):
   assert f'which is {size / 1e6:.3g}M tokens' in message
   assert 'any update (6.000 to 6.000)' in message
   assert '- Data with SHA-256: 0a1b.' in message and '- Devices: 2 x cpu.' in message
-
-
-def test_a_row_of_the_paper_is_compared_with_the_printed_one(tmp_path):
-  pair = []
-  for name in ('28l_4e-3_baseline', '28l_4e-3_elementwise'):
-    config = table2.get_config(f'{name},scale=test').to_dict() | {'steps': STEPS}
-    labels = {'row': name, 'seed': '0'}
-    pair.append(
-      sweep.Point(name=name, labels=labels, changes={}, command=[], config=config)
-    )
-  level = {'28l_4e-3_baseline': 2.5, '28l_4e-3_elementwise': 2.4}
-  swept = trained(tmp_path, pair, lambda p: ('calm', level[p.name]))
-  batch, lines = judged(swept)
-  first, second = published.by_row(lines).rows
-  assert first[1:5] == ['28l_4e-3_baseline', '4e-3', '7.499', '+0.0000']
-  assert second[4] == f'{math.log(7.404 / 7.499):+.4f}'
-  assert second[6] == f'{batch[1].log.final - batch[0].log.final:+.4f}'
 
 
 class Page(html.parser.HTMLParser):
@@ -535,11 +367,11 @@ def test_a_page_has_no_external_references_and_escapes_its_text(tmp_path):
 
 def test_a_missing_package_is_refused_with_its_installation(lab, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'matplotlib', None)
-  for name in ('curves', 'figures'):
+  for name in ('curves', 'figures', 'overlay'):
     monkeypatch.delitem(sys.modules, f'gated.sweep.report.{name}', raising=False)
     monkeypatch.delattr(report, name, raising=False)
   with pytest.raises(ValueError, match=r'matplotlib.*requirements-report\.txt'):
-    report.write(lab, tmp_path / 'out', rule=RULE)
+    report.write(tmp_path / 'out', [lab])
   assert not (tmp_path / 'out').exists()
 
 
@@ -553,7 +385,7 @@ def test_selected_points_are_judged_among_all_points(tmp_path, monkeypatch):
     lambda p: ('calm', level[p.config['optim']['lr']]),
   )
   out = storage.path(tmp_path / 'out')
-  part = report.write(swept, out, only='variant=baseline,lr=0.001,lr=0.008')
+  part = report.write(out, [swept], only='variant=baseline,lr=0.001,lr=0.008')
   assert [p.name for p in part.points] == [swept.points[i].name for i in (0, 2)]
   # The best loss of the sweep is not of the selected points.
   assert [p.diverged for p in part.points] == [False, True]
@@ -563,7 +395,7 @@ def test_selected_points_are_judged_among_all_points(tmp_path, monkeypatch):
     'variant=baseline,lr=0.001,lr=0.008.'
   )
   with pytest.raises(ValueError, match='--only=lr=1, but lr has the values'):
-    report.write(swept, out, only='lr=1')
+    report.write(out, [swept], only='lr=1')
 
 
 @pytest.mark.full
@@ -571,10 +403,12 @@ def test_a_report_is_complete_and_reproducible(lab, tmp_path):
   image = pytest.importorskip('matplotlib.image')
   outs = [storage.path(tmp_path / name) for name in ('first', 'second')]
   for out in outs:
-    whole = report.write(lab, out, rule=RULE)
-  assert list(whole.captions) == ['loss_vs_lr', 'sensitivity', 'curves', 'warnings']
+    whole = report.write(out, [lab])
+  assert list(whole.captions) == [
+    *('overlay', 'loss_vs_lr', 'sensitivity', 'curves', 'warnings')
+  ]
   files = storage.names(outs[0])
-  assert storage.names(outs[1]) == files and len(files) == 6 + 3 * 4
+  assert storage.names(outs[1]) == files and len(files) == 7 + 3 * 5
   for name in files:
     first, second = (storage.read(out / name, 1 << 24) for out in outs)
     assert first == second, name
@@ -589,7 +423,7 @@ def test_a_report_is_complete_and_reproducible(lab, tmp_path):
       storage.read(outs[0] / 'report.md', 1 << 24).decode()
     )
   parsed = Page(storage.read(outs[0] / 'index.html', 1 << 24).decode())
-  assert parsed.tags.count('img') == 4
+  assert parsed.tags.count('img') == 5
   assert all(at.startswith('data:image/svg+xml;base64,') for at in parsed.references)
   for p in whole.points:
     assert not p.diverged or parsed.text.count(p.name) == 1
@@ -622,8 +456,8 @@ def test_the_command_needs_only_the_folder_of_a_sweep(tmp_path, capsys):
   output = capsys.readouterr().out
   assert '6 finished' in output and '`report` judges the losses as well' in output
   message = (swept.folder / 'report/report.md').read_text()
-  # The paper has the same variants and learning rates.
-  assert '**48 layers, 400B tokens**' in message and '| 9.195 | +0.2143 |' in message
+  # The paper has the same variants and learning rates, but not this model.
+  assert 'layers, 400B' not in message and 'Comparison with the paper' not in message
   assert f'configs/tiny.py:gate=none --config.steps={STEPS}' in message
   assert swept.made['sha256'] in message and 'no ordering of these lines' in message
   out = tmp_path / 'other'

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from scipy import ndimage
 
 from gated.probes.style import COLORS, wrapped
-from gated.sweep.report.figures import COLUMN, PAGE, Drawn
+from gated.sweep.report.figures import COLUMN, PAGE, Drawn, log_scale
 from gated.sweep.report.logs import WATCHED, Curve
 from gated.sweep.report.points import Judged, Line, rate
 
@@ -141,9 +141,7 @@ def warnings(lines: list[Line]) -> Drawn:
           steps, values = p.log.watched(name)
           shown = np.isfinite(values) & (values > 0)
           _strand(ax, Curve(steps[shown], values[shown]), color, dash)
-      ax.set_yscale('log')
-      ax.yaxis.set_major_formatter(ticker.FuncFormatter(_number))
-      ax.yaxis.set_minor_locator(ticker.NullLocator())
+      log_scale(ax)
       ax.tick_params(labelsize=6)
     rates = [rate(p.lr) if p else 'none' for p in pair]
     row[0].set_ylabel(f'{wrapped(line.name, 20)}\n{rates[0]} | {rates[1]}', size=7)
@@ -164,11 +162,6 @@ def warnings(lines: list[Line]) -> Drawn:
   caption = 'Early warnings at the highest learning rate where every seed is stable, and '
   caption += 'the lowest where one diverged (beside the axis: both rates).'
   return figure, caption + ('' if drawn[1] else ' None diverged.')
-
-
-def _number(y: float, _: int) -> str:
-  """20000 -> '2e4', 0.05 -> '0.05'."""
-  return f'{y:g}' if y < 10_000 else f'{y:.0e}'.replace('e+0', 'e').replace('e+', 'e')
 
 
 PAIR = (

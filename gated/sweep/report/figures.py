@@ -39,6 +39,14 @@ def rate_axis(ax: Any, lrs: list[float]) -> None:
   ax.set_xlabel('peak learning rate')
 
 
+def log_scale(ax: Any) -> None:
+  """Makes the y axis logarithmic, with numbers such as 0.05 and 2e4."""
+  text = lambda y: f'{y:g}' if y < 10_000 else f'{y:.0e}'.replace('e+0', 'e')
+  ax.set_yscale('log')
+  ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: text(y)))
+  ax.yaxis.set_minor_locator(ticker.NullLocator())
+
+
 def loss_against_rate(lines: list[Line]) -> Drawn:
   """Final loss over the learning rate; crosses are diverged runs."""
   lrs = sorted({p.lr for line in lines for p in line.points if p.done})
@@ -210,7 +218,7 @@ def probed(lines: list[Line], rows: Sequence[Row] = ()) -> Drawn:
       ax.plot([x], [y], marker='o', ms=4, mfc='none', mec=GREY, ls='none', zorder=2)
       values.append(y)
     if min(values) > 0 and max(values) > 10 * min(values):
-      ax.set_yscale('log')
+      log_scale(ax)
     else:
       ax.set_ylim(bottom=0)
     ax.set(xlabel='mean gate score', ylabel=LABELS[name], xlim=(0, None))

@@ -13,11 +13,12 @@ from matplotlib.lines import Line2D
 from scipy import ndimage
 
 from gated.probes.style import look, wrapped
-from gated.sweep.report.figures import COLUMN, PAGE, Drawn
+from gated.sweep.report.figures import COLUMN, PAGE, Drawn, log_scale
 from gated.sweep.report.logs import AXES, Curve, Log
 from gated.sweep.report.points import Line
 
-WINDOWS = 40  # Windows of the rolling median in a curve.
+LOSS, CHANGE = 20, 10  # Windows of the rolling median in a curve and in a difference.
+BANDS = 3  # Differences with bands; more would cover each other.
 DRAWN = 400  # Points of a curve in a figure.
 FIRST = 0.1  # This first fraction of a curve may lie outside the axis.
 # The least extent of an axis in hours -> its unit, and hours in the unit.
@@ -35,7 +36,7 @@ def of_lines(lines: list[Line], *, baseline: Line, by: str) -> Drawn:
   """Each line at its best rate, and its difference to the baseline over training."""
   series = [Series(x.name, {p.seed: p.log for p in _cell(x).points}) for x in lines]
   drawn = losses(series, base=lines.index(baseline), by=by)
-  if drawn and any(line.best is None for line in lines):
+  if drawn and any(line.best is None and line.started for line in lines):
     figure, caption = drawn
     return figure, f'{caption} A line without a stable rate is shown at its lowest one.'
   return drawn
@@ -72,12 +73,15 @@ def losses(series: Sequence[Series], *, base: int, by: str) -> Drawn:
     heights = []
     for i, s in enumerate(series):
       if s in below:
-        heights += _difference(axes[1], s, series[base], look(i), by, unit)
+        lines = _difference(s, series[base], by)
+        heights += _draw(axes[1], s, lines, look(i), (by, unit), len(below) <= BANDS)
     axes[1].axhline(0, color='black', lw=0.6, zorder=1)
     _frame(axes[1], heights)
     axes[1].set_ylabel('difference (nats/token)')
     caption += f' Below: minus the loss of {series[base].label}, seed by seed where both '
-    caption += 'have it; bands are the range over the seeds.'
+    caption += 'have it.'
+    if len(below) <= BANDS and any(len(s.logs) > 1 for s in below):
+      caption += ' Bands are the range over the seeds.'
   axes[-1].set_xlabel(label)
   axes[-1].xaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
   axes[-1].xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
@@ -97,9 +101,9 @@ def _unit(by: str, extent: float) -> tuple[str, float]:
   return next((f'{name} of training', u) for least, name, u in UNITS if extent >= least)
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
+def _smooth(values: np.ndarray, windows: int) -> np.ndarray:
   """Values -> their rolling median; non-finite ones count as the largest."""
-  size = len(values) // WINDOWS
+  size = len(values) // windows
   if size < 2:
     return values
   top = np.finfo(np.float64).max
@@ -119,7 +123,7 @@ def _mean(curves: Sequence[Curve]) -> tuple[Curve, np.ndarray, np.ndarray]:
 def _losses(ax: Any, s: Series, look: dict, by: str, unit: float) -> list[np.ndarray]:
   """Draws the mean training curve and the held-out marks -> the drawn values."""
   logs = [log for log in s.logs.values() if len(log.train.steps)]
-  train, *_ = _mean([Curve(x.train.steps, _smooth(x.train.values)) for x in logs])
+  train, *_ = _mean([Curve(x.train.steps, _smooth(x.train.values, LOSS)) for x in logs])
   line = {**look, 'marker': ''}
   curve = train.thinned(DRAWN)
   ax.plot(logs[0].along(curve, by) / unit, curve.values, zorder=3, **line)
@@ -134,28 +138,41 @@ def _losses(ax: Any, s: Series, look: dict, by: str, unit: float) -> list[np.nda
   return heights
 
 
-def _difference(
-  ax: Any, s: Series, base: Series, look: dict, by: str, unit: float
-) -> list[np.ndarray]:
-  """Draws the difference of two series -> the drawn values."""
+def _difference(s: Series, base: Series, by: str) -> list[list[Curve]]:
+  """Two series -> the differences of their training and held-out losses, by seed."""
   common = [seed for seed in s.logs if seed in base.logs]
   pairs = [(s.logs[seed], base.logs[seed]) for seed in common]
   pairs = pairs or [(log, next(iter(base.logs.values()))) for log in s.logs.values()]
-  curves = [_minus(own, other, by, 'train/loss') for own, other in pairs]
-  curves = [Curve(c.steps, _smooth(c.values)) for c in curves if len(c.steps)]
-  heights: list[np.ndarray] = []
-  if curves:
-    mean, least, most = _mean(curves)
-    x = pairs[0][0].along(mean, by) / unit
+  kinds = [
+    [_minus(own, other, by, name) for own, other in pairs]
+    for name in ('train/loss', 'heldout/loss')
+  ]
+  return [[c for c in curves if len(c.steps)] for curves in kinds]
+
+
+def _draw(
+  ax: Any,
+  s: Series,
+  differences: Sequence[Sequence[Curve]],
+  look: dict,
+  axis: tuple[str, float],
+  band: bool,
+) -> list[np.ndarray]:
+  """Draws the differences of a series -> the drawn values."""
+  (by, unit), heights = axis, []
+  log = next(log for log in s.logs.values() if len(log.train.steps))
+  train, held = differences
+  if train:
+    smooth = [Curve(c.steps, _smooth(c.values, CHANGE)) for c in train]
+    mean, least, most = _mean(smooth)
+    x = log.along(mean, by) / unit
     ax.plot(x, mean.values, zorder=3, **look | {'marker': ''})
-    if len(curves) > 1:
+    if len(train) > 1 and band:
       ax.fill_between(x, least, most, color=look['color'], alpha=0.15, lw=0)
     heights.append(mean.values[int(FIRST * len(mean.values)) :])
-  held = [_minus(own, other, by, 'heldout/loss') for own, other in pairs]
-  held = [c for c in held if len(c.steps)]
   if held:
     mean, *_ = _mean(held)
-    x = pairs[0][0].along(mean, by) / unit
+    x = log.along(mean, by) / unit
     ax.plot(x, mean.values, zorder=4, **look | {'ls': 'none'})
     heights.append(mean.values[mean.steps > FIRST * mean.steps[-1]])
   return heights
@@ -228,5 +245,4 @@ def _scale(ax: Any) -> None:
   values = np.concatenate([np.asarray(line.get_ydata(), float) for line in ax.lines])
   values = values[np.isfinite(values)]
   if len(values) and values.min() > 0 and values.max() > 30 * values.min():
-    ax.set_yscale('log')
-    ax.yaxis.set_minor_formatter(ticker.NullFormatter())
+    log_scale(ax)

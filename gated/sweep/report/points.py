@@ -244,6 +244,10 @@ class Line:
         self.sensitivities |= {seed: value} if math.isfinite(value) else {}
 
   @property
+  def started(self) -> bool:
+    return any(len(p.log.train.steps) for p in self.points)
+
+  @property
   def gated(self) -> bool:
     return self.points[0].point.config['model']['attn']['gate']['position'] != 'none'
 
