@@ -2,7 +2,8 @@
 
   python eval.py --workdir=runs/tiny-elementwise-1a2b3c4d --step=best
   python eval.py --workdir=Qwen3-0.6B --data=DIR --length=4096
-  python eval.py --workdir=runs/demo --probe --figures
+  python eval.py --workdir=runs/demo --probe --figures --beside=runs/demo-baseline
+  python eval.py --workdir=runs/demo --force_gates=mean@0
   python eval.py --workdir=runs/demo --prompt="def fib(" --max_tokens=64
 
 Prints a table of held-out loss by domain, beside two yardsticks on the same text, and as
@@ -25,8 +26,8 @@ from absl import app, flags
 import gated
 from configs import base
 from gated import config, data, evals, probes, storage
-from gated.devices import mesh, processes
-from gated.plan import probing
+from gated.devices import processes
+from gated.plan import drawing, evaluation, probing
 from gated.plan.load import Loaded
 from gated.run import events, exit_codes, metrics
 
@@ -46,67 +47,71 @@ _ROWS = flags.DEFINE_integer(
 _BATCH = flags.DEFINE_integer('batch', 8, 'Rows per device at a time.')
 _BIGRAM_ROWS = flags.DEFINE_integer('bigram_rows', 65536, 'Rows of the bigram model.')
 _XZ_BYTES = flags.DEFINE_integer('xz_bytes', 1 << 26, 'Bytes a domain for xz; 0 for all.')
+_BY_POSITION = flags.DEFINE_boolean(
+  'by_position', False, 'Adds the loss by position in the document or row.'
+)
 _PROBE = flags.DEFINE_boolean('probe', False, 'Look inside the model (docs/probes.md).')
-_FIGURES = flags.DEFINE_boolean('figures', False, 'With --probe: draw figures of it.')
+_FIGURES = flags.DEFINE_boolean('figures', False, '--probe or --by_position in figures.')
 _TEXT = flags.DEFINE_string('text', '', 'A file to probe on; default: held-out rows.')
 _MASK = flags.DEFINE_boolean(
   'mask_documents', None, "Probe with documents masked or not; default: the model's own."
 )
-_MEASURES = ('data', 'length', 'tokenizer', 'rows', 'batch', 'bigram_rows', 'xz_bytes')
-_GENERATION = evals.define(flags, excludes=_MEASURES)
+_FORCE = flags.DEFINE_string(
+  'force_gates', '', 'Also measure with gates open, closed, mean or a number, @LAYERS.'
+)
+_BESIDE = flags.DEFINE_list(
+  'beside', [], 'Also measure these runs: WORKDIR or WORKDIR:STEP, of one tokenizer.'
+)
+LOSSES_ONLY = 'by_position', 'batch', 'bigram_rows', 'xz_bytes'
+PROBES_ONLY = 'text', 'mask_documents'
+_BOTH = 'data', 'length', 'tokenizer', 'rows', 'probe', 'figures', 'force_gates', 'beside'
+_GENERATION = evals.define(flags, excludes=(*LOSSES_ONLY, *PROBES_ONLY, *_BOTH))
 _PROCESSES = processes.define(flags)
 
 LOWEST = dict(rows=0, xz_bytes=0, batch=1, bigram_rows=1, length=0)
 
 
-def run(workdir: str) -> dict[str, Any]:
-  """A workdir or a Hugging Face folder -> the report; ValueError if it is refused."""
-  for name, low in LOWEST.items():
-    config.at_least(f'--{name}', flags.FLAGS[name].value or 0, low)
-  loaded = _load(workdir)
+def heldout(loaded: Loaded) -> dict[str, Any]:
+  """A model -> its held-out loss and that of the models beside it."""
   corpus = _corpus(loaded)
-  loaded = loaded.fit(corpus.max_segments)
-  report: dict[str, Any] = {'step': loaded.step} | evals.perplexity(
-    lambda _, batch: loaded.evaluate(batch),
-    None,
-    corpus,
-    on=loaded.mesh,
-    batch=_BATCH.value * mesh.ways('batch', loaded.mesh),
-    limit=_ROWS.value,
-  )
+  rows = lambda: probing.heldout_rows(corpus, _ROWS.value or evaluation.ROWS)
+  others: dict[str, Any] = dict(forced=_FORCE.value, others=_BESIDE.value)
+  runs = evaluation.runs(loaded, rows, segments=corpus.max_segments, **others)
+  options: dict[str, Any] = dict(batch=_BATCH.value, by_position=_BY_POSITION.value)
+  reports = evaluation.heldout(runs, corpus, limit=_ROWS.value, **options)
+  report = evaluation.joined(reports)
   if not report['domains']:
     raise ValueError(f'--data={_DATA.value!r} has no held-out rows')
   if jax.process_index() == 0:
-    _add_yardsticks(report, loaded, corpus)
-    report |= {'data': corpus.fingerprint['sha256'], 'rows_limit': _ROWS.value}
-    report['stability'] = loaded.about['stability'] if loaded.about else None
-    if loaded.about:
-      storage.write_json(_path(loaded, corpus), metrics.plain(report))
+    options = dict(rows=_BIGRAM_ROWS.value, xz_bytes=_XZ_BYTES.value)
+    evaluation.complete(report, loaded, corpus, **options)
+  if _FIGURES.value:
+    drawing.positions(runs, reports)
   return report
 
 
-def probe(workdir: str) -> dict[str, Any]:
-  """A workdir or a Hugging Face folder -> the report of the probes."""
-  config.at_least('--rows', _ROWS.value, 0)
-  loaded, mask = _load(workdir), _MASK.value
-  if _FIGURES.value:
-    probing.drawing(loaded)  # Reports a missing package before the probes run.
+def probe(loaded: Loaded) -> dict[str, Any]:
+  """A model -> the probes of it and of the models beside it."""
+  segments = 1
   if _TEXT.value:
     try:
-      rows, length = Path(_TEXT.value).read_text(), _LENGTH.value
-      report = loaded.probe(rows, length=length, rows=_ROWS.value, mask_documents=mask)
+      text = Path(_TEXT.value).read_text()
+      rows = loaded.rows(text, length=_LENGTH.value, limit=_ROWS.value)
     except (OSError, ValueError) as error:
       raise ValueError(f'--text={_TEXT.value}: {error}') from error
   else:
     corpus = _corpus(loaded)
-    rows = probing.heldout_rows(corpus, _ROWS.value or 16)
-    loaded = loaded.fit(corpus.max_segments)
-    report = loaded.probe(rows, mask_documents=mask)
+    segments = corpus.max_segments
+    rows = probing.heldout_rows(corpus, _ROWS.value or evaluation.ROWS)
+  others: dict[str, Any] = dict(forced=_FORCE.value, others=_BESIDE.value)
+  runs = evaluation.runs(loaded, lambda: rows, segments=segments, **others)
+  reports = evaluation.probes(runs, rows, mask_documents=_MASK.value)
+  report = evaluation.joined(reports)
   report = {'text': _TEXT.value or _DATA.value or 'held-out rows'} | report
   if loaded.about and jax.process_index() == 0:
     storage.write_json(loaded.path / 'probes' / f'{loaded.step}.json', report)
   if _FIGURES.value:
-    loaded.draw(report, rows)
+    drawing.probes(runs, reports, evals.longest_document(rows))
   return report
 
 
@@ -132,41 +137,35 @@ def _corpus(loaded: Loaded) -> data.Corpus:
   return loaded.corpus(_DATA.value, knobs=knobs, seed=c['seed'])
 
 
-def _add_yardsticks(report: dict, loaded: Loaded, corpus: data.Corpus) -> None:
-  """Adds the yardsticks, fitted to the rows that the run was trained on."""
-  trained, rows = corpus, corpus.rows
-  if loaded.about and loaded.step is not None:
-    rows = loaded.step * loaded.config['batch']
-    trained = loaded.corpus() if _DATA.value else corpus
-  yardsticks = evals.measure_yardsticks(
-    corpus,
-    trained,
-    rows=min(rows, _BIGRAM_ROWS.value),
-    limit=_ROWS.value,
-    xz_bytes=_XZ_BYTES.value,
-  )
-  for domain, summary in report['domains'].items():
-    summary |= yardsticks[domain]
+def _check_flags() -> None:
+  """ValueError names a flag that is out of range, or that would be ignored."""
+  for name, low in LOWEST.items():
+    config.at_least(f'--{name}', flags.FLAGS[name].value or 0, low)
+  for name in LOSSES_ONLY if _PROBE.value else PROBES_ONLY:
+    if flags.FLAGS[name].present:
+      side = 'with' if _PROBE.value else 'without'
+      raise ValueError(
+        f'--{name}={flags.FLAGS[name].value} is not allowed {side} --probe'
+      )
+  if _FIGURES.value and not (_PROBE.value or _BY_POSITION.value):
+    raise ValueError('--figures needs --probe or --by_position')
 
 
-def _path(loaded: Loaded, corpus: data.Corpus) -> storage.Path:
-  """WORKDIR/eval/STEP.json, with the data's digest in the name if it is not the run's."""
-  digest = corpus.fingerprint['sha256']
-  own = loaded.about and digest == loaded.about['data']['sha256']
-  name = f'{loaded.step}.json' if own else f'{loaded.step}-{digest[:8]}.json'
-  return loaded.path / 'eval' / name
+def refuse(error: Exception) -> int:
+  """Prints an error in one line that names the flag -> the exit code."""
+  print(f'eval.py: {error}', file=sys.stderr)
+  return exit_codes.REFUSED
 
 
 def parse(argv: list[str]) -> list[str]:
-  """Parses the command line; an error is reported in one line that names the flag."""
+  """Parses the command line; exits if it is refused."""
   try:
     rest = flags.FLAGS(argv)
     if rest[1:] or not _WORKDIR.value:
       raise ValueError(f'unknown argument {rest[1]!r}' if rest[1:] else 'no --workdir')
     return rest
   except (flags.Error, ValueError) as error:
-    print(f'eval.py: {error}', file=sys.stderr)
-    sys.exit(exit_codes.REFUSED)
+    sys.exit(refuse(error))
 
 
 def main(argv: list[str]) -> int:
@@ -180,12 +179,13 @@ def main(argv: list[str]) -> int:
       if jax.process_index() == 0:
         print(*map(''.join, zip(prompts, texts)), sep='\n\n')
       return exit_codes.FINISHED
-    if _FIGURES.value and not _PROBE.value:
-      raise ValueError('--figures draws what --probe measures: add --probe')
-    report = (probe if _PROBE.value else run)(_WORKDIR.value)
+    _check_flags()
+    loaded = _load(_WORKDIR.value)
+    if _FIGURES.value:
+      drawing.modules(loaded)  # Reports a missing package before anything is measured.
+    report = probe(loaded) if _PROBE.value else heldout(loaded)
   except (ValueError, NotImplementedError) as error:
-    print(f'eval.py: {error}', file=sys.stderr)
-    return exit_codes.REFUSED
+    return refuse(error)
   if jax.process_index() == 0 and _PROBE.value:
     print(probes.table(report))
   elif jax.process_index() == 0:

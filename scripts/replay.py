@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import base
-from gated import config, data, storage
+from gated import config, data, model, storage
 from gated import plan as plans
 from gated.devices import mesh, processes, trees
 from gated.run import checkpoint, events, metrics
@@ -227,7 +227,7 @@ def inspect(plan: plans.Plan) -> Callable:
     return values, {k: norm(k, g) for k, g in trees.flatten(gradients.grads).items()}
 
   replicated = NamedSharding(plan.mesh, P())
-  return jax.jit(plans.exact(plan.cfg.model, run), out_shardings=replicated)
+  return jax.jit(model.exact(plan.cfg.model.numerics, run), out_shardings=replicated)
 
 
 def summary(values: dict, norms: dict) -> dict:

@@ -2,15 +2,19 @@
 
 from gated.evals import generate
 from gated.evals.heldout import Config, perplexity, summarize, table
+from gated.evals.positions import Curve
+from gated.evals.samples import longest_document
 from gated.evals.sampling import Sampling, define
 from gated.evals.yardsticks import Bigram, measure_yardsticks, xz
 
 __all__ = [
   'Bigram',
   'Config',
+  'Curve',
   'Sampling',
   'define',
   'generate',
+  'longest_document',
   'measure_yardsticks',
   'perplexity',
   'summarize',

@@ -14,7 +14,6 @@ L layers  G KV heads  K head width
 """
 
 import bisect
-import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -124,16 +123,17 @@ def run(
   slots = slots if cached else max(slots, context)
   every = STOP_EVERY if options.stop else options.max_tokens
   filters = dict(top_k=1 if options.greedy else options.top_k, with_p=options.top_p < 1)
-  with jax.set_mesh(on), _precision(cfg):
+  prefill, decode = (model.exact(cfg.numerics, run) for run in (_prefill, _decode))
+  with jax.set_mesh(on):
     put = functools.partial(jax.device_put, device=NamedSharding(on, P()))
     net = jax.device_put(net, mesh.shardings(net, on))
     rows, knobs = put(_start(prompts, options, slots, mesh.ways('batch', on), tokenizer))
     if cached:
-      cache = _prefill(net, rows.token_BN, put(np.int32(chunks)), chunk=chunk)
+      cache = prefill(net, rows.token_BN, put(np.int32(chunks)), chunk=chunk)
       rows = rows._replace(cache=cache)
     for start in range(0, options.max_tokens, every):
       steps = min(every, options.max_tokens - start)
-      rows = _decode(net, rows, knobs, put(np.int32(steps)), **filters)
+      rows = decode(net, rows, knobs, put(np.int32(steps)), **filters)
       token_BN, count_B, done_B = (np.array(x) for x in rows[:3])
       new = [row[len(a) : n] for a, row, n in zip(prompts, token_BN, count_B)]
       for i in range(len(prompts) if options.stop else 0):
@@ -208,13 +208,6 @@ def _rounded(count: int) -> int:
   if count > CHUNK:
     return -(-count // CHUNK) * CHUNK
   return max(SHORTEST, 1 << (count - 1).bit_length())
-
-
-def _precision(cfg: model.Config) -> Any:
-  """Makes float32 products exact on accelerators if the model computes in float32."""
-  if cfg.numerics.compute == 'float32':
-    return jax.default_matmul_precision('highest')
-  return contextlib.nullcontext()
 
 
 def _joined(on: Mesh) -> Mesh:

@@ -109,11 +109,17 @@ COLUMNS = (
 def table(report: Mapping[str, Any]) -> str:
   """{'step': int or None, 'domains': {name: summary + yardsticks}} -> a line per domain.
 
-  Missing yardsticks and errors are dashes.
+  Reports by label under 'beside' add their lines, 'domain, label'. Missing yardsticks and
+  errors are dashes.
   """
   step = 'imported' if report['step'] is None else f'step {report["step"]}'
   lines = [[step, *(heading for heading, _, _ in COLUMNS)]]
-  for name, domain in report['domains'].items():
+  domains = [
+    (name if label is None else f'{name}, {label}', other['domains'][name])
+    for name in report['domains']
+    for label, other in {None: report, **report.get('beside', {})}.items()
+  ]
+  for name, domain in domains:
     values = ((domain.get(key), form) for _, key, form in COLUMNS)
     cells = ('-' if value is None else format(value, form) for value, form in values)
     lines.append([name, *cells])

@@ -13,6 +13,7 @@ from gated.model.decoder import (
   parts,
   unstack,
 )
+from gated.model.layers import exact
 
 __all__ = [
   'LIMITS',
@@ -23,6 +24,7 @@ __all__ = [
   'Transformer',
   'abstract',
   'count',
+  'exact',
   'flops_per_token',
   'parts',
   'unstack',

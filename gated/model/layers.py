@@ -13,7 +13,7 @@ bfloat16 input, and on an accelerator moving bytes costs more than the arithmeti
 import functools
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -50,6 +50,22 @@ class Numerics:
   def residual_std(self, depth: int) -> float:
     """The init std of the two maps per layer that write to the residual stream."""
     return self.init_std / (math.sqrt(2 * depth) if self.residual_init == 'depth' else 1)
+
+
+def exact(numerics: Numerics, run: Callable) -> Callable:
+  """A function -> the same, with exact float32 products if the model computes in float32.
+
+  By default accelerators round the inputs of float32 products to fewer bits.
+  """
+  if numerics.compute != 'float32':
+    return run
+
+  @functools.wraps(run)
+  def precise(*args, **options):
+    with jax.default_matmul_precision('highest'):
+      return run(*args, **options)
+
+  return precise
 
 
 def child_key(key: jax.Array, name: str) -> jax.Array:

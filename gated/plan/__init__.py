@@ -1,6 +1,6 @@
 """A whole recipe, joined and checked, and the mesh, state and steps built from it."""
 
-from gated.plan.plan import Plan, amount, evaluate_step, exact, placed, reading
+from gated.plan.plan import Plan, amount, evaluate_step, placed, reading
 from gated.plan.prepare import Run, prepare
 from gated.plan.recipe import Config, check_mesh
 
@@ -11,7 +11,6 @@ __all__ = [
   'amount',
   'check_mesh',
   'evaluate_step',
-  'exact',
   'placed',
   'prepare',
   'reading',

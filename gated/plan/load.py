@@ -3,21 +3,17 @@
 T tokens  V vocabulary  L layers  H heads  K head width
 """
 
-import dataclasses
 import functools
-import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from gated import config, data, evals, hf, model, storage
-from gated.data import tokenizer
-from gated.devices import mesh
-from gated.plan import probing
-from gated.plan.plan import evaluate_step, exact, reading
+from gated.plan import drawing, probing
+from gated.plan.opened import Opened, Text
+from gated.plan.plan import evaluate_step
 from gated.probes import attention, gates
 from gated.run import checkpoint, workdir
 
@@ -32,142 +28,29 @@ NEEDED = (
   'data.tokenizer',
   'stability.rollbacks',
 )
-SHORTEST = 16  # Texts are padded to a power of two; this is the smallest.
 CHUNK = 1024  # Tokens per device whose logits are in memory at a time, for imports.
 
-_log = logging.getLogger('gated')
 
-Text = str | Sequence[int] | np.ndarray
+class Loaded(Opened):
+  """A trained model and its measures, made by `load`.
 
-
-class Loaded:
-  """A trained model, made by `load`. The weights are read when `model` is first used.
-
-  They are split over all devices. A text is a single document: a string, or a sequence of
-  token ids.
+  The weights are read when `model` is first used, and split over all devices. A text is a
+  single document: a string, or a sequence of token ids.
   """
-
-  def __init__(
-    self,
-    path: storage.Path,
-    cfg: model.Config,
-    *,
-    step: int | None,
-    about: dict[str, Any] | None,
-    cache: str,
-  ):
-    self.path = path  # the workdir, or the Hugging Face folder
-    self.cfg = cfg
-    self.step = step  # None for imported weights
-    self.about = about  # metadata of the step's checkpoint; None for imported weights
-    self.cache = cache  # folder of the embedded corpus and of copied datasets
-    self.changes: tuple[Any, ...] = ()  # applied to the model after reading its weights
-
-  @functools.cached_property
-  def config(self) -> dict[str, Any]:
-    """The resolved recipe of the run; for imported weights, only its group `model`."""
-    return self.about['config'] if self.about else {'model': dataclasses.asdict(self.cfg)}
-
-  @functools.cached_property
-  def mesh(self) -> jax.sharding.Mesh:
-    """All devices; the weights are split over them."""
-    return reading(self.cfg)[0]
-
-  @functools.cached_property
-  def model(self) -> model.Transformer:
-    """The model: `model(tokens) -> logits`, with its weights."""
-    _, like = reading(self.cfg)
-    if self.step is None:
-      net = hf.read(Path(self.path), like)
-    else:
-      with checkpoint.Reader(self.path / 'checkpoints') as saves:
-        net = saves.restore_model(self.step, like)
-    for change in self.changes:
-      net = change(net)
-    return net
-
-  @functools.cached_property
-  def tokenizer(self) -> tokenizer.Tokenizer:
-    """The tokenizer that the model was trained with.
-
-    ValueError if the dataset or the Hugging Face folder no longer holds it.
-    """
-    if self.about is None:
-      file = Path(self.path) / 'tokenizer.json'
-      if not file.is_file():
-        raise ValueError(f'{self.path} has no tokenizer.json: pass token ids, not text')
-      return tokenizer.load(str(file))
-    knobs = self.config['data'] | {'cache': self.cache}
-    opened = data.open_tokenizer(config.build(data.Config, knobs, 'config.data'))
-    if opened.fingerprint != self.about['data']['tokenizer']:
-      raise ValueError(
-        f'config.data.mixture={knobs["mixture"]!r} now has another tokenizer than '
-        f'{self.path} was trained with: pass token ids, not text'
-      )
-    return opened
-
-  def corpus(
-    self, mixture: str = '', *, knobs: dict[str, Any] | None = None, seed: int = 0
-  ) -> data.Corpus:
-    """The data that the run was trained on, or another mixture, as rows of tokens.
-
-    `knobs` (as config.data) and `seed` are for imported weights, which have no data of
-    their own. With a batch of one row, row i is the run's i-th row. ValueError if the
-    run's data has changed or the mixture has another tokenizer.
-    """
-    c = self.config if self.about else {'data': knobs, 'seed': seed}
-    if c['data'] is None:
-      raise ValueError(f'{self.path} has no data of its own: pass `knobs`')
-    # The cache folder belongs to this machine, not to the checkpoint.
-    data_knobs = c['data'] | {'cache': self.cache}
-    data_knobs |= {'mixture': mixture} if mixture else {}
-    cfg = config.build(data.Config, data_knobs, 'config.data')
-    corpus = data.open(cfg, vocab=self.cfg.vocab, batch=1, seed=c['seed'], max_segments=0)
-    if self.about:
-      self._check_data(corpus, mixture)
-    elif (file := Path(self.path) / 'tokenizer.json').is_file():
-      corpus.check_tokenizer(file)
-    else:
-      _log.warning('no %s: the tokenizer of the data is not checked', file)
-    return corpus
-
-  def _check_data(self, corpus: data.Corpus, mixture: str) -> None:
-    """ValueError if the run's data has changed, or if a mixture has another tokenizer."""
-    assert self.about is not None
-    fingerprint = self.about['data']
-    if not mixture and corpus.fingerprint['sha256'] != fingerprint['sha256']:
-      raise ValueError(
-        f'config.data.mixture={self.config["data"]["mixture"]!r} is no longer the data '
-        'of the run (another Python version, or another dataset in that place): name a '
-        'mixture with --data'
-      )
-    if corpus.fingerprint['tokenizer'] != fingerprint['tokenizer']:
-      raise ValueError(f'--data={mixture!r} has another tokenizer than the run')
-
-  def fit(self, segments: int) -> 'Loaded':
-    """The same model for rows of up to `segments` documents; more slow a fused kernel."""
-    attn = self.cfg.attn
-    most = max(attn.max_segments, segments)
-    attn = dataclasses.replace(attn, max_segments=most)
-    cfg = dataclasses.replace(self.cfg, attn=attn)
-    same: dict[str, Any] = dict(step=self.step, about=self.about, cache=self.cache)
-    fitted = Loaded(self.path, cfg, **same)
-    fitted.changes = self.changes
-    return fitted
 
   def evaluate(self, batch: data.Batch) -> tuple[jax.Array, jax.Array]:
     """A placed batch (B, T) -> each row's sum of nats and sum of weights: (B,), (B,)."""
-    return self._evaluate(self.model, batch)
+    return self.row_losses(self.model, batch)
 
   def logits(self, text: Text) -> np.ndarray:
     """A text -> the logits of each next token, (T, V) in float32."""
-    batch, count = self._batch(self._tokens(text))
+    batch, count = self._batch(self.tokens(text))
     logit_BTV = self.compiled(_logits)(self.model, batch)
     return np.asarray(logit_BTV[0, :count])
 
   def loss(self, text: Text) -> float:
     """A text of at least two tokens -> its mean loss, in nats per predicted token."""
-    tokens = self._tokens(text)
+    tokens = self.tokens(text)
     if len(tokens) < 2:
       raise ValueError(f'a loss needs at least 2 tokens, but the text has {len(tokens)}')
     batch, _ = self._batch(tokens[:-1], tokens[1:])
@@ -179,7 +62,7 @@ class Loaded:
 
     As `probes.gates.scores`, for one text. ValueError for a model without a gate.
     """
-    batch, count = self._batch(self._tokens(text))
+    batch, count = self._batch(self.tokens(text))
     score = self.compiled(gates.scores)(self.model, batch)
     return np.moveaxis(np.asarray(score[:, 0, :count]), 1, 2)
 
@@ -188,7 +71,7 @@ class Loaded:
 
     As `probes.attention.maps`, for one text. ValueError for more than 512 tokens.
     """
-    batch, count = self._batch(self._tokens(text))
+    batch, count = self._batch(self.tokens(text))
     weight = self.compiled(attention.maps)(self.model, batch)
     return np.asarray(weight[..., :count, :count])
 
@@ -197,15 +80,20 @@ class Loaded:
     gates: str | float,
     *,
     layers: Sequence[int] | None = None,
-    text: Text | None = None,
+    text: Text | data.Batch | None = None,
   ) -> 'Loaded':
     """The same model with its gates' scores replaced, in all layers or in those given.
 
     `gates` is 'open' (1), 'closed' (0), a number, or 'mean': each head's (and channel's)
-    mean over the tokens of `text`. ValueError for a model without a gate.
+    mean over the tokens of `text`, which may also be packed rows (R, T) on the host.
+    ValueError for a model without a gate.
     """
-    score = None if text is None else self.gates(text)
-    change = probing.forcing(self, gates, layers, score)
+    mean = None
+    if isinstance(text, data.Batch):
+      mean = probing.mean_scores(self, text)
+    elif text is not None:
+      mean = self.gates(text).mean(2)
+    change = probing.forcing(self, gates, layers, mean)
     run = self.fit(0)
     run.changes = (*self.changes, change)
     run.model = change(self.model)  # The weights are not read again.
@@ -224,13 +112,22 @@ class Loaded:
       read_model=lambda: self.model,
       on=self.mesh,
       read_tokenizer=lambda: self.tokenizer,
-      context=self.config['data']['length'] if self.about else 0,
+      context=self.length,
     )
 
   @functools.cached_property
-  def _evaluate(self) -> Any:
-    chunk = self.config['loss']['chunk'] if self.about else CHUNK
-    return evaluate_step(self.cfg, self.mesh, chunk)
+  def row_losses(self) -> Any:
+    """`evaluate`, for a model that is given: (model, batch) -> sums of each row."""
+    return evaluate_step(self.cfg, self.mesh, self._chunk)
+
+  @functools.cached_property
+  def token_losses(self) -> Any:
+    """(model, batch) -> the result of `evals.positions.measure`."""
+    return self.compiled(functools.partial(evals.positions.measure, chunk=self._chunk))
+
+  @property
+  def _chunk(self) -> int:
+    return self.config['loss']['chunk'] if self.about else CHUNK
 
   def probe(
     self,
@@ -249,10 +146,13 @@ class Loaded:
     'conventions' of the report explains its numbers.
     """
     if not isinstance(text, data.Batch):
-      trained = self.config['data']['length'] if self.about else 0
-      ids = self._tokens(text)
-      text = probing.rows_of(ids, length=length or trained, limit=rows)
+      text = self.rows(text, length=length, limit=rows)
     return probing.probe(self, text, mask_documents=mask_documents)
+
+  def rows(self, text: Text, *, length: int, limit: int) -> data.Batch:
+    """A text -> its rows, as `probe` reads them."""
+    length = length or self.length
+    return probing.rows_of(self.tokens(text), length=length, limit=limit)
 
   def draw(self, report: dict[str, Any], text: Text | data.Batch) -> None:
     """Draws a report of `probe`, and maps and gates of its text, into WORKDIR/probes/.
@@ -264,50 +164,9 @@ class Loaded:
     if self.changes:
       raise ValueError(f'a model with forced gates cannot draw figures into {self.path}')
     rows = isinstance(text, data.Batch)
-    ids = probing.longest_document(text) if rows else self._tokens(text)
-    probing.draw(self, report, ids)
-
-  @functools.cache  # noqa: B019
-  def compiled(self, function: Any) -> Any:
-    """A function of the model and arrays, compiled for all devices."""
-    replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-    compiled = jax.jit(exact(self.cfg, function), out_shardings=replicated)
-
-    def run(net, *arrays):
-      with jax.set_mesh(self.mesh):
-        return compiled(net, *arrays)
-
-    return run
-
-  def _tokens(self, text: Text) -> np.ndarray:
-    """A text -> its token ids; ValueError for an id outside of the vocabulary."""
-    ids = self.tokenizer.encode(text)[0] if isinstance(text, str) else np.asarray(text)
-    if not ids.size or ids.ndim != 1 or ids.dtype.kind not in 'iu':
-      raise ValueError(f'{text!r:.100} is neither a text with tokens nor a list of ids')
-    if ids.min() < 0 or ids.max() >= self.cfg.vocab:
-      raise ValueError(f'token ids must be in [0, {self.cfg.vocab})')
-    return ids.astype(np.int32)
-
-  def _batch(self, tokens: np.ndarray, targets: Any = None) -> tuple[data.Batch, int]:
-    """One text -> (a placed batch whose rows all hold it, its number of tokens).
-
-    The batch has one row for each shard of a batch on the mesh.
-    """
-    count = len(tokens)
-    length = max(SHORTEST, 1 << (count - 1).bit_length())
-    pad = lambda x: np.pad(np.asarray(x), (0, length - count))
-    live = pad(np.ones(count, np.int32))
-    row = data.Batch(
-      tokens=pad(tokens),
-      targets=pad(tokens if targets is None else targets),
-      weights=live.astype(np.float32),
-      segments=live,
-      positions=np.arange(length, dtype=np.int32),
-    )
-    rows = mesh.ways('batch', self.mesh)
-    held = len(mesh.rows(self.mesh, rows))
-    local = jax.tree.map(lambda x: np.broadcast_to(x, (held, length)), row)
-    return mesh.place(local, self.mesh, rows), count
+    ids = evals.longest_document(text) if rows else self.tokens(text)
+    label = self.path.name
+    drawing.probes({label: self}, {label: report}, ids)
 
 
 def load(path: storage.PathLike, *, step: str = '', cache: str = '') -> Loaded:

@@ -89,7 +89,9 @@ class Plan:
     opts: dict[str, Any] = dict(tx=self.tx, schedule=self.schedule, loss=cfg.loss)
     run = functools.partial(step.train, accum=cfg.accum, **opts)
     outputs = self.shardings, NamedSharding(self.mesh, P())
-    jitted = jax.jit(exact(cfg.model, run), donate_argnums=0, out_shardings=outputs)
+    jitted = jax.jit(
+      model.exact(cfg.model.numerics, run), donate_argnums=0, out_shardings=outputs
+    )
     with jax.set_mesh(self.mesh):
       return jitted.lower(self.state, self.batch_shapes(cfg.batch))
 
@@ -145,22 +147,6 @@ def amount(n: float) -> str:
   return f'{n:.0f}'
 
 
-def exact(cfg: model.Config, run: Any) -> Any:
-  """A function -> the same, with exact float32 products if the model computes in float32.
-
-  By default accelerators round the inputs of float32 products to fewer bits.
-  """
-  if cfg.numerics.compute != 'float32':
-    return run
-
-  @functools.wraps(run)
-  def precise(*args):
-    with jax.default_matmul_precision('highest'):
-      return run(*args)
-
-  return precise
-
-
 def evaluate_step(cfg: model.Config, on: Mesh, chunk: int) -> Any:
   """-> a jitted (model, batch) -> each row's (nats, weight), on all devices."""
   return _replicated(cfg, on, functools.partial(losses.per_row, chunk=chunk))
@@ -168,7 +154,7 @@ def evaluate_step(cfg: model.Config, on: Mesh, chunk: int) -> Any:
 
 def _replicated(cfg: model.Config, on: Mesh, run: Any) -> Any:
   """Jits a function on a mesh; its results are replicated."""
-  jitted = jax.jit(exact(cfg, run), out_shardings=NamedSharding(on, P()))
+  jitted = jax.jit(model.exact(cfg.numerics, run), out_shardings=NamedSharding(on, P()))
 
   def call(*args):
     with jax.set_mesh(on):

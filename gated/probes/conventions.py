@@ -34,6 +34,7 @@ _KINDS = {
 }
 
 CONVENTIONS: dict[str, str] = {
+  'loss': 'nats per target, mean over the targets of the rows; of eval.py alone',
   **{
     f'{k}{q}': words.format(q_words)
     for k, words in _FIRST.items()

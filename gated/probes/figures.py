@@ -28,6 +28,7 @@ PROMPT = 'Sparse gating mechanism mitigates attention sink.'
 SHOWN = (0, 6 / 27, 20 / 27, 1)
 NAMED = 16  # Maximum tokens of a map whose axes show the tokens' texts.
 ACROSS = 8  # Heads in a row of a figure.
+CURVE = 'nats_per_token', 'tokens'
 
 NORM = colors.PowerNorm(1 / 3, 0, 1)  # Shows both uniform attention and a sink.
 
@@ -156,6 +157,25 @@ def sparsity(reports: Reports) -> Figure:
 
 
 @styled
+def positions(curves: Reports) -> Figure:
+  """Held-out loss by the tokens of context: {label: 'positions' of eval.py's report}.
+
+  Each point is the mean over all targets of a quarter of an octave.
+  """
+  figure = Figure(figsize=(WIDTH, 2.3 + 0.14 * len(curves)))
+  ax, places = figure.subplots(), set()
+  for i, (label, curve) in enumerate(_some(curves).items()):
+    ax.plot(*_octaves(*(_number(label, curve, key) for key in CURVE)), **look(i))
+    places.add(str(_number(label, curve, 'position_in')))
+  ax.set_xscale('log', base=2)
+  ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f'{x:g}'))
+  place = ' or '.join(sorted(places))
+  ax.set(xlabel=f'tokens of context in the {place}', ylabel='nats per token')
+  _legend(figure, dict(enumerate(curves)))
+  return figure
+
+
+@styled
 def attention(
   maps: Mapping[str, np.ndarray], tokens: Sequence[str] = (), layers: Sequence[int] = ()
 ) -> Figure:
@@ -222,7 +242,7 @@ def _number(label: str, report: Mapping[str, Any], name: str) -> Mapping[str, An
   try:
     return report[name]
   except (KeyError, TypeError) as error:
-    raise ValueError(f'{label}: the report of probes lacks {name!r}') from error
+    raise ValueError(f'{label}: the report lacks {name!r}') from error
 
 
 def _by_layer(reports: Reports, name: str) -> dict[str, np.ndarray]:
@@ -250,6 +270,16 @@ def _histogram(ax: Any, counts: Any, edges: Any, mean: float, index: int) -> Non
   ax.stairs(density, edges, color=color, lw=0.9, zorder=3)
   ax.stairs(density, edges, color=color, alpha=0.25, fill=True, lw=0)
   ax.axvline(mean, color=color, ls=DASHES[1 + index % 4], lw=0.9, zorder=4)
+
+
+def _octaves(nats: Any, tokens: Any) -> tuple[np.ndarray, ...]:
+  """Losses by position -> mean context and loss in each quarter of an octave."""
+  nats_P, tokens_P = np.nan_to_num(np.array(nats, float)), np.array(tokens)
+  context_P = 1.0 + np.arange(len(nats_P))
+  bin_P = np.floor(4 * np.log2(context_P)).astype(int)
+  sums = tokens_P, tokens_P * context_P, tokens_P * nats_P
+  tokens, context, nats = (np.bincount(bin_P, x) for x in sums)
+  return tuple(x[tokens > 0] / tokens[tokens > 0] for x in (context, nats))
 
 
 def _layer_axis(ax: Any) -> None:

@@ -3,6 +3,7 @@
 L layers  H heads  K head width  B batch  T tokens
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,13 +49,32 @@ def arrays(
   cfg: model.Config,
   gates: str | float,
   layers: Sequence[int] | None,
-  score: np.ndarray | None,
+  mean: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """-> the chosen layers and their score, as `Forced` takes them.
 
   `gates` is a word or a number, as for `Loaded.force`. 'mean', and only 'mean', needs
-  `score`: the gate scores of a text, (L, H, T) or (L, H, T, K). ValueError for a wrong
+  `mean`: the gate scores' mean over tokens, (L, H) or (L, H, K). ValueError for a wrong
   argument.
+  """
+  chosen, constant = check(cfg, gates, layers)
+  if (constant is None) != (mean is not None):
+    raise ValueError(
+      f'gates={gates!r} {"needs a" if constant is None else "takes no"} text'
+    )
+  depth = cfg.depth
+  score = np.full((depth, 1, 1), constant) if mean is None else mean
+  shape = (depth, -1) if cfg.attn.gate.position == 'out' else (*score.shape, 1)[:3]
+  selected = np.isin(np.arange(depth), chosen)
+  return selected, score.reshape(shape).astype(np.float32)
+
+
+def check(
+  cfg: model.Config, gates: str | float, layers: Sequence[int] | None
+) -> tuple[np.ndarray, float | None]:
+  """-> the numbers of the chosen layers, and their constant score; None for 'mean'.
+
+  ValueError for a model without a gate and for a wrong argument.
   """
   gate, depth = cfg.attn.gate, cfg.depth
   if gate.position == 'none':
@@ -64,20 +84,33 @@ def arrays(
     raise ValueError(f'layers={layers}, but a list of numbers is needed')
   if not np.isin(chosen, np.arange(depth)).all():
     raise ValueError(f'layers={layers}, but the model has the layers 0 to {depth - 1}')
-  if (gates == 'mean') != (score is not None):
-    raise ValueError(
-      f'gates={gates!r} {"takes no" if gates != "mean" else "needs a"} text'
-    )
-  if score is None:
-    constant = WORDS.get(gates) if isinstance(gates, str) else gates
-    if constant is None or not np.isfinite(constant):
-      raise ValueError(f'gates={gates!r}, but allowed are {[*WORDS, "mean"]} and numbers')
-    mean = np.full((depth, 1, 1), constant)
-  else:
-    mean = score.mean(2)
-  shape = (depth, -1) if gate.position == 'out' else (*mean.shape, 1)[:3]
-  selected = np.isin(np.arange(depth), chosen)
-  return selected, mean.reshape(shape).astype(np.float32)
+  if gates == 'mean':
+    return chosen, None
+  constant = WORDS.get(gates) if isinstance(gates, str) else gates
+  if constant is None or not np.isfinite(constant):
+    raise ValueError(f'gates={gates!r}, but allowed are {[*WORDS, "mean"]} and numbers')
+  return chosen, float(constant)
+
+
+def parse(spec: str, depth: int) -> tuple[str | float, list[int] | None]:
+  """'mean@0,5-7' -> ('mean', [0, 5, 6, 7]); without @ all layers, which is None.
+
+  ValueError if layers of a model of this depth do not follow the @.
+  """
+  gates, at, places = spec.partition('@')
+  layers: list[int] = []
+  for part in places.split(',') if at else ():
+    match = re.fullmatch(r'([0-9]{1,9})(?:-([0-9]{1,9}))?', part)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+    if first > last:
+      raise ValueError(f'{part!r} is neither a layer nor a range of layers such as 5-7')
+    if last >= depth:
+      raise ValueError(f'layer {last}, but the model has the layers 0 to {depth - 1}')
+    layers += range(first, last + 1)
+  try:
+    return float(gates), layers if at else None
+  except ValueError:
+    return gates, layers if at else None
 
 
 def force(net: model.Transformer, chosen_L: Any, score: Any) -> model.Transformer:

@@ -42,6 +42,23 @@ def scores(net: model.Transformer, batch: Any) -> jax.Array:
   return score[..., 0] if gate.granularity == 'headwise' else score
 
 
+def sums(net: model.Transformer, batch: Any) -> tuple[jax.Array, jax.Array]:
+  """A model with a gate and a batch -> (scores summed over tokens, number of tokens).
+
+  The sums are (L, H, K), as of `of_block`; padding does not count.
+  """
+  live_BT = batch.segments > 0
+
+  def through(block, x_BTD, *rest):
+    score = of_block(block, x_BTD)
+    assert score is not None
+    live = live_BT[..., None, None]
+    return block(x_BTD, *rest)[0], jnp.where(live, score, 0).sum((0, 1))
+
+  documents = batch.segments, batch.positions
+  return net.hidden(batch.tokens, *documents, through=through)[1], live_BT.sum()
+
+
 def of_block(block: model.Block, x_BTD: jax.Array) -> jax.Array | None:
   """A block and its input -> its gate's scores, (B, T, H, K); None without a gate.
 

@@ -272,6 +272,7 @@ def of_weights(net: model.Transformer) -> dict[str, jax.Array | None]:
 
 # Heading, name of the number, format.
 COLUMNS = (
+  ('loss', 'loss', '.4f'),
   ('first', 'first_token_attention', '.4f'),
   ('in doc.', 'first_token_attention_documents', '.4f'),
   ('uniform', 'first_token_uniform_documents', '.4f'),
@@ -292,19 +293,32 @@ COLUMNS = (
 
 
 def table(report: dict[str, Any]) -> str:
-  """A report -> a line per layer and one for the whole model; '-' if a number is None."""
-  depth = len(report['m_act']['layers'])
-  lines = [['layer', *(heading for heading, _, _ in COLUMNS)]]
-  for layer in [*range(depth), 'all']:
-    cells = [str(layer)]
-    for _, name, form in COLUMNS:
-      number = report[name]
-      values = number['layers']
-      value = number['value'] if layer == 'all' else values and values[layer]
-      known = isinstance(value, (int, float)) and math.isfinite(value)
-      cells.append(format(value, form) if known else '-')
-    lines.append(cells)
+  """A report -> a line per layer and one for the whole model; '-' if a number is None.
+
+  Reports by label under 'beside' add a line to each of their layers, with the label as
+  the last column.
+  """
+  beside = report.get('beside', {})
+  runs = {'this run' if beside else '': report, **beside}
+  columns = [column for column in COLUMNS if column[1] in report]
+  depths = {label: len(run['m_act']['layers']) for label, run in runs.items()}
+  lines = [['layer', *(heading for heading, _, _ in columns), '']]
+  for layer in [*range(max(depths.values())), None]:
+    for label, run in runs.items():
+      if layer is None or layer < depths[label]:
+        numbers = [_cell(run[name], layer, form) for _, name, form in columns]
+        lines.append(['all' if layer is None else str(layer), *numbers, label])
   widths = [max(map(len, column)) for column in zip(*lines)]
+  align = [*('>' for _ in columns), '>', '<']
+  rows = (zip(line, align, widths) for line in lines)
   return '\n'.join(
-    '  '.join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines
+    '  '.join(f'{cell:{a}{w}}' for cell, a, w in row).rstrip() for row in rows
   )
+
+
+def _cell(number: dict[str, Any], layer: int | None, form: str) -> str:
+  """A number of one layer, or of the whole model for None, as text."""
+  values = number['layers']
+  value = number['value'] if layer is None else values and values[layer]
+  known = isinstance(value, (int, float)) and math.isfinite(value)
+  return format(value, form) if known else '-'

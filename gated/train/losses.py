@@ -65,7 +65,16 @@ def total(
 
 def per_row(model: Any, batch: Any, *, chunk: int) -> tuple[jax.Array, jax.Array]:
   """A batch -> each row's weighted sum of nats, and its sum of weights: (B,), (B,)."""
-  _, nll_BT, _, _ = _vocab_loss(model, batch, z=0.0, chunk=chunk)
+  return row_sums(per_token(model, batch, chunk=chunk), batch)
+
+
+def per_token(model: Any, batch: Any, *, chunk: int) -> jax.Array:
+  """A batch -> the loss of each target in nats, whatever its weight: (B, T)."""
+  return _vocab_loss(model, batch, z=0.0, chunk=chunk)[1]
+
+
+def row_sums(nll_BT: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
+  """The losses of a batch -> each row's weighted sum and its sum of weights."""
   return jnp.sum(batch.weights * nll_BT, 1), jnp.sum(batch.weights, 1)
 
 

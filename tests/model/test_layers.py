@@ -322,3 +322,17 @@ def test_the_gated_norm_is_its_formula():
   down, up = (np.asarray(m.weight[...], np.float64) for m in (norm.down, norm.up))
   exact = y / (1 + np.exp(-silu(y @ down) @ up))
   np.testing.assert_allclose(norm(jnp.asarray(x)), exact, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('compute', 'precision'), [('float32', 'highest'), ('bfloat16', None)]
+)
+def test_exact_asks_for_exact_products_of_a_float32_model_alone(compute, precision):
+  numerics = small.model_config(numerics__compute=compute).numerics
+  precisions = []
+  run = layers.exact(
+    numerics, lambda x: precisions.append(jax.config.jax_default_matmul_precision) or x
+  )
+  assert run(3) == 3
+  assert precisions == [precision]
+  assert jax.config.jax_default_matmul_precision is None

@@ -167,20 +167,6 @@ def test_the_first_state_is_made_where_it_lives_and_is_the_same_on_any_mesh():
   assert len(set(buffers)) == len(buffers)
 
 
-@pytest.mark.parametrize(
-  ('compute', 'precision'), [('float32', 'highest'), ('bfloat16', None)]
-)
-def test_exact_asks_for_exact_products_of_a_float32_model_alone(compute, precision):
-  cfg = small.model_config(numerics__compute=compute)
-  precisions = []
-  run = plans.exact(
-    cfg, lambda x: precisions.append(jax.config.jax_default_matmul_precision) or x
-  )
-  assert run(3) == 3
-  assert precisions == [precision]
-  assert jax.config.jax_default_matmul_precision is None
-
-
 def test_the_evaluation_step_is_the_same_on_any_mesh():
   cfg = small.whole(model__attn__gate__position='sdpa')
   net, batch = small.model_of(attn__gate__position='sdpa'), small.batch(8, 16)

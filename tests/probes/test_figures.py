@@ -10,8 +10,8 @@ import pytest
 import small
 
 import gated
-from gated import storage
-from gated.plan import probing
+from gated import evals, storage
+from gated.plan import drawing
 from gated.probes import page
 
 EVIL = ['<b>', '&amp;', '"', "'", '</script>', '\n', 'é', ' x']
@@ -158,7 +158,7 @@ def test_what_is_no_report_is_refused(name):
   for wrong in ({}, None, [report()]):
     with pytest.raises(ValueError, match='nothing to draw'):
       draw(name, wrong)
-  with pytest.raises(ValueError, match='run: the report of probes lacks'):
+  with pytest.raises(ValueError, match='run: the report lacks'):
     draw(name, {'run': {'step': 3}})
 
 
@@ -207,16 +207,16 @@ def test_figures_without_matplotlib_are_refused_with_its_installation(monkeypatc
   monkeypatch.setitem(sys.modules, 'matplotlib', None)
   run = gated.load('tests/golden/hf_authors_headwise')
   with pytest.raises(ValueError, match=r'into a workdir, but .*hf_authors_headwise'):
-    probing.drawing(run)
+    drawing.modules(run)
   run.about = {'step': 1}
   with pytest.raises(ValueError, match=r"matplotlib: pip install 'gated\[report\]'"):
-    probing.drawing(run)
+    drawing.modules(run)
 
 
 def test_the_longest_document_of_the_first_row_is_drawn():
   batch = small.batch(2, 32)
   segment_T = batch.segments[0]
-  ids = probing.longest_document(batch)
+  ids = evals.longest_document(batch)
   sizes = [(segment_T == s).sum() for s in range(1, segment_T.max() + 1)]
   assert len(ids) == max(sizes)
   start = int(np.flatnonzero(segment_T == 1 + int(np.argmax(sizes)))[0])
@@ -227,3 +227,24 @@ def test_nothing_needs_matplotlib_until_figures_are_drawn():
   code = 'import sys, gated, gated.plan.load; print("matplotlib" in sys.modules)'
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
   assert done.stdout.strip() == 'False', done.stderr
+
+
+def curve(tokens, place='document'):
+  nats = [1.0 + 1 / (i + 1) if n else None for i, n in enumerate(tokens)]
+  return {'position_in': place, 'nats_per_token': nats, 'tokens': tokens}
+
+
+def test_losses_are_drawn_over_the_context_weighted_by_their_targets():
+  tokens = [4, 0, *[1] * 5, 3]  # Positions 4 and 5, contexts 5 and 6, have bins apart.
+  curves = {'first': curve(tokens), 'second': curve([2] * 64, 'row')}
+  figure = draw('positions', curves)
+  [ax] = figure.axes
+  assert ax.get_xlabel() == 'tokens of context in the document or row'
+  x, y = ax.lines[0].get_data()
+  assert x.tolist() == [1, 3, 4, 5, 6, 7, 8]  # No target has 2 tokens of context.
+  np.testing.assert_allclose(y, 1 + 1 / x)
+  x, y = ax.lines[1].get_data()
+  context = np.arange(54, 64)  # The last whole quarter of an octave.
+  np.testing.assert_allclose(x[-2], context.mean())
+  np.testing.assert_allclose(y[-2], (1 + 1 / context).mean())
+  assert 'first' in words(figure) and 'second' in words(figure)

@@ -29,9 +29,9 @@ def gated(name, **changes):
   return small.model_of(**knobs, **changes)
 
 
-def forced(net, gates, layers=None, score=None):
+def forced(net, gates, layers=None, mean=None):
   return force.force(
-    net, *map(jax.numpy.asarray, force.arrays(net.cfg, gates, layers, score))
+    net, *map(jax.numpy.asarray, force.arrays(net.cfg, gates, layers, mean))
   )
 
 
@@ -75,7 +75,9 @@ def test_a_constant_is_the_score_of_the_chosen_layers_alone(name):
 def test_the_mean_is_taken_over_tokens_by_layer_head_and_channel(name):
   net = gated(name)
   score = np.asarray(small.jit(gates.scores)(net, BATCH))[:, 0].swapaxes(1, 2)
-  again = np.asarray(small.jit(gates.scores)(forced(net, 'mean', None, score), BATCH))
+  again = np.asarray(
+    small.jit(gates.scores)(forced(net, 'mean', None, score.mean(2)), BATCH)
+  )
   expected = score.mean(2)[:, None, None]
   np.testing.assert_allclose(again, np.broadcast_to(expected, again.shape), rtol=1e-6)
 
@@ -87,6 +89,40 @@ def test_a_forced_gate_may_be_forced_again_and_the_model_stays_as_it_was():
   assert (score[0] == 0).all() and (score[1] == 1).all()
   assert 0 < np.asarray(small.jit(gates.scores)(net, BATCH)).min() < 1
   assert gates.weight_norms(twice).shape == (2, 4)
+
+
+def test_a_forced_gate_is_spelled_with_its_layers():
+  assert force.parse('mean@0,5-7', 8) == ('mean', [0, 5, 6, 7])
+  assert force.parse('open', 8) == ('open', None)
+  assert force.parse('0.15@3', 8) == (0.15, [3])
+
+
+@pytest.mark.parametrize(
+  ('spec', 'message'),
+  [
+    ('open@8', 'layer 8, but the model has the layers 0 to 7'),
+    ('open@5-99999999', 'layer 99999999, but the model has'),
+    ('open@', "'' is neither a layer nor a range of layers such as 5-7"),
+    ('open@7-5', "'7-5' is neither a layer nor"),
+    ('open@-1', "'-1' is neither a layer nor"),
+    ('open@1,x', "'x' is neither a layer nor"),
+  ],
+)
+def test_layers_that_do_not_exist_are_refused(spec, message):
+  with pytest.raises(ValueError, match=message):
+    force.parse(spec, 8)
+
+
+@pytest.mark.parametrize('name', EVERY)
+def test_the_sums_of_scores_over_rows_exclude_padding(name):
+  net = gated(name)
+  total, tokens = jax.device_get(small.jit(gates.sums)(net, BATCH))
+  live_N = (BATCH.segments > 0).ravel()
+  score = np.asarray(small.jit(gates.scores)(net, BATCH))
+  score_LNx = score.reshape(len(score), live_N.size, *score.shape[3:])
+  assert tokens == live_N.sum() < live_N.size
+  expected = score_LNx[:, live_N].astype(float).sum(1)
+  np.testing.assert_allclose(total.reshape(expected.shape), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +143,6 @@ def test_wrong_gates_and_layers_are_refused(gate, layers, message):
 
 def test_a_text_is_for_the_mean_alone_and_a_model_without_a_gate_is_refused():
   with pytest.raises(ValueError, match="gates='open' takes no text"):
-    forced(gated('headwise'), 'open', None, np.ones((2, 4, 5)))
+    forced(gated('headwise'), 'open', None, np.ones((2, 4)))
   with pytest.raises(ValueError, match=r"has no gate: .*position='none'"):
     forced(small.model_of(), 'open')

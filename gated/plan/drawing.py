@@ -1,0 +1,86 @@
+"""Figures of loaded models, drawn into a workdir."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from gated import storage
+from gated.probes import attention, gates, page
+
+FORMATS = 'svg', 'png'
+
+Runs = Mapping[str, Any]  # A `Loaded` by its label, the workdir's own first.
+Reports = Mapping[str, dict[str, Any]]
+
+
+def modules(loaded: Any) -> Any:
+  """-> the modules figures and style; ValueError without matplotlib or a workdir."""
+  if not loaded.about:
+    raise ValueError(f'figures are drawn into a workdir, but {loaded.path} is not one')
+  try:
+    from gated.probes import figures, style
+  except ImportError as error:
+    raise ValueError(f"figures need {error.name}: pip install 'gated[report]'") from error
+  return figures, style
+
+
+def probes(runs: Runs, reports: Reports, ids: np.ndarray) -> None:
+  """Draws the probes' reports, and maps of a text -> WORKDIR/probes/STEP-*.
+
+  The workdir and the step are the first run's, and so are the maps of each head and the
+  page of gates. Attention maps show the authors' prompt, and the first ids: at most a row
+  of the report, and at most `attention.LONGEST`.
+  """
+  label, loaded = next(iter(runs.items()))
+  figures, style = modules(loaded)
+  ids = ids[: min(reports[label]['row_length'], attention.LONGEST)]
+  try:
+    prompt = loaded.tokenizer.encode(figures.PROMPT)[0]
+  except ValueError:
+    prompt = ids[:16]  # There is no tokenizer.
+  tokens, words = _texts(loaded, ids), _texts(loaded, prompt)
+  long_maps, maps = (
+    {k: run.attention(x) for k, run in runs.items()} for x in (ids, prompt)
+  )
+  pictures = {
+    'sinks': figures.sinks(reports),
+    'sparsity': figures.sparsity(reports),
+    'attention-long': figures.attention(long_maps, tokens),
+    'attention': figures.attention(maps, words),
+    'attention-heads': figures.attention_heads(maps[label], words),
+  }
+  if any(run.cfg.attn.gate.position != 'none' for run in runs.values()):
+    pictures['gates'] = figures.gates(reports)
+    pictures['gates-by-layer'] = figures.gates_by_layer(reports)
+  gate, html = loaded.cfg.attn.gate, ''
+  if gate.position != 'none':
+    title = f'{label}, step {loaded.step}: gate scores'
+    limits = gates.score_range(gate.activation)
+    html = page.page(loaded.gates(ids), tokens, title=title, limits=limits)
+  if jax.process_index() == 0:
+    folder = loaded.path / 'probes'
+    for name, figure in pictures.items():
+      style.save(figure, folder, f'{loaded.step}-{name}', FORMATS)
+    if html:
+      storage.write(folder / f'{loaded.step}-gates.html', html.encode())
+
+
+def positions(runs: Runs, reports: Reports) -> None:
+  """Draws the held-out loss by position -> WORKDIR/eval/STEP-positions.svg and .png."""
+  loaded = next(iter(runs.values()))
+  figures, style = modules(loaded)
+  curves = {label: report['positions'] for label, report in reports.items()}
+  figure = figures.positions(curves)
+  if jax.process_index() == 0:
+    style.save(figure, loaded.path / 'eval', f'{loaded.step}-positions', FORMATS)
+
+
+def _texts(loaded: Any, ids: np.ndarray) -> list[str]:
+  """The text of each token; its id without a tokenizer."""
+  try:
+    decode = loaded.tokenizer.decode
+  except ValueError:
+    return [f'[{i}]' for i in ids]
+  return [decode([i]).decode(errors='replace') for i in ids]

@@ -1,0 +1,139 @@
+"""Loaded models measured on the same text, side by side: held-out losses and probes.
+
+The first of the models is the one that is evaluated. The report of it has the others'
+reports under 'beside', by their labels.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from gated import data, evals, storage
+from gated.devices import mesh
+from gated.plan import probing
+from gated.plan.load import Loaded, load
+from gated.probes import force
+from gated.run import metrics
+
+Runs = Mapping[str, Loaded]
+Reports = Mapping[str, dict[str, Any]]
+
+ROWS = 16  # Held-out rows of each domain that probes and the mean of gates read.
+
+
+def runs(
+  loaded: Loaded,
+  rows: Callable[[], data.Batch],
+  *,
+  segments: int,
+  forced: str,
+  others: Sequence[str],
+) -> dict[str, Loaded]:
+  """A model, the same with forced gates, and models of other paths -> all, by label.
+
+  They are for rows of up to `segments` documents. `forced` is as for `force.parse`, ''
+  for none; its 'mean' is over `rows`. ValueError names --force_gates or --beside if it
+  does not fit the model.
+  """
+  loaded = loaded.fit(segments)
+  runs = {loaded.path.name: loaded}
+  if forced:
+    try:
+      gates, layers = force.parse(forced, loaded.cfg.depth)
+      _, constant = force.check(loaded.cfg, gates, layers)
+    except ValueError as error:
+      raise ValueError(f'--force_gates={forced!r}: {error}') from error
+    text = rows() if constant is None else None
+    runs[f'gates {forced}'] = loaded.force(gates, layers=layers, text=text)
+  for path in others:
+    try:
+      other = load(path, cache=loaded.cache).fit(segments)
+      label = other.path.name
+      label = f'{other.path}:{other.step}' if label in runs else label
+      if label in runs:
+        raise ValueError('it is measured already')
+      if other.tokenizer_digest != loaded.tokenizer_digest:
+        raise ValueError(f'it has another tokenizer than {loaded.path}')
+    except ValueError as error:
+      raise ValueError(f'--beside={path}: {error}') from error
+    runs[label] = other
+  return runs
+
+
+def heldout(
+  runs: Runs, corpus: data.Corpus, *, batch: int, limit: int, by_position: bool
+) -> dict[str, dict[str, Any]]:
+  """The held-out loss of each model, by label.
+
+  The first `limit` rows of each domain are read (0: all), `batch` per device at a time.
+  With `by_position`, a report also has the loss by position over all domains.
+  """
+  reports = {}
+  for label, run in runs.items():
+    curve = evals.Curve()
+
+    def evaluate(_, batch, run=run, curve=curve):
+      if not by_position:
+        return run.evaluate(batch)
+      sums, by_token = run.token_losses(run.model, batch)
+      curve.add(*jax.device_get(by_token))
+      return sums
+
+    size = batch * mesh.ways('batch', run.mesh)
+    options: dict[str, Any] = dict(on=run.mesh, batch=size, limit=limit)
+    report = evals.perplexity(evaluate, None, corpus, **options)
+    reports[label] = {'step': run.step, 'rows_limit': limit} | report
+    if by_position:
+      reports[label]['positions'] = curve.report(run.cfg)
+  return reports
+
+
+def probes(
+  runs: Runs, rows: data.Batch, *, mask_documents: bool | None
+) -> dict[str, dict[str, Any]]:
+  """The probes of each model on packed rows, and its loss on them, by label."""
+  options: dict[str, Any] = dict(mask_documents=mask_documents)
+  return {
+    label: run.probe(rows, **options)
+    | {'loss': {'value': probing.loss(run, rows, **options), 'layers': None}}
+    for label, run in runs.items()
+  }
+
+
+def joined(reports: Reports) -> dict[str, Any]:
+  """Reports by label -> the first one, the others in its entry 'beside'."""
+  [first, *others] = reports
+  beside = {label: reports[label] for label in others}
+  return reports[first] | ({'beside': beside} if beside else {})
+
+
+def complete(
+  report: dict[str, Any],
+  loaded: Loaded,
+  corpus: data.Corpus,
+  *,
+  rows: int,
+  xz_bytes: int,
+) -> None:
+  """Adds the yardsticks, the data and the run's bad steps to a held-out report.
+
+  Writes it to WORKDIR/eval/STEP.json, with the data's digest in the name if the corpus is
+  not the run's own. The yardsticks, as of `evals.measure_yardsticks`, are fitted to at
+  most `rows` of the rows that the run has seen; for imported weights, to the corpus.
+  """
+  digest, about = corpus.fingerprint['sha256'], loaded.about
+  own = about and digest == about['data']['sha256']
+  trained, seen = corpus, corpus.rows
+  if about:
+    trained = corpus if own else loaded.corpus()
+    assert loaded.step is not None
+    seen = loaded.step * about['config']['batch']
+  options: dict[str, Any] = dict(limit=report['rows_limit'], xz_bytes=xz_bytes)
+  yardsticks = evals.measure_yardsticks(corpus, trained, rows=min(seen, rows), **options)
+  for domain, summary in report['domains'].items():
+    summary |= yardsticks[domain]
+  report |= {'data': digest, 'stability': about['stability'] if about else None}
+  if about:
+    name = f'{loaded.step}.json' if own else f'{loaded.step}-{digest[:8]}.json'
+    storage.write_json(loaded.path / 'eval' / name, metrics.plain(report))

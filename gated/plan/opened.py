@@ -1,0 +1,192 @@
+"""The files of a checkpoint -> its model, tokenizer, config and data."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from gated import config, data, hf, model, storage
+from gated.data import tokenizer
+from gated.devices import mesh
+from gated.plan.plan import reading
+from gated.run import checkpoint
+
+SHORTEST = 16  # Texts are padded to a power of two; this is the smallest.
+
+_log = logging.getLogger('gated')
+
+Text = str | Sequence[int] | np.ndarray
+
+
+class Opened:
+  """A checkpoint. The weights are read when `model` is first used.
+
+  They are split over all devices. A text is a single document: a string, or a sequence of
+  token ids.
+  """
+
+  def __init__(
+    self,
+    path: storage.Path,
+    cfg: model.Config,
+    *,
+    step: int | None,
+    about: dict[str, Any] | None,
+    cache: str,
+  ):
+    self.path = path  # the workdir, or the Hugging Face folder
+    self.cfg = cfg
+    self.step = step  # None for imported weights
+    self.about = about  # metadata of the step's checkpoint; None for imported weights
+    self.cache = cache  # folder of the embedded corpus and of copied datasets
+    self.changes: tuple[Any, ...] = ()  # applied to the model after reading its weights
+
+  @functools.cached_property
+  def config(self) -> dict[str, Any]:
+    """The resolved recipe of the run; for imported weights, only its group `model`."""
+    return self.about['config'] if self.about else {'model': dataclasses.asdict(self.cfg)}
+
+  @functools.cached_property
+  def mesh(self) -> jax.sharding.Mesh:
+    """All devices; the weights are split over them."""
+    return reading(self.cfg)[0]
+
+  @functools.cached_property
+  def model(self) -> model.Transformer:
+    """The model: `model(tokens) -> logits`, with its weights."""
+    _, like = reading(self.cfg)
+    if self.step is None:
+      net = hf.read(Path(self.path), like)
+    else:
+      with checkpoint.Reader(self.path / 'checkpoints') as saves:
+        net = saves.restore_model(self.step, like)
+    for change in self.changes:
+      net = change(net)
+    return net
+
+  @functools.cached_property
+  def tokenizer(self) -> tokenizer.Tokenizer:
+    """The tokenizer that the model was trained with.
+
+    ValueError if the dataset or the Hugging Face folder no longer holds it.
+    """
+    if self.about is None:
+      file = Path(self.path) / 'tokenizer.json'
+      if not file.is_file():
+        raise ValueError(f'{self.path} has no tokenizer.json: pass token ids, not text')
+      return tokenizer.load(str(file))
+    knobs = self.config['data'] | {'cache': self.cache}
+    opened = data.open_tokenizer(config.build(data.Config, knobs, 'config.data'))
+    if opened.fingerprint != self.about['data']['tokenizer']:
+      raise ValueError(
+        f'config.data.mixture={knobs["mixture"]!r} now has another tokenizer than '
+        f'{self.path} was trained with: pass token ids, not text'
+      )
+    return opened
+
+  @property
+  def length(self) -> int:
+    """Tokens of the rows that it was trained on; 0 for imported weights."""
+    return self.config['data']['length'] if self.about else 0
+
+  @property
+  def tokenizer_digest(self) -> str:
+    """The fingerprint of its tokenizer; ValueError if imported weights have none."""
+    return self.about['data']['tokenizer'] if self.about else self.tokenizer.fingerprint
+
+  def corpus(
+    self, mixture: str = '', *, knobs: dict[str, Any] | None = None, seed: int = 0
+  ) -> data.Corpus:
+    """The data that the run was trained on, or another mixture, as rows of tokens.
+
+    `knobs` (as config.data) and `seed` are for imported weights, which have no data of
+    their own. With a batch of one row, row i is the run's i-th row. ValueError if the
+    run's data has changed or the mixture has another tokenizer.
+    """
+    c = self.config if self.about else {'data': knobs, 'seed': seed}
+    if c['data'] is None:
+      raise ValueError(f'{self.path} has no data of its own: pass `knobs`')
+    # The cache folder belongs to this machine, not to the checkpoint.
+    data_knobs = c['data'] | {'cache': self.cache}
+    data_knobs |= {'mixture': mixture} if mixture else {}
+    cfg = config.build(data.Config, data_knobs, 'config.data')
+    corpus = data.open(cfg, vocab=self.cfg.vocab, batch=1, seed=c['seed'], max_segments=0)
+    if self.about:
+      self._check_data(corpus, mixture)
+    elif (file := Path(self.path) / 'tokenizer.json').is_file():
+      corpus.check_tokenizer(file)
+    else:
+      _log.warning('no %s: the tokenizer of the data is not checked', file)
+    return corpus
+
+  def _check_data(self, corpus: data.Corpus, mixture: str) -> None:
+    """ValueError if the run's data has changed, or if a mixture has another tokenizer."""
+    assert self.about is not None
+    fingerprint = self.about['data']
+    if not mixture and corpus.fingerprint['sha256'] != fingerprint['sha256']:
+      raise ValueError(
+        f'config.data.mixture={self.config["data"]["mixture"]!r} is no longer the data '
+        'of the run (another Python version, or another dataset in that place): name a '
+        'mixture with --data'
+      )
+    if corpus.fingerprint['tokenizer'] != fingerprint['tokenizer']:
+      raise ValueError(f'--data={mixture!r} has another tokenizer than the run')
+
+  def fit(self, segments: int) -> Self:
+    """The same model for rows of up to `segments` documents; more slow a fused kernel."""
+    attn = self.cfg.attn
+    most = max(attn.max_segments, segments)
+    attn = dataclasses.replace(attn, max_segments=most)
+    cfg = dataclasses.replace(self.cfg, attn=attn)
+    same: dict[str, Any] = dict(step=self.step, about=self.about, cache=self.cache)
+    fitted = type(self)(self.path, cfg, **same)
+    fitted.changes = self.changes
+    return fitted
+
+  @functools.cache  # noqa: B019
+  def compiled(self, function: Any) -> Any:
+    """A function of the model and arrays, compiled for all devices."""
+    replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+    exact = model.exact(self.cfg.numerics, function)
+    compiled = jax.jit(exact, out_shardings=replicated)
+
+    def run(net, *arrays):
+      with jax.set_mesh(self.mesh):
+        return compiled(net, *arrays)
+
+    return run
+
+  def tokens(self, text: Text) -> np.ndarray:
+    """A text -> its token ids; ValueError for an id outside of the vocabulary."""
+    ids = self.tokenizer.encode(text)[0] if isinstance(text, str) else np.asarray(text)
+    if not ids.size or ids.ndim != 1 or ids.dtype.kind not in 'iu':
+      raise ValueError(f'{text!r:.100} is neither a text with tokens nor a list of ids')
+    if ids.min() < 0 or ids.max() >= self.cfg.vocab:
+      raise ValueError(f'token ids must be in [0, {self.cfg.vocab})')
+    return ids.astype(np.int32)
+
+  def _batch(self, tokens: np.ndarray, targets: Any = None) -> tuple[data.Batch, int]:
+    """One text -> (a placed batch whose rows all hold it, its number of tokens).
+
+    The batch has one row for each shard of a batch on the mesh.
+    """
+    count = len(tokens)
+    length = max(SHORTEST, 1 << (count - 1).bit_length())
+    pad = lambda x: np.pad(np.asarray(x), (0, length - count))
+    live = pad(np.ones(count, np.int32))
+    row = data.Batch(
+      tokens=pad(tokens),
+      targets=pad(tokens if targets is None else targets),
+      weights=live.astype(np.float32),
+      segments=live,
+      positions=np.arange(length, dtype=np.int32),
+    )
+    rows = mesh.ways('batch', self.mesh)
+    held = len(mesh.rows(self.mesh, rows))
+    local = jax.tree.map(lambda x: np.broadcast_to(x, (held, length)), row)
+    return mesh.place(local, self.mesh, rows), count
