@@ -1,0 +1,1 @@
+"""Evidence: experiments, campaigns that run them, and the ledger of claims."""
