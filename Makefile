@@ -4,6 +4,7 @@
 # make fast      the tests marked neither slow nor full
 # make docs      build the site of docs/ in build/docs; a broken link fails
 # make sweep     sweep the learning rate of a small model and write the report
+# make claims    write docs/claims.md, the ledger of claims, from the committed results
 # make rows      train, save and resume every row of the paper's tables at test scale
 # make faults    inject every fault of docs/reliability.md into real runs, print the table
 # make tpu       make .venv/tpu, which compiles for TPUs without one (scripts/preflight.py)
@@ -44,7 +45,7 @@ endif
 editable = $(call install,$(1)) --no-deps --editable .
 pytest = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo check test test-all fast docs sweep tpu sky rows faults lock audit clean
+.PHONY: demo check test test-all fast docs sweep claims tpu sky rows faults lock audit clean
 .DELETE_ON_ERROR:
 
 demo: .venv/run-$(FROM)
@@ -75,6 +76,9 @@ docs: .venv/docs/made-$(FROM)
 sweep: .venv/report-$(FROM)
 	$(BIN)/python scripts/sweep.py run --config=configs/lr_sweep.py:scale=test --dir=$(SWEEP) $(ARGS)
 	$(BIN)/python scripts/sweep.py report $(SWEEP)
+
+claims: .venv/run-$(FROM)
+	$(BIN)/python scripts/claims.py
 
 tpu: .venv/tpu/made-$(FROM)
 

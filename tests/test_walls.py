@@ -27,6 +27,7 @@ WINGS = (
   'plan',
   'pods',
   'sweep',
+  'evidence',
 )
 
 STORIES = {'train', 'eval'}

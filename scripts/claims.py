@@ -1,0 +1,55 @@
+"""Writes docs/claims.md, the ledger of claims, from the committed results.
+
+  python scripts/claims.py            writes the page
+  python scripts/claims.py --status   prints a line for each claim
+
+It reads experiments/*/results/gpu/ and the claims that each recipe.py serves.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+  sys.path.append(str(ROOT))  # For experiments/, which is not installed.
+
+from configs import base  # noqa: E402
+from gated import storage  # noqa: E402
+from gated.evidence import ledger, result  # noqa: E402
+
+PAGE = ROOT / 'docs/claims.md'
+
+
+def rows() -> list[ledger.Row]:
+  """-> the rows of this checkout's results."""
+  names = sorted(path.parent.name for path in ROOT.glob('experiments/*/recipe.py'))
+  serves = {n: importlib.import_module(f'experiments.{n}.recipe').CLAIMS for n in names}
+  defaults = base.get_config().to_dict()
+  found = [r for n in names for r in result.read_all(storage.path(ROOT), n, ledger.SCALE)]
+  return ledger.rows([ledger.complete(r, defaults) for r in found], serves)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  layout = argparse.RawDescriptionHelpFormatter
+  parser = argparse.ArgumentParser('claims.py', None, __doc__, formatter_class=layout)
+  parser.add_argument('--status', action='store_true', help='print it and exit')
+  args = parser.parse_args(argv)
+  try:
+    table = rows()
+  except ValueError as error:
+    print(f'claims.py: {error}', file=sys.stderr)
+    return 2
+  if args.status:
+    for row in table:
+      print(f'{row.claim.name:4}{row.status:14}{row.reason}')
+  else:
+    PAGE.write_text(ledger.page(table))
+    print(PAGE.relative_to(ROOT))
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
