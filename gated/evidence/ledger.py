@@ -16,7 +16,7 @@ from gated.evidence.claims import CLAIMS, Claim
 from gated.evidence.contrast import LEAST
 from gated.evidence.parts import MATCHED, NONE, TRIES, Verdict, verdicts
 from gated.evidence.result import Result
-from gated.sweep.report.tables import plain
+from gated.sweep.report import tables
 
 SCALE = 'gpu'
 COMMAND = 'python scripts/campaign.py --minutes=25'
@@ -51,6 +51,11 @@ class Row:
       return 'no result holds its measure yet'
     reasons = [v.reason for v in self.verdicts if v.status == self.status and v.reason]
     return '; '.join(dict.fromkeys(reasons))
+
+
+def plain(text: str) -> str:
+  """Any text -> Markdown that shows it literally, on the site as well."""
+  return tables.plain(text).replace(r'\<', '&lt;').replace(r'\>', '&gt;')
 
 
 def rows(results: Sequence[Result], serves: Mapping[str, Sequence[str]]) -> list[Row]:
