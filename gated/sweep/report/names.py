@@ -13,6 +13,7 @@ import numpy as np
 
 from gated import config, storage, sweep
 from gated.sweep.compare import HARMLESS
+from gated.sweep.report.logs import Log
 
 SEED, RATE, OPTIMIZER = 'config.seed', 'config.optim.lr', 'config.optim.'
 ROW = 'config.paper.table', 'config.paper.row'
@@ -71,13 +72,19 @@ def of_points(sweeps: Sequence[sweep.Sweep]) -> list[Named]:
   ]
 
 
-def once(named: Sequence[Named], ended: Sequence[bool]) -> list[int]:
-  """Points -> the indices of distinct runs; of equal runs, the first that has ended."""
-  kept: dict[str, int] = {}
-  for i, p in enumerate(named):
-    j = kept.setdefault(p.run, i)
-    if ended[i] and not ended[j]:
-      kept[p.run] = i
+def once(named: Sequence[Named], read: Sequence[Log]) -> list[int]:
+  """Points and their logs -> the indices of distinct runs.
+
+  Of equal runs on the same data, it is the first that has ended.
+  """
+  data = {p.run: log.data for p, log in zip(named, read, strict=True) if log.data}
+  kept: dict[tuple[str, str], int] = {}
+  for i, (p, log) in enumerate(zip(named, read, strict=True)):
+    # A point that has not started has no data of its own.
+    key = p.run, log.data or data.get(p.run, '')
+    j = kept.setdefault(key, i)
+    if log.state in sweep.ENDED and read[j].state not in sweep.ENDED:
+      kept[key] = i
   return sorted(kept.values())
 
 

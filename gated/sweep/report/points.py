@@ -106,7 +106,7 @@ def read(
   """
   named = names.of_points(sweeps)
   read = [logs.read(p.workdir, p.point.steps) for p in named]
-  kept = names.once(named, [log.state in sweep.ENDED for log in read])
+  kept = names.once(named, read)
   named, read = [named[i] for i in kept], [read[i] for i in kept]
   kind = _kind(read)
   finals = [_final(log, kind) for log in read]

@@ -12,7 +12,7 @@ from gated import config
 from gated.sweep.grid import Resolve
 from gated.sweep.report import probed
 from gated.sweep.report.points import Cell, Line, rate
-from gated.sweep.report.tables import Table, loss_text
+from gated.sweep.report.tables import Table, loss_text, short
 
 # Knobs of a model that choose how it is computed.
 COMPUTED = 'config.layers', 'config.remat', 'config.numerics.'
@@ -84,6 +84,20 @@ def _is_row(own: Mapping[str, Any], point: Any, resolve: Resolve) -> bool:
   # A knob that only one version has is no difference.
   changed = [k for k in a.keys() & b.keys() if a[k] != b[k]]
   return all(k.startswith(COMPUTED) for k in changed)
+
+
+def shapes(rows: Sequence[Row]) -> list[str]:
+  """'scale=test: 2 layers of width 32, 68k parameters, 15k tokens a run', ..."""
+  texts = []
+  for row in rows:
+    c, point = row.cell.points[0].point.config, row.cell.points[0]
+    tokens = c['steps'] * c['batch'] * c['data']['length']
+    sizes = [f'{c["model"]["depth"]} layers of width {c["model"]["width"]}']
+    if point.parameters is not None:
+      sizes.append(f'{short(point.parameters, "kMBT", 2)} parameters')
+    sizes.append(f'{short(tokens, "kMBT", 2)} tokens a run')
+    texts.append(f'scale={row.scale}: {", ".join(sizes)}')
+  return list(dict.fromkeys(texts))
 
 
 def table(rows: Sequence[Row]) -> Table:

@@ -176,12 +176,12 @@ def _ended(result: Result) -> str | None:
   return 'diverged' if any(p.diverged for p in result.line.points) else None
 
 
-def short(number: float, units: str) -> str:
+def short(number: float, units: str, digits: int = 4) -> str:
   """1783744 and 'kMBT' -> '1.784M'."""
   for power, unit in reversed(list(enumerate(units, 1))):
     if number >= 1000**power:
-      return f'{number / 1000**power:.4g}{unit}'
-  return f'{number:.4g}'
+      return f'{number / 1000**power:.{digits}g}{unit}'
+  return f'{number:.{digits}g}'
 
 
 def _plus_minus(text: str, within: float) -> str:

@@ -253,6 +253,7 @@ def _paper(report: Report) -> Iterator[str]:
     f"Rows of the paper's tables: the loss is our final {report.loss}, and nats are the "
     "difference to the table's baseline at the same learning rate."
   )
+  yield f'Our models: {"; ".join(published.shapes(report.rows))}.'
   yield published.table(report.rows).markdown()
 
 
