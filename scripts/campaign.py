@@ -63,13 +63,6 @@ def opened(name: str, scale: str, text: str) -> experiment.Experiment:
 
 
 def run(args: argparse.Namespace, experiments: list[experiment.Experiment]) -> int:
-  if not args.minutes > 0:
-    raise ValueError(f'--minutes={args.minutes:g} must be positive')
-  if args.scale == 'gpu' and not args.text:
-    raise ValueError(
-      '--text=DIR is missing: make the text as experiments/text/README.md says'
-    )
-  experiments = [e for e in experiments if e.wanted()]
   if not experiments:
     print('nothing is wanted: every point has a result, or its budget is spent')
     return 0
@@ -128,12 +121,18 @@ def main(argv: Sequence[str] | None = None) -> int:
       copied, kept = result.merge(storage.path(args.merge), storage.path(ROOT))
       print(f'{len(copied)} results copied; {len(kept)} were here already')
       return 0
+    if not (args.status or args.minutes > 0):
+      raise ValueError(f'--minutes={args.minutes:g} must be positive')
+    if args.scale == 'gpu' and not (args.status or args.text):
+      raise ValueError(
+        '--text=DIR is missing: make the text as experiments/text/README.md says'
+      )
     chosen = args.experiments or names()
     experiments = [opened(name, args.scale, args.text) for name in chosen]
     if args.status:
       print(*(e.status() for e in experiments), sep='\n')
       return 0
-    return run(args, experiments)
+    return run(args, [e for e in experiments if e.wanted()])
   except (ValueError, NotImplementedError, OSError) as error:
     print(f'campaign.py: {error}', file=sys.stderr)
     return REFUSED

@@ -28,8 +28,9 @@ from gated.run.metrics import provenance
 from gated.sweep import Point, Runner, Sweep, folder, machine
 from gated.sweep.runner import Row
 
-SAVING = 20.0  # Seconds before the end at which the points are told to save.
-SAVING_SHARE = 0.05  # The same as the most of all minutes.
+# Points get SIGTERM this many seconds before the end, to save, at most this share of the
+# time; what has not ended the same share after the end is killed.
+SAVING, SAVING_SHARE = 20.0, 0.05
 OVERHEAD = 90.0  # Seconds of a point besides its steps: start, compilation, probes.
 PROBED = {'gpu': 64, 'test': 16}  # Held-out rows that are probed.
 SEPARATOR = '+'  # Between the names of an experiment and of its point.
@@ -158,11 +159,15 @@ class Campaign:
     open_claims: Callable[[Experiment], int],
     view: Callable[[Sequence[Row]], None],
   ):
-    """`swept` is written; `whole` starts only points that fit into the time left."""
+    """`swept` is written; `seconds` count from now.
+
+    `whole` starts only points that fit into the time left.
+    """
     self._root, self._experiments, self.swept = root, experiments, swept
     self._whole, self._open_claims, self._view = whole, open_claims, view
     self._start = self._last = time.monotonic()
     self._end = self._start + seconds - min(SAVING, SAVING_SHARE * seconds)
+    self._stops = [self._end, self._start + (1 + SAVING_SHARE) * seconds]
     self._rows: dict[str, Row] = {}
     self._busy = 0.0  # Seconds of all slots with a process.
     self._slots = 0
@@ -209,8 +214,9 @@ class Campaign:
     names = dict.fromkeys([*(row.point.name for row in running), *wanted])
     self._runner.rows[:] = [self._rows[name] for name in names]
     self._view(list(self._rows.values()))
-    if now >= self._end and not self._runner.leaving:
-      self._runner.leave()
+    if self._stops and now >= self._stops[0]:
+      self._stops.pop(0)
+      self._runner.leave()  # SIGTERM at first, then SIGKILL.
 
   def _collect(self, row: Row) -> None:
     """Writes the result of a point that has ended and was probed."""

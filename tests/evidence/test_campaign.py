@@ -1,0 +1,272 @@
+"""Campaigns: the order of their points, what they refuse, and what a kill leaves."""
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from configs import base
+from experiments.sink import recipe
+from gated import config, storage, sweep
+from gated.evidence import campaign, experiment, result
+from gated.sweep import judge, machine
+
+pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
+
+ROOT = Path(__file__).resolve().parents[2]
+sweeps = importlib.import_module('scripts.sweep')
+script = importlib.import_module('scripts.campaign')
+
+
+def opened(root, name='sink', **settings):
+  """The experiment `sink` at test scale under another name, with results in `root`."""
+  swept = sweep.plan(
+    'experiments/sink/recipe.py:scale=test',
+    recipe.get_grid('scale=test'),
+    resolve=sweeps.resolve,
+    rule=config.build(judge.Rule, base.rule(), 'rule'),
+  )
+  known = {'CLAIMS': ('C9', 'C10'), 'BUDGET': recipe.BUDGET, 'choose': recipe.choose}
+  return experiment.opened(
+    storage.path(root), name, 'test', swept=swept, settings=known | settings
+  )
+
+
+def measured(point, rate=0.0, attention=0.0, name='sink', **fields):
+  """A point of the sweep -> a finished result with these sink rates."""
+  value = lambda x: {'value': x, 'layers': [x, x]}
+  known = dict(
+    experiment=name,
+    scale='test',
+    point=point.name,
+    labels=point.labels,
+    changes=point.changes,
+    config=json.loads(json.dumps(point.config)),
+    state='finished',
+    steps=point.steps,
+    tokens=experiment.tokens(point),
+    parameters=1,
+    loss=1.5,
+    spikes=0.0,
+    probes={
+      'sink_rate_64': value(rate),
+      'first_token_attention_documents_from_64': value(attention),
+    },
+    curves={},
+    data='data',
+    code='code',
+    machine='1 x cpu',
+    versions={},
+    seconds=1.0,
+    tokens_per_second=100.0,
+    command='train.py',
+  )
+  return result.Result(**known | fields)
+
+
+def names(points):
+  return [(p.labels['condition'], p.labels['arm']) for p in points]
+
+
+def test_the_search_tries_baselines_until_one_has_a_sink(tmp_path, monkeypatch):
+  monkeypatch.setitem(recipe.SINK, 'test', (0.15, 0.05))
+  e = opened(tmp_path)
+  first, second = e.wanted()
+  assert {p.labels['arm'] for p in (first, second)} == {'baseline'}
+  # One of the two conditions is not enough.
+  e.results.append(measured(first, rate=0.2, attention=0.04))
+  assert e.wanted() == [second]
+  e.results.append(measured(second, rate=0.16, attention=0.06))
+  condition = second.labels['condition']
+  assert names(e.wanted()) == [(condition, 'elementwise'), (condition, 'headwise')]
+
+
+def test_an_unmasked_model_is_judged_by_the_first_token_of_its_row(tmp_path):
+  e = opened(tmp_path)
+  one = measured(e.swept.points[0], attention=0.3)
+  assert recipe.first_token_attention(one) == 0.3
+  one.config['model']['mask_documents'] = False
+  assert math.isnan(recipe.first_token_attention(one))
+
+
+def test_every_gated_arm_has_the_parameters_of_its_baseline():
+  for scale in ('gpu', 'test'):
+    sizes = {}
+    for point in recipe.get_grid(f'scale={scale}'):
+      c = recipe.get_config(f'scale={scale}')
+      c.update_from_flattened_dict(point.changes)
+      sizes[tuple(point.labels.values())] = _parameters(c.model.to_dict())
+    for (condition, arm), size in sizes.items():
+      baseline = sizes[condition, 'baseline']
+      assert abs(size - baseline) <= 0.025 * baseline, (condition, arm)
+
+
+def _parameters(knobs):
+  from gated import model
+
+  return model.count(model.abstract(config.build(model.Config, knobs, 'config.model')))
+
+
+def test_a_point_beyond_the_budget_is_not_wanted(tmp_path):
+  e = opened(tmp_path)
+  each = experiment.tokens(e.swept.points[0])
+  small = opened(tmp_path, BUDGET={'test': 2 * each - 1})
+  assert len(e.wanted()) == 2
+  assert small.wanted() == e.wanted()[:1]
+
+
+def test_the_cheapest_open_claim_comes_first(tmp_path):
+  cheap, dear = opened(tmp_path, 'cheap'), opened(tmp_path, 'dear')
+  open_claims = {'cheap': 2, 'dear': 1}
+  order = lambda *es: [
+    s.experiment.name for s in campaign.ordered(es, lambda e: open_claims[e.name])
+  ]
+  assert order(dear, cheap) == ['cheap', 'cheap', 'dear', 'dear']
+  open_claims['cheap'] = 0  # Decided: last.
+  assert order(cheap, dear) == ['dear', 'dear', 'cheap', 'cheap']
+
+
+def test_results_survive_a_round_trip_and_merge(tmp_path):
+  e = opened(tmp_path / 'a')
+  one, two = (measured(p, loss=math.nan, state='diverged') for p in e.wanted())
+  a, b = storage.path(tmp_path / 'a'), storage.path(tmp_path / 'b')
+  path = result.write(a, one)
+  assert path.parts[-4:-1] == ('sink', 'results', 'test')
+  assert dataclasses.astuple(result.read(path))[1:] != ()
+  assert math.isnan(result.read(path).loss)
+  same = dataclasses.replace(result.read(path), loss=0.0)
+  assert same == dataclasses.replace(one, loss=0.0)
+  result.write(b, two)
+  copied, kept = result.merge(b, a)
+  assert (len(copied), kept) == (1, [])
+  assert {r.point for r in result.read_all(a, 'sink', 'test')} == {one.point, two.point}
+  assert result.merge(b, a)[0] == []  # The second time there is nothing to copy.
+
+
+def test_results_of_another_recipe_are_refused(tmp_path):
+  e = opened(tmp_path / 'a')
+  one = measured(e.wanted()[0])
+  other = dataclasses.replace(one, config=json.loads(json.dumps(one.config)))
+  other.config['optim']['b2'] = 0.5
+  a, b = storage.path(tmp_path / 'a'), storage.path(tmp_path / 'b')
+  result.write(a, other)
+  with pytest.raises(ValueError, match=r'config.optim.b2 was 0.5 and is 0.95'):
+    opened(tmp_path / 'a')
+  result.write(b, one)
+  with pytest.raises(ValueError, match=r'differ in their recipes: config.optim.b2'):
+    result.merge(b, a)
+  with pytest.raises(ValueError, match='holds no experiments/NAME/results'):
+    result.merge(storage.path(tmp_path), a)
+
+
+def test_a_knob_that_was_added_since_changes_nothing(tmp_path):
+  e = opened(tmp_path)
+  one = measured(e.wanted()[0])
+  del one.config['optim']['b2']
+  one.config['data']['mixture'] = '/another/place'
+  result.write(storage.path(tmp_path), one)
+  assert [r.point for r in opened(tmp_path).results] == [one.point]
+
+
+def test_a_result_that_is_damaged_or_of_no_point_is_named(tmp_path):
+  e = opened(tmp_path)
+  path = result.write(storage.path(tmp_path), measured(e.wanted()[0]))
+  path.write_text(path.read_text()[:-20])
+  with pytest.raises(ValueError, match=f'{path} is damaged'):
+    opened(tmp_path)
+  path.unlink()
+  point = e.wanted()[0]._replace(name='old')
+  path = result.write(storage.path(tmp_path), measured(point))
+  with pytest.raises(ValueError, match=r'old\.json is of no point of experiments/sink'):
+    opened(tmp_path)
+
+
+def test_a_campaign_refuses_what_this_machine_cannot_do(tmp_path, monkeypatch):
+  e = opened(tmp_path)
+  campaign.check([e])
+  gpu = dataclasses.replace(e, scale='gpu')
+  monkeypatch.setattr(machine, 'platform', lambda: 'cpu')
+  with pytest.raises(ValueError, match='--scale=gpu needs a GPU'):
+    campaign.check([gpu])
+  monkeypatch.setattr(machine, 'platform', lambda: 'gpu')
+  monkeypatch.setattr(machine, 'gpu_memory', lambda: 1 << 10)
+  with pytest.raises(ValueError, match='use a larger one'):
+    campaign.check([gpu])
+  e.results.append(measured(e.wanted()[0], data='another'))
+  with pytest.raises(ValueError, match=r'is not the data of experiments/sink/results'):
+    campaign.check([e])
+
+
+def test_a_folder_of_other_versions_is_refused(tmp_path):
+  e = opened(tmp_path)
+  swept = sweep.write(campaign.joined([e], storage.path(tmp_path)))
+  campaign.check_versions(swept)
+  versions = swept.made['versions'] | {'jax': '0.1'}
+  old = dataclasses.replace(swept, made=swept.made | {'versions': versions})
+  with pytest.raises(ValueError, match=r'other versions \(jax 0\.1 there, '):
+    campaign.check_versions(old)
+
+
+@pytest.mark.parametrize(
+  'words, message',
+  [
+    (['--minutes=0', '--scale=test'], '--minutes=0 must be positive'),
+    (['--minutes=1', '--scale=test', 'snk'], "'snk' is not an experiment; experiments/"),
+    (['--minutes=1'], '--text=DIR is missing'),
+  ],
+)
+def test_bad_arguments_name_the_flag(words, message, capsys):
+  assert script.main(words) == script.REFUSED
+  assert message in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_a_campaign_survives_kills_and_spends_its_minutes(tmp_path):
+  """Killed in its first points, begun again, then stopped by its own clock."""
+  checkout = tmp_path / 'checkout'
+  for part in ('gated', 'configs', 'scripts', 'experiments', 'train.py', 'eval.py'):
+    source = ROOT / part
+    copy = shutil.copytree if source.is_dir() else shutil.copy
+    checkout.mkdir(exist_ok=True)
+    copy(source, checkout / part)
+  shutil.rmtree(checkout / 'experiments/sink/results', ignore_errors=True)
+  command = [sys.executable, 'scripts/campaign.py', '--scale=test', 'sink']
+  env = os.environ | {'PYTHONPATH': str(checkout), 'JAX_PLATFORMS': 'cpu'}
+  start = lambda minutes: subprocess.Popen(
+    [*command, f'--minutes={minutes}'],
+    cwd=checkout,
+    env=env,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  results = lambda: result.read_all(storage.path(checkout), 'sink', 'test')
+  killed = start(10)
+  deadline = time.monotonic() + 240
+  while not list(checkout.glob('runs/campaign/*/points/*/metrics.jsonl')):
+    assert killed.poll() is None and time.monotonic() < deadline
+    time.sleep(0.5)
+  killed.send_signal(signal.SIGKILL)
+  killed.communicate()
+  assert not results()
+  began = time.monotonic()
+  short = start(0.5)  # Stops in the middle: 30 seconds hold no whole point here.
+  short.communicate()
+  assert short.returncode == 0
+  # 20 seconds to start and to read the recipes.
+  assert 25 < time.monotonic() - began < 30 * 1.1 + 20
+  last = start(10)
+  out, _ = last.communicate()
+  assert last.returncode == 0, out
+  # Any model meets the test scale's rule, so the gated arms follow one baseline.
+  arms = sorted(r.labels['arm'] for r in results())
+  assert arms == ['baseline', 'baseline', 'elementwise', 'headwise']
+  assert all(r.probe('gate_mean') > 0 for r in results() if 'wise' in r.labels['arm'])
