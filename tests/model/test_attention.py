@@ -7,7 +7,7 @@ import pytest
 import small
 
 from gated.devices import trees
-from gated.model import attention, layers
+from gated.model import attention, gate, layers
 
 D, T = 16, 7
 NUMERICS = layers.Numerics(
@@ -63,7 +63,7 @@ def test_only_differences_of_positions_matter():
 
 
 @pytest.mark.parametrize('cap', [0.0, 2.0])
-@pytest.mark.parametrize('normalizer', ['softmax', 'off_by_one', 'sink_logit'])
+@pytest.mark.parametrize('normalizer', attention.OVER_SOFTMAX)
 def test_a_layer_in_blocks_is_the_layer(normalizer, cap):
   segments = np.array([[1, 1, 1, 2, 2, 0, 0]])
 
@@ -114,7 +114,9 @@ def test_a_headwise_gate_before_qk_norm_would_indeed_be_cancelled():
   assert np.abs(run(late) - run(ungated)).max() > 1e-2
 
 
-@pytest.mark.parametrize('position', ['query', 'key'])
+@pytest.mark.parametrize(
+  'position', [p for p, at in gate.POSITIONS.items() if at and at.normed]
+)
 def test_place_puts_the_gate_before_or_after_qk_norm(position):
   early, late = (
     layer(gate__position=position, gate__place=p) for p in ('before', 'after')
@@ -128,7 +130,7 @@ def test_place_puts_the_gate_before_or_after_qk_norm(position):
   np.testing.assert_array_equal(run(early), run(late))
 
 
-@pytest.mark.parametrize('position', ['query', 'key', 'value', 'sdpa', 'out'])
+@pytest.mark.parametrize('position', [p for p, at in gate.POSITIONS.items() if at])
 def test_a_gate_acts_at_its_own_position(position):
   """A gate whose score is 1/2 there is the same as halving that tensor's weight."""
   built = layer(gate__position=position, qk_norm=False, gate__place='before')

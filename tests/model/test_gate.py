@@ -22,7 +22,7 @@ ALLOWED = {
   'activation': ('sigmoid', 'silu', 'identity', 'ns_sigmoid', '2sigmoid'),
   'source': ('input', 'parameter'),
 }
-GATED = ('query', 'key', 'value', 'sdpa', 'out')
+GATED = [position for position, at in gate.POSITIONS.items() if at]
 NUMERICS = layers.Numerics(
   weights='float32', compute='float32', init_std=0.3, residual_init='plain', norm_eps=1e-6
 )
@@ -149,7 +149,9 @@ def test_a_gate_that_cannot_be_is_refused_with_its_reason(fields, said):
     small.gate_config(**fields)
 
 
-@pytest.mark.parametrize('position', ['query', 'key'])
+@pytest.mark.parametrize(
+  'position', [p for p, at in gate.POSITIONS.items() if at and at.normed]
+)
 @pytest.mark.parametrize('heads', ['specific', 'shared'])
 def test_a_headwise_gate_that_qk_norm_would_cancel_is_refused(position, heads):
   changes = dict(
