@@ -32,9 +32,11 @@ from gated import config, storage, sweep  # noqa: E402
 from gated.evidence import campaign, experiment, result  # noqa: E402
 from gated.sweep import judge  # noqa: E402
 from gated.sweep.runner import tail  # noqa: E402
+from scripts import claims  # noqa: E402
 from scripts.sweep import resolve  # noqa: E402
 
 REFUSED, FAILED = 2, 1
+DECIDED = 'supported', 'contradicted'  # The other states of a claim need more results.
 
 
 def names() -> list[str]:
@@ -73,6 +75,7 @@ def run(args: argparse.Namespace, experiments: list[experiment.Experiment]) -> i
   swept = sweep.write(swept, room.environment)
   campaign.check_versions(swept)
   code = sweep.unpacked(swept)
+  decided = {r.claim.name for r in claims.rows() if r.status in DECIDED}
   print(f'{swept.folder}: {len(room.slots)} points at a time ({room.reason})', flush=True)
   for e in experiments:
     print(e.status(), flush=True)
@@ -83,7 +86,7 @@ def run(args: argparse.Namespace, experiments: list[experiment.Experiment]) -> i
       swept,
       seconds=60 * args.minutes,
       whole=args.whole,
-      open_claims=lambda e: len(e.claims),
+      open_claims=lambda e: len(set(e.claims) - decided),
       view=view,
     )
     runner = work.runner(room.slots, code)

@@ -16,11 +16,15 @@ from gated.probes.measure import merge
 # Numbers that are logged while training.
 SCALARS = (
   'first_token_attention',
+  'first_token_attention_from_64',
   'first_token_attention_documents',
+  'first_token_attention_documents_from_64',
   'first_token_uniform_documents',
+  'sink_rate_64',
   'sink_rate',
   'largest_key_weight',
   'attention_entropy',
+  'attention_logit_max',
   'sink_mass',
   'm_act',
   'm_act_max',
