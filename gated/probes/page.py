@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gated.probes.document import document
+
 LOW, HIGH = (255, 255, 255), (46, 152, 216)  # Black text is legible on both.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+# The text stays on white paper: its colours mean scores.
 STYLE = """\
-body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff;
-  max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+:root { color-scheme: light; --ink: #1b1b1b; --paper: #fff; }
 #text { font: 15px/1.9 ui-monospace, monospace; white-space: pre-wrap;
   overflow-wrap: anywhere; border-top: 1px solid #d5d5d5; padding-top: 1rem; }
 #text span { padding: 0.15em 0; border-radius: 2px; }
@@ -74,18 +75,7 @@ def page(
   shades = share_LHT[-1, -1]
   text = ''.join(_token(*pair) for pair in zip(tokens, shades, strict=True))
   css = STYLE.replace('LOW', _color(0)[4:-1]).replace('HIGH', _color(1)[4:-1])
-  return f"""\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
-<style>
-{css}</style>
-</head>
-<body>
+  body = f"""\
 <h1>{html.escape(title)}</h1>
 <p>The gate score of each token ({channels}); point at a token to read it.</p>
 <p>{_select('layer', depth)}{_select('head', heads)}
@@ -93,10 +83,8 @@ def page(
 <div id="text">{text}</div>
 <script type="application/json" id="scores">{json.dumps(numbers)}</script>
 <script>
-{SCRIPT}</script>
-</body>
-</html>
-"""
+{SCRIPT}</script>"""
+  return document(title, body, style=css, allow="script-src 'unsafe-inline'")
 
 
 def shown(token: str) -> str:

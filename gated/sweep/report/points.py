@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from gated import config, model, sweep
-from gated import plan as plans
 from gated.sweep import judge
 from gated.sweep.judge.spikes import GAP, THRESHOLD, WARMUP, WINDOW
 from gated.sweep.judge.warnings import INDICATORS
@@ -129,7 +128,8 @@ def read(
     slow = bool(reason and not before and p.point.config['optim']['lr'] < peaks[p.line])
     args = fitting(p.point.steps) | dict(spike_args)
     limits = {k: args[k] for k in ('threshold', 'warmup')}
-    parameters, flops = _size(json.dumps(dict(p.point.config), sort_keys=True))
+    c = p.point.config
+    parameters, flops = _size(json.dumps(c['model']), c['data']['length'])
     judged.append(
       Judged(
         point=p.point,
@@ -179,14 +179,16 @@ def _reason(log: Log, final: float | None, best: float, rule: judge.Rule) -> str
 
 
 @functools.cache
-def _size(recipe: str) -> tuple[int | None, float | None]:
-  """A recipe as JSON -> its model's parameters, and FLOPs per trained token."""
+def _size(shape: str, length: int) -> tuple[int | None, float | None]:
+  """config.model as JSON, tokens of a row -> parameters, and FLOPs per trained token.
+
+  None for the shape of another version, with other knobs.
+  """
   try:
-    cfg = config.build(plans.Config, json.loads(recipe), 'config')
-  except ValueError:  # Of an older version, with other knobs.
+    cfg = config.build(model.Config, json.loads(shape), 'config.model')
+  except ValueError:
     return None, None
-  count = model.count(model.abstract(cfg.model))
-  return count, model.flops_per_token(cfg.model, cfg.data.length)
+  return model.count(model.abstract(cfg)), model.flops_per_token(cfg, length)
 
 
 def fitting(steps: int) -> dict[str, Any]:

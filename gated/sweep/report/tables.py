@@ -16,7 +16,7 @@ from gated.sweep.report.results import Result
 KEPT = 300  # Points of a curve in curves.csv.
 # Cells that are aligned right.
 NUMBER = re.compile(
-  r'(|–|diverged( \d+ of \d+)?'
+  r'(|–|diverged( \d+ of \d+)?|\d+ pairs'
   r'|[+-]?[\d.,]+(e-?\d+)?[kMGTB]?( ± [\d.]+| \(\+[\d.inf]+\))?)'
 )
 # Characters that Markdown would interpret.

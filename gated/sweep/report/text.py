@@ -81,21 +81,22 @@ def _paragraphs(report: Report) -> Iterator[str]:
   yield from _opening(report)
   number = 0
   loss = report.loss
-  for heading, figures, section in (
-    ('Results', ('overlay',), _results),
-    (f'Final {loss} by learning rate', ('loss_vs_lr',), _losses),
-    ('Comparison with the paper', (), _paper),
-    ('Probes', ('probes',), lambda r: probed.section(r.lines)),
-    ('LR sensitivity', ('sensitivity',), _sensitivity),
-    ('Training curves and spikes', ('curves',), _spikes),
-    ('Divergence', (), _divergence),
-    ('Early warnings', ('warnings',), _warnings),
-    ('Method', (), _method),
+  for heading, figure, section in (
+    ('Results', '', _results),
+    ('Loss over training', 'overlay', lambda _: ()),
+    (f'Final {loss} by learning rate', 'loss_vs_lr', _losses),
+    ('Comparison with the paper', '', _paper),
+    ('Probes', 'probes', lambda r: probed.section(r.lines)),
+    ('LR sensitivity', 'sensitivity', _sensitivity),
+    ('Training curves and spikes', 'curves', _spikes),
+    ('Divergence', '', _divergence),
+    ('Early warnings', 'warnings', _warnings),
+    ('Method', '', _method),
   ):
     paragraphs = list(section(report))
-    if paragraphs:
+    if paragraphs or figure in report.captions:
       yield f'## {heading}'
-    for figure in filter(report.captions.__contains__, figures):
+    if figure in report.captions:
       number += 1
       yield f'![Figure {number}]({figure}.svg)'
       yield f'*Figure {number}.* {report.captions[figure]}'
@@ -124,6 +125,8 @@ def _results(report: Report) -> Iterator[str]:
     f'without divergence. Differences are to **{plain(report.baseline.name)}**.'
   )
   yield tables.main(lines, report.loss).markdown()
+  if any(r.parameters is None for r in lines):
+    yield 'Parameters and FLOPs are unknown for models of a version with other knobs.'
   if not report.noise.dof and not paired.dof:
     yield str(report.noise)
     return
