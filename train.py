@@ -127,7 +127,7 @@ def _loop(run: Run, step, state, services: Services, record: recorder.Recorder) 
   """The loop: data, step, metrics of the previous step, held-out loss, save."""
   cfg, on, corpus = run.plan.cfg, run.plan.mesh, run.corpus
   evaluate = evaluate_step(cfg.model, on, cfg.loss.chunk)
-  watch = run.plan.watch()
+  watch = run.watch()
   batches = corpus.train(int(state.data_step), mesh.rows(on, cfg.batch))
   owed = False  # A save was due at a step that was not finite.
   for number in range(int(state.step) + 1, cfg.steps + 1):

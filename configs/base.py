@@ -94,6 +94,12 @@ def get_config(arg: str = '') -> ConfigDict:
     # Steps between probes (docs/probes.md). Each costs some forward passes of a few rows;
     # 0 for none.
     probes=0,
+    # Steps between samples: continuations of a few prompts, in WORKDIR/samples/STEP.json
+    # and TensorBoard (docs/evaluation.md); 0 for none.
+    samples=0,
+    sample_prompts=(),  # texts to continue; () for the beginnings of held-out documents
+    sample_tokens=64,  # new tokens of a sample, at most
+    sample_temperature=0.8,  # divides the logits; 0 takes the most probable token
   )
   c.paper = dict(
     table='',  # table of the paper; '' for a recipe outside its tables

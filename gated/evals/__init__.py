@@ -3,7 +3,7 @@
 from gated.evals import generate
 from gated.evals.heldout import Config, perplexity, summarize, table
 from gated.evals.positions import Curve
-from gated.evals.samples import longest_document
+from gated.evals.samples import longest_document, sampler
 from gated.evals.sampling import Sampling, define
 from gated.evals.yardsticks import Bigram, measure_yardsticks, xz
 
@@ -17,6 +17,7 @@ __all__ = [
   'longest_document',
   'measure_yardsticks',
   'perplexity',
+  'sampler',
   'summarize',
   'table',
   'xz',

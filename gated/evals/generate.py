@@ -87,6 +87,7 @@ def texts(
     _encode(prompt, f'prompts[{i}]', cfg.vocab, tokenizer)
     for i, prompt in enumerate(prompts)
   ]
+  warn(cfg, max(map(len, ids)), options.max_tokens, context)
   new = run(read_model(), ids, options, on=on, tokenizer=tokenizer, context=context)
   if tokenizer is None:
     return new
@@ -112,9 +113,7 @@ def run(
   a tokenizer.
   """
   cfg, on = net.cfg, _joined(on)
-  cached = not (cfg.moe.experts and cfg.moe.dispatch == 'capacity')
-  longest = max(map(len, prompts))
-  _warn(cfg, longest, options.max_tokens, cached=cached, context=context)
+  cached, longest = _has_cache(cfg), max(map(len, prompts))
   chunk = min(CHUNK, _rounded(longest))
   # The loop itself feeds the last token of each prompt.
   chunks = -(-(longest - 1) // chunk)
@@ -187,7 +186,8 @@ def _encode(
   return ids.astype(np.int32)
 
 
-def _warn(cfg: model.Config, longest: int, more: int, *, cached: bool, context: int):
+def warn(cfg: model.Config, longest: int, more: int, context: int) -> None:
+  """Warns if a prompt and `more` tokens exceed the context, and if there is no cache."""
   yarn = cfg.attn.yarn
   if yarn.factor > 1:
     context = max(context, int(yarn.factor * yarn.original))
@@ -196,11 +196,15 @@ def _warn(cfg: model.Config, longest: int, more: int, *, cached: bool, context: 
       f'a prompt of {longest} tokens and max_tokens={more} exceed the {context} tokens '
       'that the model was trained on'
     )
-  if not cached:
+  if not _has_cache(cfg):
     log.warning(
       "config.model.moe.dispatch='capacity' allows no cache of keys and values: each "
       'token runs the model on the whole row'
     )
+
+
+def _has_cache(cfg: model.Config) -> bool:
+  return not (cfg.moe.experts and cfg.moe.dispatch == 'capacity')
 
 
 def _rounded(count: int) -> int:
@@ -289,7 +293,9 @@ def _decode(net, rows: Rows, knobs: Knobs, steps, *, top_k: int, with_p: bool):
     return i + 1, Rows(*state, cache)
 
   going = lambda carry: (carry[0] < steps) & ~carry[1].done_B.all()
-  return jax.lax.while_loop(going, step, (jnp.int32(0), rows))[1]
+  rows = jax.lax.while_loop(going, step, (jnp.int32(0), rows))[1]
+  # Each process reads the results, so each must hold them whole.
+  return Rows(*map(mesh.constrain, rows[:3]), rows.cache)
 
 
 def _next(net: model.Transformer, rows: Rows) -> tuple[jax.Array, tuple]:

@@ -111,7 +111,6 @@ class Plan:
       kind: _replicated(cfg.model, self.mesh, functools.partial(run, micro=self.micro))
       for kind, (_, run, _) in kinds.items()
     }
-    due = lambda every, step: every and (step <= 1 or step % every == 0)
     return lambda step, *args: {
       kind: (compiled[kind](*args), read)
       for kind, (every, _, read) in kinds.items()
@@ -137,6 +136,11 @@ def _sizes(cfg: Config, devices: Sequence[Any], choose: Chooser | None) -> dict[
   sizes, reason = choose(cfg, len(devices), chip, mesh.slices(devices))
   logging.getLogger('gated').info(reason)
   return sizes
+
+
+def due(every: int, step: int) -> bool:
+  """Whether a measurement is due at a step: at the first, and at multiples of `every`."""
+  return every > 0 and (step <= 1 or step % every == 0)
 
 
 def amount(n: float) -> str:

@@ -2,15 +2,15 @@
 
 import dataclasses
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from gated import config, data, storage
+from gated import config, data, evals, storage
 from gated.devices import processes
-from gated.plan.plan import Chooser, Plan
+from gated.plan.plan import Chooser, Plan, due
 from gated.plan.recipe import Config
 from gated.run import checkpoint, metrics, weights
 from gated.run import workdir as workdirs
@@ -28,6 +28,7 @@ class Run(NamedTuple):
   lowered: Any  # the train step, lowered but not compiled
   weights: weights.Source | None  # of config.init_from
   resume: workdirs.Resume  # the step to restore, and the changes since
+  sample: Callable | None  # as of evals.sampler; None without config.log.samples
 
   def record_session(self) -> None:
     """Adds this session to run.json, on process 0."""
@@ -39,6 +40,21 @@ class Run(NamedTuple):
         restored=self.resume.step,
         changed=self.resume.changed,
       )
+
+  def watch(self) -> Callable[..., dict[str, tuple[Any, Callable]]]:
+    """As `Plan.watch`, and 'samples', whose texts are computed at once."""
+    watch, sample, every = self.plan.watch(), self.sample, self.plan.cfg.log.samples
+    if sample is None:
+      return watch
+
+    def run(step, model, batch):
+      measured = watch(step, model, batch)
+      if due(every, step):
+        texts = sample(model)
+        measured['samples'] = (), lambda _: texts
+      return measured
+
+    return run
 
   def first_state(self, saves: checkpoint.Checkpoints) -> Any:
     """The state that a session starts from: a saved step, other weights, or fresh."""
@@ -89,4 +105,20 @@ def prepare(
   _log.info('%s', plan)
   if not corpus.domains:
     _log.info('the data has no held-out rows: no held-out loss, and no best step')
-  return Run(c, workdir, plan, corpus, plan.train_step(), source, resume)
+  sample = _sampler(plan, corpus) if cfg.log.samples else None
+  return Run(c, workdir, plan, corpus, plan.train_step(), source, resume, sample)
+
+
+def _sampler(plan: Plan, corpus: data.Corpus) -> Callable:
+  cfg = plan.cfg
+  log = cfg.log
+  return evals.sampler(
+    corpus,
+    log.sample_prompts,
+    evals.Sampling(
+      max_tokens=log.sample_tokens, temperature=log.sample_temperature, seed=cfg.seed
+    ),
+    cfg=cfg.model,
+    on=plan.mesh,
+    context=cfg.data.length,
+  )

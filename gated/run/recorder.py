@@ -13,8 +13,9 @@ from gated.run import events, metrics, watchdog
 from gated.run.events import Events
 from gated.train import guard
 
-# Measures of a step by kind: values on the devices, and how to read them on the host.
-Watched = dict[str, tuple[Any, Callable[[Any], dict[str, float]]]]
+# Measures of a step by kind: values on the devices, and how to read them on the host:
+# scalars by name, or the texts of 'samples'.
+Watched = dict[str, tuple[Any, Callable[[Any], Any]]]
 
 
 class Rollback(Exception):
@@ -113,7 +114,10 @@ class Recorder(contextlib.ExitStack):
       self._log.write(step, 'train', row)
       self._progress.update(step, row)
     for kind, row in scalars.items():
-      self._log.write(step, kind, row)
+      if kind == 'samples':
+        self._log.write_samples(step, row)
+      else:
+        self._log.write(step, kind, row)
     if action != 'go':
       self.say(f'step {step}: {reason}')
       data_step = step - 1 + self._ahead

@@ -246,12 +246,13 @@ def test_the_end_of_text_ends_a_row_and_no_id_beyond_the_tokenizer_is_drawn():
 
 def test_prompts_beyond_the_trained_context_and_uncached_models_are_logged(caplog):
   with caplog.at_level(logging.WARNING, 'gated'):
-    run(small.model_of(**GATED), context=28)
+    options = dict(max_tokens=9, temperature=0)
+    texts(PROMPTS, net=small.model_of(**GATED), context=28, **options)
     assert not caplog.records
-    run(small.model_of(**GATED), context=27)
+    texts(PROMPTS, net=small.model_of(**GATED), context=27, **options)
     assert re.search('prompt of 19 tokens and max_tokens=9 exceed the 27', caplog.text)
     caplog.clear()
-    run(small.model_of(**VARIANTS['capacity']))
+    texts(PROMPTS, net=small.model_of(**VARIANTS['capacity']), **options)
     assert "config.model.moe.dispatch='capacity' allows no cache" in caplog.text
 
 

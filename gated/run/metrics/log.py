@@ -11,8 +11,9 @@ import math
 import secrets
 import sys
 import tempfile
+import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,11 +44,17 @@ class Config:
   profile_last: int
   indicators: int
   probes: int
+  samples: int
+  sample_prompts: tuple[str, ...]
+  sample_tokens: int
+  sample_temperature: float
 
   def __post_init__(self):
     config.at_least('config.log.every', self.every, 1)
-    config.at_least('config.log.indicators', self.indicators, 0)
-    config.at_least('config.log.probes', self.probes, 0)
+    for kind in ('indicators', 'probes', 'samples'):
+      config.at_least(f'config.log.{kind}', getattr(self, kind), 0)
+    config.within('config.log.sample_tokens', self.sample_tokens, 1, 1 << 24)
+    config.at_least('config.log.sample_temperature', self.sample_temperature, 0.0)
     if self.profile_first >= 0 and self.profile_last < self.profile_first:
       first, last = self.profile_first, self.profile_last
       raise ValueError(
@@ -74,11 +81,16 @@ class Log(contextlib.ExitStack):
   ):
     super().__init__()
     self.path = storage.Path(workdir) / 'metrics.jsonl'
+    self._samples = storage.Path(workdir) / 'samples'
     self._sink = self._board = self._wandb = None
     if not enabled:
       return
     storage.make(self.path.parent)
     records.truncate(self.path, step)
+    for name in storage.names(self._samples):
+      number = name.removesuffix('.json')
+      if number.isdecimal() and int(number) > step:
+        storage.remove(self._samples / name)
     self._sink = records.sink(self.path)
     self.callback(self._sink.close)
     if tensorboard and storage.is_remote(workdir):
@@ -115,6 +127,22 @@ class Log(contextlib.ExitStack):
         self._board.add_scalar(name, value, step, walltime=record['time'])
     if self._wandb is not None:
       self._wandb.log(numbers, step=step)
+
+  def write_samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
+    """Writes samples, {'prompt': ..., 'text': ...} each, to WORKDIR/samples/STEP.json.
+
+    TensorBoard shows them as texts, with a bar between prompt and continuation.
+    """
+    if self._sink is None:
+      return
+    content = {'step': step, 'samples': samples}
+    storage.write_json(self._samples / f'{step}.json', content)
+    if self._board is None:
+      return
+    for i, sample in enumerate(samples):
+      text = f'{sample["prompt"]}\N{LEFT HALF BLOCK}{sample["text"]}'
+      # Markdown shows an indented text as it is.
+      self._board.add_text(f'samples/{i}', textwrap.indent(text, '    '), step)
 
   def sync(self) -> None:
     """Flushes the records to the disk or store: call it before a checkpoint is saved."""
