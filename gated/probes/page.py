@@ -106,4 +106,6 @@ def _color(share: float) -> str:
 def _select(name: str, count: int) -> str:
   numbers = ''.join(f'<option value="{i}">{i}</option>' for i in range(count))
   mean = f'<option value="{count}" selected>mean of {count}</option>'
-  return f'<label>{name} <select id="{name}">{mean}{numbers}</select></label>'
+  # A browser may restore an earlier choice after the script has run; not with `off`.
+  select = f'<select id="{name}" autocomplete="off">{mean}{numbers}</select>'
+  return f'<label>{name} {select}</label>'

@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import shutil
 import subprocess
 import sys
 
@@ -71,6 +72,45 @@ def test_channels_are_averaged_and_colours_range_over_the_limits():
   )
   share = (score.mean(-1) + 2) / 4
   np.testing.assert_allclose(np.array(numbers['scores'])[:2, :3] / 1000, share, atol=1e-3)
+
+
+# A page as far as its script uses one: the spans' style and title, and two selections.
+DOM = """
+const [data, script, choices] = JSON.parse(require('fs').readFileSync(0));
+const spans = data.scores[0][0].map(() => ({style: {}, title: ''}));
+const parts = {scores: {textContent: JSON.stringify(data)}, layer: {}, head: {}};
+[parts.layer.value, parts.head.value] = choices[0];
+const document = {getElementById: id => parts[id], querySelectorAll: () => spans};
+new Function('document', script)(document);
+const shown = choices.map(([layer, head], i) => {
+  parts.layer.value = layer, parts.head.value = head;
+  if (i) parts[i % 2 ? 'layer' : 'head'].onchange();
+  return spans.map(span => [span.style.background, span.title]);
+});
+console.log(JSON.stringify(shown));
+"""
+
+
+@pytest.mark.skipif(not shutil.which('node'), reason='needs node')
+def test_the_script_colours_the_text_for_the_chosen_layer_and_head():
+  score_LHT = 4 * scores(len(EVIL)) - 2
+  text = page.page(score_LHT, EVIL, title='', limits=(-2.0, 2.0))
+  numbers, script = Page(text).scripts
+  choices = [('2', '3'), ('0', '3'), ('0', '1')]  # The mean of all first.
+  command = json.dumps([json.loads(numbers), script, choices])
+  done = subprocess.run(
+    ['node', '-e', DOM], input=command, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  expected = score_LHT.mean((0, 1)), score_LHT[0].mean(0), score_LHT[0, 1]
+  for shown, score_T in zip(json.loads(done.stdout), expected, strict=True):
+    for i, ((color, title), score) in enumerate(zip(shown, score_T, strict=True)):
+      head, _, number = title.rpartition(' ')
+      assert head == f'token {i}:' and float(number) == pytest.approx(score, abs=3e-3)
+      # White at the least score, LOW, to HIGH at the greatest.
+      levels = [int(x) for x in color[4:-1].split(',')]
+      mixed = [a + (score + 2) / 4 * (b - a) for a, b in zip(page.LOW, page.HIGH)]
+      np.testing.assert_allclose(levels, mixed, atol=1)
 
 
 @pytest.mark.parametrize('shape', [(2, 3), (2, 3, 5), (2, 3, 0)])
