@@ -261,17 +261,21 @@ def _paper(paper: Mapping[str, float], name: str) -> tuple[float | None, float |
 
 
 def draw(
-  pictures: Mapping[str, Callable[[list[Line]], Drawn]],
-  lines: list[Line],
+  pictures: Mapping[str, Callable[[Any], Drawn]],
+  shown: Any,
   folder: storage.Path,
+  formats: tuple[str, ...] = (*style.FORMATS,),
 ) -> dict[str, str]:
-  """Writes FOLDER/NAME.svg, .pdf and .png of each figure with data -> the captions."""
+  """Writes FOLDER/NAME.FORMAT of each figure with data -> the captions.
+
+  A picture takes what is `shown`: the lines of a report, for example.
+  """
   captions = {}
   with matplotlib.rc_context(style.STYLE):
     for name, picture in pictures.items():
-      drawn = picture(lines)
+      drawn = picture(shown)
       if not drawn:
         continue
       figure, captions[name] = drawn
-      style.save(figure, folder, name)
+      style.save(figure, folder, name, formats)
   return captions

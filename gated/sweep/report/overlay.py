@@ -24,6 +24,10 @@ FIRST = 0.1  # This first fraction of a curve may lie outside the axis.
 # The least extent of an axis in hours -> its unit, and hours in the unit.
 UNITS = ((1.0, 'hours', 1.0), (1 / 60, 'minutes', 1 / 60), (0.0, 'seconds', 1 / 3600))
 
+NO_MARK, NO_LINE = {'marker': ''}, {'ls': 'none'}
+NOTHING = np.zeros(0)
+Heights = tuple[np.ndarray, np.ndarray]  # The drawn values of lines, and of marks.
+
 
 class Series(NamedTuple):
   """Runs that are drawn alike: the seeds of a recipe."""
@@ -57,29 +61,28 @@ def losses(series: Sequence[Series], *, base: int, by: str) -> Drawn:
   axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
   extent = max(_extent(log, by) for s in shown for log in s.logs.values())
   label, unit = _unit(by, extent)
-  handles, heights = [], []
+  handles, drawn = [], []
   for i, s in enumerate(series):
     if s not in shown:
       continue
-    heights += _losses(axes[0], s, look(i), by, unit)
+    drawn.append(_losses(axes[0], s, look(i), by, unit))
     handles.append(Line2D([], [], label=wrapped(s.label, 44), **look(i)))
-  _frame(axes[0], heights)
+  _frame(axes[0], drawn)
   axes[0].set_ylabel('loss (nats/token)')
-  caption = (
-    'Training loss (lines: rolling median, mean over the seeds) and held-out loss '
-  )
-  caption += '(marks).'
+  many = any(len(s.logs) > 1 for s in shown)
+  mean = ', mean over the seeds' if many else ''
+  caption = f'Training loss (lines: smoothed{mean}) and held-out loss (marks).'
   if below:
-    heights = []
+    drawn = []
     for i, s in enumerate(series):
       if s in below:
-        lines = _difference(s, series[base], by)
-        heights += _draw(axes[1], s, lines, look(i), (by, unit), len(below) <= BANDS)
+        lines, band = _difference(s, series[base], by), len(below) <= BANDS
+        drawn.append(_draw(axes[1], s, lines, look(i), (by, unit), band))
     axes[1].axhline(0, color='black', lw=0.6, zorder=1)
-    _frame(axes[1], heights)
+    _frame(axes[1], drawn)
     axes[1].set_ylabel('difference (nats/token)')
-    caption += f' Below: minus the loss of {series[base].label}, seed by seed where both '
-    caption += 'have it.'
+    each = ', seed by seed where both have it' if many else ''
+    caption += f' Below: minus the loss of {series[base].label}{each}.'
     if len(below) <= BANDS and any(len(s.logs) > 1 for s in below):
       caption += ' Bands are the range over the seeds.'
   axes[-1].set_xlabel(label)
@@ -102,13 +105,17 @@ def _unit(by: str, extent: float) -> tuple[str, float]:
 
 
 def _smooth(values: np.ndarray, windows: int) -> np.ndarray:
-  """Values -> their rolling median; non-finite ones count as the largest."""
+  """Values -> the rolling mean of their rolling median, both over the same windows.
+
+  Non-finite values count as the largest, and stay so where they are the median.
+  """
   size = len(values) // windows
   if size < 2:
     return values
   top = np.finfo(np.float64).max
   x = ndimage.median_filter(np.nan_to_num(values, nan=top, posinf=top), size | 1)
-  return np.where(x == top, np.nan, x)
+  x = np.where(x == top, np.nan, x)
+  return ndimage.uniform_filter1d(x, size | 1) if np.isfinite(x).all() else x
 
 
 def _mean(curves: Sequence[Curve]) -> tuple[Curve, np.ndarray, np.ndarray]:
@@ -120,22 +127,18 @@ def _mean(curves: Sequence[Curve]) -> tuple[Curve, np.ndarray, np.ndarray]:
   return Curve(steps, rows.mean(0)), rows.min(0), rows.max(0)
 
 
-def _losses(ax: Any, s: Series, look: dict, by: str, unit: float) -> list[np.ndarray]:
+def _losses(ax: Any, s: Series, look: dict, by: str, unit: float) -> Heights:
   """Draws the mean training curve and the held-out marks -> the drawn values."""
   logs = [log for log in s.logs.values() if len(log.train.steps)]
   train, *_ = _mean([Curve(x.train.steps, _smooth(x.train.values, LOSS)) for x in logs])
-  line = {**look, 'marker': ''}
   curve = train.thinned(DRAWN)
-  ax.plot(logs[0].along(curve, by) / unit, curve.values, zorder=3, **line)
-  heights = [train.values[int(FIRST * len(train.values)) :]]
+  ax.plot(logs[0].along(curve, by) / unit, curve.values, zorder=3, **look | NO_MARK)
   held = [log.heldout for log in logs if len(log.heldout.steps)]
-  if held:
-    mean, *_ = _mean(held)
-    ax.plot(
-      logs[0].along(mean, by) / unit, mean.values, zorder=4, **look | {'ls': 'none'}
-    )
-    heights.append(mean.values)
-  return heights
+  if not held:
+    return _late(train), NOTHING
+  mean, *_ = _mean(held)
+  ax.plot(logs[0].along(mean, by) / unit, mean.values, zorder=4, **look | NO_LINE)
+  return _late(train), mean.values
 
 
 def _difference(s: Series, base: Series, by: str) -> list[list[Curve]]:
@@ -157,25 +160,25 @@ def _draw(
   look: dict,
   axis: tuple[str, float],
   band: bool,
-) -> list[np.ndarray]:
+) -> Heights:
   """Draws the differences of a series -> the drawn values."""
-  (by, unit), heights = axis, []
+  by, unit = axis
   log = next(log for log in s.logs.values() if len(log.train.steps))
   train, held = differences
+  lines = marks = NOTHING
   if train:
     smooth = [Curve(c.steps, _smooth(c.values, CHANGE)) for c in train]
     mean, least, most = _mean(smooth)
     x = log.along(mean, by) / unit
-    ax.plot(x, mean.values, zorder=3, **look | {'marker': ''})
+    ax.plot(x, mean.values, zorder=3, **look | NO_MARK)
     if len(train) > 1 and band:
       ax.fill_between(x, least, most, color=look['color'], alpha=0.15, lw=0)
-    heights.append(mean.values[int(FIRST * len(mean.values)) :])
+    lines = _late(mean)
   if held:
     mean, *_ = _mean(held)
-    x = log.along(mean, by) / unit
-    ax.plot(x, mean.values, zorder=4, **look | {'ls': 'none'})
-    heights.append(mean.values[mean.steps > FIRST * mean.steps[-1]])
-  return heights
+    ax.plot(log.along(mean, by) / unit, mean.values, zorder=4, **look | NO_LINE)
+    marks = _late(mean)
+  return lines, marks
 
 
 def _minus(own: Log, other: Log, by: str, name: str) -> Curve:
@@ -196,12 +199,18 @@ def _minus(own: Log, other: Log, by: str, name: str) -> Curve:
   return Curve(a.steps[inside], a.values[inside] - np.interp(x[inside], xs, b.values))
 
 
-def _frame(ax: Any, heights: Sequence[np.ndarray]) -> None:
-  """Sets the range of the axis to the finite values, without their outer percent."""
-  finite = [x[np.isfinite(x)] for x in heights]
-  values = np.concatenate([*finite, np.zeros(0)])
-  if len(values):
-    low, high = np.quantile(values, [0.005, 0.995])
+def _late(curve: Curve) -> np.ndarray:
+  """The values after the first steps, which may lie outside the axis."""
+  return curve.values[curve.steps > FIRST * max(curve.steps, default=0)]
+
+
+def _frame(ax: Any, drawn: Sequence[Heights]) -> None:
+  """Sets the range of the axis: all marks, and the lines without their outer percent."""
+  lines, marks = (np.concatenate([*column, NOTHING]) for column in zip(*drawn))
+  lines, marks = lines[np.isfinite(lines)], marks[np.isfinite(marks)]
+  ends = [*np.quantile(lines, [0.005, 0.995])] if len(lines) else []
+  if ends := [*ends, *marks]:
+    low, high = min(ends), max(ends)
     pad = 0.08 * max(high - low, 1e-3 * abs(high), 1e-9)
     ax.set_ylim(low - pad, high + pad)
 
@@ -221,7 +230,7 @@ def panels(series: Sequence[Series], titles: Mapping[str, str], *, by: str) -> D
   for ax in axes.flat[len(names) :]:
     ax.set_visible(False)
   for panel, (ax, name) in enumerate(zip(axes.flat, names)):
-    ax.set_title(titles[name], size=7)
+    ax.set_title(wrapped(titles[name], 24), size=7)
     for i, s in enumerate(series):
       for log in s.logs.values():
         curve = log.curves[name].thinned(DRAWN)
@@ -229,7 +238,7 @@ def panels(series: Sequence[Series], titles: Mapping[str, str], *, by: str) -> D
         ax.plot(log.along(curve, by) / unit, curve.values, **style | {'lw': 0.8})
     _scale(ax)
     ax.tick_params(labelsize=6, labelbottom=panel + across >= len(names))
-    ax.xaxis.set_major_locator(ticker.MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    ax.xaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
   figure.supxlabel(label, size=8)
   handles = [
@@ -237,7 +246,7 @@ def panels(series: Sequence[Series], titles: Mapping[str, str], *, by: str) -> D
   ]
   options: dict[str, Any] = dict(loc='outside upper center', handlelength=3)
   figure.legend(handles=handles, ncols=2 if len(series) > 1 else 1, **options)
-  return figure, f'{", ".join(titles[name] for name in names)}.'
+  return figure, f'By {by}: {", ".join(titles[name] for name in names)}.'
 
 
 def _scale(ax: Any) -> None:
