@@ -3,6 +3,7 @@
   python scripts/sweep.py run --config=configs/lr_sweep.py:scale=test
   python scripts/sweep.py run --config=configs/tiny.py --axis=optim.lr=1e-3,4e-3 --seeds=2
   python scripts/sweep.py run --dir=DIR                   resumes that sweep
+  python scripts/sweep.py run --dir=DIR --axis=optim.lr=2e-3 --seeds=5     adds points
   python scripts/sweep.py submit --config=... --on=slurm  submits it to a scheduler; then
   python scripts/sweep.py list DIR, delete DIR            (docs/clusters.md)
   python scripts/sweep.py status DIR
@@ -32,7 +33,8 @@ from ml_collections import config_flags
 
 from configs import axes, base
 from gated import config, storage, sweep
-from gated.sweep import judge, report
+from gated.plan import command
+from gated.sweep import judge, launch, report
 from gated.sweep.launch import desk
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,16 +100,7 @@ def _parse(words: Sequence[str]) -> Any:
   config_flags.DEFINE_config_file(
     'config', None, '', lock_config=True, flag_values=values, sys_argv=words
   )
-  try:
-    config.check_command(words, config.flatten(base.get_config().to_dict()))
-    left = values(words)
-  except ValueError:
-    raise
-  except Exception as error:
-    raise ValueError(config.plain(error)) from error
-  if len(left) > 1:
-    hint = '; resume a sweep with --dir=DIR' if Path(left[1]).is_dir() else ''
-    raise ValueError(f'unknown argument {left[1]!r}{hint}')
+  command.parse(words, values, base, None, folder='dir')
   return values['config']
 
 
@@ -117,11 +110,7 @@ def planned(args: argparse.Namespace, words: Sequence[str]) -> sweep.Sweep:
   parts: list[list[axes.Point]] = []
   if hasattr(source.module, 'get_grid'):
     parts.append(source.module.get_grid(source.spec.partition(':')[2]))
-  parts += [_axis(text, source) for text in args.axis]
-  if args.seeds is not None:
-    if args.seeds < 1:
-      raise ValueError(f'--seeds={args.seeds} must be positive')
-    parts.append(axes.seeds(args.seeds))
+  parts += _axes(args, [f'--config={source.spec}', *source.overrides], resolve)
   if not parts:
     raise ValueError(
       f'--config={source.spec} has no get_grid: name its axes, --axis=optim.lr=1e-3,2e-3 '
@@ -139,38 +128,55 @@ def planned(args: argparse.Namespace, words: Sequence[str]) -> sweep.Sweep:
   )
 
 
-def _axis(text: str, source: Recipe) -> list[axes.Point]:
+def _axes(args: Any, words: Sequence[str], resolve: Callable) -> list[list[axes.Point]]:
+  """The axes of `--axis` and `--seeds`, for the recipe that `words` name."""
+  parts = [_axis(text, words, resolve) for text in args.axis]
+  if args.seeds is not None:
+    if args.seeds < 1:
+      raise ValueError(f'--seeds={args.seeds} must be positive')
+    parts.append(axes.seeds(args.seeds))
+  return parts
+
+
+def _axis(text: str, words: Sequence[str], resolve: Callable) -> list[axes.Point]:
   """'optim.lr=1e-3,2e-3' -> a point for each value, parsed as the knob's type."""
   knob, equals, values = text.partition('=')
   knob = knob.removeprefix('config.')
   if not (knob and equals):
     raise ValueError(f'--axis={text!r} is not KNOB=VALUE,VALUE')
-  words = [f'--config={source.spec}', *source.overrides]
   read = lambda value: config.dig(resolve([*words, f'--config.{knob}={value}']), knob)
   return axes.axis(knob, [read(value) for value in values.split(',') if value])
 
 
-def existing(args: argparse.Namespace, words: Sequence[str]) -> sweep.Sweep | None:
-  """The sweep in `--dir`; None if the arguments contain a recipe or a grid."""
-  if words or args.axis or args.seeds is not None or not args.dir:
-    return None
-  swept = sweep.open(args.dir)
-  if args.deterministic and '--deterministic' not in swept.flags:
+def requested(args: argparse.Namespace, words: Sequence[str]) -> sweep.Growth:
+  """The arguments of `run` or `submit` -> the sweep that they start or continue."""
+  if words or not args.dir:
+    draft = planned(args, words)
+    if storage.is_remote(draft.folder) or not (draft.folder / sweep.NAME).exists():
+      return sweep.Growth(draft)
+    return sweep.join(sweep.open(draft.folder), draft, resolve)
+  old = sweep.open(args.dir)
+  if args.deterministic and '--deterministic' not in old.flags:
     raise ValueError(f'--deterministic, but the sweep in {args.dir} is not')
-  return swept
+  if not args.axis and args.seeds is None:
+    return sweep.Growth(old)
+  with sweep.resolver(old, resolve) as own:
+    parts = _axes(args, [f'--config={old.recipe}', *old.overrides], own)
+    return sweep.extend(old, axes.product(*parts), own, args.only)
 
 
 def run(args: argparse.Namespace, words: Sequence[str]) -> int:
-  swept = existing(args, words)
-  draft = swept or planned(args, words)
+  growth = requested(args, words)
+  draft = growth.swept
   points = sweep.only(draft.points, args.only)
-  if not (sweep.local(draft.folder) / sweep.NAME).exists():
+  if growth.added or not (sweep.local(draft.folder) / sweep.NAME).exists():
     sweep.check_here(points)
   # Room for all points, so that a part has the same environment and losses as the whole.
   room = sweep.room(draft.points, args.jobs)
   slots = room.slots[: len(points)]
-  swept = swept or sweep.write(draft, room.environment)
+  swept = sweep.write(draft, room.environment)
   code = sweep.unpacked(swept)
+  print(growth, end='')
   print(f'{swept.folder}: {len(points)} points, {len(slots)} at a time ({room.reason})')
   if not sweep.is_current(swept):
     print(f"points use the sweep's sources of {swept.made['time']}, not the current ones")
@@ -212,7 +218,16 @@ def compare(args: argparse.Namespace, words: Sequence[str]) -> int:
 
 
 def submit(args: argparse.Namespace, words: Sequence[str]) -> int:
-  swept = existing(args, words) or planned(args, words)
+  growth = requested(args, words)
+  swept = growth.swept
+  if growth.added and storage.exists(swept.folder / launch.RECORD):
+    raise ValueError(
+      f'{swept.folder} is submitted, so it cannot get {len(growth.added)} more points: '
+      '`sweep.py delete` removes its jobs, and then the same command submits all points '
+      'that have not ended'
+    )
+  if not args.dry_run:
+    print(growth, end='')
   return desk.submit(args, swept, sweep.only(swept.points, args.only))
 
 

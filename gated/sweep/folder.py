@@ -3,6 +3,7 @@
 All points run the packed sources, even if the checkout changes meanwhile.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -14,7 +15,7 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # The packed sources: folders, and patterns of files.
 CARRIED = 'configs', 'gated', 'scripts'
 FILES = 'train.py', 'eval.py', 'pyproject.toml', 'LICENSE', 'requirements*'
+FILES += ('experiments/*/recipe.py',)
 LEFT_OUT = '__pycache__', '.pyc', '.partial'
 MOST = 1 << 26  # Bytes of all sources; a sweep carries no data.
 
@@ -40,13 +42,17 @@ def write(swept: Sweep, environment: Mapping[str, str] | None = None) -> Sweep:
   """Writes a sweep's folder with the current sources -> the Sweep in it.
 
   `environment` holds the variables of its points on this machine. An existing folder of
-  the same sweep stays as it is. ValueError for a folder of another sweep, listing the
-  differences, or one that cannot be written.
+  the same sweep stays as it is, but gets the points that were added to an opened sweep.
+  ValueError for a folder of another sweep, listing the differences, or one that cannot be
+  written.
   """
   root = swept.folder
   if storage.exists(root / NAME):
     old = open(root)
-    _check_same(old, swept)
+    if swept.made:
+      return _add(old, swept)
+    lines = [f'the point {name} is {where}' for name, where in _apart(old, swept).items()]
+    refuse(old, lines + changed(old, swept))
     return old
   packed = pack(ROOT)
   made = {
@@ -57,6 +63,12 @@ def write(swept: Sweep, environment: Mapping[str, str] | None = None) -> Sweep:
     'versions': provenance.versions(),
     'environment': dict(environment or {}),
   }
+  return _written(dataclasses.replace(swept, made=made), packed)
+
+
+def _written(swept: Sweep, packed: bytes | None) -> Sweep:
+  """Writes a sweep.json, and the sources if there are any -> the Sweep in its folder."""
+  root = swept.folder
   content = {
     'format': FORMAT,
     'name': swept.name,
@@ -64,16 +76,36 @@ def write(swept: Sweep, environment: Mapping[str, str] | None = None) -> Sweep:
     'overrides': swept.overrides,
     'flags': swept.flags,
     'rule': dataclasses.asdict(swept.rule),
-    'made': made,
+    'made': swept.made,
     'points': [p._asdict() | {'command': swept.command(p)} for p in swept.points],
   }
   try:
-    storage.write(root / CODE, packed)
+    if packed is not None:
+      storage.write(root / CODE, packed)
     # Last: it marks the folder as complete.
     storage.write_json(root / NAME, metrics.plain(content))
   except OSError as error:
     raise ValueError(f'--dir={root} cannot be written: {error}') from error
   return open(root)
+
+
+def _add(old: Sweep, swept: Sweep) -> Sweep:
+  """A sweep in its folder and one with more points -> the sweep with all of them.
+
+  Points that another process added meanwhile stay. `made` lists each addition.
+  """
+  known = {p.name for p in old.points}
+  added = [p for p in swept.points if p.name not in known]
+  if not added:
+    return old
+  labels = {p.name: p.labels for p in swept.points}
+  before = [
+    p._replace(labels=labels[p.name]) if p.name in labels else p for p in old.points
+  ]
+  time = datetime.now(UTC).isoformat(timespec='seconds')
+  note = {'time': time, 'points': [p.name for p in added]}
+  made = {**old.made, 'added': [*old.made['added'], note]}
+  return _written(dataclasses.replace(old, points=(*before, *added), made=made), None)
 
 
 def open(folder: storage.PathLike) -> Sweep:
@@ -94,7 +126,7 @@ def open(folder: storage.PathLike) -> Sweep:
     points = tuple(_point(p) for p in content['points'])
     if not points or len({p.name for p in points}) < len(points):
       raise ValueError('no points, or two with the same name')
-    made: dict[str, Any] = {'git': None, **content['made']}
+    made: dict[str, Any] = {'git': None, 'added': [], **content['made']}
     _texts([made[key] for key in ('time', 'sha256', 'python')])
     _texts([*made['environment'].values(), content['name'], content['recipe']])
     return Sweep(
@@ -135,28 +167,50 @@ def _texts(values: Any) -> tuple[str, ...]:
   return tuple(values)
 
 
-def _check_same(old: Sweep, new: Sweep) -> None:
-  """ValueError with a list of the differences if two sweeps are not the same."""
-  before, after = ({p.name: p for p in s.points} for s in (old, new))
-  lines = [f'the point {n} is only in the folder' for n in before if n not in after]
-  lines += [f'the point {name} is new' for name in after if name not in before]
-  changed: dict[str, tuple[Any, Any]] = {}
-  for name in before.keys() & after.keys():
-    a, b = (
-      json.loads(metrics.dumps(s[name].config, indent=None)) for s in (before, after)
-    )
-    changed |= config.differences(a, b)
-  if old.flags != new.flags:
-    changed['flags'] = ' '.join(old.flags), ' '.join(new.flags)
-  if old.rule != new.rule:
-    changed['the rule of divergence'] = old.rule, new.rule
-  lines += [f'{name}: {x!r} in the folder, {y!r} now' for name, (x, y) in changed.items()]
+def _apart(old: Sweep, new: Sweep) -> dict[str, str]:
+  """Two sweeps -> the names of the points that only one has, and which one has them."""
+  before, after = ({p.name for p in s.points} for s in (old, new))
+  return dict.fromkeys(sorted(before - after), 'only in the folder') | dict.fromkeys(
+    sorted(after - before), 'new'
+  )
+
+
+def changed(old: Sweep, new: Sweep) -> list[str]:
+  """A sweep in its folder and a new one -> their differences, except in their points.
+
+  The recipes of points with the same name are compared.
+  """
+  before, after = ({p.name: p.config for p in s.points} for s in (old, new))
+  lines = differences([(before[n], after[n]) for n in before if n in after])
+  texts = {
+    'flags': (' '.join(old.flags), ' '.join(new.flags)),
+    'the rule of divergence': (old.rule, new.rule),
+  }
+  return lines + [_line(n, x, y) for n, (x, y) in texts.items() if x != y]
+
+
+def differences(recipes: Iterable[tuple[Mapping, Mapping]]) -> list[str]:
+  """Pairs of recipes, in the folder and now -> a line for each knob that differs."""
+  lines = []
+  for pair in recipes:
+    a, b = (json.loads(metrics.dumps(recipe, indent=None)) for recipe in pair)
+    lines += [_line(name, x, y) for name, (x, y) in config.differences(a, b).items()]
+  return list(dict.fromkeys(lines))
+
+
+def _line(name: str, old: Any, new: Any) -> str:
+  return f'{name}: {old!r} in the folder, {new!r} now'
+
+
+def refuse(old: Sweep, lines: Sequence[str]) -> None:
+  """ValueError that lists the differences to the sweep in a folder, unless none exist."""
   if lines:
     rest = [f'and {len(lines) - 20} more'] if len(lines) > 20 else []
     listed = '\n'.join(f'  {line}' for line in [*lines[:20], *rest])
     raise ValueError(
       f'--dir={old.folder} holds another sweep; differences:\n{listed}\n'
-      'Choose another folder, or resume that sweep with --dir alone'
+      'Choose another folder, or leave out --config: --dir alone resumes that sweep, and '
+      '--dir with --axis or --seeds adds points to it'
     )
 
 
@@ -172,7 +226,12 @@ def local(folder: storage.Path) -> Path:
 
 def is_current(swept: Sweep) -> bool:
   """Whether a sweep's sources equal the current ones."""
-  return hashlib.sha256(pack(ROOT)).hexdigest() == swept.made['sha256']
+  return current() == swept.made['sha256']
+
+
+def current() -> str:
+  """-> the SHA-256 of the current sources."""
+  return hashlib.sha256(pack(ROOT)).hexdigest()
 
 
 def pack(root: Path) -> bytes:
@@ -205,26 +264,44 @@ def pack(root: Path) -> bytes:
   return out.getvalue()
 
 
+def _packed(swept: Sweep) -> bytes:
+  """A sweep -> its packed sources; ValueError if they do not match its sweep.json."""
+  packed = storage.read(swept.folder / CODE, LIMIT)
+  digest, sha256 = hashlib.sha256(packed).hexdigest(), swept.made['sha256']
+  if digest != sha256:
+    raise ValueError(
+      f'{swept.folder / CODE} does not match {NAME}: its SHA-256 is {digest}, but '
+      f'{sha256} is recorded'
+    )
+  return packed
+
+
+def _extract(packed: bytes, target: Path) -> None:
+  with tarfile.open(fileobj=io.BytesIO(packed), mode='r:gz') as archive:
+    archive.extractall(target, filter='data')
+
+
+@contextlib.contextmanager
+def sources(swept: Sweep) -> Generator[Path]:
+  """A sweep -> a temporary folder with its sources, also if the sweep is in a store."""
+  packed = _packed(swept)
+  with tempfile.TemporaryDirectory(prefix='gated-sources-') as place:
+    _extract(packed, Path(place))
+    yield Path(place)
+
+
 def unpacked(swept: Sweep) -> Path:
   """A sweep in a local folder -> the folder of its unpacked sources.
 
   ValueError for a remote sweep, or sources that do not match its sweep.json.
   """
-  root, sha256 = local(swept.folder), swept.made['sha256']
-  packed = storage.read(root / CODE, LIMIT)
-  digest = hashlib.sha256(packed).hexdigest()
-  if digest != sha256:
-    raise ValueError(
-      f'{root / CODE} does not match {NAME}: its SHA-256 is {digest}, but {sha256} is '
-      'recorded'
-    )
-  target = root / f'code-{digest[:12]}'
+  root, packed = local(swept.folder), _packed(swept)
+  target = root / f'code-{swept.made["sha256"][:12]}'
   if target.is_dir():
     return target
   draft = Path(tempfile.mkdtemp(prefix='.code-', dir=root))
   try:
-    with tarfile.open(fileobj=io.BytesIO(packed), mode='r:gz') as archive:
-      archive.extractall(draft, filter='data')
+    _extract(packed, draft)
     draft.chmod(0o755)
     draft.rename(target)
   except OSError:

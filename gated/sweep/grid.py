@@ -31,6 +31,11 @@ class Point(NamedTuple):
   def steps(self) -> int:
     return self.config['steps']
 
+  @property
+  def recipe(self) -> str:
+    """configs/table4.py:g1_headwise,scale=test"""
+    return self.command[1].removeprefix('--config=')
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
@@ -72,12 +77,59 @@ def plan(
   ValueError for an unknown knob, a bad value, an empty grid, two equal points, or a knob
   in both the overrides and the grid.
   """
+  base = resolve((f'--config={recipe}', *overrides))
+  entire = points(
+    recipe,
+    grid,
+    base=base,
+    resolve=checked(resolve),
+    overrides=overrides,
+    flags=flags,
+  )
+  check_apart(entire)
+  configs = [{k: v for k, v in p.config.items() if k != 'paper'} for p in entire]
+  digest = config.digest([configs, list(flags)])[:8]
+  name = base['name'] if not any(arg for *_, arg in grid) else _title(recipe)
+  return Sweep(
+    folder=absolute(folder or f'sweeps/{name}-{digest}'),
+    name=name,
+    recipe=recipe,
+    overrides=tuple(overrides),
+    flags=tuple(flags),
+    points=tuple(entire),
+    rule=rule,
+  )
+
+
+def checked(resolve: Resolve) -> Resolve:
+  """-> the same, with a ValueError for a recipe that train.py would refuse."""
+
+  def resolve_and_check(words: Sequence[str]) -> dict:
+    recipe = resolve(words)
+    config.build(plans.Config, recipe, 'config')
+    return recipe
+
+  return resolve_and_check
+
+
+def points(
+  recipe: str,
+  grid: Sequence[Entry],
+  *,
+  base: Mapping[str, Any],
+  resolve: Resolve,
+  overrides: Sequence[str],
+  flags: Sequence[str],
+) -> list[Point]:
+  """A recipe and its grid -> its points, two of which may be the same run.
+
+  `base` is a resolved recipe with all knobs; `resolve` checks what it resolves.
+  """
   if not grid:
     raise ValueError(f'--config={recipe}: its grid is empty')
-  base = resolve((f'--config={recipe}', *overrides))
   known = list(config.flatten(base))
   fixed = {word.partition('=')[0].removeprefix('--') for word in overrides}
-  points: list[Point] = []
+  entire: list[Point] = []
   for labels, changes, arg in grid:
     for knob, value in changes.items():
       name = f'config.{knob}'
@@ -89,22 +141,10 @@ def plan(
         raise ValueError(f'{name}={value} is not finite')
     own = f'{recipe.partition(":")[0]}:{arg}' if arg else recipe
     command = ('train.py', f'--config={own}', *overrides)
-    points.append(_point(command, (labels, changes, arg), resolve))
-  _check_apart(points)
-  for point in points:
+    point = _point(command, (labels, changes, arg), resolve)
     _check_paths(point)
-  configs = [{k: v for k, v in p.config.items() if k != 'paper'} for p in points]
-  digest = config.digest([configs, list(flags)])[:8]
-  name = base['name'] if not any(arg for *_, arg in grid) else _title(recipe)
-  return Sweep(
-    folder=absolute(folder or f'sweeps/{name}-{digest}'),
-    name=name,
-    recipe=recipe,
-    overrides=tuple(overrides),
-    flags=tuple(flags),
-    points=tuple(p._replace(command=(*p.command, *flags)) for p in points),
-    rule=rule,
-  )
+    entire.append(point._replace(command=(*point.command, *flags)))
+  return entire
 
 
 def absolute(folder: storage.PathLike) -> storage.Path:
@@ -161,7 +201,6 @@ def _point(command: Sequence[str], entry: Entry, resolve: Resolve) -> Point:
   name = '-'.join(filter(None, [_slug(labels), config.digest(own)[:6]]))
   try:
     resolved = resolve(command[1:])
-    config.build(plans.Config, resolved, 'config')
     for knob, value in changes.items():
       actual = config.dig(resolved, knob)
       same_kind = isinstance(actual, bool) == isinstance(value, bool)
@@ -183,7 +222,7 @@ def _slug(labels: Mapping[str, str]) -> str:
   return '-'.join(re.sub(r'[^A-Za-z0-9._+]+', '_', word) for word in words)[:80]
 
 
-def _check_apart(points: Sequence[Point]) -> None:
+def check_apart(points: Sequence[Point]) -> None:
   """ValueError for two points with the same recipe or the same labels."""
   seen: dict[Any, Point] = {}  # By the digest of a recipe, and by labels.
   for point in points:

@@ -108,7 +108,7 @@ BAD_GRIDS = {
   'its grid is empty': [],
   'are the same run': axes.axis('optim.lr', [1e-3, 1e-3]),
   'config.optim.warmup=-1, but it must be at least 0': axes.axis('optim.warmup', [-1]),
-  'could not convert': axes.axis('optim.lr', ['fast']),
+  "config.optim.lr='fast', but a value of type float": axes.axis('optim.lr', ['fast']),
   "config.optim.name='sgd', but allowed are": axes.axis('optim.name', ['sgd']),
   'config.optim.lr=inf is not finite': axes.axis('optim.lr', [float('inf')]),
   'have the same labels, but change': [
@@ -221,12 +221,12 @@ def run(*words, expect=0):
   [
     (['--config=configs/tiny.py'], 'has no get_grid: name its axes'),
     (['--config=configs/tiny.py', '--axis=optim.lrr=1'], 'did you mean config.optim.lr?'),
-    (['--config=configs/tiny.py', '--axis=optim.lr=fast'], 'could not convert'),
+    (['--config=configs/tiny.py', '--axis=optim.lr=fast'], "lr='fast', but a value of"),
     (['--config=configs/tiny.py', '--axis=optim.lr='], 'its grid is empty'),
     (['--config=configs/tiny.py', '--axis==1'], 'is not KNOB=VALUE,VALUE'),
     (['--config=configs/tiny.py', '--axis=optim.lr'], 'is not KNOB=VALUE,VALUE'),
     (['--config=configs/tiny.py', '--seeds=0'], '--seeds=0 must be positive'),
-    (['--config=configs/tinny.py', '--seeds=2'], 'is not a recipe; recipes here'),
+    (['--config=configs/tinny.py', '--seeds=2'], 'did you mean --config=configs/tiny'),
     (['--config=configs/tiny.py', '--seeds=2', '--config.optim.l=1'], 'did you mean'),
     (['--config=configs/tiny.py', '--seeds=2', '--jbos=3'], 'jbos'),
     (['--config=configs/tiny.py', '--seeds=2', '--jobs=-3'], '--jobs=-3 must not be'),
