@@ -5,6 +5,7 @@
 # make docs      build the site of docs/ in build/docs; a broken link fails
 # make sweep     sweep the learning rate of a small model and write the report
 # make claims    write docs/claims.md, the ledger of claims, from the committed results
+# make board     start TensorBoard on runs/ (ARGS=--logdir=sweeps/lr/points for a sweep)
 # make rows      train, save and resume every row of the paper's tables at test scale
 # make faults    inject every fault of docs/reliability.md into real runs, print the table
 # make tpu       make .venv/tpu, which compiles for TPUs without one (scripts/preflight.py)
@@ -45,7 +46,7 @@ endif
 editable = $(call install,$(1)) --no-deps --editable .
 pytest = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo check test test-all fast docs sweep claims tpu sky rows faults lock audit clean
+.PHONY: demo check test test-all fast docs sweep board claims tpu sky rows faults lock audit clean
 .DELETE_ON_ERROR:
 
 demo: .venv/run-$(FROM)
@@ -79,6 +80,9 @@ sweep: .venv/report-$(FROM)
 
 claims: .venv/run-$(FROM)
 	$(BIN)/python scripts/claims.py
+
+board: .venv/report-$(FROM)
+	$(BIN)/tensorboard --logdir=runs $(ARGS)
 
 tpu: .venv/tpu/made-$(FROM)
 
