@@ -123,3 +123,11 @@ def test_the_table_has_a_line_a_domain_and_aligned_columns():
   assert code.startswith('code') and code.split()[-2:] == ['3.6100', '1.4600']
   assert prose.startswith('prose') and prose.split()[-2:] == ['-', '-']
   assert len(head) == len(code) == len(prose)
+  other = {'step': 12, 'domains': {'code': summary, 'prose': summary}}
+  lines = evals.table(report | {'beside': {'gates open': other}}).splitlines()
+  assert [line.split('  ')[0] for line in lines[1:]] == [
+    'code',
+    'code, gates open',
+    'prose',
+    'prose, gates open',
+  ]

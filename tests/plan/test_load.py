@@ -11,7 +11,8 @@ import small
 import gated
 from gated import config, probes, storage
 from gated.data import tokenizer
-from gated.plan import Config, Plan
+from gated.devices import mesh
+from gated.plan import Config, Plan, evaluation
 from gated.run import checkpoint
 
 TEXT = 'def f(x):\n  return x\n'
@@ -55,7 +56,7 @@ def test_a_workdir_gives_model_tokenizer_config_and_step(headwise):
   assert run.step == 2 and run.config['model']['width'] == 16
   assert run.tokenizer.name == 'bytes'
   assert gated.load(f'{folder}:best').step == gated.load(f'{folder}:1').step == 1
-  assert gated.load(folder, step='1').step == 1
+  assert gated.load(folder, step='1').step == gated.load(folder, step=1).step == 1
 
 
 def test_logits_are_those_of_the_model_and_the_loss_is_theirs(headwise):
@@ -249,6 +250,68 @@ def test_documents_are_masked_or_not_by_a_flag(headwise):
     # After the first document, only whole rows see the row's first token.
     uniform = report['first_token_uniform']['value']
     assert (uniform > whole['first_token_uniform']['value'] * 0.999) == allowed
+
+
+@pytest.mark.slow
+def test_runs_and_forced_gates_stand_beside_a_run(headwise):
+  """Their losses and probes are those of each alone; gates have their mean over rows."""
+  run, rows = gated.load(headwise[0]), small.batch(8, 64)
+  options = dict(segments=1, forced='mean@1', others=[f'{headwise[0]}:1'])
+  runs = evaluation.runs(run, lambda: rows, **options)
+  forced, other = f'gates {options["forced"]}', f'{run.path}:1'
+  assert [*runs] == [run.path.name, forced, other] and runs[other].step == 1
+  ids = rows.tokens[rows.segments > 0]
+  reports = evaluation.probes(runs, rows, mask_documents=None)
+  first = reports[run.path.name]
+  # Of one gate a head, all scores are now the mean over the rows' tokens.
+  means = first['gate_heads']['layers']
+  np.testing.assert_allclose(reports[forced]['gate_heads']['layers'], means, rtol=1e-4)
+  assert reports[forced]['gate_std']['layers'][1] < first['gate_std']['layers'][1] / 2
+  assert first['tokens'] == len(ids)
+  table = probes.table(evaluation.joined(reports)).splitlines()
+  assert [line.split()[0] for line in table[1:]] == ['0'] * 3 + ['1'] * 3 + ['all'] * 3
+  assert table[2].endswith(forced) and table[1].endswith('this run')
+  loss = first['loss']['value']
+  assert loss != reports[forced]['loss']['value'] and table[7].split()[1] == f'{loss:.4f}'
+  assert reports[other]['loss']['value'] == pytest.approx(loss, rel=1e-6)
+  nats_B, weight_B = run.evaluate(mesh.place(rows, run.mesh, 8))
+  assert loss == pytest.approx(float(nats_B.sum() / weight_B.sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('forced', 'beside', 'message'),
+  [
+    ('mean@2', '', r"--force_gates='mean@2': layer 2, but the model has the layers 0 to"),
+    ('ajar', '', r"--force_gates='ajar': gates='ajar', but allowed are"),
+    ('', '/nowhere', r'--beside=/nowhere: /nowhere: found neither'),
+    ('', '{}', r'--beside=.*: it is measured already'),
+    ('', 'tests/golden/hf_qwen3', r'--beside=tests/golden/hf_qwen3: .*no tokenizer'),
+  ],
+)
+def test_gates_and_runs_that_cannot_stand_beside_are_refused(
+  headwise, forced, beside, message
+):
+  others = [beside.format(headwise[0])] * 2 if beside else []
+  with pytest.raises(ValueError, match=message):
+    evaluation.runs(
+      gated.load(headwise[0]), pytest.fail, segments=1, forced=forced, others=others
+    )
+
+
+def test_forced_gates_of_a_model_without_gates_are_refused_by_their_flag():
+  run = gated.load('tests/golden/hf_qwen3')
+  with pytest.raises(ValueError, match=r"--force_gates='open': the model has no gate"):
+    evaluation.runs(run, pytest.fail, segments=1, forced='open', others=[])
+
+
+def test_the_rows_of_a_text_have_the_next_tokens_as_targets(headwise):
+  ids = np.arange(100) % 90
+  rows = gated.load(headwise[0]).rows(ids, length=40, limit=0)
+  np.testing.assert_array_equal(rows.tokens.ravel(), ids[:80])
+  np.testing.assert_array_equal(rows.targets.ravel(), ids[1:81])
+  assert rows.weights.all()
+  whole = gated.load(headwise[0]).rows(ids, length=100, limit=0)
+  assert whole.weights.sum() == 99 and whole.weights[0, -1] == 0
 
 
 def test_a_text_that_is_too_short_to_probe_is_refused(headwise):
