@@ -27,14 +27,15 @@ import gated
 from configs import base
 from gated import config, data, evals, probes, storage
 from gated.devices import processes
-from gated.plan import drawing, evaluation, probing
+from gated.plan import command, drawing, evaluation, probing
 from gated.plan.load import Loaded
 from gated.run import events, exit_codes, metrics
+from gated.run import workdir as workdirs
 
 _WORKDIR = flags.DEFINE_string(
-  'workdir', '', 'The workdir of a run of train.py, or a Hugging Face folder.'
+  'workdir', '', 'WORKDIR or WORKDIR:STEP of train.py, or a Hugging Face folder.'
 )
-_STEP = flags.DEFINE_string('step', 'latest', 'latest, best (held-out), or a number.')
+_STEP = flags.DEFINE_string('step', '', 'A number, best (held-out) or latest (default).')
 _DATA = flags.DEFINE_string(
   'data', '', "Another mixture; default: the run's own; stdlib for a Hugging Face folder."
 )
@@ -117,16 +118,21 @@ def probe(loaded: Loaded) -> dict[str, Any]:
 
 def _load(workdir: str) -> Loaded:
   """The model; flags that do not apply to it are refused."""
-  is_run = bool(storage.names(storage.path(workdir) / 'checkpoints'))
-  if not is_run and _STEP.value != 'latest':
-    raise ValueError(f'--step={_STEP.value!r}, but {workdir} has no steps')
+  try:
+    place, step = workdirs.split_step(workdir, _STEP.value)
+  except ValueError as error:
+    raise ValueError(f'--workdir={error}') from error
+  is_run = bool(storage.names(storage.path(place) / 'checkpoints'))
+  if not is_run and step:
+    raise ValueError(f'--step={step!r}, but {place} has no steps')
   for flag in (_LENGTH, _TOKENIZER):
     if is_run and flag.value:
-      raise ValueError(f'--{flag.name}={flag.value}, but {workdir} is a run')
+      raise ValueError(f'--{flag.name}={flag.value}, but {place} is a run')
   try:
-    return gated.load(workdir, step=_STEP.value if is_run else '', cache=_CACHE.value)
+    return gated.load(place, step=step, cache=_CACHE.value)
   except ValueError as error:
-    raise ValueError(f'--workdir={workdir} --step={_STEP.value!r}: {error}') from error
+    named = f' --step={step!r}' if step else ''
+    raise ValueError(f'--workdir={place}{named}: {error}') from error
 
 
 def _corpus(loaded: Loaded) -> data.Corpus:
@@ -160,11 +166,11 @@ def refuse(error: Exception) -> int:
 def parse(argv: list[str]) -> list[str]:
   """Parses the command line; exits if it is refused."""
   try:
-    rest = flags.FLAGS(argv)
-    if rest[1:] or not _WORKDIR.value:
-      raise ValueError(f'unknown argument {rest[1]!r}' if rest[1:] else 'no --workdir')
-    return rest
-  except (flags.Error, ValueError) as error:
+    command.parse(argv, flags.FLAGS, None, __doc__, folder='workdir')
+    if not _WORKDIR.value:
+      raise ValueError('--workdir=WORKDIR is missing')
+    return argv[:1]
+  except ValueError as error:
     sys.exit(refuse(error))
 
 

@@ -12,7 +12,7 @@ if typing.TYPE_CHECKING:
   from gated.plan.load import Loaded
 
 
-def load(path: typing.Any, *, step: str = '', cache: str = '') -> 'Loaded':
+def load(path: typing.Any, *, step: str | int = '', cache: str = '') -> 'Loaded':
   """A run's workdir, WORKDIR:STEP or a Hugging Face folder -> the model as an object.
 
       run = gated.load('runs/demo')

@@ -3,8 +3,8 @@
   python scripts/convert_hf.py --from=runs/dense:20000 --to=export --dtype=bfloat16
   python scripts/convert_hf.py --from=export --to=other --packing=per_head
 
-The step after the colon is a number, latest (the default) or best. No file is
-overwritten. Exit code 2: invalid arguments or an unsupported model.
+A step is a number, latest (the default) or best. No file is overwritten. Exit code 2:
+invalid arguments or an unsupported model.
 """
 
 import argparse
@@ -32,6 +32,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   add = parser.add_argument
   source = 'a workdir of train.py, or a Hugging Face folder'
   add('--from', required=True, dest='source', metavar='DIR[:STEP]', help=source)
+  add('--step', default='', help='instead of :STEP')
   add('--to', required=True, type=Path, help='the new folder')
   add(
     '--dtype',
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> Path:
   except ValueError as error:
     raise ValueError(f'--to={error}') from error
   try:
-    source = gated.load(args.source)
+    source = gated.load(args.source, step=args.step)
   except ValueError as error:
     raise ValueError(f'--from={error}') from error
   # Refuses an unsupported model before reading its weights.

@@ -54,6 +54,7 @@ class Replay(NamedTuple):
 
 def prepare(args: argparse.Namespace) -> Replay:
   """The command line -> Replay; a ValueError names the flag or file at fault."""
+  args.workdir, args.step = workdirs.split_step(args.workdir, args.step)
   workdir = storage.path(args.workdir)
   if not storage.exists(workdir / 'run.json'):
     raise ValueError(f'--workdir={args.workdir} holds no run: run.json is missing')
@@ -92,7 +93,7 @@ def find(history: list[dict], args: argparse.Namespace) -> dict:
   candidates = history
   for flag in ('step', 'data_step'):
     value = getattr(args, flag)
-    matches = [e for e in candidates if value in (None, e[flag])]
+    matches = [e for e in candidates if value in ('', 'latest', str(e[flag]))]
     if not matches:
       listed = ', '.join(map(str, sorted({e[flag] for e in candidates}))) or 'no events'
       raise ValueError(f'--{flag}={value} is not in {events.NAME}, which has {listed}')
@@ -313,9 +314,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   add = parser.add_argument
-  add('--workdir', required=True, help='of a run of train.py, on a disk or in a bucket')
-  add('--step', type=int, required=True, help='a step of spikes.jsonl')
-  add('--data_step', type=int, help='chooses among several events of the step')
+  add('--workdir', required=True, help='WORKDIR or WORKDIR:STEP of train.py')
+  add('--step', default='', help='a step of spikes.jsonl, or latest, the default')
+  add('--data_step', default='', help='chooses among several events of the step')
   add('--rows', type=int, default=5, help='rows to show')
   add('--cache', default='', help="folder of the embedded corpus; '' for the default")
   add('--coordinator', default='', help="'auto' or HOST:PORT of process 0")

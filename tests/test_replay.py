@@ -81,6 +81,8 @@ def test_a_step_that_is_not_in_spikes_jsonl_is_refused_with_the_steps_that_are(s
   assert message == f'--step=57 is not in spikes.jsonl, which has {steps}'
   message = refused(spiky, '--step=9', '--data_step=3')
   assert message == '--data_step=3 is not in spikes.jsonl, which has 8'
+  assert refused(f'{spiky}:best').startswith('--step=best is not in spikes.jsonl')
+  assert 'names a step, and step 9 is given too' in refused(f'{spiky}:8', '--step=9')
 
 
 @pytest.fixture

@@ -185,6 +185,8 @@ def test_an_evaluation_refuses_a_step_that_is_not_there(trained, run_python):
   done = run_python(['eval.py', f'--workdir={trained}', '--step=7'])
   assert done.returncode == 2
   assert "--step='7'" in done.stderr and '6, 12' in done.stderr
+  same = run_python(['eval.py', f'--workdir={trained}:7'])
+  assert (same.returncode, same.stderr) == (2, done.stderr)
 
 
 @pytest.mark.slow

@@ -96,7 +96,8 @@ def _described(flags: Any) -> list[str]:
       continue
     for flag in entries:
       default = '' if flag.default in (None, '', False, []) else f' ({flag.default})'
-      text = f'  --{flag.name:16} {flag.help}{default}'
+      text = flag.help.partition(';\n')[0]  # Without absl's remarks.
+      text = f'  --{flag.name:16} {text}{default}'
       lines += textwrap.wrap(text, WIDTH, subsequent_indent=' ' * 21)
   return lines
 

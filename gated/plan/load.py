@@ -169,7 +169,7 @@ class Loaded(Opened):
     drawing.probes({label: self}, {label: report}, ids)
 
 
-def load(path: storage.PathLike, *, step: str = '', cache: str = '') -> Loaded:
+def load(path: storage.PathLike, *, step: str | int = '', cache: str = '') -> Loaded:
   """A workdir, WORKDIR:STEP or a Hugging Face folder -> Loaded.
 
   STEP is a number, 'latest' (the default) or 'best', the step with the lowest held-out
@@ -177,7 +177,7 @@ def load(path: storage.PathLike, *, step: str = '', cache: str = '') -> Loaded:
   s3://). Every byte of the step is verified first. `cache` is the folder of the embedded
   corpus, '' for the platform's. Raises ValueError, with the path, if loading fails.
   """
-  place, step = (str(path), step) if step else workdir.split_step(str(path))
+  place, step = workdir.split_step(str(path), str(step))
   folder = storage.path(place)
   if not storage.is_remote(folder) and hf.is_checkpoint(place):
     if step:

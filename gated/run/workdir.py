@@ -243,8 +243,14 @@ def _check_writable(workdir: storage.Path) -> None:
     raise ValueError(f'--workdir={workdir}: {parent} is not a writable folder')
 
 
-def split_step(path: str) -> tuple[str, str]:
-  """'WORKDIR:STEP' -> ('WORKDIR', 'STEP'); STEP is digits, 'latest', 'best' or ''."""
-  place, colon, step = path.rpartition(':')
-  is_step = colon and re.fullmatch(r'\d+|latest|best', step)
-  return (place, step) if is_step else (path, '')
+def split_step(path: str, step: str = '') -> tuple[str, str]:
+  """'WORKDIR:STEP', or a workdir and a step -> ('WORKDIR', 'STEP').
+
+  STEP is digits, 'latest', 'best', or '' if neither has one. ValueError if both do.
+  """
+  place, colon, suffix = path.rpartition(':')
+  if not (colon and re.fullmatch(r'\d+|latest|best', suffix)):
+    return path, step
+  if step:
+    raise ValueError(f'{path} names a step, and step {step} is given too')
+  return place, suffix

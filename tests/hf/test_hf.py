@@ -655,11 +655,12 @@ def convert(*args):
   return convert_hf.main([f'--{key}={value}' for key, value in args])
 
 
-@pytest.mark.parametrize('step', ['', ':3', ':latest'])
+@pytest.mark.parametrize('step', ['', ':3', ':latest', '--step=3'])
 def test_a_run_is_converted(step, workdir, tmp_path):
   source, params = workdir
   to = tmp_path / 'out'
-  assert convert(('from', f'{source}{step}'), ('to', to), ('shard_gib', 1e-5)) == 0
+  path, flag = (source, [('step', 3)]) if step[:2] == '--' else (f'{source}{step}', [])
+  assert convert(('from', path), *flag, ('to', to), ('shard_gib', 1e-5)) == 0
   read = load(to, compute=params.cfg.numerics.compute)
   assert same(read, params)
   assert json.loads((to / files.CONFIG).read_text())['max_position_embeddings'] == 24
@@ -702,6 +703,7 @@ def test_the_script_refuses_in_one_line(workdir, tmp_path, capsys):
     ('full: found neither checkpoints', ('from', tmp_path / 'full'), to),
     ('has the steps 3', ('from', f'{source}:4'), to),
     ("has no step '4'", ('from', f'{golden("qwen3")}:4'), to),
+    ('names a step, and step 3 is given too', ('from', f'{source}:3'), ('step', 3), to),
     ('not an empty folder', ('from', source), ('to', tmp_path / 'full')),
     ('--shard_gib=0.0', ('from', source), to, ('shard_gib', 0)),
     ('--shard_gib=inf', ('from', source), to, ('shard_gib', 'inf')),

@@ -230,6 +230,16 @@ def test_a_damaged_run_json_is_refused_and_not_changed(content, run, monkeypatch
   assert (run / 'run.json').read_text() == content
 
 
+def test_a_step_stands_in_the_path_or_beside_it():
+  for path, beside in (('a:7', ''), ('a', '7')):
+    assert workdir.split_step(path, beside) == ('a', '7')
+  assert workdir.split_step('gs://b/a:best') == ('gs://b/a', 'best')
+  assert workdir.split_step('s3://b/a', 'latest') == ('s3://b/a', 'latest')
+  assert workdir.split_step('a:b') == ('a:b', '')
+  with pytest.raises(ValueError, match='a:7 names a step, and step best is given too'):
+    workdir.split_step('a:7', 'best')
+
+
 def test_restore_step_is_a_number_latest_or_best(run):
   steps = {'': 4, 'latest': 4, '4': 4, '2': 2, 'best': 2}
   results = {which: check(run, restore_step=which) for which in steps}
