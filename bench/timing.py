@@ -16,7 +16,8 @@ def options(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
     description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   for name, value in defaults.items():
-    how = dict(action='store_true') if value is False else dict(type=type(value))
+    typed = dict(type=type(value), help=f'default: {value}')
+    how = dict(action='store_true') if value is False else typed
     parser.add_argument(f'--{name}', default=value, **how)
   return parser
 

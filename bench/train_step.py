@@ -7,13 +7,13 @@ Each group of overrides after `--` is a variant; `gate=NAME` selects one of base
 Tokens are random, in packed rows of 8 documents; the time is the median step.
 """
 
+import argparse
 import ast
 import gc
 import importlib
 import itertools
 import math
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -88,7 +88,12 @@ def measure(cfg):
 
 
 def main():
-  spec, *words = sys.argv[1:]
+  parser = timing.options(__doc__)
+  parser.add_argument('recipe', help='configs/RECIPE.py:ARGUMENT')
+  overrides = 'KNOB=VALUE ... [-- KNOB=VALUE ...]'
+  parser.add_argument('overrides', nargs=argparse.REMAINDER, help=overrides)
+  a = parser.parse_args()
+  spec, words = a.recipe, a.overrides
   groups = [list(g) for dash, g in itertools.groupby(words, '--'.__eq__) if not dash]
   common = groups.pop(0) if words[:1] != ['--'] and groups else []
   print(timing.title(' '.join([spec, *common])))

@@ -37,7 +37,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   add('--bos', action='store_true', help='start every document with a token of its own')
   add('--seed', default=0, type=int, help='seed of the order of documents')
   add('--shard_rows', default=1 << 16, type=int, help='rows per file')
-  add('--processes', default=os.cpu_count(), type=int)
+  add('--processes', default=os.cpu_count(), type=int, help='default: all cores')
   return parser.parse_args(argv)
 
 

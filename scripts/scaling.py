@@ -243,15 +243,25 @@ def figure(tables: Tables, path: Path) -> None:
 
 
 def main(argv: list[str]) -> int:
-  jax.config.update('jax_platforms', 'cpu')
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   names = lambda text: text.split(',')
-  parser.add_argument('--model', type=names, default=list(MODELS))
-  parser.add_argument('--chip', type=names, default=list(CHIPS))
-  parser.add_argument(
-    '--count', type=lambda text: [int(n) for n in text.split(',')], default=COUNTS
+  numbers = lambda text: [int(number) for number in text.split(',')]
+  add, joined = parser.add_argument, ','.join
+  add('--model', type=names, default=list(MODELS), help=f'default: {joined(MODELS)}')
+  add('--chip', type=names, default=list(CHIPS), help=f'default: {joined(CHIPS)}')
+  add(
+    '--count', type=numbers, default=COUNTS, help=f'default: {joined(map(str, COUNTS))}'
   )
   args = parser.parse_args(argv)
+  try:
+    for flag, known in (('model', MODELS), ('chip', chips.CHIPS)):
+      for name in getattr(args, flag):
+        config.one_of(f'--{flag}', name, known)
+  except ValueError as error:
+    parser.error(str(error))
+  jax.config.update('jax_platforms', 'cpu')
   tables = {
     (name, chip, length): [
       row(recipe(name, length), chips.CHIPS[chip], n) for n in args.count
