@@ -151,26 +151,96 @@ def test_a_missing_wandb_package_is_reported(tmp_path, monkeypatch):
     metrics.Log(tmp_path, step=-1, enabled=True, tensorboard=False, wandb='mine')
 
 
-def test_wandb_continues_the_same_run(tmp_path, monkeypatch):
-  class Wandb:
-    ids, logged = [], []
+class Wandb:
+  """The calls of wandb that we use, with its rule for steps, and what its server keeps.
 
-    def init(self, **words):
-      self.ids.append(words['id'])
-      return self
+  A run has an implicit step, which continues where the server's copy of the run ends.
+  `log` drops values at an earlier step than that; without a step it counts on.
+  """
 
-    def log(self, values, step):
-      self.logged.append((step, values))
+  def __init__(self):
+    self.words, self.rows, self.axes, self.step = [], [], {}, 0
 
-    def finish(self):
-      pass
+  def init(self, **words):
+    self.words.append(words)
+    return self
 
+  def define_metric(self, name, *, step_metric='', hidden=False):
+    self.axes[name] = step_metric
+
+  def log(self, values, step=None):
+    if step is not None and step < self.step:
+      return
+    self.step = self.step + 1 if step is None else step
+    self.rows.append(values)
+
+  def finish(self):
+    pass
+
+
+# A resume from step 2, and then a rollback to step 1 without a restart.
+SESSIONS = {-1: [1, 2, 3, 4], 2: [3, 4, 2, 3]}
+
+
+def sessions(workdir):
+  """Writes the steps of SESSIONS to wandb -> the rows that it has to keep."""
+  losses = iter(range(100))
+  rows = []
+  for restored, steps in SESSIONS.items():
+    values = [(step, {'loss': float(next(losses))}) for step in steps]
+    write(workdir, values, step=restored, wandb='mine')
+    rows += [{'step': step, 'train/loss': x['loss']} for step, x in values]
+  return rows
+
+
+def test_wandb_keeps_what_follows_a_resume_and_a_rollback(tmp_path, monkeypatch):
   fake = Wandb()
   monkeypatch.setitem(sys.modules, 'wandb', fake)
-  write(tmp_path, [(1, {'loss': 2.0})], wandb='mine')
-  write(tmp_path, [(2, {'loss': 1.0})], step=1, wandb='mine')
-  assert fake.ids[0] == fake.ids[1]
-  assert fake.logged == [(1, {'train/loss': 2.0}), (2, {'train/loss': 1.0})]
+  assert sessions(tmp_path) == fake.rows
+  assert fake.axes == {'step': '', '*': 'step'}
+  first, second = fake.words
+  assert first['id'] == second['id'] and second['resume'] == 'allow'
+
+
+@pytest.mark.slow
+def test_an_offline_run_of_wandb_keeps_what_follows_a_resume_and_a_rollback(
+  tmp_path, monkeypatch
+):
+  pytest.importorskip('wandb')
+  monkeypatch.setenv('WANDB_MODE', 'offline')
+  monkeypatch.setenv('WANDB_SILENT', 'true')
+  expected = sessions(tmp_path)
+  rows, axes = [], set()
+  for file in sorted(tmp_path.glob('wandb/offline-run-*/*.wandb')):
+    for record in offline(file.read_bytes()):
+      kind = record.WhichOneof('record_type')
+      if kind == 'metric':
+        axes.add((record.metric.glob_name, record.metric.step_metric))
+      if kind == 'history':
+        items = {i.key or i.nested_key[0]: i.value_json for i in record.history.item}
+        rows.append({k: json.loads(items[k]) for k in ('step', 'train/loss')})
+  assert rows == expected and ('*', 'step') in axes
+
+
+def offline(content):
+  """A .wandb file -> its records, stored in the blocks of LevelDB's log format."""
+  from wandb.proto.wandb_internal_pb2 import Record
+
+  block, place, whole = 1 << 15, 7, b''  # The file's own header has 7 bytes.
+  while place + 7 <= len(content):
+    left = block - place % block
+    size, kind = (
+      int.from_bytes(content[place + 4 : place + 6], 'little'),
+      content[place + 6],
+    )
+    if left < 7 or kind == 0:
+      place += left
+      continue
+    whole += content[place + 7 : place + 7 + size]
+    place += 7 + size
+    if kind in (1, 4):  # A whole record, or the last part of one.
+      yield Record.FromString(whole)
+      whole = b''
 
 
 def test_progress_is_plain_lines_without_a_terminal(capsys):
@@ -492,21 +562,13 @@ def test_a_trace_into_a_store_is_refused_with_its_knob(remote, tmp_path):
 
 
 def test_wandb_keeps_its_id_in_the_store_and_its_files_on_disk(remote, monkeypatch):
-  seen = []
-
-  class Wandb:
-    def init(self, **words):
-      seen.append(words)
-      return self
-
-    def finish(self):
-      pass
-
-  monkeypatch.setitem(sys.modules, 'wandb', Wandb())
+  fake = Wandb()
+  monkeypatch.setitem(sys.modules, 'wandb', fake)
   for _ in range(2):
     metrics.Log(remote, step=-1, enabled=True, tensorboard=False, wandb='mine').close()
-  assert seen[0]['id'] == seen[1]['id'] and len(seen[0]['id']) == 8
-  assert not storage.is_remote(seen[0]['dir']) and seen[0]['name'] in remote
+  first, second = fake.words
+  assert first['id'] == second['id'] and len(first['id']) == 8
+  assert not storage.is_remote(first['dir']) and first['name'] in remote
 
 
 def test_run_json_in_a_store_keeps_its_sessions(remote):

@@ -126,7 +126,7 @@ class Log(contextlib.ExitStack):
       for name, value in numbers.items():
         self._board.add_scalar(name, value, step, walltime=record['time'])
     if self._wandb is not None:
-      self._wandb.log(numbers, step=step)
+      self._wandb.log({'step': step, **numbers})
 
   def write_samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
     """Writes samples, {'prompt': ..., 'text': ...} each, to WORKDIR/samples/STEP.json.
@@ -212,10 +212,15 @@ def _start_wandb(workdir: storage.Path, *, project: str) -> Any:
   if not storage.exists(note):
     storage.write(note, secrets.token_hex(4).encode())
   local = not storage.is_remote(workdir)
-  return wandb.init(
+  run = wandb.init(
     project=project,
     name=workdir.name,
     id=storage.read(note, 1 << 10).decode(),
     resume='allow',
     dir=str(workdir) if local else tempfile.mkdtemp(prefix='wandb-'),
   )
+  # wandb drops values whose step is before its own, as after a resume or a rollback.
+  # With our own axis it keeps them: a curve has the repeated steps twice.
+  run.define_metric('step', hidden=True)
+  run.define_metric('*', step_metric='step')
+  return run
