@@ -21,7 +21,6 @@ stopped by a signal; the same command resumes the sweep.
 
 import argparse
 import importlib
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -191,12 +190,8 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
       show=view,
       keep_checkpoints=not args.drop_checkpoints,
     )
-    before = {n: signal.signal(n, runner.leave) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with runner.signals():
       runner.run()
-    finally:
-      for number, handler in before.items():
-        signal.signal(number, handler)
   return sweep.conclude(runner, swept)
 
 

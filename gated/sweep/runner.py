@@ -5,15 +5,17 @@ share a sweep's folder. A runner waits for a point that another runner holds, an
 the point if it is left unfinished.
 """
 
+import contextlib
 import json
 import os
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,8 @@ from gated.sweep.state import ENDED, living, state
 
 SECONDS = 0.5  # Between two checks of the processes.
 TAIL = 15  # Lines of a failed point's log that are printed.
+# Ctrl-C, a scheduler or `kill`, and a closed terminal.
+STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 END = 1 << 16  # Bytes at the end of a file that are read.
 
 
@@ -121,15 +125,34 @@ class Runner:
     self.rows = rows(swept, points)
     self._free = list(slots)
     self._jobs: list[_Job] = []
-    self._stops = 0  # The number of stop signals that this process received.
+    self._asked = 0  # The number of calls of `leave`, without SIGHUP.
+    self._stops = 0  # 1: the points save and exit. 2: they are killed.
 
-  def leave(self, *_) -> None:
+  def leave(self, number: int = signal.SIGTERM, *_) -> None:
     """A signal handler: starts no more points, and makes the running ones save and exit.
 
-    A second call kills them.
+    A second call kills them. SIGHUP does not count: a terminal that is closed may send it
+    more than once, or together with SIGTERM.
     """
-    self._stops += 1
+    if number == signal.SIGHUP:
+      _detach()
+    else:
+      self._asked += 1
+    self._stops = max(1, self._asked)
     self._forward()
+
+  @contextlib.contextmanager
+  def signals(self) -> Generator[None]:
+    """Inside, Ctrl-C, SIGTERM and a closed terminal call `leave`."""
+    # `nohup` ignores SIGHUP, so that a run survives its terminal.
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = STOPS[:-1] if ignored else STOPS
+    before = {number: signal.signal(number, self.leave) for number in numbers}
+    try:
+      yield
+    finally:
+      for number, handler in before.items():
+        signal.signal(number, handler)
 
   def _forward(self) -> None:
     """Forwards the stop signal, also to a process that started at that moment."""
@@ -147,7 +170,9 @@ class Runner:
     try:
       self._run()
     except BaseException:
-      self.leave()  # Leave no process behind.
+      # Leave no process behind. Its points save: perhaps only the output failed.
+      self._stops = max(1, self._asked)
+      self._forward()
       for job in self._jobs:
         job.process.wait()
       raise
@@ -233,6 +258,16 @@ class Runner:
     """Removes the checkpoints of a point that is done, unless they are kept."""
     if self._done(row) and not self._keep:
       storage.remove(row.workdir / 'checkpoints')
+
+
+def _detach() -> None:
+  """Discards the output to a terminal that was closed, where writing would fail."""
+  null = os.open(os.devnull, os.O_WRONLY)
+  for number in (1, 2):
+    with contextlib.suppress(OSError):
+      if stat.S_ISCHR(os.fstat(number).st_mode):
+        os.dup2(null, number)
+  os.close(null)
 
 
 def tail(log: storage.Path) -> str:
