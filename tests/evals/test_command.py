@@ -1,0 +1,76 @@
+"""eval.py: models side by side, in one table, one report and one figure."""
+
+import json
+import shutil
+
+import pytest
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory, run_python):
+  """A workdir of two steps."""
+  workdir = tmp_path_factory.mktemp('command') / 'run'
+  sizes = {'width': 32, 'ffn': 64, 'depth': 2, 'attn.heads': 4, 'attn.head_dim': 8}
+  knobs = {f'model.{name}': value for name, value in sizes.items()}
+  knobs |= {'data.length': 64, 'batch': 8, 'steps': 2, 'log.tensorboard': False}
+  flags = [f'--config.{name}={value}' for name, value in knobs.items()]
+  done = run_python(
+    ['train.py', '--config=configs/tiny.py', f'--workdir={workdir}', *flags]
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  return workdir
+
+
+@pytest.mark.full
+def test_losses_of_forced_gates_and_another_run_by_position(run, run_python):
+  pytest.importorskip('matplotlib')
+  other = run.parent / 'other'
+  shutil.copytree(run, other)
+  flags = ['--rows=4', '--by_position', '--figures', '--xz_bytes=999']
+  flags += [f'--beside={other}', '--force_gates=0.5@0-1']
+  done = run_python(['eval.py', f'--workdir={run}', *flags])
+  assert done.returncode == 0, done.stderr[-3000:]
+  *table, last = done.stdout.splitlines()
+  report = json.loads(last)
+  assert report == json.loads((run / 'eval/2.json').read_text())
+  labels = ['code', 'code, gates 0.5@0-1', 'code, other']
+  assert [line.split('  ')[0] for line in table[1:4]] == labels
+  forced, same = (report['beside'][name] for name in ('gates 0.5@0-1', 'other'))
+  assert same['loss'] == report['loss'] != forced['loss']
+  for each in (report, forced, same):
+    curve = each['positions']
+    pairs = [(x, n) for x, n in zip(curve['nats_per_token'], curve['tokens']) if n]
+    mean = sum(x * n for x, n in pairs) / sum(n for _, n in pairs)
+    assert mean == pytest.approx(each['loss'], rel=1e-6)
+    assert curve['position_in'] == 'document' and len(curve['tokens']) <= 64
+  assert (run / 'eval/2-positions.svg').stat().st_size > 1000
+
+
+@pytest.mark.full
+def test_probes_of_forced_gates_are_drawn_beside_the_run(run, run_python):
+  pytest.importorskip('matplotlib')
+  flags = ['--probe', '--rows=2', '--figures', '--force_gates=mean']
+  done = run_python(['eval.py', f'--workdir={run}', *flags])
+  assert done.returncode == 0, done.stderr[-3000:]
+  report = json.loads((run / 'probes/2.json').read_text())
+  [(label, forced)] = report['beside'].items()
+  assert label == 'gates mean' and forced['loss']['value'] != report['loss']['value']
+  assert len([line for line in done.stdout.splitlines() if line.endswith(label)]) == 3
+  assert label in (run / 'probes/2-sinks.svg').read_text()
+
+
+REFUSED = [
+  (['--force_gates=open@7'], "--force_gates='open@7': layer 7, but the model has"),
+  (['--figures'], '--figures needs --probe or --by_position'),
+  (['--text=x'], '--text=x is not allowed without --probe'),
+  (['--probe', '--by_position'], '--by_position=True is not allowed with --probe'),
+  (['--prompt=a', '--force_gates=open'], "--force_gates='open' is not allowed with"),
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(('flags', 'message'), REFUSED)
+def test_flags_that_do_not_fit_are_refused_by_name(flags, message, run, run_python):
+  done = run_python(['eval.py', f'--workdir={run}', *flags])
+  assert done.returncode == 2 and message in done.stderr
+  assert 'Traceback' not in done.stderr
