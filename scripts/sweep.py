@@ -7,7 +7,7 @@
   python scripts/sweep.py submit --config=... --on=slurm  submits it to a scheduler; then
   python scripts/sweep.py list DIR, delete DIR            (docs/clusters.md)
   python scripts/sweep.py status DIR
-  python scripts/sweep.py report DIR                      its index.html, tables, figures
+  python scripts/sweep.py report DIR [DIR ...]            its index.html, tables, figures
   python scripts/sweep.py compare A B                     runs, or sweeps point by point
   python scripts/sweep.py COMMAND --help
 
@@ -231,13 +231,16 @@ def launched(args: argparse.Namespace, words: Sequence[str]) -> int:
 
 
 def write_report(args: argparse.Namespace, words: Sequence[str]) -> int:
-  swept = sweep.open(args.dir)
+  sweeps = [sweep.open(folder) for folder in dict.fromkeys(args.dirs)]
   options = {k: v for k, v in vars(args).items() if v is not None}
-  out = storage.path(args.out) if args.out else swept.folder / 'report'
+  first, names = sweeps[0].folder, [swept.folder.name for swept in sweeps]
+  # The report of several sweeps is beside the first one, whose own report stays.
+  out = first.parent / '-'.join(['report', *names]) if names[1:] else first / 'report'
+  out = storage.path(args.out) if args.out else out
   try:
     written = report.write(
       out,
-      [swept],
+      sweeps,
       only=args.only,
       rule={k: options[k] for k in RULE if k in options},
       spikes={k: options[k] for k in SPIKES if k in options},
@@ -246,7 +249,7 @@ def write_report(args: argparse.Namespace, words: Sequence[str]) -> int:
       resolve=resolve,
     )
   except OSError as error:
-    raise ValueError(f'the report of {swept.folder} in {out}: {error}') from error
+    raise ValueError(f'the report of {", ".join(names)} in {out}: {error}') from error
   print(f'{written.states()}: {out / "index.html"}')
   return 0
 
@@ -283,8 +286,11 @@ def parser() -> argparse.ArgumentParser:
   add('list', launched, 'list the submitted jobs', folder)
   add('delete', launched, 'stop and remove the submitted jobs', folder)
   add('status', status, 'print the state of the points', folder)
-  command = add('report', write_report, 'judge the points: tables, figures', folder, only)
-  command.add_argument('--out', default='', help='folder; default DIR/report')
+  command = add('report', write_report, 'judge the points: tables, figures', only)
+  text = 'folders of sweeps; the losses of several must be comparable'
+  command.add_argument('dirs', nargs='+', metavar='DIR', help=text)
+  text = 'folder; default DIR/report, or report-A-B beside A'
+  command.add_argument('--out', default='', help=text)
   text = 'the line that others are compared with, or its label; default: an ungated one'
   command.add_argument('--baseline', default='', help=text)
   text = 'horizontal axis of the overlaid runs'

@@ -75,6 +75,7 @@ class Row:
           step, loss, spikes = record['step'], record['loss'], int(record['spikes'])
           # A non-finite number is a string.
           self.loss = loss if isinstance(loss, str) else f'{loss:.4f}'
+          # The first record may have no step_seconds: its only step was compiled.
           self.spikes, self.seconds = spikes, record.get('step_seconds', 0.0)
           if self.state in ('running', 'elsewhere'):
             self.step = max(self.step, step)

@@ -256,3 +256,26 @@ def test_new_points_are_resolved_with_the_sources_of_the_sweep(
     grow('--axis=optim.warmup=-1')
   with pytest.raises(ValueError, match=r'config\.steps: 77 in the folder, \d+ now'):
     grow('--config=configs/tiny.py', '--axis=optim.lr=2e-3')
+
+
+@pytest.mark.slow
+def test_a_report_spans_several_sweeps_or_says_what_differs(run, tmp_path, capsys):
+  recipe = '--config=configs/tiny.py', '--axis=optim.lr=1e-3,4e-3'
+  folders = [str(tmp_path / name) for name in ('a', 'b', 'longer')]
+  for folder_of, words in zip(folders, [[], ['--seeds=2'], []], strict=True):
+    steps = f'--config.steps={10 if folder_of.endswith("longer") else 9}'
+    planned = script.planned(
+      *script.parser().parse_known_args(
+        ['run', *recipe, steps, f'--dir={folder_of}', *words]
+      )
+    )
+    sweep.write(planned)
+  capsys.readouterr()
+  assert script.main(['report', *folders[:2]]) == 0
+  page = tmp_path / 'report-a-b/index.html'
+  assert page.exists() and str(page) in capsys.readouterr().out
+  # The points of a are in b too.
+  assert len((page.parent / 'points.csv').read_text().splitlines()) == 1 + 4
+  assert script.main(['report', folders[0], folders[2]]) == 2
+  error = capsys.readouterr().err
+  assert 'not comparable' in error and 'config.steps: ' in error

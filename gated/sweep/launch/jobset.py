@@ -144,6 +144,7 @@ def states(record: dict, output: str) -> dict[str, str]:
   """The output of `listing` -> job: its state."""
   states = {}
   for item in json.loads(output)['items']:
+    # All fields of a status are optional, and absent at first.
     status = item.get('status', {})
     true = [c['type'] for c in status.get('conditions', []) if c['status'] == 'True']
     restarts = status.get('restarts', 0)
