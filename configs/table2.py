@@ -103,20 +103,6 @@ def get_grid(arg: str = '') -> list[axes.Point]:
   return axes.rows(arg, ROWS)
 
 
-def published() -> list[tuple[str, str, float, float | None]]:
-  """Each row's (layers and tokens, change, peak learning rate, perplexity or None).
-
-  None marks rows that diverged.
-  """
-  published_rows = []
-  for name, (ppl, *_) in ROWS.items():
-    setting, _, change = name.rpartition('_')
-    layers, _, tokens = setting.rpartition('_')[0].partition('_')
-    trained = f'{layers.removesuffix("l")} layers, {(tokens or "400b").upper()} tokens'
-    published_rows.append((trained, change, SETTINGS[setting][1], ppl))
-  return published_rows
-
-
 def surplus(m) -> float:
   """Channels of a SwiGLU's hidden size with as many weights as the gate."""
   attn, gate = m.attn, m.attn.gate

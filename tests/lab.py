@@ -99,7 +99,7 @@ def point(changes: dict, **labels: str) -> sweep.Point:
     name=f'{name}-0a1b2c',
     labels=labels,
     changes=changes,
-    command=['train.py'],
+    command=('train.py',),
     config=c.to_dict(),
   )
 
@@ -142,7 +142,8 @@ def trained(folder, grid, fate=fate, *, heldout=False, name='lab', **of) -> swee
   )
   for i, p in enumerate(grid):
     more = {key: give(p) for key, give in of.items()}
-    run(swept.workdir(p), *fate(p), i, heldout=heldout, **more)
+    kind, level = fate(p)
+    run(swept.workdir(p), kind, level, i, heldout=heldout, **more)
   return swept
 
 

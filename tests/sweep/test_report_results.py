@@ -210,7 +210,8 @@ def test_one_seed_gives_a_difference_but_no_verdict(tmp_path):
   swept = trained(tmp_path, grid(['baseline', 'elementwise'], [4e-3], [0]))
   lines = lines_of(swept)
   shown, _ = results.of_lines(lines, lines[0], judge.noise([]))
-  assert shown[1].difference.verdict == 'noise unknown'
+  difference = shown[1].difference
+  assert difference and difference.verdict == 'noise unknown'
   text = section(described(swept), 'Results')
   assert '± ' not in text and 'claims no ordering' in text
 
@@ -276,7 +277,7 @@ def test_rows_of_table_4_stand_beside_the_papers_numbers(tmp_path):
   assert list(table) == list(ROWS)
   for name, (gate, first, largest) in MEASURED.items():
     own, (_, _, *printed) = table[name], table4.ROWS[name]
-    score, m_act, f_attn, ppl = printed[:4]
+    score, m_act, f_attn, ppl, *_ = printed
     assert own['gate score, paper'] == (f'{score:.3f}' if score else '')
     # The mean of both seeds, at the last probed step.
     assert own['gate score, ours'] == (f'{gate + 0.01:.3f}' if gate else '')

@@ -201,6 +201,7 @@ def probed(lines: list[Line], rows: Sequence[Row] = ()) -> Drawn:
   axes = figure.subplots(1, 2)
   papers = {row.paper['row']: row.paper['published'] for row in rows}.values()
   caption = 'Mean over the seeds of the last probed step; dashed: lines without a gate.'
+  correlated = False
   for ax, name in zip(axes, probes.AGAINST, strict=True):
     values = []
     for i, line in shown:
@@ -219,12 +220,14 @@ def probed(lines: list[Line], rows: Sequence[Row] = ()) -> Drawn:
       values.append(y)
     if min(values) > 0 and max(values) > 10 * min(values):
       log_scale(ax)
+      ax.set_ylim(min(values) / 1.5, max(values) * 1.5)
     else:
-      ax.set_ylim(bottom=0)
+      ax.set_ylim(0, 1.12 * max(values))
     ax.set(xlabel='mean gate score', ylabel=LABELS[name], xlim=(0, None))
     texts = {'ours': probes.of_lines(lines, name), 'paper': probes.correlation(pairs)}
     found = [f'ρ {who} {rho}' for who, rho in texts.items() if rho]
     ax.set_title('\n'.join(found), size=7)
+    correlated |= bool(found)
   handles = [_mark(i, line) for i, line in shown]
   if any(None not in _paper(paper, probes.AGAINST[0]) for paper in papers):
     label = "the paper's Table 4"
@@ -233,10 +236,10 @@ def probed(lines: list[Line], rows: Sequence[Row] = ()) -> Drawn:
     caption += " Circles: the paper's models; scale and data differ from ours."
   options: dict[str, Any] = dict(loc='outside lower center', handlelength=2.5)
   figure.legend(handles=handles, ncols=2, **options)
-  return figure, (
-    f'First-token attention and largest activation against the gate score. {caption} ρ: '
-    "Spearman's rank correlation over the gated lines."
-  )
+  if correlated:
+    caption += " ρ: Spearman's rank correlation over the gated lines."
+  title = 'First-token attention and largest activation against the gate score.'
+  return figure, f'{title} {caption}'
 
 
 LABELS = {

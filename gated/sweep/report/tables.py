@@ -36,7 +36,8 @@ class Table(NamedTuple):
   def markdown(self) -> str:
     """Markdown; columns of numbers are aligned right."""
     cells = [[plain(_shown(cell)) for cell in row] for row in self.rows]
-    right = [all(NUMBER.fullmatch(c) for c in column) for column in zip(*cells)]
+    number = lambda column: any(column) and all(map(NUMBER.fullmatch, column))
+    right = [number(column) for column in zip(*cells)]
     rule = ['---:' if r else '---' for r in right] or ['---'] * len(self.columns)
     head = [plain(name) for name in self.columns]
     return '\n'.join(f'| {" | ".join(row)} |' for row in (head, rule, *cells))
