@@ -159,6 +159,8 @@ def requested(args: argparse.Namespace, words: Sequence[str]) -> sweep.Growth:
     raise ValueError(f'--deterministic, but the sweep in {args.dir} is not')
   if not args.axis and args.seeds is None:
     return sweep.Growth(old)
+  for text in args.axis:
+    sweep.check_axis(old, text.partition('=')[0])
   with sweep.resolver(old, resolve) as own:
     parts = _axes(args, [f'--config={old.recipe}', *old.overrides], own)
     return sweep.extend(old, axes.product(*parts), own, args.only)

@@ -84,6 +84,17 @@ def resolver(swept: Sweep, resolve: Resolve) -> Generator[Resolve]:
       yield ask
 
 
+def check_axis(old: Sweep, name: str) -> None:
+  """ValueError for an axis that is no knob, but a choice such as `variant`."""
+  having = [p for p in old.points if name in p.labels]
+  if having and not any(_holds(having, name, knob) for knob in having[0].changes):
+    command = f'--config={old.recipe} --dir={old.folder}'
+    raise ValueError(
+      f'--axis={name}=..., but {name} is a choice of several knobs: add one to the '
+      f'get_grid of the recipe and run {command}'
+    )
+
+
 def extend(old: Sweep, axes: Sequence[Entry], own: Resolve, selection: str) -> Growth:
   """A sweep and new values of its axes -> the sweep with more points.
 
@@ -118,7 +129,10 @@ def join(old: Sweep, draft: Sweep, resolve: Resolve) -> Growth:
 
   ValueError with the differences if they differ in more than their points.
   """
-  folder.refuse(old, folder.changed(old, draft))
+  lines = folder.changed(old, draft)
+  if lines and old.recipe != draft.recipe:
+    lines.insert(0, f'--config: {old.recipe} in the folder, {draft.recipe} now')
+  folder.refuse(old, lines)
   growth = _union(old, draft.points)
   if growth.added:
     with resolver(old, resolve) as own:
@@ -170,7 +184,7 @@ def _label(points: Sequence[Point], knob: str) -> str:
   name = _named(changing, knob) if changing else last
   if not name:
     labels = ', '.join(f'{k}={v}' for k, v in changing[0].labels.items())
-    raise ValueError(f'--axis={knob}=..., but {labels} changes config.{knob} already')
+    raise ValueError(f'--axis={knob}=..., but the point {labels} changes it already')
   if not changing and any(last in p.labels for p in points):
     raise ValueError(f'--axis={knob}=..., but another axis is named {last!r}')
   return name
