@@ -241,6 +241,8 @@ def arguments(arg: str, *words: str, **values: tuple[str, ...]) -> dict[str, str
     if value not in allowed:
       known = [*words, *(f'{k}={v}' for k, vs in values.items() for v in vs)]
       expected = f'allowed are {", ".join(known)}' if known else 'this recipe takes none'
-      raise ValueError(f'recipe argument {part!r}: {expected}')
+      meant = [f'{k}={value}' for k, vs in values.items() if value in vs and not equals]
+      hint = f'; did you mean {meant[0]}?' if meant else ''
+      raise ValueError(f'recipe argument {part!r}: {expected}{hint}')
     chosen[key] = value
   return chosen

@@ -96,7 +96,8 @@ def find(history: list[dict], args: argparse.Namespace) -> dict:
     matches = [e for e in candidates if value in ('', 'latest', str(e[flag]))]
     if not matches:
       listed = ', '.join(map(str, sorted({e[flag] for e in candidates}))) or 'no events'
-      raise ValueError(f'--{flag}={value} is not in {events.NAME}, which has {listed}')
+      named = f'--{flag}={value or "latest"}'
+      raise ValueError(f'{named} is not in {events.NAME}, which has {listed}')
     candidates = matches
   return candidates[-1]
 

@@ -105,7 +105,7 @@ def _described(flags: Any) -> list[str]:
 def _check(argv: Sequence[str], knobs: Mapping[str, Any], presets: Mapping) -> None:
   """Raises ValueError for an unknown knob, a group, or a missing recipe."""
   lines = '\n'.join(argv)
-  recipe = re.search(r'(?m)^--?config[=\n]([^:\n]+)', lines)
+  recipe = re.search(r'(?m)^--?config[=\n]([^:\n]*)', lines)
   typed = re.findall(r'(?m)^--?(config\.[^=\s]*)[=\n]?(.*)', lines)
   for knob, value in typed:
     if knob in knobs:
@@ -114,7 +114,7 @@ def _check(argv: Sequence[str], knobs: Mapping[str, Any], presets: Mapping) -> N
     if not inside:
       raise ValueError(f'{knob} is not a knob{config.nearest(knob, knobs)}')
     raise ValueError(_group(knob, value, inside, presets))
-  if typed and not recipe:
+  if (recipe or typed) and not (recipe and recipe[1]):
     raise ValueError('--config=configs/RECIPE.py is missing')
   if recipe and not _is_recipe(pathlib.Path(recipe[1])):
     paths = {path.stem: str(path) for path in _found()}

@@ -192,11 +192,17 @@ def _refuse(
   refused = {k: changed[k] for k in sorted(locked if misfit else locked - permitted)}
   if refused:
     listed = '\n'.join(f'  {k}: {a!r} there, {b!r} here' for k, (a, b) in refused.items())
-    resume = f'resume with --allow_change={",".join(refused)}, which run.json records'
+    advice = (
+      'Choose another workdir, start from its weights with --config.init_from, or resume '
+      f'with --allow_change={",".join(refused)}, which run.json records'
+    )
+    if misfit:
+      advice = (
+        'Choose another workdir, or keep these knobs; --config.init_from adds a gate to '
+        f'its weights; --allow_change cannot help: {misfit}'
+      )
     raise ValueError(
-      f'--workdir={workdir} belongs to a run that differs in\n{listed}\n'
-      'Choose another workdir, start from its weights with --config.init_from, or '
-      + (f'keep these knobs; --allow_change cannot help: {misfit}' if misfit else resume)
+      f'--workdir={workdir} belongs to a run that differs in\n{listed}\n{advice}'
     )
   if misfit:
     raise ValueError(f'--workdir={workdir}: {misfit}')

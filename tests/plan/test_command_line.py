@@ -81,7 +81,9 @@ def test_a_mistake_is_refused_with_what_to_write(words, message):
     (['--config=zzzz'], 'is not a recipe; recipes here: .*configs/tiny.py'),
     (['--config=configs/axes.py'], 'is not a recipe'),
     (['--config.steps=3'], '--config=configs/RECIPE.py is missing'),
-    ([f'{TINY}:huge'], "recipe argument 'huge': allowed are gate=elementwise"),
+    (['--config='], '--config=configs/RECIPE.py is missing'),
+    ([f'{TINY}:huge'], "recipe argument 'huge': allowed are gate=.*, gate=none$"),
+    ([f'{TINY}:headwise'], r'allowed are .*; did you mean gate=headwise\?'),
   ],
 )
 def test_a_wrong_recipe_is_refused_with_the_nearest_one(words, message):
