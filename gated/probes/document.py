@@ -9,7 +9,7 @@ STYLE = """\
   :root { --ink: #e4e4e4; --paper: #16181b; --line: #3b3f45; }
 }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); overflow-wrap: anywhere;
-  background: var(--paper); max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+  background: var(--paper); max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
 """
 
 

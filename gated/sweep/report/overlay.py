@@ -86,8 +86,7 @@ def losses(series: Sequence[Series], *, base: int, by: str) -> Drawn:
     if len(below) <= BANDS and any(len(s.logs) > 1 for s in below):
       caption += ' Bands are the range over the seeds.'
   axes[-1].set_xlabel(label)
-  axes[-1].xaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-  axes[-1].xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
+  _ticks(axes[-1], by)
   options: dict[str, Any] = dict(loc='outside lower center', handlelength=3)
   figure.legend(handles=handles, ncols=1, **options)
   return figure, caption
@@ -102,6 +101,12 @@ def _unit(by: str, extent: float) -> tuple[str, float]:
   if by != 'hours':
     return AXES[by], 1.0
   return next((f'{name} of training', u) for least, name, u in UNITS if extent >= least)
+
+
+def _ticks(ax: Any, by: str) -> None:
+  ax.xaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+  if by != 'hours':
+    ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
 
 
 def _smooth(values: np.ndarray, windows: int) -> np.ndarray:
@@ -238,8 +243,7 @@ def panels(series: Sequence[Series], titles: Mapping[str, str], *, by: str) -> D
         ax.plot(log.along(curve, by) / unit, curve.values, **style | {'lw': 0.8})
     _scale(ax)
     ax.tick_params(labelsize=6, labelbottom=panel + across >= len(names))
-    ax.xaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
+    _ticks(ax, by)
   figure.supxlabel(label, size=8)
   handles = [
     Line2D([], [], label=wrapped(s.label, 40), **look(i)) for i, s in enumerate(series)

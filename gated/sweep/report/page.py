@@ -13,10 +13,11 @@ STYLE = """\
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
 table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0;
   font-size: 0.85rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid var(--line);
+th, td { padding: 0.25rem 0.5rem; border-bottom: 1px solid var(--line);
   text-align: left; }
 th { border-bottom-width: 2px; }
 th, td[style] { white-space: nowrap; }
+p, ul { max-width: 60rem; }
 img { background: #fff; max-width: 100%; border-radius: 4px; }
 """
 
