@@ -141,8 +141,8 @@ def _results(report: Report) -> Iterator[str]:
     yield (
       'Pairs: the same seed gives both runs the same order of data, so differences are '
       f'of pairs. Their standard deviation is {paired.std:.4f} nats, pooled over '
-      f'{paired.cells} lines ({paired.dof} degrees of freedom). Lines share the runs of the '
-      'baseline, so their errors are not independent.'
+      f'{paired.cells} lines ({paired.dof} degrees of freedom). Lines share the '
+      'runs of the baseline, so their errors are not independent.'
     )
 
 
