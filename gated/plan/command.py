@@ -120,9 +120,9 @@ def _check(argv: Sequence[str], knobs: Mapping[str, Any], presets: Mapping) -> N
     paths = {path.stem: str(path) for path in _found()}
     stem = pathlib.Path(recipe[1]).stem
     close = difflib.get_close_matches(stem, paths, n=1)
-    hint = f'did you mean --config={paths[close[0]]}?' if close else ''
-    hint = hint or f'recipes here: {", ".join(paths.values())}'
-    raise ValueError(f'--config={recipe[1]!r} is not a recipe; {hint}')
+    hint = f'did you mean --config={paths[close[0]]}? ' if close else ''
+    known = f'recipes here: {", ".join(paths.values())}'
+    raise ValueError(f'--config={recipe[1]!r} is not a recipe; {hint}{known}')
 
 
 def _group(group: str, value: str, inside: Mapping[str, str], presets: Mapping) -> str:
