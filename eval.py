@@ -17,7 +17,6 @@ prompt and the model's continuation.
 
 import logging
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from absl import app, flags
 
 import gated
 from configs import base
-from gated import config, data, evals, probes, storage
+from gated import data, evals, probes, storage
 from gated.devices import processes
 from gated.plan import command, drawing, evaluation, probing
 from gated.plan.load import Loaded
@@ -39,15 +38,18 @@ _STEP = flags.DEFINE_string('step', '', 'A number, best (held-out) or latest (de
 _DATA = flags.DEFINE_string(
   'data', '', "Another mixture; default: the run's own; stdlib for a Hugging Face folder."
 )
-_LENGTH = flags.DEFINE_integer('length', 0, 'Tokens in a row, for a Hugging Face folder.')
+_LENGTH = flags.DEFINE_integer('length', 0, 'Row length for a Hugging Face folder.', 0)
 _TOKENIZER = flags.DEFINE_string('tokenizer', '', 'For stdlib and a Hugging Face folder.')
 _CACHE = flags.DEFINE_string('cache', '', 'Folder of the embedded corpus.')
 _ROWS = flags.DEFINE_integer(
-  'rows', 0, 'Held-out rows read per domain, or rows of --text; 0 for all (--probe: 16).'
+  'rows',
+  0,
+  'Held-out rows read per domain, or rows of --text; 0 for all (--probe: 16).',
+  0,
 )
-_BATCH = flags.DEFINE_integer('batch', 8, 'Rows per device at a time.')
-_BIGRAM_ROWS = flags.DEFINE_integer('bigram_rows', 65536, 'Rows of the bigram model.')
-_XZ_BYTES = flags.DEFINE_integer('xz_bytes', 1 << 26, 'Bytes a domain for xz; 0 for all.')
+_BATCH = flags.DEFINE_integer('batch', 8, 'Rows per device at a time.', 1)
+_BIGRAM_ROWS = flags.DEFINE_integer('bigram_rows', 65536, 'Rows of the bigram model.', 1)
+_XZ_BYTES = flags.DEFINE_integer('xz_bytes', 1 << 26, 'Bytes for xz; 0 for all.', 0)
 _BY_POSITION = flags.DEFINE_boolean(
   'by_position', False, 'Adds the loss by position in the document or row.'
 )
@@ -68,8 +70,6 @@ PROBES_ONLY = 'text', 'mask_documents'
 _BOTH = 'data', 'length', 'tokenizer', 'rows', 'probe', 'figures', 'force_gates', 'beside'
 _GENERATION = evals.define(flags, excludes=(*LOSSES_ONLY, *PROBES_ONLY, *_BOTH))
 _PROCESSES = processes.define(flags)
-
-LOWEST = dict(rows=0, xz_bytes=0, batch=1, bigram_rows=1, length=0)
 
 
 def heldout(loaded: Loaded) -> dict[str, Any]:
@@ -95,11 +95,8 @@ def probe(loaded: Loaded) -> dict[str, Any]:
   """A model -> the probes of it and of the models beside it."""
   segments = 1
   if _TEXT.value:
-    try:
-      text = Path(_TEXT.value).read_text()
-      rows = loaded.rows(text, length=_LENGTH.value, limit=_ROWS.value)
-    except (OSError, ValueError) as error:
-      raise ValueError(f'--text={_TEXT.value}: {error}') from error
+    options = dict(length=_LENGTH.value, limit=_ROWS.value)
+    rows = evaluation.rows_of_file(loaded, _TEXT.value, **options)
   else:
     corpus = _corpus(loaded)
     segments = corpus.max_segments
@@ -144,15 +141,11 @@ def _corpus(loaded: Loaded) -> data.Corpus:
 
 
 def _check_flags() -> None:
-  """ValueError names a flag that is out of range, or that would be ignored."""
-  for name, low in LOWEST.items():
-    config.at_least(f'--{name}', flags.FLAGS[name].value or 0, low)
+  """ValueError names a flag that would be ignored."""
   for name in LOSSES_ONLY if _PROBE.value else PROBES_ONLY:
     if flags.FLAGS[name].present:
-      side = 'with' if _PROBE.value else 'without'
-      raise ValueError(
-        f'--{name}={flags.FLAGS[name].value} is not allowed {side} --probe'
-      )
+      side = 'with --probe' if _PROBE.value else 'without --probe'
+      raise ValueError(f'--{name}={flags.FLAGS[name].value} is not allowed {side}')
   if _FIGURES.value and not (_PROBE.value or _BY_POSITION.value):
     raise ValueError('--figures needs --probe or --by_position')
 

@@ -5,6 +5,7 @@ reports under 'beside', by their labels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -59,6 +60,14 @@ def runs(
       raise ValueError(f'--beside={path}: {error}') from error
     runs[label] = other
   return runs
+
+
+def rows_of_file(loaded: Loaded, path: str, *, length: int, limit: int) -> data.Batch:
+  """A text file -> its rows, as `Loaded.rows`; ValueError names --text."""
+  try:
+    return loaded.rows(Path(path).read_text(), length=length, limit=limit)
+  except (OSError, ValueError) as error:
+    raise ValueError(f'--text={path}: {error}') from error
 
 
 def heldout(

@@ -33,7 +33,10 @@ def test_the_count_of_compilations_counts():
 
 
 REFUSED = [
-  (dict(mesh__fsdp=3), r'8 devices are available, but config\.mesh\.fsdp=3 needs exactly 3'),
+  (
+    dict(mesh__fsdp=3),
+    r'8 devices are available, but config\.mesh\.fsdp=3 needs exactly 3',
+  ),
   (dict(mesh__fsdp=-1, mesh__data=-1), r'config\.mesh\.data and \.fsdp are -1'),
   (dict(mesh__tensor=0), r'config\.mesh\.tensor=0'),
   (dict(batch=12), r'config\.batch=12 .*config\.accum=1 \* .*config\.mesh\.fsdp=8'),
