@@ -6,6 +6,7 @@
 # make sweep     sweep the learning rate of a small model and write the report
 # make claims    write docs/claims.md, the ledger of claims, from the committed results
 # make board     start TensorBoard on runs/ (ARGS=--logdir=sweeps/lr/points for a sweep)
+# make text      download the corpus of the experiments (0.7 GB) and make its dataset
 # make rows      train, save and resume every row of the paper's tables at test scale
 # make faults    inject every fault of docs/reliability.md into real runs, print the table
 # make tpu       make .venv/tpu, which compiles for TPUs without one (scripts/preflight.py)
@@ -46,7 +47,7 @@ endif
 editable = $(call install,$(1)) --no-deps --editable .
 pytest = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo check test test-all fast docs sweep board claims tpu sky rows faults lock audit clean
+.PHONY: demo check test test-all fast docs sweep text board claims tpu sky rows faults lock audit clean
 .DELETE_ON_ERROR:
 
 demo: .venv/run-$(FROM)
@@ -83,6 +84,20 @@ claims: .venv/run-$(FROM)
 
 board: .venv/report-$(FROM)
 	$(BIN)/tensorboard --logdir=runs $(ARGS)
+
+# experiments/text/README.md. What is complete is neither downloaded nor made again.
+PINNED := $(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps \
+  --require-hashes --dest=data/archives
+CP311 := --only-binary=:all: --implementation=cp --python-version=3.11 \
+  --platform=manylinux2014_x86_64 --platform=manylinux_2_28_x86_64
+
+text: .venv/run-$(FROM)
+	test -e data/text/manifest.json || { \
+	  $(PINNED) $(CP311) -r experiments/text/wheels.txt && \
+	  $(PINNED) -r experiments/text/sources.txt && \
+	  $(BIN)/python scripts/make_text.py --archives=data/archives --out=data/text; }
+	$(BIN)/python scripts/prepare_data.py --out=data/text/dataset --length=1024 \
+	  --tokenizer=bpe:8192 --domain=code=data/text/code --domain=prose=data/text/prose
 
 tpu: .venv/tpu/made-$(FROM)
 
