@@ -302,7 +302,8 @@ def make(folder: str, archives: str, out: str, processes: int) -> dict[str, Any]
   with concurrent.futures.ProcessPoolExecutor(processes) as pool:
     mapper = pool.map if processes > 1 else map
     groups = mapper(documents, [package.path for package in packages])
-    for package, group in tqdm.tqdm(zip(packages, groups), 'reading', len(packages)):
+    pairs = zip(packages, groups)
+    for package, group in tqdm.tqdm(pairs, 'reading', len(packages), disable=None):
       corpus.add(package, group)
   manifest = corpus.manifest()
   storage.write_json(os.path.join(draft, MANIFEST), manifest, indent=1)

@@ -274,3 +274,9 @@ def test_the_committed_lists_and_manifest_agree():
   total = sum(part['bytes'] for part in manifest['domains'].values())
   largest = max(p['code']['bytes'] + p['prose']['bytes'] for p in manifest['packages'])
   assert largest <= 0.15 * total
+
+
+def test_make_text_downloads_the_wheels_of_the_printed_platform():
+  rules = (ROOT / 'Makefile').read_text().replace('\\\n', ' ')
+  options = re.search(r'^CP311 := (.*)$', rules, re.MULTILINE)
+  assert options and {*options[1].split()} == {*make_text.WHEELS.split()}
