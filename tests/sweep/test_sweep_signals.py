@@ -1,6 +1,5 @@
 """What stops `sweep.py run` leaves its points resumable: real processes on a terminal."""
 
-import fcntl
 import importlib
 import os
 import pty
@@ -8,7 +7,6 @@ import select
 import signal
 import subprocess
 import sys
-import termios
 import time
 
 import pytest
@@ -37,6 +35,12 @@ with open(f'{workdir}/started', 'w') as file:
   file.write(str(os.getpid()))
 time.sleep(60)
 """
+# Makes standard input the terminal of the session, as a shell does.
+FOREGROUND = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, 'scripts/sweep.py', *sys.argv[1:]])
+"""
 PATIENCE = 120  # Seconds.
 
 
@@ -46,14 +50,13 @@ class Terminal:
   def __init__(self, swept, env):
     self.master, terminal = pty.openpty()
     self.process = subprocess.Popen(
-      [sys.executable, 'scripts/sweep.py', 'run', f'--dir={swept.folder}', '--jobs=2'],
+      [sys.executable, '-c', FOREGROUND, 'run', f'--dir={swept.folder}', '--jobs=2'],
       cwd=process.ROOT,
       env=env,
       stdin=terminal,
       stdout=terminal,
       stderr=terminal,
       start_new_session=True,
-      preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )
     os.close(terminal)
 
