@@ -5,6 +5,7 @@
   python scripts/campaign.py --minutes=3 --scale=test      the mechanics, on CPUs
   python scripts/campaign.py --status                      results and what is wanted next
   python scripts/campaign.py --merge=CHECKOUT              adds another machine's results
+  python scripts/campaign.py --summary                     writes a table and a figure
 
 An experiment is a folder of experiments/; its recipe.py has the grid. Each GPU runs one
 point at a time, or --per_card of them. Results are written to
@@ -29,7 +30,7 @@ if str(ROOT) not in sys.path:
 
 from configs import base  # noqa: E402
 from gated import config, storage, sweep  # noqa: E402
-from gated.evidence import campaign, experiment, result  # noqa: E402
+from gated.evidence import campaign, experiment, result, summary  # noqa: E402
 from gated.sweep import judge  # noqa: E402
 from gated.sweep.runner import tail  # noqa: E402
 from scripts import claims  # noqa: E402
@@ -117,12 +118,17 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--per_card', type=int, default=1, help='points at a time on a GPU')
   parser.add_argument('--whole', action='store_true', help='start only what can end')
   parser.add_argument('--status', action='store_true', help='print it and exit')
+  parser.add_argument('--summary', action='store_true', help='write it and exit')
   parser.add_argument('--merge', default='', help='a checkout whose results are added')
   args = parser.parse_args(argv)
   try:
     if args.merge:
       copied, kept = result.merge(storage.path(args.merge), storage.path(ROOT))
       print(f'{len(copied)} results copied; {len(kept)} were here already')
+      return 0
+    if args.summary:
+      for name in args.experiments or names():
+        print(summary.write(storage.path(ROOT), name, args.scale))
       return 0
     if not (args.status or args.minutes > 0):
       raise ValueError(f'--minutes={args.minutes:g} must be positive')

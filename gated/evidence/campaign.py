@@ -192,7 +192,8 @@ class Campaign:
   def _probe(self, point: Point) -> Sequence[str]:
     """A finished point -> the command that probes it; none if it is done."""
     workdir = self.swept.workdir(point)
-    if storage.exists(workdir / 'probes' / f'{point.steps}.json'):
+    probed = storage.exists(workdir / 'probes' / f'{point.steps}.json')
+    if probed or not storage.exists(workdir / 'checkpoints'):
       return ()
     rows = PROBED[self._experiment(point).scale]
     return 'eval.py', f'--workdir={os.fspath(workdir)}', '--probe', f'--rows={rows}'
@@ -207,11 +208,15 @@ class Campaign:
     running = [row for row in rows if row.state == 'running']
     self._busy += len(running) * (now - self._last)
     self._last = now
-    for row in rows:
+    for row in self._rows.values():
       if row.ended:
         self._collect(row)
+    # A finished model is probed first, even if its point is no longer wanted.
+    unprobed = [
+      r for r in self._rows.values() if r.state == 'finished' and self._probe(r.point)
+    ]
     wanted = [f'{e.name}{SEPARATOR}{p.name}' for e, p in self._wanted()]
-    names = dict.fromkeys([*(row.point.name for row in running), *wanted])
+    names = dict.fromkeys([*(r.point.name for r in (*running, *unprobed)), *wanted])
     self._runner.rows[:] = [self._rows[name] for name in names]
     self._view(list(self._rows.values()))
     if self._stops and now >= self._stops[0]:

@@ -31,7 +31,7 @@ def _probe(words: str, name: str) -> Number:
   return Number(words, lambda r: r.probe(name))
 
 
-def _first_token(r: Result) -> str:
+def first_token(r: Result) -> str:
   """The probe of F-Attn under the mask that the model was trained with."""
   documents = '_documents' if r.config['model']['mask_documents'] else ''
   return f'first_token_attention{documents}_from_{attention.LATER}'
@@ -51,7 +51,7 @@ def _onsets(r: Result) -> float:
   Activations begin where the largest |h| of the FFN's output is the largest multiple of
   that in the layer before; a sink begins where F-Attn grows most.
   """
-  added, first = _layers(r, 'points', 'ffn_branch', 'max'), _layers(r, _first_token(r))
+  added, first = _layers(r, 'points', 'ffn_branch', 'max'), _layers(r, first_token(r))
   if min(len(added), len(first)) < 2:
     return math.nan
   return float(abs(np.argmax(added[1:] / added[:-1]) - np.argmax(np.diff(first))))
@@ -77,10 +77,11 @@ def _beyond_scaling(limit: str) -> Number:
 
 LOSS = Number('held-out loss', lambda r: r.loss)
 F_ATTN = Number(
-  f'F-Attn (queries from {attention.LATER} on)', lambda r: r.probe(_first_token(r))
+  f'F-Attn (queries from {attention.LATER} on)', lambda r: r.probe(first_token(r))
 )
 SINK = _probe(f'sink rate at {attention.PREFIX} tokens', 'sink_rate_64')
 M_ACT = _probe('M-Act', 'm_act')
+M_ACT_MAX = _probe('largest |h|', 'm_act_max')
 KURTOSIS = _probe('kurtosis of the residual stream', 'kurtosis')
 GATE = _probe('mean gate score', 'gate_mean')
 GATE_SMALL = _probe('share of gate scores below 0.1', 'gate_below_0.1')

@@ -8,6 +8,7 @@ the run again.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -87,25 +88,30 @@ def _is_place(knob: str) -> bool:
 
 
 def of(experiment: str, scale: str, swept: Sweep, point: Point) -> Result | None:
-  """A point of a sweep -> its result; None if it has not ended or lacks its probes.
+  """A point of a sweep -> its result; None if it has not ended or is not probed yet.
 
-  ValueError for a damaged workdir.
+  Without a checkpoint, the probes are the scalars that training logged at the last step,
+  of a few training rows; then a `rows` of 0 says so. ValueError for a damaged workdir.
   """
   workdir = swept.workdir(point)
   state, step, _ = state_of(workdir, point.steps)
   probes = workdir / 'probes' / f'{step}.json'
-  finished = state == 'finished'
-  if state != 'diverged' and not (finished and storage.exists(probes)):
+  finished, probed = state == 'finished', storage.exists(probes)
+  if state != 'diverged' and not finished:
+    return None
+  if finished and not probed and storage.exists(workdir / 'checkpoints'):
     return None
   records = metrics.read(workdir / 'metrics.jsonl')
   run = storage.read_json(workdir / 'run.json', LIMIT)
   session, train = run['sessions'][-1], [r for r in records if r['kind'] == 'train']
   heldout = [r['loss'] for r in records if r['kind'] == 'heldout' and r['step'] == step]
-  # step_seconds is the mean over the steps since the previous record; the first lacks it.
-  timed = [r for r in train if 'step_seconds' in r]
-  each = train[1]['step'] - train[0]['step'] if len(train) > 1 else 1
-  rates = sorted(r['tokens_per_second'] for r in timed)
+  # step_seconds is the mean over the steps since the record before; the first lacks it.
+  pairs = [(a, b) for a, b in itertools.pairwise(train) if 'step_seconds' in b]
+  seconds = sum(b['step_seconds'] * (b['step'] - a['step']) for a, b in pairs)
+  rates = sorted(b['tokens_per_second'] for _, b in pairs)
   plain = json.loads(metrics.dumps(point.config, indent=None))
+  mixture = plain['data']['mixture']
+  plain['data']['mixture'] = _anywhere(mixture)
   cfg = config.build(plans.Config, point.config, 'config')
   return Result(
     experiment=experiment,
@@ -120,16 +126,23 @@ def of(experiment: str, scale: str, swept: Sweep, point: Point) -> Result | None
     parameters=model.count(model.abstract(cfg.model)),
     loss=float(heldout[-1]) if finished else math.nan,
     spikes=_spikes(train, point.steps),
-    probes=_probes(storage.read_json(probes, LIMIT)) if finished else {},
+    probes=_probes(storage.read_json(probes, LIMIT))
+    if probed
+    else _logged(records, step),
     curves=_curves(records),
     data=run['data']['sha256'],
     code=swept.made['sha256'],
     machine=f'{session["devices"]} x {session["device_kind"]}',
     versions=session['versions'],
-    seconds=_round(sum(r['step_seconds'] * each for r in timed)),
+    seconds=_round(float(seconds)),
     tokens_per_second=_round(rates[len(rates) // 2]) if rates else math.nan,
-    command=' '.join(point.command),
+    command=' '.join(point.command).replace(mixture, _anywhere(mixture)),
   )
+
+
+def _anywhere(mixture: str) -> str:
+  """A mixture -> the same with only the last name of each folder."""
+  return ','.join(term.rpartition('/')[2] for term in mixture.split(','))
 
 
 def _spikes(train: Sequence[Mapping[str, Any]], steps: int) -> float:
@@ -151,6 +164,15 @@ def _probes(report: Mapping[str, Any]) -> dict[str, Any]:
     return _round(value)
 
   return light({k: v for k, v in report.items() if k not in ('conventions', 'text')})
+
+
+def _logged(records: Sequence[Mapping[str, Any]], step: int) -> dict[str, Any]:
+  """Records -> the probes that training logged at its last step; none if it did not."""
+  logged = [r for r in records if r['kind'] == 'probes' and r['step'] == step]
+  if not logged:
+    return {}
+  numbers = {k: v for k, v in logged[-1].items() if k not in ('step', 'kind', 'time')}
+  return {'rows': 0} | {k: {'value': _round(v)} for k, v in numbers.items()}
 
 
 def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list]]:

@@ -1,5 +1,6 @@
 """Campaigns: the order of their points, what they refuse, and what a kill leaves."""
 
+import csv
 import dataclasses
 import importlib
 import json
@@ -17,7 +18,8 @@ import pytest
 from configs import base
 from experiments.sink import recipe
 from gated import config, storage, sweep
-from gated.evidence import campaign, experiment, result
+from gated.evidence import campaign, experiment, result, summary
+from gated.run import outcome
 from gated.sweep import judge, machine
 
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
@@ -133,6 +135,81 @@ def test_the_cheapest_open_claim_comes_first(tmp_path):
   assert order(dear, cheap) == ['cheap', 'cheap', 'dear', 'dear']
   open_claims['cheap'] = 0  # Decided: last.
   assert order(cheap, dear) == ['dear', 'dear', 'cheap', 'cheap']
+
+
+def test_a_finished_model_is_probed_even_if_its_point_is_no_longer_wanted(tmp_path):
+  e = opened(tmp_path, choose=lambda points, results: [points[1].name])
+  root = storage.path(tmp_path)
+  swept = sweep.write(campaign.joined([e], root))
+  shown = []
+  work = campaign.Campaign(
+    root,
+    [e],
+    swept,
+    seconds=60,
+    whole=False,
+    open_claims=lambda e: 1,
+    view=shown.append,
+  )
+  row = next(iter(swept.points))
+  workdir = swept.workdir(row)
+  (workdir / 'checkpoints').mkdir(parents=True)
+  outcome.write(workdir, outcome.Outcome(0, row.steps))
+  run = work.runner([machine.Slot('CPU', {})], tmp_path)
+  work._update(run.rows)
+  assert [r.point.name for r in run.rows] == [row.name, swept.points[1].name]
+  (eval_, *words) = run._after(row)
+  assert eval_ == 'eval.py' and '--probe' in words
+  assert len(shown[0]) == len(swept.points)
+  # Without its checkpoint it cannot be probed; its result is what training logged.
+  (workdir / 'checkpoints').rmdir()
+  (workdir / 'run.json').write_text(json.dumps(RUN))
+  (workdir / 'metrics.jsonl').write_text(
+    ''.join(json.dumps(r | {'time': 0.0}) + '\n' for r in _records(row.steps))
+  )
+  work._update(run.rows)
+  assert [r.point.name for r in run.rows] == [swept.points[1].name]
+  (one,) = result.read_all(root, 'sink', 'test')
+  assert (one.point, one.loss) == (e.swept.points[0].name, 1.25)
+  assert one.probes == {'rows': 0, 'sink_rate_64': {'value': 0.5}}
+  assert one.seconds == 10 * 0.5 + 10 * 0.25
+  assert one.curves['train'] == {'step': [0, 10, 20], 'loss': [3.0, 2.0, 1.5]}
+  assert (
+    one.tokens == experiment.tokens(row) and one.config['data']['mixture'] == 'stdlib'
+  )
+  # A figure and a table follow from the result alone.
+  path = summary.write(root, 'sink', 'test')
+  (line,) = csv.DictReader(path.read_text().splitlines())
+  assert (line['condition'], line['arm']) == ('decay0.5-lr8e-3', 'baseline')
+  assert (line['heldout_loss'], line['sink_64'], line['probed_rows']) == (
+    '1.25',
+    '0.5',
+    '0',
+  )
+  assert len(storage.read(path.with_suffix('.svg'), 1 << 24)) > 10_000
+
+
+RUN = {
+  'config': {},
+  'data': {'sha256': 'data'},
+  'sessions': [{'devices': 1, 'device_kind': 'cpu', 'versions': {}}],
+}
+
+
+def _records(steps):
+  train = {'kind': 'train', 'tokens_per_second': 8.0}
+  assert steps == 20
+  return [
+    {'kind': 'train', 'step': 0, 'loss': 3.0},
+    train | {'step': 10, 'loss': 2.0, 'step_seconds': 0.5},
+    train | {'step': 20, 'loss': 1.5, 'step_seconds': 0.25},
+    {'kind': 'probes', 'step': 20, 'sink_rate_64': 0.5},
+    {'kind': 'heldout', 'step': 20, 'loss': 1.25},
+  ]
+
+
+def test_a_folder_of_a_dataset_is_no_part_of_a_result():
+  assert result._anywhere('/a/b/c@code=2,gs://x/d,stdlib') == 'c@code=2,d,stdlib'
 
 
 def test_results_survive_a_round_trip_and_merge(tmp_path):

@@ -1,0 +1,129 @@
+"""The results of an experiment as one table and one figure, beside their folder.
+
+experiments/NAME/results/SCALE.csv   a row for each point
+experiments/NAME/results/SCALE.svg   sinks, activations and loss while training; and .png
+"""
+
+import csv
+import functools
+import io
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gated import storage
+from gated.evidence import measures, result
+from gated.evidence.result import Result
+
+NUMBERS = {
+  'heldout_loss': measures.LOSS,
+  'spikes_per_1000_steps': measures.SPIKES,
+  'f_attn': measures.F_ATTN,
+  'sink_64': measures.SINK,
+  'm_act': measures.M_ACT,
+  'm_act_max': measures.M_ACT_MAX,
+  'kurtosis': measures.KURTOSIS,
+  'gate_mean': measures.GATE,
+  'gate_below_0.1': measures.GATE_SMALL,
+}
+DIGITS = 5
+
+
+class Panel(NamedTuple):
+  """One curve of each result, over training tokens."""
+
+  title: str
+  kind: str  # of the records: probes or heldout
+  # A result -> the name of the curve's values, or the two names of a quotient.
+  names: Callable[[Result], Sequence[str]]
+  line: float | None = None  # a threshold
+  log: bool = False
+
+
+PANELS = (
+  Panel('Sink64', 'probes', lambda r: ['sink_rate_64'], measures.SINK_RATE),
+  Panel(
+    'F-Attn, queries from 64 on',
+    'probes',
+    lambda r: [measures.first_token(r)],
+    measures.FIRST_TOKEN,
+  ),
+  Panel(
+    'largest |h| over the median',
+    'probes',
+    lambda r: ['m_act_max', 'm_act_median'],
+    measures.MASSIVE,
+    log=True,
+  ),
+  Panel('held-out loss (nats per token)', 'heldout', lambda r: ['loss']),
+)
+
+
+def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+  """Results -> the rows of the table."""
+  labels = list(dict.fromkeys(name for r in results for name in r.labels))
+  return [
+    {name: r.labels.get(name, '') for name in labels}
+    | {'state': r.state, 'steps': r.steps, 'tokens': r.tokens}
+    | {'parameters': r.parameters}
+    | {name: f'{number.of(r):.{DIGITS}g}' for name, number in NUMBERS.items()}
+    | {'probed_rows': r.probes.get('rows', 0)}
+    | {'tokens_per_second': f'{r.tokens_per_second:.0f}', 'machine': r.machine}
+    for r in results
+  ]
+
+
+def write(root: storage.Path, experiment: str, scale: str) -> storage.Path:
+  """Writes the table and the figure of an experiment's results -> the table's path.
+
+  ValueError if it has no results. Needs matplotlib.
+  """
+  results = result.read_all(root, experiment, scale)
+  if not results:
+    raise ValueError(f'experiments/{experiment} has no results at scale={scale}')
+  table, text = rows(results), io.StringIO()
+  writer = csv.DictWriter(text, table[0], lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(table)
+  folder = result.folder(root, experiment, scale).parent
+  storage.write(folder / f'{scale}.csv', text.getvalue().encode())
+  from gated.probes import style  # matplotlib is in requirements-report.txt.
+
+  style.save(figure(results), folder, scale, ('svg', 'png'))
+  return folder / f'{scale}.csv'
+
+
+def figure(results: Sequence[Result]) -> Any:
+  """Results -> a figure of PANELS with a line for each result that logged them."""
+  from matplotlib.figure import Figure
+
+  from gated.probes import style
+  from gated.sweep.report.figures import log_scale
+
+  @style.styled
+  def draw() -> Any:
+    drawing = Figure(figsize=(6.8, 4.6))
+    labels = dict.fromkeys(label for r in results for label in r.labels)
+    apart = [n for n in labels if len({r.labels[n] for r in results}) > 1]
+    axes = drawing.subplots(2, 2).flat
+    for ax, panel in zip(axes, PANELS, strict=True):
+      for i, r in enumerate(results):
+        curves, names = r.curves.get(panel.kind, {}), panel.names(r)
+        if all(name in curves for name in names):
+          tokens = np.array(curves['step']) * (r.tokens / r.steps)
+          values = functools.reduce(np.divide, [np.array(curves[n]) for n in names])
+          label = ' '.join(r.labels[n] for n in apart)
+          look = style.look(i) | {'markevery': 0.2}
+          ax.plot(tokens / 1e6, values, label=label, **look)
+      if panel.line is not None:
+        ax.axhline(panel.line, color=style.GREY, lw=0.8, ls=':')
+      ax.set_title(panel.title)
+      if panel.log:
+        log_scale(ax)
+      ax.set_xlabel('training tokens (millions)')
+    handles, names = drawing.axes[0].get_legend_handles_labels()
+    drawing.legend(handles, names, loc='outside lower center', ncols=2)
+    return drawing
+
+  return draw()
