@@ -3,8 +3,7 @@
   python train.py --config=configs/tiny.py
   python train.py --config=configs/dense_1b7.py:48l,gate=headwise --config.optim.lr=8e-3
 
-The same command again resumes. The exit codes are listed in gated/run/exit_codes.py: 0
-finished, 2 refused (nothing was changed), 3 unstable, 4 preempted by SIGTERM and saved.
+The same command again resumes. The exit codes are listed in gated/run/exit_codes.py.
 """
 
 import logging
@@ -20,7 +19,7 @@ from configs import base
 from gated import config, evals
 from gated.devices import determinism, mesh, processes
 from gated.plan import Run, command, evaluate_step, home, prepare, recipe
-from gated.run import checkpoint, exit_codes, recorder, shutdown
+from gated.run import checkpoint, exit_codes, recorder, shutdown, terminal
 from gated.run import workdir as workdirs
 from gated.run.lock import Lock
 from gated.run.pulse import Pulse
@@ -156,7 +155,7 @@ def _loop(run: Run, step, state, services: Services, record: recorder.Recorder) 
         _save(run, state, services, record, loss)
         owed = False
     if stop and not owed:
-      record.say(f'SIGTERM: stopped at step {number}, which is saved')
+      record.say(f'{services.sigterm.name}: stopped at step {number}, which is saved')
       return exit_codes.FINISHED if number == cfg.steps else exit_codes.PREEMPTED
   if owed:
     raise FloatingPointError(f'step {cfg.steps}, the last, is not finite')
@@ -185,6 +184,7 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
+  terminal.steady()
   absl.logging.set_verbosity(absl.logging.WARNING)
   logging.basicConfig(format='%(message)s', level=logging.WARNING, force=True)
   _log.setLevel(logging.INFO)

@@ -11,7 +11,7 @@ MEANING = {
   FAILED: 'failed: an error that has no code of its own; the traceback is on stderr',
   REFUSED: 'refused: bad input, or a workdir of another run; nothing was changed',
   UNSTABLE: 'unstable: loss, gradient or parameters not finite, or too many bad steps',
-  PREEMPTED: 'preempted by SIGTERM: saved; the same command resumes',
+  PREEMPTED: 'preempted by a signal: saved; the same command resumes',
   LOST_PEER: 'lost peer: another process of the run died (134: JAX noticed it first)',
   STUCK: 'stuck: no step for config.stability.stuck_after seconds; stacks on stderr',
   NOT_SAVED: 'not saved: a checkpoint could not be written; earlier ones are intact',

@@ -1,4 +1,4 @@
-"""How a process ends early: SIGTERM, errors of a run, and lost peers."""
+"""How a process ends early: signals, errors of a run, and lost peers."""
 
 import contextlib
 import os
@@ -29,19 +29,26 @@ _COLLECTIVE = workdir.InUse, FloatingPointError
 _FOREIGN = exit_codes.REFUSED, exit_codes.TAKEN_OVER
 
 
-class Sigterm(contextlib.ExitStack):
-  """`with Sigterm() as sigterm:` handles the signal: ask `sigterm.received`.
+# Announcements of an end: by spot machines and schedulers, a closed terminal, Ctrl-C.
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
 
-  Spot machines and schedulers announce a preemption by SIGTERM. In a run of several
-  processes, a signal to one of them stops all of them at the same step: JAX's preemption
-  service, started by `processes.start`, forwards it. A second signal has no effect.
+
+class Sigterm(contextlib.ExitStack):
+  """`with Sigterm() as sigterm:` handles SIGNALS: ask `sigterm.received`.
+
+  In a run of several processes, a signal to one of them stops all of them at the same
+  step: JAX's preemption service, started by `processes.start`, forwards a SIGTERM, and
+  the other signals become one. A second Ctrl-C exits at once; any other second signal has
+  no effect. A signal that is ignored, as SIGHUP is below nohup, stays ignored.
   """
 
   def __init__(self):
     super().__init__()
-    self._received = False
-    if jax.process_count() == 1:
-      self.callback(self._restore, signal.signal(signal.SIGTERM, self._handle))
+    self.name = signal.SIGTERM.name  # Of the first signal.
+    self._received = self._interrupted = False
+    for number in SIGNALS if jax.process_count() == 1 else SIGNALS[1:]:
+      if signal.getsignal(number) != signal.SIG_IGN:
+        self.callback(self._restore, number, signal.signal(number, self._handle))
 
   def received(self, step: int) -> bool:
     """Whether to stop after this step; every process calls it after every step."""
@@ -49,13 +56,24 @@ class Sigterm(contextlib.ExitStack):
       self._received |= multihost_utils.reached_preemption_sync_point(step)
     return self._received
 
-  def _handle(self, *_) -> None:
-    self._received = True
+  def _handle(self, number: int, _) -> None:
+    name = signal.Signals(number).name
+    if number == signal.SIGINT and self._interrupted:
+      os._exit(128 + number)
+    self._interrupted |= number == signal.SIGINT
+    if jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    elif not self._received:
+      self._received, self.name = True, name
+    if number == signal.SIGINT:
+      # Not print: the signal may have interrupted one.
+      with contextlib.suppress(OSError):
+        os.write(2, b'Ctrl-C: stops after this step and its save; again: at once\n')
 
-  def _restore(self, handler) -> None:
-    # After a SIGTERM the process is stopping: a second one must not interrupt that.
+  def _restore(self, number: int, handler) -> None:
+    # After a signal the process is stopping: another one must not interrupt that.
     if not self._received:
-      signal.signal(signal.SIGTERM, handler)
+      signal.signal(number, handler)
 
 
 def exit_code(train: Callable[[], int], path: storage.Path, *, program: str) -> int:

@@ -7,19 +7,61 @@ import pytest
 from gated.run import shutdown
 
 
-def test_sigterm_is_reported_after_the_step_and_a_second_one_has_no_effect():
-  before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize('number', shutdown.SIGNALS, ids=lambda n: n.name)
+def test_a_signal_is_reported_after_the_step_and_a_later_one_has_no_effect(number):
+  before = {n: signal.getsignal(n) for n in shutdown.SIGNALS}
   try:
     with shutdown.Sigterm() as sigterm:
       assert not sigterm.received(1)
-      signal.raise_signal(signal.SIGTERM)
+      signal.raise_signal(number)
       assert sigterm.received(2)
       signal.raise_signal(signal.SIGTERM)
       assert sigterm.received(3)
+      assert sigterm.name == number.name
     # The process is stopping: another signal does not interrupt that.
     signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGHUP)
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for n, handler in before.items():
+      signal.signal(n, handler)
+
+
+def test_a_second_ctrl_c_exits_at_once(run_python):
+  source = """
+import signal
+from gated.run import shutdown
+with shutdown.Sigterm() as sigterm:
+  signal.raise_signal(signal.SIGINT)
+  print(sigterm.received(1), flush=True)
+  signal.raise_signal(signal.SIGINT)
+  print('went on')
+"""
+  done = run_python(['-c', source], timeout=60)
+  assert (done.returncode, done.stdout) == (130, 'True\n'), done.stderr
+  assert done.stderr.count('Ctrl-C: stops after this step') == 1
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with shutdown.Sigterm() as sigterm:
+      signal.raise_signal(signal.SIGHUP)
+      assert not sigterm.received(1)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_to_one_of_several_processes_becomes_a_sigterm(monkeypatch):
+  """JAX's preemption service forwards only a SIGTERM."""
+  sent = []
+  monkeypatch.setattr(shutdown.jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(shutdown.os, 'kill', lambda pid, number: sent.append(number))
+  before = signal.getsignal(signal.SIGTERM)
+  with shutdown.Sigterm():
+    assert signal.getsignal(signal.SIGTERM) is before  # That of JAX.
+    signal.raise_signal(signal.SIGHUP)
+  assert sent == [signal.SIGTERM]
 
 
 def test_the_signal_handler_is_restored_without_a_sigterm():
