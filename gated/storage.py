@@ -42,6 +42,7 @@ PART = 1 << 24  # Bytes per part of a multipart upload; memory holds THREADS * 4
 def path(spec: PathLike) -> Path:
   """A local path, gs://BUCKET/... or s3://BUCKET/... -> Path.
 
+  `~` at its start is the home folder, also where no shell expands it (--flag=~/x).
   ValueError for another scheme, a missing bucket name, or a missing package.
   """
   text = os.fspath(spec)
@@ -49,7 +50,9 @@ def path(spec: PathLike) -> Path:
   if not colon or not re.fullmatch(r'[A-Za-z][\w+.-]*', scheme):
     if re.match(r'(gs|s3):/', text):
       raise ValueError(f'{text!r} has one slash: write {text.replace(":/", "://", 1)!r}')
-    return Path(text)
+    home = Path(os.path.expanduser(text))
+    # A folder that is named like that, ./~, stays itself also when it is joined.
+    return Path(os.path.abspath(home)) if os.fspath(home).startswith('~') else home
   if scheme not in STORES:
     raise ValueError(f'{text!r}, but allowed are a local path, {" and ".join(REMOTE)}')
   bucket, *parts = rest.split('/')

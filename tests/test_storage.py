@@ -38,6 +38,17 @@ def test_a_file_is_read_as_written(folder):
   assert abs(storage.modified(folder / 'a' / 'note.json') - time.time()) < 60
 
 
+def test_a_tilde_is_the_home_folder_and_any_other_name_is_itself(monkeypatch):
+  """No shell expands --flag=~/x."""
+  monkeypatch.setenv('HOME', '/home/me')
+  assert os.fspath(storage.path('~/runs')) == '/home/me/runs'
+  assert os.fspath(storage.path('~')) == '/home/me'
+  for name in ('a~', 'a/~'):
+    assert os.fspath(storage.path(name)) == name
+  for name in ('./~', '~nobody-has-this-name/x'):
+    assert os.fspath(storage.path(storage.path(name))) == os.path.abspath(name)
+
+
 def test_a_missing_file_is_named(folder):
   storage.write(folder / 'one', b'1')
   for path in (folder / 'two', folder / 'no' / 'where'):

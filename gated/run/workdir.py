@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import re
+import tempfile
 import time
 from collections.abc import Collection, Generator, Iterable, Mapping
 from pathlib import Path
@@ -93,7 +94,7 @@ def check(
       raise ValueError(
         f'--allow_change={name} is not a knob{config.nearest(name, known)}'
       )
-  _check_writable(workdir)
+  _check_place(workdir)
   saves = workdir / 'checkpoints'
   with checkpoint.Reader(saves) as saved:
     try:
@@ -101,7 +102,7 @@ def check(
         step = saved.pick(restore_step, '--restore_step')
       else:
         step = saved.newest_good()
-    except ValueError as error:
+    except (ValueError, PermissionError) as error:
       raise ValueError(f'--workdir={workdir}: {error}') from error
     steps = saved.steps()
     old = _owner(workdir) or (saved.about(step) if step is not None else None)
@@ -240,13 +241,31 @@ def _owner(workdir: storage.Path) -> dict | None:
     raise ValueError(f'--workdir={workdir}: {path} is damaged: {error!r}') from error
 
 
-def _check_writable(workdir: storage.Path) -> None:
+def _check_place(workdir: storage.Path) -> None:
+  """ValueError unless a run can write its files and checkpoints there."""
+  saves = os.path.abspath(workdir) if not storage.is_remote(workdir) else str(workdir)
+  if saves.startswith('s3://'):
+    saves = tempfile.gettempdir()  # Checkpoints pass through a folder there.
+  if found := re.findall(r'[*?[\\\ud800-\udfff]', saves):
+    raise ValueError(
+      f'--workdir={workdir}: {saves!r} has {found[0]!r}, but Orbax cannot save below a '
+      'path with *, ?, [, a backslash or bytes that are not UTF-8: choose another name, '
+      'or a symbolic link to that folder'
+    )
   if storage.is_remote(workdir):
     return  # A store reports errors when the lock is written.
   path = Path(workdir).absolute()
-  parent = next(p for p in (path, *path.parents) if p.exists())
-  if not parent.is_dir() or not os.access(parent, os.W_OK):
-    raise ValueError(f'--workdir={workdir}: {parent} is not a writable folder')
+  folders, log = (path / 'checkpoints',), path / 'metrics.jsonl'
+  try:
+    folders = next(p for p in (path, *path.parents) if p.exists()), *folders
+    for folder in folders:
+      writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+      if folder.exists() and not writable:
+        raise ValueError(f'--workdir={workdir}: {folder} is not a writable folder')
+    if log.exists() and not (log.is_file() and os.access(log, os.W_OK)):
+      raise ValueError(f'--workdir={workdir}: {log} is not a writable file')
+  except OSError as error:  # A name may be too long.
+    raise ValueError(f'--workdir={workdir}: {error.strerror}') from error
 
 
 def split_step(path: str, step: str = '') -> tuple[str, str]:

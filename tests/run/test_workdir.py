@@ -1,5 +1,6 @@
 """Only the run that owns a workdir resumes in it."""
 
+import errno
 import json
 import os
 import re
@@ -276,6 +277,44 @@ def test_a_file_in_place_of_the_workdir_is_refused_with_the_flag(tmp_path):
   (tmp_path / 'file').write_bytes(b'')
   for home in (tmp_path / 'file', tmp_path / 'file' / 'run'):
     refused(storage.path(home), 'file is not a writable folder')
+
+
+@pytest.mark.parametrize(
+  'name', ['a[b]', 'run[1]/x', 'a*', 'a?', 'a**b', 'a\\b', '\udcff'], ids=ascii
+)
+def test_a_place_where_orbax_cannot_save_is_refused(name, run, tmp_path, monkeypatch):
+  refused(storage.path(tmp_path / name), 'Orbax cannot save below a path with')
+  (tmp_path / name).mkdir(parents=True)
+  run.rename(tmp_path / name / 'run')
+  monkeypatch.chdir(tmp_path / name)
+  refused(storage.path('run'), 'or a symbolic link to that folder')
+  (tmp_path / 'link').symlink_to(tmp_path / name)
+  assert check(storage.path(tmp_path / 'link' / 'run')).step == 4
+
+
+def test_a_name_that_is_too_long_is_refused_with_the_flag(tmp_path):
+  assert check(storage.path(tmp_path / ('a' * 255))).step is None
+  refused(storage.path(tmp_path / ('a' * 256)), '--workdir=.*: File name too long')
+
+
+@pytest.mark.parametrize('name', ['checkpoints', 'metrics.jsonl'])
+def test_a_place_inside_a_workdir_of_the_wrong_kind_is_refused(name, tmp_path):
+  """metrics.jsonl may be linked to a device, which keeps no record."""
+  (tmp_path / name).symlink_to('/dev/null')
+  refused(storage.path(tmp_path), f'{name} is not a writable')
+
+
+def test_a_denied_permission_is_not_taken_for_damage(run, monkeypatch):
+  """A step that is passed over would be replaced later."""
+  read = storage.read
+
+  def denied(path, limit):
+    if os.fspath(path).endswith('4/manifest.json'):
+      raise PermissionError(errno.EACCES, 'Permission denied', os.fspath(path))
+    return read(path, limit)
+
+  monkeypatch.setattr(storage, 'read', denied)
+  refused(run, '--workdir=.*Permission denied: .*4/manifest.json')
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason='root may write anywhere')

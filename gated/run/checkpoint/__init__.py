@@ -26,6 +26,8 @@ from gated.run.checkpoint.retention import Config
 
 __all__ = ['Checkpoints', 'Config', 'Damaged', 'Reader', 'SaveFailed', 'split']
 
+# Orbax's index of all arrays of an item, merged from the files of each process.
+INDEX = 'manifest.ocdbt'
 LEFTOVER = re.compile(r'\d+\.(removed|digests|orbax-checkpoint-tmp.*)')
 
 _log = logging.getLogger('gated')
@@ -150,6 +152,10 @@ class Checkpoints(Reader):
     files = self._survey(folder, draft.step)
     if jax.process_index() > 0:
       return
+    # Orbax only warns if it merged nothing; a restore then finds no array.
+    for index in (f'{item}/{INDEX}' for item in draft.leaves):
+      if index not in files:
+        raise FileNotFoundError(f'{folder / index} was not written')
     complete = dataclasses.replace(draft, files=files)
     home = self.directory / str(draft.step)
     if self._stage:

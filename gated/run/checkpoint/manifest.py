@@ -66,12 +66,14 @@ def write(folder: storage.Path, manifest: Manifest) -> None:
 def load(path: storage.Path, limit: int) -> Any:
   """A JSON file -> its content; FileNotFoundError, or ValueError for a damaged one.
 
-  Other errors of an object store are raised as they are: the file may be good.
+  Other errors of an object store, and a denied permission, are raised as they are: the
+  file may be good.
   """
   try:
     return storage.read_json(path, limit)
   except OSError as error:
-    if isinstance(error, FileNotFoundError) or storage.is_remote(path):
+    kept = FileNotFoundError, PermissionError
+    if isinstance(error, kept) or storage.is_remote(path):
       raise
     raise ValueError(str(error)) from error
 
