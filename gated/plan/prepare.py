@@ -29,6 +29,7 @@ class Run(NamedTuple):
   weights: weights.Source | None  # of config.init_from
   resume: workdirs.Resume  # the step to restore, and the changes since
   sample: Callable | None  # as of evals.sampler; None without config.log.samples
+  restore_step: str  # the flag
 
   def record_session(self) -> None:
     """Adds this session to run.json, on process 0."""
@@ -60,7 +61,7 @@ class Run(NamedTuple):
     """The state that a session starts from: a saved step, other weights, or fresh."""
     if self.resume.step is not None:
       state = saves.restore(self.resume.step, self.plan.state)
-      data_step = saves.go_back(self.resume.step)
+      data_step = saves.go_back(self.resume.step, asked=self.restore_step)
       if data_step is None:
         return state
       placed = jax.device_put(np.int32(data_step), state.data_step.sharding)
@@ -106,7 +107,8 @@ def prepare(
   if not corpus.domains:
     _log.info('the data has no held-out rows: no held-out loss, and no best step')
   sample = _sampler(plan, corpus) if cfg.log.samples else None
-  return Run(c, workdir, plan, corpus, plan.train_step(), source, resume, sample)
+  step = plan.train_step()
+  return Run(c, workdir, plan, corpus, step, source, resume, sample, restore_step)
 
 
 def _sampler(plan: Plan, corpus: data.Corpus) -> Callable:

@@ -83,7 +83,8 @@ def check(
 
   `like` is the abstract state to restore. `allowed` lists knobs, groups of knobs
   (`config.optim.`) or 'data' that may change although they change the training.
-  `restore_step` is a step, or '' for the newest valid one.
+  `restore_step` is a step, or '' for the newest valid one. If the session before followed
+  it too, with the same training, a scheduler has repeated the command: the newest one.
 
   ValueError if another knob changed, if no step is valid, if the state does not fit, or
   if the workdir is not writable.
@@ -97,15 +98,24 @@ def check(
   _check_place(workdir)
   saves = workdir / 'checkpoints'
   with checkpoint.Reader(saves) as saved:
+    old = _owner(workdir)
+    same = old is None or not fixed(config.differences(old['config'], c), c)
+    followed = bool(restore_step) and same and saved.followed() == restore_step
     try:
-      if restore_step:
+      if restore_step and not followed:
         step = saved.pick(restore_step, '--restore_step')
       else:
         step = saved.newest_good()
     except (ValueError, PermissionError) as error:
       raise ValueError(f'--workdir={workdir}: {error}') from error
+    if followed:
+      _log.info(
+        '--restore_step=%s was followed before: resuming from step %s. To go back again, '
+        'resume once without the flag',
+        *(restore_step, step),
+      )
     steps = saved.steps()
-    old = _owner(workdir) or (saved.about(step) if step is not None else None)
+    old = old or (saved.about(step) if step is not None else None)
     if old is None:
       if metrics.exists(workdir / 'metrics.jsonl'):
         raise ValueError(f'--workdir={workdir} has a metrics.jsonl but no run.json')

@@ -250,6 +250,46 @@ def test_restore_step_is_a_number_latest_or_best(run):
   refused(run, "--restore_step='first', but allowed are latest", restore_step='first')
 
 
+def go_on(home, asked, *steps):
+  """A session that follows --restore_step, and saves these steps."""
+  with checkpoint.Checkpoints(home / 'checkpoints', keep=2, keep_every=0) as out:
+    out.go_back(check(home, restore_step=asked).step, asked=asked)
+    for number in steps:
+      out.save(number, state(number), about(small.recipe()))
+
+
+def test_a_restore_step_is_followed_once_and_then_the_same_command_resumes(run, caplog):
+  caplog.set_level('INFO')
+  assert check(run, restore_step='2').step == 2
+  go_on(run, '2')  # A kill before its next save.
+  assert check(run, restore_step='2').step == 2
+  go_on(run, '2', 3)
+  caplog.clear()
+  assert check(run, restore_step='2').step == 3
+  assert '--restore_step=2 was followed before: resuming from step 3' in caplog.text
+  go_on(run, '2', 4)
+  assert check(run, restore_step='2').step == 4
+  # Another step, or another training, is another command.
+  assert check(run, restore_step='3').step == 3
+  changes = dict(seed=1, allowed=['config.seed'])
+  assert check(run, restore_step='3', **changes).step == 3
+  # After a session without the flag, it is followed again.
+  go_on(run, '')
+  assert check(run, restore_step='3').step == 3
+
+
+def test_a_change_of_the_training_follows_the_restore_step_again(run):
+  go_on(run, '2', 3)
+  assert check(run, restore_step='2', steps=9).step == 3
+  with checkpoint.Checkpoints(run / 'checkpoints', keep=3, keep_every=0) as out:
+    out.save(4, state(4), about(small.recipe()))
+  changed = dict(seed=1, allowed=['config.seed'])
+  assert check(run, restore_step='3').step == 3
+  go_on(run, '3', 4)
+  assert check(run, restore_step='3').step == 4
+  assert check(run, restore_step='3', **changed).step == 3
+
+
 def test_a_damaged_restore_step_is_not_replaced_by_another(run):
   os.truncate(run / 'checkpoints' / '2' / 'manifest.json', 9)
   refused(run, r"--restore_step='2': .*manifest\.json", restore_step='2')

@@ -107,19 +107,25 @@ class Checkpoints(Reader):
     processes.gather('')  # A barrier: process 0 has committed the step.
     return super().newest_good()
 
-  def go_back(self, step: int, *, data_step: int | None = None) -> int | None:
+  def go_back(
+    self, step: int, *, data_step: int | None = None, asked: str | None = None
+  ) -> int | None:
     """Discards the steps after `step` from the history, for later sessions as well.
 
     They stay on disk until a newer step is committed, or they are saved again. Pass
     `data_step` if the data must not continue where the step stopped. It is stored, and
-    later sessions that resume from the same step get it as the result.
+    later sessions that resume from the same step get it as the result. `asked` is the
+    --restore_step that a session follows; None keeps the stored one.
     """
     self.wait()
     old = head.read(self.directory)
     if data_step is None and old.step == step:
       data_step = old.data_step
     discarded = {*old.discarded, *(s for s in self.steps() if s > step)}
-    new = Head(step=step, discarded=tuple(sorted(discarded)), data_step=data_step)
+    asked = old.asked if asked is None else asked
+    new = Head(
+      step=step, discarded=tuple(sorted(discarded)), data_step=data_step, asked=asked
+    )
     if new != old and jax.process_index() == 0:
       head.write(self.directory, new)
     processes.gather('')
@@ -163,15 +169,16 @@ class Checkpoints(Reader):
       storage.remove(folder)
     manifest.write(home, complete)
     self._manifests[draft.step] = complete
-    discarded = head.read(self.directory).discarded
-    head.write(self.directory, Head(step=draft.step, discarded=discarded))
+    old = head.read(self.directory)
+    discarded, new = old.discarded, Head(step=draft.step, asked=old.asked)
+    head.write(self.directory, dataclasses.replace(new, discarded=discarded))
     losses = {step: self._loss(step) for step in self.steps()}
     kept = retention.kept(losses, keep=self._keep, keep_every=self._keep_every)
     for step in sorted({*discarded, *losses} - kept):
       retention.remove(self.directory, step)
       self._manifests.pop(step, None)
     if discarded:
-      head.write(self.directory, Head(step=draft.step))
+      head.write(self.directory, new)
 
   def _loss(self, step: int) -> float | None:
     with contextlib.suppress(Damaged):

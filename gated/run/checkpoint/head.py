@@ -21,17 +21,19 @@ class Head:
   step: int | None = None  # The last step committed or returned to; None before any.
   discarded: tuple[int, ...] = ()  # Later steps on disk, discarded by a return to `step`.
   data_step: int | None = None  # The data step to continue from after a rollback.
+  asked: str = ''  # The --restore_step of the last session.
 
 
 def read(directory: storage.Path) -> Head:
   try:
-    content = manifest.load(directory / NAME, LIMIT)
+    content = {'asked': ''} | manifest.load(directory / NAME, LIMIT)  # Once without it.
     head = Head(**{field.name: content[field.name] for field in fields(Head)})
     numbers = [
       *head.discarded,
       *(n for n in (head.step, head.data_step) if n is not None),
     ]
-    if not all(type(n) is int and n >= 0 for n in numbers):
+    whole = all(type(n) is int and n >= 0 for n in numbers)
+    if not (whole and isinstance(head.asked, str)):
       raise ValueError(f'wrong values in {content!r}'[:200])
     return replace(head, discarded=tuple(head.discarded))
   except FileNotFoundError:

@@ -65,6 +65,10 @@ class Reader(contextlib.AbstractContextManager):
     names = filter(is_step, storage.names(self.directory))
     return [name for name in names if storage.exists(self.directory / name / marker)]
 
+  def followed(self) -> str:
+    """The --restore_step that the last session followed; '' for none."""
+    return head.read(self.directory).asked
+
   def latest(self) -> int | None:
     """The last committed step, or None."""
     return max(self.steps(), default=None)
