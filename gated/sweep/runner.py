@@ -183,14 +183,15 @@ class Runner:
       self._drop(row)
     self._show(self.rows)
     while True:
-      self._reap()
+      if self._reap():
+        self._show(self.rows)  # It may reorder what starts next.
+      if not self.leaving:
+        self._start()
+      self._forward()
       waiting = [row for row in self.rows if row.state == 'elsewhere']
       for row in [*waiting, *(job.row for job in self._jobs)]:
         row.follow()
       self._show(self.rows)
-      if not self.leaving:
-        self._start()
-      self._forward()
       if not self._jobs and (self.leaving or not waiting):
         return
       time.sleep(SECONDS)
@@ -240,9 +241,10 @@ class Runner:
     row.state, row.slot = 'running', slot.name
     self._jobs.append(_Job(row, process, slot, last))
 
-  def _reap(self) -> None:
-    """Updates the rows of the processes that have exited."""
-    for job in [job for job in self._jobs if job.process.poll() is not None]:
+  def _reap(self) -> bool:
+    """Updates the rows of the processes that have exited -> whether any has."""
+    exited = [job for job in self._jobs if job.process.poll() is not None]
+    for job in exited:
       self._jobs.remove(job)
       self._free.append(job.slot)
       row = job.row
@@ -254,6 +256,7 @@ class Runner:
         row.code = None
       elif not self._done(row) and not self.leaving:
         row.state = 'failed'
+    return bool(exited)
 
   def _drop(self, row: Row) -> None:
     """Removes the checkpoints of a point that is done, unless they are kept."""
