@@ -7,8 +7,8 @@
   python eval.py --workdir=runs/demo --prompt="def fib(" --max_tokens=64
 
 Prints a table of held-out loss by domain, beside two yardsticks on the same text, and as
-its last line the report as JSON, which it also writes to WORKDIR/eval/STEP.json. Nothing
-is written to a Hugging Face folder. Exit code 2: refused.
+its last line the report as JSON, which it then writes to WORKDIR/eval/STEP.json, with a
+warning if it cannot. Nothing is written to a Hugging Face folder. Exit code 2: refused.
 
 With --probe it prints measurements of each layer instead, and writes them to
 WORKDIR/probes/STEP.json; --figures adds figures there. With --prompt it prints the
@@ -28,7 +28,7 @@ from gated import data, evals, probes, storage
 from gated.devices import processes
 from gated.plan import command, drawing, evaluation, probing
 from gated.plan.load import Loaded
-from gated.run import events, exit_codes, metrics
+from gated.run import events, exit_codes, metrics, terminal
 from gated.run import workdir as workdirs
 
 _WORKDIR = flags.DEFINE_string(
@@ -72,8 +72,8 @@ _GENERATION = evals.define(flags, excludes=(*LOSSES_ONLY, *PROBES_ONLY, *_BOTH))
 _PROCESSES = processes.define(flags)
 
 
-def heldout(loaded: Loaded) -> dict[str, Any]:
-  """A model -> its held-out loss and that of the models beside it."""
+def heldout(loaded: Loaded) -> None:
+  """Prints a model's held-out loss and that of the models beside it, then stores it."""
   corpus = _corpus(loaded)
   rows = lambda: probing.heldout_rows(corpus, _ROWS.value or evaluation.ROWS)
   others: dict[str, Any] = dict(forced=_FORCE.value, others=_BESIDE.value)
@@ -86,13 +86,18 @@ def heldout(loaded: Loaded) -> dict[str, Any]:
   if jax.process_index() == 0:
     options = dict(rows=_BIGRAM_ROWS.value, xz_bytes=_XZ_BYTES.value)
     evaluation.complete(report, loaded, corpus, **options)
+    print(evals.table(report))
+    if report['stability'] and (summary := events.summary(report['stability'])):
+      print(f'unstable steps up to this one: {summary}')
+    print(metrics.dumps(report, indent=None), flush=True)
+    evaluation.store(report, loaded, 'eval')
   if _FIGURES.value:
-    drawing.positions(runs, reports)
-  return report
+    with evaluation.stored():
+      drawing.positions(runs, reports)
 
 
-def probe(loaded: Loaded) -> dict[str, Any]:
-  """A model -> the probes of it and of the models beside it."""
+def probe(loaded: Loaded) -> None:
+  """Prints the probes of a model and of the models beside it, then stores them."""
   segments = 1
   if _TEXT.value:
     options = dict(length=_LENGTH.value, limit=_ROWS.value)
@@ -106,11 +111,12 @@ def probe(loaded: Loaded) -> dict[str, Any]:
   reports = evaluation.probes(runs, rows, mask_documents=_MASK.value)
   report = evaluation.joined(reports)
   report = {'text': _TEXT.value or _DATA.value or 'held-out rows'} | report
-  if loaded.about and jax.process_index() == 0:
-    storage.write_json(loaded.path / 'probes' / f'{loaded.step}.json', report)
+  if jax.process_index() == 0:
+    print(probes.table(report), flush=True)
+    evaluation.store(report, loaded, 'probes')
   if _FIGURES.value:
-    drawing.probes(runs, reports, evals.longest_document(rows))
-  return report
+    with evaluation.stored():
+      drawing.probes(runs, reports, evals.longest_document(rows))
 
 
 def _load(workdir: str) -> Loaded:
@@ -168,6 +174,7 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
+  terminal.steady()
   logging.basicConfig(format='%(message)s', level=logging.WARNING, force=True)
   try:
     prompts, options = _GENERATION()
@@ -182,16 +189,9 @@ def main(argv: list[str]) -> int:
     loaded = _load(_WORKDIR.value)
     if _FIGURES.value:
       drawing.modules(loaded)  # Reports a missing package before anything is measured.
-    report = probe(loaded) if _PROBE.value else heldout(loaded)
+    (probe if _PROBE.value else heldout)(loaded)
   except (ValueError, NotImplementedError) as error:
     return refuse(error)
-  if jax.process_index() == 0 and _PROBE.value:
-    print(probes.table(report))
-  elif jax.process_index() == 0:
-    print(evals.table(report))
-    if report['stability'] and (summary := events.summary(report['stability'])):
-      print(f'unstable steps up to this one: {summary}')
-    print(metrics.dumps(report, indent=None))
   return exit_codes.FINISHED
 
 

@@ -4,7 +4,9 @@ The first of the models is the one that is evaluated. The report of it has the o
 reports under 'beside', by their labels.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from gated.plan import probing
 from gated.plan.load import Loaded, load
 from gated.probes import force
 from gated.run import metrics
+
+_log = logging.getLogger('gated')
 
 Runs = Mapping[str, Loaded]
 Reports = Mapping[str, dict[str, Any]]
@@ -127,9 +131,8 @@ def complete(
 ) -> None:
   """Adds the yardsticks, the data and the run's bad steps to a held-out report.
 
-  Writes it to WORKDIR/eval/STEP.json, with the data's digest in the name if the corpus is
-  not the run's own. The yardsticks, as of `evals.measure_yardsticks`, are fitted to at
-  most `rows` of the rows that the run has seen; for imported weights, to the corpus.
+  The yardsticks, as of `evals.measure_yardsticks`, are fitted to at most `rows` of the
+  rows that the run has seen; for imported weights, to the corpus.
   """
   digest, about = corpus.fingerprint['sha256'], loaded.about
   own = about and digest == about['data']['sha256']
@@ -143,6 +146,26 @@ def complete(
   for domain, summary in report['domains'].items():
     summary |= yardsticks[domain]
   report |= {'data': digest, 'stability': about['stability'] if about else None}
-  if about:
-    name = f'{loaded.step}.json' if own else f'{loaded.step}-{digest[:8]}.json'
-    storage.write_json(loaded.path / 'eval' / name, metrics.plain(report))
+
+
+def store(report: Mapping[str, Any], loaded: Loaded, folder: str) -> None:
+  """Writes a report to WORKDIR/FOLDER/STEP.json; for imported weights, does nothing.
+
+  The name has the data's digest if they are not the run's own. See `stored` for errors.
+  """
+  if not loaded.about:
+    return
+  own = loaded.about['data']['sha256']
+  digest = report.get('data') or own
+  name = str(loaded.step) if digest == own else f'{loaded.step}-{digest[:8]}'
+  with stored():
+    storage.write_json(loaded.path / folder / f'{name}.json', metrics.plain(report))
+
+
+@contextlib.contextmanager
+def stored() -> Generator[None]:
+  """Files beside a printed result: an error of the disk is only a warning."""
+  try:
+    yield
+  except OSError as error:
+    _log.warning('the result was printed, but could not be stored: %s', error)
