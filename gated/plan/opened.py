@@ -64,7 +64,15 @@ class Opened:
       net = hf.read(Path(self.path), like)
     else:
       with checkpoint.Reader(self.path / 'checkpoints') as saves:
-        net = saves.restore_model(self.step, like)
+        try:
+          net = saves.restore_model(self.step, like)
+        except (ValueError, OSError) as error:
+          if not saves.removed([self.step]):
+            raise
+          raise ValueError(
+            f'{self.path} is a run in progress and has removed step {self.step} '
+            'meanwhile: start again, or name a step that it keeps'
+          ) from error
     for change in self.changes:
       net = change(net)
     return net

@@ -68,7 +68,13 @@ class Run(NamedTuple):
       return dataclasses.replace(state, data_step=placed)
     state = self.plan.init()
     if self.weights:
-      model = weights.read(self.weights, self.plan.state.model, state.model)
+      like = self.plan.state.model
+      model, source = weights.read(self.weights, like, state.model)
+      if source != self.weights and jax.process_index() == 0:
+        given = self.plan.cfg.init_from
+        metrics.amend(
+          self.workdir / 'run.json', {'config.init_from': (given, str(source))}
+        )
       state = dataclasses.replace(state, model=model)
     return state
 

@@ -13,11 +13,12 @@ import jax
 from jax.experimental import multihost_utils
 
 from gated import storage
-from gated.run import checkpoint, exit_codes, metrics, workdir
+from gated.run import checkpoint, exit_codes, metrics, weights, workdir
 
 CODES: dict[type[Exception], int] = {
   workdir.InUse: exit_codes.REFUSED,
   metrics.Damaged: exit_codes.REFUSED,
+  weights.Removed: exit_codes.REFUSED,
   FloatingPointError: exit_codes.UNSTABLE,
   checkpoint.SaveFailed: exit_codes.NOT_SAVED,
   workdir.TakenOver: exit_codes.TAKEN_OVER,

@@ -12,7 +12,13 @@ from typing import Any, NamedTuple
 from gated import config, data, hf, model, storage
 from gated.run import checkpoint, workdir
 
+ATTEMPTS = 5  # The most reads of a run that removes its steps.
+
 _log = logging.getLogger('gated')
+
+
+class Removed(ValueError):
+  """The run of the given step has removed it meanwhile."""
 
 
 class Source(NamedTuple):
@@ -21,6 +27,7 @@ class Source(NamedTuple):
   folder: Path | storage.Path  # the checkpoints of a workdir, or a Hugging Face folder
   step: int | None  # None for a Hugging Face folder
   differs: dict[str, tuple[Any, Any]]  # knob: (source, new)
+  which: str  # the step as it was given: a number, latest or best
 
   def __str__(self) -> str:
     if self.step is None:
@@ -56,7 +63,7 @@ def _imported(folder: Path, like: model.Transformer, corpus: data.Corpus) -> Sou
     _log.warning(
       '%s has no tokenizer.json: cannot compare it with the tokenizer of the data', folder
     )
-  return Source(folder, None, {})
+  return Source(folder, None, {}, '')
 
 
 def _saved(saves: storage.Path, step: str, like: model.Transformer, corpus) -> Source:
@@ -70,13 +77,32 @@ def _saved(saves: storage.Path, step: str, like: model.Transformer, corpus) -> S
   differs = config.differences({'model': about['config']['model']}, current)
   for knob, (old, new) in differs.items():
     _log.info('%s is %r, but was %r for the weights', knob, new, old)
-  return Source(saves, number, differs)
+  return Source(saves, number, differs, step)
 
 
-def read(source: Source, like: model.Transformer, fresh: model.Transformer) -> Any:
-  """Reads the model with the shardings of `like`; missing gates come from `fresh`."""
+def read(
+  source: Source, like: model.Transformer, fresh: model.Transformer
+) -> tuple[Any, Source]:
+  """Reads the model with the shardings of `like`; missing gates come from `fresh`.
+
+  Also returns the source: another step than the given one if its run, which still
+  trains, has removed that step; Removed if the step was given by number.
+  """
   _log.info('starting from the weights of %s', source)
   if source.step is None:
-    return hf.read(Path(source.folder), like, fresh=fresh)
+    return hf.read(Path(source.folder), like, fresh=fresh), source
   with checkpoint.Reader(source.folder) as saved:
-    return saved.restore_model(source.step, like, fresh=fresh)
+    for left in reversed(range(ATTEMPTS)):
+      try:
+        return saved.restore_model(source.step, like, fresh=fresh), source
+      except (ValueError, OSError) as error:
+        if not saved.removed([source.step]):
+          raise
+        if not left or source.which.isdigit():
+          raise Removed(
+            f'config.init_from: the run has removed {source} meanwhile: start again, or '
+            'name a step that it keeps (config.checkpoint.keep_every)'
+          ) from error
+      source = source._replace(step=saved.pick(source.which, 'step'))
+      _log.warning('its run has removed that step: using %s', source)
+  raise AssertionError

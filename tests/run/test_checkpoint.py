@@ -375,6 +375,27 @@ def test_pick_never_replaces_a_step_by_another(three):
       source.pick('2', '--step')
 
 
+@pytest.mark.parametrize(('which', 'chosen'), [('latest', 5), ('best', 5)])
+def test_a_step_that_its_run_removes_meanwhile_is_chosen_again(
+  which, chosen, three, monkeypatch
+):
+  """The run saves steps 4 and 5, and removes the others, while a reader verifies."""
+  verify, saved = checkpoint.Reader.verify, []
+
+  def late(reader, step):
+    if not saved:
+      saved.append(step)
+      with checkpoint.Checkpoints(three, keep=1, keep_every=0) as out:
+        for number in (4, 5):
+          out.save(number, tiny_state(float(number)), ABOUT | {'heldout_loss': -number})
+    verify(reader, step)
+
+  monkeypatch.setattr(checkpoint.Reader, 'verify', late)
+  with checkpoint.Reader(three) as source:
+    assert source.pick(which, '--step') == chosen
+  assert saved == [3] if which == 'latest' else saved == [1]
+
+
 def test_a_return_to_a_step_discards_the_later_steps(three):
   with checkpoint.Checkpoints(three, keep=3, keep_every=0) as out:
     assert out.go_back(1, data_step=7) == 7

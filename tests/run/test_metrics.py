@@ -362,6 +362,11 @@ def test_run_json_holds_the_versions_and_keeps_its_sessions(tmp_path, monkeypatc
   assert last['devices'] == jax.device_count()
   assert last['environment']['XLA_FLAGS'] == '--xla_some_flag'
   assert [p.name for p in path.parent.iterdir()] == ['run.json']
+  metrics.amend(path, {'config.init_from': ('a', 'a:7')})
+  amended = json.loads(path.read_text())
+  assert amended['sessions'][0] == run['sessions'][0]
+  assert amended['sessions'][1]['changed']['config.init_from'] == ['a', 'a:7']
+  assert amended['sessions'][1]['changed'].items() >= last['changed'].items()
 
 
 def test_credentials_are_not_recorded(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Initial weights from another run or a Hugging Face folder."""
 
+import shutil
 import types
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import small
 
-from gated import data, hf, model
+from gated import data, hf, model, storage
 from gated.devices import trees
 from gated.run import checkpoint, weights
 from gated.train import optim, step
@@ -41,7 +42,8 @@ def test_weights_of_a_run_are_found_and_read(workdir):
   like = placed()
   source = weights.find(f'{workdir}:3', like, CORPUS)
   assert (str(source), source.differs) == (f'{workdir}:3', {})
-  restored = weights.read(source, like, small.filled(like, seed=1))
+  restored, taken = weights.read(source, like, small.filled(like, seed=1))
+  assert taken == source
   exact = trees.flatten(small.model_of())
   for name, leaf in trees.flatten(restored).items():
     np.testing.assert_array_equal(leaf, exact[name])
@@ -52,7 +54,7 @@ def test_a_gate_without_saved_weights_keeps_its_initial_values(workdir, caplog):
   source = weights.find(str(workdir), like, CORPUS)
   fresh = small.filled(like, seed=1)
   with caplog.at_level('INFO', logger='gated'):
-    restored = trees.flatten(weights.read(source, like, fresh))
+    restored = trees.flatten(weights.read(source, like, fresh)[0])
   assert 'lacks blocks.attn.gate.weight: initialized' in caplog.text
   name = 'blocks.attn.gate.weight'
   np.testing.assert_array_equal(restored[name], trees.flatten(fresh)[name])
@@ -97,9 +99,9 @@ def test_the_tokenizer_of_imported_weights_must_be_that_of_the_data(tmp_path, ca
   hf.save(small.model_of(), folder)
   with caplog.at_level('INFO', logger='gated'):
     source = weights.find(str(folder), placed(), CORPUS)
-  assert source == weights.Source(folder, None, {})
+  assert source == weights.Source(folder, None, {}, '')
   assert 'has no tokenizer.json' in caplog.text
-  restored = trees.flatten(weights.read(source, placed(), small.model_of()))
+  restored = trees.flatten(weights.read(source, placed(), small.model_of())[0])
   exact = trees.flatten(small.model_of())
   assert all((restored[name] == exact[name]).all() for name in exact)
 
@@ -114,3 +116,32 @@ def test_the_tokenizer_of_imported_weights_must_be_that_of_the_data(tmp_path, ca
     weights.find(str(folder), placed(), bytes_corpus)
   bytes_corpus.tokenizer = tokenizer.load(str(folder / 'tokenizer.json'))
   assert weights.find(str(folder), placed(), bytes_corpus).step is None
+
+
+def test_a_step_that_its_run_removes_meanwhile_is_replaced_by_the_next(
+  workdir, tmp_path, caplog
+):
+  """The step is chosen before the compilation, and read after it."""
+  home = storage.path(shutil.copytree(workdir, tmp_path / 'run'))
+  like, net = placed(), small.model_of()
+  latest, exact = (weights.find(f'{home}{step}', like, CORPUS) for step in ('', ':3'))
+  tx = optim.make(small.optim_config(), steps=5, multipliers={})
+  state = step.State(jnp.int32(4), jnp.int32(4), net, tx.init(net))
+  about = dict(config=small.recipe(), data={'tokenizer': 'ours'}, heldout_loss=0.5)
+  with checkpoint.Checkpoints(home / 'checkpoints', keep=1, keep_every=0) as saved:
+    saved.save(4, state, about)
+  restored, taken = weights.read(latest, like, net)
+  assert (str(latest), str(taken)) == (f'{home}:3', f'{home}:4')
+  assert trees.digest(restored) == trees.digest(net)
+  assert f'removed that step: using {home}:4' in caplog.text
+  with pytest.raises(weights.Removed, match=f'has removed {home}:3 meanwhile'):
+    weights.read(exact, like, net)
+
+
+def test_a_damaged_step_that_is_still_there_is_not_replaced(workdir, tmp_path):
+  home = storage.path(shutil.copytree(workdir, tmp_path / 'run'))
+  source = weights.find(str(home), placed(), CORPUS)
+  shutil.rmtree(home / 'checkpoints' / '3' / 'model')
+  with pytest.raises((ValueError, OSError)) as error:
+    weights.read(source, placed(), small.model_of())
+  assert not isinstance(error.value, weights.Removed)

@@ -20,6 +20,7 @@ from gated.run.checkpoint import head, manifest, retention
 from gated.run.checkpoint.manifest import Damaged
 
 ITEMS = ('model', 'rest')
+ATTEMPTS = 5  # The most choices of a step of a run that removes its steps.
 PATIENCE = 1200  # Seconds that the processes of a run wait for each other in a save.
 
 _log = logging.getLogger('gated')
@@ -113,9 +114,32 @@ class Reader(contextlib.AbstractContextManager):
   def pick(self, which: str, knob: str) -> int:
     """'latest', 'best' or a number -> a step on disk, verified; otherwise ValueError.
 
-    'latest' is the newest valid step; the others are never replaced by another step.
+    'latest' is the newest valid step; the others are never replaced by another step. If
+    the run removes its steps meanwhile, 'latest' and 'best' are chosen again.
     """
-    steps = self.steps()
+    for left in reversed(range(ATTEMPTS)):
+      steps = self.steps()
+      try:
+        step = self._pick(which, knob, steps)
+      except ValueError:
+        if not left or which.isdigit() or not self.removed(steps):
+          raise
+      else:
+        if not left or which != 'latest' or max(steps) not in self.removed(steps):
+          return step
+      _log.info('%s: a step was removed meanwhile, choosing again', self.directory)
+    raise AssertionError
+
+  def removed(self, steps: Iterable[int]) -> set[int]:
+    """Those of the steps that are no longer there."""
+    if jax.process_count() > 1:
+      return set()  # The processes of a run may see different folders.
+    removed = set(steps) - set(self.steps())
+    for step in removed:
+      self._manifests.pop(step, None)
+    return removed
+
+  def _pick(self, which: str, knob: str, steps: list[int]) -> int:
     if not steps and head.read(self.directory).step is None:
       raise ValueError(f'{knob}={which!r}: {self.directory} holds no checkpoint')
     if which not in ('latest', 'best') and not re.fullmatch(r'\d+', which, re.ASCII):

@@ -4,7 +4,7 @@ Everything here runs on the host. Only process 0 writes files: the writers take 
 """
 
 from gated.run.metrics.log import Config, Log, Progress, check_wandb
-from gated.run.metrics.provenance import manifest
+from gated.run.metrics.provenance import amend, manifest
 from gated.run.metrics.records import (
   Damaged,
   append,
@@ -16,6 +16,6 @@ from gated.run.metrics.records import (
 )
 from gated.run.metrics.speed import Profile, Timer, check_remote, memory, peak
 
-__all__ = ['Config', 'Log', 'Progress', 'check_wandb', 'manifest']
+__all__ = ['Config', 'Log', 'Progress', 'amend', 'check_wandb', 'manifest']
 __all__ += ['Damaged', 'append', 'dumps', 'exists', 'last_step', 'plain', 'read']
 __all__ += ['Profile', 'Timer', 'check_remote', 'memory', 'peak']

@@ -74,6 +74,13 @@ def manifest(
   return run
 
 
+def amend(path: storage.PathLike, changed: Mapping[str, Any]) -> None:
+  """Corrects knobs that the last session of run.json has changed."""
+  run = storage.read_json(path, MAX_BYTES)
+  run['sessions'][-1]['changed'] |= plain(changed)
+  storage.write_json(path, run)
+
+
 def session() -> dict:
   """-> the time, command, code, versions, devices and environment of this process."""
   devices = jax.devices()
