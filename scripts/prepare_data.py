@@ -3,12 +3,15 @@
 python scripts/prepare_data.py --out=data/books --length=4096 --tokenizer=bpe:32768 \
     --domain=books=~/books,~/more.jsonl.gz --domain=code=~/linux --suffixes=.c,.h,.md
 
-A text file (.txt, .md, --suffixes) is one document; JSON lines (.jsonl, .jsonl.gz,
-.jsonl.zst) and .parquet have one document in each --field. Folders are read recursively.
-After an interruption, the same command continues.
+A text file (.txt, .md, --suffixes) is one document; JSON lines (.jsonl, .ndjson, .json)
+and .parquet have one document in each --field. Text and JSON lines may be compressed
+(.gz, .zst, .bz2, .xz). Folders are read recursively, links in them once; docs/data.md
+lists what is read. After an interruption, the same command continues.
 """
 
 import argparse
+import csv
+import json
 import logging
 import os
 import sys
@@ -27,14 +30,30 @@ def parse(argv: list[str]) -> argparse.Namespace:
     "'bytes', 'bpe:SIZE' to train one, or the path of a tokenizer.json or *.model"
   )
   add('--tokenizer', required=True, help=tokenizers)
-  domains = 'files and folders of a domain, as NAME=PATH[,PATH]; repeat per domain'
+  domains = (
+    'files and folders of a domain, as NAME=PATH[,PATH]; repeat per domain. Quote a PATH '
+    'that has a comma'
+  )
   add('--domain', required=True, action='append', help=domains)
   add('--suffixes', default='', help='such as .py,.c: text files, alone read in folders')
   heldout = 'fraction of documents held out, by a hash of their names'
   add('--heldout', default=0.01, type=float, help=heldout)
   add('--field', default='text', help='field of the text in JSON lines and Parquet')
   add('--eos', default='', help='end-of-text token, if its name is unusual')
-  add('--bos', action='store_true', help='start every document with a token of its own')
+  bos = 'start every document with the beginning-of-text token, or with TOKEN'
+  add('--bos', nargs='?', const=True, default=False, metavar='TOKEN', help=bos)
+  encoding = 'of text and JSON lines; default: %(default)s'
+  add('--encoding', default=prepare.Options.encoding, help=encoding)
+  errors = (
+    'what cannot be read: stop with the first ten places (the default), or skip, which '
+    'leaves it out and counts it by reason'
+  )
+  add('--on_error', default=prepare.Options.on_error, help=errors)
+  dedup = (
+    'exact: one copy of each text, whatever its white space, in all domains, and a split '
+    'by content, so that no held-out text is in the training data; default: %(default)s'
+  )
+  add('--dedup', default=prepare.Options.dedup, help=dedup)
   add('--seed', default=0, type=int, help='seed of the order of documents')
   add('--shard_rows', default=1 << 16, type=int, help='rows per file')
   add('--processes', default=os.cpu_count(), type=int, help='default: all cores')
@@ -46,12 +65,13 @@ def main(argv: list[str]) -> None:
   out, processes = flags.pop('out'), flags.pop('processes')
   domains: dict[str, list[str]] = {}
   for text in flags.pop('domain'):
-    name, equals, paths = text.partition('=')
-    if not equals or not all(paths.split(',')):
+    name, equals, listed = text.partition('=')
+    paths = next(csv.reader([listed]), [])
+    if not equals or not paths or not all(paths):
       raise ValueError(f'--domain={text}, but it must be NAME=PATH[,PATH]')
     if name in domains:
       raise ValueError(f'--domain={text}: {name!r} is repeated; join its paths by commas')
-    domains[name] = [os.path.expanduser(path) for path in paths.split(',')]
+    domains[name] = [os.path.expanduser(path) for path in paths]
   flags['suffixes'] = tuple(filter(None, flags['suffixes'].split(',')))
   manifest = prepare.run(out, domains, prepare.Options(**flags), processes=processes)
   for split, portions in manifest.splits.items():
@@ -60,6 +80,8 @@ def main(argv: list[str]) -> None:
         f'{split} {domain}: {portion.rows:,} rows, {portion.documents:,} documents, '
         f'{portion.tokens:,} tokens, {portion.bytes:,} bytes'
       )
+  for reason, counts in manifest.made.get('counts', {}).items():
+    print(f'{reason.replace("_", " ")}: {json.dumps(counts)}')
   print(f'{out}: a vocabulary of {manifest.tokenizer.vocab:,}, {manifest.digest}')
 
 
@@ -67,5 +89,5 @@ if __name__ == '__main__':
   logging.basicConfig(level=logging.INFO, format='%(message)s')
   try:
     main(sys.argv[1:])
-  except ValueError as error:
+  except (ValueError, OSError) as error:
     sys.exit(f'prepare_data: {error}')

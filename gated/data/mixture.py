@@ -1,7 +1,8 @@
 """The mixture of a run: its parts, and their order.
 
 A mixture is 'DIR[@DOMAIN][=WEIGHT],...'. A part without a weight has weight 1; a part
-without a domain pools the rows of all its domains.
+without a domain pools the rows of all its domains. A DIR with one of ',@=' is quoted:
+'"runs/lr=3"@code=2'.
 """
 
 import dataclasses
@@ -16,6 +17,10 @@ from typing import Any, NamedTuple
 from gated import config, storage
 from gated.data import shards
 
+TERM = re.compile(
+  r"""\s*(?:(?P<quote>["'])(?P<quoted>.+?)(?P=quote)|(?P<plain>[^@=,"'\s][^@=,]*?))"""
+  r'(?:@(?P<domain>[^=,]*?))?(?:=(?P<weight>[^,]*?))?\s*(?=,|$)'
+)
 WEIGHT = re.compile(r'\d{1,9}(\.\d{1,9})?')
 
 
@@ -29,17 +34,18 @@ class Term(NamedTuple):
 
 def terms(mixture: str) -> list[Term]:
   """The value of config.data.mixture -> its terms; ValueError names the knob."""
-  result = []
-  for text in mixture.split(','):
-    place, equals, weight = text.strip().partition('=')
-    directory, _, domain = place.partition('@')
-    weight = weight if equals else '1'
-    if not directory or not WEIGHT.fullmatch(weight) or not fractions.Fraction(weight):
+  result, at = [], 0
+  while not result or at <= len(mixture):
+    term = TERM.match(mixture, at)
+    weight = (term['weight'] or '1') if term else '0'
+    if not term or not WEIGHT.fullmatch(weight) or not fractions.Fraction(weight):
       raise ValueError(
-        f'config.data.mixture={mixture!r}: {text!r} is not DIR[@DOMAIN][=WEIGHT] with a '
-        'weight above 0'
+        f'config.data.mixture={mixture!r}: {mixture[at:]!r} does not begin with '
+        'DIR[@DOMAIN][=WEIGHT], with a weight above 0; quote a DIR that has one of ",@="'
       )
-    result.append(Term(directory, domain, fractions.Fraction(weight)))
+    directory = term['quoted'] or term['plain']
+    result.append(Term(directory, term['domain'] or '', fractions.Fraction(weight)))
+    at = term.end() + 1
   if len({term[:2] for term in result}) < len(result):
     raise ValueError(f'config.data.mixture={mixture!r} names a dataset twice')
   return result

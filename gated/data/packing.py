@@ -21,11 +21,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gated import config, storage
-from gated.data import shards, tokenizer
+from gated.data import faults, shards, tokenizer
 
 TOKEN = np.dtype([('token', '<u4'), ('bytes', '<u4')])
 DOCUMENT = np.dtype(
-  [('key', '<u8'), ('start', '<u8'), ('tokens', '<u8'), ('heldout', 'u1')]
+  [
+    ('key', '<u8'),
+    ('start', '<u8'),
+    ('tokens', '<u8'),
+    ('heldout', 'u1'),
+    ('content', '<u8'),  # Hash of the text; 0 without `dedup`.
+  ]
 )
 PLACE = np.dtype([('unit', '<u4'), ('start', '<u8'), ('offset', '<u8')])
 CHUNK = 1 << 20  # Tokens packed at a time, which bounds the memory of a process.
@@ -42,16 +48,29 @@ def write_unit(
   seed: int,
   heldout: float,
   bos: bool,
-) -> None:
+  dedup: bool = False,
+  report: faults.Report = faults.refuse,
+) -> dict[str, int]:
   """(name, text) pairs -> a unit: tokens, a table of its documents, and their SHA-256.
 
-  Documents without a token are skipped. The split of a document depends only on its name;
-  its place in the stream depends on its name and the seed.
+  Documents without a token are skipped, and reported if the tokenizer refuses them. The
+  split of a document depends only on its name, or with `dedup` on its content; its place
+  in the stream depends on its name and the seed. Returns counts: documents, those held
+  out, those without a token, tokens, and unknown tokens.
   """
   table, start = [], 0
+  counts = dict(documents=0, heldout=0, empty=0, tokens=0, unknown=0)
   with storage.draft(path) as draft, open(draft, 'wb') as file:
     for name, text in documents:
-      ids_N, bytes_N = token.encode(text)
+      try:
+        ids_N, bytes_N = token.encode(text)
+      except ValueError as error:
+        text = f'{name}: {faults.describe(error)}'
+        report(faults.Fault('refused by the tokenizer', text))
+        continue
+      counts['empty'] += not len(ids_N)
+      counts['tokens'] += len(ids_N)
+      counts['unknown'] += int((ids_N == token.unk).sum())
       if not len(ids_N):
         continue
       begin = int(bos)
@@ -60,25 +79,36 @@ def write_unit(
       pieces_N['token'][begin:-1] = ids_N
       pieces_N['bytes'][begin:-1] = bytes_N
       file.write(pieces_N.tobytes())
-      key = _hash(str(seed), name)
-      table.append((key, start, len(pieces_N), is_heldout(name, heldout)))
+      key, split = _hash(str(seed), name), split_key(name, text, dedup)
+      is_apart, content = is_heldout(split, heldout), _hash(split) if dedup else 0
+      table.append((key, start, len(pieces_N), is_apart, content))
+      counts['documents'] += 1
+      counts['heldout'] += is_apart
       start += len(pieces_N)
   storage.write(f'{path}.documents', np.array(table, DOCUMENT).tobytes())
   storage.write_json(f'{path}.json', _digests(path))
+  return counts
 
 
-def is_heldout(name: str, heldout: float) -> bool:
-  """Whether a document of this name belongs to the held-out fraction."""
-  return _hash(name) < heldout * 2.0**64
+def split_key(name: str, text: str, dedup: bool) -> str:
+  """-> what decides the split of a document: its name, or its words with `dedup`."""
+  return ' '.join(text.split()) if dedup else name
+
+
+def is_heldout(key: str, heldout: float) -> bool:
+  """Whether a document with this `split_key` belongs to the held-out fraction."""
+  return _hash(key) < heldout * 2.0**64
 
 
 def _hash(*words: str) -> int:
-  return int.from_bytes(hashlib.sha256('\0'.join(words).encode()).digest()[:8], 'big')
+  # The name of a file may not be UTF-8.
+  content = '\0'.join(words).encode('utf-8', 'surrogateescape')
+  return int.from_bytes(hashlib.sha256(content).digest()[:8], 'big')
 
 
 def unit_is_complete(path: str) -> bool:
   """Whether the files of a unit exist and have the SHA-256 that its writer recorded."""
-  return _read_json(f'{path}.json') == _digests(path)
+  return read_json(f'{path}.json') == _digests(path)
 
 
 def _digests(path: str) -> list[str]:
@@ -86,7 +116,8 @@ def _digests(path: str) -> list[str]:
   return [shards.sha256(file) for file in files if os.path.isfile(file)]
 
 
-def _read_json(path: str) -> Any:
+def read_json(path: str) -> Any:
+  """-> the content of a JSON file; None if it is missing or damaged."""
   try:
     return json.loads(pathlib.Path(path).read_bytes())
   except (FileNotFoundError, ValueError):
@@ -124,16 +155,22 @@ def pack(
   made: dict[str, Any],
   work: str,
   run: Run,
+  dedup: bool = False,
 ) -> shards.Manifest:
   """Units by domain -> shards, tokenizer and manifest in `out`.
 
-  Reuses the complete shards of an interrupted call, as recorded in `work`. ValueError if
-  no training row can be made.
+  With `dedup`, the first of all documents with the same words is kept, and made['counts']
+  has the number of the others by domain. Reuses the complete shards of an interrupted
+  call, as recorded in `work`. ValueError if no training row can be made.
   """
   jobs: list[_Job] = []
   portions = {}  # (split, domain) -> documents, shards.
+  first = _first_copies(units) if dedup else {}
+  if repeated := {name: int((~first_D).sum()) for name, first_D in first.items()}:
+    made = made | {'counts': made.get('counts', {}) | {'duplicates': repeated}}
   for domain, split in itertools.product(sorted(units), shards.SPLITS):
-    stream, tokens, documents = _write_stream(work, units[domain], split)
+    chosen = first.get(domain)
+    stream, tokens, documents = _write_stream(work, units[domain], split, chosen)
     rows = max(0, -(-(tokens - 1) // length))
     count = -(-rows // shard_rows)
     portions[split, domain] = documents, count
@@ -189,12 +226,28 @@ def _copy_tokenizer(out: str, token: tokenizer.Tokenizer) -> shards.Vocabulary:
   )
 
 
-def _write_stream(work: str, units: list[str], split: str) -> tuple[str, int, int]:
+def _first_copies(units: dict[str, list[str]]) -> dict[str, np.ndarray]:
+  """Units by domain -> for each document whether it is the first with its content."""
+  tables = {
+    domain: [_unit(path)[1]['content'] for path in units[domain]]
+    for domain in sorted(units)
+  }
+  content_D = np.concatenate([part for group in tables.values() for part in group])
+  is_first_D = np.zeros(len(content_D), bool)
+  is_first_D[np.unique(content_D, return_index=True)[1]] = True
+  stops = np.cumsum([sum(map(len, group)) for group in tables.values()])
+  return dict(zip(tables, np.split(is_first_D, stops[:-1])))
+
+
+def _write_stream(
+  work: str, units: list[str], split: str, chosen: np.ndarray | None
+) -> tuple[str, int, int]:
   """Orders the documents of a split -> path, tokens and documents of their stream."""
   tables = [_unit(path)[1] for path in units]
   unit_D = np.repeat(np.arange(len(units)), [len(table) for table in tables])
   table_D = np.concatenate([np.zeros(0, DOCUMENT), *tables])
   chosen_D = table_D['heldout'] == (split == 'heldout')
+  chosen_D &= True if chosen is None else chosen
   unit_D, table_D = unit_D[chosen_D], table_D[chosen_D]
   order_D = np.argsort(table_D['key'], kind='stable')
   places: np.ndarray = np.zeros(len(table_D) + 1, PLACE)
@@ -212,13 +265,13 @@ def _write_stream(work: str, units: list[str], split: str) -> tuple[str, int, in
 
 @functools.lru_cache(maxsize=4)
 def _stream(path: str) -> tuple[np.ndarray, list[str]]:
-  return np.memmap(f'{path}.order', PLACE, 'r'), _read_json(f'{path}.units')
+  return np.memmap(f'{path}.order', PLACE, 'r'), read_json(f'{path}.units')
 
 
 def _pack_shard(job: _Job) -> dict[str, Any]:
   """Writes a shard unless an interrupted call has finished it -> its sizes."""
   path = f'{job.stream}-{config.digest(job)[:24]}.json'
-  note = _read_json(path)
+  note = read_json(path)
   exists = note and os.path.isfile(job.path)
   if exists and shards.sha256(job.path) == note['shard']['sha256']:
     return note

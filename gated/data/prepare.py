@@ -8,53 +8,28 @@ byte of the result.
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import logging
 import math
 import multiprocessing
 import os
-import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import tqdm
 
-from gated import config
-from gated.data import packing, shards, sources, tokenizer, workers
+from gated import config, storage
+from gated.data import faults, packing, shards, sources, tokenizer, workers
+from gated.data.options import BPE, Options
 
 log = logging.getLogger(__name__)
 
 WORK = 'work'  # Folder of intermediate files; a complete dataset has none.
 SAMPLE = 1 << 26  # Bytes of text to train a BPE, spread over all units.
-BPE = re.compile(r'bpe:\d+')
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-  """The flags of scripts/prepare_data.py that determine the rows, besides the input."""
-
-  length: int
-  tokenizer: str  # 'bytes', 'bpe:SIZE', or a path.
-  eos: str  # The end-of-text token, if it has an unusual name.
-  heldout: float  # The held-out fraction of documents.
-  shard_rows: int
-  seed: int  # Sets the order of documents.
-  bos: bool  # Whether each document starts with the beginning-of-text token.
-  field: str  # The field with the text, in JSON lines and Parquet.
-  suffixes: tuple[str, ...]  # Files with these suffixes are one document of text each.
-
-  def __post_init__(self):
-    config.within('--length', self.length, 1, shards.MAX_LENGTH)
-    config.within('--shard_rows', self.shard_rows, 1, 1 << 31)
-    config.within('--seed', self.seed, 0, shards.MAX_COUNT)
-    if not 0 <= self.heldout < 1:
-      raise ValueError(f'--heldout={self.heldout}, but 0 to below 1 are allowed')
-    if not all(self.suffixes):
-      raise ValueError(f'--suffixes={self.suffixes}, but one of them is empty')
 
 
 def run(
@@ -63,7 +38,7 @@ def run(
   """Files and folders by domain -> a dataset in the folder `out`, and its manifest.
 
   ValueError, naming the flag, for unreadable input, and for an `out` that contains a
-  dataset with other options or input.
+  dataset with other options or input. Logs what is left out.
   """
   config.at_least('--processes', processes, 1)
   if '://' in out:
@@ -71,11 +46,12 @@ def run(
       f'--out={out}, but it must be a local folder; then copy it there, manifest.json '
       'last, with gcloud storage cp -r or aws s3 cp --recursive'
     )
-  units = _survey(domains, options)
+  tallies = {domain: faults.Tally() for domain in domains}
+  units = _survey(domains, options, tallies)
   token = None if BPE.fullmatch(options.tokenizer) else _load(options)
-  made = dataclasses.asdict(options) | {'suffixes': sorted(options.suffixes)}
   # The rows depend on the content of a tokenizer, not on its path.
-  made['tokenizer'] = token.fingerprint if token else options.tokenizer
+  tokens = token.fingerprint if token else options.tokenizer
+  made = options.recorded | {'tokenizer': tokens}
   work = os.path.join(out, WORK)
   with _pool(processes) as pool:
     digests = {
@@ -91,16 +67,28 @@ def run(
       token = token or _train_bpe(work, units, options)
       # A digest covers the names of the files, so equal paths mean equal units.
       settings = [token.fingerprint, options.heldout, options.seed, options.bos]
+      settings += [options.encoding, options.dedup]
       path = lambda digest: f'{work}/{config.digest([digest, settings])[:24]}.unit'
       paths = {
         domain: [path(digest) for digest in hashes] for domain, hashes in digests.items()
       }
-      spec = token.path or token.name
+      bos = options.bos if isinstance(options.bos, str) else ''
       tokenize = functools.partial(
-        _tokenize, spec=spec, eos=token.eos_token, options=options
+        _tokenize,
+        spec=token.path or token.name,
+        ends={'eos': token.eos_token, 'bos': bos},
+        options=options,
       )
+      counts = {}
       for domain, group in units.items():
-        pool(tokenize, list(zip(group, paths[domain])), f'tokenizing {domain}')
+        jobs = list(zip(group, paths[domain]))
+        notes = pool(tokenize, jobs, f'tokenizing {domain}')
+        counts[domain] = _note(domain, notes, tallies[domain], token)
+        _check(tallies, options, enough=faults.NAMED)
+      _check(tallies, options)
+      _check_split(counts, options)
+      if left_out := {name: tally.counts for name, tally in tallies.items() if tally}:
+        made['counts'] = {'left_out': left_out}
       manifest = packing.pack(
         out,
         paths,
@@ -111,9 +99,56 @@ def run(
         made=made,
         work=work,
         run=pool,
+        dedup=options.dedup == 'exact',
       )
   _clean(out, manifest)
   return manifest
+
+
+def _note(
+  domain: str, notes: list[dict], tally: faults.Tally, token: tokenizer.Tokenizer
+) -> Counter[str]:
+  """Adds the faults of a domain's units to its tally -> the sums of their counts."""
+  counts: Counter[str] = Counter()
+  for note in notes:
+    tally.merge(note['faults'])
+    counts.update(note['counts'])
+  if empty := counts['empty']:
+    log.info('%s: %s documents are empty', domain, f'{empty:,}')
+  if token.unk >= 0:
+    share = counts['unknown'] / max(1, counts['tokens'])
+    log.info('%s: %.3g%% of the tokens are unknown', domain, 100 * share)
+  if tally:
+    log.warning('%s: left out: %s', domain, tally)
+  return counts
+
+
+def _check_split(counts: dict[str, Counter[str]], options: Options) -> None:
+  """ValueError if all documents, or none, are held out although both parts are wanted."""
+  for domain, count in counts.items():
+    if count['heldout'] and count['heldout'] == count['documents']:
+      log.warning('%s: all its documents are held out (%s)', domain, count['heldout'])
+  total = sum(counts.values(), Counter())
+  documents, flag = total['documents'], f'--heldout={options.heldout}'
+  if documents and total['heldout'] == documents:
+    which = 'the only document is' if documents == 1 else f'all {documents} documents are'
+    raise ValueError(f'{flag}: {which} held out; --heldout=0 trains on everything')
+  if documents and options.heldout and not total['heldout']:
+    raise ValueError(
+      f'{flag} holds out none of {documents:,} documents: raise it, or hold out nothing '
+      'with --heldout=0'
+    )
+
+
+def _check(
+  tallies: dict[str, faults.Tally], options: Options, *, enough: int = 1
+) -> None:
+  """ValueError for faults, all together, unless they are skipped."""
+  total = faults.Tally()
+  for tally in tallies.values():
+    total.merge(tally.plain())
+  if options.on_error == 'stop' and total.total() >= enough:
+    raise ValueError(f'{total}\n--on_error=skip leaves out what cannot be read')
 
 
 def _existing(out: str, made: dict[str, Any]) -> shards.Manifest | None:
@@ -122,10 +157,11 @@ def _existing(out: str, made: dict[str, Any]) -> shards.Manifest | None:
     manifest = shards.read_manifest(out)
   except FileNotFoundError:
     return None
+  before = {name: value for name, value in manifest.made.items() if name != 'counts'}
   changes = [
     f'{name.replace("config.input.", "--domain=").replace("config.", "--")} was {old!r}, '
     f'is {new!r}'
-    for name, (old, new) in config.differences(manifest.made, made).items()
+    for name, (old, new) in config.differences(before, made).items()
   ]
   if changes:
     raise ValueError(f'--out={out} contains another dataset: {"; ".join(changes)}')
@@ -144,7 +180,9 @@ def _clean(out: str, manifest: shards.Manifest) -> None:
         path.unlink()
 
 
-def _survey(domains: dict[str, list[str]], options: Options) -> dict[str, list]:
+def _survey(
+  domains: dict[str, list[str]], options: Options, tallies: dict[str, faults.Tally]
+) -> dict[str, list]:
   if not domains:
     raise ValueError('--domain=NAME=PATH[,PATH]: at least one is needed')
   units = {}
@@ -154,20 +192,40 @@ def _survey(domains: dict[str, list[str]], options: Options) -> dict[str, list]:
       raise ValueError(f'{flag}: a name consists of letters, digits, ".", "_" and "-"')
     try:
       units[domain] = sources.survey(
-        paths, field=options.field, suffixes=options.suffixes
+        paths,
+        field=options.field,
+        suffixes=options.suffixes,
+        encoding=options.encoding,
+        report=tallies[domain].add,
       )
-      # The first document usually shows a wrong field or encoding.
-      next(sources.documents(units[domain][0]), None)
     except ValueError as error:
-      raise ValueError(f'{flag}: {error}') from error
+      faulty = f': {tallies[domain]}' if tallies[domain] else ''
+      raise ValueError(f'{flag}: {error}{faulty}') from error
+  _check(tallies, options)
+  # The first document usually shows a wrong field or encoding.
+  if options.on_error == 'stop':
+    first = {domain: faults.Tally() for domain in domains}
+    for domain, group in units.items():
+      found = next(sources.documents(group[0], first[domain].add), None)
+      if found:
+        first[domain] = faults.Tally()  # The later pass names all.
+    _check(first, options)
   return units
 
 
 def _load(options: Options) -> tokenizer.Tokenizer:
+  bos = options.bos if isinstance(options.bos, str) else ''
   try:
-    return tokenizer.load(options.tokenizer, eos=options.eos)
+    token = tokenizer.load(options.tokenizer, eos=options.eos, bos=bos)
   except ValueError as error:
     raise ValueError(f"--tokenizer ('bytes', 'bpe:SIZE' or a path): {error}") from error
+  # In the vocabularies of GPT-2, one token ends a document and begins the next.
+  if options.bos and not token.bos_token and token.eos_token not in ('', tokenizer.END):
+    raise ValueError(
+      f'--bos: {token.path!r} has none of {", ".join(tokenizer.BEGINNINGS)}; name the '
+      'token with --bos=TOKEN'
+    )
+  return token
 
 
 def _train_bpe(
@@ -179,10 +237,12 @@ def _train_bpe(
   def texts() -> Iterator[str]:
     for unit in pooled:
       remaining = math.ceil(SAMPLE / len(pooled))
-      for name, text in sources.documents(unit):
+      # The later pass reports what cannot be read.
+      for name, text in sources.documents(unit, lambda fault: None):
         if remaining <= 0:
           break
-        if not packing.is_heldout(name, options.heldout):
+        key = packing.split_key(name, text, options.dedup == 'exact')
+        if not packing.is_heldout(key, options.heldout):
           remaining -= len(text)
           yield text
 
@@ -198,19 +258,28 @@ _cached = functools.cache(tokenizer.load)
 
 
 def _tokenize(
-  job: tuple[sources.Unit, str], *, spec: str, eos: str, options: Options
-) -> None:
-  """Writes a unit of tokens, unless an interrupted call has finished it."""
+  job: tuple[sources.Unit, str], *, spec: str, ends: dict[str, str], options: Options
+) -> dict[str, Any]:
+  """Writes a unit of tokens, unless an interrupted call has finished it -> its notes."""
   unit, path = job
-  if not packing.unit_is_complete(path):
-    packing.write_unit(
-      path,
-      sources.documents(unit),
-      _cached(spec, eos=eos),
-      seed=options.seed,
-      heldout=options.heldout,
-      bos=options.bos,
-    )
+  notes_path = f'{path}.notes'
+  notes = packing.read_json(notes_path)
+  if notes and packing.unit_is_complete(path):
+    return notes
+  tally = faults.Tally()
+  counts = packing.write_unit(
+    path,
+    sources.documents(unit, tally.add),
+    _cached(spec, **ends),
+    seed=options.seed,
+    heldout=options.heldout,
+    bos=bool(options.bos),
+    dedup=options.dedup == 'exact',
+    report=tally.add,
+  )
+  notes = {'counts': counts, 'faults': tally.plain()}
+  storage.write_json(notes_path, notes)
+  return notes
 
 
 @contextlib.contextmanager
@@ -233,4 +302,10 @@ def _pool(processes: int) -> Generator[packing.Run, None, None]:
 def _run(mapper: Callable, function: Callable, jobs: Sequence[Any], label: str) -> list:
   """A Run that shows a progress bar."""
   results = mapper(function, jobs)
-  return list(tqdm.tqdm(results, label, len(jobs), unit='unit', disable=None))
+  try:
+    return list(tqdm.tqdm(results, label, len(jobs), unit='unit', disable=None))
+  except concurrent.futures.process.BrokenProcessPool as error:
+    raise ValueError(
+      f'{label}: a process was killed, most likely for memory; fewer --processes and '
+      'smaller documents need less'
+    ) from error

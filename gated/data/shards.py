@@ -242,7 +242,9 @@ def open_tokenizer(directory: str, manifest: Manifest) -> tokenizer.Tokenizer:
   spec = entry.name
   if spec != 'bytes':
     spec = os.fspath(storage.inside(directory, spec))
-  token = tokenizer.load(spec, eos=entry.eos_token)
+  # The option --bos is a token, or whether the usual one is used.
+  bos = manifest.made['bos'] if isinstance(manifest.made.get('bos'), str) else ''
+  token = tokenizer.load(spec, eos=entry.eos_token, bos=bos)
   if (token.fingerprint, token.vocab, token.eos) != (
     entry.sha256,
     entry.vocab,

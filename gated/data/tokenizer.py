@@ -51,6 +51,8 @@ class Tokenizer:
   vocab: int
   eos: int  # Ends every document.
   bos: int  # The beginning of text, or eos for a vocabulary without one.
+  bos_token: str = ''  # '' for a vocabulary without one.
+  unk: int = -1  # Stands for unknown text; -1 for a vocabulary without one.
   eos_token: str = ''  # load(path, eos=eos_token) gives the same tokenizer.
   path: str = ''  # '' for bytes.
   fingerprint: str  # Hexadecimal SHA-256 of the complete definition.
@@ -58,12 +60,14 @@ class Tokenizer:
   decode: Callable[[Sequence[int] | np.ndarray], bytes]
 
 
-def load(spec: str, *, eos: str = '') -> Tokenizer:
+def load(spec: str, *, eos: str = '', bos: str = '') -> Tokenizer:
   """'bytes', the path of a tokenizer.json or of a SentencePiece *.model -> Tokenizer.
 
-  eos='' selects the usual end of text. ValueError names the path and the fault.
+  eos='' and bos='' select the usual tokens. ValueError names the path and the fault.
   """
   if spec == 'bytes':
+    if bos:
+      raise ValueError(f"tokenizer 'bytes' has no beginning-of-text token {bos!r}")
     return _bytes()
   path = pathlib.Path(spec)
   if path.suffix not in KINDS:
@@ -78,7 +82,7 @@ def load(spec: str, *, eos: str = '') -> Tokenizer:
       f'tokenizer {spec!r} has {size} bytes, but 1 to {MAX_FILE} are allowed'
     )
   content = path.read_bytes()
-  fields = KINDS[path.suffix](spec, content, eos)
+  fields = KINDS[path.suffix](spec, content, eos, bos)
   digest = hashlib.sha256(content + b'\0' + fields['eos_token'].encode()).hexdigest()
   return Tokenizer(name=path.name, path=spec, fingerprint=digest, **fields)
 
@@ -135,7 +139,7 @@ def _bytes() -> Tokenizer:
   )
 
 
-def _hugging_face(path: str, content: bytes, eos: str) -> dict[str, Any]:
+def _hugging_face(path: str, content: bytes, eos: str, bos: str) -> dict[str, Any]:
   tokenizers = optional('tokenizers')
   with _faults(path, 'is not a tokenizer.json'):
     model = tokenizers.Tokenizer.from_buffer(content)
@@ -148,7 +152,8 @@ def _hugging_face(path: str, content: bytes, eos: str) -> dict[str, Any]:
   model.no_padding()
   model.encode_special_tokens = True  # Control tokens in a text become ordinary tokens.
   eos_token, eos_id = _find_eos(vocab.get, eos, path)
-  begins = [vocab[token] for token in BEGINNINGS if token in vocab]
+  bos_token = _find_bos(vocab, bos, BEGINNINGS, path)
+  unk = settings['model'].get('unk_id', vocab.get(settings['model'].get('unk_token'), -1))
   spellings = _spellings(model) if decoder.get('type') == 'ByteLevel' else {}
   bytes_V = np.zeros(max(vocab.values()) + 1, np.int32)
   bytes_V[list(spellings)] = [len(spelling) for spelling in spellings.values()]
@@ -170,14 +175,16 @@ def _hugging_face(path: str, content: bytes, eos: str) -> dict[str, Any]:
   return {
     'vocab': len(bytes_V),
     'eos': eos_id,
-    'bos': begins[0] if begins else eos_id,
+    'bos': vocab.get(bos_token, eos_id),
+    'bos_token': bos_token,
+    'unk': unk if isinstance(unk, int) else -1,
     'eos_token': eos_token,
     'encode': encode,
     'decode': decode if spellings else _decoder(model.decode, path),
   }
 
 
-def _sentencepiece(path: str, content: bytes, eos: str) -> dict[str, Any]:
+def _sentencepiece(path: str, content: bytes, eos: str, bos: str) -> dict[str, Any]:
   model = optional('sentencepiece').SentencePieceProcessor()
   with _faults(path, 'is not a SentencePiece model'):
     model.LoadFromSerializedProto(content)
@@ -185,6 +192,8 @@ def _sentencepiece(path: str, content: bytes, eos: str) -> dict[str, Any]:
     eos = model.id_to_piece(model.eos_id())
   vocab = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
   eos_token, eos_id = _find_eos(vocab.get, eos, path)
+  usual = [model.id_to_piece(model.bos_id())] if model.bos_id() >= 0 else []
+  bos_token = _find_bos(vocab, bos, usual, path)
 
   def encode(text):
     with _faults(path, 'cannot encode a text'):
@@ -194,7 +203,9 @@ def _sentencepiece(path: str, content: bytes, eos: str) -> dict[str, Any]:
   return {
     'vocab': model.get_piece_size(),
     'eos': eos_id,
-    'bos': model.bos_id() if model.bos_id() >= 0 else eos_id,
+    'bos': vocab.get(bos_token, eos_id),
+    'bos_token': bos_token,
+    'unk': model.unk_id(),
     'eos_token': eos_token,
     'encode': encode,
     'decode': _decoder(model.decode, path),
@@ -235,6 +246,13 @@ def _find_eos(find: Callable[[str], int | None], eos: str, path: str) -> tuple[s
       return token, number
   names = repr(eos) if eos else f'any of {", ".join(ENDS)}; name one with --eos'
   raise ValueError(f'tokenizer {path!r} has no end-of-text token {names}')
+
+
+def _find_bos(vocab: dict[str, int], bos: str, usual: Sequence[str], path: str) -> str:
+  """The beginning-of-text token, or '' for a vocabulary without a usual one."""
+  if bos and bos not in vocab:
+    raise ValueError(f'tokenizer {path!r} has no beginning-of-text token {bos!r}')
+  return bos or next((token for token in usual if token in vocab), '')
 
 
 def _decoder(decode: Callable[[list[int]], str], path: str) -> Callable[..., bytes]:
