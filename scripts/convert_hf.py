@@ -3,7 +3,8 @@
   python scripts/convert_hf.py --from=runs/dense:20000 --to=export --dtype=bfloat16
   python scripts/convert_hf.py --from=export --to=other --packing=per_head
 
-A step is a number, latest (the default) or best. No file is overwritten. Exit code 2:
+A step is a number, latest (the default) or best. The tokenizer comes along, with what
+transformers needs to give the same ids. No file is overwritten. Exit code 2:
 invalid arguments or an unsupported model.
 """
 
@@ -16,13 +17,29 @@ from typing import Any
 
 import gated
 from gated import hf, storage
-from gated.data import mixture, shards
 from gated.plan.load import Loaded
 from gated.run.exit_codes import REFUSED
 
 # Keys of config.json outside the model that the new folder keeps.
 KEPT = ('max_position_embeddings', 'bos_token_id', 'eos_token_id', 'pad_token_id')
-TOKENIZER = 'tokenizer.json'
+# The files of a tokenizer in a Hugging Face folder; transformers reads them together.
+TOKENIZERS = (
+  'tokenizer.json',
+  'tokenizer.model',
+  'spiece.model',
+  'vocab.json',
+  'vocab.txt',
+)
+FILES = (
+  *TOKENIZERS,
+  'merges.txt',
+  'added_tokens.json',
+  'special_tokens_map.json',
+  'tokenizer_config.json',
+  'chat_template.jinja',
+  'generation_config.json',
+)
+CLASSES = {'.json': 'PreTrainedTokenizerFast', '.model': 'LlamaTokenizer'}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -65,7 +82,7 @@ def run(args: argparse.Namespace) -> Path:
     raise ValueError(f'--from={error}') from error
   # Refuses an unsupported model before reading its weights.
   hf.knobs.write(source.cfg, args.packing, source.cfg.numerics.weights, {})
-  keys, tokenizer = _describe(source)
+  keys, copies, settings = _describe(source)
   hf.save(
     source.model,
     args.to,
@@ -74,42 +91,65 @@ def run(args: argparse.Namespace) -> Path:
     packing=args.packing,
     also=keys,
   )
-  if tokenizer:
-    shutil.copyfile(tokenizer, args.to / TOKENIZER)
+  for name, path in copies.items():
+    shutil.copyfile(path, args.to / name)
+  if settings:
+    storage.write_json(args.to / 'tokenizer_config.json', settings)
   return args.to
 
 
-def _describe(source: Loaded) -> tuple[dict[str, Any], Path | None]:
-  """A model -> (keys of config.json outside the model, its tokenizer.json if any)."""
+# Keys of config.json, files to copy by their new name, and tokenizer_config.json.
+Description = tuple[dict[str, Any], dict[str, Path], dict[str, Any]]
+
+
+def _describe(source: Loaded) -> Description:
+  """A model -> what its folder needs beside the weights and the shapes."""
+  settings: dict[str, Any] = {}
   if source.about:
-    keys, tokenizer = _tokenizer(source.about)
+    keys, copies, settings = _tokenizer(source, source.about)
     keys['max_position_embeddings'] = source.about['config']['data']['length']
   else:
     folder = Path(source.path)
     content = hf.files.read_json(folder / hf.files.CONFIG)
     keys = {key: content[key] for key in KEPT if content.get(key) is not None}
-    file = hf.files.inside(folder, TOKENIZER)
-    tokenizer = file if file.is_file() else None
+    found = {name: hf.files.inside(folder, name) for name in FILES}
+    copies = {name: path for name, path in found.items() if path.is_file()}
+    if not copies.keys() & {*TOKENIZERS}:
+      _warn(f'{folder} has none of {", ".join(TOKENIZERS)}')
   if source.cfg.attn.yarn.factor != 1:
     keys.pop('max_position_embeddings', None)  # YaRN sets it.
-  return keys, tokenizer
+  return keys, copies, settings
 
 
-def _tokenizer(about: dict) -> tuple[dict[str, Any], Path | None]:
-  """A checkpoint's metadata -> (keys of config.json, tokenizer.json).
-
-  Both are empty if the dataset is missing or has another tokenizer now.
-  """
-  folder = mixture.terms(about['config']['data']['mixture'])[0].directory
+def _tokenizer(source: Loaded, about: dict) -> Description:
+  """A run -> its ends of text, and its tokenizer, which may be gone with its dataset."""
+  ends = about['data'].get('ends', {})  # Checkpoints of before have none.
   try:
-    tokenizer = shards.read_manifest(folder).tokenizer
-  except (OSError, ValueError):
-    return {}, None
-  if tokenizer.sha256 != about['data']['tokenizer']:
-    return {}, None
-  name = tokenizer.name
-  file = Path(storage.inside(folder, name)) if name.endswith('.json') else None
-  return {'eos_token_id': tokenizer.eos}, file
+    token = source.tokenizer
+  except (OSError, ValueError) as error:
+    _warn(str(error))
+    return {f'{end}_token_id': number for end, number in ends.items()}, {}, {}
+  keys = {'eos_token_id': token.eos}
+  if token.bos_token:
+    keys['bos_token_id'] = token.bos
+  if not token.path:
+    _warn(f'{token.name!r} has no file; its ids are bytes, and {token.eos} ends a text')
+    return keys, {}, {}
+  path = Path(token.path)
+  # transformers pads with the end of text, as the rows of the data do.
+  settings = {
+    'tokenizer_class': CLASSES[path.suffix],
+    'eos_token': token.eos_token,
+    'pad_token': token.eos_token,
+    'clean_up_tokenization_spaces': False,
+  }
+  if token.bos_token:
+    settings['bos_token'] = token.bos_token
+  return keys, {f'tokenizer{path.suffix}': path}, settings
+
+
+def _warn(reason: str) -> None:
+  print(f'convert_hf.py: no tokenizer: {reason}', file=sys.stderr)
 
 
 def main(argv: list[str]) -> int:

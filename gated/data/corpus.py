@@ -41,7 +41,11 @@ class Corpus:
     self.domains = tuple(self._heldout)
     self.rows = sum(part.rows('train') for part in parts)  # Training rows.
     self.max_segments = max(part.segments() for part in parts)  # Per row.
-    self.fingerprint = mixture.fingerprint(parts)
+    # The ends of text, kept with a checkpoint for its export; no part of the SHA-256.
+    ends = {'eos': self.tokenizer.eos}
+    if self.tokenizer.bos_token:
+      ends['bos'] = self.tokenizer.bos
+    self.fingerprint = mixture.fingerprint(parts) | {'ends': ends}
 
   def check_tokenizer(self, path: Path) -> None:
     """Raises ValueError unless the file holds the data's tokenizer."""

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs import base
 from gated import config, hf, model, plan
+from gated.data import prepare
 from gated.devices import mesh, trees
 from gated.hf import files
 from gated.run import checkpoint
@@ -738,3 +739,70 @@ def test_a_read_only_folder_is_refused_before_weights_are_read(
   assert convert(*args) == convert_hf.REFUSED
   err = capsys.readouterr().err
   assert 'is not writable' in err and err.count('\n') == 1
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """A workdir whose data has a BPE, and the folder of the data."""
+  home = tmp_path_factory.mktemp('trained')
+  (home / 'a.txt').write_text('some words to learn and more words to read. ' * 90)
+  options = prepare.Options(
+    length=24, tokenizer='bpe:270', eos='', heldout=0, shard_rows=99, seed=0, bos=False,
+    field='text', suffixes=(),
+  )  # fmt: skip
+  made = prepare.run(
+    str(home / 'data'), {'d': [str(home / 'a.txt')]}, options, processes=1
+  )
+  c = small.recipe(data__mixture=str(home / 'data'), data__length=24, model__vocab=272)
+  state = plan.Plan(config.build(plan.Config, c, 'config')).init()
+  about = {'config': c, 'heldout_loss': None, 'stability': {'rollbacks': []}}
+  ends = {'eos': 0, 'bos': 5}
+  about['data'] = {'tokenizer': made.tokenizer.sha256, 'sha256': 'x', 'ends': ends}
+  with checkpoint.Checkpoints(home / 'checkpoints', keep=2, keep_every=0) as saved:
+    saved.save(3, state, about)
+  return home
+
+
+def test_an_export_has_what_transformers_needs_to_tokenize_alike(trained, tmp_path):
+  to = tmp_path / 'out'
+  assert convert(('from', trained), ('to', to)) == 0
+  source, copied = trained / 'data' / 'tokenizer.json', to / 'tokenizer.json'
+  assert copied.read_bytes() == source.read_bytes()
+  # Without the class, transformers 5 builds another tokenizer from the model's type.
+  assert json.loads((to / 'tokenizer_config.json').read_text()) == {
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'eos_token': '<|endoftext|>',
+    'pad_token': '<|endoftext|>',
+    'clean_up_tokenization_spaces': False,
+  }
+  assert json.loads((to / files.CONFIG).read_text())['eos_token_id'] == 0
+
+
+def test_an_export_keeps_the_ends_of_text_when_its_data_has_moved(
+  trained, tmp_path, capsys
+):
+  moved = (trained / 'data').rename(trained / 'moved')
+  try:
+    assert convert(('from', trained), ('to', tmp_path / 'out')) == 0
+  finally:
+    moved.rename(trained / 'data')
+  told = capsys.readouterr().err
+  assert 'no tokenizer: config.data.mixture=' in told and 'no such dataset' in told
+  content = json.loads((tmp_path / 'out' / files.CONFIG).read_text())
+  assert (content['eos_token_id'], content['bos_token_id']) == (0, 5)
+  assert not (tmp_path / 'out' / 'tokenizer_config.json').exists()
+
+
+def test_all_files_of_a_tokenizer_come_along(copy, tmp_path, capsys):
+  source, to = copy('qwen3'), tmp_path / 'out'
+  assert convert(('from', source), ('to', tmp_path / 'none')) == 0
+  assert 'no tokenizer: ' in capsys.readouterr().err
+  names = ('tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json')
+  for name in names:
+    (source / name).write_text(name)
+  (source / 'pytorch_model.bin').write_text('no tokenizer')
+  assert convert(('from', source), ('to', to)) == 0
+  assert not capsys.readouterr().err
+  for name in names:
+    assert (to / name).read_text() == name
+  assert not (to / 'pytorch_model.bin').exists()
