@@ -70,6 +70,10 @@ def open(cfg: Config, *, vocab: int, batch: int, seed: int, max_segments: int) -
   parts = [_part(term, cfg, knob) for term in mixture.terms(cfg.mixture)]
   for part in parts:
     _check(part, parts[0], cfg, knob)
+  try:
+    mixture.check_distinct(parts)
+  except ValueError as error:
+    raise ValueError(f'{knob}: {error}') from error
   size = parts[0].manifest.tokenizer.vocab
   if size > vocab:
     raise ValueError(

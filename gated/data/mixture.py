@@ -140,6 +140,15 @@ def fingerprint(parts: Sequence[Part]) -> dict[str, Any]:
   return content | {'sha256': config.digest(content)}
 
 
+def check_distinct(parts: Sequence[Part]) -> None:
+  """ValueError if two terms are one dataset, such as a dataset and its copy or link."""
+  seen: dict[tuple[str, str], str] = {}
+  for part in parts:
+    label = seen.setdefault((part.manifest.digest, part.term.domain), part.label)
+    if label != part.label:
+      raise ValueError(f'{label} and {part.label} are the same dataset: name it once')
+
+
 class Turns:
   """Weights -> index -> (part, index within the part).
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as parquet
 import pytest
 import zstandard
 
+from gated import data
 from gated.data import faults, mixture, packing, prepare, shards, sources, tokenizer
 from scripts import prepare_data
 from tests.data.test_prepare_data import decoded, options, rows
@@ -486,3 +487,22 @@ def test_default_options_are_not_in_the_manifest():
     'seed': 0, 'bos': False, 'field': 'text', 'suffixes': [],
   }  # fmt: skip
   assert options(on_error='skip').recorded['on_error'] == 'skip'
+
+
+def test_a_copy_of_a_dataset_is_not_mixed_with_it(tmp_path):
+  for i in range(9):
+    (tmp_path / f'{i}.txt').write_text(f'some text {i}')
+  domains = {'d': [str(tmp_path)]}
+  prepare.run(str(tmp_path / 'A'), domains, options(heldout=0), processes=1)
+  (tmp_path / 'B').symlink_to(tmp_path / 'A')
+  cfg = data.Config(
+    mixture=f'{tmp_path}/A,{tmp_path}/B=2',
+    length=16,
+    tokenizer='bytes',
+    cache=str(tmp_path / 'cache'),
+    verify='size',
+    workers=0,
+    prefetch=2,
+  )
+  with pytest.raises(ValueError, match=r'mixture=.*A and .*B are the same dataset'):
+    data.open(cfg, vocab=257, batch=2, seed=0, max_segments=0)
