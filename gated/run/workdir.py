@@ -122,7 +122,14 @@ def check(
       return Resume(None, steps, {})
     changed = _changed(old, c, fingerprint)
     if step is not None:
-      _correct(changed, old, saved.about(step), c, fingerprint)
+      about = saved.about(step)
+      # A knob that no session has changed: run.json was edited.
+      edited = _changed(about, old['config'], old['data']).keys() - old.get('known', ())
+      true = _changed(about, c, fingerprint)
+      kept = {k: change for k, change in changed.items() if k not in edited}
+      changed = kept | {k: true[k] for k in sorted(edited & true.keys())}
+      for knob in sorted(edited):
+        _log.warning('%s/run.json was edited: %s is as in the checkpoint', workdir, knob)
     misfit = ''
     if step is not None:
       try:
@@ -234,20 +241,6 @@ def fixed(changed: Iterable[str], c: Mapping) -> set[str]:
 def within(knob: str, name: str) -> bool:
   """Tests if a knob is `name` or in that group: 'config.optim' or 'config.optim.'."""
   return f'{knob}.'.startswith(f'{name.rstrip(".")}.')
-
-
-def _correct(changed: dict, old: Mapping, about: Mapping, c: Mapping, data: dict) -> None:
-  """Compares knobs that were edited in run.json with the checkpoint instead.
-
-  An edited knob differs from the checkpoint, and no session has changed it.
-  """
-  edited = _changed(about, old['config'], old['data']).keys() - old.get('known', ())
-  true = _changed(about, c, data)
-  for knob in sorted(edited):
-    changed.pop(knob, None)
-    if knob in true:
-      changed[knob] = true[knob]
-    _log.warning('run.json was edited: %s is as in the checkpoint', knob)
 
 
 def _changed(old: Mapping, c: Mapping, fingerprint: Mapping) -> dict[str, Any]:
