@@ -120,16 +120,9 @@ def check(
       if metrics.exists(workdir / 'metrics.jsonl'):
         raise ValueError(f'--workdir={workdir} has a metrics.jsonl but no run.json')
       return Resume(None, steps, {})
-    changed = _changed(old, c, fingerprint)
-    if step is not None:
-      about = saved.about(step)
-      # A knob that no session has changed: run.json was edited.
-      edited = _changed(about, old['config'], old['data']).keys() - old.get('known', ())
-      true = _changed(about, c, fingerprint)
-      kept = {k: change for k, change in changed.items() if k not in edited}
-      changed = kept | {k: true[k] for k in sorted(edited & true.keys())}
-      for knob in sorted(edited):
-        _log.warning('%s/run.json was edited: %s is as in the checkpoint', workdir, knob)
+    changed = config.differences(old['config'], c)
+    if old['data'].get('sha256') != fingerprint['sha256']:
+      changed['data'] = str(old['data'].get('sha256'))[:12], fingerprint['sha256'][:12]
     misfit = ''
     if step is not None:
       try:
@@ -168,10 +161,8 @@ def held(workdir: storage.Path) -> Generator[lock.Lock]:
     workdir_lock.release()
 
 
-def check_held(held_lock: lock.Lock, *, now: bool) -> None:
-  """Raises TakenOver if another run took over the workdir: by the last beat, or `now`."""
-  if now:
-    held_lock.check()
+def check_held(held_lock: lock.Lock) -> None:
+  """Raises TakenOver if another run took over the workdir."""
   if held_lock.lost:
     raise TakenOver(held_lock.lost)
 
@@ -243,20 +234,8 @@ def within(knob: str, name: str) -> bool:
   return f'{knob}.'.startswith(f'{name.rstrip(".")}.')
 
 
-def _changed(old: Mapping, c: Mapping, fingerprint: Mapping) -> dict[str, Any]:
-  """'config' and 'data' of a session, and those now -> {knob or 'data': (old, new)}."""
-  changed = config.differences(old['config'], c)
-  data = [str(d.get('sha256')) for d in (old['data'], fingerprint)]
-  if data[0] != data[1]:
-    changed['data'] = data[0][:12], data[1][:12]
-  return changed
-
-
 def _owner(workdir: storage.Path) -> dict | None:
-  """Reads run.json -> 'config', 'data' and 'deterministic' of the previous session.
-
-  Its 'known' are the knobs that a session has changed.
-  """
+  """Reads run.json -> config, data and deterministic flag of the previous session."""
   path = workdir / 'run.json'
   try:
     old = storage.read_json(path, LIMIT)
@@ -265,9 +244,6 @@ def _owner(workdir: storage.Path) -> dict | None:
       'config': dict(old['config']),
       'data': dict(old['data']),
       'deterministic': dict(last).get('deterministic'),
-      'known': {
-        k for session in old['sessions'] for k in dict(session).get('changed', ())
-      },
     }
   except FileNotFoundError:
     return None
