@@ -117,7 +117,7 @@ def _fingerprint(cfg: plans.Config) -> str:
   m = cfg.model
   most = m.attn.max_segments if m.mask_documents else 0
   reads = dict(vocab=m.vocab, batch=cfg.batch, seed=cfg.seed, max_segments=most)
-  return data.open(cfg.data, **reads).fingerprint['sha256']
+  return str(data.open(cfg.data, **reads).fingerprint['sha256'])
 
 
 def _check_data(e: Experiment, point: Point, fingerprint: str) -> None:
