@@ -275,7 +275,10 @@ def test_the_script_suggests_fits_best_first(run_python):
     (['--topology=v5e:3x3'], 'slices of v5e are 2x2 2x4'),
     (['--topology=h100:8', '--config.mesh.tensor=8'], 'config.model.attn.heads=4 must'),
     (['--topology=h100:8', '--config.batch=12'], 'config.batch=12 must be a multiple'),
-    (['--topology=h100:8', '--config.mesh.fsdp=3'], 'is not the 8 devices'),
+    (
+      ['--topology=h100:8', '--config.mesh.fsdp=3'],
+      '8 devices are available, but config.mesh.fsdp=3 needs',
+    ),
     (['--golden', '--only=nothing'], '--only=nothing, but cases are '),
   ],
 )
