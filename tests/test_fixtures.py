@@ -40,7 +40,10 @@ def run(before, run_python):
 
 def test_the_dataset_keeps_its_fingerprint(before):
   knobs = dict(data__mixture=str(before / 'dataset'), data__length=64, batch=4)
-  assert history.corpus(**knobs).fingerprint == EXPECTED['dataset']
+  fingerprint = dict(history.corpus(**knobs).fingerprint)
+  # Later code adds the ends of text, which no comparison of runs reads.
+  assert fingerprint.pop('ends') == {'eos': 256}
+  assert fingerprint == EXPECTED['dataset']
 
 
 @pytest.mark.parametrize('step', [3, SAVED])
