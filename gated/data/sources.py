@@ -161,7 +161,7 @@ def _kind(path: str, field: str, suffixes: Sequence[str], *, is_named: bool) -> 
 
 
 def _first_entry(path: str) -> dict[str, Any] | None:
-  """A .json file -> the JSON object of its first line; None if there is none."""
+  """A .json file -> the JSON object of its first line; None for any other first line."""
   with packed.unpacked(path) as file:
     try:
       entry = json.loads(file.readline(MAX_HEAD))
@@ -273,7 +273,7 @@ def _text(line: bytes, piece: Piece) -> str:
 
 
 def _find(entry: Any, field: str) -> Any:
-  """-> a field of a JSON object, perhaps with a nested name; MISSING if there is none."""
+  """-> a field of a JSON object, by its name or a dotted path; MISSING without it."""
   if not isinstance(entry, dict):
     return MISSING
   for name in [field] if field in entry else field.split('.'):

@@ -31,7 +31,7 @@ def opened(path: str, field: str) -> Any:
 
 
 def _type(schema: Any, field: str) -> Any:
-  """-> the type of a column or of a field in it; None if there is none."""
+  """-> the type of a column or of a field in it; None for a missing one."""
   pyarrow = tokenizer.optional('pyarrow')
   kind = pyarrow.struct(list(schema))
   for name in [field] if field in schema.names else field.split('.'):

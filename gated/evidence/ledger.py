@@ -41,8 +41,8 @@ class Row:
 
   @property
   def status(self) -> str:
-    found = {verdict.status for verdict in self.verdicts}
-    return next((status for status in STATUSES if status in found), 'open')
+    statuses = {verdict.status for verdict in self.verdicts}
+    return next((status for status in STATUSES if status in statuses), 'open')
 
   @property
   def reason(self) -> str:
@@ -202,10 +202,10 @@ def _tokens(verdict: Verdict) -> str:
 
 def _evidence(row: Row) -> Iterator[str]:
   """The verdict on each part in each setting, and the arms behind it."""
-  found = [v for own in row.parts for v in own if v.arms]
-  if found:
+  verdicts = [v for own in row.parts for v in own if v.arms]
+  if verdicts:
     yield f'### {row.claim.name}: {plain(row.claim.words)}'
-  for v in found:
+  for v in verdicts:
     status = UNDECIDED if v.status == 'undecided' else v.status
     lines = [
       f'{plain(v.part.form)}: **{status}**{f" ({plain(v.reason)})" if v.reason else ""}; '

@@ -180,9 +180,9 @@ def verdicts(part: Part, settings: Sequence[Setting]) -> list[Verdict]:
     missing = f'no two settings differ in {part.across[0]} alone'
   else:
     places = [(place,) for place in settings]
-  found = [_verdict(part, pair) for pair in places]
-  found.sort(key=lambda verdict: verdict.rank, reverse=True)
-  return found or [Verdict(part=part, status='open', reason=missing)]
+  all_verdicts = [_verdict(part, pair) for pair in places]
+  all_verdicts.sort(key=lambda verdict: verdict.rank, reverse=True)
+  return all_verdicts or [Verdict(part=part, status='open', reason=missing)]
 
 
 def _verdict(part: Part, places: Sequence[Setting]) -> Verdict:
