@@ -18,6 +18,10 @@ from typing import Any, TypeVar
 
 C = TypeVar('C')
 
+# Knobs that were added later -> their values in recipes that were written before. Saved
+# runs without these knobs open with these values, and keep their default workdir.
+SINCE: dict[str, Any] = {}
+
 
 def build(cls: type[C], mapping: Mapping, name: str) -> C:
   """A mapping -> the frozen dataclass `cls`, nested ones included.
@@ -31,11 +35,30 @@ def build(cls: type[C], mapping: Mapping, name: str) -> C:
       raise ValueError(
         f'{name}.{key} is not a knob{nearest(f"{name}.{key}", hints, name)}'
       )
+  mapping = _since(name, hints) | dict(mapping)
   missing = [key for key in hints if key not in mapping]
   if missing:
     raise ValueError(f'{name}.{missing[0]} is missing')
   fields = {key: coerce(hints[key], mapping[key], f'{name}.{key}') for key in hints}
   return cls(**fields)
+
+
+def _since(name: str, keys: Iterable[str]) -> dict[str, Any]:
+  """A group and its knobs -> the values in SINCE of those that were added later."""
+  return {key: SINCE[f'{name}.{key}'] for key in keys if f'{name}.{key}' in SINCE}
+
+
+def earlier(mapping: Mapping, name: str = 'config') -> dict[str, Any]:
+  """A nested mapping -> the same without the later knobs that are as they were before."""
+  kept = {}
+  for key, value in mapping.items():
+    knob = f'{name}.{key}'
+    if isinstance(value, Mapping):
+      value = earlier(value, knob)
+    plain = list(value) if isinstance(value, tuple) else value
+    if knob not in SINCE or SINCE[knob] != plain:
+      kept[key] = value
+  return kept
 
 
 _hints = functools.cache(typing.get_type_hints)
@@ -232,8 +255,13 @@ def dig(mapping: Mapping, knob: str) -> Any:
 
 
 def differences(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
-  """Two nested mappings -> {full knob name: (old value, new value)} where they differ."""
+  """Two nested mappings -> {full knob name: (old value, new value)} where they differ.
+
+  A knob that one of them lacks because it was added later has its value in SINCE.
+  """
   a, b = flatten(old), flatten(new)
+  since = {knob: SINCE[knob] for knob in (a.keys() ^ b.keys()) & SINCE.keys()}
+  a, b = since | a, since | b
   return {
     knob: (a.get(knob), b.get(knob))
     for knob in sorted(a.keys() | b.keys())

@@ -187,6 +187,21 @@ def test_differences_use_full_names_and_treat_lists_as_tuples():
   assert config.differences(old, old) == {}
 
 
+def test_a_knob_that_was_added_later_leaves_old_recipes_as_they_are(monkeypatch):
+  monkeypatch.setitem(config.SINCE, 'config.optim.b2', [0.95])
+  old, new = ({'optim': dict(b1=0.9)} for _ in range(2))
+  new['optim']['b2'] = (0.95,)
+  assert config.differences(old, new) == config.differences(new, old) == {}
+  assert config.earlier(new) == old
+  new['optim']['b2'] = 0.9
+  assert config.differences(old, new) == {'config.optim.b2': ([0.95], 0.9)}
+  assert config.earlier(new) == new
+  monkeypatch.setitem(config.SINCE, 'config.seed', 7)
+  recipe = {k: v for k, v in small.recipe().items() if k != 'seed'}
+  assert config.build(plan.Config, recipe, 'config').seed == 7
+  assert plan.recipe.digest(recipe | {'seed': 7}) == plan.recipe.digest(recipe)
+
+
 def test_digest_depends_on_values_and_not_on_order():
   known = '43258cff783fe7036d8a43033f830adfc60ec037382473548ac742b888292777'
   assert config.digest({'b': 2, 'a': 1}) == config.digest({'a': 1, 'b': 2}) == known

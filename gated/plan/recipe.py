@@ -83,4 +83,5 @@ def digest(c: dict) -> str:
 
   The digest omits `config.paper`, which has no effect on the run.
   """
-  return config.digest({knob: c[knob] for knob in c if knob != 'paper'})[:8]
+  kept = config.earlier({knob: c[knob] for knob in c if knob != 'paper'})
+  return config.digest(kept)[:8]
