@@ -196,4 +196,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  app.run(main, flags_parser=parse)
+  app.run(lambda argv: processes.leave(main(argv)), flags_parser=parse)

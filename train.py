@@ -137,11 +137,11 @@ def _loop(run: Run, step, state, services: Services, record: recorder.Recorder) 
     record.profile.after(number, values)
     record.take(number, values, watch(number, state.model, batch))
     services.saves.check()
-    workdirs.check_held(services.lock)
     stop = services.sigterm.received(number)
     due = number % cfg.checkpoint.every == 0 or number == cfg.steps
     evaluates = due or number % cfg.eval.every == 0
     owed |= due or stop
+    workdirs.check_held(services.lock, now=owed)
     if not (evaluates or owed):
       continue
     finite, loss = record.settle(), None
@@ -217,4 +217,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  app.run(main, flags_parser=parse)
+  app.run(lambda argv: processes.leave(main(argv)), flags_parser=parse)

@@ -38,9 +38,10 @@ show(*processes.gather(f'process{jax.process_index()}'))
 show('cuda', jax.config._read('jax_cuda_visible_devices'))
 if jax.process_count() == 1:
   with shutdown.Sigterm() as sigterm:
-    before = sigterm.received(1)
+    before = sigterm.received()
     os.kill(os.getpid(), signal.SIGTERM)
-    show('sigterm', before, sigterm.received(2))
+    show('sigterm', before, sigterm.received())
+processes.leave(0)
 """
 
 
