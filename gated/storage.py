@@ -34,8 +34,11 @@ PathLike = str | os.PathLike[str]
 STORES = {'gs': 'gcsfs', 's3': 's3fs'}
 REMOTE = tuple(f'{scheme}://' for scheme in STORES)
 THREADS = 8  # Concurrent copies.
-# Errors of a disk that cannot be written: full, over quota, read-only, broken.
+# Errors of a disk that cannot be written: full, over quota, read-only, broken ...
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+# ... and of a machine that lacks memory, files or its network disk for a while.
+PASSING = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
+PASSING += (errno.ESTALE, errno.ETIMEDOUT)
 PART = 1 << 24  # Bytes per part of a multipart upload; memory holds THREADS * 4 parts.
 
 
@@ -144,6 +147,31 @@ def write_json(
 def is_full(error: Exception) -> bool:
   """Whether an error means that the disk cannot be written; see FULL."""
   return isinstance(error, OSError) and error.errno in FULL
+
+
+def is_passing(error: Exception) -> bool:
+  """Whether an error of this machine may be gone on the next try, or on another one."""
+  return isinstance(error, OSError) and error.errno in FULL + PASSING
+
+
+@contextlib.contextmanager
+def named(path: PathLike) -> Generator[None]:
+  """Adds a path to errors of the system that have none, such as those of a full disk."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno is not None and error.filename is None:
+      error.filename = os.fspath(path)
+    raise
+
+
+def is_within(error: Exception, folder: PathLike) -> bool:
+  """Whether an error of the system belongs to a file in that folder."""
+  name = getattr(error, 'filename', None)
+  if not isinstance(name, (str, os.PathLike)) or is_remote(folder):
+    return False
+  root, path = (os.path.abspath(x) for x in (folder, name))
+  return os.path.commonpath([root, path]) == root
 
 
 def remove(path: PathLike) -> None:
@@ -292,9 +320,10 @@ class _Place:
 
   @contextlib.contextmanager
   def faults(self) -> Generator[None]:
-    """Turns errors of the store's package into OSError with this path."""
+    """Adds this path to errors; those of the store's package become OSError."""
     try:
-      yield
+      with contextlib.nullcontext() if self.store else named(self.text):
+        yield
     except Exception as error:
       if not self.store:
         raise

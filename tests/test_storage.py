@@ -1,5 +1,6 @@
 """Files on a disk and in an object store, with the same functions."""
 
+import errno
 import os
 import pathlib
 import subprocess
@@ -283,3 +284,15 @@ def test_an_unreachable_store_is_an_oserror(s3):
     text=True,
   )
   assert done.stdout.startswith('fault: s3://bucket/x'), done.stderr
+
+
+def test_an_error_of_a_full_disk_has_the_path_that_it_came_from(tmp_path):
+  full = OSError(errno.ENOSPC, 'No space left on device')
+  raises = pytest.raises(OSError, match=r"No space left on device: '.*run/run\.json'")
+  with raises, storage.named(tmp_path / 'run' / 'run.json'):
+    raise full
+  assert storage.is_full(full) and storage.is_within(full, tmp_path / 'run')
+  assert not storage.is_within(full, tmp_path / 'ru')
+  assert not storage.is_within(OSError(errno.ENOSPC, 'x'), tmp_path)
+  other = OSError(errno.EACCES, 'Permission denied', '/dev/shm/x')
+  assert not storage.is_within(other, tmp_path) and not storage.is_passing(other)
