@@ -236,10 +236,20 @@ def test_segment_runs_of_random_rows():
     assert sum(s for s in size if s >= 0) == 24
 
 
-def variant(score, visible, normalizer):
+TAU = np.array([-1.0, -0.3, 0.0, 0.4], np.float32)
+
+
+def variant(score, visible, normalizer, tau=0.0):
   """Scores (T, S) of a head and which count -> weights, as their papers write them."""
   if normalizer == 'sigmoid':
     weight = 1 / (1 + np.exp(-(score - np.log(visible.sum(-1, keepdims=True)))))
+    return np.where(visible, weight, 0)
+  if normalizer in ('clipped', 'elastic'):
+    weight = variant(score, visible, 'softmax')
+    if normalizer == 'clipped':
+      weight = np.clip((1.2 - -0.05) * weight - 0.05, 0, 1)
+    else:
+      weight = np.maximum(weight + tau / visible.sum(-1, keepdims=True), 0)
     return np.where(visible, weight, 0)
   if normalizer == 'softpick':
     e = np.where(visible, np.exp(score) - 1, 0)
@@ -261,6 +271,8 @@ def test_normalizers_match_their_formulas(normalizer, cap):
       max_segments=8,
       normalizer=normalizer,
       cap=cap,
+      clip=(-0.05, 1.2),
+      offset_H=jnp.asarray(TAU),
     )
   )(q, k, v)
   q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
@@ -268,7 +280,7 @@ def test_normalizers_match_their_formulas(normalizer, cap):
     visible = causal & (SEGMENTS[b][:, None] == SEGMENTS[b][None])
     score = q[b, :, h] @ k[b, :, h // (H // G)].T / np.sqrt(K)
     score = cap * np.tanh(score / cap) if cap else score
-    exact = variant(score, visible, normalizer) @ v[b, :, h // (H // G)]
+    exact = variant(score, visible, normalizer, TAU[h]) @ v[b, :, h // (H // G)]
     np.testing.assert_allclose(ours[b, :, h], exact, atol=1e-5)
 
 
@@ -282,6 +294,7 @@ def draw_qkv(scale=1.0):
 def test_huge_scores_neither_overflow_nor_lose_their_gradient(normalizer):
   def total(q, k, v):
     opts = dict(backend='reference', max_segments=8, normalizer=normalizer)
+    opts |= dict(clip=(-0.05, 1.0), offset_H=jnp.asarray(TAU))
     return jnp.sum(jnp.square(kernels.attend(q, k, v, jnp.asarray(SEGMENTS), **opts)))
 
   for sign in (1, -1):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gated.kernels.attention import context
-from gated.kernels.attention.case import Case, soft_cap
+from gated.kernels.attention.case import Case, sees, soft_cap
 
 # Maximum tokens of a block: 1 MiB of float32 scores for each row and head.
 MOST = 512
@@ -41,6 +41,7 @@ class Sizes(NamedTuple):
   query: int  # tokens of a query block
   key: int  # tokens of a key block
   cap: float
+  window: int = 0
 
 
 class _Mask(NamedTuple):
@@ -52,10 +53,9 @@ class _Mask(NamedTuple):
 
 def attend(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
   """The contract of kernels.attend and kernels.attend_lse, for softmax only."""
-  if case.normalizer != 'softmax':
-    raise NotImplementedError(f'has no {case.normalizer} attention')
+  case.require_softmax()
   length = q_BTHK.shape[1]
-  sizes = Sizes(_block(context.stretch(length)), _block(length), case.cap)
+  sizes = Sizes(_block(context.stretch(length)), _block(length), case.cap, case.window)
   pairs = plan(length, context.ways(), sizes)
 
   def run(q_BTHK, k_BSGK, v_BSGK, segment_BT, segment_BS, pairs):
@@ -77,10 +77,13 @@ def plan(length: int, ways: int, sizes: Sizes) -> Pairs:
   position = context.order(length, ways)
   fill = -position.shape[1] % sizes.query
   position = np.pad(position, ((0, 0), (0, fill)), constant_values=-1)
-  last = position.reshape(ways, -1, sizes.query).max(-1)
+  blocks = position.reshape(ways, -1, sizes.query)
+  last = blocks.max(-1)
+  first = np.where(blocks < 0, length, blocks).min(-1) - (sizes.window or length) + 1
+  first = np.maximum(first, 0) // sizes.key
   lists = [
-    [(i, j, True) for i, p in enumerate(row) for j in range(p // sizes.key + 1)]
-    for row in last
+    [(i, j, True) for i, (a, p) in enumerate(row) for j in range(a, p // sizes.key + 1)]
+    for row in np.stack([first, last], -1)
   ]
   columns = itertools.zip_longest(*lists, fillvalue=(0, 0, False))
   query, key, live = np.array(list(columns), np.int32).transpose(2, 1, 0)
@@ -124,7 +127,7 @@ def _scores(q_BGRqK, k_BGsK, visible: _Mask, sizes: Sizes, pair):
   score = soft_cap(score * q_BGRqK.shape[-1] ** -0.5, sizes.cap)
   position_q = _cut(visible.pairs.position_T, i, sizes.query, 0)
   position_s = j * sizes.key + jnp.arange(sizes.key, dtype=jnp.int32)
-  mask = live & (position_q[:, None] >= position_s[None])[None]
+  mask = live & sees(position_q[:, None], position_s[None], sizes.window)[None]
   if visible.segments is not None:
     segment_Bq = _cut(visible.segments[0], i, sizes.query, 1)
     segment_Bs = _cut(visible.segments[1], j, sizes.key, 1)

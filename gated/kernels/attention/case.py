@@ -4,7 +4,7 @@ B batch  T tokens  S keys' tokens  H heads  G KV heads  K head width
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,22 @@ import jax.numpy as jnp
 class Case(NamedTuple):
   """The options of a call, besides q, k, v and the segments."""
 
-  max_segments: int
-  normalizer: str
-  cap: float  # on scores, 0 for none
+  max_segments: int  # per row
   lse: bool  # also return the log of the softmax's denominator
-  gradient: bool = True  # of that log; costs fused kernels a second attention
+  normalizer: str = 'softmax'
+  cap: float = 0.0  # c tanh(score / c); 0 for none
+  gradient: bool = True  # of the lse; costs fused kernels a second attention
+  window: int = 0  # a query sees this many tokens, its own included; 0 for all
+  rounding: str = 'backend'  # or a key of rounding.ROUNDINGS
+  clip: tuple[float, float] = (0.0, 1.0)  # gamma and zeta of the clipped softmax
+  offset_H: Any = None  # tau of the elastic softmax
+
+  def require_softmax(self) -> None:
+    """Raises NotImplementedError, for a backend that has the plain softmax only."""
+    if self.normalizer != 'softmax':
+      raise NotImplementedError(f'has no {self.normalizer} attention')
+    if self.rounding != 'backend':
+      raise NotImplementedError(f'has no rounding={self.rounding!r}')
 
 
 def scores(q_BTHK: jax.Array, k_BSGK: jax.Array) -> jax.Array:
@@ -27,6 +38,12 @@ def scores(q_BTHK: jax.Array, k_BSGK: jax.Array) -> jax.Array:
   q = q_BTHK.reshape(B, T, G, H // G, K)
   score = jnp.einsum('btghk,bsgk->bghts', q, k_BSGK, preferred_element_type=jnp.float32)
   return score * K**-0.5
+
+
+def sees(query: Any, key: Any, window: int) -> Any:
+  """Positions of queries and keys -> whether a query sees a key, by position alone."""
+  causal = query >= key
+  return causal & (query - key < window) if window else causal
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:

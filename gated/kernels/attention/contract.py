@@ -13,8 +13,14 @@ import jax.numpy as jnp
 from gated import config
 from gated.devices import determinism, mesh
 from gated.kernels import choice
-from gated.kernels.attention import blockwise, context, splash
-from gated.kernels.attention.case import Case, scores, soft_cap, with_lse_gradient
+from gated.kernels.attention import blockwise, context, rounding, splash
+from gated.kernels.attention.case import (
+  Case,
+  scores,
+  sees,
+  soft_cap,
+  with_lse_gradient,
+)
 
 # Above this many tokens 'auto' does not choose the quadratic reference.
 REFERENCE_LIMIT = 4096
@@ -22,29 +28,46 @@ REFERENCE_LIMIT = 4096
 SOFTPICK_EPS = 1e-8
 
 
-def _sigmoid(score, mask):
+def _sigmoid(score, mask, case: Case):
   # The bias keeps the sum of weights near 1 at the start of training. It counts only the
   # visible keys, so that later tokens and other documents in the row have no effect.
   count = jnp.broadcast_to(mask.sum(-1, keepdims=True), (*score.shape[:-1], 1))
   return jnp.where(mask, jax.nn.sigmoid(score - jnp.log(count)), 0)
 
 
-def _softpick(score, mask):
+def _softpick(score, mask, case: Case):
   top = jnp.where(mask, score, 0).max(-1, keepdims=True)
   top = jax.lax.stop_gradient(jnp.maximum(top, 0))
   e = jnp.where(mask, jnp.exp(jnp.where(mask, score, 0) - top) - jnp.exp(-top), 0)
   return jax.nn.relu(e) / (jnp.abs(e).sum(-1, keepdims=True) + SOFTPICK_EPS)
 
 
-def _softmax(score, mask):
+def _softmax(score, mask, case: Case):
   return jax.nn.softmax(jnp.where(mask, score, jnp.finfo(jnp.float32).min), -1)
 
 
-# (scores, mask) -> weights, over the last dim, in float32.
+def _clipped(score, mask, case: Case):
+  gamma, zeta = case.clip
+  weight = jnp.clip((zeta - gamma) * _softmax(score, mask, case) + gamma, 0, 1)
+  return jnp.where(mask, weight, 0)
+
+
+def _elastic(score, mask, case: Case):
+  # The scores' heads are (G, H/G).
+  tau = case.offset_H.astype(jnp.float32).reshape(1, *score.shape[1:3], 1, 1)
+  weight = _softmax(score, mask, case) + tau / mask.sum(-1, keepdims=True)
+  return jnp.where(mask, jax.nn.relu(weight), 0)
+
+
+# (scores, mask, case) -> weights, over the last dim, in float32.
 NORMALIZERS = {
   'softmax': _softmax,
   'sigmoid': _sigmoid,  # sigmoid(s - ln n), each key by itself (arXiv 2409.04431)
   'softpick': _softpick,  # relu(e^s - 1) / sum |e^s - 1| (arXiv 2504.20966)
+  # clip((zeta - gamma) softmax(s) + gamma, 0, 1) (arXiv 2306.12929)
+  'clipped': _clipped,
+  # relu(softmax(s) + tau_h / n) with n the number of visible keys (arXiv 2601.00919)
+  'elastic': _elastic,
 }
 
 
@@ -55,18 +78,17 @@ def attend(
   segment_BT: jax.Array | None,
   *,
   backend: str,
-  max_segments: int,
-  normalizer: str = 'softmax',
-  cap: float = 0.0,
+  **options: Any,
 ) -> jax.Array:
   """Causal softmax(q k / sqrt(K)) v -> y_BTHK; head h reads KV head h // (H/G) (Eq. 2).
 
   With segments, a token attends within its own segment only. Equal segment ids must be
-  adjacent, in at most `max_segments` runs per row. `normalizer` may replace softmax by
-  another entry of NORMALIZERS; a positive `cap` soft-caps the scores. If no backend
-  supports the case, raises NotImplementedError with the reason of each.
+  adjacent, in at most `max_segments` runs per row. The options are the fields of Case: a
+  `normalizer` that replaces softmax by another entry of NORMALIZERS, a `cap` on scores, a
+  `window`. If no backend supports the case, raises NotImplementedError with the reason of
+  each.
   """
-  case = Case(max_segments, normalizer, cap, lse=False)
+  case = Case(lse=False, **options)
   return _run(backend, q_BTHK, k_BSGK, v_BSGK, segment_BT, case)
 
 
@@ -77,17 +99,15 @@ def attend_lse(
   segment_BT: jax.Array | None,
   *,
   backend: str,
-  max_segments: int,
-  cap: float = 0.0,
-  gradient: bool = True,
+  **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
   """As `attend`, by softmax -> (y_BTHK, lse_BTH), both with their gradients.
 
   lse = ln(sum(exp(score))), in float32. With it the caller can add terms to the
-  denominator after the kernel: a term exp(s) scales y by sigmoid(lse - s). Without
-  `gradient`, for inference, fused kernels skip the second attention that it needs.
+  denominator after the kernel: a term exp(s) scales y by sigmoid(lse - s). With
+  `gradient=False`, for inference, fused kernels skip the second attention that it needs.
   """
-  case = Case(max_segments, 'softmax', cap, lse=True, gradient=gradient)
+  case = Case(lse=True, **options)
   return _run(backend, q_BTHK, k_BSGK, v_BSGK, segment_BT, case)
 
 
@@ -96,9 +116,7 @@ def attend_cache(
   k_BSGK: jax.Array,
   v_BSGK: jax.Array,
   start_B: jax.Array,
-  *,
-  normalizer: str,
-  cap: float,
+  **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
   """T queries from position start_B on, over the keys of positions 0 to S - 1.
 
@@ -106,9 +124,11 @@ def attend_cache(
   to its own position; later keys may hold any finite values. Runs in plain XLA, with all
   T x S scores in memory.
   """
+  case = Case(max_segments=0, lse=True, **options)
   position_BT = start_B[:, None] + jnp.arange(q_BTHK.shape[1])[None]
-  mask = position_BT[:, :, None] >= jnp.arange(k_BSGK.shape[1])[None, None]
-  return _dense(q_BTHK, k_BSGK, v_BSGK, mask, Case(0, normalizer, cap, lse=True))
+  key_S = jnp.arange(k_BSGK.shape[1])
+  mask = sees(position_BT[:, :, None], key_S[None, None], case.window)
+  return _dense(q_BTHK, k_BSGK, v_BSGK, mask, case)
 
 
 def _run(backend: str, q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case) -> Any:
@@ -132,7 +152,7 @@ def _reference(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
   # Each device needs the keys of its whole rows.
   k_BSGK = mesh.constrain(k_BSGK, 'batch', None, 'kv_heads', None)
   v_BSGK = mesh.constrain(v_BSGK, 'batch', None, 'kv_heads', None)
-  mask = jnp.tril(jnp.ones((1, T, T), bool))
+  mask = sees(jnp.arange(T)[None, :, None], jnp.arange(T)[None, None], case.window)
   if segment_BT is not None:
     mask = mask & (segment_BT[:, :, None] == segment_BT[:, None, :])
   return _dense(q_BTHK, k_BSGK, v_BSGK, mask, case)
@@ -143,7 +163,11 @@ def _dense(q_BTHK, k_BSGK, v_BSGK, mask_BTS, case: Case) -> Any:
   B, T, H, K = q_BTHK.shape
   score = soft_cap(scores(q_BTHK, k_BSGK), case.cap)
   mask = mask_BTS[:, None, None]
-  weight = NORMALIZERS[case.normalizer](score, mask).astype(v_BSGK.dtype)
+  if case.rounding != 'backend':
+    y, lse = rounding.attend(score, v_BSGK, mask, case.rounding)
+    y, lse = (jnp.moveaxis(x, 3, 1).reshape(B, T, H, *x.shape[4:]) for x in (y, lse))
+    return (y, lse) if case.lse else y
+  weight = NORMALIZERS[case.normalizer](score, mask, case).astype(v_BSGK.dtype)
   y = jnp.einsum('bghts,bsgk->btghk', weight, v_BSGK).reshape(B, T, H, K)
   if not case.lse:
     return y
@@ -158,8 +182,7 @@ def _cudnn(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
   in the row; ragged sequences would take memory quadratic in the batch
   (github.com/NVIDIA/cudnn-frontend/pull/398).
   """
-  if case.normalizer != 'softmax':
-    raise NotImplementedError(f'has no {case.normalizer} attention')
+  case.require_softmax()
   if case.cap:
     raise NotImplementedError('has no soft cap')
   if mesh.platform() != 'gpu':
@@ -170,7 +193,7 @@ def _cudnn(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
     raise NotImplementedError(f'has no head width {q_BTHK.shape[-1]}')
   if context.ways() > 1:
     raise NotImplementedError('has no causal mask for a sharded context')
-  run = functools.partial(_cudnn_call, segment_BT=segment_BT, limit=case.max_segments)
+  run = functools.partial(_cudnn_call, segment_BT=segment_BT, case=case)
   if not case.lse:
     return run(q_BTHK, k_BSGK, v_BSGK)
   if segment_BT is not None and mesh.current() is not None:
@@ -182,17 +205,18 @@ def _cudnn(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
   return y_BTHK, with_lse_gradient(run, q_BTHK, k_BSGK, lse_BTH)
 
 
-def _cudnn_call(q_BTHK, k_BSGK, v_BSGK, *, segment_BT, limit, residual=False):
+def _cudnn_call(q_BTHK, k_BSGK, v_BSGK, *, segment_BT, case: Case, residual=False):
   # JAX has no public name for cuDNN's ragged sequences yet, nor for a float32 lse.
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
   scale = q_BTHK.shape[-1] ** -0.5
   call = functools.partial(cudnn.dot_product_attention, q_BTHK, k_BSGK, v_BSGK)
   call = functools.partial(call, scale=scale, return_residual=residual)
+  call = functools.partial(call, sliding_window_length=case.window or None)
   if segment_BT is None or determinism.applies(mesh.platform()):
     out = call(mask=_same(segment_BT), mask_type=cudnn.MaskType.CAUSAL)
     return (out[0], out[1].transpose(0, 2, 1)) if residual else out
-  start_BM, size_BM = segment_runs(segment_BT, limit)
+  start_BM, size_BM = segment_runs(segment_BT, case.max_segments)
   # One more offset than segments; -1 for unused ones, always in the last column.
   offset_BM1 = jnp.pad(start_BM, ((0, 0), (0, 1)), constant_values=-1)
   out = call(

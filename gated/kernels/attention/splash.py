@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from gated.kernels.attention import context
-from gated.kernels.attention.case import Case, with_lse_gradient
+from gated.kernels.attention.case import Case, sees, with_lse_gradient
 
 splash = splash_attention.splash_attention_kernel
 masks = splash_attention.splash_attention_mask
@@ -31,16 +31,16 @@ BLOCK_BYTES = 1 << 19
 LSE_BYTES = 1 << 28
 
 
-def _visible(query, key):
-  return query >= key
+@functools.cache
+def _mask_function(window: int):
+  return functools.partial(sees, window=window)
 
 
 def attend(
   q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case, *, blocks=BLOCKS, interpret=False
 ):
   """The contract of kernels.attend and kernels.attend_lse, on TPUs or interpreted."""
-  if case.normalizer != 'softmax':
-    raise NotImplementedError(f'has no {case.normalizer} attention')
+  case.require_softmax()
   if case.cap and case.lse:
     raise NotImplementedError('has no log-sum-exp of capped scores')
   if q_BTHK.dtype not in (jnp.bfloat16, jnp.float32):
@@ -54,7 +54,8 @@ def attend(
   if not all(sizes):
     least = blocks[-1] * length // stretch
     raise NotImplementedError(f'has blocks for multiples of {least} tokens, not {length}')
-  kernel = functools.partial(_kernel, sizes=sizes, cap=case.cap, interpret=interpret)
+  opts: dict[str, Any] = dict(cap=case.cap, window=case.window, interpret=interpret)
+  kernel = functools.partial(_kernel, sizes=sizes, **opts)
 
   def run(q_BTHK, k_BSGK, v_BSGK, segment_BT, segment_BS, infos):
     def call(q_BTHK, k_BSGK, v_BSGK, residual=False):
@@ -78,7 +79,7 @@ def attend(
     return y_BTHK, with_lse_gradient(call, q_BTHK, k_BSGK, lse_BTH)
 
   args = q_BTHK, k_BSGK, v_BSGK, segment_BT
-  infos = plan(length, context.ways(), *sizes)
+  infos = plan(length, context.ways(), *sizes, case.window)
   return context.attend(run, *args, split=infos, lse=case.lse)
 
 
@@ -93,17 +94,23 @@ def _each(call, rows):
 
 
 @functools.cache
-def plan(length: int, ways: int, block_q: int, block_kv: int) -> list:
+def plan(length: int, ways: int, block_q: int, block_kv: int, window: int = 0) -> list:
   """The masks of the three kernels: forward, dq, and dk with dv.
 
   Every array has a leading dim of `ways`, one part for each device.
   """
   query = context.order(length, ways).reshape(-1)
-  # The corners of a block decide whether it is full, empty or partial. The kernel itself
-  # computes the mask of a partial block, from the positions of its queries.
-  corners = lambda at, block: at.reshape(-1, block)[:, [0, -1]].reshape(-1)
-  rows, columns = corners(query, block_q), corners(np.arange(length), block_kv)
-  mask = masks.MultiHeadMask([masks.NumpyMask(_visible(rows[:, None], columns[None]))])
+  # Two rows and two columns stand for each block and say whether it is full, empty or
+  # partial. The kernel itself computes the mask of a partial block, from the positions of
+  # its queries. The distances of a block's queries and keys have no gaps.
+  first = lambda at, block: at.reshape(-1, block)[:, 0]
+  start = first(query, block_q)[:, None] - first(np.arange(length), block_kv)[None]
+  least, most = start - block_kv + 1, start + block_q - 1
+  beyond = window or length
+  some, full = (most >= 0) & (least < beyond), (least >= 0) & (most < beyond)
+  kind = np.stack([some, full, full, full], -1).reshape(*some.shape, 2, 2)
+  kind = kind.swapaxes(1, 2).reshape(2 * len(some), -1)
+  mask = masks.MultiHeadMask([masks.NumpyMask(kind)])
 
   def part(array):
     if array.ndim == 1:  # the queries' positions
@@ -120,7 +127,7 @@ def plan(length: int, ways: int, block_q: int, block_kv: int) -> list:
   return [forward, forward, backward]
 
 
-def _kernel(infos, sizes: tuple[int, ...], cap: float, residual: bool, interpret: bool):
+def _kernel(infos, sizes, cap: float, window: int, residual: bool, interpret: bool):
   queries: dict[str, Any] = dict.fromkeys(
     ('block_q', 'block_q_dkv', 'block_q_dq'), sizes[0]
   )
@@ -135,6 +142,6 @@ def _kernel(infos, sizes: tuple[int, ...], cap: float, residual: bool, interpret
     mask_value=splash.DEFAULT_MASK_VALUE,
     attn_logits_soft_cap=cap or None,
     residual_checkpoint_name=None,
-    mask_function=_visible,
+    mask_function=_mask_function(window),
     interpret=interpret,
   )
