@@ -47,7 +47,9 @@ class Config:
   def __post_init__(self):
     config.one_of(f'{_NAME}.on_spike', self.on_spike, ON_SPIKE)
     config.positive(f'{_NAME}.threshold', self.threshold)
-    lows = dict(window=4, max_bad_steps=1, max_rollbacks=0, stuck_after=0, peer_timeout=1)
+    config.within(f'{_NAME}.window', self.window, 4, 1 << 20)
+    config.within(f'{_NAME}.peer_timeout', self.peer_timeout, 1, 1 << 20)
+    lows = dict(max_bad_steps=1, max_rollbacks=0, stuck_after=0)
     for name, low in lows.items():
       config.at_least(f'{_NAME}.{name}', getattr(self, name), low)
     if math.isinf(self.stuck_after):

@@ -41,12 +41,14 @@ def assert_finite(state):
     (dict(threshold=0.0), 'threshold=0.0'),
     (dict(threshold=NAN), 'threshold=nan'),
     (dict(window=3), 'window=3'),
+    (dict(window=1 << 40), 'window=1099511627776, but 1048576 is the most'),
     (dict(max_bad_steps=0), 'max_bad_steps=0'),
     (dict(max_rollbacks=-1), 'max_rollbacks=-1'),
     (dict(stuck_after=-1.0), 'stuck_after=-1.0'),
     (dict(stuck_after=NAN), 'stuck_after=nan'),
     (dict(stuck_after=INF), 'stuck_after=inf, but 0 means never'),
     (dict(peer_timeout=0), 'peer_timeout=0'),
+    (dict(peer_timeout=1 << 31), 'peer_timeout=2147483648'),
   ],
 )
 def test_a_bad_knob_is_refused_by_name(changes, message):
