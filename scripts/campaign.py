@@ -31,6 +31,7 @@ if str(ROOT) not in sys.path:
 from configs import base  # noqa: E402
 from gated import config, storage, sweep  # noqa: E402
 from gated.evidence import campaign, experiment, result, summary  # noqa: E402
+from gated.run import terminal  # noqa: E402
 from gated.sweep import judge  # noqa: E402
 from gated.sweep.runner import tail  # noqa: E402
 from scripts import claims  # noqa: E402
@@ -148,4 +149,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
+  terminal.steady()
   sys.exit(main())

@@ -19,6 +19,7 @@ if str(ROOT) not in sys.path:
 from configs import base  # noqa: E402
 from gated import storage  # noqa: E402
 from gated.evidence import ledger, result  # noqa: E402
+from gated.run import terminal  # noqa: E402
 
 PAGE = ROOT / 'docs/claims.md'
 
@@ -52,4 +53,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
+  terminal.steady()
   sys.exit(main())

@@ -18,6 +18,7 @@ from typing import Any
 import gated
 from gated import hf, storage
 from gated.plan.load import Loaded
+from gated.run import terminal
 from gated.run.exit_codes import REFUSED
 
 # Keys of config.json outside the model that the new folder keeps.
@@ -163,4 +164,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
+  terminal.steady()
   sys.exit(main(sys.argv[1:]))

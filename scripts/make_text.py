@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import tqdm
 
 from gated import config, storage
+from gated.run import terminal
 
 # pip downloads both; a wheel for one fixed platform is the same file everywhere.
 WHEELS = (
@@ -335,6 +336,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
+  terminal.steady()
   try:
     main(sys.argv[1:])
   except ValueError as error:

@@ -16,6 +16,7 @@ from typing import Any
 
 from gated import storage
 from gated.probes.report import SCALARS
+from gated.run import terminal
 from gated.run import workdir as workdirs
 from gated.run.exit_codes import REFUSED
 from gated.sweep.report import logs
@@ -126,4 +127,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
+  terminal.steady()
   sys.exit(main())

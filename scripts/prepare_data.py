@@ -17,6 +17,7 @@ import os
 import sys
 
 from gated.data import prepare
+from gated.run import terminal
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -86,6 +87,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
+  terminal.steady()
   logging.basicConfig(level=logging.INFO, format='%(message)s')
   try:
     main(sys.argv[1:])

@@ -29,7 +29,7 @@ from configs import base
 from gated import config, data, model, storage
 from gated import plan as plans
 from gated.devices import mesh, processes, trees
-from gated.run import checkpoint, events, metrics
+from gated.run import checkpoint, events, metrics, terminal
 from gated.run import workdir as workdirs
 from gated.run.exit_codes import REFUSED
 from gated.train import guard, step
@@ -346,4 +346,5 @@ def main() -> int:
 
 
 if __name__ == '__main__':
+  terminal.steady()
   sys.exit(main())

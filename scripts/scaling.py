@@ -27,6 +27,7 @@ from gated.devices import chips
 from gated.devices.chips import GIB
 from gated.pods import estimate, preflight
 from gated.pods.estimate.roofline import ASSUMED
+from gated.run import terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = 'python scripts/scaling.py'
@@ -279,4 +280,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
+  terminal.steady()
   sys.exit(main(sys.argv[1:]))

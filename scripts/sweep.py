@@ -33,6 +33,7 @@ from ml_collections import config_flags
 from configs import axes, base
 from gated import config, storage, sweep
 from gated.plan import command
+from gated.run import terminal
 from gated.sweep import judge, launch, report
 from gated.sweep.launch import desk
 
@@ -322,4 +323,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
+  terminal.steady()
   sys.exit(main())

@@ -7,7 +7,7 @@ packages, because a launcher may run before the others are installed.
 from typing import NamedTuple
 
 from gated import config, storage
-from gated.run import exit_codes
+from gated.run import exit_codes, terminal
 
 NAME = 'outcome.json'
 LIMIT = 1 << 20  # Bytes.
@@ -38,7 +38,7 @@ def read(workdir: storage.Path) -> Outcome | None:
     outcome = config.build(Outcome, Outcome._field_defaults | fields, NAME)
     for name in ('code', 'step'):
       config.at_least(name, getattr(outcome, name), 0)
-    return outcome
+    return outcome._replace(told=terminal.visible(outcome.told))
   except FileNotFoundError:
     return None
   except (ValueError, TypeError) as error:

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from gated.run import terminal
 from gated.run.exit_codes import PREEMPTED
 from gated.sweep.grid import Sweep
 from gated.sweep.runner import Row, Runner, tail
@@ -28,7 +29,8 @@ COLORS = {
 
 
 def console() -> Console:
-  return Console() if sys.stdout.isatty() else Console(width=WIDTH)
+  width = None if sys.stdout.isatty() else WIDTH
+  return Console(file=terminal.drawing(sys.stdout), width=width)
 
 
 def table(rows: Sequence[Row], title: str) -> Group:
@@ -36,22 +38,26 @@ def table(rows: Sequence[Row], title: str) -> Group:
   grid = Table(box=None, pad_edge=False)
   names = list(dict.fromkeys(name for row in rows for name in row.point.labels))
   for name in names:
-    grid.add_column(Text(name))
+    grid.add_column(_cell(name))
   grid.add_column('state')
   for name in ('step', 'loss', 'spikes', 'left'):
     grid.add_column(name, justify='right')
   for row in rows:
     left = (row.steps - row.step) * row.seconds
     grid.add_row(
-      *(Text(row.point.labels.get(name, '')) for name in names),
+      *(_cell(row.point.labels.get(name, '')) for name in names),
       Text(f'{row.state} {row.slot}'.strip(), COLORS.get(row.state, 'dim')),
       f'{row.step}/{row.steps}',
       row.loss,
       str(row.spikes or ''),
       _time(left) if row.state == 'running' and left else '',
     )
-  line = lambda text: Text(text, overflow='ellipsis', no_wrap=True)
+  line = lambda text: Text(terminal.visible(text), overflow='ellipsis', no_wrap=True)
   return Group(line(title), line(summary(rows)), grid)
+
+
+def _cell(text: str) -> Text:
+  return Text(terminal.visible(text))
 
 
 def summary(rows: Sequence[Row]) -> str:

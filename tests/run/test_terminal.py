@@ -59,3 +59,33 @@ def test_characters_that_an_encoding_lacks_have_a_text(run_python):
   assert (done.returncode, done.stdout) == (0, '0.5 +- 0.1, \\xe9, \\udcff\n'), (
     done.stderr
   )
+
+
+def test_control_characters_are_escaped_and_a_progress_bar_is_not(run_python):
+  source = (
+    'import logging, sys; from gated.run import terminal; terminal.steady(); '
+    "text = 'a\\x1b]0;title\\x07\\x1b[2J\\x9b1m\\x7f\\tb'; print(text); "
+    "logging.warning('%s', text); sys.stderr.write('\\r50%'); "
+    "print(terminal.visible('over\\rwritten\\x00'))"
+  )
+  done = run_python(['-c', source], timeout=60)
+  escaped = 'a\\x1b]0;title\\x07\\x1b[2J\\x9b1m\\x7f\tb\n'
+  assert done.stdout == escaped + 'over\\rwritten\\x00\n'
+  assert done.stderr.endswith(f'{escaped}\n50%')  # Text mode reads \r as \n.
+
+
+@pytest.mark.parametrize(
+  ('raised', 'code', 'printed'),
+  [
+    ('KeyboardInterrupt', 130, '-c: stopped by Ctrl-C\n'),
+    ('ValueError(1)', 1, 'Traceback'),
+  ],
+)
+def test_ctrl_c_is_one_line_and_another_error_is_a_traceback(
+  raised, code, printed, run_python
+):
+  source = f'from gated.run import terminal; terminal.steady(); raise {raised}'
+  done = run_python(['-c', source], timeout=60)
+  assert done.returncode == code
+  assert done.stderr.startswith(printed), done.stderr
+  assert ('Traceback' in done.stderr) == (code == 1)
