@@ -41,7 +41,7 @@ class Checkpoints(Reader):
   """The checkpoints of a run in progress; leaving the `with` waits for the last save."""
 
   def __init__(self, directory: storage.PathLike, *, keep: int, keep_every: int):
-    """Keeps the last `keep` steps, the best one, and every multiple of `keep_every`."""
+    """Keeps steps as `retention.kept` chooses them."""
     super().__init__(directory)
     if self._stage:
       # All processes write to one folder, which is that of process 0.
@@ -172,18 +172,18 @@ class Checkpoints(Reader):
     old = head.read(self.directory)
     discarded, new = old.discarded, Head(step=draft.step, asked=old.asked)
     head.write(self.directory, dataclasses.replace(new, discarded=discarded))
-    losses = {step: self._loss(step) for step in self.steps()}
-    kept = retention.kept(losses, keep=self._keep, keep_every=self._keep_every)
-    for step in sorted({*discarded, *losses} - kept):
+    steps = {step: self._measured(step) for step in self.steps()}
+    kept = retention.kept(steps, keep=self._keep, keep_every=self._keep_every)
+    for step in sorted({*discarded, *steps} - kept):
       retention.remove(self.directory, step)
       self._manifests.pop(step, None)
     if discarded:
       head.write(self.directory, new)
 
-  def _loss(self, step: int) -> float | None:
+  def _measured(self, step: int) -> retention.Measured:
     with contextlib.suppress(Damaged):
-      return self.about(step)['heldout_loss']
-    return None
+      return retention.measured(self.about(step))
+    return retention.Measured(None, ())
 
   def _survey(self, folder: storage.Path, step: int) -> dict[str, list]:
     """The digests of a step's files; the processes of a run share the work."""

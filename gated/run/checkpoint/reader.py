@@ -75,9 +75,22 @@ class Reader(contextlib.AbstractContextManager):
     return max(self.steps(), default=None)
 
   def best(self) -> int | None:
-    """The step with the lowest held-out loss, or the last if none has one."""
-    best = retention.best({s: self.about(s)['heldout_loss'] for s in self.steps()})
-    return self.latest() if best is None else best
+    """The step with the lowest held-out loss, or the last if none has one.
+
+    Steps whose loss was measured on other text than the newest one are left out.
+    """
+    steps = {s: retention.measured(self.about(s)) for s in self.steps()}
+    best = retention.best(steps)
+    if best is None:
+      return self.latest()
+    measured = {s: m for s, m in steps.items() if m.loss is not None}
+    if others := sorted(s for s, m in measured.items() if m.on != steps[best].on):
+      _log.warning(
+        'the best step is %d, but the loss of %s was measured on other held-out rows or '
+        'data, and is not compared',
+        *(best, ', '.join(map(str, others))),
+      )
+    return best
 
   def newest_good(self) -> int | None:
     """The newest step that verifies; None if no step was ever committed.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from gated import config, storage
 from gated.run.checkpoint import manifest
@@ -21,20 +22,47 @@ class Config:
     config.at_least('config.checkpoint.keep_every', self.keep_every, 0)
 
 
-def best(losses: Mapping[int, float | None]) -> int | None:
-  """Steps with their held-out losses -> the first step with the lowest; None for none."""
-  known = [(loss, step) for step, loss in losses.items() if loss is not None]
-  return min(known)[1] if known else None
+class Measured(NamedTuple):
+  """The held-out loss of a step, and what it was measured on: only equals compare."""
+
+  loss: float | None
+  on: tuple[str, ...]  # the data's digest, the rows of each domain, and their length
 
 
-def kept(losses: Mapping[int, float | None], *, keep: int, keep_every: int) -> set[int]:
-  """Steps with their held-out losses -> those to keep.
+def measured(about: Mapping[str, Any]) -> Measured:
+  """The metadata of a step -> Measured; fields that it lacks are None."""
+  knobs = config.flatten(about['config'])
+  names = 'config.eval.rows', 'config.data.length'
+  on = about['data'].get('sha256'), *map(knobs.get, names)
+  return Measured(about['heldout_loss'], tuple(map(str, on)))
 
-  The last `keep`, the one with the lowest loss, and the multiples of `keep_every`.
+
+def best(steps: Mapping[int, Measured]) -> int | None:
+  """Steps -> the first with the lowest loss, of those measured like the newest.
+
+  None if no step has a loss.
   """
-  multiples = {step for step in losses if keep_every and step % keep_every == 0}
-  top = best(losses)
-  return {*sorted(losses)[-keep:], *multiples, *(() if top is None else (top,))}
+  bests = _bests(steps)
+  known = [step for step, m in steps.items() if m.loss is not None]
+  return bests[steps[max(known)].on] if known else None
+
+
+def _bests(steps: Mapping[int, Measured]) -> dict[tuple, int]:
+  """Steps -> the best step of each evaluation."""
+  losses: dict[tuple, list[tuple[float, int]]] = {}
+  for step, (loss, on) in steps.items():
+    if loss is not None:
+      losses.setdefault(on, []).append((loss, step))
+  return {on: min(pairs)[1] for on, pairs in losses.items()}
+
+
+def kept(steps: Mapping[int, Measured], *, keep: int, keep_every: int) -> set[int]:
+  """Steps -> those to keep.
+
+  The last `keep`, the best of each evaluation, and the multiples of `keep_every`.
+  """
+  multiples = {step for step in steps if keep_every and step % keep_every == 0}
+  return {*sorted(steps)[-keep:], *multiples, *_bests(steps).values()}
 
 
 def remove(directory: storage.Path, step: int) -> None:
