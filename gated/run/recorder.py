@@ -1,6 +1,7 @@
 """Reads the metrics of each step one step late, logs and judges them."""
 
 import contextlib
+import logging
 import math
 import sys
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from gated.train import guard
 # Measures of a step by kind: values on the devices, and how to read them on the host:
 # scalars by name, or the texts of 'samples'.
 Watched = dict[str, tuple[Any, Callable[[Any], Any]]]
+
+_log = logging.getLogger('gated')
 
 
 class Rollback(Exception):
@@ -57,6 +60,9 @@ class Recorder(contextlib.ExitStack):
     writes = jax.process_index() == 0
     window = log.profile_first, log.profile_last
     self.events = Events(workdir, data_step=data_step, enabled=writes)
+    for first, last in metrics.gaps(workdir / 'metrics.jsonl', step, log.every):
+      if writes:
+        _log.warning('metrics.jsonl has no record of steps %d to %d', first, last)
     self._log = metrics.Log(
       workdir,
       step=-1 if restored is None else restored,

@@ -120,9 +120,9 @@ def check(
       if metrics.exists(workdir / 'metrics.jsonl'):
         raise ValueError(f'--workdir={workdir} has a metrics.jsonl but no run.json')
       return Resume(None, steps, {})
-    changed = config.differences(old['config'], c)
-    if old['data'].get('sha256') != fingerprint['sha256']:
-      changed['data'] = str(old['data'].get('sha256'))[:12], fingerprint['sha256'][:12]
+    changed = _changed(old, c, fingerprint)
+    if step is not None:
+      _correct(changed, old, saved.about(step), c, fingerprint)
     misfit = ''
     if step is not None:
       try:
@@ -161,8 +161,10 @@ def held(workdir: storage.Path) -> Generator[lock.Lock]:
     workdir_lock.release()
 
 
-def check_held(held_lock: lock.Lock) -> None:
-  """Raises TakenOver if another run took over the workdir."""
+def check_held(held_lock: lock.Lock, *, now: bool) -> None:
+  """Raises TakenOver if another run took over the workdir: by the last beat, or `now`."""
+  if now:
+    held_lock.check()
   if held_lock.lost:
     raise TakenOver(held_lock.lost)
 
@@ -234,8 +236,34 @@ def within(knob: str, name: str) -> bool:
   return f'{knob}.'.startswith(f'{name.rstrip(".")}.')
 
 
+def _correct(changed: dict, old: Mapping, about: Mapping, c: Mapping, data: dict) -> None:
+  """Compares knobs that were edited in run.json with the checkpoint instead.
+
+  An edited knob differs from the checkpoint, and no session has changed it.
+  """
+  edited = _changed(about, old['config'], old['data']).keys() - old.get('known', ())
+  true = _changed(about, c, data)
+  for knob in sorted(edited):
+    changed.pop(knob, None)
+    if knob in true:
+      changed[knob] = true[knob]
+    _log.warning('run.json was edited: %s is as in the checkpoint', knob)
+
+
+def _changed(old: Mapping, c: Mapping, fingerprint: Mapping) -> dict[str, Any]:
+  """'config' and 'data' of a session, and those now -> {knob or 'data': (old, new)}."""
+  changed = config.differences(old['config'], c)
+  data = [str(d.get('sha256')) for d in (old['data'], fingerprint)]
+  if data[0] != data[1]:
+    changed['data'] = data[0][:12], data[1][:12]
+  return changed
+
+
 def _owner(workdir: storage.Path) -> dict | None:
-  """Reads run.json -> config, data and deterministic flag of the previous session."""
+  """Reads run.json -> 'config', 'data' and 'deterministic' of the previous session.
+
+  Its 'known' are the knobs that a session has changed.
+  """
   path = workdir / 'run.json'
   try:
     old = storage.read_json(path, LIMIT)
@@ -244,6 +272,9 @@ def _owner(workdir: storage.Path) -> dict | None:
       'config': dict(old['config']),
       'data': dict(old['data']),
       'deterministic': dict(last).get('deterministic'),
+      'known': {
+        k for session in old['sessions'] for k in dict(session).get('changed', ())
+      },
     }
   except FileNotFoundError:
     return None

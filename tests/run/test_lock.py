@@ -213,6 +213,16 @@ def test_an_owner_notices_a_takeover_and_leaves_the_new_note(workdir):
   assert note(workdir)['token'] == 'theirs'
 
 
+def test_a_takeover_is_noticed_before_the_next_beat_by_a_check(workdir):
+  with hold(workdir, stale_after=4000.0, settle=0) as held:
+    held.check()
+    assert not held.lost
+    leave(workdir)
+    assert not held.lost
+    held.check()
+    assert f'{workdir} was taken over by' in held.lost
+
+
 def test_a_missing_note_is_a_lost_lock(workdir):
   with hold(workdir, **FAST) as held:
     storage.remove(workdir / 'lock.json')

@@ -133,6 +133,59 @@ def test_the_last_step_is_read_from_the_end_of_the_file(tmp_path, monkeypatch):
   assert metrics.last_step(path) == 7
 
 
+def test_a_file_that_is_removed_or_renamed_in_use_keeps_all_records(tmp_path, caplog):
+  path = tmp_path / 'metrics.jsonl'
+  with metrics.Log(tmp_path, step=-1, enabled=True, **OFF) as log:
+    log.write(1, 'train', {})
+    path.rename(tmp_path / 'metrics.jsonl.1')  # As a rotation of logs does.
+    log.write(2, 'train', {})
+    log.sync()
+    assert [r['step'] for r in metrics.read(path)] == [1, 2]
+    log.write(3, 'train', {})
+    path.unlink()
+    log.write(4, 'train', {})
+  assert [r['step'] for r in metrics.read(path)] == [1, 2, 3, 4]
+  assert caplog.text.count('was removed or renamed while in use: written again') == 2
+
+
+def test_a_file_of_another_writer_is_not_replaced(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  with metrics.Log(tmp_path, step=-1, enabled=True, **OFF) as log:
+    log.write(1, 'train', {})
+    storage.write(path, b'{"step": 9}\n')
+  assert path.read_bytes() == b'{"step": 9}\n'
+
+
+def test_lines_that_another_program_cuts_off_are_reported(tmp_path, caplog):
+  with metrics.Log(tmp_path, step=-1, enabled=True, **OFF) as log:
+    log.write(1, 'train', {})
+    (tmp_path / 'metrics.jsonl').write_bytes(b'')
+    log.write(2, 'train', {})
+    log.sync()
+    log.sync()
+  assert caplog.text.count('to another program') == 1
+  assert [r['step'] for r in metrics.read(tmp_path / 'metrics.jsonl')] == [2]
+
+
+@pytest.mark.parametrize(
+  ('steps', 'every', 'expected'),
+  [
+    (range(1, 21), 1, []),
+    (range(1, 31), 1, []),  # Records after the restored step are dropped later.
+    (range(5, 21, 5), 5, []),
+    (range(7, 21, 7), 7, []),
+    ([*range(5, 11, 5), *range(11, 21)], 1, []),  # Another interval before.
+    ([], 1, [(1, 20)]),
+    (range(1, 11), 1, [(11, 20)]),
+    (range(11, 21), 1, [(1, 10)]),
+    (range(9, 13), 1, [(1, 8), (13, 20)]),
+  ],
+)
+def test_steps_without_a_record_are_found(steps, every, expected, tmp_path):
+  write(tmp_path, [(step, {}) for step in steps])
+  assert metrics.gaps(tmp_path / 'metrics.jsonl', 20, every) == expected
+
+
 def test_truncating_a_missing_file_does_nothing(tmp_path):
   lines.truncate(tmp_path / 'metrics.jsonl', 3)
   assert list(tmp_path.iterdir()) == []

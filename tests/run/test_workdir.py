@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 import small
 
-from gated import storage
+from gated import config, storage
 from gated.run import checkpoint, lock, outcome, workdir
 from gated.train import step
 
@@ -201,7 +201,9 @@ def test_accum_may_not_change_if_routers_balance_within_micro_batches(run):
   experts = dict(model__moe__experts=4, model__moe__top_k=2)
   for over, message in (('global', ''), ('micro', r'config\.accum: 1 there, 2 here')):
     c = small.recipe(loss__balance_over=over, **experts)
-    (run / 'run.json').write_text(json.dumps(about(c, sessions=[])))
+    changed = config.differences(small.recipe(), c)
+    sessions = [{'changed': changed}]
+    (run / 'run.json').write_text(json.dumps(about(c, sessions=sessions)))
     options = dict(accum=2, loss__balance_over=over, **experts)
     if message:
       refused(run, message, **options)
@@ -290,6 +292,34 @@ def test_a_change_of_the_training_follows_the_restore_step_again(run):
   assert check(run, restore_step='3', **changed).step == 3
 
 
+def rewrite(home, **changes):
+  """Writes run.json as by hand, with other values of knobs."""
+  path = home / 'run.json'
+  run = json.loads(path.read_text())
+  path.write_text(json.dumps(run | {'config': small.recipe(**changes)}))
+
+
+def test_a_run_json_that_was_edited_does_not_change_the_model(run, caplog):
+  rewrite(run, model__attn__rope_base=500.0)
+  edit = dict(model__attn__rope_base=500.0)
+  refused(run, r'config\.model\.attn\.rope_base: 10000.0 there, 500.0 here', **edit)
+  assert check(run) == (4, [2, 4], {})
+  assert 'run.json was edited: config.model.attn.rope_base is as in the' in caplog.text
+  knob = 'config.model.attn.rope_base'
+  assert check(run, allowed=[knob], **edit).changed == {knob: (10000.0, 500.0)}
+
+
+def test_a_change_that_a_session_made_before_the_next_save_is_no_edit(run, caplog):
+  knob, edit = 'config.model.attn.rope_base', dict(model__attn__rope_base=500.0)
+  rewrite(run, **edit)
+  content = json.loads((run / 'run.json').read_text())
+  content['sessions'] = [{'changed': {knob: [10000.0, 500.0]}}]
+  (run / 'run.json').write_text(json.dumps(content))
+  assert check(run, **edit) == (4, [2, 4], {})
+  assert 'was edited' not in caplog.text
+  refused(run, r'rope_base: 500.0 there, 10000.0 here')
+
+
 def test_a_damaged_restore_step_is_not_replaced_by_another(run):
   os.truncate(run / 'checkpoints' / '2' / 'manifest.json', 9)
   refused(run, r"--restore_step='2': .*manifest\.json", restore_step='2')
@@ -372,7 +402,7 @@ def take_over(home):
 
 def test_only_one_run_at_a_time_holds_a_workdir(tmp_path):
   with workdir.held(tmp_path) as mine:
-    workdir.check_held(mine)
+    workdir.check_held(mine, now=False)
     message = rf'--workdir=.* is in use by process {os.getpid()} on .* since '
     with pytest.raises(workdir.InUse, match=message), workdir.held(tmp_path):
       pytest.fail('two runs hold it')
@@ -404,5 +434,5 @@ def test_a_run_notices_a_takeover_of_its_workdir(tmp_path, monkeypatch):
     while not mine.lost and time.monotonic() < until:
       time.sleep(0.01)
     with pytest.raises(workdir.TakenOver, match=r'was taken over by process .* on far'):
-      workdir.check_held(mine)
+      workdir.check_held(mine, now=False)
   assert json.loads((tmp_path / 'lock.json').read_text())['token'] == 'theirs'

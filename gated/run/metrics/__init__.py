@@ -10,6 +10,7 @@ from gated.run.metrics.records import (
   append,
   dumps,
   exists,
+  gaps,
   last_step,
   plain,
   read,
@@ -17,5 +18,5 @@ from gated.run.metrics.records import (
 from gated.run.metrics.speed import Profile, Timer, check_remote, memory, peak
 
 __all__ = ['Config', 'Log', 'Progress', 'amend', 'check_wandb', 'manifest']
-__all__ += ['Damaged', 'append', 'dumps', 'exists', 'last_step', 'plain', 'read']
+__all__ += ['Damaged', 'append', 'dumps', 'exists', 'gaps', 'last_step', 'plain', 'read']
 __all__ += ['Profile', 'Timer', 'check_remote', 'memory', 'peak']

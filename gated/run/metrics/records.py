@@ -9,6 +9,8 @@ grows. If both exist, the file comes before the parts, so that a workdir can be 
 from a disk to a store and back.
 """
 
+import contextlib
+import itertools
 import json
 import logging
 import math
@@ -100,6 +102,20 @@ def truncate(path: storage.PathLike, step: int) -> None:
       storage.write(piece, kept)
 
 
+def gaps(path: storage.PathLike, step: int, every: int) -> list[tuple[int, int]]:
+  """metrics.jsonl of a run at `step` -> ranges of steps at its ends without a record.
+
+  A record is due every `every` steps; an earlier session may have had another interval.
+  """
+  records = read(path) if exists(path) else []
+  own = lambda r: r.get('kind') == 'train' and r['step'] <= step
+  steps = sorted({0, *(r['step'] for r in records if own(r))})
+  usual = max([every, *(b - a for a, b in itertools.pairwise(steps[1:]))])
+  first, last = (*steps, step + 1)[1], steps[-1]
+  missing = {(1, first - 1): first, (last + 1, step): step - last}
+  return [ends for ends, distance in missing.items() if distance > usual]
+
+
 def append(path: storage.PathLike, record: Mapping[str, Any]) -> None:
   """Adds a record to a small file, such as spikes.jsonl, which is rewritten atomically.
 
@@ -110,21 +126,55 @@ def append(path: storage.PathLike, record: Mapping[str, Any]) -> None:
 
 
 class File:
-  """Appends lines to a local file, each flushed at once."""
+  """Appends lines to a local file, each flushed at once.
+
+  If another program renames or removes the file, as a rotation of logs does, `sync` and
+  `close` write it again, with all its lines.
+  """
 
   def __init__(self, path: storage.PathLike):
     _merge(path)
+    self._path = path
+    self._open()
+    self._size = os.fstat(self._file.fileno()).st_size
+
+  def _open(self) -> None:
     # Without a buffer: `close` would try again to write what a full disk rejected.
-    self._file = open(path, 'ab', buffering=0)  # noqa: SIM115
-    self.close = self._file.close
+    self._file = open(self._path, 'a+b', buffering=0)  # noqa: SIM115
 
   def write(self, text: bytes) -> None:
     while text:
-      text = text[self._file.write(text) :]
+      with storage.named(self._path):
+        count = self._file.write(text)
+      text, self._size = text[count:], self._size + count
 
   def sync(self) -> None:
     """Forces the lines to the disk."""
-    os.fsync(self._file.fileno())
+    self._repair()
+    with storage.named(self._path):
+      os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    if not self._file.closed:
+      with contextlib.suppress(OSError):  # A moved workdir.
+        self._repair()
+      self._file.close()
+
+  def _repair(self) -> None:
+    """Writes a file again that is no longer there; warns if lines were cut off."""
+    size = os.fstat(self._file.fileno()).st_size
+    if size < self._size:
+      lost = self._size - size
+      _log.warning('%s lost %d bytes to another program', self._path, lost)
+      self._size = size
+    if os.path.exists(self._path) or not os.path.isdir(os.path.dirname(self._path)):
+      return
+    self._file.seek(0)
+    content = b''.join(iter(lambda: self._file.read(END), b''))
+    storage.write(self._path, content)
+    self._file.close()
+    self._open()
+    _log.warning('%s was removed or renamed while in use: written again', self._path)
 
 
 class Parts:
