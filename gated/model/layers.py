@@ -24,6 +24,9 @@ from gated import config
 
 Axes = Sequence[str | None]
 DTYPES = ('float32', 'bfloat16')
+# The dtype of norm scales, biases and sink logits. An update is often below 2**-9, the
+# smallest change of a scale of 1 in bfloat16.
+VECTORS = 'float32'
 # Upper limit of a knob that counts heads, channels, sink tokens or experts.
 LARGEST = 1 << 16
 
@@ -32,7 +35,7 @@ LARGEST = 1 << 16
 class Numerics:
   """Precision and initialisation, shared by all parameters of a model."""
 
-  weights: str  # dtype of the parameters
+  weights: str  # dtype of the matrices; vectors, such as norm scales, are float32
   compute: str  # dtype of activations and matrix products
   init_std: float  # standard deviation of the initial weights
   residual_init: str  # plain; depth: maps into the residual stream get std / sqrt(2 L)
@@ -96,7 +99,7 @@ class Dense(nnx.Module):
     self.dims_in, self.compute = len(dims_in), numerics.compute
     shape = (*dims_in, *dims_out)
     self.weight = normal_param(key, shape, axes, std=std, dtype=numerics.weights)
-    zeros = jnp.zeros(dims_out, numerics.weights)
+    zeros = jnp.zeros(dims_out, VECTORS)
     self.bias = nnx.Param(zeros, axes=tuple(axes)[len(dims_in) :]) if bias else None
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -113,7 +116,7 @@ class RMSNorm(nnx.Module):
   def __init__(self, dims: int | tuple[int, ...], *, axes: Axes, numerics: Numerics):
     """The mean runs over the last dim only; the scale has all of `dims`."""
     self.eps = numerics.norm_eps
-    self.scale = nnx.Param(jnp.ones(dims, numerics.weights), axes=tuple(axes))
+    self.scale = nnx.Param(jnp.ones(dims, VECTORS), axes=tuple(axes))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return _rms_norm(x, self.scale[...], self.eps)

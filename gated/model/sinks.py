@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gated import kernels
-from gated.model.layers import Numerics, child_key, normal_param
+from gated.model.layers import VECTORS, Numerics, child_key, normal_param
 
 
 class Sinks(nnx.Module):
@@ -45,7 +45,7 @@ class Sinks(nnx.Module):
     self.key = draw('key') if tokens else None
     with_values = tokens and values == 'learned'
     self.value = draw('value') if with_values else None
-    zeros = jnp.zeros(heads, numerics.weights)
+    zeros = jnp.zeros(heads, VECTORS)
     learned = normalizer == 'sink_logit'
     self.logit = nnx.Param(zeros, axes=('heads',)) if learned else None
 

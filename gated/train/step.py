@@ -113,13 +113,13 @@ def update(
 ) -> tuple[State, dict[str, Any]]:
   """Gradients -> (next state, metrics); a bad step changes no parameter."""
   grads, terms, report, tokens = gradients
-  inputs = _float32(grads), state.opt, _float32(state.model)
-  updates, new = tx.update(*inputs, loss=terms['loss'])
+  grads = _float32(grads)
+  updates, new = tx.update(grads, state.opt, _float32(state.model), loss=terms['loss'])
   opt = cast(guard.Guarded, new)
   model = optax.apply_updates(state.model, updates)
   metrics = terms | {
     'grad_norm': optax.tree.norm(grads),
-    'param_norm': optax.tree.norm(model),
+    'param_norm': optax.tree.norm(_float32(model)),
     'update_norm': optax.tree.norm(updates),
     # A skipped update does not advance the schedule or the rest of the optimizer.
     'lr': schedule(state.step - state.opt.skipped),

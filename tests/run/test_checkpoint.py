@@ -93,6 +93,26 @@ def test_bfloat16_weights_are_restored_exactly(tmp_path):
     assert trees.digest(out.restore(1, like)) == trees.digest(small_state)
 
 
+def test_vectors_that_were_saved_in_bfloat16_are_read_in_float32(tmp_path):
+  """Earlier versions kept norm scales and biases in config.model.numerics.weights."""
+  old = small.filled(
+    jax.tree.map(lambda leaf: leaf.update(dtype=jnp.bfloat16), shapes().model)
+  )
+  zero = jnp.zeros((), jnp.int32)
+  with checkpoint.Checkpoints(tmp_path, keep=1, keep_every=0) as out:
+    out.save(1, step.State(zero, zero, old, {'m': jnp.ones(())}), ABOUT)
+    out.wait()
+    new = place(shapes(numerics__weights='bfloat16').model, fsdp=8)
+    out.check_model(1, new)
+    read, saved = map(trees.flatten, (out.restore_model(1, new), old))
+  for name, leaf in trees.flatten(new).items():
+    assert leaf.dtype == ('float32' if name.endswith('.scale') else 'bfloat16')
+    assert read[name].dtype == leaf.dtype
+    np.testing.assert_array_equal(
+      read[name].astype('float32'), saved[name].astype('float32')
+    )
+
+
 def test_a_save_holds_the_old_state_even_if_the_next_step_reuses_its_memory(tmp_path):
   tiny = tiny_state(0.0)
   with checkpoint.Checkpoints(tmp_path, keep=1, keep_every=0) as out:

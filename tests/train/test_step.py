@@ -6,9 +6,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import small
 
+from gated import model
 from gated.devices import mesh, trees
 from gated.plan import Plan
 from gated.train import guard, losses, optim, step
@@ -191,3 +193,24 @@ def test_the_first_state_follows_from_the_seed_alone():
   first, again, other = (step.init(build, tx, seed) for seed in (0, 0, 1))
   assert trees.digest(first) == trees.digest(again) != trees.digest(other)
   assert int(first.step) == int(first.data_step) == 0
+
+
+def test_vectors_of_bfloat16_weights_learn_and_sums_are_float32():
+  """In bfloat16, an update of 3e-4 would leave each norm scale at 1."""
+  cfg = small.model_config(numerics__weights='bfloat16', attn__bias=True)
+  build = functools.partial(model.Transformer, cfg)
+  state = small.jit(lambda: step.init(build, TX, 0))()
+  grads = jax.tree.map(lambda leaf: leaf + jnp.asarray(0.01, leaf.dtype), state.model)
+  terms = {'loss': jnp.float32(1)}
+  gradients = step.Gradients(grads, terms, None, jnp.float32(1))
+  options = dict(tx=TX, schedule=optax.constant_schedule(3e-4))
+  new, metrics = small.jit(functools.partial(step.update, **options))(state, gradients)
+  old = trees.flatten(state.model)
+  vectors = {name for name in old if name.endswith(('.scale', '.bias'))}
+  assert len(vectors) == 8
+  for name, leaf in trees.flatten(new.model).items():
+    assert leaf.dtype == ('float32' if name in vectors else 'bfloat16'), name
+    assert name not in vectors or (leaf != old[name]).all(), name
+  # A sum in bfloat16 has an error of about 1e-3.
+  for name, tree in (('param_norm', new.model), ('grad_norm', grads)):
+    np.testing.assert_allclose(metrics[name], norm(jax.tree.leaves(tree)), rtol=1e-5)
