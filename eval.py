@@ -6,9 +6,11 @@
   python eval.py --workdir=runs/demo --force_gates=mean@0
   python eval.py --workdir=runs/demo --prompt="def fib(" --max_tokens=64
 
-Prints a table of held-out loss by domain, beside two yardsticks on the same text, and as
-its last line the report as JSON, which it then writes to WORKDIR/eval/STEP.json, with a
-warning if it cannot. Nothing is written to a Hugging Face folder. Exit code 2: refused.
+Prints a table of held-out loss by domain, beside two yardsticks on the same text
+(--yardsticks=none leaves them out), and as its last line the report as JSON, which it
+then writes to WORKDIR/eval/STEP.json, with a warning if it cannot. Nothing is written to
+a Hugging Face folder. Long work prints its progress on standard error. Exit code 2:
+refused; 9: a fault of this machine that may pass.
 
 With --probe it prints measurements of each layer instead, and writes them to
 WORKDIR/probes/STEP.json; --figures adds figures there. With --prompt it prints the
@@ -48,6 +50,9 @@ _ROWS = flags.DEFINE_integer(
   0,
 )
 _BATCH = flags.DEFINE_integer('batch', 8, 'Rows per device at a time.', 1)
+_YARDSTICKS = flags.DEFINE_list(
+  'yardsticks', list(evals.YARDSTICKS), 'bigram and xz, which take minutes; or none.'
+)
 _BIGRAM_ROWS = flags.DEFINE_integer('bigram_rows', 65536, 'Rows of the bigram model.', 1)
 _XZ_BYTES = flags.DEFINE_integer('xz_bytes', 1 << 26, 'Bytes for xz; 0 for all.', 0)
 _BY_POSITION = flags.DEFINE_boolean(
@@ -65,7 +70,7 @@ _FORCE = flags.DEFINE_string(
 _BESIDE = flags.DEFINE_list(
   'beside', [], 'Also measure these runs: WORKDIR or WORKDIR:STEP, of one tokenizer.'
 )
-LOSSES_ONLY = 'by_position', 'batch', 'bigram_rows', 'xz_bytes'
+LOSSES_ONLY = 'by_position', 'batch', 'yardsticks', 'bigram_rows', 'xz_bytes'
 PROBES_ONLY = 'text', 'mask_documents'
 _BOTH = 'data', 'length', 'tokenizer', 'rows', 'probe', 'figures', 'force_gates', 'beside'
 _GENERATION = evals.define(flags, excludes=(*LOSSES_ONLY, *PROBES_ONLY, *_BOTH))
@@ -85,14 +90,14 @@ def heldout(loaded: Loaded) -> None:
     raise ValueError(f'--data={_DATA.value!r} has no held-out rows')
   if jax.process_index() == 0:
     options = dict(rows=_BIGRAM_ROWS.value, xz_bytes=_XZ_BYTES.value)
-    evaluation.complete(report, loaded, corpus, **options)
+    evaluation.complete(report, loaded, corpus, chosen=_yardsticks(), **options)
     print(evals.table(report))
     if report['stability'] and (summary := events.summary(report['stability'])):
       print(f'unstable steps up to this one: {summary}')
     print(metrics.dumps(report, indent=None), flush=True)
     evaluation.store(report, loaded, 'eval')
   if _FIGURES.value:
-    with evaluation.stored():
+    with evaluation.stored(), evaluation.shown('figures'):
       drawing.positions(runs, reports)
 
 
@@ -115,7 +120,7 @@ def probe(loaded: Loaded) -> None:
     print(probes.table(report), flush=True)
     evaluation.store(report, loaded, 'probes')
   if _FIGURES.value:
-    with evaluation.stored():
+    with evaluation.stored(), evaluation.shown('figures'):
       drawing.probes(runs, reports, evals.longest_document(rows))
 
 
@@ -132,7 +137,8 @@ def _load(workdir: str) -> Loaded:
     if is_run and flag.value:
       raise ValueError(f'--{flag.name}={flag.value}, but {place} is a run')
   try:
-    return gated.load(place, step=step, cache=_CACHE.value)
+    with evaluation.shown(f'reading {place}'):
+      return gated.load(place, step=step, cache=_CACHE.value)
   except ValueError as error:
     named = f' --step={step!r}' if step else ''
     raise ValueError(f'--workdir={place}{named}: {error}') from error
@@ -143,11 +149,25 @@ def _corpus(loaded: Loaded) -> data.Corpus:
   c = base.get_config().to_dict()
   flagged = dict(length=_LENGTH.value, tokenizer=_TOKENIZER.value)
   knobs = c['data'] | {k: v for k, v in flagged.items() if v}
-  return loaded.corpus(_DATA.value, knobs=knobs, seed=c['seed'])
+  with evaluation.shown('opening the data'):
+    return loaded.corpus(_DATA.value, knobs=knobs, seed=c['seed'])
+
+
+def _yardsticks() -> list[str]:
+  """The chosen yardsticks; ValueError for an unknown one."""
+  chosen = _YARDSTICKS.value or []
+  if chosen == ['none']:
+    return []
+  for name in chosen:
+    if name not in evals.YARDSTICKS:
+      allowed = f'none, or of {", ".join(evals.YARDSTICKS)}'
+      raise ValueError(f'--yardsticks={",".join(chosen)}, but allowed are {allowed}')
+  return chosen
 
 
 def _check_flags() -> None:
   """ValueError names a flag that would be ignored."""
+  _yardsticks()
   for name in LOSSES_ONLY if _PROBE.value else PROBES_ONLY:
     if flags.FLAGS[name].present:
       side = 'with --probe' if _PROBE.value else 'without --probe'
@@ -159,7 +179,7 @@ def _check_flags() -> None:
 def refuse(error: Exception) -> int:
   """Prints an error in one line that names the flag -> the exit code."""
   print(f'eval.py: {error}', file=sys.stderr)
-  return exit_codes.REFUSED
+  return exit_codes.FAULT if storage.is_passing(error) else exit_codes.REFUSED
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -181,7 +201,9 @@ def main(argv: list[str]) -> int:
     peer_timeout = base.get_config().stability.peer_timeout
     processes.start(**_PROCESSES(), peer_timeout=peer_timeout)
     if prompts:
-      texts = _load(_WORKDIR.value).generate(prompts, **options)
+      loaded = _load(_WORKDIR.value)
+      with evaluation.shown('continuing the prompts'):
+        texts = loaded.generate(prompts, **options)
       if jax.process_index() == 0:
         print(*map(''.join, zip(prompts, texts)), sep='\n\n')
       return exit_codes.FINISHED
@@ -190,8 +212,13 @@ def main(argv: list[str]) -> int:
     if _FIGURES.value:
       drawing.modules(loaded)  # Reports a missing package before anything is measured.
     (probe if _PROBE.value else heldout)(loaded)
-  except (ValueError, NotImplementedError) as error:
+  except (ValueError, NotImplementedError, OSError) as error:
     return refuse(error)
+  except jax.errors.JaxRuntimeError as error:
+    line = str(error).partition('\n')[0]
+    if 'RESOURCE_EXHAUSTED' not in line:
+      raise
+    return refuse(ValueError(f'--batch={_BATCH.value} needs too much memory: {line}'))
   return exit_codes.FINISHED
 
 

@@ -16,7 +16,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from configs import base
-from gated import config, evals
+from gated import config, data, evals, storage
 from gated.devices import determinism, mesh, processes
 from gated.plan import Run, command, evaluate_step, home, prepare, recipe
 from gated.run import checkpoint, exit_codes, recorder, shutdown, terminal
@@ -51,6 +51,45 @@ class Services(NamedTuple):
   pulse: Pulse
 
 
+class Session(NamedTuple):
+  """A session of a run: from a restored state to its end, a signal or a rollback."""
+
+  run: Run
+  services: Services
+  record: recorder.Recorder
+  evaluate: Any  # as of plan.evaluate_step
+
+  def save(self, state: Any) -> None:
+    """Starts to save a state whose step was finite."""
+    run, step = self.run, int(state.step)
+    self.record.sync()
+    about: dict[str, Any] = dict(config=run.config, data=run.corpus.fingerprint)
+    about |= dict(heldout_loss=None, stability=self.record.events.report())
+    self.services.saves.save(step, state, about)
+    self.services.pulse.beat(f'the start of the save of step {step}')
+
+  def measure(self, state: Any) -> bool:
+    """Evaluates a state on held-out text -> False if a signal ended the evaluation.
+
+    If the step is saved, its manifest gets the loss.
+    """
+    run, services, step = self.run, self.services, int(state.step)
+    plan = run.plan
+
+    def after(batch: str) -> bool:
+      services.pulse.beat(f'{batch} in the evaluation of step {step}')
+      services.saves.check()
+      return services.sigterm.received()
+
+    options: dict[str, Any] = dict(on=plan.mesh, batch=plan.micro, after=after)
+    options |= dict(limit=plan.cfg.eval.rows)
+    report = evals.perplexity(self.evaluate, state.current, run.corpus, **options)
+    if report is not None:
+      loss = self.record.heldout(step, report)
+      services.saves.measured(step, loss, run.config, run.corpus.fingerprint)
+    return report is not None
+
+
 def _chooser(cfg: recipe.Config) -> Any:
   """The estimator that chooses an automatic mesh; other runs do not import it."""
   if cfg.mesh.choice == 'hand':
@@ -64,22 +103,20 @@ def train(run: Run) -> int:
   """Trains and saves -> the exit code."""
   cfg = run.plan.cfg
   keep = dict(keep=cfg.checkpoint.keep, keep_every=cfg.checkpoint.keep_every)
+  pulse = Pulse(cfg.stability.stuck_after, code=exit_codes.STUCK, details=processes.this)
   with (
     workdirs.held(run.workdir) as lock,
     shutdown.Sigterm() as sigterm,
-    checkpoint.Checkpoints(run.workdir / 'checkpoints', **keep) as saves,
+    checkpoint.Checkpoints(run.workdir / 'checkpoints', beat=pulse.beat, **keep) as saves,
   ):
     workdirs.begin(run.workdir, run.resume, saves.steps())
     step = run.lowered.compile()
-    pulse = Pulse(
-      cfg.stability.stuck_after, code=exit_codes.STUCK, details=processes.this
-    )
     run.record_session()
-    with pulse, shutdown.without_peers(cfg.stability.peer_timeout):
+    with pulse, shutdown.without_peers(cfg.stability.peer_timeout, run.workdir):
       try:
         return _sessions(run, step, Services(saves, lock, sigterm, pulse))
       except FloatingPointError as error:
-        reason = f'{error}; it was not saved, the last saved step is {saves.latest()}'
+        reason = f'{error}; the last saved step is {saves.latest()}'
         raise FloatingPointError(reason) from error
 
 
@@ -103,7 +140,8 @@ def _session(run: Run, step: Any, services: Services) -> int:
   state = run.first_state(services.saves)
   if restored is not None:
     _log.info('resumed at step %d of %d', restored, cfg.steps)
-  if int(state.step) == cfg.steps:
+  owes = restored is not None and run.owes_evaluation(restored)
+  if int(state.step) == cfg.steps and not owes:
     return exit_codes.FINISHED
   with recorder.Recorder(
     run.corpus,
@@ -117,58 +155,75 @@ def _session(run: Run, step: Any, services: Services) -> int:
     data_step=int(state.data_step),
     beat=services.pulse.beat,
   ) as record:
+    evaluate = evaluate_step(cfg.model, plan.mesh, cfg.loss.chunk)
+    session = Session(run, services, record, evaluate)
     if restored is None and cfg.stability.on_spike == 'rollback':
-      _save(run, state, services, record, None)  # A rollback may need it.
-    return _loop(run, step, state, services, record)
+      session.save(state)  # A rollback may need it.
+    if owes and not session.measure(state):
+      return _stopped(session, restored, finished=False)
+    return _loop(session, step, state)
 
 
-def _loop(run: Run, step, state, services: Services, record: recorder.Recorder) -> int:
-  """The loop: data, step, metrics of the previous step, held-out loss, save."""
-  cfg, on, corpus = run.plan.cfg, run.plan.mesh, run.corpus
-  evaluate = evaluate_step(cfg.model, on, cfg.loss.chunk)
+def _loop(session: Session, step: Any, state: Any) -> int:
+  """The loop: data, step, metrics of the previous step, save, held-out loss."""
+  run, services, record = session.run, session.services, session.record
+  cfg, on = run.plan.cfg, run.plan.mesh
   watch = run.watch()
-  batches = corpus.train(int(state.data_step), mesh.rows(on, cfg.batch))
+  batches = run.corpus.train(int(state.data_step), mesh.rows(on, cfg.batch))
   owed = False  # A save was due at a step that was not finite.
   for number in range(int(state.step) + 1, cfg.steps + 1):
-    with record.timer.data():
-      batch = mesh.place(next(batches), on, cfg.batch)
+    try:
+      with record.timer.data():
+        batch = mesh.place(next(batches), on, cfg.batch)
+    except data.Unreadable as error:
+      raise _rescued(session, state, error) from error
     record.profile.before(number)
     state, values = step(state, batch)
     record.profile.after(number, values)
-    record.take(number, values, watch(number, state.model, batch))
+    services.pulse.beat(f'the start of step {number}')
+    record.take(number, values, watch(number, state.current, batch))
     services.saves.check()
-    stop = services.sigterm.received(number)
+    stop = services.sigterm.received()
     due = number % cfg.checkpoint.every == 0 or number == cfg.steps
-    evaluates = due or number % cfg.eval.every == 0
     owed |= due or stop
     workdirs.check_held(services.lock, now=owed)
-    if not (evaluates or owed):
+    measures = run.evaluates(number)
+    if not (measures or owed):
       continue
-    finite, loss = record.settle(), None
+    finite, measured = record.settle(), False
     with record.timer.pause():
-      if evaluates:
-        heldout = evals.perplexity(
-          evaluate, state.model, corpus, on=on, batch=run.plan.micro, limit=cfg.eval.rows
-        )
-        loss = record.heldout(number, heldout)
-      if owed and finite:
-        _save(run, state, services, record, loss)
-        owed = False
-    if stop and not owed:
-      record.say(f'{services.sigterm.name}: stopped at step {number}, which is saved')
-      return exit_codes.FINISHED if number == cfg.steps else exit_codes.PREEMPTED
+      saved = owed and finite
+      if saved:
+        session.save(state)
+      if measures and not stop:
+        measured = session.measure(state)
+        stop = not measured
+      if stop and finite and not saved:  # The signal came in the evaluation.
+        session.save(state)
+        saved = True
+      owed &= not saved
+    if stop and saved:
+      return _stopped(session, number, finished=measured and number == cfg.steps)
   if owed:
     raise FloatingPointError(f'step {cfg.steps}, the last, is not finite')
   return exit_codes.FINISHED
 
 
-def _save(run: Run, state, services: Services, record, heldout_loss) -> None:
-  """Starts to save a state whose step was finite."""
-  record.sync()
-  about = dict(config=run.config, data=run.corpus.fingerprint)
-  about |= dict(heldout_loss=heldout_loss, stability=record.events.report())
-  services.saves.save(int(state.step), state, about)
-  services.pulse.beat(int(state.step))
+def _stopped(session: Session, step: int, *, finished: bool) -> int:
+  """Reports the stop at a saved step -> the exit code."""
+  name = session.services.sigterm.name
+  session.record.say(f'{name}: stopped at step {step}, which is saved')
+  return exit_codes.FINISHED if finished else exit_codes.PREEMPTED
+
+
+def _rescued(session: Session, state: Any, error: data.Unreadable) -> data.Unreadable:
+  """Saves the last state, if this process alone can -> the error, with that step."""
+  saves, finite = session.services.saves, session.record.settle()
+  saves.wait()
+  if finite and jax.process_count() == 1 and int(state.step) not in saves.steps():
+    session.save(state)
+    saves.wait()
+  return error.saved(saves.latest())
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -205,9 +260,9 @@ def main(argv: list[str]) -> int:
       restore_step=_RESTORE_STEP.value or '',
       choose=_chooser(cfg),
     )
-  except (ValueError, NotImplementedError) as error:
+  except (ValueError, NotImplementedError, OSError) as error:
     print(f'train.py: {error}', file=sys.stderr)
-    return exit_codes.REFUSED
+    return exit_codes.FAULT if storage.is_passing(error) else exit_codes.REFUSED
   if _DRY_RUN.value:
     return exit_codes.FINISHED
   code = shutdown.exit_code(lambda: train(run), workdir, program='train.py')

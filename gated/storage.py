@@ -34,11 +34,10 @@ PathLike = str | os.PathLike[str]
 STORES = {'gs': 'gcsfs', 's3': 's3fs'}
 REMOTE = tuple(f'{scheme}://' for scheme in STORES)
 THREADS = 8  # Concurrent copies.
-# Errors of a disk that cannot be written: full, over quota, read-only, broken ...
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-# ... and of a machine that lacks memory, files or its network disk for a while.
-PASSING = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
-PASSING += (errno.ESTALE, errno.ETIMEDOUT)
+# Errors of a disk that cannot be written: full, over quota, read-only, broken, away; and
+# of a machine that lacks memory or files for a while.
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+PASSING += (errno.ETIMEDOUT, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
 PART = 1 << 24  # Bytes per part of a multipart upload; memory holds THREADS * 4 parts.
 
 
@@ -144,14 +143,9 @@ def write_json(
   write(path, (text + '\n').encode())
 
 
-def is_full(error: Exception) -> bool:
-  """Whether an error means that the disk cannot be written; see FULL."""
-  return isinstance(error, OSError) and error.errno in FULL
-
-
 def is_passing(error: Exception) -> bool:
   """Whether an error of this machine may be gone on the next try, or on another one."""
-  return isinstance(error, OSError) and error.errno in FULL + PASSING
+  return isinstance(error, OSError) and error.errno in PASSING
 
 
 @contextlib.contextmanager

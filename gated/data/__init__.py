@@ -18,10 +18,10 @@ import re
 
 from gated import config, storage
 from gated.data import cache, embedded, mixture, remote, shards, tokenizer
-from gated.data.corpus import Corpus
+from gated.data.corpus import Corpus, Damaged, Unreadable
 from gated.data.shards import Batch
 
-__all__ = ['Batch', 'Config', 'Corpus', 'open', 'open_tokenizer']
+__all__ = ['Batch', 'Config', 'Corpus', 'Damaged', 'Unreadable', 'open', 'open_tokenizer']
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,8 @@ def open(cfg: Config, *, vocab: int, batch: int, seed: int, max_segments: int) -
     mixture.check_distinct(parts)
   except ValueError as error:
     raise ValueError(f'{knob}: {error}') from error
+  if doubt := mixture.unseen_doubt(parts):
+    log.warning('%s: %s', knob, doubt)
   size = parts[0].manifest.tokenizer.vocab
   if size > vocab:
     raise ValueError(

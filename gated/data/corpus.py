@@ -6,9 +6,9 @@ B batch  T tokens  N tokens of a text.
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -16,6 +16,18 @@ from gated.data import mixture, shards, tokenizer, workers
 from gated.data.shards import Batch
 
 THREADS = 4  # Readers per process; each reads whole batches.
+
+
+class Unreadable(RuntimeError):
+  """Rows that could be opened can no longer be read: a fault of this machine."""
+
+  def saved(self, step: int | None) -> Self:
+    """The same error, with the last saved step of the run that met it."""
+    return type(self)(f'{self}; the last saved step is {step}')
+
+
+class Damaged(Unreadable):
+  """A shard differs from the manifest since it was opened."""
 
 
 class Corpus:
@@ -60,7 +72,8 @@ class Corpus:
   def train(self, data_step: int, rows: Sequence[int]) -> Iterator[Batch]:
     """Endless batches from data_step on, each with the in-batch indices `rows`.
 
-    config.data.workers and prefetch do not change the rows or their order.
+    config.data.workers and prefetch do not change the rows or their order. Unreadable or
+    Damaged, with the reason in one line, if the rows can no longer be read.
     """
     import grain
 
@@ -74,7 +87,7 @@ class Corpus:
     )
     dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
     if not self._workers:
-      return iter(dataset)
+      return self._checked(dataset)
     # Workers take batches in turn, so their number does not change the order.
     dataset = dataset.mp_prefetch(
       grain.multiprocessing.MultiprocessingOptions(
@@ -83,11 +96,41 @@ class Corpus:
       worker_init_fn=workers.die_with_parent,
     )
     # Copy the batches out of the memory shared with the workers.
-    return (Batch(*map(np.array, batch)) for batch in dataset)
+    return (Batch(*map(np.array, batch)) for batch in self._checked(dataset))
+
+  def _checked(self, dataset: Any) -> Iterator[Any]:
+    """The elements of a grain dataset; errors of reading as `train` raises them."""
+    try:
+      yield from dataset
+    except Exception as error:
+      files = ((part.directory, part.files('train')) for part in self._parts)
+      faults = [fault for place in files for _, fault in shards.faults(*place, 'size')]
+      lines = str(error).splitlines() or [repr(error)]
+      if faults:
+        raise Damaged(f'config.data.mixture: {faults[0]}') from error
+      if isinstance(error, ValueError):
+        raise Damaged(f'config.data.mixture: a row cannot be read: {lines[0]}') from error
+      knob = f'config.data.workers={self._workers}'
+      if isinstance(error, OSError):
+        raise Unreadable(f'{knob}: {error}, in the shared memory of workers') from error
+      if 'terminated unexpectedly' in lines[0]:
+        killed = 'a data worker was killed, most likely for memory'
+        raise Unreadable(f'{knob}: {killed} ({lines[0]})') from error
+      raise
 
   def row(self, g: int) -> np.void:
     """The stored row with global index g; its fields are those of shards.layout."""
     return shards.parse([self._records[g]], self._row)[0]
+
+  def packed(self, rows: Iterable[int]) -> Batch:
+    """The stored rows with these global indices."""
+    return shards.batch(shards.parse([self._records[g] for g in rows], self._row))
+
+  def heldout_rows(self, domain: str, limit: int) -> int:
+    """The number of rows that `heldout` reads."""
+    part, name = self._heldout[domain]
+    rows = part.portions('heldout')[name].rows
+    return min(limit or rows, rows)
 
   def record_ids(self, data_step: int) -> list[list[Any]]:
     """[part of the mixture, shard, record] of each row of a step's batch."""
@@ -111,7 +154,7 @@ class Corpus:
     """
     part, name = self._heldout[domain]
     portion = part.portions('heldout')[name]
-    source, stop = part.source(portion.shards), min(limit or portion.rows, portion.rows)
+    source, stop = part.source(portion.shards), self.heldout_rows(domain, limit)
     padding = np.zeros((), self._row)
     padding['tokens'] = self.tokenizer.eos
     for first in range(0, stop, batch):

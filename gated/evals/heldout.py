@@ -28,23 +28,33 @@ class Config:
 
 
 def perplexity(
-  evaluate: Callable, model: Any, corpus: Any, *, on: Mesh, batch: int, limit: int
-) -> dict:
+  evaluate: Callable,
+  model: Any,
+  corpus: Any,
+  *,
+  on: Mesh,
+  batch: int,
+  limit: int,
+  after: Callable[[str], bool],
+) -> dict | None:
   """A model on held-out text -> {'loss': nats per token, 'domains': {name: summary}}.
 
   `evaluate(model, batch)` gives each row's (nats, weight). The first `limit` rows of each
   domain are read (0 for all), `batch` at a time. Without held-out tokens, the loss is
-  None.
+  None. `after` is called after each batch with its name, such as 'batch 3 of code'; if it
+  returns True, the evaluation ends, with None.
   """
   held = list(mesh.rows(on, batch))
   domains, nats, tokens = {}, 0.0, 0.0
   for domain in corpus.domains:
     sums = []
     batches = corpus.heldout(domain, batch=batch, rows=range(batch), limit=limit)
-    for whole, bytes_B in batches:
+    for number, (whole, bytes_B) in enumerate(batches, 1):
       local = type(whole)(*(x[held] for x in whole))
       nll_B, weight_B = evaluate(model, mesh.place(local, on, batch))
       sums.append((np.asarray(nll_B), np.asarray(weight_B), bytes_B))
+      if after(f'batch {number} of {domain}'):
+        return None
     nll_R, weight_R, bytes_R = (np.concatenate(column) for column in zip(*sums))
     if weight_R.any():
       domains[domain] = summarize(nll_R, weight_R, bytes_R)
@@ -62,7 +72,8 @@ def summarize(nll_R: np.ndarray, weight_R: np.ndarray, bytes_R: np.ndarray) -> d
 
     stderr(r)^2 = R / (R - 1) * sum((y - r * x)^2) / sum(x)^2.
 
-  Rows without tokens are ignored. The standard error of a single row is None.
+  Rows without tokens are ignored. The standard error of a single row is None, and so are
+  the bits per byte of rows without text, such as those that hold only ends of text.
   """
   counted_R = np.asarray(weight_R) > 0
   if not counted_R.any():
@@ -71,6 +82,7 @@ def summarize(nll_R: np.ndarray, weight_R: np.ndarray, bytes_R: np.ndarray) -> d
     np.asarray(a, np.float64)[counted_R] for a in (nll_R, weight_R, bytes_R)
   )
   nats, nats_error = _ratio(nll_R, weight_R)
+  assert nats is not None
   bits, bits_error = _ratio(nll_R / math.log(2), bytes_R)
   return {
     'nats_per_token': nats,
@@ -84,8 +96,10 @@ def summarize(nll_R: np.ndarray, weight_R: np.ndarray, bytes_R: np.ndarray) -> d
   }
 
 
-def _ratio(y_R: np.ndarray, x_R: np.ndarray) -> tuple[float, float | None]:
+def _ratio(y_R: np.ndarray, x_R: np.ndarray) -> tuple[float | None, float | None]:
   rows, total = len(y_R), x_R.sum()
+  if not total:
+    return None, None
   ratio = float(y_R.sum() / total)
   if rows == 1:
     return ratio, None

@@ -1,15 +1,16 @@
 """Two yardsticks for a model: a bigram model of the training tokens, and `xz -9e`."""
 
 import dataclasses
-import itertools
 import lzma
-from collections.abc import Iterable
-from typing import Self
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, Self
 
 import numpy as np
 
 from gated import data
+from gated.data.progress import Progress
 
+YARDSTICKS = 'bigram', 'xz'
 PENDING = 1 << 22  # Number of pairs to merge at a time: 32 MiB.
 ROWS = 64  # Rows of a batch for the bigram model.
 
@@ -106,29 +107,55 @@ def xz(text: bytes) -> float:
 
 
 def measure_yardsticks(
-  corpus: data.Corpus, trained: data.Corpus, *, rows: int, limit: int, xz_bytes: int
-) -> dict[str, dict[str, float]]:
-  """Bits per byte of a bigram model and of `xz -9e` on held-out text, by domain.
+  corpus: data.Corpus,
+  trained: data.Corpus,
+  *,
+  chosen: Collection[str],
+  rows: int,
+  limit: int,
+  xz_bytes: int,
+) -> dict[str, dict[str, Any]]:
+  """The `chosen` YARDSTICKS on held-out text: bits per byte of each domain.
 
   The bigram model is fitted to the first `rows` training rows of `trained`. Both read the
   first `limit` held-out rows of each domain of `corpus` (0: all); xz compresses the first
-  `xz_bytes` of their text (0: all).
+  `xz_bytes` of their text (0: all). Long work shows its progress.
   """
-  batches = itertools.islice(trained.train(0, [0]), rows)
-  pairs = ((batch.tokens, batch.targets, batch.weights) for batch in batches)
-  bigram = Bigram.fit(pairs, vocab=corpus.vocab)
-  report = {}
-  for domain in corpus.domains:
-    nats, size = 0.0, 0
-    heldout = corpus.heldout(domain, batch=ROWS, rows=range(ROWS), limit=limit)
+  report: dict[str, dict[str, Any]] = {domain: {} for domain in corpus.domains}
+  if 'bigram' in chosen:
+    bigram = _fit(trained, rows, corpus.vocab)
+    for domain in corpus.domains:
+      report[domain] = {'bigram_rows': rows} | _bigram(bigram, corpus, domain, limit)
+  if 'xz' in chosen:
+    for domain in corpus.domains:
+      text = corpus.heldout_text(domain, limit)[: xz_bytes or None]
+      with Progress(f'yardstick xz -9e, {len(text):,} bytes of {domain}'):
+        measured = {'xz_bits_per_byte': xz(text)} if text else {}
+        report[domain] |= {'xz_bytes': len(text)} | measured
+  return report
+
+
+def _fit(trained: data.Corpus, rows: int, vocab: int) -> Bigram:
+  """The bigram model of the first training rows."""
+  starts = range(0, rows, ROWS)
+  with Progress('yardstick bigram: fitting', total=rows, unit='rows') as progress:
+
+    def pairs() -> Iterator[tuple]:
+      for start in starts:
+        batch = trained.packed(range(start, min(start + ROWS, rows)))
+        yield batch.tokens, batch.targets, batch.weights
+        progress.add(len(batch.tokens))
+
+    return Bigram.fit(pairs(), vocab=vocab)
+
+
+def _bigram(bigram: Bigram, corpus: data.Corpus, domain: str, limit: int) -> dict:
+  nats, size = 0.0, 0
+  heldout = corpus.heldout(domain, batch=ROWS, rows=range(ROWS), limit=limit)
+  total = corpus.heldout_rows(domain, limit)
+  with Progress(f'yardstick bigram: {domain}', total=total, unit='rows') as progress:
     for batch, bytes_B in heldout:
       nats += (bigram.nll(batch.tokens, batch.targets) * batch.weights).sum()
       size += int(bytes_B.sum())
-    text = corpus.heldout_text(domain, limit)[: xz_bytes or None]
-    report[domain] = {
-      'bigram_rows': rows,
-      'bigram_bits_per_byte': float(nats / np.log(2) / size),
-      'xz_bits_per_byte': xz(text),
-      'xz_bytes': len(text),
-    }
-  return report
+      progress.add(len(bytes_B))
+  return {'bigram_bits_per_byte': float(nats / np.log(2) / size)} if size else {}

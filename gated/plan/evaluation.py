@@ -6,7 +6,7 @@ reports under 'beside', by their labels.
 
 import contextlib
 import logging
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from gated.devices import mesh
 from gated.plan import probing
 from gated.plan.load import Loaded, load
 from gated.probes import force
+from gated.data.progress import Progress
 from gated.run import metrics
 
 _log = logging.getLogger('gated')
@@ -82,7 +83,8 @@ def heldout(
   The first `limit` rows of each domain are read (0: all), `batch` per device at a time.
   With `by_position`, a report also has the loss by position over all domains.
   """
-  reports = {}
+  reports: dict[str, dict[str, Any]] = {}
+  counts = [corpus.heldout_rows(domain, limit) for domain in corpus.domains]
   for label, run in runs.items():
     curve = evals.Curve()
 
@@ -93,9 +95,16 @@ def heldout(
       curve.add(*jax.device_get(by_token))
       return sums
 
-    size = batch * mesh.ways('batch', run.mesh)
-    options: dict[str, Any] = dict(on=run.mesh, batch=size, limit=limit)
-    report = evals.perplexity(evaluate, None, corpus, **options)
+    # Not more than there are: a batch is padded to its size.
+    ways = mesh.ways('batch', run.mesh)
+    size = ways * max(1, min(batch, -(-max(counts, default=0) // ways)))
+    total = sum(-(-count // size) for count in counts)
+    with shown(f'held-out loss of {label}', total=total, unit='batches') as progress:
+      # bool() of the None of `add`: an evaluation here runs to its end.
+      options: dict[str, Any] = dict(on=run.mesh, batch=size, limit=limit)
+      options |= dict(after=lambda _, progress=progress: bool(progress.add()))
+      report = evals.perplexity(evaluate, None, corpus, **options)
+    assert report is not None
     reports[label] = {'step': run.step, 'rows_limit': limit} | report
     if by_position:
       reports[label]['positions'] = curve.report(run.cfg)
@@ -107,11 +116,17 @@ def probes(
 ) -> dict[str, dict[str, Any]]:
   """The probes of each model on packed rows, and its loss on them, by label."""
   options: dict[str, Any] = dict(mask_documents=mask_documents)
-  return {
-    label: run.probe(rows, **options)
-    | {'loss': {'value': probing.loss(run, rows, **options), 'layers': None}}
-    for label, run in runs.items()
-  }
+  reports = {}
+  for label, run in runs.items():
+    with shown(f'probes of {label}'):
+      loss = {'value': probing.loss(run, rows, **options), 'layers': None}
+      reports[label] = run.probe(rows, **options) | {'loss': loss}
+  return reports
+
+
+def shown(label: str, **options: Any) -> Progress:
+  """The progress of long work of an evaluation, as process 0 prints it."""
+  return Progress(label, enabled=jax.process_index() == 0, **options)
 
 
 def joined(reports: Reports) -> dict[str, Any]:
@@ -126,23 +141,25 @@ def complete(
   loaded: Loaded,
   corpus: data.Corpus,
   *,
+  chosen: Collection[str],
   rows: int,
   xz_bytes: int,
 ) -> None:
   """Adds the yardsticks, the data and the run's bad steps to a held-out report.
 
-  The yardsticks, as of `evals.measure_yardsticks`, are fitted to at most `rows` of the
-  rows that the run has seen; for imported weights, to the corpus.
+  The chosen yardsticks, as of `evals.measure_yardsticks`, are fitted to at most `rows` of
+  the rows that the run has seen; for imported weights, to the corpus.
   """
   digest, about = corpus.fingerprint['sha256'], loaded.about
   own = about and digest == about['data']['sha256']
   trained, seen = corpus, corpus.rows
   if about:
-    trained = corpus if own else loaded.corpus()
+    trained = corpus if own or 'bigram' not in chosen else loaded.corpus()
     assert loaded.step is not None
     seen = loaded.step * about['config']['batch']
   options: dict[str, Any] = dict(limit=report['rows_limit'], xz_bytes=xz_bytes)
-  yardsticks = evals.measure_yardsticks(corpus, trained, rows=min(seen, rows), **options)
+  options |= dict(chosen=chosen, rows=min(seen, rows))
+  yardsticks = evals.measure_yardsticks(corpus, trained, **options)
   for domain, summary in report['domains'].items():
     summary |= yardsticks[domain]
   report |= {'data': digest, 'stability': about['stability'] if about else None}

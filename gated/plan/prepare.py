@@ -57,6 +57,22 @@ class Run(NamedTuple):
 
     return run
 
+  def evaluates(self, step: int) -> bool:
+    """Whether a step ends with an evaluation: at intervals, at saves and at the end."""
+    cfg = self.plan.cfg
+    ends = step % cfg.checkpoint.every == 0 or step == cfg.steps
+    return step > 0 and (ends or step % cfg.eval.every == 0)
+
+  def owes_evaluation(self, step: int) -> bool:
+    """Whether a signal or a kill came between the save of a step and its evaluation."""
+    if not (self.corpus.domains and self.evaluates(step)):
+      return False
+    path = self.workdir / 'metrics.jsonl'
+    records = metrics.read(path) if metrics.exists(path) else []
+    kinds = {record.get('kind') for record in records if record['step'] == step}
+    first, *_ = processes.gather('' if 'heldout' in kinds else 'owes')
+    return first == 'owes'
+
   def first_state(self, saves: checkpoint.Checkpoints) -> Any:
     """The state that a session starts from: a saved step, other weights, or fresh."""
     if self.resume.step is not None:

@@ -44,11 +44,12 @@ class Recorder(contextlib.ExitStack):
     flops_per_token: float,
     restored: int | None,
     data_step: int,
-    beat: Callable[[int], None],
+    beat: Callable[[str], None],
   ):
     """Starts at the `restored` step (None: a fresh start), after `data_step` batches.
 
-    `steps` is the length of the whole run; `beat` is called with each finished step.
+    `steps` is the length of the whole run; `beat` is called with each finished step, as
+    'step 42'.
     """
     super().__init__()
     step = restored or 0
@@ -113,7 +114,7 @@ class Recorder(contextlib.ExitStack):
     values = {name: float(value) for name, value in jax.device_get(values).items()}
     scalars = {kind: read(jax.device_get(tree)) for kind, (tree, read) in watched.items()}
     self.timer.tick()
-    self._beat(step)
+    self._beat(f'step {step}')
     action, reason = self._watchdog.judge(values)
     if step % self._every == 0 or step == self._steps or action != 'go':
       row = values | self.timer.read() | metrics.memory()
@@ -144,15 +145,16 @@ class Recorder(contextlib.ExitStack):
 
     FloatingPointError if the loss is not finite.
     """
-    self._beat(step)
     if report['loss'] is None:
       return None
     flat = {'loss': report['loss']}
     for domain, summary in report['domains'].items():
-      flat |= {f'{domain}/{k}': summary[k] for k in ('nats_per_token', 'bits_per_byte')}
+      names = [k for k in ('nats_per_token', 'bits_per_byte') if summary[k] is not None]
+      flat |= {f'{domain}/{k}': summary[k] for k in names}
     self._log.write(step, 'heldout', flat)
-    bits = [f'{d} {s["bits_per_byte"]:.4f}' for d, s in report['domains'].items()]
-    self.say(f'step {step}: held-out bits per byte: {", ".join(bits)}')
+    bits = {name: summary['bits_per_byte'] for name, summary in report['domains'].items()}
+    listed = (f'{d} -' if x is None else f'{d} {x:.4f}' for d, x in bits.items())
+    self.say(f'step {step}: held-out bits per byte: {", ".join(listed)}')
     if not math.isfinite(report['loss']):
       raise FloatingPointError(f'step {step}: the held-out loss is {report["loss"]}')
     return report['loss']

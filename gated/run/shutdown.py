@@ -12,17 +12,21 @@ from typing import NoReturn
 import jax
 from jax.experimental import multihost_utils
 
-from gated import storage
+from gated import data, storage
 from gated.run import checkpoint, exit_codes, metrics, weights, workdir
 
 CODES: dict[type[Exception], int] = {
   workdir.InUse: exit_codes.REFUSED,
   metrics.Damaged: exit_codes.REFUSED,
   weights.Removed: exit_codes.REFUSED,
+  data.Damaged: exit_codes.FAILED,
+  data.Unreadable: exit_codes.FAULT,
   FloatingPointError: exit_codes.UNSTABLE,
   checkpoint.SaveFailed: exit_codes.NOT_SAVED,
   workdir.TakenOver: exit_codes.TAKEN_OVER,
 }
+
+MEMORY = 'a smaller config.batch or a larger config.accum or config.mesh.fsdp need less'
 
 # All processes of a run raise these at the same place, so each can return by itself.
 _COLLECTIVE = workdir.InUse, FloatingPointError
@@ -47,14 +51,16 @@ class Sigterm(contextlib.ExitStack):
     super().__init__()
     self.name = signal.SIGTERM.name  # Of the first signal.
     self._received = self._interrupted = False
+    self._asked = 0
     for number in SIGNALS if jax.process_count() == 1 else SIGNALS[1:]:
       if signal.getsignal(number) != signal.SIG_IGN:
         self.callback(self._restore, number, signal.signal(number, self._handle))
 
-  def received(self, step: int) -> bool:
-    """Whether to stop after this step; every process calls it after every step."""
+  def received(self) -> bool:
+    """Whether to stop here; all processes call it equally often, at the same places."""
     if jax.process_count() > 1:
-      self._received |= multihost_utils.reached_preemption_sync_point(step)
+      self._asked += 1
+      self._received |= multihost_utils.reached_preemption_sync_point(self._asked)
     return self._received
 
   def _handle(self, number: int, _) -> None:
@@ -80,31 +86,45 @@ class Sigterm(contextlib.ExitStack):
 def exit_code(train: Callable[[], int], path: storage.Path, *, program: str) -> int:
   """Calls `train` -> the exit code of the process; writes WORKDIR/outcome.json.
 
-  An error in CODES becomes one line on standard error; any other is recorded and raised.
-  If other processes may be waiting for this one, it exits at once.
+  An error that `explain` knows becomes one line on standard error; any other is recorded
+  and raised. If other processes may be waiting for this one, it exits at once.
   """
   try:
     code = train()
     workdir.conclude(path, code, exit_codes.MEANING[code])
     return code
   except Exception as error:
-    full = storage.is_full(error)
-    other = exit_codes.NOT_SAVED if full else exit_codes.FAILED
-    code = CODES.get(type(error), other)
+    known = explain(error, path)
+    code, reason = known or (exit_codes.FAILED, str(error))
     if code not in _FOREIGN:
-      workdir.conclude(path, code, str(error))
-    if code == exit_codes.FAILED:
+      workdir.conclude(path, code, reason)
+    if not known:
       raise
-    place = f'--workdir={path} cannot be written: ' if full else ''
-    print(f'{program}: {place}{error}', file=sys.stderr)
+    print(f'{program}: {reason}', file=sys.stderr)
     if not isinstance(error, _COLLECTIVE):
       exit_now(code)
     return code
 
 
+def explain(error: Exception, path: storage.Path) -> tuple[int, str] | None:
+  """An error of a run in the workdir `path` -> its exit code and one line, or None."""
+  if type(error) in CODES:
+    return CODES[type(error)], str(error)
+  if storage.is_within(error, path):
+    return exit_codes.NOT_SAVED, f'--workdir={path} cannot be written: {error}'
+  if storage.is_passing(error):
+    return exit_codes.FAULT, f'{error}, outside of --workdir={path}'
+  if 'RESOURCE_EXHAUSTED' in str(error):
+    line = str(error).partition('\n')[0]
+    return exit_codes.FAILED, f'out of memory: {line}; {MEMORY}'
+  return None
+
+
 @contextlib.contextmanager
-def without_peers(timeout: float) -> Generator[None]:
+def without_peers(timeout: float, path: storage.Path) -> Generator[None]:
   """In a run of several processes, exits after an error that the others may not have.
+
+  It raises an error that `explain` knows.
 
   They would wait for this process in a collective. A broken collective means that another
   process is lost: JAX's runtime detects it within `timeout` seconds, names the process
@@ -114,8 +134,7 @@ def without_peers(timeout: float) -> Generator[None]:
   try:
     yield
   except Exception as error:
-    known = type(error) in CODES or storage.is_full(error)
-    if jax.process_count() == 1 or known:
+    if jax.process_count() == 1 or explain(error, path):
       raise
     if not isinstance(error, jax.errors.JaxRuntimeError) and 'Gloo' not in str(error):
       traceback.print_exception(error)

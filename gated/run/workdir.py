@@ -8,17 +8,15 @@ import contextlib
 import logging
 import os
 import re
-import tempfile
 import time
 from collections.abc import Collection, Generator, Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from gated import config, storage
 from gated.devices import determinism, processes
-from gated.run import checkpoint, lock, metrics, outcome
+from gated.run import checkpoint, lock, metrics, outcome, places
 from gated.run.metrics import provenance
 
 # Knobs that may change when a run resumes; the data are compared by fingerprint.
@@ -95,7 +93,7 @@ def check(
       raise ValueError(
         f'--allow_change={name} is not a knob{config.nearest(name, known)}'
       )
-  _check_place(workdir)
+  places.check(workdir, c['log'])
   saves = workdir / 'checkpoints'
   with checkpoint.Reader(saves) as saved:
     old = _owner(workdir)
@@ -183,13 +181,20 @@ def begin(workdir: storage.Path, resume: Resume, steps: list[int]) -> None:
 
 
 def conclude(workdir: storage.Path, code: int, reason: str) -> None:
-  """Writes outcome.json on process 0; only warns if the disk rejects it."""
+  """Writes outcome.json on process 0; only warns if the disk rejects it.
+
+  Updates that were skipped are added to the reason.
+  """
   if jax.process_index():
     return
   try:
-    step = metrics.last_step(workdir / 'metrics.jsonl')
+    log = workdir / 'metrics.jsonl'
+    train = metrics.last(log, 'train') or {}
+    if skipped := int(train.get('skipped', 0)):
+      reason += f'; {skipped} of {train["step"]} updates were skipped'
+    step = metrics.last_step(log)
     outcome.write(workdir, outcome.Outcome(code, step, reason, time.time()))
-  except (OSError, metrics.Damaged) as error:
+  except (OSError, ValueError, TypeError) as error:  # The log may be damaged.
     _log.warning('%s could not be written: %s', workdir / outcome.NAME, error)
 
 
@@ -280,33 +285,6 @@ def _owner(workdir: storage.Path) -> dict | None:
     return None
   except (ValueError, KeyError, TypeError, OSError) as error:
     raise ValueError(f'--workdir={workdir}: {path} is damaged: {error!r}') from error
-
-
-def _check_place(workdir: storage.Path) -> None:
-  """ValueError unless a run can write its files and checkpoints there."""
-  saves = os.path.abspath(workdir) if not storage.is_remote(workdir) else str(workdir)
-  if saves.startswith('s3://'):
-    saves = tempfile.gettempdir()  # Checkpoints pass through a folder there.
-  if found := re.findall(r'[*?[\\\ud800-\udfff]', saves):
-    raise ValueError(
-      f'--workdir={workdir}: {saves!r} has {found[0]!r}, but Orbax cannot save below a '
-      'path with *, ?, [, a backslash or bytes that are not UTF-8: choose another name, '
-      'or a symbolic link to that folder'
-    )
-  if storage.is_remote(workdir):
-    return  # A store reports errors when the lock is written.
-  path = Path(workdir).absolute()
-  folders, log = (path / 'checkpoints',), path / 'metrics.jsonl'
-  try:
-    folders = next(p for p in (path, *path.parents) if p.exists()), *folders
-    for folder in folders:
-      writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
-      if folder.exists() and not writable:
-        raise ValueError(f'--workdir={workdir}: {folder} is not a writable folder')
-    if log.exists() and not (log.is_file() and os.access(log, os.W_OK)):
-      raise ValueError(f'--workdir={workdir}: {log} is not a writable file')
-  except OSError as error:  # A name may be too long.
-    raise ValueError(f'--workdir={workdir}: {error.strerror}') from error
 
 
 def split_step(path: str, step: str = '') -> tuple[str, str]:

@@ -212,7 +212,7 @@ def _peer(world: World, do: str, who: int) -> None:
 def _stuck(children: list[Child], workdir: Path, world: World) -> None:
   for child in children:
     done = child.wait(60).expect(STUCK, 'config.stability.stuck_after=8', 'File "')
-    assert 'no step was finished' in done.err, done.tail()
+    assert 'no progress for' in done.err, done.tail()
 
 
 def _alone_stuck(world: World) -> None:

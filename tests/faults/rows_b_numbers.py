@@ -115,7 +115,7 @@ def poisoned(do: str, span: tuple[int, int], on_spike: str, world: World) -> Non
   )
   message = (
     f'step {span[0]}: the parameter norm is',
-    'it was not saved, the last saved step is',
+    'the last saved step is',
   )
   world.train(workdir, fault=faults, **options).wait().expect(UNSTABLE, *message)
   assert evidence.saved(workdir) == list(range(4, span[0], 4)), evidence.saved(workdir)

@@ -70,6 +70,10 @@ def written(workdir, kind='train'):
   return [r for r in metrics.read(workdir / 'metrics.jsonl') if r['kind'] == kind]
 
 
+def beaten(record):
+  return [int(beat.removeprefix('step ')) for beat in record.beats]
+
+
 def steps(workdir):
   return [r['step'] for r in written(workdir)]
 
@@ -78,9 +82,9 @@ def test_a_step_is_read_when_the_next_is_taken(begin, tmp_path):
   record = begin()
   for step in (1, 2, 3):
     record.take(step, values(loss=float(step)))
-    assert steps(tmp_path) == record.beats == list(range(1, step))
+    assert steps(tmp_path) == beaten(record) == list(range(1, step))
   assert record.settle() and record.settle()
-  assert steps(tmp_path) == record.beats == [1, 2, 3]
+  assert steps(tmp_path) == beaten(record) == [1, 2, 3]
   assert [r['loss'] for r in written(tmp_path)] == [1.0, 2.0, 3.0]
 
 
@@ -115,7 +119,7 @@ def test_every_nth_step_the_last_and_every_bad_one_are_written(begin, tmp_path):
     record.take(step, values(**BROKEN if step == 6 else {}))
   record.settle()
   assert steps(tmp_path) == [4, 6, 8, 9]
-  assert record.beats == list(range(1, 10))
+  assert beaten(record) == list(range(1, 10))
   assert math.isnan(written(tmp_path)[1]['loss'])
 
 
@@ -220,9 +224,17 @@ def test_a_held_out_loss_is_written_by_domain(begin, tmp_path):
   (row,) = written(tmp_path, 'heldout')
   assert (row['step'], row['loss']) == (4, 2.25)
   assert row['code/nats_per_token'] == 2.25 and row['code/bits_per_byte'] == 2.5
-  assert record.beats == [4]
   assert record.heldout(5, dict(loss=None, domains={})) is None
   assert len(written(tmp_path, 'heldout')) == 1
+
+
+def test_text_without_bytes_has_no_bits_per_byte_in_the_log(begin, tmp_path, capsys):
+  report = heldout(2.25)
+  report['domains'] |= {'empty': dict(nats_per_token=1.0, bits_per_byte=None)}
+  begin().heldout(4, report)
+  (row,) = written(tmp_path, 'heldout')
+  assert row['empty/nats_per_token'] == 1.0 and 'empty/bits_per_byte' not in row
+  assert 'held-out bits per byte: code 2.5000, empty -' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('loss', [NAN, INF])

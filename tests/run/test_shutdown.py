@@ -12,11 +12,11 @@ def test_a_signal_is_reported_after_the_step_and_a_later_one_has_no_effect(numbe
   before = {n: signal.getsignal(n) for n in shutdown.SIGNALS}
   try:
     with shutdown.Sigterm() as sigterm:
-      assert not sigterm.received(1)
+      assert not sigterm.received()
       signal.raise_signal(number)
-      assert sigterm.received(2)
+      assert sigterm.received()
       signal.raise_signal(signal.SIGTERM)
-      assert sigterm.received(3)
+      assert sigterm.received()
       assert sigterm.name == number.name
     # The process is stopping: another signal does not interrupt that.
     signal.raise_signal(signal.SIGTERM)
@@ -32,7 +32,7 @@ import signal
 from gated.run import shutdown
 with shutdown.Sigterm() as sigterm:
   signal.raise_signal(signal.SIGINT)
-  print(sigterm.received(1), flush=True)
+  print(sigterm.received(), flush=True)
   signal.raise_signal(signal.SIGINT)
   print('went on')
 """
@@ -46,7 +46,7 @@ def test_a_hangup_that_nohup_ignores_stays_ignored():
   try:
     with shutdown.Sigterm() as sigterm:
       signal.raise_signal(signal.SIGHUP)
-      assert not sigterm.received(1)
+      assert not sigterm.received()
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
   finally:
     signal.signal(signal.SIGHUP, before)
@@ -89,7 +89,7 @@ import jax
 from gated.run import shutdown
 threading.Thread(target=threading.Event().wait).start()
 jax.process_count = lambda: 2
-with shutdown.without_peers(-10):
+with shutdown.without_peers(-10, 'workdir'):
   raise {error}
 """
   done = run_python(['-c', source], timeout=60)

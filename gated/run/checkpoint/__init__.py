@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import time
+from collections.abc import Callable, Collection
 from concurrent import futures
 from typing import Any
 
@@ -40,14 +41,24 @@ class SaveFailed(RuntimeError):
 class Checkpoints(Reader):
   """The checkpoints of a run in progress; leaving the `with` waits for the last save."""
 
-  def __init__(self, directory: storage.PathLike, *, keep: int, keep_every: int):
-    """Keeps steps as `retention.kept` chooses them."""
+  def __init__(
+    self,
+    directory: storage.PathLike,
+    *,
+    keep: int,
+    keep_every: int,
+    beat: Callable[[str], None] = lambda work: None,
+  ):
+    """Keeps steps as `retention.kept` chooses them.
+
+    `beat` is called after each part of a save, with its name.
+    """
     super().__init__(directory)
     if self._stage:
       # All processes write to one folder, which is that of process 0.
       processes.same_host('s3:// checkpoints')
       self._stage = storage.path(processes.gather(str(self._stage))[0])
-    self._keep, self._keep_every = keep, keep_every
+    self._keep, self._keep_every, self._beat = keep, keep_every, beat
     self._pool = futures.ThreadPoolExecutor(1, 'commit')
     self._commits: dict[int, futures.Future] = {}  # The step being saved, if any.
     if jax.process_index() == 0:
@@ -89,6 +100,19 @@ class Checkpoints(Reader):
     except Exception as error:
       raise self._failure(step, error) from error
     self._commits[step] = self._pool.submit(self._commit, folder, draft)
+
+  def measured(self, step: int, loss: float | None, config: dict, data: dict) -> None:
+    """Adds a held-out loss to the manifest of a saved step, in the background.
+
+    Does nothing if the step is not saved, or was saved with another evaluation in its
+    recipe or on other data than those that were measured now.
+    """
+    commit = self._commits.pop(step, None)
+    if loss is not None and (commit or step in self._manifests):
+      measured = dict(config=config, data=data, heldout_loss=loss)
+      self._commits[step] = self._pool.submit(self._measure, commit, step, measured)
+    elif commit:
+      self._commits[step] = commit
 
   def check(self) -> None:
     """Raises SaveFailed if a save in the background has failed; does not wait."""
@@ -155,7 +179,9 @@ class Checkpoints(Reader):
   def _commit(self, folder: storage.Path, draft: manifest.Manifest) -> None:
     """In the background: waits for the arrays, writes the manifest, removes old steps."""
     self._orbax.wait_until_finished()
+    self._beat(f'the arrays of step {draft.step}')
     files = self._survey(folder, draft.step)
+    self._beat(f'the digests of step {draft.step}')
     if jax.process_index() > 0:
       return
     # Orbax only warns if it merged nothing; a restore then finds no array.
@@ -169,16 +195,35 @@ class Checkpoints(Reader):
       storage.remove(folder)
     manifest.write(home, complete)
     self._manifests[draft.step] = complete
+    self._beat(f'the save of step {draft.step}')
     old = head.read(self.directory)
     discarded, new = old.discarded, Head(step=draft.step, asked=old.asked)
     head.write(self.directory, dataclasses.replace(new, discarded=discarded))
+    self._prune(discarded)
+    if discarded:
+      head.write(self.directory, new)
+
+  def _measure(self, commit: futures.Future | None, step: int, measured: dict) -> None:
+    """In the background, after the commit of the step: see `measured`."""
+    if commit:
+      commit.result()
+    if jax.process_index() > 0:
+      return
+    old = self._manifest(step)
+    about = old.about | {'heldout_loss': measured['heldout_loss']}
+    if retention.measured(about) == retention.measured(measured):
+      complete = dataclasses.replace(old, about=about)
+      manifest.write(self.directory / str(step), complete)
+      self._manifests[step] = complete
+    self._prune(())
+
+  def _prune(self, discarded: Collection[int]) -> None:
+    """Removes old steps, and the discarded ones."""
     steps = {step: self._measured(step) for step in self.steps()}
     kept = retention.kept(steps, keep=self._keep, keep_every=self._keep_every)
     for step in sorted({*discarded, *steps} - kept):
       retention.remove(self.directory, step)
       self._manifests.pop(step, None)
-    if discarded:
-      head.write(self.directory, new)
 
   def _measured(self, step: int) -> retention.Measured:
     with contextlib.suppress(Damaged):
