@@ -11,6 +11,7 @@ from gated.run.metrics.records import (
   dumps,
   exists,
   gaps,
+  last,
   last_step,
   plain,
   read,
@@ -18,5 +19,5 @@ from gated.run.metrics.records import (
 from gated.run.metrics.speed import Profile, Timer, check_remote, memory, peak
 
 __all__ = ['Config', 'Log', 'Progress', 'amend', 'check_wandb', 'manifest']
-__all__ += ['Damaged', 'append', 'dumps', 'exists', 'gaps', 'last_step', 'plain', 'read']
-__all__ += ['Profile', 'Timer', 'check_remote', 'memory', 'peak']
+__all__ += ['Damaged', 'append', 'dumps', 'exists', 'gaps', 'last', 'last_step', 'plain']
+__all__ += ['Profile', 'Timer', 'check_remote', 'memory', 'peak', 'read']

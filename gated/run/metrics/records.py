@@ -81,13 +81,24 @@ def read(path: storage.PathLike) -> list[dict]:
   return [_decode(text, piece) for piece in pieces for text in _lines(_read(piece))]
 
 
-def last_step(path: storage.PathLike) -> int:
-  """metrics.jsonl -> the step of its last record; 0 for none. Reads only the end."""
+def last(path: storage.PathLike, kind: str = '') -> dict | None:
+  """metrics.jsonl -> its last record, of a kind if given; None for none.
+
+  Reads only the end of a local file.
+  """
   for piece in reversed(_pieces(path)):
     content = _read(piece) if storage.is_remote(piece) else _end(piece)
-    if lines := _lines(content):
-      return _decode(lines[-1], piece)['step']
-  return 0
+    for text in reversed(_lines(content)):
+      record = _decode(text, piece)
+      if kind in ('', record.get('kind')):
+        return record
+  return None
+
+
+def last_step(path: storage.PathLike) -> int:
+  """metrics.jsonl -> the step of its last record; 0 for none."""
+  record = last(path)
+  return record['step'] if record else 0
 
 
 def truncate(path: storage.PathLike, step: int) -> None:
