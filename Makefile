@@ -97,7 +97,8 @@ text: .venv/run-$(FROM)
 	  $(PINNED) -r experiments/text/sources.txt && \
 	  $(BIN)/python scripts/make_text.py --archives=data/archives --out=data/text; }
 	$(BIN)/python scripts/prepare_data.py --out=data/text/dataset --length=1024 \
-	  --tokenizer=bpe:8192 --domain=code=data/text/code --domain=prose=data/text/prose
+	  --tokenizer=bpe:8192 --dedup=none --domain=code=data/text/code \
+	  --domain=prose=data/text/prose
 
 tpu: .venv/tpu/made-$(FROM)
 

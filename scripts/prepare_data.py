@@ -5,7 +5,8 @@ python scripts/prepare_data.py --out=data/books --length=4096 --tokenizer=bpe:32
 
 A text file (.txt, .md, --suffixes) is one document; JSON lines (.jsonl, .ndjson, .json)
 and .parquet have one document in each --field. Text and JSON lines may be compressed
-(.gz, .zst, .bz2, .xz). Folders are read recursively, links in them once; docs/data.md
+(.gz, .zst, .bz2, .xz). Folders are read recursively, links in them once. A PATH may be a
+dataset of the Hugging Face hub: hf:OWNER/NAME[@REVISION][:CONFIG][:SPLIT]. docs/data.md
 lists what is read. After an interruption, the same command continues.
 """
 
@@ -16,7 +17,7 @@ import logging
 import os
 import sys
 
-from gated.data import prepare
+from gated.data import prepare, shards
 from gated.run import terminal
 
 
@@ -37,7 +38,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
   )
   add('--domain', required=True, action='append', help=domains)
   add('--suffixes', default='', help='such as .py,.c: text files, alone read in folders')
-  heldout = 'fraction of documents held out, by a hash of their names'
+  ids = (
+    'auto: the input holds token ids of --tokenizer, not text: .bin of nanoGPT, llm.c or '
+    'Megatron, or lists of ids in --field of JSON lines and Parquet. uint16 or uint32: '
+    'the type in a .bin without a header'
+  )
+  add('--ids', default='', help=ids)
+  heldout = 'fraction of documents held out, by a hash of their content (--dedup)'
   add('--heldout', default=0.01, type=float, help=heldout)
   add('--field', default='text', help='field of the text in JSON lines and Parquet')
   add('--eos', default='', help='end-of-text token, if its name is unusual')
@@ -51,14 +58,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
   )
   add('--on_error', default=prepare.Options.on_error, help=errors)
   dedup = (
-    'exact: one copy of each text, whatever its white space, in all domains, and a split '
-    'by content, so that no held-out text is in the training data; default: %(default)s'
+    'exact (the default): one copy of each text, whatever its white space, in all '
+    'domains, and a split by content, so that no held-out text is in the training data; '
+    'near: also one of similar texts (MinHash); none: all texts, and a split by names'
   )
-  add('--dedup', default=prepare.Options.dedup, help=dedup)
+  add('--dedup', default='', help=dedup)
   add('--seed', default=0, type=int, help='seed of the order of documents')
   add('--shard_rows', default=1 << 16, type=int, help='rows per file')
   add('--processes', default=os.cpu_count(), type=int, help='default: all cores')
   return parser.parse_args(argv)
+
+
+def default_dedup(out: str) -> str:
+  """'exact', or 'none' for a complete dataset that was made without --dedup."""
+  if '://' in out:  # Refused later.
+    return 'exact'
+  try:
+    return shards.read_manifest(out).made.get('dedup') or 'none'
+  except FileNotFoundError:
+    return 'exact'
 
 
 def main(argv: list[str]) -> None:
@@ -73,6 +91,7 @@ def main(argv: list[str]) -> None:
     if name in domains:
       raise ValueError(f'--domain={text}: {name!r} is repeated; join its paths by commas')
     domains[name] = [os.path.expanduser(path) for path in paths]
+  flags['dedup'] = flags['dedup'] or default_dedup(out)
   flags['suffixes'] = tuple(filter(None, flags['suffixes'].split(',')))
   manifest = prepare.run(out, domains, prepare.Options(**flags), processes=processes)
   for split, portions in manifest.splits.items():

@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gated import config
-from gated.data import cache, packing, shards, tokenizer
+from gated.data import cache, packing, shards, tokenizer, units
+from gated.data.documents import Text
 
 DOMAINS = ('code', 'prose')
 HELDOUT = 0.05
@@ -127,18 +128,17 @@ def _build(out: str, paths: dict[str, str], length: int, spec: str) -> None:
       text
       for domain in DOMAINS
       for name, text in documents[domain]
-      if not packing.is_heldout(name, HELDOUT)
+      if not units.is_heldout(name, HELDOUT)
     )
     path = os.path.join(work, 'tokenizer.json')
     token = tokenizer.train_bpe(trained, int(spec.removeprefix('bpe:')), path)
-  units = {domain: [os.path.join(work, f'{domain}.unit')] for domain in DOMAINS}
-  for domain, (path,) in units.items():
-    packing.write_unit(
-      path, documents[domain], token, seed=SEED, heldout=HELDOUT, bos=False
-    )
+  streams = {domain: [os.path.join(work, f'{domain}.unit')] for domain in DOMAINS}
+  for domain, (path,) in streams.items():
+    texts = [(name, Text([text])) for name, text in documents[domain]]
+    units.write_unit(path, texts, token, seed=SEED, heldout=HELDOUT, bos=False)
   packing.pack(
     out,
-    units,
+    streams,
     token,
     length=length,
     seed=SEED,

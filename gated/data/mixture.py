@@ -149,6 +149,35 @@ def check_distinct(parts: Sequence[Part]) -> None:
       raise ValueError(f'{label} and {part.label} are the same dataset: name it once')
 
 
+def unseen_doubt(parts: Sequence[Part]) -> str:
+  """-> why held-out text of one dataset may be training text of another, or ''.
+
+  Datasets that are split by content, with the same fraction, have a text in one half.
+  """
+  made = {part.manifest.digest: part for part in parts}
+  if len(made) < 2 or not any(part.rows('heldout') for part in parts):
+    return ''
+  labels = {digest: part.label for digest, part in made.items()}
+  named = [
+    labels[digest]
+    for digest, part in made.items()
+    if part.manifest.made.get('dedup', 'none') == 'none'
+  ]
+  if named:
+    return (
+      f'{", ".join(named)}: made with --dedup=none, so held-out text may also be in the '
+      'training text of another dataset; prepare both with --dedup=exact'
+    )
+  fractions = {part.manifest.made.get('heldout') for part in made.values()}
+  if len(fractions) > 1:
+    return (
+      f'{", ".join(labels.values())}: made with --heldout={sorted(map(str, fractions))}, '
+      'so a text may be held out in one and in the training text of another; use one '
+      '--heldout'
+    )
+  return ''
+
+
 class Turns:
   """Weights -> index -> (part, index within the part).
 

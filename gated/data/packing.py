@@ -12,127 +12,21 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gated import config, storage
-from gated.data import faults, shards, tokenizer
+from gated.data import pool, shards, tokenizer, units
 
-TOKEN = np.dtype([('token', '<u4'), ('bytes', '<u4')])
-DOCUMENT = np.dtype(
-  [
-    ('key', '<u8'),
-    ('start', '<u8'),
-    ('tokens', '<u8'),
-    ('heldout', 'u1'),
-    ('content', '<u8'),  # Hash of the text; 0 without `dedup`.
-  ]
-)
 PLACE = np.dtype([('unit', '<u4'), ('start', '<u8'), ('offset', '<u8')])
 CHUNK = 1 << 20  # Tokens packed at a time, which bounds the memory of a process.
 
-# run(function, jobs, label) -> the results, in order; may use several processes.
-Run = Callable[[Callable[[Any], Any], Sequence[Any], str], list]
 
-
-def write_unit(
-  path: str,
-  documents: Iterable[tuple[str, str]],
-  token: tokenizer.Tokenizer,
-  *,
-  seed: int,
-  heldout: float,
-  bos: bool,
-  dedup: bool = False,
-  report: faults.Report = faults.refuse,
-) -> dict[str, int]:
-  """(name, text) pairs -> a unit: tokens, a table of its documents, and their SHA-256.
-
-  Documents without a token are skipped, and reported if the tokenizer refuses them. The
-  split of a document depends only on its name, or with `dedup` on its content; its place
-  in the stream depends on its name and the seed. Returns counts: documents, those held
-  out, those without a token, tokens, and unknown tokens.
-  """
-  table, start = [], 0
-  counts = dict(documents=0, heldout=0, empty=0, tokens=0, unknown=0)
-  with storage.draft(path) as draft, open(draft, 'wb') as file:
-    for name, text in documents:
-      try:
-        ids_N, bytes_N = token.encode(text)
-      except ValueError as error:
-        text = f'{name}: {faults.describe(error)}'
-        report(faults.Fault('refused by the tokenizer', text))
-        continue
-      counts['empty'] += not len(ids_N)
-      counts['tokens'] += len(ids_N)
-      counts['unknown'] += int((ids_N == token.unk).sum())
-      if not len(ids_N):
-        continue
-      begin = int(bos)
-      pieces_N: np.ndarray = np.zeros(begin + len(ids_N) + 1, TOKEN)
-      pieces_N['token'][[0, -1]] = token.bos, token.eos
-      pieces_N['token'][begin:-1] = ids_N
-      pieces_N['bytes'][begin:-1] = bytes_N
-      file.write(pieces_N.tobytes())
-      key, split = _hash(str(seed), name), split_key(name, text, dedup)
-      is_apart, content = is_heldout(split, heldout), _hash(split) if dedup else 0
-      table.append((key, start, len(pieces_N), is_apart, content))
-      counts['documents'] += 1
-      counts['heldout'] += is_apart
-      start += len(pieces_N)
-  storage.write(f'{path}.documents', np.array(table, DOCUMENT).tobytes())
-  storage.write_json(f'{path}.json', _digests(path))
-  return counts
-
-
-def split_key(name: str, text: str, dedup: bool) -> str:
-  """-> what decides the split of a document: its name, or its words with `dedup`."""
-  return ' '.join(text.split()) if dedup else name
-
-
-def is_heldout(key: str, heldout: float) -> bool:
-  """Whether a document with this `split_key` belongs to the held-out fraction."""
-  return _hash(key) < heldout * 2.0**64
-
-
-def _hash(*words: str) -> int:
-  # The name of a file may not be UTF-8.
-  content = '\0'.join(words).encode('utf-8', 'surrogateescape')
-  return int.from_bytes(hashlib.sha256(content).digest()[:8], 'big')
-
-
-def unit_is_complete(path: str) -> bool:
-  """Whether the files of a unit exist and have the SHA-256 that its writer recorded."""
-  return read_json(f'{path}.json') == _digests(path)
-
-
-def _digests(path: str) -> list[str]:
-  files = [path, f'{path}.documents']
-  return [shards.sha256(file) for file in files if os.path.isfile(file)]
-
-
-def read_json(path: str) -> Any:
-  """-> the content of a JSON file; None if it is missing or damaged."""
-  try:
-    return json.loads(pathlib.Path(path).read_bytes())
-  except (FileNotFoundError, ValueError):
-    return None
-
-
-@functools.lru_cache(maxsize=512)
-def _unit(path: str) -> tuple[np.ndarray, np.ndarray]:
-  """A unit -> its tokens (memory-mapped) and its documents."""
-  documents = np.fromfile(f'{path}.documents', DOCUMENT)
-  tokens = np.memmap(path, TOKEN, 'r') if len(documents) else np.zeros(0, TOKEN)
-  return tokens, documents
-
-
-class _Job(NamedTuple):
+class Job(NamedTuple):
   """One shard: rows `first` to `stop` of a stream."""
 
   path: str
@@ -146,7 +40,7 @@ class _Job(NamedTuple):
 
 def pack(
   out: str,
-  units: dict[str, list[str]],
+  paths: dict[str, list[str]],
   token: tokenizer.Tokenizer,
   *,
   length: int,
@@ -154,28 +48,30 @@ def pack(
   shard_rows: int,
   made: dict[str, Any],
   work: str,
-  run: Run,
-  dedup: bool = False,
+  run: pool.Run,
+  dedup: str = 'none',
 ) -> shards.Manifest:
   """Units by domain -> shards, tokenizer and manifest in `out`.
 
-  With `dedup`, the first of all documents with the same words is kept, and made['counts']
-  has the number of the others by domain. Reuses the complete shards of an interrupted
-  call, as recorded in `work`. ValueError if no training row can be made.
+  `dedup` other than 'none' leaves out copies, and made['counts'] has their numbers by
+  domain. Reuses the complete shards of an interrupted call, as recorded in `work`.
+  ValueError if no training row can be made.
   """
-  jobs: list[_Job] = []
+  jobs: list[Job] = []
   portions = {}  # (split, domain) -> documents, shards.
-  first = _first_copies(units) if dedup else {}
-  if repeated := {name: int((~first_D).sum()) for name, first_D in first.items()}:
-    made = made | {'counts': made.get('counts', {}) | {'duplicates': repeated}}
-  for domain, split in itertools.product(sorted(units), shards.SPLITS):
-    chosen = first.get(domain)
-    stream, tokens, documents = _write_stream(work, units[domain], split, chosen)
+  chosen: dict[str, np.ndarray] = {}
+  if dedup != 'none':
+    chosen, copies = units.chosen(paths, dedup)
+    made = made | {'counts': made.get('counts', {}) | copies}
+  for domain, split in itertools.product(sorted(paths), shards.SPLITS):
+    stream, tokens, documents = _write_stream(
+      work, paths[domain], split, chosen.get(domain)
+    )
     rows = max(0, -(-(tokens - 1) // length))
     count = -(-rows // shard_rows)
     portions[split, domain] = documents, count
     for i in range(count):
-      job = _Job(
+      job = Job(
         path=os.path.join(out, f'{domain}-{split}-{i:05d}-of-{count:05d}.array_record'),
         stream=stream,
         first=i * shard_rows,
@@ -226,26 +122,13 @@ def _copy_tokenizer(out: str, token: tokenizer.Tokenizer) -> shards.Vocabulary:
   )
 
 
-def _first_copies(units: dict[str, list[str]]) -> dict[str, np.ndarray]:
-  """Units by domain -> for each document whether it is the first with its content."""
-  tables = {
-    domain: [_unit(path)[1]['content'] for path in units[domain]]
-    for domain in sorted(units)
-  }
-  content_D = np.concatenate([part for group in tables.values() for part in group])
-  is_first_D = np.zeros(len(content_D), bool)
-  is_first_D[np.unique(content_D, return_index=True)[1]] = True
-  stops = np.cumsum([sum(map(len, group)) for group in tables.values()])
-  return dict(zip(tables, np.split(is_first_D, stops[:-1])))
-
-
 def _write_stream(
-  work: str, units: list[str], split: str, chosen: np.ndarray | None
+  work: str, paths: list[str], split: str, chosen: np.ndarray | None
 ) -> tuple[str, int, int]:
   """Orders the documents of a split -> path, tokens and documents of their stream."""
-  tables = [_unit(path)[1] for path in units]
-  unit_D = np.repeat(np.arange(len(units)), [len(table) for table in tables])
-  table_D = np.concatenate([np.zeros(0, DOCUMENT), *tables])
+  tables = [units.opened(path)[1] for path in paths]
+  unit_D = np.repeat(np.arange(len(paths)), [len(table) for table in tables])
+  table_D = np.concatenate([np.zeros(0, units.DOCUMENT), *tables])
   chosen_D = table_D['heldout'] == (split == 'heldout')
   chosen_D &= True if chosen is None else chosen
   unit_D, table_D = unit_D[chosen_D], table_D[chosen_D]
@@ -256,22 +139,22 @@ def _write_stream(
   places['offset'][1:] = np.cumsum(table_D['tokens'][order_D])
   content = places.tobytes()
   # Equal names mean equal streams, for the cache of _stream and for finished shards.
-  name = config.digest([units, hashlib.sha256(content).hexdigest()])
+  name = config.digest([paths, hashlib.sha256(content).hexdigest()])
   path = os.path.join(work, name[:24])
   storage.write(f'{path}.order', content)
-  storage.write_json(f'{path}.units', units)
+  storage.write_json(f'{path}.units', paths)
   return path, int(places['offset'][-1]), len(table_D)
 
 
 @functools.lru_cache(maxsize=4)
 def _stream(path: str) -> tuple[np.ndarray, list[str]]:
-  return np.memmap(f'{path}.order', PLACE, 'r'), read_json(f'{path}.units')
+  return np.memmap(f'{path}.order', PLACE, 'r'), units.read_json(f'{path}.units')
 
 
-def _pack_shard(job: _Job) -> dict[str, Any]:
+def _pack_shard(job: Job) -> dict[str, Any]:
   """Writes a shard unless an interrupted call has finished it -> its sizes."""
   path = f'{job.stream}-{config.digest(job)[:24]}.json'
-  note = read_json(path)
+  note = units.read_json(path)
   exists = note and os.path.isfile(job.path)
   if exists and shards.sha256(job.path) == note['shard']['sha256']:
     return note
@@ -292,19 +175,19 @@ def _pack_shard(job: _Job) -> dict[str, Any]:
   return note
 
 
-def _rows(job: _Job, first: int, stop: int) -> np.ndarray:
+def _rows(job: Job, first: int, stop: int) -> np.ndarray:
   """Rows `first` to `stop` of a stream."""
-  places, units = _stream(job.stream)
+  places, paths = _stream(job.stream)
   offsets = places['offset']
   low, high = first * job.length, min(stop * job.length + 1, int(offsets[-1]))
-  pieces_N = np.empty(high - low, TOKEN)
+  pieces_N = np.empty(high - low, units.TOKEN)
   begins_N = np.zeros(high - low, bool)
   i, j = np.searchsorted(offsets, low, 'right') - 1, np.searchsorted(offsets, high)
   for place, end in zip(places[i:j], offsets[i + 1 : j + 1]):
     begin = int(place['offset'])
     start, until = max(begin, low), min(int(end), high)
     source = int(place['start']) + start - begin
-    tokens_N = _unit(units[place['unit']])[0]
+    tokens_N = units.opened(paths[place['unit']])[0]
     pieces_N[start - low : until - low] = tokens_N[source : source + until - start]
     if begin >= low:
       begins_N[begin - low] = True

@@ -6,28 +6,37 @@ interrupted one after a check of their SHA-256. The number of processes does not
 byte of the result.
 """
 
-import concurrent.futures
 import contextlib
 import functools
 import hashlib
 import logging
 import math
-import multiprocessing
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import tqdm
+from typing import Any, NamedTuple
 
 from gated import config, storage
-from gated.data import faults, packing, shards, sources, tokenizer, workers
+from gated.data import (
+  cuts,
+  faults,
+  inputs,
+  packing,
+  pieces,
+  pool,
+  shards,
+  sources,
+  tokenizer,
+  units,
+)
+from gated.data.documents import Text
 from gated.data.options import BPE, Options
 
 log = logging.getLogger(__name__)
 
+PINS = 'hub.json'  # In WORK: sources of the hub, and what they were resolved to.
 WORK = 'work'  # Folder of intermediate files; a complete dataset has none.
 SAMPLE = 1 << 26  # Bytes of text to train a BPE, spread over all units.
 
@@ -47,16 +56,20 @@ def run(
       'last, with gcloud storage cp -r or aws s3 cp --recursive'
     )
   tallies = {domain: faults.Tally() for domain in domains}
-  units = _survey(domains, options, tallies)
   token = None if BPE.fullmatch(options.tokenizer) else _load(options)
   # The rows depend on the content of a tokenizer, not on its path.
   tokens = token.fingerprint if token else options.tokenizer
   made = options.recorded | {'tokenizer': tokens}
   work = os.path.join(out, WORK)
-  with _pool(processes) as pool:
+  pins = _pins(out)
+  groups = inputs.survey(domains, options, tallies, token, pins)
+  if pins:
+    made['hub'] = pins
+    storage.write_json(os.path.join(work, PINS), pins)
+  with pool.start(processes, _place) as run:
     digests = {
-      domain: pool(sources.digest, group, f'reading {domain}')
-      for domain, group in units.items()
+      domain: run(sources.digest, group, f'reading {domain}')
+      for domain, group in groups.items()
     }
     made['input'] = {
       domain: hashlib.sha256(''.join(hashes).encode()).hexdigest()
@@ -64,10 +77,10 @@ def run(
     }
     manifest = _existing(out, made)
     if not manifest:
-      token = token or _train_bpe(work, units, options)
+      token = token or _train_bpe(work, groups, options)
       # A digest covers the names of the files, so equal paths mean equal units.
       settings = [token.fingerprint, options.heldout, options.seed, options.bos]
-      settings += [options.encoding, options.dedup]
+      settings += [options.encoding, options.dedup, options.ids, options.field]
       path = lambda digest: f'{work}/{config.digest([digest, settings])[:24]}.unit'
       paths = {
         domain: [path(digest) for digest in hashes] for domain, hashes in digests.items()
@@ -80,15 +93,17 @@ def run(
         options=options,
       )
       counts = {}
-      for domain, group in units.items():
-        jobs = list(zip(group, paths[domain]))
-        notes = pool(tokenize, jobs, f'tokenizing {domain}')
+      for domain, group in groups.items():
+        jobs = list(map(_Job, group, paths[domain]))
+        notes = run(tokenize, jobs, f'tokenizing {domain}')
         counts[domain] = _note(domain, notes, tallies[domain], token)
-        _check(tallies, options, enough=faults.NAMED)
-      _check(tallies, options)
+        inputs.check(tallies, options, enough=faults.NAMED)
+      inputs.check(tallies, options)
       _check_split(counts, options)
-      if left_out := {name: tally.counts for name, tally in tallies.items() if tally}:
-        made['counts'] = {'left_out': left_out}
+      if options.dedup == 'none':
+        _warn(*units.seen(paths))
+      if noted := _noted(counts, tallies):
+        made['counts'] = noted
       manifest = packing.pack(
         out,
         paths,
@@ -98,8 +113,8 @@ def run(
         shard_rows=options.shard_rows,
         made=made,
         work=work,
-        run=pool,
-        dedup=options.dedup == 'exact',
+        run=run,
+        dedup=options.dedup,
       )
   _clean(out, manifest)
   return manifest
@@ -123,6 +138,26 @@ def _note(
   return counts
 
 
+def _noted(
+  counts: dict[str, Counter[str]], tallies: dict[str, faults.Tally]
+) -> dict[str, Any]:
+  """-> the counts of a manifest: what is left out, and unknown tokens; often none."""
+  left_out = {name: tally.counts for name, tally in tallies.items() if tally}
+  unknown = {name: count['unknown'] for name, count in counts.items() if count['unknown']}
+  noted = {'left_out': left_out, 'unknown_tokens': unknown}
+  return {name: values for name, values in noted.items() if values}
+
+
+def _warn(heldout: int, seen: int) -> None:
+  if seen:
+    log.warning(
+      '%s of %s held-out documents are also training text; --dedup=exact leaves out '
+      'copies and splits by content',
+      f'{seen:,}',
+      f'{heldout:,}',
+    )
+
+
 def _check_split(counts: dict[str, Counter[str]], options: Options) -> None:
   """ValueError if all documents, or none, are held out although both parts are wanted."""
   for domain, count in counts.items():
@@ -138,17 +173,6 @@ def _check_split(counts: dict[str, Counter[str]], options: Options) -> None:
       f'{flag} holds out none of {documents:,} documents: raise it, or hold out nothing '
       'with --heldout=0'
     )
-
-
-def _check(
-  tallies: dict[str, faults.Tally], options: Options, *, enough: int = 1
-) -> None:
-  """ValueError for faults, all together, unless they are skipped."""
-  total = faults.Tally()
-  for tally in tallies.values():
-    total.merge(tally.plain())
-  if options.on_error == 'stop' and total.total() >= enough:
-    raise ValueError(f'{total}\n--on_error=skip leaves out what cannot be read')
 
 
 def _existing(out: str, made: dict[str, Any]) -> shards.Manifest | None:
@@ -180,37 +204,12 @@ def _clean(out: str, manifest: shards.Manifest) -> None:
         path.unlink()
 
 
-def _survey(
-  domains: dict[str, list[str]], options: Options, tallies: dict[str, faults.Tally]
-) -> dict[str, list]:
-  if not domains:
-    raise ValueError('--domain=NAME=PATH[,PATH]: at least one is needed')
-  units = {}
-  for domain, paths in domains.items():
-    flag = f'--domain={domain}={",".join(paths)}'
-    if not shards.NAME.fullmatch(domain):
-      raise ValueError(f'{flag}: a name consists of letters, digits, ".", "_" and "-"')
-    try:
-      units[domain] = sources.survey(
-        paths,
-        field=options.field,
-        suffixes=options.suffixes,
-        encoding=options.encoding,
-        report=tallies[domain].add,
-      )
-    except ValueError as error:
-      faulty = f': {tallies[domain]}' if tallies[domain] else ''
-      raise ValueError(f'{flag}: {error}{faulty}') from error
-  _check(tallies, options)
-  # The first document usually shows a wrong field or encoding.
-  if options.on_error == 'stop':
-    first = {domain: faults.Tally() for domain in domains}
-    for domain, group in units.items():
-      found = next(sources.documents(group[0], first[domain].add), None)
-      if found:
-        first[domain] = faults.Tally()  # The later pass names all.
-    _check(first, options)
-  return units
+def _pins(out: str) -> dict[str, str]:
+  """-> the sources of the hub that an earlier call for `out` has resolved."""
+  try:
+    return dict(shards.read_manifest(out).made.get('hub', {}))
+  except FileNotFoundError:
+    return units.read_json(os.path.join(out, WORK, PINS)) or {}
 
 
 def _load(options: Options) -> tokenizer.Tokenizer:
@@ -229,22 +228,30 @@ def _load(options: Options) -> tokenizer.Tokenizer:
 
 
 def _train_bpe(
-  work: str, units: dict[str, list], options: Options
+  work: str, groups: dict[str, list[pieces.Unit]], options: Options
 ) -> tokenizer.Tokenizer:
   """A BPE of the first training documents of every unit, SAMPLE bytes in total."""
-  pooled = [unit for group in units.values() for unit in group]
+  pooled = [unit for group in groups.values() for unit in group]
 
   def texts() -> Iterator[str]:
     for unit in pooled:
       remaining = math.ceil(SAMPLE / len(pooled))
       # The later pass reports what cannot be read.
-      for name, text in sources.documents(unit, lambda fault: None):
+      for name, document in sources.documents(unit, lambda fault: None):
         if remaining <= 0:
           break
-        key = packing.split_key(name, text, options.dedup == 'exact')
-        if not packing.is_heldout(key, options.heldout):
-          remaining -= len(text)
-          yield text
+        size = 0
+        assert isinstance(document, Text)
+        with contextlib.suppress(faults.Fault):
+          number = units.split_number(name, document.blocks, options.dedup)
+          if number < options.heldout * 2.0**64:
+            continue
+          for text in cuts.words(document.blocks):
+            yield text
+            size += len(text)
+            if size >= SAMPLE:  # A document of any size is not read to its end.
+              break
+        remaining -= size
 
   log.info('training a BPE')
   size, path = int(options.tokenizer.removeprefix('bpe:')), f'{work}/tokenizer.json'
@@ -257,55 +264,40 @@ def _train_bpe(
 _cached = functools.cache(tokenizer.load)
 
 
+class _Job(NamedTuple):
+  """A unit of input, and the path of its tokens."""
+
+  unit: pieces.Unit
+  path: str
+
+
+def _place(job: Any) -> str:
+  """A job of any stage -> its files, for messages."""
+  if isinstance(job, packing.Job):
+    return job.path
+  return sources.describe_unit(job.unit if isinstance(job, _Job) else job)
+
+
 def _tokenize(
-  job: tuple[sources.Unit, str], *, spec: str, ends: dict[str, str], options: Options
+  job: _Job, *, spec: str, ends: dict[str, str], options: Options
 ) -> dict[str, Any]:
   """Writes a unit of tokens, unless an interrupted call has finished it -> its notes."""
   unit, path = job
   notes_path = f'{path}.notes'
-  notes = packing.read_json(notes_path)
-  if notes and packing.unit_is_complete(path):
+  notes = units.read_json(notes_path)
+  if notes and units.unit_is_complete(path):
     return notes
   tally = faults.Tally()
-  counts = packing.write_unit(
+  counts = units.write_unit(
     path,
     sources.documents(unit, tally.add),
     _cached(spec, **ends),
     seed=options.seed,
     heldout=options.heldout,
     bos=bool(options.bos),
-    dedup=options.dedup == 'exact',
+    dedup=options.dedup,
     report=tally.add,
   )
   notes = {'counts': counts, 'faults': tally.plain()}
   storage.write_json(notes_path, notes)
   return notes
-
-
-@contextlib.contextmanager
-def _pool(processes: int) -> Generator[packing.Run, None, None]:
-  """Yields a Run over so many processes; with 1, it runs in this process."""
-  if processes == 1:
-    yield functools.partial(_run, map)
-    return
-  # Spawn, because forking a process that has threads can hang.
-  spawn = multiprocessing.get_context('spawn')
-  executor = concurrent.futures.ProcessPoolExecutor(
-    processes, spawn, workers.die_with_parent
-  )
-  try:
-    yield functools.partial(_run, executor.map)
-  finally:
-    executor.shutdown(cancel_futures=True)
-
-
-def _run(mapper: Callable, function: Callable, jobs: Sequence[Any], label: str) -> list:
-  """A Run that shows a progress bar."""
-  results = mapper(function, jobs)
-  try:
-    return list(tqdm.tqdm(results, label, len(jobs), unit='unit', disable=None))
-  except concurrent.futures.process.BrokenProcessPool as error:
-    raise ValueError(
-      f'{label}: a process was killed, most likely for memory; fewer --processes and '
-      'smaller documents need less'
-    ) from error

@@ -14,26 +14,26 @@ N tokens of one text.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
-import itertools
 import json
-import math
 import pathlib
+import re
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from gated import storage
+from gated.data import cuts, rules
 
 END = '<|endoftext|>'
 # Usual names of the end-of-text token, in order of preference.
 ENDS = (END, '</s>', '<|end_of_text|>', '<eos>', '<|im_end|>', '[SEP]')
 BEGINNINGS = ('<|begin_of_text|>', '<s>', '<bos>', '[CLS]')
+BYTE = re.compile(r'<0x[0-9A-F]{2}>')  # Spelling of a single byte in many vocabularies.
 MAX_FILE = 1 << 26  # Bytes; the largest published vocabularies take about 30 MB.
-MAX_VOCAB = 1 << 22  # Limits an array with one entry per id.
-MAX_GROWTH = 64  # Factor by which the rules of a tokenizer.json may lengthen a text.
 
 Encoded = tuple[np.ndarray, np.ndarray]
 
@@ -44,7 +44,9 @@ class Tokenizer:
 
   encode(text) -> (ids_N, bytes_N), both int32, without beginning and end of text. The
   bytes sum to len(text.encode()) unless the text has no token: some vocabularies drop
-  spaces. decode(ids) -> bytes, without control tokens.
+  spaces. decode(ids) -> bytes, without control tokens. head(text) -> the characters of
+  the first part of a text, and its `encode` as a part of the whole; 0 if there is no cut.
+  sizes(ids_N) -> bytes_N, of ids without their text.
   """
 
   name: str = 'bytes'  # Or the name of its file.
@@ -58,6 +60,8 @@ class Tokenizer:
   fingerprint: str  # Hexadecimal SHA-256 of the complete definition.
   encode: Callable[[str], Encoded]
   decode: Callable[[Sequence[int] | np.ndarray], bytes]
+  sizes: Callable[[np.ndarray], np.ndarray]
+  head: Callable[[str], tuple[int, Any]] | None = None  # None: a text is never cut.
 
 
 def load(spec: str, *, eos: str = '', bos: str = '') -> Tokenizer:
@@ -94,9 +98,9 @@ def train_bpe(texts: Iterable[str], vocab: int, path: str) -> Tokenizer:
   same texts in the same order give the same file.
   """
   tokenizers = optional('tokenizers')
-  if not 257 <= vocab <= MAX_VOCAB:
+  if not 257 <= vocab <= rules.MAX_VOCAB:
     raise ValueError(
-      f'a byte-level BPE of {vocab} tokens, but 257 to {MAX_VOCAB} are allowed'
+      f'a byte-level BPE of {vocab} tokens, but 257 to {rules.MAX_VOCAB} are allowed'
     )
   byte_level = tokenizers.pre_tokenizers.ByteLevel
   bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -135,7 +139,14 @@ def _bytes() -> Tokenizer:
 
   digest = hashlib.sha256(b'bytes: 0 to 255, end of text 256').hexdigest()
   return Tokenizer(
-    vocab=257, eos=256, bos=256, fingerprint=digest, encode=encode, decode=decode
+    vocab=257,
+    eos=256,
+    bos=256,
+    fingerprint=digest,
+    encode=encode,
+    decode=decode,
+    sizes=lambda ids_N: (ids_N < 256).astype(np.int32),
+    head=lambda text: (len(text), encode(text)),
   )
 
 
@@ -147,31 +158,44 @@ def _hugging_face(path: str, content: bytes, eos: str, bos: str) -> dict[str, An
     decoder = settings.get('decoder') or {}
   with _faults(path, 'is refused'):
     vocab = model.get_vocab(with_added_tokens=True)
-    _check(settings, vocab)
+    rules.check(settings, vocab)
   model.no_truncation()
   model.no_padding()
   model.encode_special_tokens = True  # Control tokens in a text become ordinary tokens.
   eos_token, eos_id = _find_eos(vocab.get, eos, path)
   bos_token = _find_bos(vocab, bos, BEGINNINGS, path)
   unk = settings['model'].get('unk_id', vocab.get(settings['model'].get('unk_token'), -1))
-  spellings = _spellings(model) if decoder.get('type') == 'ByteLevel' else {}
+  spellings = rules.spellings(model) if decoder.get('type') == 'ByteLevel' else {}
   bytes_V = np.zeros(max(vocab.values()) + 1, np.int32)
   bytes_V[list(spellings)] = [len(spelling) for spelling in spellings.values()]
 
-  def encode(text):
+  def split(text):
     with _faults(path, 'cannot encode a text'):
-      pieces = model.encode(text, add_special_tokens=False)
-    ids_N = np.array(pieces.ids, np.int32)
+      return model.encode(text, add_special_tokens=False)
+
+  def measured(pieces, count, text):
+    ids_N = np.array(pieces.ids[:count], np.int32)
     bytes_N = bytes_V[ids_N]
     # The sizes of byte-level tokens are exact, even for parts of a character, unless the
     # tokenizer rewrites the text first.
     if eos_id not in ids_N and bytes_N.sum() == len(text.encode()):
       return ids_N, bytes_N
-    return _covered(pieces.ids, pieces.offsets, text, eos=eos_token, eos_id=eos_id)
+    spans = pieces.offsets[:count]
+    return _covered(ids_N, spans, text, eos=eos_token, eos_id=eos_id)
 
-  def decode(ids):
+  def encode(text):
+    return measured(split(text), None, text)
+
+  def head(text):
+    pieces = split(text)
+    count, length = cuts.find(split, pieces, text)
+    return length, measured(pieces, count, text[:length]) if length else None
+
+  def spell(ids):
     return b''.join(spellings.get(int(i), b'') for i in ids)
 
+  decode = spell if spellings else _decoder(model.decode, path)
+  sizes = bytes_V.__getitem__ if spellings else _sizes(encode, decode, model.id_to_token)
   return {
     'vocab': len(bytes_V),
     'eos': eos_id,
@@ -180,7 +204,9 @@ def _hugging_face(path: str, content: bytes, eos: str, bos: str) -> dict[str, An
     'unk': unk if isinstance(unk, int) else -1,
     'eos_token': eos_token,
     'encode': encode,
-    'decode': decode if spellings else _decoder(model.decode, path),
+    'head': head,
+    'decode': decode,
+    'sizes': sizes,
   }
 
 
@@ -200,6 +226,7 @@ def _sentencepiece(path: str, content: bytes, eos: str, bos: str) -> dict[str, A
       pieces = model.encode(text, return_type='offset_mapping')
     return _covered(pieces['ids'], pieces['offsets'], text, eos=eos_token, eos_id=eos_id)
 
+  decode = _decoder(model.decode, path)
   return {
     'vocab': model.get_piece_size(),
     'eos': eos_id,
@@ -208,14 +235,17 @@ def _sentencepiece(path: str, content: bytes, eos: str, bos: str) -> dict[str, A
     'unk': model.unk_id(),
     'eos_token': eos_token,
     'encode': encode,
-    'decode': _decoder(model.decode, path),
+    'decode': decode,
+    'sizes': _sizes(encode, decode, model.id_to_piece),
   }
 
 
 KINDS = {'.json': _hugging_face, '.model': _sentencepiece}
 
 
-def _covered(ids: list, spans: list, text: str, *, eos: str, eos_id: int) -> Encoded:
+def _covered(
+  ids: Sequence[int] | np.ndarray, spans: list, text: str, *, eos: str, eos_id: int
+) -> Encoded:
   """Token ids and their spans of characters -> ids and the bytes that each covers.
 
   Text between two tokens counts for the later token, and text after the last token counts
@@ -263,6 +293,26 @@ def _decoder(decode: Callable[[list[int]], str], path: str) -> Callable[..., byt
   return run
 
 
+def _sizes(
+  encode: Callable[[str], Encoded],
+  decode: Callable[..., bytes],
+  spelling: Callable[[int], str],
+) -> Callable[[np.ndarray], np.ndarray]:
+  """-> the bytes of text per token of a vocabulary that is not byte-level.
+
+  Some libraries drop the space of the first token, so each is measured behind a letter.
+  """
+
+  @functools.cache
+  def size(i: int) -> int:
+    if BYTE.fullmatch(spelling(i) or ''):
+      return 1
+    before = encode('a')[0]
+    return max(0, len(decode([*before, i])) - len(decode(before)))
+
+  return lambda ids_N: np.array([size(int(i)) for i in ids_N], np.int32)
+
+
 @contextlib.contextmanager
 def _faults(path: str, fault: str) -> Generator[None, None, None]:
   """Turns the errors of a library, and Rust panics (BaseException), into ValueError."""
@@ -272,47 +322,3 @@ def _faults(path: str, fault: str) -> Generator[None, None, None]:
     if not isinstance(error, Exception) and type(error).__name__ != 'PanicException':
       raise
     raise ValueError(f'tokenizer {path!r} {fault}: {error}'[:500]) from error
-
-
-def _check(settings: dict[str, Any], vocab: dict[str, int]) -> None:
-  """Raises ValueError for bad ids, random rules, and rules that lengthen a text a lot."""
-  if max(vocab.values(), default=0) >= MAX_VOCAB:
-    raise ValueError(f'the id {max(vocab.values())}, but {MAX_VOCAB - 1} is the largest')
-  if len(set(vocab.values())) < len(vocab):
-    raise ValueError('two of its tokens have the same id')
-  for group in ('normalizer', 'pre_tokenizer', 'decoder'):
-    if (factor := _growth(settings.get(group))) > MAX_GROWTH:
-      raise ValueError(
-        f'its {group} may make a text {factor} times as long, but {MAX_GROWTH} is allowed'
-      )
-  if settings['model'].get('dropout'):
-    raise ValueError('its BPE omits merges at random (dropout)')
-
-
-def _growth(rule: Any) -> int:
-  """The factor by which a rule, with the rules in it, may lengthen a text."""
-  if isinstance(rule, list):
-    return math.prod(map(_growth, rule))
-  if not isinstance(rule, dict):
-    return 1
-  factor = math.prod(map(_growth, rule.values()))
-  if rule.get('type') == 'Replace':
-    # A regular expression may match between all characters, and a match may be short.
-    factor *= max(1, len(rule['content']) + ('Regex' in rule['pattern']))
-  if rule.get('type') == 'Prepend':
-    factor *= 1 + len(rule['prepend'])
-  return factor
-
-
-def _spellings(model: Any) -> dict[int, bytes]:
-  """The exact bytes of each token of a byte-level vocabulary, without control tokens."""
-  # In GPT-2's table printable Latin-1 represents itself; other bytes follow from 256.
-  plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
-  others = itertools.count(256)
-  byte_of = {chr(i if i in plain else next(others)): i for i in range(256)}
-  added = model.get_added_tokens_decoder()
-  table = {i: token.content.encode() for i, token in added.items() if not token.special}
-  for token, i in model.get_vocab(with_added_tokens=False).items():
-    if i not in added and all(char in byte_of for char in token):
-      table[i] = bytes(byte_of[char] for char in token)
-  return table

@@ -16,7 +16,7 @@ import pytest
 import zstandard
 
 from gated import data
-from gated.data import faults, mixture, packing, prepare, shards, sources, tokenizer
+from gated.data import faults, mixture, pieces, prepare, shards, sources, tokenizer, units
 from scripts import prepare_data
 from tests.data.test_prepare_data import decoded, options, rows
 
@@ -27,16 +27,21 @@ TEXTS = [f'document {i}' for i in range(30)]
 def read(*paths, tally=None, field='text', suffixes=(), encoding='utf-8'):
   """-> the texts of paths, in order; faults go to the tally, or are raised."""
   report = faults.refuse if tally is None else tally.add
-  units = sources.survey(
-    [str(path) for path in paths],
-    field=field,
-    suffixes=suffixes,
-    encoding=encoding,
-    report=report,
-  )
-  for unit in units:
+  reading = pieces.Reading(field, encoding)
+  paths = [str(path) for path in paths]
+  found = sources.survey(paths, reading, suffixes=suffixes, report=report)
+  for unit in found:
     assert sources.digest(unit) == sources.digest(unit)
-  return [text for unit in units for _, text in sources.documents(unit, report)]
+  return [text for unit in found for text in texts(unit, report)]
+
+
+def texts(unit, report):
+  """-> the texts of a unit; each is read as it is used."""
+  for _, document in sources.documents(unit, report):
+    try:
+      yield ''.join(document.blocks)
+    except faults.Fault as fault:
+      report(fault)
 
 
 def zstd(data):
@@ -324,11 +329,11 @@ def test_stop_names_the_faults_of_all_files(tmp_path):
 def test_an_unreadable_file_is_a_fault(tmp_path):
   (tmp_path / 'a.txt').write_text('a')
   (tmp_path / 'b.txt').write_text('b')
-  units = sources.survey([str(tmp_path)], field='text', suffixes=())
+  (unit,) = sources.survey([str(tmp_path)], pieces.Reading('text'))
   (tmp_path / 'a.txt').unlink()  # As a file that only its owner may read.
   tally = faults.Tally()
-  assert sources.digest(units[0])
-  assert [text for _, text in sources.documents(units[0], tally.add)] == ['b']
+  assert sources.digest(unit)
+  assert list(texts(unit, tally.add)) == ['b']
   assert tally.counts == {'unreadable': 1} and 'a.txt' in str(tally)
 
 
@@ -401,7 +406,7 @@ def test_an_unusual_beginning_of_text_must_be_named(tmp_path):
 
 def test_documents_all_in_one_half_are_an_error(tmp_path):
   names = (f'book{i}.txt' for i in range(99))
-  name = next(name for name in names if packing.is_heldout(name, 0.5))
+  name = next(name for name in names if units.is_heldout(name, 0.5))
   (tmp_path / name).write_text('A real book.\n' * 50)
   domains = {'d': [str(tmp_path / name)]}
 

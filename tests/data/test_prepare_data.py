@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from gated.data import packing, prepare, shards, sources, tokenizer
+from gated.data import packing, pieces, prepare, shards, sources, tokenizer, units
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -82,7 +82,7 @@ def test_rows_have_every_token_as_a_target_once():
     length = int(dice.integers(1, 12))
     sizes = dice.integers(2, 15, size=dice.integers(1, 12))
     first_N = np.concatenate([np.arange(n) == 0 for n in sizes])
-    pieces_N = np.zeros(len(first_N), packing.TOKEN)
+    pieces_N = np.zeros(len(first_N), units.TOKEN)
     pieces_N['token'] = dice.integers(0, 500, len(first_N))
     pieces_N['bytes'] = dice.integers(0, 5, len(first_N))
     count = -(-(len(first_N) - 1) // length)
@@ -110,7 +110,7 @@ def test_rows_have_every_token_as_a_target_once():
 
 def test_batches_mask_targets_in_another_document():
   dice = np.random.default_rng(1)
-  pieces_N = np.zeros(50, packing.TOKEN)
+  pieces_N = np.zeros(50, units.TOKEN)
   pieces_N['token'] = np.arange(50)
   first_N = dice.random(50) < 0.2
   first_N[0] = True
@@ -172,17 +172,20 @@ def test_a_large_file_is_split_without_losing_a_line(tmp_path, monkeypatch):
   texts = [words(dice, 0, 60) for _ in range(300)]
   path = tmp_path / 'l.jsonl'
   write_lines(path, texts)
-  whole = list(
-    sources.documents(sources.survey([str(path)], field='text', suffixes=())[0])
-  )
+  reading = pieces.Reading('text')
+
+  def read(unit):
+    return [(name, ''.join(text.blocks)) for name, text in sources.documents(unit)]
+
+  whole = read(sources.survey([str(path)], reading)[0])
   assert [text for _, text in whole] == texts
   for size in (1, 7, 100, 1000):
-    monkeypatch.setattr(sources, 'UNIT', size)
-    units = sources.survey([str(path)], field='text', suffixes=())
-    assert len(units) > 1 or size == 1000
-    assert [d for unit in units for d in sources.documents(unit)] == whole
+    monkeypatch.setattr(pieces, 'UNIT', size)
+    found = sources.survey([str(path)], reading)
+    assert len(found) > 1 or size == 1000
+    assert [d for unit in found for d in read(unit)] == whole
     if size > 50:
-      assert len({sources.digest(unit) for unit in units}) == len(units)
+      assert len({sources.digest(unit) for unit in found}) == len(found)
 
 
 @pytest.mark.slow
@@ -194,7 +197,7 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path, monkeypatch):
   prepare.run(str(tmp_path / 'one'), domains, settings, processes=1)
   prepare.run(str(tmp_path / 'two'), domains, settings, processes=2)
   # The bytes do not depend on the units either.
-  monkeypatch.setattr(sources, 'UNIT', 3000)
+  monkeypatch.setattr(pieces, 'UNIT', 3000)
   prepare.run(str(tmp_path / 'cut'), domains, options(tokenizer='bytes'), processes=1)
   monkeypatch.undo()
   prepare.run(str(tmp_path / 'whole'), domains, options(tokenizer='bytes'), processes=1)
@@ -207,15 +210,15 @@ def test_a_restarted_call_reuses_intact_files_alone(tmp_path, monkeypatch):
   dice = random.Random(6)
   write_lines(tmp_path / 'l.jsonl', [words(dice, 1, 80) for _ in range(200)])
   domains = {'d': [str(tmp_path / 'l.jsonl')]}
-  monkeypatch.setattr(sources, 'UNIT', 2000)
+  monkeypatch.setattr(pieces, 'UNIT', 2000)
   prepare.run(str(tmp_path / 'straight'), domains, options(), processes=1)
 
   out = tmp_path / 'out'
 
-  def run(*, units, shard_files):
+  def run(*, unit_files, shard_files):
     """Prepares until so many files are written -> the written units and shards."""
     written = {'write_unit': [], 'write_shard': []}
-    limits = {'write_unit': units, 'write_shard': shard_files}
+    limits = {'write_unit': unit_files, 'write_shard': shard_files}
 
     def dying(name, function):
       def wrapped(path, *args, **kwargs):
@@ -227,7 +230,7 @@ def test_a_restarted_call_reuses_intact_files_alone(tmp_path, monkeypatch):
       return wrapped
 
     with monkeypatch.context() as patch:
-      patch.setattr(packing, 'write_unit', dying('write_unit', packing.write_unit))
+      patch.setattr(units, 'write_unit', dying('write_unit', units.write_unit))
       patch.setattr(shards, 'write_shard', dying('write_shard', shards.write_shard))
       with contextlib.suppress(KeyboardInterrupt):
         prepare.run(str(out), domains, options(), processes=1)
@@ -237,17 +240,17 @@ def test_a_restarted_call_reuses_intact_files_alone(tmp_path, monkeypatch):
     data = path.read_bytes()
     path.write_bytes(data[:40] + bytes([data[40] ^ 1]) + data[41:])
 
-  (first, second), no_shards = run(units=2, shard_files=0)
+  (first, second), no_shards = run(unit_files=2, shard_files=0)
   assert not no_shards
   damage(first)
-  units, (shard, another) = run(units=99, shard_files=2)
-  assert first in units and second not in units
+  written, (shard, another) = run(unit_files=99, shard_files=2)
+  assert first in written and second not in written
   assert not (out / 'manifest.json').exists()
   damage(shard)
   (out / 'd-train-00000-of-00099.array_record').write_bytes(b'other options')
   (out / '.manifest.json.0a1b2c3d.partial').write_bytes(b'a killed call')
-  units, rest = run(units=99, shard_files=99)
-  assert not units and shard in rest and another not in rest
+  written, rest = run(unit_files=99, shard_files=99)
+  assert not written and shard in rest and another not in rest
   assert content(out) == content(tmp_path / 'straight')
 
 
