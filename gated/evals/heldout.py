@@ -124,7 +124,7 @@ def table(report: Mapping[str, Any]) -> str:
   """{'step': int or None, 'domains': {name: summary + yardsticks}} -> a line per domain.
 
   Reports by label under 'beside' add their lines, 'domain, label'. Missing yardsticks and
-  errors are dashes.
+  errors are dashes; a last line gives the reason for each yardstick in 'without'.
   """
   step = 'imported' if report['step'] is None else f'step {report["step"]}'
   lines = [[step, *(heading for heading, _, _ in COLUMNS)]]
@@ -140,4 +140,6 @@ def table(report: Mapping[str, Any]) -> str:
   widths = [max(map(len, column)) for column in zip(*lines)]
   align = ['<', *('>' for _ in COLUMNS)]
   rows = (zip(line, align, widths) for line in lines)
-  return '\n'.join('  '.join(f'{cell:{a}{w}}' for cell, a, w in row) for row in rows)
+  text = ['  '.join(f'{cell:{a}{w}}' for cell, a, w in row) for row in rows]
+  text += [f'without {name}: {why}' for name, why in report.get('without', {}).items()]
+  return '\n'.join(text)

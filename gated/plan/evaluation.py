@@ -148,13 +148,19 @@ def complete(
   """Adds the yardsticks, the data and the run's bad steps to a held-out report.
 
   The chosen yardsticks, as of `evals.measure_yardsticks`, are fitted to at most `rows` of
-  the rows that the run has seen; for imported weights, to the corpus.
+  the rows that the run has seen; for imported weights, to the corpus. Without the run's
+  own data there is no bigram model, and the report says why.
   """
   digest, about = corpus.fingerprint['sha256'], loaded.about
   own = about and digest == about['data']['sha256']
   trained, seen = corpus, corpus.rows
   if about:
-    trained = corpus if own or 'bigram' not in chosen else loaded.corpus()
+    if not own and 'bigram' in chosen:
+      try:
+        trained = loaded.corpus()
+      except (OSError, ValueError) as error:
+        chosen = [name for name in chosen if name != 'bigram']
+        report['without'] = {'bigram': str(error)}
     assert loaded.step is not None
     seen = loaded.step * about['config']['batch']
   options: dict[str, Any] = dict(limit=report['rows_limit'], xz_bytes=xz_bytes)

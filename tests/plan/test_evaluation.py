@@ -3,7 +3,7 @@
 import json
 import types
 
-from gated import storage
+from gated import evals, storage
 from gated.plan import evaluation
 
 ABOUT = {'data': {'sha256': 'a' * 64}}
@@ -34,3 +34,28 @@ def test_a_disk_that_rejects_a_report_is_a_warning(tmp_path, caplog):
   evaluation.store({'loss': 1.5}, loaded(tmp_path), 'eval')
   assert 'the result was printed, but could not be stored' in caplog.text
   assert str(tmp_path / 'eval') in caplog.text
+
+
+def test_without_the_runs_own_data_there_is_no_bigram_and_the_table_says_why(
+  monkeypatch,
+):
+  """As for another mixture, after the run's dataset has moved."""
+
+  def corpus():
+    raise ValueError('config.data.mixture=old: no such dataset')
+
+  run = loaded('run', ABOUT | {'config': {'batch': 8}, 'stability': None})
+  run.corpus = corpus
+  other = types.SimpleNamespace(fingerprint={'sha256': 'b' * 64}, rows=99)
+  measure = lambda *_, chosen, **__: {
+    'd': {f'{name}_bits_per_byte': 1 for name in chosen}
+  }
+  monkeypatch.setattr(evals, 'measure_yardsticks', measure)
+  summary = dict(nats_per_token=2.5, perplexity=12.2, bits_per_byte=1.5, tokens=10)
+  report = {'step': 7, 'rows_limit': 0, 'domains': {'d': summary}}
+  options = dict(chosen=('bigram', 'xz'), rows=4, xz_bytes=0)
+  evaluation.complete(report, run, other, **options)
+  assert report['domains'] == {'d': summary | {'xz_bits_per_byte': 1}}
+  reason = 'config.data.mixture=old: no such dataset'
+  assert report['without'] == {'bigram': reason}
+  assert evals.table(report).splitlines()[-1] == f'without bigram: {reason}'
