@@ -212,6 +212,11 @@ def optim() -> dict:
     # Decay per step: lr * weight_decay (lr), or lr / peak lr * weight_decay (schedule).
     decay_by='lr',
     clip=1.0,  # limit of the gradient norm; Megatron's default; unpublished
+    # mup: the learning rate of a model of width `base_width` suits all wider ones
+    # (arXiv 2203.03466; docs/transfer.md). The other sizes grow with the width.
+    transfer='none',
+    base_width=256,
+    base_head_dim=0,  # head_dim of that model; 0 if it has this model's
   )
 
 

@@ -20,7 +20,11 @@ C = TypeVar('C')
 
 # Knobs that were added later -> their values in recipes that were written before. Saved
 # runs without these knobs open with these values, and keep their default workdir.
-SINCE: dict[str, Any] = {}
+SINCE: dict[str, Any] = {
+  'config.optim.transfer': 'none',
+  'config.optim.base_width': 256,
+  'config.optim.base_head_dim': 0,
+}
 
 
 def build(cls: type[C], mapping: Mapping, name: str) -> C:

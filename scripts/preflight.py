@@ -43,6 +43,7 @@ from gated.plan import command
 from gated.pods import preflight
 from gated.pods.preflight import golden, table
 from gated.run import metrics, terminal
+from gated.train import transfer
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / 'tests/golden/preflight'
@@ -72,7 +73,9 @@ def count(c: dict) -> dict:
   added = parts['total'] - _total(baseline) if baseline else None
   printed = None if cfg.paper.added < 0 else round(cfg.paper.added * 1e6)
   flops = model.flops_per_token(cfg.model, cfg.data.length)
-  return parts | dict(added=added, paper_added=printed, flops_per_token=flops)
+  growth = transfer.growth(cfg.optim, cfg.model)
+  scaled = {} if growth is None else {'mup': str(growth)}
+  return parts | dict(added=added, paper_added=printed, flops_per_token=flops) | scaled
 
 
 def _total(recipe: str) -> int:
@@ -98,6 +101,7 @@ def counted(c: dict, counts: dict) -> list[str]:
     lines.append(f'  {"added":12}{counts["added"]:18,}  over {paper["baseline"]}')
     lines.append(f'  {"":12}{"the paper":>18}  {text}')
   lines.append(f'  {"FLOPs/token":12}{counts["flops_per_token"]:18.4g}')
+  lines += [f'  {"muP":12}{counts["mup"]}'] if 'mup' in counts else []
   published = ', '.join(f'{k} {v:g}' for k, v in paper['published'].items())
   lines += [f'  published: {published}'] if published else []
   return lines + [f'  assumed: {text}' for text in paper['assumed']]

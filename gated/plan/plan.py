@@ -17,7 +17,7 @@ from gated import data, model, probes
 from gated.devices import chips, mesh
 from gated.plan.recipe import Config, check_mesh
 from gated.probes import indicators
-from gated.train import guard, losses, optim, step
+from gated.train import guard, losses, optim, step, transfer
 
 # (recipe, number of devices, chip, slices) -> (sizes of the mesh's axes, the reason).
 Chooser = Callable[[Config, int, chips.Chip, int], tuple[dict[str, int], str]]
@@ -47,7 +47,9 @@ class Plan:
     gate = cfg.model.attn.gate
     multipliers = {} if gate.lr == 1.0 else {'gate': gate.lr}
     self.schedule = optim.schedule(cfg.optim, cfg.steps)
-    tx = optim.make(cfg.optim, steps=cfg.steps, multipliers=multipliers)
+    self.growth = transfer.growth(cfg.optim, cfg.model)
+    rates: dict[str, Any] = dict(multipliers=multipliers, growth=self.growth)
+    tx = optim.make(cfg.optim, steps=cfg.steps, **rates)
     self.tx = guard.guard(tx, cfg.stability)
     self.flops_per_token = model.flops_per_token(cfg.model, cfg.data.length)
     shapes = jax.eval_shape(self._init)
@@ -72,7 +74,9 @@ class Plan:
     return dict(vocab=vocab, batch=cfg.batch, seed=cfg.seed, max_segments=most)
 
   def _init(self) -> step.State:
-    build = functools.partial(model.Transformer, self.cfg.model)
+    build = lambda key: transfer.initial(
+      model.Transformer(self.cfg.model, key), self.growth
+    )
     return step.init(build, self.tx, self.cfg.seed)
 
   def init(self) -> step.State:

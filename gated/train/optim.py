@@ -23,6 +23,7 @@ from optax.contrib import MuonDimensionNumbers as Matrix
 
 from gated import config
 from gated.devices import mesh, trees
+from gated.train import transfer
 
 _NAME = 'config.optim'
 
@@ -59,6 +60,9 @@ class Config:
   weight_decay: float
   decay_by: str  # lr: by lr * weight_decay; schedule: by lr / peak * weight_decay
   clip: float  # global gradient norm; 0 for none
+  transfer: str  # none, or mup: initial values and rates relative to base_width
+  base_width: int  # the width of the model whose learning rate is to transfer
+  base_head_dim: int  # its head width; 0 for the same head width
 
   def __post_init__(self):
     config.one_of(f'{_NAME}.name', self.name, OPTIMIZERS)
@@ -69,6 +73,9 @@ class Config:
     for name in ('b1', 'b2'):
       _check_decay_rate(name, getattr(self, name))
     config.positive(f'{_NAME}.lr', self.lr)
+    config.one_of(f'{_NAME}.transfer', self.transfer, transfer.TRANSFERS)
+    config.at_least(f'{_NAME}.base_width', self.base_width, 1)
+    config.at_least(f'{_NAME}.base_head_dim', self.base_head_dim, 0)
     if self.floor > self.lr:
       raise ValueError(f'{_NAME}.floor={self.floor} is above {_NAME}.lr={self.lr}')
 
@@ -227,13 +234,23 @@ OPTIMIZERS: dict[str, Callable[[Config], optax.GradientTransformation]] = {
 
 
 def make(
-  cfg: Config, *, steps: int, multipliers: dict[str, float]
+  cfg: Config,
+  *,
+  steps: int,
+  multipliers: dict[str, float],
+  growth: transfer.Growth | None = None,
 ) -> optax.GradientTransformation:
   """The optimizer with clipping and its schedule.
 
   Weight decay skips norms, biases and sink logits. `multipliers` maps a part of a
-  parameter's name, such as 'gate', to a factor of its learning rate.
+  parameter's name, such as 'gate', to a factor of its learning rate and decay. `growth`,
+  of `transfer.growth`, changes the learning rates but not the decay.
   """
+  directions = OPTIMIZERS[cfg.name](cfg)
+  if growth is not None:
+    muon = lambda p: cfg.name == 'muon' and matrix(p) is not None
+    scale = lambda updates, _: transfer.scaled(updates, growth, muon=muon)
+    directions = optax.chain(directions, optax.stateless(scale))
   decay = cfg.weight_decay / (cfg.lr if cfg.decay_by == 'schedule' else 1.0)
 
   def decayed(params: Any) -> Any:
@@ -245,7 +262,7 @@ def make(
 
   return optax.chain(
     optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity(),
-    OPTIMIZERS[cfg.name](cfg),
+    directions,
     optax.add_decayed_weights(decay, decayed),
     optax.scale_by_learning_rate(schedule(cfg, steps)),
     optax.stateless(multiplied) if multipliers else optax.identity(),

@@ -1,0 +1,160 @@
+"""muP: learning rates that transfer from a narrow model to a wide one.
+
+Maximal update parametrization (arXiv 2203.03466) relative to a base width n0. With
+r = width / n0, the initial values and learning rates of the standard parametrization are
+multiplied by:
+
+  parameters                              initial std    AdamW        Muon
+  from and to the stream (hidden)         1 / sqrt(r)    1 / r        1 / sqrt(r)
+  from the stream to a fixed size         1 / r          1 / r        -
+  embeddings, unembedding, vectors        1              1            -
+  logits (the output multiplier)          1 / r
+
+These are Table 8 of the paper, which allows tied embeddings. Hidden are the projections
+of attention, FFNs, experts, and the gates that read the stream, headwise ones included:
+the number of heads grows with the width. Routers and the first maps of gated norms have a
+fixed fan-out: they follow the output weights of Table 3, as they have no multiplier.
+Muon's updates have a fixed RMS, hence a spectral norm that grows like sqrt(r), but the
+spectral condition asks for sqrt(fan_out / fan_in) (arXiv 2310.17813, Condition 1).
+
+Multipliers are folded into the parameter before them, as an initial value and a learning
+rate (Lemma J.1): the output multiplier into the scale of the last norm, the attention
+scale 1 / d (Definition 4.1; d is the head width) into the queries. The model is the same
+function of its parameters, so evaluation, generation and export know nothing of muP.
+
+Weight decay is decoupled, lr * weight_decay, and keeps the rate of the standard
+parametrization: only the update is multiplied, as in the authors' package (mup.MuAdamW:
+lr / r, weight_decay * r) and as arXiv 2510.19093 finds necessary. u-muP (2407.17465)
+would also fix the scale of each tensor to 1; this does not.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+
+from gated.devices import mesh, trees
+
+TRANSFERS = ('none', 'mup')
+
+# Parameters that are drawn with a std of 1 / sqrt(fan_in) at any width.
+STANDARD = ('reduce',)
+# Norm of a model -> the parameters that scale its last output, and the inverse: {name:
+# power of the output multiplier}. The gated norm's projection reads the scaled output.
+OUTPUTS = {
+  'rms': {'norm.scale': 1},
+  'gated': {'norm.rms.scale': 1, 'norm.down.weight': -1},
+}
+
+
+@dataclass(frozen=True)
+class Growth:
+  """The ratios of a model's sizes to those of the base model."""
+
+  width: float
+  head_dim: float
+  multipliers: dict[str, float]  # parts of parameters' names -> folded multipliers
+
+  def __str__(self) -> str:
+    """The largest changes, for people."""
+    hidden = f'rates of matrices / {self.width:g} (Muon / {self.width**0.5:.3g})'
+    scores = f', scores / {self.head_dim**0.5:.3g}' if self.head_dim != 1 else ''
+    return f'{hidden}, logits / {self.width:g}{scores}'
+
+  def of(self, axes: tuple[str | None, ...]) -> float:
+    """The ratio of the product of these logical axes; 1 for fixed sizes."""
+    heads = self.width / self.head_dim
+    ratios = dict.fromkeys(('embed', 'ffn', 'channels'), self.width)
+    ratios |= {'heads': heads, 'kv_heads': heads, 'head_dim': self.head_dim}
+    return math.prod(ratios.get(axis or '', 1.0) for axis in axes)
+
+  def multiplier(self, name: str) -> float:
+    """The product of the multipliers folded into the parameter of this name."""
+    parts = self.multipliers.items()
+    return math.prod(m for part, m in parts if f'{name}.'.startswith(f'{part}.'))
+
+
+def growth(optim: Any, model: Any) -> Growth | None:
+  """The configs of the optimizer and the model -> the growth; None without transfer.
+
+  ValueError for models whose multipliers cannot be folded.
+  """
+  if optim.transfer == 'none':
+    return None
+  width = model.width / optim.base_width
+  head_dim = model.attn.head_dim / (optim.base_head_dim or model.attn.head_dim)
+  _check(model, head_dim)
+  multipliers = {part: width**-power for part, power in OUTPUTS[model.norm].items()}
+  query = 'attn.query_norm' if model.attn.qk_norm else 'attn.query'
+  multipliers[f'blocks.{query}'] = head_dim**-0.5
+  return Growth(width, head_dim, multipliers)
+
+
+def _check(model: Any, head_dim: float) -> None:
+  knob, gate = "config.optim.transfer='mup'", model.attn.gate
+  if model.norm not in OUTPUTS:
+    raise ValueError(
+      f'{knob} with config.model.norm={model.norm!r}: allowed are '
+      f'{", ".join(map(repr, OUTPUTS))}'
+    )
+  if head_dim == 1 or not gate.at:
+    return
+  grown = 'config.optim.base_head_dim other than config.model.attn.head_dim'
+  if gate.form == 'add' and gate.at.normed:
+    raise ValueError(
+      f"{knob} with {grown}, and config.model.attn.gate.form='add' on the "
+      f'{gate.at.tensor}: the attention scale would miss the score; allowed is '
+      'base_head_dim=0'
+    )
+  if gate.source == 'value':
+    raise ValueError(
+      f"{knob} with {grown}, and config.model.attn.gate.source='value', whose input is a "
+      'head: no rule for it is known; allowed is base_head_dim=0'
+    )
+
+
+def initial(model: Any, growth: Growth | None) -> Any:
+  """A model with the standard initial values -> with those of muP."""
+  powers = lambda name, _: (0.0, 0.0) if name.endswith(STANDARD) else (-0.5, -1.0)
+  return model if growth is None else _scaled(model, growth, powers)
+
+
+def scaled(updates: Any, growth: Growth, *, muon: Callable[[Any], bool]) -> Any:
+  """Directions of a step, before decay and the learning rate -> those of muP.
+
+  `muon` says whether Muon updates a parameter.
+  """
+  return _scaled(updates, growth, lambda _, p: (-0.5 if muon(p) else -1.0, -1.0))
+
+
+def _scaled(
+  tree: Any, growth: Growth, powers: Callable[[str, Any], tuple[float, float]]
+) -> Any:
+  """Multiplies each parameter by a power of its fan-in's growth, and by its multiplier.
+
+  `powers`: (name, parameter) -> for a fan-out that grows, and for a fixed one.
+  """
+
+  def scale(path, parameter):
+    name, (fan_in, fan_out) = trees.name(path), fans(mesh.axes_of(parameter), growth)
+    factor = fan_in ** powers(name, parameter)[fan_out == 1] * growth.multiplier(name)
+    return jax.tree.map(lambda x: x * factor, parameter) if factor != 1 else parameter
+
+  is_parameter = lambda x: isinstance(x, nnx.Variable)
+  return jax.tree_util.tree_map_with_path(scale, tree, is_leaf=is_parameter)
+
+
+def fans(axes: tuple[str | None, ...], growth: Growth) -> tuple[float, float]:
+  """The logical axes of a parameter -> the growth of its fan-in and of its fan-out.
+
+  A matrix reads or writes the stream ('embed'); all other parameters have a fixed fan-in.
+  """
+  axes = tuple(axis for axis in axes if axis not in ('layers', 'experts'))
+  if len(axes) > 1 and axes[0] == 'embed':
+    return growth.of(axes[:1]), growth.of(axes[1:])
+  if len(axes) > 1 and axes[-1] == 'embed':
+    return growth.of(axes[:-1]), growth.of(axes[-1:])
+  return 1.0, growth.of(axes)
