@@ -34,8 +34,46 @@ HARMLESS = (
   'config.data.workers',
   'config.data.prefetch',
 )
-# Variables that affect only memory and speed, and the kernel's version.
-HARMLESS_SETTINGS = '$XLA_PYTHON_CLIENT_', '$JAX_COMPILATION_CACHE_', 'platform'
+# Beginnings of variables, and of flags in FLAGS, that change no number: those of memory,
+# caches, logs, dumps, checks and connections. Devices are compared by themselves.
+HARMLESS_VARIABLES = (
+  'XLA_PYTHON_CLIENT_',
+  'XLA_CLIENT_MEM_',
+  'JAX_CHECK_',
+  'JAX_COMPILATION_CACHE_',
+  'JAX_COORDINATOR_',
+  'JAX_CUDA_VISIBLE_DEVICES',
+  'JAX_DEBUG_LOG_MODULES',
+  'JAX_DISTRIBUTED_',
+  'JAX_DUMP_',
+  'JAX_ENABLE_COMPILATION_CACHE',
+  'JAX_EXPLAIN_CACHE_MISSES',
+  'JAX_INCLUDE_',
+  'JAX_LOG_',
+  'JAX_LOGGING_LEVEL',
+  'JAX_NUM_PROCESSES',
+  'JAX_NUMPY_RANK_PROMOTION',
+  'JAX_PERSISTENT_CACHE_',
+  'JAX_PLATFORM',
+  'JAX_PROCESS_ID',
+  'JAX_PROFILER_',
+  'JAX_RAISE_PERSISTENT_CACHE_ERRORS',
+  'JAX_TRACEBACK_',
+  'JAX_TRACER_',
+  'JAX_TRANSFER_GUARD',
+  'NCCL_DEBUG',
+  'NCCL_IB_',
+  'NCCL_SOCKET_',
+)
+FLAGS = 'XLA_FLAGS', 'LIBTPU_INIT_ARGS'
+HARMLESS_FLAGS = (
+  '--xla_dump_',
+  '--xla_force_host_platform_device_count',
+  '--xla_gpu_force_compilation_parallelism',
+  '--xla_gpu_per_fusion_autotune_cache_dir',
+  '--xla_hlo_profile',
+  '--xla_tpu_dump_',
+)
 # Keys of a session in run.json -> their names in the output.
 SESSION = {
   'backend': 'backend',
@@ -198,7 +236,9 @@ def _about(workdir: storage.Path) -> dict:
 def _differences(a: dict, b: dict) -> list[Difference]:
   """Two results of `_about` -> all differences, the recipe's first."""
   changed = config.differences(a['config'], b['config'])
-  harmless = HARMLESS + HARMLESS_SETTINGS
+  harmless = HARMLESS + ('platform',)  # The kernel's version.
+  harmless += tuple(f'${name}' for name in HARMLESS_VARIABLES)
+  harmless += tuple(f'${name} {flag}' for name in FLAGS for flag in HARMLESS_FLAGS)
   x, y = (run['data'].get('sha256') or 'unknown' for run in (a, b))
   if x == y:
     harmless += ('config.data.mixture',)  # The same data may have another path.
@@ -223,7 +263,13 @@ def _settings(session: Mapping[str, Any]) -> dict[str, Any]:
   settings = {name: session.get(key) for key, name in SESSION.items()}
   settings |= session.get('versions') or {}
   variables = session.get('environment') or {}
-  settings |= {f'${name}': variables[name] for name in sorted(variables)}
+  for name in sorted(variables):
+    if name not in FLAGS:
+      settings[f'${name}'] = variables[name]
+      continue
+    for word in variables[name].split():
+      flag, _, value = word.partition('=')
+      settings[f'${name} {flag}'] = value or 'true'
   return settings | {'platform': session.get('platform')}
 
 

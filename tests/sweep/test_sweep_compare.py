@@ -85,7 +85,9 @@ def test_non_finite_losses_are_compared(tmp_path):
     ('devices', dict(devices=2)),
     ('processes', dict(processes=2)),
     ('--deterministic', dict(deterministic=True)),
-    ('$XLA_FLAGS', dict(environment={'XLA_FLAGS': '--xla_x=1'})),
+    ('$XLA_FLAGS --xla_x', dict(environment={'XLA_FLAGS': '--xla_dump_to=/x --xla_x=1'})),
+    ('$NVIDIA_TF32_OVERRIDE', dict(environment={'NVIDIA_TF32_OVERRIDE': '0'})),
+    ('$JAX_ENABLE_X64', dict(environment={'JAX_ENABLE_X64': '1'})),
   ],
 )
 def test_a_difference_that_may_change_a_loss_makes_runs_not_comparable(
@@ -108,6 +110,20 @@ def test_differences_that_change_no_loss_are_listed_apart(tmp_path):
   )
   comparison = sweep.runs(a, b)
   assert comparison.comparable and len(comparison.differences) == 3
+
+
+@pytest.mark.parametrize(
+  'variables',
+  [
+    {'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '1'},
+    {'JAX_LOG_COMPILES': '1', 'NCCL_DEBUG': 'INFO', 'JAX_PLATFORMS': 'cpu'},
+    {'XLA_FLAGS': '--xla_dump_to=/tmp/x --xla_force_host_platform_device_count=1'},
+  ],
+)
+def test_variables_that_change_no_number_keep_runs_comparable(variables, tmp_path):
+  a, b = trained(tmp_path / 'a'), trained(tmp_path / 'b', environment=variables)
+  comparison = sweep.runs(a, b)
+  assert comparison.comparable and comparison.differences
 
 
 def test_a_run_with_sessions_on_different_machines_is_not_comparable(tmp_path):

@@ -37,9 +37,10 @@ PACKAGES = (
   'numpy',
 )
 
-# Variables that can change numbers, through the compiler or the collectives; NPROC sets
-# the number of XLA's threads on CPUs.
-ENVIRONMENT = ('XLA_', 'LIBTPU_', 'JAX_', 'NCCL_', 'NPROC')
+# Variables that can change numbers, through the compiler, the collectives or libraries of
+# kernels; NPROC sets the number of XLA's threads on CPUs.
+ENVIRONMENT = ('XLA_', 'LIBTPU_', 'JAX_', 'NCCL_', 'NPROC', 'TF_XLA_', 'TF_CUDNN_')
+ENVIRONMENT += ('NVIDIA_TF32_OVERRIDE', 'CUBLAS', 'CUDNN_')
 
 MAX_BYTES = 1 << 26  # The largest run.json.
 # Names of secrets. In a flag they are whole words: --tokenizer is not secret.
