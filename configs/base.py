@@ -162,6 +162,9 @@ def model() -> dict:
       backend='auto',  # fastest kernel for the device
       max_segments=16,  # limit of documents per row; fused kernels cost more for more
       gate=gate(),
+      # Further gates, 'POSITION [FIELD=VALUE ...]; ...': a field of `gate` that one does
+      # not name has the value above. 'value granularity=headwise' gives G1 + G2.
+      gates='',
     ),
     moe=dict(
       experts=0,  # 0 for a dense FFN
@@ -184,10 +187,17 @@ def gate() -> dict:
     form='multiply',  # or add
     activation='sigmoid',  # or one of gate.ACTIVATIONS
     source='input',  # parameter: the same for every token; value: from V instead of X
+    inputs='all',  # first:N reads the first N dims of X, rank:R maps X to R features
     init='normal',  # or zero
     std=0.02,  # the authors' code uses this for all weights
+    bias=False,  # the authors' code has one only with qkv_bias
+    bias_init=0.0,  # sigmoid gates start open with 4, closed with -4
     lr=1.0,  # multiplier of the learning rate
+    weight_decay=-1.0,  # of the gate's weights; -1 for config.optim.weight_decay
     place='before',  # before: gates query or key before QK-norm, by the wording of Eq. 1
+    score='float32',  # compute: scores in the compute dtype, as in the authors' code
+    opens=(0, 0),  # steps from which a gate starts to act and acts fully; (0, 0): always
+    layers='all',  # or every:N (each N-th), first:N, last:N, or a list such as 0,5-7
   )
 
 
@@ -212,6 +222,7 @@ def optim() -> dict:
     # Decay per step: lr * weight_decay (lr), or lr / peak lr * weight_decay (schedule).
     decay_by='lr',
     clip=1.0,  # limit of the gradient norm; Megatron's default; unpublished
+    gates_first=0,  # first steps, in which only the gates learn: for gates added late
     # mup: the learning rate of a model of width `base_width` suits all wider ones
     # (arXiv 2203.03466; docs/transfer.md). The other sizes grow with the width.
     transfer='none',

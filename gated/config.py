@@ -24,6 +24,15 @@ SINCE: dict[str, Any] = {
   'config.optim.transfer': 'none',
   'config.optim.base_width': 256,
   'config.optim.base_head_dim': 0,
+  'config.model.attn.gates': '',
+  'config.model.attn.gate.inputs': 'all',
+  'config.model.attn.gate.bias': False,
+  'config.model.attn.gate.bias_init': 0.0,
+  'config.model.attn.gate.weight_decay': -1.0,
+  'config.model.attn.gate.score': 'float32',
+  'config.model.attn.gate.opens': [0, 0],
+  'config.model.attn.gate.layers': 'all',
+  'config.optim.gates_first': 0,
 }
 
 
@@ -221,6 +230,43 @@ def within(name: str, value: float, low: float, high: float) -> None:
   at_least(name, value, low)
   if value > high:
     raise ValueError(f'{name}={value!r}, but {high} is the most')
+
+
+_PATTERNS = {
+  'every': lambda n, depth: range(n - 1, depth, n),
+  'first': lambda n, depth: range(n),
+  'last': lambda n, depth: range(depth - n, depth),
+}
+_SPAN = r'\d{1,9}(-\d{1,9})?'
+_LAYERS = re.compile(
+  rf'all|(?P<word>every|first|last):(?P<n>\d{{1,9}})|{_SPAN}(,{_SPAN})*', re.ASCII
+)
+
+
+def layers(name: str, text: str, depth: int) -> tuple[int, ...]:
+  """A pattern over the layers of a model -> their numbers, from 0.
+
+  'all'; 'every:4', each 4th layer (3, 7, ...); 'first:2'; 'last:2'; or a list such as
+  '0,5-7'. ValueError names the knob if it is none of these or does not fit the depth.
+  """
+  match = _LAYERS.fullmatch(text)
+  if not match:
+    raise ValueError(
+      f"{name}={text!r}, but layers are expected: 'all', 'every:K', 'first:K', 'last:K' "
+      "or a list such as '0,5-7'"
+    )
+  if text == 'all':
+    return tuple(range(depth))
+  if match['word']:
+    within(f'{name}={text!r}: the number', int(match['n']), 1, depth)
+    return tuple(_PATTERNS[match['word']](int(match['n']), depth))
+  spans = [[int(end) for end in part.split('-')] for part in text.split(',')]
+  if any(span[0] > span[-1] or span[-1] >= depth for span in spans):
+    raise ValueError(
+      f'{name}={text!r}, but the model has the layers 0 to {depth - 1}, and a range '
+      'ascends'
+    )
+  return tuple(sorted({i for span in spans for i in range(span[0], span[-1] + 1)}))
 
 
 def nests(value: Any, levels: int) -> bool:

@@ -73,6 +73,9 @@ def count(c: dict) -> dict:
   added = parts['total'] - _total(baseline) if baseline else None
   printed = None if cfg.paper.added < 0 else round(cfg.paper.added * 1e6)
   flops = model.flops_per_token(cfg.model, cfg.data.length)
+  named = cfg.model.attn.named
+  describe = lambda name: f'{named[name].position} x {len(cfg.model.gated[name])}'
+  parts['gates'] = {describe(name): n for name, n in parts['gates'].items()}
   growth = transfer.growth(cfg.optim, cfg.model)
   scaled = {} if growth is None else {'mup': str(growth)}
   return parts | dict(added=added, paper_added=printed, flops_per_token=flops) | scaled
@@ -94,7 +97,10 @@ def counted(c: dict, counts: dict) -> list[str]:
   rows['all others'] = total - sum(rows.values())
   rows |= {'total': total, 'active': counts['active']}
   lines = [c['name']]
-  lines += [f'  {k:12}{v:18,}{v / total:8.2%}' for k, v in rows.items()]
+  for name, size in rows.items():
+    lines.append(f'  {name:12}{size:18,}{size / total:8.2%}')
+    each = counts['gates'].items() if name == 'gate' else ()
+    lines += [f'    {own:10}{n:18,}{n / total:8.2%}' for own, n in each]
   if counts['added'] is not None:
     printed = counts['paper_added']
     text = 'prints none' if printed is None else f'prints {plan.amount(printed)}'

@@ -61,6 +61,7 @@ class Config:
   backend: str  # a key of kernels.ATTENTION, or auto
   max_segments: int  # maximum documents in a packed row, for fused kernels
   gate: gate.Config
+  gates: str  # further gates, as for `gate.further`
 
   def __post_init__(self):
     config.within(f'{_NAME}.kv_heads', self.kv_heads, 1, LARGEST)
@@ -92,14 +93,35 @@ class Config:
         "scale the output, and the norm cancels the scale; allowed is output='none' or "
         "'silu'"
       )
+    positions = [own.position for own in self.named.values()]
+    for position in positions:
+      if positions.count(position) > 1:
+        raise ValueError(
+          f'{_NAME}.gates={self.gates!r} with {_NAME}.gate.position='
+          f'{self.gate.position!r}: two gates have position={position!r}, but only one '
+          'is allowed'
+        )
     if self.qk_norm:
-      self.gate.check_qk_norm()
+      for own in self.named.values():
+        own.check_qk_norm()
       if self.switch.where == 'key_value' and self.switch.top_k == 1:
         raise ValueError(
           f"{_NAME}.switch.top_k=1 with where='key_value': QK-norm cancels the score of "
           'a single key, so its router would learn nothing; allowed are top_k >= 2, '
           f"where='value', or {_NAME}.qk_norm=False"
         )
+
+  @functools.cached_property
+  def named(self) -> dict[str, gate.Config]:
+    """All gates by the name of their module: gate, and gate_POSITION for the further."""
+    first = {'gate': self.gate} if self.gate.at else {}
+    further = gate.further(self.gates, self.gate)
+    return first | {f'gate_{own.position}': own for own in further}
+
+  def knob(self, name: str) -> str:
+    """The name of a gate in `named` -> the name of its knobs, for messages."""
+    place = [*self.named].index(name) - ('gate' in self.named)
+    return f'{_NAME}.gate' if name == 'gate' else f'{_NAME}.gates[{place}]'
 
   @property
   def has_sinks(self) -> bool:
@@ -190,8 +212,16 @@ class Attention(nnx.Module):
     normed = cfg.output == 'rms_norm'
     self.output_norm = by_head(numerics=numerics) if normed else None
     sizes = dict(width=width, heads=H, kv_heads=G, head_dim=K)
-    make_gate = functools.partial(gate.Gate, cfg.gate, child_key(key, 'gate'), **sizes)
-    self.gate = make_gate(numerics=numerics) if cfg.gate.at else None
+    self.gate: gate.Gate | None = nnx.data(None)
+    for name, own in cfg.named.items():
+      made = gate.Gate(own, child_key(key, name), **sizes, numerics=numerics)
+      setattr(self, name, made)
+
+  @property
+  def gates(self) -> dict[str, gate.Gate]:
+    """The gates of this layer by name, as in `Config.named`."""
+    every = {name: getattr(self, name) for name in self.cfg.named}
+    return {name: own for name, own in every.items() if own is not None}
 
   def __call__(
     self, x_BTD: jax.Array, angle_BTk: jax.Array, segment_BT: jax.Array | None
@@ -268,14 +298,15 @@ class Attention(nnx.Module):
     return kernels.attend_cache(q_BTHK, k_BSGK, v_BSGK, cache.start_B, **opts)
 
   def _gated(self, position: str, y: jax.Array, x_BTD: jax.Array) -> jax.Array:
-    """Applies the gate to y if it is configured for this position."""
-    if self.gate is None or self.cfg.gate.position != position:
-      return y
-    return self.gate(y, x_BTD)
+    """Applies the gate to y if one is configured for this position."""
+    for own in self.gates.values():
+      y = own(y, x_BTD) if own.cfg.position == position else y
+    return y
 
   def _normed(self, position: str, y, x_BTD: jax.Array, norm: RMSNorm | None):
-    """Applies QK-norm to a query or key, and the gate before or after it."""
-    late = self.cfg.gate.place == 'after'
+    """Applies QK-norm to a query or key, and its gate before or after it."""
+    gates = [g for g in self.gates.values() if g.cfg.position == position]
+    late = any(own.cfg.place == 'after' for own in gates)
     y = y if late else self._gated(position, y, x_BTD)
     y = y if norm is None else norm(y)
     return self._gated(position, y, x_BTD) if late else y

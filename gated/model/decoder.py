@@ -8,7 +8,8 @@ B batch  T tokens  D width  V vocabulary  L layers
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -75,6 +76,29 @@ class Config:
     config.one_of('config.model.branch_norm', self.branch_norm, ('none', 'rms'))
     config.at_least('config.model.branch_clip', self.branch_clip, 0.0)
     config.at_least('config.model.logit_cap', self.logit_cap, 0.0)
+    for name, own in self.attn.named.items():
+      if own.part[1] > self.width:
+        raise ValueError(
+          f'{self.attn.knob(name)}.inputs={own.inputs!r}, but X has only '
+          f'config.model.width={self.width} dims'
+        )
+    self.gated  # noqa: B018  # Raises ValueError for a pattern that does not fit.
+
+  @functools.cached_property
+  def gated(self) -> dict[str, tuple[int, ...]]:
+    """The layers of each gate, by its name in `attention.Config.named`."""
+    return {
+      name: config.layers(f'{self.attn.knob(name)}.layers', own.layers, self.depth)
+      for name, own in self.attn.named.items()
+    }
+
+  @property
+  def runs(self) -> list[tuple[frozenset[str], int]]:
+    """The runs of consecutive layers with the same gates: (their names, layers)."""
+    of = lambda i: frozenset(name for name, own in self.gated.items() if i in own)
+    return [
+      (names, len([*run])) for names, run in itertools.groupby(range(self.depth), of)
+    ]
 
 
 class BlockTrace(NamedTuple):
@@ -163,6 +187,10 @@ class Transformer(nnx.Module):
     self.embed = table(child_key(key, 'embed'), numerics=cfg.numerics)
     keys = jax.random.split(child_key(key, 'blocks'), cfg.depth)
     self.blocks = jax.vmap(lambda k: Block(cfg, k))(keys)
+    # Layers without a gate have no parameters of it.
+    for name, own in cfg.gated.items():
+      keep = lambda leaf, own=own: leaf[jnp.array(own)] if len(own) < cfg.depth else leaf
+      setattr(self.blocks.attn, name, jax.tree.map(keep, getattr(self.blocks.attn, name)))
     self.norm = NORMS[cfg.norm](
       child_key(key, 'norm'), cfg.width, cfg.norm_rank, cfg.numerics
     )
@@ -210,22 +238,56 @@ class Transformer(nnx.Module):
       position_BT = jnp.broadcast_to(jnp.arange(token_BT.shape[1])[None], token_BT.shape)
     frequency_k = rope_frequencies(cfg.attn.head_dim, cfg.attn.rope_base, cfg.attn.yarn)
     angle_BTk = rope_angles(position_BT, frequency_k)
-    layers = (self.blocks,) if cache is None else (self.blocks, cache)
     run = lambda x, layer: through(
       layer[0], x, angle_BTk, segment_BT, live_BT, *layer[1:]
     )
     if cfg.remat != 'none':
       run = jax.checkpoint(run, policy=REMAT[cfg.remat], prevent_cse=cfg.layers != 'scan')
-    x_BTD = self.embed(token_BT)
-    if cfg.layers == 'scan':
-      x_BTD, stacked = jax.lax.scan(run, x_BTD, layers)
-    else:
-      extras = []
-      for layer in unstack(layers, cfg.depth):
-        x_BTD, extra = run(x_BTD, layer)
-        extras.append(extra)
-      stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *extras)
-    return self.norm(mesh.constrain(x_BTD, 'batch', 'tokens', None)), stacked
+    x_BTD, stacks = self.embed(token_BT), []
+    for layers, (_, count) in zip(self._runs(cache), cfg.runs):
+      if cfg.layers == 'scan':
+        x_BTD, stacked = jax.lax.scan(run, x_BTD, layers)
+      else:
+        extras = []
+        for layer in unstack(layers, count):
+          x_BTD, extra = run(x_BTD, layer)
+          extras.append(extra)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *extras)
+      stacks.append(stacked)
+    return self.norm(mesh.constrain(x_BTD, 'batch', 'tokens', None)), joined(stacks)
+
+  def _runs(self, cache: Any) -> Iterable[tuple]:
+    """-> for each run of layers with the same gates, its blocks and its cache if given.
+
+    Scan compiles a program for each run.
+    """
+    also = () if cache is None else (cache,)
+    if len(self.cfg.runs) == 1:
+      return [(self.blocks, *also)]
+    sizes = [count for _, count in self.cfg.runs]
+    gates, bare = self.blocks.attn.gates, copied(self.blocks)
+    for name in gates:
+      setattr(bare.attn, name, None)
+    parts = split((bare, *also), sizes)
+    for name, own in gates.items():
+      mine = [
+        part[0].attn for part, (names, _) in zip(parts, self.cfg.runs) if name in names
+      ]
+      held = [count for names, count in self.cfg.runs if name in names]
+      for attn, stack in zip(mine, split(own, held)):
+        setattr(attn, name, stack)
+    return parts
+
+  def at_step(self, step: jax.Array | int) -> 'Transformer':
+    """The model after so many steps of training: the same weights, some gates opening."""
+    done = step if isinstance(step, int) else 0
+    opening = [name for name, own in self.cfg.attn.named.items() if own.opens[1] > done]
+    net = copied(self) if opening else self
+    for name in opening:
+      own = getattr(net.blocks.attn, name)
+      share_L = _opened(step, own.cfg.opens, len(self.cfg.gated[name]))
+      own.open = nnx.Variable(share_L, axes=())
+    return net
 
   def unembedding(self) -> jax.Array:
     """The weight w_VD that maps hidden states to logits."""
@@ -242,13 +304,50 @@ class Transformer(nnx.Module):
     return kernels.soft_cap(product('btd,vd->btv', x_BTD, w_VD), self.cfg.logit_cap)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _opened(step: jax.Array | int, opens: tuple[int, int], count: int) -> jax.Array:
+  """Steps of training -> a gate's share of its score in each of its layers."""
+  first, last = opens
+  share = (step - first) / max(last - first, 1)
+  share = jnp.where(step >= last, 1.0, jnp.clip(share, 0.0, 1.0))
+  return jnp.full(count, share, jnp.float32)
+
+
 def unstack(layers: Any, depth: int) -> list[Any]:
-  """A tree stacked over layers -> a list; its gradient is one concatenation per leaf."""
+  """A tree stacked over layers -> a list of `depth` layers."""
+  parts = split(layers, (1,) * depth)
+  return [jax.tree.map(lambda leaf: jnp.squeeze(leaf, 0), part) for part in parts]
+
+
+def split(layers: Any, sizes: Sequence[int]) -> list[Any]:
+  """A tree stacked over layers -> stacks of these sizes.
+
+  Its gradient is one concatenation per leaf.
+  """
   leaves, tree = jax.tree.flatten(layers)
-  split = [jax.lax.split(leaf, (1,) * depth) for leaf in leaves]
-  return [
-    jax.tree.unflatten(tree, [jnp.squeeze(s[i], 0) for s in split]) for i in range(depth)
-  ]
+  parts = [jax.lax.split(leaf, tuple(sizes)) for leaf in leaves]
+  return [jax.tree.unflatten(tree, part) for part in zip(*parts)]
+
+
+def joined(stacks: Sequence[Any]) -> Any:
+  """Dicts, tuples or arrays stacked over runs of layers -> stacked over all layers.
+
+  A leaf that layers without a gate lack is stacked over the others.
+  """
+  if len(stacks) == 1:
+    return stacks[0]
+  leaves: dict[Any, list[jax.Array]] = {}
+  for stack in stacks:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(stack):
+      leaves.setdefault(path, []).append(leaf)
+  fullest = max(stacks, key=lambda stack: len(jax.tree.leaves(stack)))
+  join = lambda path, _: jnp.concatenate(leaves[path])
+  return jax.tree_util.tree_map_with_path(join, fullest)
+
+
+def copied(module: Any) -> Any:
+  """A module -> new modules with the same weights, which may be changed."""
+  return jax.tree.map(lambda leaf: leaf, module)
 
 
 def abstract(cfg: Config) -> Transformer:
@@ -261,17 +360,19 @@ def count(tree) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def parts(cfg: Config) -> dict[str, int]:
+def parts(cfg: Config) -> dict[str, Any]:
   """Parameter counts: total, active per token, and by part.
 
-  `attention` excludes the gate; `experts` counts the routed experts, of which `active`
+  `attention` excludes the gates. `gate` sums them; `gates` has each by its name in
+  `attention.Config.named`. `experts` counts the routed experts, of which `active`
   includes the top k.
   """
   sizes = {name: leaf.size for name, leaf in trees.flatten(abstract(cfg)).items()}
   within = lambda *groups: sum(
     size for name, size in sizes.items() if any(f'{g}.' in f'{name}.' for g in groups)
   )
-  gate, experts = within('attn.gate'), within('ffn.experts')
+  gates = {name: within(f'blocks.attn.{name}') for name in cfg.attn.named}
+  gate, experts = sum(gates.values()), within('ffn.experts')
   inactive = experts * (cfg.moe.experts - cfg.moe.top_k) // max(cfg.moe.experts, 1)
   return {
     'total': sum(sizes.values()),
@@ -279,6 +380,7 @@ def parts(cfg: Config) -> dict[str, int]:
     'embedding': within('embed', 'head'),
     'attention': within('blocks.attn') - gate,
     'gate': gate,
+    'gates': gates,
     'experts': experts,
   }
 
@@ -291,14 +393,16 @@ def flops_per_token(cfg: Config, length: int) -> float:
   counts as one document.
   """
   is_parameter = lambda x: isinstance(x, nnx.Variable)
-  parameters = jax.tree.leaves(abstract(cfg).blocks, is_leaf=is_parameter)
+  blocks = abstract(cfg).blocks
+  parameters = jax.tree.leaves(blocks, is_leaf=is_parameter)
   matrices = [p for p in parameters if 'embed' in p.axes and len(p.axes) > 1]
   routed = sum(p.size for p in matrices if 'experts' in p.axes)
   weights = count(matrices) + cfg.vocab * cfg.width
   weights += routed * cfg.moe.top_k // max(cfg.moe.experts, 1) - routed
   pairs = (length + 1) / 2  # mean number of keys per query
-  if cfg.attn.gate.at and cfg.attn.gate.source == 'value':
-    # Its matrix maps head channels to head channels and has no axis 'embed'.
-    weights += parts(cfg)['gate']
+  for own in blocks.attn.gates.values():
+    # A matrix that reads a part of X, or head channels, has no axis 'embed'.
+    if own.cfg.source != 'parameter' and 'embed' not in own.weight.axes:
+      weights += own.weight.size
   pairs += cfg.attn.sink_tokens
   return 6.0 * weights + 12.0 * cfg.depth * cfg.attn.heads * cfg.attn.head_dim * pairs

@@ -7,21 +7,24 @@ X is the pre-normalised input of the attention layer at every position. Sections
 the activation; each is a field of `Config`. The weight is a separate parameter with a
 heads axis, applied outside the attention kernel. Logits are in the compute dtype, as in
 the authors' code; scores and products are in float32. The baseline has no gate module and
-no gate parameter.
+no gate parameter. A layer may have several gates, each at a position of its own.
 
 B batch  T tokens  D width  H heads (query or KV)  K head width, or 1 for a headwise gate
 """
 
+import ast
+import contextlib
 import functools
-from dataclasses import dataclass
-from typing import NamedTuple
+import re
+from dataclasses import dataclass, replace
+from typing import NamedTuple, get_type_hints
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from gated import config
-from gated.model.layers import Numerics, normal_param
+from gated.model.layers import Numerics, child_key, normal_param
 
 
 class Position(NamedTuple):
@@ -50,9 +53,17 @@ ACTIVATIONS = {
   'identity': lambda x: x,
   'ns_sigmoid': lambda x: 0.5 + 0.5 * jax.nn.sigmoid(x),  # Eq. 9: in (0.5, 1)
   '2sigmoid': lambda x: 2 * jax.nn.sigmoid(x),  # 1 where the logit is 0
+  'hard_sigmoid': jax.nn.hard_sigmoid,  # relu6(x + 3) / 6
+  'tanh': jnp.tanh,
+  'softplus': jax.nn.softplus,
+  'exp': jnp.exp,  # 1 where the logit is 0
 }
 
 FORMS = {'multiply': lambda y, s: y * s, 'add': lambda y, s: y + s}
+IDENTITY = {'multiply': 1.0, 'add': 0.0}  # The score that leaves y as it is.
+
+# The part of X that the logits are computed from.
+INPUTS = re.compile(r'all|(first|rank):([1-9][0-9]{0,8})', re.ASCII)
 
 _NAME = 'config.model.attn.gate'
 
@@ -70,10 +81,21 @@ class Config:
   # input: logits X W; parameter: learned logits, equal for all tokens; value: logits V W
   # of the gated value (value-state gate, arXiv 2510.09017).
   source: str
+  # all; first:N, the first N dims of X; rank:R, logits (X A) W with R features X A. The
+  # entries of A are from N(0, 1 / D), so that the features have unit variance.
+  inputs: str
   init: str  # normal: N(0, std^2); zero
   std: float  # of the normal init
-  lr: float  # multiplies the weight's learning rate, and with it its weight decay
+  bias: bool  # a learned bias of the logits, without weight decay
+  bias_init: float  # its initial value
+  lr: float  # multiplies the learning rate of all its parameters, and the weight decay
+  weight_decay: float  # of its weights; -1 for config.optim.weight_decay
   place: str  # query and key gates act before or after QK-norm, always before RoPE
+  score: str  # dtype of scores and products: float32, or compute, the compute dtype
+  # (a, b): y is not gated for the first a steps; from step b on it is; between them the
+  # score moves linearly from the identity to the gate's. Decay acts from the first step.
+  opens: tuple[int, ...]
+  layers: str  # its layers, as for `config.layers`; other layers have no parameters
 
   def __post_init__(self):
     allowed = {
@@ -86,11 +108,28 @@ class Config:
       'source': ('input', 'parameter', 'value'),
       'init': ('normal', 'zero'),
       'place': ('before', 'after'),
+      'score': ('float32', 'compute'),
     }
     for field, values in allowed.items():
       config.one_of(f'{_NAME}.{field}', getattr(self, field), values)
     config.at_least(f'{_NAME}.std', self.std, 0.0)
     config.at_least(f'{_NAME}.lr', self.lr, 0.0)
+    if self.weight_decay != -1:
+      config.at_least(f'{_NAME}.weight_decay', self.weight_decay, 0.0)
+    if len(self.opens) != 2 or not 0 <= self.opens[0] <= self.opens[1]:
+      raise ValueError(
+        f'{_NAME}.opens={self.opens}, but two steps are expected: the first and the last '
+        'of the opening'
+      )
+    if not INPUTS.fullmatch(self.inputs):
+      raise ValueError(
+        f"{_NAME}.inputs={self.inputs!r}, but allowed are 'all', 'first:N' and 'rank:R'"
+      )
+    if self.inputs != 'all' and self.source != 'input':
+      raise ValueError(
+        f'{_NAME}.inputs={self.inputs!r} with source={self.source!r}, but only a gate '
+        "with source='input' reads X: allowed is inputs='all'"
+      )
     if self.source == 'value' and self.position not in ('none', 'value'):
       raise ValueError(
         f"{_NAME}.source='value' with position={self.position!r}, but a value-state gate "
@@ -111,6 +150,12 @@ class Config:
     """The gated tensor; None without a gate."""
     return POSITIONS[self.position]
 
+  @property
+  def part(self) -> tuple[str, int]:
+    """`inputs` as ('all', 0), ('first', N) or ('rank', R)."""
+    kind, _, number = self.inputs.partition(':')
+    return kind, int(number or 0)
+
   def check_qk_norm(self) -> None:
     """Raises ValueError if QK-norm would cancel the gate."""
     early = self.at and self.at.normed and self.place == 'before'
@@ -122,15 +167,43 @@ class Config:
       )
 
 
+def further(text: str, first: Config) -> list[Config]:
+  """config.model.attn.gates -> its gates; fields that one does not name are `first`'s.
+
+  For example 'value granularity=headwise layers=last:2; query opens=100,200'. ValueError
+  names the gate.
+  """
+  gates, hints = [], get_type_hints(Config)
+  for i, part in enumerate(filter(None, map(str.strip, text.split(';')))):
+    name, fields = f'{_NAME}s[{i}]', {}
+    for field in ('position=' + part).split():
+      key, _, value = field.partition('=')
+      if key not in hints or key in fields:
+        repeated = 'is repeated' if key in fields else 'is not a field of a gate'
+        raise ValueError(f'{name}={part!r}: {key!r} {repeated}: {", ".join(hints)}')
+      with contextlib.suppress(ValueError, SyntaxError):  # `coerce` names the type.
+        value = value if hints[key] is str else ast.literal_eval(value)
+      fields[key] = config.coerce(hints[key], value, f'{name}.{key}')
+    try:
+      gates.append(replace(first, **fields))
+    except ValueError as error:
+      raise ValueError(str(error).replace(f'{_NAME}.', f'{name}.')) from error
+    config.one_of(f'{name}.position', fields['position'], [*POSITIONS][1:])
+  return gates
+
+
 class Gate(nnx.Module):
   """The gate of one layer: (y, x_BTD) -> gated y.
 
-  Shape of the weight:
+  Shape of the weight; the bias is shaped like a 'parameter':
 
     source      elementwise   headwise   position 'out'
     input       (D, H, K)     (D, H)     (D, D)
     parameter   (H, K)        (H,)       (D,)
     value       (H, K, K)     (H, K)
+
+  D is the number of inputs N or R where `inputs` is not all. `open` is the share of the
+  gate in its opening, as `Transformer.at_step` sets it; None for an open gate.
   """
 
   def __init__(
@@ -152,8 +225,16 @@ class Gate(nnx.Module):
       shape, axes = (H, head_dim), (cfg.at.heads, 'head_dim')
     if cfg.granularity == 'headwise':
       shape, axes = shape[:1], axes[:1]
+    zeros = jnp.full(shape, cfg.bias_init, jnp.float32)
+    self.bias = nnx.Param(zeros, axes=axes) if cfg.bias else None
+    self.open: nnx.Variable | None = nnx.data(None)
+    kind, size = cfg.part
+    into = child_key(key, 'reduce'), (width, size), ('embed', None)
+    reduce = lambda: normal_param(*into, std=width**-0.5, dtype=numerics.weights)
+    self.reduce = reduce() if kind == 'rank' else None
     if cfg.source == 'input':
-      shape, axes = (width, *shape), ('embed', *axes)
+      shape = (size or width, *shape)
+      axes = (None if size else 'embed', *axes)
     elif cfg.source == 'value':
       shape = (shape[0], head_dim, *shape[1:])
       axes = (axes[0], 'head_dim', *(None for _ in axes[1:]))
@@ -165,16 +246,29 @@ class Gate(nnx.Module):
 
     `x` is x_BTD, or v_BTHK with source 'value'. With source 'parameter' B = T = 1.
     """
+    kind, size = self.cfg.part
+    if kind == 'first':
+      x = x[..., :size]
+    elif self.reduce is not None:
+      x = jnp.tensordot(x, self.reduce[...].astype(self.compute), 1)
     logit = _LOGITS[self.cfg.source](x, self.weight[...].astype(self.compute))
+    if self.bias is not None:
+      logit += self.bias[...].astype(self.compute)[None, None]
     return logit[..., None] if self.cfg.granularity == 'headwise' else logit
 
   def score(self, x: jax.Array) -> jax.Array:
-    """The scores in float32: shaped like `logit`, with H = 1 if the heads share one."""
-    return _score(self.logit(x), self.cfg)
+    """The scores: shaped like `logit`, with H = 1 if the heads share one.
+
+    Their dtype is that of `Config.score`.
+    """
+    return _score(self.logit(x), self._open(), self.cfg)
 
   def __call__(self, y: jax.Array, x_BTD: jax.Array) -> jax.Array:
     logit = self.logit(y if self.cfg.source == 'value' else x_BTD)
-    return _apply(y, logit, self.cfg)
+    return _apply(y, logit, self._open(), self.cfg)
+
+  def _open(self) -> jax.Array | None:
+    return None if self.open is None else self.open[...]
 
 
 _LOGITS = {
@@ -184,17 +278,23 @@ _LOGITS = {
 }
 
 
-def _score(logit: jax.Array, cfg: Config) -> jax.Array:
-  logit = logit.astype(jnp.float32)
+def _score(logit: jax.Array, open_: jax.Array | None, cfg: Config) -> jax.Array:
+  logit = logit.astype(jnp.float32) if cfg.score == 'float32' else logit
   act = ACTIVATIONS[cfg.activation]
   if cfg.heads == 'specific':
-    return act(logit)
-  if cfg.mean == 'before':
-    return act(logit.mean(2, keepdims=True))
-  return act(logit).mean(2, keepdims=True)
+    score = act(logit)
+  elif cfg.mean == 'before':
+    score = act(logit.mean(2, keepdims=True))
+  else:
+    score = act(logit).mean(2, keepdims=True)
+  if open_ is None:
+    return score
+  # Exactly the identity at 0, and exactly the gate at 1.
+  open_ = open_.astype(score.dtype)
+  return (1 - open_) * IDENTITY[cfg.form] + open_ * score
 
 
-@functools.partial(jax.checkpoint, static_argnums=2)
-def _apply(y: jax.Array, logit: jax.Array, cfg: Config) -> jax.Array:
-  score = _score(logit, cfg)
-  return FORMS[cfg.form](y.astype(jnp.float32), score).astype(y.dtype)
+@functools.partial(jax.checkpoint, static_argnums=3)
+def _apply(y: jax.Array, logit: jax.Array, open_, cfg: Config) -> jax.Array:
+  score = _score(logit, open_, cfg)
+  return FORMS[cfg.form](y.astype(score.dtype), score).astype(y.dtype)

@@ -73,6 +73,7 @@ class Opened:
             f'{self.path} is a run in progress and has removed step {self.step} '
             'meanwhile: start again, or name a step that it keeps'
           ) from error
+    net = net if self.step is None else net.at_step(self.step)
     for change in self.changes:
       net = change(net)
     return net

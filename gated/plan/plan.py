@@ -44,11 +44,13 @@ class Plan:
     self.tokens_per_step = cfg.batch * cfg.data.length
     self.micro = cfg.batch // cfg.accum
     check_mesh(cfg, self.mesh)
-    gate = cfg.model.attn.gate
-    multipliers = {} if gate.lr == 1.0 else {'gate': gate.lr}
+    gates = cfg.model.attn.named.items()
+    multipliers = {name: gate.lr for name, gate in gates if gate.lr != 1.0}
+    decays = {n: gate.weight_decay for n, gate in gates if gate.weight_decay >= 0}
     self.schedule = optim.schedule(cfg.optim, cfg.steps)
     self.growth = transfer.growth(cfg.optim, cfg.model)
     rates: dict[str, Any] = dict(multipliers=multipliers, growth=self.growth)
+    rates['own_decays'] = decays
     tx = optim.make(cfg.optim, steps=cfg.steps, **rates)
     self.tx = guard.guard(tx, cfg.stability)
     self.flops_per_token = model.flops_per_token(cfg.model, cfg.data.length)

@@ -53,6 +53,12 @@ class Config:
     if self.steps >= 2**31:
       raise ValueError(f'config.steps={self.steps}, but it must be below 2**31')
     config.divides('config.batch', self.batch, 'config.accum', self.accum)
+    for name, gate in self.model.attn.named.items():
+      if gate.opens[1] > self.steps:
+        raise ValueError(
+          f'{self.model.attn.knob(name)}.opens={gate.opens}, but the run has only '
+          f'config.steps={self.steps}'
+        )
     transfer.growth(self.optim, self.model)
     if not NAME.fullmatch(self.name):
       raise ValueError(

@@ -11,7 +11,8 @@ matrices of layers and experts; Muon treats each matrix separately.
 
 import functools
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,7 @@ class Config:
   weight_decay: float
   decay_by: str  # lr: by lr * weight_decay; schedule: by lr / peak * weight_decay
   clip: float  # global gradient norm; 0 for none
+  gates_first: int  # first steps, in which only the gates learn
   transfer: str  # none, or mup: initial values and rates relative to base_width
   base_width: int  # the width of the model whose learning rate is to transfer
   base_head_dim: int  # its head width; 0 for the same head width
@@ -68,7 +70,8 @@ class Config:
     config.one_of(f'{_NAME}.name', self.name, OPTIMIZERS)
     config.one_of(f'{_NAME}.schedule', self.schedule, SCHEDULES)
     config.one_of(f'{_NAME}.decay_by', self.decay_by, ('lr', 'schedule'))
-    for name in ('warmup', 'decay', 'floor', 'weight_decay', 'clip', 'eps'):
+    counts = ('warmup', 'decay', 'gates_first')
+    for name in (*counts, 'floor', 'weight_decay', 'clip', 'eps'):
       config.at_least(f'{_NAME}.{name}', getattr(self, name), 0)
     for name in ('b1', 'b2'):
       _check_decay_rate(name, getattr(self, name))
@@ -239,22 +242,27 @@ def make(
   steps: int,
   multipliers: dict[str, float],
   growth: transfer.Growth | None = None,
+  own_decays: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformation:
   """The optimizer with clipping and its schedule.
 
   Weight decay skips norms, biases and sink logits. `multipliers` maps a part of a
   parameter's name, such as 'gate', to a factor of its learning rate and decay. `growth`,
-  of `transfer.growth`, changes the learning rates but not the decay.
+  of `transfer.growth`, changes the learning rates but not the decay. `own_decays` maps a
+  part of a name to its own weight decay.
   """
   directions = OPTIMIZERS[cfg.name](cfg)
   if growth is not None:
     muon = lambda p: cfg.name == 'muon' and matrix(p) is not None
     scale = lambda updates, _: transfer.scaled(updates, growth, muon=muon)
     directions = optax.chain(directions, optax.stateless(scale))
-  decay = cfg.weight_decay / (cfg.lr if cfg.decay_by == 'schedule' else 1.0)
+  own = own_decays or {}
 
-  def decayed(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda p, _: decays(trees.name(p)), params)
+  def decay(strength: float, part: str = '') -> optax.GradientTransformation:
+    owner = lambda name: next((p for p in own if p in name.split('.')), '')
+    decayed = lambda name: decays(name) and owner(name) == part
+    strength /= cfg.lr if cfg.decay_by == 'schedule' else 1.0
+    return optax.add_decayed_weights(strength, functools.partial(_named, decayed))
 
   def multiplied(updates: Any, params: Any) -> Any:
     scale = lambda path, u: u * multiplier(trees.name(path), multipliers)
@@ -263,10 +271,24 @@ def make(
   return optax.chain(
     optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity(),
     directions,
-    optax.add_decayed_weights(decay, decayed),
+    decay(cfg.weight_decay),
+    *(decay(strength, part) for part, strength in own.items()),
     optax.scale_by_learning_rate(schedule(cfg, steps)),
     optax.stateless(multiplied) if multipliers else optax.identity(),
+    *([_gates_first(cfg.gates_first)] if cfg.gates_first else []),
   )
+
+
+def _gates_first(steps: int) -> optax.GradientTransformation:
+  """Only the gates of attention learn in the first updates."""
+  other = lambda name: not re.search(r'\.attn\.gate(_\w+)?\.', name)
+  late = optax.scale_by_schedule(lambda count: jnp.asarray(count) >= steps)
+  return optax.masked(late, functools.partial(_named, other))
+
+
+def _named(matches: Callable[[str], bool], params: Any) -> Any:
+  """Parameters -> the same tree, with the answer for each name."""
+  return jax.tree_util.tree_map_with_path(lambda p, _: matches(trees.name(p)), params)
 
 
 def decays(name: str) -> bool:

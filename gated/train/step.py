@@ -28,6 +28,11 @@ class State:
   model: Any
   opt: guard.Guarded
 
+  @property
+  def current(self) -> Any:
+    """The model at its step, in which some gates may still be opening."""
+    return self.model.at_step(self.step)
+
 
 class Gradients(NamedTuple):
   """The result of `gradients`, on the devices."""
@@ -59,22 +64,31 @@ def train(
   `batch` has tokens, targets, weights, segments and positions (B, T); `tx` comes from
   `guard.guard`. Losses are in nats per token.
   """
-  return update(
-    state, gradients(state.model, batch, accum=accum, loss=loss), tx=tx, schedule=schedule
-  )
+  at: dict[str, Any] = dict(step=state.step, accum=accum, loss=loss)
+  return update(state, gradients(state.model, batch, **at), tx=tx, schedule=schedule)
 
 
-def gradients(model: Any, batch: Any, *, accum: int, loss: losses.Config) -> Gradients:
+def gradients(
+  model: Any,
+  batch: Any,
+  *,
+  accum: int,
+  loss: losses.Config,
+  step: jax.Array | None = None,
+) -> Gradients:
   """The gradient of the loss over a batch, computed in `accum` micro-batches.
 
-  Every token has the same weight, whichever micro-batch it is in.
+  Every token has the same weight, whichever micro-batch it is in. Without a step, gates
+  that open in training are open.
   """
+  now = lambda model: model if step is None else model.at_step(step)
   tokens = jnp.maximum(batch.weights.sum(), 1.0)
   batch = batch._replace(weights=batch.weights / tokens)
   routed = jnp.maximum((batch.segments > 0).sum(), 1).astype(jnp.float32)
 
   def gradient(micro, balanced):
-    run = lambda model: losses.total(model, micro, balanced, routed=routed, cfg=loss)
+    opts: dict[str, Any] = dict(routed=routed, cfg=loss)
+    run = lambda model: losses.total(now(model), micro, balanced, **opts)
     (_, sums), grads = jax.value_and_grad(run, has_aux=True)(model)
     return grads, sums
 
@@ -85,7 +99,7 @@ def gradients(model: Any, batch: Any, *, accum: int, loss: losses.Config) -> Gra
   split = lambda x: x.reshape(-1, accum, *x.shape[1:]).swapaxes(0, 1)
   micros = jax.tree.map(split, batch)
   counts = loss.balance_over == 'global'
-  loads = losses.expert_loads(model, micros) if counts else None
+  loads = losses.expert_loads(now(model), micros) if counts else None
 
   def body(sums, micro):
     _, (_, so_far) = sums

@@ -128,12 +128,22 @@ def test_the_papers_gates_cost_what_table_1_charges(position, granularity, sourc
     (dict(heads='both'), "heads='both'"),
     (dict(mean='during'), "mean='during'"),
     (dict(form='divide'), "form='divide'"),
-    (dict(activation='tanh'), "activation='tanh'.*'2sigmoid'"),
+    (dict(activation='relu'), "activation='relu'.*'2sigmoid'"),
     (dict(source='output'), "source='output'"),
     (dict(init='ones'), "init='ones'"),
     (dict(place='between'), "place='between'"),
     (dict(std=-1.0), 'std=-1.0'),
     (dict(lr=-1.0), 'lr=-1.0'),
+    (dict(weight_decay=-0.5), 'weight_decay=-0.5'),
+    (dict(score='bfloat16'), "score='bfloat16'.*'float32', 'compute'"),
+    (dict(opens=(3,)), r'opens=\(3,\), but two steps'),
+    (dict(opens=(5, 3)), r'opens=\(5, 3\), but two steps'),
+    (dict(inputs='first'), "inputs='first'.*'all', 'first:N' and 'rank:R'"),
+    (dict(inputs='rank:0'), "inputs='rank:0'"),
+    (
+      dict(inputs='rank:2', source='parameter'),
+      "inputs='rank:2' with source='parameter'",
+    ),
     (
       dict(position='out', granularity='headwise'),
       "granularity='headwise'.*output projection has no heads",
@@ -176,6 +186,10 @@ def by_hand(fields, w, x, y):
     'identity': lambda z: z,
     'ns_sigmoid': lambda z: 0.5 + 0.5 * sigmoid(z),
     '2sigmoid': lambda z: 2 * sigmoid(z),
+    'hard_sigmoid': lambda z: np.clip(z / 6 + 0.5, 0, 1),
+    'tanh': np.tanh,
+    'softplus': lambda z: np.log(1 + np.exp(z)),
+    'exp': np.exp,
   }[fields['activation']]
   B, T = x.shape[:2]
   out = np.zeros_like(y)
@@ -201,12 +215,14 @@ def by_hand(fields, w, x, y):
   return out
 
 
-@pytest.mark.parametrize('activation', ALLOWED['activation'])
+@pytest.mark.parametrize('activation', gate.ACTIVATIONS)
 def test_every_gate_is_its_formula(activation):
   rng = np.random.default_rng(0)
   x, y = rng.normal(size=(1, 2, D)), rng.normal(size=(1, 2, H, 2))
-  for fields in combinations('granularity', 'heads', 'mean', 'form', 'source'):
-    fields |= dict(activation=activation)
+  known = activation in ALLOWED['activation']
+  others = ('heads', 'mean', 'form', 'source') if known else ()
+  for fields in combinations('granularity', *others):
+    fields = {k: v[0] for k, v in ALLOWED.items()} | fields | dict(activation=activation)
     cfg = small.gate_config(position='sdpa', **fields)
     opts = dict(width=D, heads=H, kv_heads=G, head_dim=2, numerics=NUMERICS)
     shapes = jax.eval_shape(

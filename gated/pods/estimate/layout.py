@@ -73,10 +73,10 @@ class Layout:
     self.key = m.attn.kv_heads * m.attn.head_dim // self.tensor
     self.ffn = m.ffn // self.tensor
     self.vocab = m.vocab // self.tensor
-    gate = m.attn.gate
-    wide = gate.granularity == 'elementwise' and gate.source != 'parameter'
     channels = {'heads': self.query, 'kv_heads': self.key, None: m.width}
-    self.gate = channels[gate.at.heads] if gate.at and wide else 0
+    wide = lambda gate: gate.granularity == 'elementwise' and gate.source != 'parameter'
+    gates = [gate for gate in m.attn.named.values() if gate.at and wide(gate)]
+    self.gate = sum(channels[gate.at.heads] for gate in gates)
     # The routers' own forward pass, before a batch's micro-batches.
     routed = m.moe.experts and cfg.accum > 1 and cfg.loss.balance_over == 'global'
     self.counting = 1 if routed else 0
