@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import tqdm
 
 from gated import config, storage
-from gated.run import terminal
+from gated.run import exit_codes, terminal
 
 # pip downloads both; a wheel for one fixed platform is the same file everywhere.
 WHEELS = (
@@ -339,5 +339,6 @@ if __name__ == '__main__':
   terminal.steady()
   try:
     main(sys.argv[1:])
-  except ValueError as error:
-    sys.exit(f'make_text: {error}')
+  except (ValueError, OSError) as error:
+    print(f'make_text: {error}', file=sys.stderr)
+    sys.exit(exit_codes.FAULT if storage.is_passing(error) else exit_codes.REFUSED)

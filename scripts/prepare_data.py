@@ -7,7 +7,8 @@ A text file (.txt, .md, --suffixes) is one document; JSON lines (.jsonl, .ndjson
 and .parquet have one document in each --field. Text and JSON lines may be compressed
 (.gz, .zst, .bz2, .xz). Folders are read recursively, links in them once. A PATH may be a
 dataset of the Hugging Face hub: hf:OWNER/NAME[@REVISION][:CONFIG][:SPLIT]. docs/data.md
-lists what is read. After an interruption, the same command continues.
+lists what is read. After an interruption, the same command continues. Exit codes: 0
+done, 2 refused, 9 a fault of this machine that may pass, such as a full disk.
 """
 
 import argparse
@@ -15,10 +16,12 @@ import csv
 import json
 import logging
 import os
+import pathlib
 import sys
 
+from gated import storage
 from gated.data import prepare, shards
-from gated.run import terminal
+from gated.run import exit_codes, terminal
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -69,6 +72,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
   return parser.parse_args(argv)
 
 
+def check_out(out: str) -> None:
+  """ValueError unless a dataset can be written there."""
+  if '://' in out:
+    return  # Refused later.
+  path = pathlib.Path(out).absolute()
+  try:
+    top = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    writable = top.is_dir() and os.access(top, os.W_OK | os.X_OK)
+  except OSError as error:  # A name may be too long.
+    raise ValueError(f'--out={out}: {error.strerror}') from error
+  if not writable:
+    raise ValueError(f'--out={out}: {top} is not a writable folder')
+
+
 def default_dedup(out: str) -> str:
   """'exact', or 'none' for a complete dataset that was made without --dedup."""
   if '://' in out:  # Refused later.
@@ -81,7 +98,8 @@ def default_dedup(out: str) -> str:
 
 def main(argv: list[str]) -> None:
   flags = vars(parse(argv))
-  out, processes = flags.pop('out'), flags.pop('processes')
+  out, processes = os.path.expanduser(flags.pop('out')), flags.pop('processes')
+  check_out(out)
   domains: dict[str, list[str]] = {}
   for text in flags.pop('domain'):
     name, equals, listed = text.partition('=')
@@ -111,4 +129,6 @@ if __name__ == '__main__':
   try:
     main(sys.argv[1:])
   except (ValueError, OSError) as error:
-    sys.exit(f'prepare_data: {error}')
+    print(f'prepare_data: {error}', file=sys.stderr)
+    passing = storage.is_passing(error)  # Such as a full disk.
+    sys.exit(exit_codes.FAULT if passing else exit_codes.REFUSED)

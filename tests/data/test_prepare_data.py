@@ -412,8 +412,10 @@ def test_the_command_prints_the_sizes_or_one_line_about_the_fault(tmp_path):
   assert good.returncode == 0, good.stderr
   assert 'train d: 9 rows, 1 documents, 280 tokens, 279 bytes' in good.stdout
   away = run(f'--domain=d={tmp_path}', '--out=s3://bucket/out')
-  assert away.returncode != 0
+  assert away.returncode == 2
   assert '--out=s3://bucket/out, but it must be a local folder' in away.stderr
   bad = run('--domain=d')
-  assert bad.returncode != 0 and '--domain=d, but it must be NAME=PATH' in bad.stderr
-  assert 'Traceback' not in bad.stderr
+  assert bad.returncode == 2 and '--domain=d, but it must be NAME=PATH' in bad.stderr
+  file = run(f'--domain=d={tmp_path}', f'--out={tmp_path / "a.txt" / "below"}')
+  assert file.returncode == 2 and 'a.txt is not a writable folder' in file.stderr
+  assert 'Traceback' not in bad.stderr + file.stderr
