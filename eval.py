@@ -30,7 +30,7 @@ from gated import data, evals, probes, storage
 from gated.devices import processes
 from gated.plan import command, drawing, evaluation, probing
 from gated.plan.load import Loaded
-from gated.run import events, exit_codes, metrics, terminal
+from gated.run import events, exit_codes, metrics, shutdown, terminal
 from gated.run import workdir as workdirs
 
 _WORKDIR = flags.DEFINE_string(
@@ -149,7 +149,7 @@ def _corpus(loaded: Loaded) -> data.Corpus:
   c = base.get_config().to_dict()
   flagged = dict(length=_LENGTH.value, tokenizer=_TOKENIZER.value)
   knobs = c['data'] | {k: v for k, v in flagged.items() if v}
-  with evaluation.shown('opening the data'):
+  with evaluation.shown('opening the data'), shutdown.leaving():
     return loaded.corpus(_DATA.value, knobs=knobs, seed=c['seed'])
 
 

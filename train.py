@@ -253,13 +253,14 @@ def main(argv: list[str]) -> int:
       determinism.enable()
     processes.start(**_PROCESSES(), peer_timeout=cfg.stability.peer_timeout)
     workdir = home.workdir(_WORKDIR.value, c, allowed=_ALLOW.value or [])
-    run = prepare(
-      c,
-      workdir,
-      allowed=_ALLOW.value or [],
-      restore_step=_RESTORE_STEP.value or '',
-      choose=_chooser(cfg),
-    )
+    with shutdown.leaving():
+      run = prepare(
+        c,
+        workdir,
+        allowed=_ALLOW.value or [],
+        restore_step=_RESTORE_STEP.value or '',
+        choose=_chooser(cfg),
+      )
   except (ValueError, NotImplementedError, OSError) as error:
     print(f'train.py: {error}', file=sys.stderr)
     return exit_codes.FAULT if storage.is_passing(error) else exit_codes.REFUSED

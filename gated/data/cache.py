@@ -20,9 +20,16 @@ def default() -> str:
 
 
 def make(
-  folder: str, is_complete: Callable[[], bool], fill: Callable[[str], None]
+  folder: str,
+  is_complete: Callable[[], bool],
+  fill: Callable[[str], None],
+  *,
+  resumes: bool,
 ) -> None:
-  """Makes a folder unless it is complete: `fill` writes a draft, then it is renamed."""
+  """Makes a folder unless it is complete: `fill` writes a draft, then it is renamed.
+
+  If `fill` is interrupted, its draft is kept only if the next call `resumes` it.
+  """
   if is_complete():
     return
   cache, name = os.path.split(folder)
@@ -35,7 +42,12 @@ def make(
     if not locked:
       draft = tempfile.mkdtemp(prefix=f'.{name}.', dir=cache)
     os.makedirs(draft, exist_ok=True)
-    fill(draft)
+    try:
+      fill(draft)
+    except BaseException:  # A signal too.
+      if not (locked and resumes):
+        shutil.rmtree(draft, ignore_errors=True)
+      raise
     if not is_complete():
       shutil.rmtree(folder, ignore_errors=True)  # A damaged folder, without manifest.
     try:

@@ -42,7 +42,9 @@ def directory(length: int, spec: str, folder: str) -> str:
   name = f'stdlib-{platform.python_version()}-{kind}-{length}-v{shards.FORMAT}-{key}'
   target = os.path.join(folder, name)
   is_complete = lambda: os.path.isfile(os.path.join(target, shards.MANIFEST))
-  cache.make(target, is_complete, lambda draft: _build(draft, paths, length, spec))
+  cache.make(
+    target, is_complete, lambda draft: _build(draft, paths, length, spec), resumes=False
+  )
   return target
 
 

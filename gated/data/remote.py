@@ -36,7 +36,7 @@ def directory(url: str, folder: str) -> str:
     _copy(url, draft, manifest)
     storage.write(os.path.join(draft, shards.MANIFEST), content)
 
-  cache.make(target, is_complete, fill)
+  cache.make(target, is_complete, fill, resumes=True)
   return target
 
 

@@ -83,6 +83,28 @@ class Sigterm(contextlib.ExitStack):
       signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def leaving() -> Generator[None]:
+  """Before a run handles signals: one removes half-made files and ends the process.
+
+  SIGTERM and SIGHUP raise SystemExit with their usual exit code. In a run of several
+  processes JAX handles SIGTERM, and the next one removes what a killed one left.
+  """
+
+  def leave(number: int, _) -> NoReturn:
+    sys.exit(128 + number)
+
+  numbers = (signal.SIGTERM, signal.SIGHUP) if jax.process_count() == 1 else ()
+  free = [n for n in numbers if signal.getsignal(n) == signal.SIG_DFL]
+  try:
+    for number in free:
+      signal.signal(number, leave)
+    yield
+  finally:
+    for number in free:
+      signal.signal(number, signal.SIG_DFL)
+
+
 def exit_code(train: Callable[[], int], path: storage.Path, *, program: str) -> int:
   """Calls `train` -> the exit code of the process; writes WORKDIR/outcome.json.
 
