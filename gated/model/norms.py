@@ -1,0 +1,78 @@
+"""The norm before each branch, by name: RMSNorm, two successors of it, and Dynamic Tanh.
+
+D width
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gated.model.layers import GatedNorm, Numerics, RMSNorm
+
+
+class Scale(nnx.Module):
+  """x -> scale * x, for a learned scalar or one value for each channel."""
+
+  def __init__(self, shape: tuple[int, ...], start: float):
+    # As one of the last dims: JAX promotes no ranks but those of scalars.
+    axes = (None,) * len(shape)
+    self.scale = nnx.Param(jnp.full(shape, start, jnp.float32), axes=axes)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.scale[...]
+    return (x.astype(jnp.float32) * _last(scale, x)).astype(x.dtype)
+
+
+def _last(vector: jax.Array, like: jax.Array) -> jax.Array:
+  """A vector or scalar -> the same with leading dims of 1, in float32."""
+  leading = (1,) * (like.ndim - vector.ndim)
+  return vector.astype(jnp.float32).reshape(leading + vector.shape)
+
+
+class PreAffine(nnx.Module):
+  """x -> RMSNorm(lambda * x) with a learned lambda_D, first 1 (arXiv 2601.22966)."""
+
+  def __init__(self, dim: int, *, numerics: Numerics):
+    self.before = Scale((dim,), 1.0)
+    self.rms = RMSNorm(dim, axes=(None,), numerics=numerics)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.rms(self.before(x))
+
+
+class DynamicTanh(nnx.Module):
+  """x -> gamma * tanh(alpha x) + beta, alpha a learned scalar (arXiv 2503.10622).
+
+  No statistic of x is needed. The authors' code for Llama has no beta.
+  """
+
+  def __init__(self, dim: int, alpha: float):
+    self.alpha = Scale((), alpha)
+    self.scale = nnx.Param(jnp.ones(dim, jnp.float32), axes=(None,))
+    self.bias = nnx.Param(jnp.zeros(dim, jnp.float32), axes=(None,))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return _dynamic_tanh(x, self.alpha.scale[...], self.scale[...], self.bias[...])
+
+
+@jax.checkpoint
+def _dynamic_tanh(x, alpha, scale, bias):
+  y = jnp.tanh(alpha.astype(jnp.float32) * x.astype(jnp.float32))
+  return (_last(scale, x) * y + _last(bias, x)).astype(x.dtype)
+
+
+# Norms before a branch and at the end. Each entry: (key, D, rank, alpha, numerics) ->
+# module; only 'gated' reads the rank, and only 'dyt' the initial alpha.
+NORMS = {
+  'rms': lambda key, dim, rank, alpha, numerics: RMSNorm(
+    dim, axes=(None,), numerics=numerics
+  ),
+  'gated': lambda key, dim, rank, alpha, numerics: GatedNorm(
+    key, dim, rank, numerics=numerics
+  ),
+  'pre_affine': lambda key, dim, rank, alpha, numerics: PreAffine(dim, numerics=numerics),
+  'dyt': lambda key, dim, rank, alpha, numerics: DynamicTanh(dim, alpha),
+}
+# Norms that do not change the scale of their input much: the authors multiply embeddings
+# by a learned scalar, first sqrt(D), without which their models do not converge.
+EMBEDDINGS_SCALED = ('dyt',)
