@@ -5,6 +5,7 @@
   python eval.py --workdir=runs/demo --probe --figures --beside=runs/demo-baseline
   python eval.py --workdir=runs/demo --force_gates=mean@0
   python eval.py --workdir=runs/demo --prompt="def fib(" --max_tokens=64
+  python eval.py --workdir=runs/demo --tasks=stdlib,hellaswag --limit=500
 
 Prints a table of held-out loss by domain, beside two yardsticks on the same text
 (--yardsticks=none leaves them out), and as its last line the report as JSON, which it
@@ -14,7 +15,8 @@ refused; 9: a fault of this machine that may pass.
 
 With --probe it prints measurements of each layer instead, and writes them to
 WORKDIR/probes/STEP.json; --figures adds figures there. With --prompt it prints the
-prompt and the model's continuation.
+prompt and the model's continuation. With --tasks it prints the table of lm-eval, and
+writes its report into WORKDIR/evals/.
 """
 
 import logging
@@ -28,7 +30,8 @@ import gated
 from configs import base
 from gated import data, evals, probes, storage
 from gated.devices import processes
-from gated.plan import command, drawing, evaluation, probing
+from gated.evals import harness
+from gated.plan import command, drawing, evaluation, probing, tasks
 from gated.plan.load import Loaded
 from gated.run import events, exit_codes, metrics, shutdown, terminal
 from gated.run import workdir as workdirs
@@ -74,6 +77,8 @@ LOSSES_ONLY = 'by_position', 'batch', 'yardsticks', 'bigram_rows', 'xz_bytes'
 PROBES_ONLY = 'text', 'mask_documents'
 _BOTH = 'data', 'length', 'tokenizer', 'rows', 'probe', 'figures', 'force_gates', 'beside'
 _GENERATION = evals.define(flags, excludes=(*LOSSES_ONLY, *PROBES_ONLY, *_BOTH))
+_OTHERS = {*LOSSES_ONLY, *PROBES_ONLY, *_BOTH, 'prompt'} - {'batch', 'length'}
+_TASKS = harness.define(flags, excludes=sorted(_OTHERS))
 _PROCESSES = processes.define(flags)
 
 
@@ -197,6 +202,7 @@ def main(argv: list[str]) -> int:
   terminal.steady()
   logging.basicConfig(format='%(message)s', level=logging.WARNING, force=True)
   try:
+    chosen = _TASKS()
     prompts, options = _GENERATION()
     peer_timeout = base.get_config().stability.peer_timeout
     processes.start(**_PROCESSES(), peer_timeout=peer_timeout)
@@ -206,6 +212,9 @@ def main(argv: list[str]) -> int:
         texts = loaded.generate(prompts, **options)
       if jax.process_index() == 0:
         print(*map(''.join, zip(prompts, texts)), sep='\n\n')
+      return exit_codes.FINISHED
+    if chosen:
+      tasks.run(_load(_WORKDIR.value), chosen)
       return exit_codes.FINISHED
     _check_flags()
     loaded = _load(_WORKDIR.value)

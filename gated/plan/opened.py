@@ -151,7 +151,15 @@ class Opened:
     attn = self.cfg.attn
     most = max(attn.max_segments, segments)
     attn = dataclasses.replace(attn, max_segments=most)
-    cfg = dataclasses.replace(self.cfg, attn=attn)
+    return self._with(attn=attn)
+
+  def dropless(self) -> Self:
+    """The same model whose experts drop no token, so that rows do not change others."""
+    moe = dataclasses.replace(self.cfg.moe, dispatch='dropless')
+    return self._with(moe=moe)
+
+  def _with(self, **changes: Any) -> Self:
+    cfg = dataclasses.replace(self.cfg, **changes)
     same: dict[str, Any] = dict(step=self.step, about=self.about, cache=self.cache)
     fitted = type(self)(self.path, cfg, **same)
     fitted.changes = self.changes

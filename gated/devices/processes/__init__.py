@@ -99,6 +99,17 @@ def gather(text: str) -> list[str]:
   return [row.tobytes().rstrip(b'\0').decode(errors='replace') for row in rows]
 
 
+def share(content: bytes) -> bytes:
+  """The bytes of process 0; all processes must call it."""
+  if jax.process_count() == 1:
+    return content
+  take = multihost_utils.broadcast_one_to_all
+  row = np.zeros(int(take(np.int64(len(content)))), np.uint8)
+  if jax.process_index() == 0:
+    row[:] = np.frombuffer(content, np.uint8)
+  return np.asarray(take(row), np.uint8).tobytes()
+
+
 def agree(subject: str, digest: str) -> None:
   """Raises ValueError unless the digest is equal in all processes."""
   if set(gather(digest)) != {digest}:

@@ -1,0 +1,181 @@
+"""Continuations after contexts -> their log-likelihoods: one forward pass per input.
+
+Requests with the same input, context and continuation less its last token, share a row:
+such as the letters of a multiple choice. What a row must report are its asks: the
+log-probability of a token at a position. Only these positions meet the vocabulary.
+
+Rows are sorted by length, longest first, padded on the right, which a causal model does
+not see, and split over all devices of all processes. Few lengths and numbers of asks
+occur, so that few programs are compiled.
+
+B rows of a batch  T tokens  S asks of a row  D width  V vocabulary
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from gated import model
+from gated.devices import mesh
+
+TOKENS = 1 << 14  # Of a batch per device, unless its rows are counted.
+CHUNK = 1024  # Asks per device whose logits are in memory at a time.
+SHORTEST = 16  # Tokens of the shortest row.
+STEPS = 4  # Row lengths in an octave.
+
+Tokens = Sequence[int]
+
+
+class Request(NamedTuple):
+  """A continuation of at least one token, after a context of at least one."""
+
+  context: tuple[int, ...]
+  continuation: tuple[int, ...]
+
+
+class Answer(NamedTuple):
+  """The log-likelihood of a continuation, in nats; whether greedy decoding gives it."""
+
+  nats: float
+  greedy: bool
+
+
+def request(context: Tokens, continuation: Tokens, length: int) -> Request:
+  """Token ids -> a request that fits a model of `length` tokens, as lm-eval cuts it.
+
+  The last length + 1 tokens remain; the model reads all but the last one. ValueError for
+  a continuation that is empty or longer than `length`.
+  """
+  if not 0 < len(continuation) <= length:
+    raise ValueError(
+      f'a continuation has {len(continuation)} tokens, but 1 to {length} are possible'
+    )
+  tokens = (*context, *continuation)[-(length + 1) :]
+  cut = len(tokens) - len(continuation)
+  return Request(tokens[:cut], tokens[cut:])
+
+
+@dataclass
+class Row:
+  """An input, its asks, and the requests that they answer."""
+
+  tokens: tuple[int, ...]
+  asks: dict[tuple[int, int], int]  # (position, token) -> the index of the ask
+  members: list[tuple[Request, list[int]]]  # the asks of each request
+
+
+def rows(requests: Sequence[Request]) -> list[Row]:
+  """Requests -> the rows that answer them, longest first; equal requests once."""
+  by_input: dict[tuple[int, ...], Row] = {}
+  for each in dict.fromkeys(requests):
+    tokens = (*each.context, *each.continuation[:-1])
+    row = by_input.setdefault(tokens, Row(tokens, {}, []))
+    first = len(each.context) - 1
+    asks = [
+      row.asks.setdefault((first + i, token), len(row.asks))
+      for i, token in enumerate(each.continuation)
+    ]
+    row.members.append((each, asks))
+  return sorted(by_input.values(), key=lambda row: (-len(row.tokens), row.tokens))
+
+
+def padded_length(count: int) -> int:
+  """A number of tokens -> the length of its row: 1 of STEPS in each octave."""
+  step = max(SHORTEST, (1 << (count - 1).bit_length()) // (2 * STEPS))
+  return -(-count // step) * step
+
+
+def padded_asks(count: int) -> int:
+  """A number of asks -> a power of 4."""
+  return 4 ** max(1, -(-(count - 1).bit_length() // 2))
+
+
+def batches(ordered: Sequence[Row], *, size: int, ways: int) -> Iterator[list[Row]]:
+  """Rows, longest first -> batches of `size` rows a device, or 0: of TOKENS tokens."""
+  start = 0
+  while start < len(ordered):
+    length = padded_length(len(ordered[start].tokens))
+    count = ways * (size or max(1, TOKENS // length))
+    yield list(ordered[start : start + count])
+    start += count
+
+
+def arrays(batch: Sequence[Row], *, ways: int) -> tuple[np.ndarray, ...]:
+  """Rows -> (token_BT, position_BS, target_BS), padded in all three dims."""
+  length = padded_length(max(len(row.tokens) for row in batch))
+  asks = padded_asks(max(len(row.asks) for row in batch))
+  size = ways * (1 << (-(-len(batch) // ways) - 1).bit_length())
+  token_BT = np.zeros((size, length), np.int32)
+  ask_BS2 = np.zeros((size, asks, 2), np.int32)
+  for i, row in enumerate(batch):
+    token_BT[i, : len(row.tokens)] = row.tokens
+    ask_BS2[i, : len(row.asks)] = [*row.asks]
+  return token_BT, ask_BS2[..., 0], ask_BS2[..., 1]
+
+
+def measure(
+  net: model.Transformer, token_BT: Any, position_BS: Any, target_BS: Any
+) -> tuple[Any, Any]:
+  """Asks -> (their log-probabilities, whether each target is the most probable token)."""
+  x_BTD, _ = net.hidden(token_BT)
+  x_BSD = jnp.take_along_axis(x_BTD, position_BS[..., None], 1)
+  x_BSD = mesh.constrain(x_BSD, 'batch', None, None)
+  B, S = target_BS.shape
+  on = mesh.current()
+  here = B // (1 if on is None else mesh.ways('batch', on))
+  # S is a power of 4, so the parts are equal.
+  parts = S // max(1, min(S, 1 << (max(1, CHUNK // here).bit_length() - 1)))
+
+  def ask(part):
+    x_BsD, target_Bs = part
+    logit_BsV = mesh.constrain(net.logits(x_BsD), 'batch', None, 'vocab')
+    target_Bs1 = target_Bs[..., None]
+    logit_Bs = jnp.take_along_axis(logit_BsV, target_Bs1, -1)[..., 0]
+    nats_Bs = logit_Bs - jax.nn.logsumexp(logit_BsV, -1)
+    return nats_Bs, logit_BsV.argmax(-1) == target_Bs
+
+  cut = lambda a: jnp.moveaxis(a.reshape(B, parts, S // parts, *a.shape[2:]), 1, 0)
+  join = lambda a: jnp.moveaxis(a, 0, 1).reshape(B, S)
+  return jax.tree.map(join, jax.lax.map(ask, (cut(x_BSD), cut(target_BS))))
+
+
+def score(
+  requests: Sequence[Request],
+  measured: Callable,
+  net: model.Transformer,
+  *,
+  on: Mesh,
+  size: int,
+) -> Iterator[dict[Request, Answer]]:
+  """Requests -> their answers, a batch at a time; all processes must call it.
+
+  `measured` is `measure`, compiled for all devices of `on`; its results are on all
+  processes.
+  """
+  ways = mesh.ways('batch', on)
+  started = None
+  for batch in batches(rows(requests), size=size, ways=ways):
+    whole = arrays(batch, ways=ways)
+    count = len(whole[0])
+    held = list(mesh.rows(on, count))
+    placed = mesh.place(tuple(x[held] for x in whole), on, count)
+    before, started = started, (batch, measured(net, *placed))
+    if before:  # The devices compute the next batch meanwhile.
+      yield _answers(*before)
+  if started:
+    yield _answers(*started)
+
+
+def _answers(batch: Sequence[Row], measured: Any) -> dict[Request, Answer]:
+  """A batch and what was measured of it -> the answers of its rows."""
+  nats_BS, best_BS = (np.asarray(x) for x in measured)
+  return {
+    each: Answer(float(nats_S[asks].sum(dtype=float)), bool(best_S[asks].all()))
+    for row, nats_S, best_S in zip(batch, nats_BS, best_BS)
+    for each, asks in row.members
+  }

@@ -1,0 +1,193 @@
+"""Tasks of lm-eval: what needs no lm-eval. Its own model agrees: test_tasks.py."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+import small
+
+from gated import storage
+from gated.evals.harness import cache, documents, options, scoring
+from gated.evals.harness.scoring import Answer, Request
+
+ANSWERS = [Answer(-1.5, True), Answer(-math.inf, False)]
+
+
+def definition(net, each):
+  """A request's answer from the logits of its text alone."""
+  tokens = np.array([[*each.context, *each.continuation]])
+  logit_TV = np.asarray(small.jit(lambda m, t: m(t))(net, tokens[:, :-1]))[0]
+  logit_TV = logit_TV[len(each.context) - 1 :].astype(float)
+  nats_TV = logit_TV - np.log(np.exp(logit_TV).sum(-1, keepdims=True))
+  picked = nats_TV[range(len(each.continuation)), each.continuation]
+  best = logit_TV.argmax(-1).tolist() == [*each.continuation]
+  return picked.sum(), best
+
+
+def requests():
+  """Requests of many lengths; some share an input, one is greedy decoding's."""
+  rng = np.random.default_rng(0)
+  draw = lambda n: tuple(rng.integers(0, 40, n).tolist())
+  several = [Request(draw(n), draw(m)) for n, m in [(1, 1), (3, 9), (20, 2), (33, 17)]]
+  context = draw(12)
+  return several + [Request(context, (letter,)) for letter in (3, 5, 7, 9)]
+
+
+def scored(asked, net, on, **flags):
+  """-> the answers, and the shapes of the batches that were measured."""
+  shapes = []
+  compiled = jax.jit(scoring.measure)
+
+  def measured(net, *batch):
+    shapes.append((*batch[0].shape, batch[1].shape[1]))
+    with jax.set_mesh(on):
+      return compiled(net, *batch)
+
+  answers = {}
+  for part in scoring.score(asked, measured, net, on=on, **flags):
+    answers |= part
+  return answers, shapes
+
+
+@pytest.mark.slow
+def test_answers_are_those_of_each_text_alone_for_any_batch_and_devices():
+  net, asked = small.model_of(attn__gate__position='sdpa'), requests()
+  greedy = asked[2].context
+  best = np.asarray(small.jit(lambda m, t: m(t))(net, np.array([greedy])))[0, -1].argmax()
+  asked.append(Request(greedy, (int(best),)))
+  want = {each: definition(net, each) for each in asked}
+  assert want[asked[-1]][1] and not all(best for _, best in want.values())
+  for on, size in (
+    (small.mesh_of(), 1),
+    (small.mesh_of(), 16),
+    (small.mesh_of(data=2, fsdp=4), 0),
+  ):
+    answers, _ = scored(asked, net, on, size=size)
+    assert answers.keys() == want.keys()
+    for each, (nats, best) in want.items():
+      assert answers[each].nats == pytest.approx(nats, abs=1e-4)
+      assert answers[each].greedy == best
+
+
+def test_one_token_continuations_of_a_context_share_a_row():
+  rows = scoring.rows(requests())
+  shared = [row for row in rows if len(row.members) > 1]
+  assert len(rows) == 5 and [len(row.asks) for row in shared] == [4]
+  assert [asks for _, asks in shared[0].members] == [[0], [1], [2], [3]]
+  assert [len(row.tokens) for row in rows] == [49, 21, 12, 11, 1]
+
+
+def test_continuations_that_differ_in_the_last_token_or_the_cut_share_a_row():
+  asked = [Request((1, 2), (3, 4)), Request((1, 2), (3, 5)), Request((1, 2, 3), (4,))]
+  [row] = scoring.rows([*asked, asked[0]])
+  assert [*row.asks] == [(1, 3), (2, 4), (2, 5)]
+  assert [asks for _, asks in row.members] == [[0, 1], [0, 2], [1]]
+
+
+def test_a_text_too_long_loses_its_start_as_in_lm_eval():
+  """lm-eval reads the last length + 1 tokens of context and continuation, less one."""
+  assert scoring.request([1, 2], [3], 8) == ((1, 2), (3,))
+  assert scoring.request([1, 2, 3, 4], [5, 6], 4) == ((2, 3, 4), (5, 6))
+  assert scoring.request([1, 2], [3, 4, 5, 6], 4) == ((2,), (3, 4, 5, 6))
+  for bad in ([], [1] * 5):
+    with pytest.raises(ValueError, match=f'has {len(bad)} tokens, but 1 to 4'):
+      scoring.request([1], bad, 4)
+
+
+def test_batches_hold_rows_of_few_lengths_and_are_padded():
+  lengths = {scoring.padded_length(n) for n in range(1, 1025)}
+  assert lengths == {16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256} | {
+    *range(320, 513, 64),
+    *range(640, 1025, 128),
+  }
+  assert all(scoring.padded_length(n) >= n for n in range(1, 1025))
+  asks = [scoring.padded_asks(n) for n in (1, 4, 5, 16, 17, 64, 65)]
+  assert asks == [4, 4, 16, 16, 64, 64, 256]
+  rows = scoring.rows([Request((i,) * 20, (1,)) for i in range(5)])
+  token_BT, position_BS, target_BS = scoring.arrays(rows, ways=2)
+  assert token_BT.shape == (8, 32) and position_BS.shape == target_BS.shape == (8, 4)
+  assert (token_BT[4, :20] == 4).all() and not token_BT[4, 20:].any()
+  assert position_BS[:5, 0].tolist() == [19] * 5
+  sizes = [len(batch) for batch in scoring.batches(rows, size=1, ways=2)]
+  assert sizes == [2, 2, 1]
+  assert len(next(scoring.batches(rows * 400, size=0, ways=2))) == 2 * (1 << 14) // 32
+
+
+def test_an_interrupted_session_leaves_its_answers_to_the_next(tmp_path):
+  folder = storage.path(tmp_path / 'requests')
+  first = cache.Answers(folder)
+  first.add({'a': [*ANSWERS[0]]})
+  first.add({'b': [*ANSWERS[1]], 'c': 'text\n'})
+  [file] = (tmp_path / 'requests').iterdir()
+  file.write_bytes(file.read_bytes() + b'["d", [-2.')  # Killed while it wrote.
+  second = cache.Answers(folder)
+  assert len(second) == 3 and 'd' not in second
+  assert Answer(*second['a']) == ANSWERS[0] and Answer(*second['b']) == ANSWERS[1]
+  second.add({'d': 'again'})
+  third = cache.Answers(folder)
+  assert third['d'] == 'again' and third['c'] == 'text\n'
+  assert len([*(tmp_path / 'requests').iterdir()]) == 2
+
+
+def test_answers_go_to_a_store_in_parts(monkeypatch):
+  written = {}
+  monkeypatch.setattr(storage, 'is_remote', lambda path: True)
+  monkeypatch.setattr(storage, 'names', lambda folder: sorted(written))
+  write = lambda path, content: written.update({path.name: content})
+  monkeypatch.setattr(storage, 'write', write)
+  answers = cache.Answers(storage.path('store'))
+  answers.add({'a': 1})
+  assert not written and answers['a'] == 1
+  answers.flush()
+  answers.add({'b': 2})
+  answers.flush()
+  assert [*written] == ['000000.jsonl', '000001.jsonl']
+  assert json.loads(written['000001.jsonl']) == ['b', 2]
+
+
+def test_a_full_disk_is_a_warning_and_the_evaluation_goes_on(tmp_path, caplog):
+  (tmp_path / 'requests').write_text('a file where the folder should be')
+  answers = cache.Answers(storage.path(tmp_path / 'requests'))
+  answers.add({'a': 1})
+  answers.add({'b': 2})
+  assert answers['b'] == 2 and caplog.text.count('no longer stored') == 1
+
+
+def test_keys_differ_by_kind_ids_options_and_cut():
+  keys = [
+    cache.key('likelihood', (1, 2), (3,)),
+    cache.key('likelihood', (1,), (2, 3)),
+    cache.key('generation', (1, 2), (3,)),
+    cache.key('generation', (1, 2), '{}'),
+  ]
+  assert len({*keys}) == 4
+  assert cache.key('likelihood', np.array([1, 2]), [3]) == keys[0]
+
+
+def test_local_tasks_have_balanced_answers_and_one_right_choice():
+  for kind in ('names', 'endings'):
+    items = documents.KINDS[kind]('test')
+    assert len(items) >= 100
+    counts = np.bincount([item['answer'] for item in items])
+    if kind == 'names':
+      assert counts.max() - counts.min() <= 1
+    assert counts.max() < 0.35 * len(items)
+    assert all(len({*item['choices']}) == 4 for item in items)
+  for item in documents.words('test'):
+    assert item['word'] in item['text'].split()
+  assert documents.endings('test') == documents.endings('test')
+
+
+@pytest.mark.parametrize(
+  ('values', 'message'),
+  [
+    (dict(limit=-1), 'limit=-1, but it must be at least 0'),
+    (dict(fewshot=-2), 'fewshot=-2, but it must be at least -1'),
+    (dict(tasks=('a', 'a')), 'tasks=a,a has a task twice'),
+  ],
+)
+def test_options_out_of_range_are_refused(values, message):
+  with pytest.raises(ValueError, match=message):
+    options.Options(**dict(tasks=('a',)) | values)
