@@ -10,6 +10,7 @@ import numpy as np
 
 from gated import config, data, evals, storage
 from gated.devices import processes
+from gated.plan import cautions
 from gated.plan.plan import Chooser, Plan, due
 from gated.plan.recipe import Config
 from gated.run import checkpoint, metrics, weights
@@ -126,6 +127,8 @@ def prepare(
   agreed = {'config': c, 'data': fingerprint['sha256'], 'step': resume.step}
   processes.agree('the recipe, the data or the checkpoints', config.digest(agreed))
   _log.info('%s', plan)
+  for caution in cautions.of(cfg):
+    _log.warning('%s', caution)
   if not corpus.domains:
     _log.info('the data has no held-out rows: no held-out loss, and no best step')
   sample = _sampler(plan, corpus) if cfg.log.samples else None

@@ -41,9 +41,10 @@ class Row:
   state: str = 'absent'  # One of state.STATES, or running, elsewhere.
   step: int = 0
   message: str = ''  # The reason why its last session ended.
-  # Loss, spikes and seconds come from the last training record of a local workdir.
+  # These come from the last training record of a local workdir.
   loss: str = ''
   spikes: int = 0
+  skipped: int = 0  # updates
   seconds: float = 0.0  # Per step; 0 if unknown.
   slot: str = ''
   code: int | None = None  # The exit code of its last process on this machine.
@@ -76,7 +77,8 @@ class Row:
           # A non-finite number is a string.
           self.loss = loss if isinstance(loss, str) else f'{loss:.4f}'
           # The first record may have no step_seconds: its only step was compiled.
-          self.spikes, self.seconds = spikes, record.get('step_seconds', 0.0)
+          self.spikes, self.skipped = spikes, int(record.get('skipped', 0))
+          self.seconds = record.get('step_seconds', 0.0)
           if self.state in ('running', 'elsewhere'):
             self.step = max(self.step, step)
           return

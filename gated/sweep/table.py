@@ -40,7 +40,8 @@ def table(rows: Sequence[Row], title: str) -> Group:
   for name in names:
     grid.add_column(_cell(name))
   grid.add_column('state')
-  for name in ('step', 'loss', 'spikes', 'left'):
+  skips = any(row.skipped for row in rows)
+  for name in ('step', 'loss', 'spikes', *(['skipped'] if skips else []), 'left'):
     grid.add_column(name, justify='right')
   for row in rows:
     left = (row.steps - row.step) * row.seconds
@@ -50,6 +51,7 @@ def table(rows: Sequence[Row], title: str) -> Group:
       f'{row.step}/{row.steps}',
       row.loss,
       str(row.spikes or ''),
+      *([str(row.skipped or '')] if skips else []),
       _time(left) if row.state == 'running' and left else '',
     )
   line = lambda text: Text(terminal.visible(text), overflow='ellipsis', no_wrap=True)
@@ -137,3 +139,5 @@ def show(rows: Sequence[Row], swept: Sweep) -> None:
   for row in rows:
     if row.state == 'failed' and row.message:
       print(f'{row.point.name} failed: {row.message}; see {swept.log(row.point)}')
+    if row.ended and 2 * row.skipped > row.step:
+      print(f'{row.point.name}: {row.skipped} of {row.step} updates were skipped')

@@ -141,6 +141,16 @@ def report(opt_state: Guarded) -> dict[str, jax.Array]:
   return scalars | {'bad_in_row': opt_state.in_row}
 
 
+def scheduled(opt_state: Guarded) -> jax.Array:
+  """A guarded optimizer's state -> the updates that its schedule has counted.
+
+  The next update uses the rate of this count, whether it is skipped or not. Without a
+  schedule, the accepted steps.
+  """
+  own = lambda path, _: getattr(path[-1], 'tuple_name', '') == 'ScaleByScheduleState'
+  return optax.tree.get(opt_state.inner, 'count', opt_state.filled, filtering=own)
+
+
 def _score(
   value: jax.Array, ring_W: jax.Array, filled: jax.Array, threshold: float
 ) -> tuple[jax.Array, jax.Array]:

@@ -135,8 +135,8 @@ def update(
     'grad_norm': optax.tree.norm(grads),
     'param_norm': optax.tree.norm(_float32(model)),
     'update_norm': optax.tree.norm(updates),
-    # A skipped update does not advance the schedule or the rest of the optimizer.
-    'lr': schedule(state.step - state.opt.skipped),
+    # A skipped update may or may not have advanced the schedule (see `guard`).
+    'lr': schedule(guard.scheduled(state.opt)),
     'tokens': tokens,
   }
   metrics |= guard.report(opt)

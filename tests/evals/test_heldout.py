@@ -131,3 +131,13 @@ def test_the_table_has_a_line_a_domain_and_aligned_columns():
     'prose',
     'prose, gates open',
   ]
+
+
+def test_rows_without_text_have_no_bits_per_byte():
+  """Rows of ends of text only: tokens, but no byte."""
+  zero = np.zeros(2)
+  summary = evals.heldout.summarize(np.array([3.0, 5.0]), np.ones(2), zero)
+  assert (summary['nats_per_token'], summary['bytes']) == (4.0, 0)
+  assert summary['bits_per_byte'] is summary['bits_per_byte_stderr'] is None
+  table = evals.table({'step': 1, 'domains': {'code': summary}}).splitlines()[1]
+  assert 'inf' not in table and 'nan' not in table

@@ -14,7 +14,7 @@ import pytest
 import small
 
 from gated import config, storage
-from gated.run import checkpoint, lock, outcome, workdir
+from gated.run import checkpoint, lock, metrics, outcome, workdir
 from gated.train import step
 
 DATA = {'sha256': 'd' * 64}
@@ -418,6 +418,18 @@ def test_the_outcome_is_removed_only_when_the_next_session_begins(tmp_path):
   assert outcome.read(tmp_path).code == 3
   workdir.begin(tmp_path, workdir.Resume(None, [], {}), [])
   assert outcome.read(tmp_path) is None
+
+
+def test_skipped_updates_are_in_the_outcome(tmp_path):
+  for number, skipped in ((5, 4), (6, 5)):
+    record = {'step': number, 'kind': 'train', 'skipped': skipped}
+    metrics.append(tmp_path / 'metrics.jsonl', record)
+  metrics.append(tmp_path / 'metrics.jsonl', {'step': 7, 'kind': 'heldout'})
+  workdir.conclude(tmp_path, 0, 'finished')
+  ended = outcome.read(tmp_path)
+  assert ended.told == 'finished; 5 of 6 updates were skipped' and ended.step == 7
+  metrics.append(tmp_path / 'metrics.jsonl', {'step': 8, 'kind': 'train', 'skipped': []})
+  workdir.conclude(tmp_path, 0, 'finished')  # Only warns.
 
 
 def test_an_error_releases_the_workdir(tmp_path):

@@ -122,6 +122,29 @@ def test_an_update_that_is_not_finite_is_dropped_though_its_gradient_is():
     assert int(state.verdict) == 2 and int(state.filled) == 0
 
 
+def test_the_count_of_the_schedule_is_that_of_the_next_rate():
+  """A finite gradient advances the schedule even if its update is dropped."""
+  rates = jnp.asarray([INF, 2e-3, 3e-3, 4e-3])
+  tx = guard.guard(optax.sgd(lambda count: rates[count]), knobs())
+  params = {'w': jnp.ones(2)}
+  state = tx.init(params)
+  used = []
+  for gradient, loss in ((1.0, 3.0), (1.0, 3.0), (NAN, NAN), (1.0, 3.0)):
+    rate = float(rates[guard.scheduled(state)])
+    grads = {'w': jnp.full(2, gradient)}
+    updates, state = tx.update(grads, state, params, loss=jnp.float32(loss))
+    used.append((rate, float(updates['w'][0])))
+  expected = [(INF, 0), (2e-3, -2e-3), (3e-3, 0), (3e-3, -3e-3)]
+  np.testing.assert_allclose(used, expected, rtol=1e-6)
+  assert int(state.skipped) == 2
+
+
+def test_the_count_of_an_optimizer_without_a_schedule_is_that_of_its_steps():
+  tx = guard.guard(optax.sgd(0.1), knobs())
+  state = tx.init(PARAMS)
+  assert int(guard.scheduled(state._replace(filled=jnp.int32(4)))) == 4
+
+
 def test_parameters_that_are_not_finite_stay_as_they_are():
   """Zero times infinity is NaN, and so is infinity less itself: only a choice is safe."""
   params = jax.tree.map(jnp.copy, PARAMS)

@@ -21,6 +21,7 @@ from gated.sweep.report.points import (
 )
 from gated.sweep.report.tables import Table, plain
 
+MOST = 0.5  # Above this fraction of skipped updates, a loss says little.
 STATES = ('finished', 'diverged', 'partial', 'failed', 'absent')
 # The knobs that the report lists; the first three multiply to a run's tokens.
 KNOBS = (
@@ -108,6 +109,13 @@ def _opening(report: Report) -> Iterator[str]:
   yield f'{report.states()}.{f" Only a part: {plain(part)}." if part else ""}'
   for name, value in report.notes.items():
     yield f'**The sweeps differ in their {name}**, which may move a loss: {plain(value)}.'
+  share = {p.name: float(p.log.warnings['skipped'] or 0) for p in report.points}
+  if most := {name: x for name, x in share.items() if x > MOST}:
+    listed = ', '.join(f'{name} ({x:.0%})' for name, x in most.items())
+    yield (
+      f'**Most updates were skipped in {len(most)} of {len(report.points)} points**, '
+      f'whose losses say little: {plain(listed)}.'
+    )
   missing = [p for p in report.points if not p.done]
   if missing:
     yield (
