@@ -6,12 +6,12 @@ Qwen3-Next without linear attention.
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gated import model
@@ -30,10 +30,6 @@ MAY_DIFFER = (
   'config.model.numerics.init_std',
 )
 SHARD_BYTES = 2 << 30
-CENTRED = (
-  'norms store w = scale - 1 there, and 1 + w loses most of a small w unless weights are '
-  'kept in float32 (config.model.numerics.weights)'
-)
 
 _log = logging.getLogger('gated')
 
@@ -41,18 +37,13 @@ _log = logging.getLogger('gated')
 def config(directory: str | Path) -> model.Config:
   """A folder -> the config of its model; ValueError if the model is not supported.
 
-  The dtype of the weights is that of the embedding in the files, or float32 for
-  Qwen3-Next, because reading adds 1 to its norms. The compute dtype is that of the files.
+  The dtype of its matrices, and the compute dtype, is that of the embedding in the files.
   """
   source = files.Tensors(directory)
   embedding = source.headers.get(names.TABLE[0][0])
   # An unsupported dtype is reported with the other faults of the tensors.
   dtype = files.DTYPES.get(embedding.dtype if embedding else '', 'float32')
-  theirs = _meaning(source, {'numerics': {'weights': dtype, 'compute': dtype}})
-  if not theirs.centred:
-    return theirs.cfg
-  numerics = dataclasses.replace(theirs.cfg.numerics, weights='float32')
-  return dataclasses.replace(theirs.cfg, numerics=numerics)
+  return _meaning(source, {'numerics': {'weights': dtype, 'compute': dtype}}).cfg
 
 
 def check(directory: str | Path, like: model.Transformer, *, fresh: bool = False) -> None:
@@ -104,26 +95,29 @@ def save(
   """Writes a model to a new folder.
 
   Without a gate, the format is Qwen3 or Qwen3-MoE. With a gate, packing 'grouped' writes
-  the authors' Qwen3, which only their code opens; 'per_head' writes a dense model with an
-  elementwise gate as Qwen3-Next, which transformers opens. `dtype` defaults to that of
-  each tensor. `also` holds further keys of config.json, which have no effect on logits.
-  ValueError names each unsupported knob.
+  the authors' layout with the code that opens it in transformers; 'per_head' writes a
+  dense model with an elementwise gate as Qwen3-Next, which transformers opens by itself.
+  `dtype` defaults to that of each tensor; one that is wider than config.json's, such as a
+  norm, is written in the latter if that loses nothing. `also` holds further keys of
+  config.json, which have no effect on logits. ValueError names each unsupported knob.
   """
   if jax.process_count() > 1:
     raise ValueError('saving a Hugging Face checkpoint needs a single process')
   one_of('dtype', dtype, (None, *DTYPES))
   kept = dtype or params.cfg.numerics.weights
   content, groups, centred = knobs.write(params.cfg, packing, kept, also or {})
-  leaves = trees.flatten(params)
+  leaves = knobs.folded(params.cfg, trees.flatten(params))
   entries = names.table(leaves, groups=groups, centred=centred)
   assert leaves.keys() <= {name for entry in entries for name in entry.ours}
   their_dtypes = {ours: theirs for theirs, ours in files.DTYPES.items()}
-  headers = {}
+  kinds, headers = {}, {}
   for entry in entries:
-    header = dtype or str(leaves[entry.ours[0]].dtype)
-    tensor = files.Tensor(entry.shape, their_dtypes[header])
+    kinds[entry.theirs] = dtype or _dtype(entry, leaves, kept)
+    tensor = files.Tensor(entry.shape, their_dtypes[kinds[entry.theirs]])
     headers |= dict.fromkeys(entry.names(), tensor)
-  files.write(directory, content, headers, _tensors(entries, leaves, dtype), shard_bytes)
+  files.write(directory, content, headers, _tensors(entries, leaves, kinds), shard_bytes)
+  if code := knobs.code(content):
+    shutil.copyfile(Path(__file__).with_name(code), Path(directory) / code)
 
 
 def _meaning(source: files.Tensors, base: Mapping[str, Any]) -> meaning.Meaning:
@@ -162,12 +156,6 @@ def _matched(
   ]
   shapes = {name: entry.shape for entry in entries for name in entry.names()}
   faults += _faults(source, shapes, tied=like.cfg.tied)
-  faults += [
-    f'{name} is {leaves[name].dtype}, but {CENTRED}'
-    for entry in entries
-    for name in entry.ours
-    if entry.form is names.FORMS['centred'] and leaves[name].dtype != jnp.float32
-  ]
   if faults:
     first = '; '.join(sorted(faults)[:20])
     raise ValueError(f'{source.directory} has {len(faults)} faults: {first}')
@@ -235,8 +223,18 @@ def _read_leaf(
   return jax.block_until_ready(placed)
 
 
+def _dtype(entry: names.Entry, leaves: Mapping[str, jax.Array], kept: str) -> str:
+  """The dtype of an entry's tensors: `kept` if that loses nothing, or the leaf's."""
+  leaf = leaves[entry.ours[0]]
+  if leaf.dtype == kept:
+    return kept
+  wide = [entry.form.export(np.asarray(leaves[n])) for n in entry.ours if n in leaves]
+  exact = all((part.astype(kept).astype(part.dtype) == part).all() for part in wide)
+  return kept if exact else str(leaf.dtype)
+
+
 def _tensors(
-  entries: list[names.Entry], leaves: Mapping[str, jax.Array], dtype: str | None
+  entries: list[names.Entry], leaves: Mapping[str, jax.Array], kinds: Mapping[str, str]
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Their tensors by name; host memory holds the leaves of one entry at a time.
 
@@ -252,4 +250,4 @@ def _tensors(
     ]
     for name, index, _ in entry.places():
       packed = entry.pack([array[index] for array in arrays])
-      yield name, packed.astype(dtype or kept)
+      yield name, packed.astype(kinds[entry.theirs])

@@ -17,6 +17,14 @@ ARCHITECTURES = {
   'qwen3_next': 'Qwen3NextForCausalLM',
 }
 
+# The code beside a model with a gate, and the class of transformers that opens it.
+CODE, OPENER = 'modeling_gated', 'AutoModelForCausalLM'
+
+NOT_THEIRS = (
+  'No class of transformers computes that: open the run itself, with gated.load or '
+  'eval.py, or train a model with the supported values'
+)
+
 # Keys that mean the same as one knob.
 SAME = {
   'hidden_size': ('width', int),
@@ -49,6 +57,8 @@ FIXED_BY_GATE = {
   'attn.gate.activation': 'sigmoid',
   'attn.gate.source': 'input',
 }
+# Gates without a counterpart: activation -> (theirs, a factor of the output projection).
+FOLDS = {'2sigmoid': ('sigmoid', 2)}
 FIXED_BY_EXPERTS = {'moe.shared': 0, 'moe.dispatch': 'dropless'}
 
 # Keys without an effect on logits.
@@ -89,6 +99,8 @@ def write(
   gated, next_ = gate.position != 'none', packing == 'per_head'
   required = FIXED | {'attn.out_bias': attn.bias}
   required |= (FIXED_BY_GATE if gated else {}) | (FIXED_BY_EXPERTS if experts else {})
+  if gate.activation in FOLDS:
+    required.pop('attn.gate.activation', None)
   if next_:
     required |= {'attn.gate.position': 'sdpa', 'attn.gate.granularity': 'elementwise'}
     required |= {'moe.experts': 0}
@@ -101,7 +113,8 @@ def write(
     if flat[knob] != value
   ]
   if faults:
-    raise ValueError('Hugging Face format: ' + '; '.join(faults))
+    advice = '--packing=grouped may write it' if next_ else NOT_THEIRS
+    raise ValueError(f'Hugging Face format: {"; ".join(faults)}. {advice}')
   kind = 'qwen3_next' if next_ else 'qwen3_moe' if experts else 'qwen3'
   out = {key: flat[f'config.model.{knob}'] for key, (knob, _) in SAME.items()}
   out |= _positions(cfg) | {
@@ -123,8 +136,27 @@ def write(
     out |= {'qkv_bias': attn.bias, 'use_qk_norm': attn.qk_norm}
     for granularity in ('headwise', 'elementwise'):
       out[f'{granularity}_attn_output_gate'] = gate.granularity == granularity
+    name = f'Gated{ARCHITECTURES[kind]}'
+    out |= {'architectures': [name], 'auto_map': {OPENER: f'{CODE}.{name}'}}
   groups = (attn.heads if next_ else attn.kv_heads) if gated else 0
   return out | dict(also), groups, next_
+
+
+def folded(cfg: model.Config, leaves: Mapping[str, Any]) -> dict[str, Any]:
+  """Our leaves by name -> the same with a factor of the gate in the output projection.
+
+  The factors are powers of two, so the logits do not change in any bit.
+  """
+  gate = cfg.attn.gate
+  if gate.position == 'none' or gate.activation not in FOLDS:
+    return dict(leaves)
+  name, factor = 'blocks.attn.out.weight', FOLDS[gate.activation][1]
+  return dict(leaves) | {name: leaves[name] * factor}
+
+
+def code(content: Mapping[str, Any]) -> str:
+  """config.json -> the name of the file of code that opens the model; '' for none."""
+  return f'{CODE}.py' if OPENER in content.get('auto_map', {}) else ''
 
 
 def _positions(cfg: model.Config) -> dict[str, Any]:
