@@ -104,6 +104,10 @@ def train(run: Run) -> int:
   cfg = run.plan.cfg
   keep = dict(keep=cfg.checkpoint.keep, keep_every=cfg.checkpoint.keep_every)
   pulse = Pulse(cfg.stability.stuck_after, code=exit_codes.STUCK, details=processes.this)
+  # JAX reports what it traced, lowered or compiled: each is work done.
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: pulse.beat(event)
+  )
   with (
     workdirs.held(run.workdir) as lock,
     shutdown.Sigterm() as sigterm,
@@ -138,6 +142,7 @@ def _session(run: Run, step: Any, services: Services) -> int:
   """Trains from the restored state to the end of the run, a SIGTERM or a rollback."""
   cfg, plan, restored = run.plan.cfg, run.plan, run.resume.step
   state = run.first_state(services.saves)
+  services.pulse.beat('the first state')
   if restored is not None:
     _log.info('resumed at step %d of %d', restored, cfg.steps)
   owes = restored is not None and run.owes_evaluation(restored)

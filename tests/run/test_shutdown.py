@@ -1,9 +1,11 @@
 """How a process ends early; tests that end a process start their own."""
 
+import errno
 import signal
 
 import pytest
 
+from gated import data, storage
 from gated.run import shutdown
 
 
@@ -69,6 +71,39 @@ def test_the_signal_handler_is_restored_without_a_sigterm():
   with shutdown.Sigterm():
     assert signal.getsignal(signal.SIGTERM) is not before
   assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+  ('error', 'code', 'line'),
+  [
+    (data.Unreadable('a worker was killed'), 9, 'a worker was killed'),
+    (data.Damaged('x.array_record has 4 bytes'), 1, 'x.array_record has 4 bytes'),
+    (OSError(errno.ENOSPC, 'full', '/w/run/x'), 7, '--workdir=/w/run cannot be written'),
+    (OSError(errno.EACCES, 'denied', '/w/run/x'), 7, "denied: '/w/run/x'"),
+    (OSError(errno.ENOSPC, 'full', '/dev/shm/x'), 9, "'/dev/shm/x', outside of"),
+    (OSError(errno.ENOSPC, 'full'), 9, 'full, outside of --workdir=/w/run'),
+    (RuntimeError('RESOURCE_EXHAUSTED: Out of memory\nmore'), 1, 'a larger config.accum'),
+  ],
+)
+def test_an_error_has_one_line_the_right_place_and_a_code(error, code, line):
+  known = shutdown.explain(error, storage.path('/w/run'))
+  assert known and known[0] == code
+  assert line in known[1] and '\n' not in known[1]
+
+
+def test_an_error_of_ours_keeps_its_traceback():
+  denied = OSError(errno.EACCES, 'denied', '/elsewhere')
+  for error in (KeyError('loss'), denied, RuntimeError('a bug')):
+    assert shutdown.explain(error, storage.path('/w/run')) is None
+
+
+def test_a_signal_before_the_run_handles_signals_ends_it_with_its_code():
+  for number in (signal.SIGTERM, signal.SIGHUP):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as caught, shutdown.leaving():
+      signal.raise_signal(number)
+    assert caught.value.code == 128 + number
+    assert signal.getsignal(number) == before
 
 
 @pytest.mark.slow
