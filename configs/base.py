@@ -122,8 +122,13 @@ def model() -> dict:
     mask_documents=True,  # no attention across documents in a packed row; unpublished
     layers='scan',  # compiles one layer; unroll compiles every layer and runs faster
     remat='none',  # full or dots: recompute activations in the backward pass
-    norm='rms',  # gated adds a low-rank gate to each norm's output (arXiv 2601.22966)
+    # gated adds a low-rank gate to each norm's output, pre_affine a scale to its input
+    # (arXiv 2601.22966); dyt has no norms, but tanh (arXiv 2503.10622)
+    norm='rms',
     norm_rank=16,  # rank of that gate
+    # Initial alpha of dyt before attention, and elsewhere; the authors' smallest models
+    # have the largest: (0.8, 0.2) for 7B parameters.
+    norm_alpha=(1.0, 1.0),
     branch_norm='none',  # rms is sandwich norm: normalizes each branch's output
     branch_clip=0.0,  # c: clips each branch's output to (-c, c), appendix A.6; 0 for none
     logit_cap=0.0,  # c: logits become c tanh(logit / c) (arXiv 2408.00118); 0 for none
@@ -149,7 +154,17 @@ def model() -> dict:
         beta_slow=1.0,  # dims with fewer rotations are interpolated by `factor`
         attention=0.0,  # scale of queries and keys; 0 for YaRN's 0.1 ln(factor) + 1
       ),
-      normalizer='softmax',  # or off_by_one, sink_logit, sigmoid, softpick
+      # or off_by_one, sink_logit, sigmoid, softpick, clipped, elastic
+      normalizer='softmax',
+      clip_gamma=-0.03,  # clipped: weights w become clip((zeta - gamma) w + gamma, 0, 1)
+      clip_zeta=1.0,  # the values of arXiv 2306.12929, which also has gamma = -4 / T
+      elastic_tau=-1.0,  # elastic: initial tau of max(0, w + tau / keys) (2601.00919)
+      differential=False,  # two heads are the maps of one differential head (2410.05258)
+      window=0,  # tokens that a token sees, itself included; 0 for all
+      global_layers='',  # layers without the window, as for `gate.layers`; '' for none
+      # flash rounds as fused kernels do, repaired without their bias (arXiv 2510.04212);
+      # both need the reference kernel.
+      rounding='backend',
       sink_tokens=0,  # learned keys and values that every token attends to
       sink_values='learned',  # zero: a sink token takes attention and adds nothing
       logit_cap=0.0,  # c: attention scores become c tanh(score / c); 0 for none
@@ -222,6 +237,9 @@ def optim() -> dict:
     # Decay per step: lr * weight_decay (lr), or lr / peak lr * weight_decay (schedule).
     decay_by='lr',
     clip=1.0,  # limit of the gradient norm; Megatron's default; unpublished
+    # tau: weights of a head whose attention logits exceed it are scaled down after the
+    # step (QK-clip; 100 in Kimi K2); 0 for none. Needs model.attn.qk_norm=False.
+    qk_clip=0.0,
     gates_first=0,  # first steps, in which only the gates learn: for gates added late
     # mup: the learning rate of a model of width `base_width` suits all wider ones
     # (arXiv 2203.03466; docs/transfer.md). The other sizes grow with the width.

@@ -21,6 +21,15 @@ C = TypeVar('C')
 # Knobs that were added later -> their values in recipes that were written before. Saved
 # runs without these knobs open with these values, and keep their default workdir.
 SINCE: dict[str, Any] = {
+  'config.model.norm_alpha': [1.0, 1.0],
+  'config.model.attn.clip_gamma': -0.03,
+  'config.model.attn.clip_zeta': 1.0,
+  'config.model.attn.elastic_tau': -1.0,
+  'config.model.attn.differential': False,
+  'config.model.attn.window': 0,
+  'config.model.attn.global_layers': '',
+  'config.model.attn.rounding': 'backend',
+  'config.optim.qk_clip': 0.0,
   'config.optim.transfer': 'none',
   'config.optim.base_width': 256,
   'config.optim.base_head_dim': 0,

@@ -32,6 +32,12 @@ PLAIN: dict[str, Any] = {
   'attn.gate.lr': 1.0,
   'attn.gate.place': 'before',
   'attn.normalizer': 'softmax',
+  'attn.clip_gamma': -0.03,
+  'attn.clip_zeta': 1.0,
+  'attn.elastic_tau': -1.0,
+  'attn.differential': False,
+  'attn.window': 0,
+  'attn.global_layers': '',
   'attn.sink_tokens': 0,
   'attn.sink_values': 'learned',
   'attn.output': 'none',
@@ -42,6 +48,7 @@ PLAIN: dict[str, Any] = {
   'branch_clip': 0.0,
   'norm': 'rms',
   'norm_rank': 16,
+  'norm_alpha': (1.0, 1.0),
 }
 # Arms may differ in these as well. They have no plain value.
 SIZES = 'ffn', 'attn.heads', 'attn.kv_heads', 'moe.experts', 'moe.top_k'
@@ -50,9 +57,13 @@ USED: dict[str, Callable[[Mapping[str, Any]], bool]] = {
   'attn.gate.': lambda m: m['attn.gate.position'] != 'none',
   'attn.gate.mean': lambda m: m['attn.gate.heads'] == 'shared',
   'attn.gate.place': lambda m: m['attn.gate.position'] in ('query', 'key'),
+  'attn.clip_gamma': lambda m: m['attn.normalizer'] == 'clipped',
+  'attn.clip_zeta': lambda m: m['attn.normalizer'] == 'clipped',
+  'attn.elastic_tau': lambda m: m['attn.normalizer'] == 'elastic',
   'attn.sink_values': lambda m: m['attn.sink_tokens'] > 0,
   'attn.switch.': lambda m: m['attn.switch.where'] != 'none',
   'norm_rank': lambda m: m['norm'] == 'gated',
+  'norm_alpha': lambda m: m['norm'] == 'dyt',
 }
 
 
@@ -104,6 +115,12 @@ ARMS: dict[str, dict[str, Any]] = {
   'sink_logit': {'attn.normalizer': 'sink_logit'},
   'off_by_one': {'attn.normalizer': 'off_by_one'},
   'softpick': {'attn.normalizer': 'softpick'},
+  'sigmoid': {'attn.normalizer': 'sigmoid'},
+  'elastic': {'attn.normalizer': 'elastic'},
+  'differential': {'attn.differential': True},
+  'gated_norm': {'norm': 'gated'},
+  'pre_affine': {'norm': 'pre_affine'},
+  'dyt': {'norm': 'dyt'},
 }
 
 
@@ -232,8 +249,12 @@ def settings(results: Iterable[Result]) -> list[Setting]:
 
 def split(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
   """A resolved recipe -> what its setting shares, and its arm's [changes, sizes]."""
-  flat = {k.removeprefix('config.'): v for k, v in config.flatten(recipe).items()}
-  model = {k: flat[f'model.{k}'] for k in (*PLAIN, *SIZES)}
+  short = lambda flat: {k.removeprefix('config.'): v for k, v in flat.items()}
+  # A later knob with its earlier value is left out, as in results that lack it.
+  flat = short(config.flatten(config.earlier(recipe)))
+  since = short(config.SINCE) | flat
+  model = {k: since[f'model.{k}'] for k in (*PLAIN, *SIZES)}
+  model = {k: tuple(v) if isinstance(v, list) else v for k, v in model.items()}
   unused = [group for group, used in USED.items() if not used(model)]
   changes = {
     k: model[k]

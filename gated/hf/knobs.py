@@ -47,6 +47,9 @@ FIXED = {
   'attn.normalizer': 'softmax',
   'attn.sink_tokens': 0,
   'attn.logit_cap': 0.0,
+  'attn.gates': '',
+  'attn.differential': False,
+  'attn.window': 0,
   'attn.output': 'none',
   'attn.switch.where': 'none',
 }
@@ -56,6 +59,9 @@ FIXED_BY_GATE = {
   'attn.gate.form': 'multiply',
   'attn.gate.activation': 'sigmoid',
   'attn.gate.source': 'input',
+  'attn.gate.inputs': 'all',
+  'attn.gate.layers': 'all',
+  'attn.gate.bias': False,
 }
 # Gates without a counterpart: activation -> (theirs, a factor of the output projection).
 FOLDS = {'2sigmoid': ('sigmoid', 2)}

@@ -18,6 +18,7 @@ from gated.kernels.attention.contract import (
 )
 from gated.kernels.attention.key_sums import KeySums, key_sums
 from gated.kernels.attention.key_sums import fits as key_sums_fit
+from gated.kernels.attention.largest import largest_scores
 from gated.kernels.attention.rounding import ROUNDINGS
 from gated.kernels.cross_entropy import vocab_loss
 from gated.kernels.grouped_matmul.contract import GROUPED, check_grouped, grouped_matmul
@@ -38,6 +39,7 @@ __all__ = [
   'grouped_matmul',
   'key_sums',
   'key_sums_fit',
+  'largest_scores',
   'scores',
   'segment_runs',
   'soft_cap',

@@ -1,5 +1,6 @@
 """THE PAPER: gated attention, its layers, and the decoder that is made of them."""
 
+from gated.model.counting import attention_flops
 from gated.model.decoder import (
   LIMITS,
   REMAT,
@@ -23,6 +24,7 @@ __all__ = [
   'Config',
   'Transformer',
   'abstract',
+  'attention_flops',
   'count',
   'exact',
   'flops_per_token',

@@ -17,7 +17,7 @@ from flax import nnx
 
 from gated import config, kernels
 from gated.devices import mesh
-from gated.model import gate, sinks, switch
+from gated.model import differential, gate, norms, remedies, sinks, switch
 from gated.model.layers import (
   LARGEST,
   Dense,
@@ -27,15 +27,9 @@ from gated.model.layers import (
   child_key,
   rope,
 )
+from gated.model.remedies import OVER_SOFTMAX
 
 _NAME = 'config.model.attn'
-
-# Normalizers that run the softmax kernel; they differ in the extra denominator terms.
-OVER_SOFTMAX = ('softmax', 'off_by_one', 'sink_logit')
-NORMALIZERS = (*OVER_SOFTMAX, *(n for n in kernels.NORMALIZERS if n != 'softmax'))
-
-# Applied to each head's output, before its gate (Table 3).
-OUTPUTS = ('none', 'rms_norm', 'silu')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +45,19 @@ class Config:
   rope_base: float
   yarn: Yarn
   # softmax; off_by_one: adds 1 to its denominator (Miller 2023); sink_logit: adds exp(s)
-  # with a learned s per head (gpt-oss); sigmoid, softpick: see kernels.NORMALIZERS
+  # with a learned s per head (gpt-oss); the others: see kernels.NORMALIZERS
   normalizer: str
+  clip_gamma: float  # of the clipped softmax, clip((zeta - gamma) w + gamma, 0, 1)
+  clip_zeta: float
+  elastic_tau: float  # initial tau of the elastic softmax, relu(w + tau_h / keys)
+  differential: bool  # differential attention: two heads are the maps of one
+  window: int  # a query sees this many tokens, its own included; 0 for all
+  global_layers: str  # layers without the window, as for config.layers; '' for none
+  rounding: str  # backend: that of the backend; or one of kernels.ROUNDINGS
   sink_tokens: int  # N learned keys per KV head; all tokens see them; no RoPE
   sink_values: str  # values of the sink tokens: learned, or zero
   logit_cap: float  # c tanh(score / c); 0 turns it off
-  output: str  # one of OUTPUTS
+  output: str  # one of remedies.OUTPUTS
   switch: switch.Config
   backend: str  # a key of kernels.ATTENTION, or auto
   max_segments: int  # maximum documents in a packed row, for fused kernels
@@ -73,26 +74,8 @@ class Config:
     if not self.rope_base >= 1 or (self.rope_base == 1 and self.yarn.factor != 1):
       raise ValueError(f'{_NAME}.rope_base={self.rope_base}, but it must be at least 1.0')
     config.within(f'{_NAME}.max_segments', self.max_segments, 2, 1 << 24)
-    config.one_of(f'{_NAME}.normalizer', self.normalizer, NORMALIZERS)
-    config.within(f'{_NAME}.sink_tokens', self.sink_tokens, 0, LARGEST)
-    config.one_of(f'{_NAME}.sink_values', self.sink_values, ('learned', 'zero'))
-    config.at_least(f'{_NAME}.logit_cap', self.logit_cap, 0.0)
-    config.one_of(f'{_NAME}.output', self.output, OUTPUTS)
     kernels.check_backend(self.backend)
-    if self.sink_tokens and self.normalizer not in OVER_SOFTMAX:
-      raise ValueError(
-        f'{_NAME}.sink_tokens={self.sink_tokens} with {_NAME}.normalizer='
-        f'{self.normalizer!r}, but sink tokens need a softmax: allowed are '
-        f'{", ".join(map(repr, OVER_SOFTMAX))}'
-      )
-    valued = self.sink_tokens and self.sink_values == 'learned'
-    if self.has_sinks and not valued and self.output == 'rms_norm':
-      raise ValueError(
-        f"{_NAME}.output='rms_norm' with sinks without values ({_NAME}.normalizer="
-        f'{self.normalizer!r}, {_NAME}.sink_tokens={self.sink_tokens}): such sinks only '
-        "scale the output, and the norm cancels the scale; allowed is output='none' or "
-        "'silu'"
-      )
+    remedies.check(self)
     positions = [own.position for own in self.named.values()]
     for position in positions:
       if positions.count(position) > 1:
@@ -166,6 +149,7 @@ class Attention(nnx.Module):
     self, cfg: Config, key: jax.Array, *, width: int, std_out: float, numerics: Numerics
   ):
     self.cfg = cfg
+    self.window = cfg.window  # 0 in a global layer
     H, G, K = cfg.heads, cfg.kv_heads, cfg.head_dim
     dense = functools.partial(Dense, numerics=numerics)
     inward = functools.partial(dense, std=numerics.init_std, bias=cfg.bias)
@@ -207,6 +191,11 @@ class Attention(nnx.Module):
       numerics=numerics,
     )
     self.sinks = make_sinks() if cfg.has_sinks else None
+    elastic = cfg.normalizer == 'elastic'
+    self.elastic = norms.Scale((H,), cfg.elastic_tau) if elastic else None
+    subtract = functools.partial(differential.Differential, head_dim=K, numerics=numerics)
+    own = child_key(key, 'differential')
+    self.differential = subtract(own) if cfg.differential else None
     # The paper's GroupNorm with "almost no additional parameters": it has H K.
     by_head = functools.partial(RMSNorm, (H, K), axes=('heads', 'head_dim'))
     normed = cfg.output == 'rms_norm'
@@ -250,10 +239,17 @@ class Attention(nnx.Module):
     v_BTGK = mesh.constrain(v_BTGK, 'batch', 'tokens', 'kv_heads', None)
     q_BTHK = self._rotated(unrotated_BTHK, angle_BTk)
     qkv = q_BTHK, k_BTGK, v_BTGK
-    if cache is None:
-      y_BTHK, lse_BTH = self._attend(*qkv, segment_BT, lse)
+
+    def attend(values):
+      if cache is None:
+        return self._attend(q_BTHK, k_BTGK, values, segment_BT, lse)
+      return self._attend_cache(q_BTHK, k_BTGK, values, cache)
+
+    values = v_BTGK if cache is None else put(cache.value, v_BTGK, cache.start_B)
+    if self.differential is None:
+      y_BTHK, lse_BTH = attend(values)
     else:
-      y_BTHK, lse_BTH = self._attend_cache(*qkv, cache)
+      y_BTHK, lse_BTH = self.differential(attend, values)
     extra_BTH = None
     if self.sinks is not None:
       y_BTHK, extra_BTH = self.sinks(y_BTHK, lse_BTH, unrotated_BTHK)
@@ -282,20 +278,30 @@ class Attention(nnx.Module):
   def _attend(self, q_BTHK, k_BTGK, v_BTGK, segment_BT, lse: bool):
     """-> (y_BTHK, the log-sum-exp of the scores or None)."""
     cfg, qkvs = self.cfg, (q_BTHK, k_BTGK, v_BTGK, segment_BT)
-    opts: dict[str, Any] = dict(backend=cfg.backend, cap=cfg.logit_cap)
-    opts['max_segments'] = cfg.max_segments
+    opts = self._options()
+    opts |= dict(backend=cfg.backend, max_segments=cfg.max_segments)
     if self.sinks is not None or (lse and cfg.normalizer in OVER_SOFTMAX):
       return kernels.attend_lse(*qkvs, **opts, gradient=not lse)
-    return kernels.attend(*qkvs, normalizer=cfg.normalizer, **opts), None
+    return kernels.attend(*qkvs, **self._weights(), **opts), None
 
-  def _attend_cache(self, q_BTHK, k_BTGK, v_BTGK, cache: Cache):
-    """As `_attend`, with the keys and values of the cache."""
-    cfg = self.cfg
+  def _attend_cache(self, q_BTHK, k_BTGK, v_BSGK, cache: Cache):
+    """As `_attend`, with the keys of the cache; the values are those of all slots."""
     k_BSGK = put(cache.key, k_BTGK, cache.start_B)
-    v_BSGK = put(cache.value, v_BTGK, cache.start_B)
-    normalizer = 'softmax' if cfg.normalizer in OVER_SOFTMAX else cfg.normalizer
-    opts: dict[str, Any] = dict(normalizer=normalizer, cap=cfg.logit_cap)
+    opts = self._options() | self._weights()
     return kernels.attend_cache(q_BTHK, k_BSGK, v_BSGK, cache.start_B, **opts)
+
+  def _options(self) -> dict[str, Any]:
+    """Options of the kernel that every softmax has."""
+    cfg = self.cfg
+    return dict(cap=cfg.logit_cap, window=self.window, rounding=cfg.rounding)
+
+  def _weights(self) -> dict[str, Any]:
+    """Options of the kernel that replace the softmax."""
+    cfg = self.cfg
+    normalizer = 'softmax' if cfg.normalizer in OVER_SOFTMAX else cfg.normalizer
+    offset_H = None if self.elastic is None else self.elastic.scale[...]
+    clip = cfg.clip_gamma, cfg.clip_zeta
+    return dict(normalizer=normalizer, clip=clip, offset_H=offset_H)
 
   def _gated(self, position: str, y: jax.Array, x_BTD: jax.Array) -> jax.Array:
     """Applies the gate to y if one is configured for this position."""

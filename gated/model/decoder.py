@@ -19,10 +19,9 @@ from flax import nnx
 
 from gated import config, kernels
 from gated.devices import mesh, trees
-from gated.model import attention, moe
+from gated.model import attention, counting, differential, moe
 from gated.model.embedding import Embed
 from gated.model.layers import (
-  NORMS,
   Numerics,
   RMSNorm,
   SwiGLU,
@@ -30,6 +29,7 @@ from gated.model.layers import (
   rope_angles,
   rope_frequencies,
 )
+from gated.model.norms import EMBEDDINGS_SCALED, NORMS, Scale
 
 _POLICIES = jax.checkpoint_policies
 
@@ -57,8 +57,9 @@ class Config:
   mask_documents: bool  # attend within documents; False: a row is one document
   layers: str  # scan, or unroll
   remat: str  # a key of REMAT
-  norm: str  # norm before each branch: rms, or gated (arXiv 2601.22966)
+  norm: str  # norm before each branch: a key of NORMS
   norm_rank: int  # rank of the gated norm
+  norm_alpha: tuple[float, float]  # initial alpha of dyt: before attention, elsewhere
   branch_norm: str  # norm after each branch: none, or rms (sandwich norm, section 4.3)
   branch_clip: float  # clips each branch's output to (-c, c) (appendix A.6); 0: off
   logit_cap: float  # c tanh(logit / c) on the output; 0: off
@@ -73,6 +74,10 @@ class Config:
     config.one_of('config.model.remat', self.remat, REMAT)
     config.one_of('config.model.norm', self.norm, NORMS)
     config.within('config.model.norm_rank', self.norm_rank, 1, LIMITS['width'])
+    if len(self.norm_alpha) != 2 or min(self.norm_alpha) <= 0:
+      raise ValueError(
+        f'config.model.norm_alpha={self.norm_alpha}, but two numbers above 0 are expected'
+      )
     config.one_of('config.model.branch_norm', self.branch_norm, ('none', 'rms'))
     config.at_least('config.model.branch_clip', self.branch_clip, 0.0)
     config.at_least('config.model.logit_cap', self.logit_cap, 0.0)
@@ -82,7 +87,13 @@ class Config:
           f'{self.attn.knob(name)}.inputs={own.inputs!r}, but X has only '
           f'config.model.width={self.width} dims'
         )
-    self.gated  # noqa: B018  # Raises ValueError for a pattern that does not fit.
+    # These raise ValueError for a pattern that does not fit.
+    self.gated  # noqa: B018
+    if self.attn.window and not self.windowed:
+      raise ValueError(
+        f'config.model.attn.global_layers={self.attn.global_layers!r} are all layers, so '
+        f'that none has config.model.attn.window={self.attn.window}'
+      )
 
   @functools.cached_property
   def gated(self) -> dict[str, tuple[int, ...]]:
@@ -92,10 +103,23 @@ class Config:
       for name, own in self.attn.named.items()
     }
 
+  @functools.cached_property
+  def windowed(self) -> tuple[int, ...]:
+    """The layers whose attention has a window."""
+    if not self.attn.window:
+      return ()
+    knob, text = 'config.model.attn.global_layers', self.attn.global_layers
+    every = config.layers(knob, text, self.depth) if text else ()
+    return tuple(i for i in range(self.depth) if i not in every)
+
   @property
   def runs(self) -> list[tuple[frozenset[str], int]]:
-    """The runs of consecutive layers with the same gates: (their names, layers)."""
-    of = lambda i: frozenset(name for name, own in self.gated.items() if i in own)
+    """The runs of consecutive layers with the same parts: (their names, layers).
+
+    These parts are the gates and 'window'.
+    """
+    parts = self.gated | {'window': self.windowed}
+    of = lambda i: frozenset(name for name, own in parts.items() if i in own)
     return [
       (names, len([*run])) for names, run in itertools.groupby(range(self.depth), of)
     ]
@@ -122,15 +146,15 @@ class Block(nnx.Module):
     self.clip = cfg.branch_clip
     std_out = cfg.numerics.residual_std(cfg.depth)
     opts: dict[str, Any] = dict(width=cfg.width, std_out=std_out, numerics=cfg.numerics)
-    norm = lambda name: NORMS[cfg.norm](
-      child_key(key, name), cfg.width, cfg.norm_rank, cfg.numerics
+    norm = lambda name, alpha: NORMS[cfg.norm](
+      child_key(key, name), cfg.width, cfg.norm_rank, alpha, cfg.numerics
     )
     sandwich = cfg.branch_norm == 'rms'
     branch_norm = lambda: RMSNorm(cfg.width, axes=(None,), numerics=cfg.numerics)
-    self.attn_norm = norm('attn_norm')
+    self.attn_norm = norm('attn_norm', cfg.norm_alpha[0])
     self.attn = attention.Attention(cfg.attn, child_key(key, 'attn'), **opts)
     self.attn_branch_norm = branch_norm() if sandwich else None
-    self.ffn_norm = norm('ffn_norm')
+    self.ffn_norm = norm('ffn_norm', cfg.norm_alpha[1])
     if cfg.moe.experts:
       self.ffn = moe.MoE(cfg.moe, child_key(key, 'ffn'), hidden=cfg.ffn, **opts)
     else:
@@ -185,6 +209,8 @@ class Transformer(nnx.Module):
     self.cfg = cfg
     table = functools.partial(Embed, vocab=cfg.vocab, width=cfg.width)
     self.embed = table(child_key(key, 'embed'), numerics=cfg.numerics)
+    scaled = cfg.norm in EMBEDDINGS_SCALED
+    self.embed_scale = Scale((), cfg.width**0.5) if scaled else None
     keys = jax.random.split(child_key(key, 'blocks'), cfg.depth)
     self.blocks = jax.vmap(lambda k: Block(cfg, k))(keys)
     # Layers without a gate have no parameters of it.
@@ -192,7 +218,7 @@ class Transformer(nnx.Module):
       keep = lambda leaf, own=own: leaf[jnp.array(own)] if len(own) < cfg.depth else leaf
       setattr(self.blocks.attn, name, jax.tree.map(keep, getattr(self.blocks.attn, name)))
     self.norm = NORMS[cfg.norm](
-      child_key(key, 'norm'), cfg.width, cfg.norm_rank, cfg.numerics
+      child_key(key, 'norm'), cfg.width, cfg.norm_rank, cfg.norm_alpha[1], cfg.numerics
     )
     head = child_key(key, 'head')
     self.head = None if cfg.tied else table(head, numerics=cfg.numerics)
@@ -244,6 +270,7 @@ class Transformer(nnx.Module):
     if cfg.remat != 'none':
       run = jax.checkpoint(run, policy=REMAT[cfg.remat], prevent_cse=cfg.layers != 'scan')
     x_BTD, stacks = self.embed(token_BT), []
+    x_BTD = x_BTD if self.embed_scale is None else self.embed_scale(x_BTD)
     for layers, (_, count) in zip(self._runs(cache), cfg.runs):
       if cfg.layers == 'scan':
         x_BTD, stacked = jax.lax.scan(run, x_BTD, layers)
@@ -261,14 +288,20 @@ class Transformer(nnx.Module):
 
     Scan compiles a program for each run.
     """
-    also = () if cache is None else (cache,)
+    also, blocks = () if cache is None else (cache,), self.blocks
+    if self.cfg.attn.differential:
+      blocks = copied(blocks)
+      start_L = jnp.array([differential.start(i) for i in range(self.cfg.depth)])
+      blocks.attn.differential.start = nnx.Variable(start_L, axes=())
     if len(self.cfg.runs) == 1:
-      return [(self.blocks, *also)]
+      return [(blocks, *also)]
     sizes = [count for _, count in self.cfg.runs]
-    gates, bare = self.blocks.attn.gates, copied(self.blocks)
+    gates, bare = blocks.attn.gates, copied(blocks)
     for name in gates:
       setattr(bare.attn, name, None)
     parts = split((bare, *also), sizes)
+    for part, (names, _) in zip(parts, self.cfg.runs):
+      part[0].attn.window = self.cfg.attn.window if 'window' in names else 0
     for name, own in gates.items():
       mine = [
         part[0].attn for part, (names, _) in zip(parts, self.cfg.runs) if name in names
@@ -399,10 +432,8 @@ def flops_per_token(cfg: Config, length: int) -> float:
   routed = sum(p.size for p in matrices if 'experts' in p.axes)
   weights = count(matrices) + cfg.vocab * cfg.width
   weights += routed * cfg.moe.top_k // max(cfg.moe.experts, 1) - routed
-  pairs = (length + 1) / 2  # mean number of keys per query
   for own in blocks.attn.gates.values():
     # A matrix that reads a part of X, or head channels, has no axis 'embed'.
     if own.cfg.source != 'parameter' and 'embed' not in own.weight.axes:
       weights += own.weight.size
-  pairs += cfg.attn.sink_tokens
-  return 6.0 * weights + 12.0 * cfg.depth * cfg.attn.heads * cfg.attn.head_dim * pairs
+  return 6.0 * weights + 3 * counting.attention_flops(cfg, length)

@@ -154,13 +154,6 @@ def _gated(y: jax.Array, logit: jax.Array) -> jax.Array:
   return (y * jax.nn.sigmoid(logit.astype(jnp.float32))).astype(y.dtype)
 
 
-# Norms before a branch. Each entry: (key, dim, rank, numerics) -> module.
-NORMS = {
-  'rms': lambda key, dim, rank, numerics: RMSNorm(dim, axes=(None,), numerics=numerics),
-  'gated': lambda key, dim, rank, numerics: GatedNorm(key, dim, rank, numerics=numerics),
-}
-
-
 class SwiGLU(nnx.Module):
   """x -> (silu(x A) * x U) O (arXiv 2002.05202), hidden size F."""
 

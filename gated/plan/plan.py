@@ -93,6 +93,7 @@ class Plan:
     """(state, batch) -> (state, metrics), lowered, not compiled; donates the state."""
     cfg = self.cfg
     opts: dict[str, Any] = dict(tx=self.tx, schedule=self.schedule, loss=cfg.loss)
+    opts['tau'] = cfg.optim.qk_clip
     run = functools.partial(step.train, accum=cfg.accum, **opts)
     outputs = self.shardings, NamedSharding(self.mesh, P())
     jitted = jax.jit(

@@ -7,7 +7,7 @@ from typing import Any
 from gated import config, data, evals, model
 from gated.devices import mesh
 from gated.run import checkpoint, metrics
-from gated.train import guard, losses, optim, transfer
+from gated.train import guard, losses, optim, qk_clip, transfer
 
 NAME = re.compile(r'[A-Za-z0-9_][\w.+=,-]{0,99}', re.ASCII)
 
@@ -53,6 +53,7 @@ class Config:
     if self.steps >= 2**31:
       raise ValueError(f'config.steps={self.steps}, but it must be below 2**31')
     config.divides('config.batch', self.batch, 'config.accum', self.accum)
+    qk_clip.check(self.optim.qk_clip, self.model)
     for name, gate in self.model.attn.named.items():
       if gate.opens[1] > self.steps:
         raise ValueError(

@@ -19,7 +19,6 @@ A separate program computes the scalars in a forward pass over a few rows of a s
 batch, with the model's own layers. The train step does not change.
 
 B batch  T tokens  D width  H heads  G KV heads  K head width  V vocabulary
-q queries of a block  N blocks
 """
 
 from typing import Any, NamedTuple
@@ -33,9 +32,6 @@ from gated.devices import mesh
 # The minimum number of rows to read from a batch that has as many. Each device reads at
 # least one, so meshes of up to eight devices read the same rows.
 ROWS = 8
-# Pairs of a query and a key, per row and head, whose scores a device holds at a time:
-# 2 MiB.
-PAIRS = 1 << 19
 
 
 class _Seen(NamedTuple):
@@ -94,51 +90,13 @@ def _layer(block: model.Block, x_BTD, angle_BTk, segment_BT, live_BT):
   """Calls a block -> its output and its measurements."""
   # The block computes the same queries and keys; the compiler computes them only once.
   q_BTHK, k_BTGK = block.attn.query_and_key(block.attn_norm(x_BTD), angle_BTk)
-  score = _largest_score(q_BTHK, k_BTGK, segment_BT, live_BT)
+  documents = segment_BT, live_BT
+  opts: dict[str, Any] = dict(window=block.attn.window, size=jnp.abs)
+  score_H = kernels.largest_scores(q_BTHK, k_BTGK, *documents, **opts)
+  # A maximum over devices may ignore a NaN.
+  score = jnp.where(jnp.isnan(score_H).any(), jnp.nan, score_H.max())
   y_BTD, _ = block(x_BTD, angle_BTk, segment_BT, live_BT)
   return y_BTD, _Seen(score, _rms(x_BTD, live_BT), _rms(y_BTD, live_BT))
-
-
-def _largest_score(q_BTHK, k_BTGK, segment_BT, live_BT) -> jax.Array:
-  """The largest |score| of a query that is not padding and a key that it sees.
-
-  It is NaN if any of these scores is. A maximum may ignore a NaN, on one device or
-  between devices; a sum keeps it.
-  """
-  length = q_BTHK.shape[1]
-  count = _blocks(length, _ways('tokens'))
-  k_BTGK = mesh.constrain(k_BTGK, 'batch', None, 'kv_heads', None)
-  seen_BT = segment_BT
-  if segment_BT is not None:
-    seen_BT = mesh.constrain(segment_BT, 'batch', None)
-  key_T = jnp.arange(length)
-
-  def cut(x_BT):
-    # Block i has queries i, i + count, ...: equally many of each device.
-    x = x_BT.reshape(len(x_BT), -1, count, *x_BT.shape[2:])
-    return jnp.moveaxis(x, 2, 0)
-
-  def largest(block):
-    q_BqHK, position_q, segment_Bq, live_Bq = block
-    mask = (position_q[:, None] >= key_T[None])[None] & live_Bq[:, :, None]
-    if seen_BT is not None:
-      mask = mask & (segment_Bq[:, :, None] == seen_BT[:, None])
-    score = jnp.abs(kernels.scores(q_BqHK, k_BTGK))
-    score = jnp.where(mask[:, None, None], score, 0)
-    return score.max(), score.sum()
-
-  positions = cut(key_T[None])[:, 0]
-  of_q = segment_BT if segment_BT is None else cut(segment_BT)
-  blocks = cut(q_BTHK), positions, of_q, cut(live_BT)
-  largest_N, sum_N = jax.lax.map(largest, blocks)
-  return jnp.where(jnp.isnan(sum_N.sum()), jnp.nan, largest_N.max())
-
-
-def _blocks(length: int, ways: int) -> int:
-  """The number of blocks of each device's queries: the fewest whose scores fit."""
-  own = length // ways
-  fits = (n for n in range(1, own) if own % n == 0 and own // n * length <= PAIRS)
-  return next(fits, own)
 
 
 def _logit_rms(x_BTD, w_VD, live_BT) -> jax.Array:

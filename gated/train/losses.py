@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from gated import config, kernels
 from gated.model import moe
+from gated.train import qk_clip
 
 # Which tokens the load-balancing loss counts when a batch is split into micro-batches.
 BALANCE_OVER = (
@@ -42,15 +43,25 @@ class Config:
 
 
 def total(
-  model: Any, batch: Any, balanced: Callable, *, routed: jax.Array, cfg: Config
+  model: Any,
+  batch: Any,
+  balanced: Callable,
+  *,
+  routed: jax.Array,
+  cfg: Config,
+  logits: bool = False,
 ) -> tuple[jax.Array, tuple]:
   """A micro-batch -> (the minimised loss, (losses by name, the routers' report)).
 
   `batch.weights` and `routed`, the number of tokens that routers see, are normalised over
   the whole batch, so that micro-batches add up. `balanced` maps this micro-batch's expert
-  loads (L, E) to the loads that the load-balancing loss uses.
+  loads (L, E) to the loads that the load-balancing loss uses. With `logits`, the report
+  is in a pair with each head's largest attention logit (L, H).
   """
-  nats, nll_BT, lse_BT, report = _vocab_loss(model, batch, z=cfg.z, chunk=cfg.chunk)
+  opts: dict[str, Any] = dict(z=cfg.z, chunk=cfg.chunk)
+  through = qk_clip.observed if logits else None
+  nats, nll_BT, lse_BT, seen = _vocab_loss(model, batch, **opts, through=through)
+  report = seen[0] if logits else seen
   losses = {
     'loss': jnp.sum(batch.weights * nll_BT),
     'z_loss': cfg.z * jnp.sum(batch.weights * jnp.square(lse_BT)),
@@ -60,7 +71,7 @@ def total(
     nats += cfg.balance * balance + cfg.router_z * z
     depth = len(report.load_E)
     losses |= {'balance_loss': balance / depth, 'router_z_loss': z / depth}
-  return nats, jax.lax.stop_gradient((losses, report))
+  return nats, jax.lax.stop_gradient((losses, seen))
 
 
 def per_row(model: Any, batch: Any, *, chunk: int) -> tuple[jax.Array, jax.Array]:
@@ -89,9 +100,11 @@ def expert_loads(model: Any, micros: Any) -> jax.Array | None:
   return loads if loads is None else loads.sum(0)
 
 
-def _vocab_loss(model, batch, *, z: float, chunk: int):
-  """-> (weighted sum of nats, nll_BT, lse_BT, the routers' report)."""
-  x_BTD, report = model.hidden(batch.tokens, batch.segments, batch.positions)
+def _vocab_loss(model, batch, *, z: float, chunk: int, through: Any = None):
+  """-> (weighted sum of nats, nll_BT, lse_BT, the blocks' second results)."""
+  opts = {} if through is None else {'through': through}
+  documents = batch.segments, batch.positions
+  x_BTD, seen = model.hidden(batch.tokens, *documents, **opts)
   nats, nll_BT, lse_BT = kernels.vocab_loss(
     x_BTD,
     model.unembedding(),
@@ -101,4 +114,4 @@ def _vocab_loss(model, batch, *, z: float, chunk: int):
     chunk=chunk,
     cap=model.cfg.logit_cap,
   )
-  return nats, nll_BT, lse_BT, report
+  return nats, nll_BT, lse_BT, seen

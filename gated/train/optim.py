@@ -61,6 +61,7 @@ class Config:
   weight_decay: float
   decay_by: str  # lr: by lr * weight_decay; schedule: by lr / peak * weight_decay
   clip: float  # global gradient norm; 0 for none
+  qk_clip: float  # limit of attention logits, kept by QK-clip; 0 for none
   gates_first: int  # first steps, in which only the gates learn
   transfer: str  # none, or mup: initial values and rates relative to base_width
   base_width: int  # the width of the model whose learning rate is to transfer
@@ -71,7 +72,7 @@ class Config:
     config.one_of(f'{_NAME}.schedule', self.schedule, SCHEDULES)
     config.one_of(f'{_NAME}.decay_by', self.decay_by, ('lr', 'schedule'))
     counts = ('warmup', 'decay', 'gates_first')
-    for name in (*counts, 'floor', 'weight_decay', 'clip', 'eps'):
+    for name in (*counts, 'floor', 'weight_decay', 'clip', 'eps', 'qk_clip'):
       config.at_least(f'{_NAME}.{name}', getattr(self, name), 0)
     for name in ('b1', 'b2'):
       _check_decay_rate(name, getattr(self, name))

@@ -53,7 +53,7 @@ def clip(model: Any, logit_LH: jax.Array, tau: float) -> Any:
 
 
 def metrics(logit_LH: jax.Array, tau: float) -> dict[str, jax.Array]:
-  """The largest logits -> the largest of all, and the share of heads that were clipped."""
+  """The largest logits -> the largest of all, and the share of clipped heads."""
   return {'qk_logit': logit_LH.max(), 'qk_clipped': jnp.mean(logit_LH > tau)}
 
 
@@ -67,6 +67,7 @@ def check(tau: float, cfg: decoder.Config) -> None:
   for name, gate in cfg.attn.named.items():
     if tau and gate.position in ('query', 'key') and gate.form != 'multiply':
       raise ValueError(
-        f'config.optim.qk_clip={tau} with {cfg.attn.knob(name)}.form={gate.form!r} on the '
-        f"{gate.position}: its logits do not follow the weights; allowed is form='multiply'"
+        f'config.optim.qk_clip={tau} with {cfg.attn.knob(name)}.form={gate.form!r} on '
+        f'the {gate.position}, whose logits do not follow the weights; allowed is '
+        "form='multiply'"
       )

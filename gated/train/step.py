@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from gated.model import moe
-from gated.train import guard, losses
+from gated.train import guard, losses, qk_clip
 
 
 @jax.tree_util.register_dataclass
@@ -41,6 +41,7 @@ class Gradients(NamedTuple):
   losses: dict[str, jax.Array]  # nats per token, by name
   report: moe.Report | None  # the routers', stacked over layers
   tokens: jax.Array  # sum of the batch's weights
+  logit_LH: jax.Array | None = None  # each head's largest attention logit, for QK-clip
 
 
 def init(build: Callable[[jax.Array], Any], tx: optax.GradientTransformation, seed: int):
@@ -58,14 +59,16 @@ def train(
   schedule: optax.Schedule,
   accum: int,
   loss: losses.Config,
+  tau: float = 0.0,
 ) -> tuple[State, dict[str, Any]]:
   """One optimizer step -> (the next state, metrics as scalars on the devices).
 
   `batch` has tokens, targets, weights, segments and positions (B, T); `tx` comes from
-  `guard.guard`. Losses are in nats per token.
+  `guard.guard`. Losses are in nats per token. `tau` is the limit of QK-clip; 0 for none.
   """
-  at: dict[str, Any] = dict(step=state.step, accum=accum, loss=loss)
-  return update(state, gradients(state.model, batch, **at), tx=tx, schedule=schedule)
+  at: dict[str, Any] = dict(step=state.step, accum=accum, loss=loss, tau=tau)
+  found = gradients(state.model, batch, **at)
+  return update(state, found, tx=tx, schedule=schedule, tau=tau)
 
 
 def gradients(
@@ -75,6 +78,7 @@ def gradients(
   accum: int,
   loss: losses.Config,
   step: jax.Array | None = None,
+  tau: float = 0.0,
 ) -> Gradients:
   """The gradient of the loss over a batch, computed in `accum` micro-batches.
 
@@ -87,14 +91,15 @@ def gradients(
   routed = jnp.maximum((batch.segments > 0).sum(), 1).astype(jnp.float32)
 
   def gradient(micro, balanced):
-    opts: dict[str, Any] = dict(routed=routed, cfg=loss)
+    opts: dict[str, Any] = dict(routed=routed, cfg=loss, logits=tau > 0)
     run = lambda model: losses.total(now(model), micro, balanced, **opts)
-    (_, sums), grads = jax.value_and_grad(run, has_aux=True)(model)
-    return grads, sums
+    (_, (terms, seen)), grads = jax.value_and_grad(run, has_aux=True)(model)
+    report, logit_LH = seen if tau else (seen, None)
+    return grads, (terms, report), logit_LH
 
   if accum == 1:
-    grads, (terms, report) = gradient(batch, lambda own: own)
-    return Gradients(grads, terms, report, tokens)
+    grads, (terms, report), logit_LH = gradient(batch, lambda own: own)
+    return Gradients(grads, terms, report, tokens, logit_LH)
   # Micro-batch a takes rows a, a + accum, ..., so no row moves to another device.
   split = lambda x: x.reshape(-1, accum, *x.shape[1:]).swapaxes(0, 1)
   micros = jax.tree.map(split, batch)
@@ -108,14 +113,15 @@ def gradients(
       'buffer': lambda own: so_far.load_E + own,
       'micro': lambda own: own,
     }
-    added = gradient(micro, balanced[loss.balance_over])
-    return jax.tree.map(jnp.add, sums, added), None
+    *added, logit_LH = gradient(micro, balanced[loss.balance_over])
+    return jax.tree.map(jnp.add, sums, tuple(added)), logit_LH
 
   first = jax.tree.map(lambda x: x[0], micros)
   like = jax.eval_shape(lambda: gradient(first, lambda own: own)[1])
   start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (model, like))
-  (grads, (terms, report)), _ = jax.lax.scan(body, start, micros)
-  return Gradients(grads, terms, report, tokens)
+  (grads, (terms, report)), logits = jax.lax.scan(body, start, micros)
+  logit_LH = None if logits is None else logits.max(0)
+  return Gradients(grads, terms, report, tokens, logit_LH)
 
 
 def update(
@@ -124,13 +130,18 @@ def update(
   *,
   tx: optax.GradientTransformationExtraArgs,
   schedule: optax.Schedule,
+  tau: float = 0.0,
 ) -> tuple[State, dict[str, Any]]:
   """Gradients -> (next state, metrics); a bad step changes no parameter."""
-  grads, terms, report, tokens = gradients
+  grads, terms, report, tokens, logit_LH = gradients
   grads = _float32(grads)
   updates, new = tx.update(grads, state.opt, _float32(state.model), loss=terms['loss'])
   opt = cast(guard.Guarded, new)
   model = optax.apply_updates(state.model, updates)
+  if logit_LH is not None:
+    clipped = qk_clip.clip(model, logit_LH, tau)
+    fine = opt.in_row == 0
+    model = jax.tree.map(lambda a, b: jnp.where(fine, a, b), clipped, model)
   metrics = terms | {
     'grad_norm': optax.tree.norm(grads),
     'param_norm': optax.tree.norm(_float32(model)),
@@ -140,6 +151,8 @@ def update(
     'tokens': tokens,
   }
   metrics |= guard.report(opt)
+  if logit_LH is not None:
+    metrics |= qk_clip.metrics(logit_LH, tau)
   if report is not None:
     metrics |= moe.statistics(report)
   return State(state.step + 1, state.data_step + 1, model, opt), metrics

@@ -7,7 +7,7 @@ import pytest
 import small
 
 from gated.devices import trees
-from gated.model import attention, gate, layers
+from gated.model import attention, gate, layers, remedies
 
 D, T = 16, 7
 NUMERICS = layers.Numerics(
@@ -63,7 +63,7 @@ def test_only_differences_of_positions_matter():
 
 
 @pytest.mark.parametrize('cap', [0.0, 2.0])
-@pytest.mark.parametrize('normalizer', attention.OVER_SOFTMAX)
+@pytest.mark.parametrize('normalizer', remedies.OVER_SOFTMAX)
 def test_a_layer_in_blocks_is_the_layer(normalizer, cap):
   segments = np.array([[1, 1, 1, 2, 2, 0, 0]])
 

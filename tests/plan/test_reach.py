@@ -14,7 +14,7 @@ from jax.interpreters import partial_eval
 
 from gated import config, data, model, plan
 from gated.devices import trees
-from gated.model import attention, gate, layers
+from gated.model import gate, norms, remedies
 from gated.train import step
 
 # The recipes outside the tables, at the smallest scale that each has.
@@ -59,7 +59,7 @@ def test_the_gate_of_every_position_reaches_the_loss(position):
   assert dead_with(attn__gate__position=position) == []
 
 
-@pytest.mark.parametrize('normalizer', attention.NORMALIZERS)
+@pytest.mark.parametrize('normalizer', remedies.NORMALIZERS)
 def test_every_parameter_of_every_normalizer_reaches_the_loss(normalizer):
   assert dead_with(attn__normalizer=normalizer) == []
 
@@ -76,13 +76,14 @@ VARIANTS = [
   dict(attn__gate__source='value', attn__gate__position='value'),
   dict(attn__gate__place='after', attn__gate__position='query'),
   dict(attn__gate__place='after', attn__gate__position='key'),
-  *(dict(attn__output=output) for output in attention.OUTPUTS),
-  *(dict(norm=norm) for norm in layers.NORMS),
+  *(dict(attn__output=output) for output in remedies.OUTPUTS),
+  *(dict(norm=norm) for norm in norms.NORMS),
   dict(branch_norm='rms', branch_clip=3.0, logit_cap=3.0, tied=False),
   dict(attn__bias=True, attn__out_bias=True, attn__logit_cap=3.0),
   dict(attn__sink_tokens=2),
   dict(attn__sink_tokens=2, attn__sink_values='zero'),
   dict(layers='unroll', remat='full'),
+  dict(attn__differential=True, attn__window=3, attn__global_layers='last:1'),
 ]
 
 

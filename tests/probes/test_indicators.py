@@ -11,6 +11,7 @@ from faults import evidence, process
 
 from gated import kernels, model
 from gated.devices import mesh, trees
+from gated.kernels.attention import largest
 from gated.model import layers
 from gated.plan import Plan
 from gated.probes import indicators
@@ -142,9 +143,9 @@ def test_scores_are_made_block_by_block(monkeypatch):
   """Of 64 tokens never more scores than are allowed, and the same largest one."""
   net, batch = small.model_of(vocab=8, width=8, ffn=8), small.batch(8, 64, vocab=8)
   expected = measured(net, batch)
-  monkeypatch.setattr(indicators, 'PAIRS', 256)
+  monkeypatch.setattr(largest, 'PAIRS', 256)
   run = small.jit(
-    lambda net, batch: indicators._largest_score(
+    lambda net, batch: kernels.largest_scores(
       *net_scores(net, batch), batch.segments, batch.segments > 0
     )
   )

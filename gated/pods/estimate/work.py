@@ -7,6 +7,7 @@ backward, or forward again for recomputation or for counting the routers' choice
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from gated import model
 from gated.devices import mesh
 from gated.devices.chips import Chip
 from gated.pods.compiled.collectives import received
@@ -38,8 +39,7 @@ def flops(layout: Layout) -> dict[str, float]:
   """-> executed FLOPs by kind: dense products, attention, grouped products."""
   cfg, m = layout.cfg, layout.cfg.model
   tokens = cfg.batch * cfg.data.length / layout.devices
-  pairs = (cfg.data.length + 1) / 2
-  attention = 4.0 * m.depth * m.attn.heads * m.attn.head_dim * pairs
+  attention = model.attention_flops(m, cfg.data.length)
   grouped = 6.0 * m.depth * m.moe.top_k * m.width * m.ffn if m.moe.experts else 0.0
   vocab = 2.0 * m.vocab * m.width
   forward = flops_per_token(m, cfg.data.length) / 3
