@@ -51,6 +51,10 @@ def start(processes: int, place: Callable[[Any], str]) -> Generator[Run, None, N
 
   try:
     yield run
+  except KeyboardInterrupt:
+    for child in multiprocessing.active_children():
+      child.terminate()  # It ignores Ctrl-C, and its job may be long.
+    raise
   finally:
     executor.shutdown(cancel_futures=True)
 

@@ -3,6 +3,7 @@
 A run with a wrong file in place of one of them would fail later, maybe at its first save.
 """
 
+import contextlib
 import os
 import re
 import tempfile
@@ -43,6 +44,8 @@ def check(workdir: storage.Path, log: Mapping[str, Any]) -> None:
     return  # A store reports errors when the lock is written.
   path = Path(workdir).absolute()
   try:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+      os.lstat(path)  # `exists` is False for a name that is too long.
     top = next(p for p in (path, *path.parents) if os.path.lexists(p))
     used = [path / name for name, writes in FOLDERS.items() if writes(log)]
     for folder in (top, *used):
@@ -61,5 +64,5 @@ def check(workdir: storage.Path, log: Mapping[str, Any]) -> None:
     wrong += [file for file in replaced if file.exists() and not file.is_file()]
     if wrong:
       raise ValueError(f'--workdir={workdir}: {wrong[0]} is not a writable file')
-  except OSError as error:  # A name may be too long.
+  except OSError as error:
     raise ValueError(f'--workdir={workdir}: {error.strerror}') from error
