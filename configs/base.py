@@ -78,7 +78,7 @@ def get_config(arg: str = '') -> ConfigDict:
     window=128,
     max_bad_steps=8,  # dropped updates in a row before the run rolls back or stops
     max_rollbacks=8,  # rollbacks in a run before it stops
-    # Seconds without a step before a process prints its stacks and exits; 0 for never.
+    # Seconds without progress before a process prints its stacks and exits; 0 for never.
     stuck_after=1800.0,
     peer_timeout=100,  # seconds without a heartbeat before a process counts as lost
   )
