@@ -14,6 +14,7 @@ from gated.data import tokenizer
 
 SHINGLE = 5  # Words; Lee et al. 2021 (arXiv 2107.06499) use 5-grams and 0.8 as well.
 SIMILAR = 0.8  # Jaccard similarity of the sets of shingles of two near-duplicates.
+BANDS = 25, 5  # Bands of hashes: 5 in 100,000 pairs at SIMILAR have no band in common.
 HASHES = 128  # Of a sketch: its standard error is 0.035 at SIMILAR.
 MAX_WORD = 1 << 12  # Characters.
 BATCH = 1 << 14  # Shingles hashed at a time.
@@ -97,7 +98,7 @@ def first_copies(content_D: np.ndarray) -> np.ndarray:
 def first_alike(sketches: Iterable[np.ndarray], chosen_D: np.ndarray) -> np.ndarray:
   """Sketches of documents -> which of `chosen_D` are unlike the earlier."""
   library: Any = tokenizer.optional('datasketch')
-  index = library.MinHashLSH(SIMILAR, HASHES)
+  index = library.MinHashLSH(SIMILAR, HASHES, params=BANDS)
   kept: dict[int, np.ndarray] = {}
   kept_D = np.zeros_like(chosen_D)
   for i, values in enumerate(sketches):

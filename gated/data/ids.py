@@ -10,6 +10,7 @@ The end-of-text token divides a file into documents; Megatron's .idx does so too
 
 import collections
 import dataclasses
+import itertools
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -28,7 +29,7 @@ HEADERS = {20240520: (1, '<u2'), 20240801: (7, '<u4')}  # Magic -> version, dtyp
 MEGATRON = b'MMIDIDX\x00\x00'
 CODES = {1: '<u1', 2: '<i1', 3: '<i2', 4: '<i4', 5: '<i8', 8: '<u2'}  # Of Megatron.
 SAMPLE = 1 << 12  # Ids that are compared with the tokenizer.
-AGREE = 0.9  # Share of them that must be the tokenizer's own encoding of their text.
+AGREE = 0.95  # Share of their pairs that its encoding of their text must have.
 DAMAGED = 'damaged ids'
 
 
@@ -43,8 +44,8 @@ def _opened(path: str, reading: Reading) -> _Stream:
   """A .bin file of nanoGPT or llm.c -> its ids, memory-mapped."""
   size = os.path.getsize(path)
   with open(path, 'rb') as file:
-    head = np.frombuffer(file.read(12), '<i4')
-  version, dtype = HEADERS.get(int(head[0]), (0, '')) if len(head) == 3 else (0, '')
+    head = np.frombuffer(file.read(12).ljust(12, b'\0'), '<i4')
+  version, dtype = HEADERS.get(int(head[0]), (0, ''))
   base, count = 0, None
   if dtype and head[1] == version and size >= HEADER:
     base, count = HEADER, int(head[2])
@@ -227,10 +228,12 @@ def check_sample(document: Document, token: tokenizer.Tokenizer) -> None:
     again_N, _ = token.encode(token.decode(ids_N).decode('utf-8', 'ignore'))
   except ValueError:
     return
-  common = collections.Counter(ids_N.tolist()) & collections.Counter(again_N.tolist())
-  if (share := common.total() / len(ids_N)) < AGREE:
+  pairs, again = (
+    collections.Counter(itertools.pairwise(N.tolist())) for N in (ids_N, again_N)
+  )
+  if (share := (pairs & again).total() / pairs.total()) < AGREE:
     raise Fault(
       'no ids of the tokenizer',
       f'{document.place}: decoded by --tokenizer and encoded again, only {share:.0%} of '
-      'its ids are the same, so they come from another tokenizer',
+      'its pairs of ids are the same, so they come from another tokenizer',
     )

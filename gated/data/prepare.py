@@ -128,8 +128,13 @@ def _note(
   for note in notes:
     tally.merge(note['faults'])
     counts.update(note['counts'])
-  if empty := counts['empty']:
-    log.info('%s: %s documents are empty', domain, f'{empty:,}')
+  log.info(
+    '%s: %s documents with text, %s without, %s left out',
+    domain,
+    f'{counts["documents"]:,}',
+    f'{counts["empty"]:,}',
+    f'{tally.total():,}',
+  )
   if token.unk >= 0:
     share = counts['unknown'] / max(1, counts['tokens'])
     log.info('%s: %.3g%% of the tokens are unknown', domain, 100 * share)

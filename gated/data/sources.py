@@ -55,6 +55,8 @@ def survey(
       continue
     if not kind:
       listing.skip(file)
+    elif not splits:
+      listing.passed['empty files'] += 1
     if kind.endswith('lines') and '\n'.encode(reading.encoding) != b'\n':
       raise ValueError(
         f'--encoding={reading.encoding!r} is for text, but {file} has JSON lines'

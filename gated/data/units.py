@@ -98,10 +98,10 @@ class _Watch:
     for taker in self._takers:
       taker.add(block)
     self._size += len(block)
-    if not self._bar and self._size > LONG:
+    if self._bar is None and self._size > LONG:
       name = faults.shown(self._name)
       self._bar = tqdm.tqdm(desc=name, unit='B', unit_scale=True, disable=None)
-    if self._bar:
+    if self._bar is not None:
       self._bar.update(self._size - self._bar.n)
 
 
