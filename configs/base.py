@@ -25,7 +25,11 @@ def get_config(arg: str = '') -> ConfigDict:
   c.steps = 1000  # optimizer steps
   c.batch = 32  # sequences per step, over all devices
   c.accum = 1  # micro-batches per step; more of them need less memory
-  c.init_from = ''  # WORKDIR or WORKDIR:STEP to take initial weights from
+  # WORKDIR, WORKDIR:STEP or a Hugging Face folder to take initial weights from.
+  c.init_from = ''
+  # A Hugging Face folder whose config.json gives the knobs of `model` that it has: shapes,
+  # RoPE, norms, experts, gates. Knobs on the command line come first.
+  c.model_from = ''
   c.model = model()
   c.loss = dict(
     z=0.0,  # weight of the squared log-partition; PaLM uses 1e-4; unpublished

@@ -21,6 +21,7 @@ C = TypeVar('C')
 # Knobs that were added later -> their values in recipes that were written before. Saved
 # runs without these knobs open with these values, and keep their default workdir.
 SINCE: dict[str, Any] = {
+  'config.model_from': '',
   'config.model.norm_alpha': [1.0, 1.0],
   'config.model.attn.clip_gamma': -0.03,
   'config.model.attn.clip_zeta': 1.0,

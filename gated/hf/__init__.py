@@ -7,7 +7,7 @@ Qwen3-Next without linear attention.
 import dataclasses
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,11 @@ from gated.hf import files, knobs, meaning, names
 from gated.hf.files import is_checkpoint
 from gated.model.layers import DTYPES
 
-__all__ = ['check', 'config', 'is_checkpoint', 'read', 'save']
+__all__ = ['check', 'config', 'is_checkpoint', 'model_knobs', 'read', 'save']
 
-# Knobs that may differ from the initial checkpoint, for a longer context.
-MAY_DIFFER = (
-  'config.model.attn.rope_base',
-  'config.model.attn.yarn.',
-  'config.model.numerics.init_std',
-)
+# Knobs that may differ from the initial checkpoint: they have no effect on its weights.
+MAY_DIFFER = ('config.model.numerics.init_std', 'config.model.attn.gate.score')
+GATES = 'config.model.attn.gate', 'config.model.attn.gates'
 SHARD_BYTES = 2 << 30
 
 _log = logging.getLogger('gated')
@@ -46,25 +43,55 @@ def config(directory: str | Path) -> model.Config:
   return _meaning(source, {'numerics': {'weights': dtype, 'compute': dtype}}).cfg
 
 
-def check(directory: str | Path, like: model.Transformer, *, fresh: bool = False) -> None:
+def model_knobs(directory: str | Path, base: Mapping[str, Any]) -> dict[str, Any]:
+  """A folder -> the knobs that its config.json gives other values than `base`.
+
+  `base` is nested, as config.model; names begin with `config.model`. A config.json
+  without a gate leaves the gates of `base`. ValueError if the model is not supported.
+  """
+  path = Path(directory) / files.CONFIG
+  content = files.read_json(path)
+  try:
+    theirs = meaning.read(content, base)
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}'[:1000]) from error
+  changed = differences({'model': base}, {'model': dataclasses.asdict(theirs.cfg)})
+  gates = () if theirs.groups else GATES
+  return {k: value for k, (_, value) in changed.items() if not k.startswith(gates)}
+
+
+def check(
+  directory: str | Path,
+  like: model.Transformer,
+  *,
+  fresh: bool = False,
+  allowed: Collection[str] = (),
+) -> dict[str, tuple[Any, Any]]:
   """Raises ValueError unless `read` can fill `like`; reads headers only.
 
-  With `fresh`, the checkpoint may lack a gate.
+  With `fresh`, the checkpoint may lack a gate. Returns the knobs with which `like`
+  computes another function, {knob: (the checkpoint's, ours)}. `allowed` are those, or
+  groups of them, that may differ.
   """
-  _matched(files.Tensors(directory), like, fresh)
+  return _matched(files.Tensors(directory), like, fresh, allowed)[1]
 
 
 def read(
-  directory: str | Path, like: model.Transformer, fresh: model.Transformer | None = None
+  directory: str | Path,
+  like: model.Transformer,
+  fresh: model.Transformer | None = None,
+  *,
+  allowed: Collection[str] = (),
 ) -> model.Transformer:
   """A folder -> the model, with the dtypes and shardings of the abstract model `like`.
 
   Leaves of `like` are `jax.ShapeDtypeStruct`; shardings are optional. A gate missing from
-  the checkpoint is copied from `fresh`. Host memory holds one leaf and one of the file's
-  tensors at a time. ValueError names the tensors that do not fit `like`.
+  the checkpoint is copied from `fresh`; `allowed` is as in `check`. Host memory holds one
+  leaf and one of the file's tensors at a time. ValueError names the tensors that do not
+  fit `like`.
   """
   source = files.Tensors(directory)
-  entries = _matched(source, like, fresh is not None)
+  entries, _ = _matched(source, like, fresh is not None, allowed)
   leaves = trees.flatten(like)
   filled = {}
   for entry in entries:
@@ -107,6 +134,8 @@ def save(
   kept = dtype or params.cfg.numerics.weights
   content, groups, centred = knobs.write(params.cfg, packing, kept, also or {})
   leaves = knobs.folded(params.cfg, trees.flatten(params))
+  if any(name.endswith('.open') for name in leaves):
+    raise ValueError('some gates are still opening at this step: export a later step')
   entries = names.table(leaves, groups=groups, centred=centred)
   assert leaves.keys() <= {name for entry in entries for name in entry.ours}
   their_dtypes = {ours: theirs for theirs, ours in files.DTYPES.items()}
@@ -140,39 +169,50 @@ def _fused(source: files.Tensors) -> bool:
 
 
 def _matched(
-  source: files.Tensors, like: model.Transformer, fresh: bool
-) -> list[names.Entry]:
-  """The rows of the table that fill `like`; ValueError if the headers do not fit."""
+  source: files.Tensors, like: model.Transformer, fresh: bool, allowed: Collection[str]
+) -> tuple[list[names.Entry], dict[str, tuple[Any, Any]]]:
+  """The rows of the table that fill `like`, and the knobs that differ, as in `check`."""
   theirs = _meaning(source, dataclasses.asdict(like.cfg))
   adds = fresh and not theirs.groups
-  _check_knobs(source, theirs.cfg, like.cfg, adds)
+  differs = _differs(source, theirs.cfg, like.cfg, (*allowed, *(GATES if adds else ())))
   leaves = trees.flatten(like)
   groups, centred, fused = theirs.groups, theirs.centred, _fused(source)
   entries = names.table(leaves, groups=groups, centred=centred, fused=fused)
   covered = {name for entry in entries for name in entry.ours}
   faults = [
     f'{name} is missing in the checkpoint'
-    for name in leaves.keys() - covered - ({names.GATE} if adds else set())
+    for name in leaves.keys() - covered
+    if not (adds and names.is_gate(name))
   ]
   shapes = {name: entry.shape for entry in entries for name in entry.names()}
   faults += _faults(source, shapes, tied=like.cfg.tied)
   if faults:
     first = '; '.join(sorted(faults)[:20])
     raise ValueError(f'{source.directory} has {len(faults)} faults: {first}')
-  return entries
+  return entries, differs
 
 
-def _check_knobs(source, theirs: model.Config, ours: model.Config, adds: bool) -> None:
-  """Raises ValueError, with the knobs, if two configs differ in what they compute."""
+def _differs(
+  source: files.Tensors, theirs: model.Config, ours: model.Config, allowed: Iterable[str]
+) -> dict[str, tuple[Any, Any]]:
+  """Knobs by which two configs compute differently; ValueError for one not allowed."""
   a, b = ({'model': dataclasses.asdict(cfg)} for cfg in (theirs, ours))
-  may = MAY_DIFFER + (('config.model.attn.gate.',) if adds else ())
-  faults = [
-    f'{knob}={our!r}, but the checkpoint has {their!r}'
-    for knob, (their, our) in differences(a, b).items()
-    if not knob.startswith(may)
-  ]
-  if faults:
-    raise ValueError(f'{source.directory}: ' + '; '.join(faults))
+  changed = differences(a, b)
+  differs = {k: pair for k, pair in changed.items() if not k.startswith(MAY_DIFFER)}
+  groups = tuple(f'{name.rstrip(".")}.' for name in allowed)
+  refused = [knob for knob in differs if not f'{knob}.'.startswith(groups)]
+  if refused:
+    values = (
+      f'{k}={ours!r}, but the checkpoint has {theirs!r}'
+      for k, (theirs, ours) in differs.items()
+      if k in refused
+    )
+    raise ValueError(
+      f'{source.directory}: {"; ".join(values)}. Take the knobs of its config.json with '
+      f'--config.model_from={source.directory}, or allow another function with '
+      f'--allow_change={",".join(refused)}'
+    )
+  return differs
 
 
 def _faults(

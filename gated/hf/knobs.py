@@ -131,7 +131,8 @@ def write(
     'hidden_act': 'silu',
     'attention_bias': attn.bias,
     'attention_dropout': 0.0,
-    'use_cache': True,
+    # The cache of Qwen3-Next in transformers 4 needs a layer of linear attention.
+    'use_cache': not next_,
   }
   out |= _write_ffn(cfg, kind)
   if next_:

@@ -19,6 +19,12 @@ GATE = 'blocks.attn.gate.weight'
 # Our gates have no bias: it is written as zeros, and must be zero when read.
 GATE_BIAS = 'blocks.attn.gate.bias'
 
+
+def is_gate(name: str) -> bool:
+  """Whether a leaf of ours belongs to one of the gates."""
+  return name.startswith('blocks.attn.gate')
+
+
 LAYER = 'model.layers.{layer}.'
 ATTN, MLP = LAYER + 'self_attn.', LAYER + 'mlp.'
 EXPERT = MLP + 'experts.{expert}.'

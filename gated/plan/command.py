@@ -6,6 +6,7 @@ has all knobs, and `defaults.PRESETS` the named presets of groups of knobs.
 
 import ast
 import difflib
+import functools
 import math
 import pathlib
 import re
@@ -16,9 +17,10 @@ from typing import Any
 
 from yaml import dump
 
-from gated import config
+from gated import config, hf
 
 WIDTH = 90
+TYPED = r'(?m)^--?(config\.[^=\s]*)[=\n]?(.*)'  # A knob of a command line, its value.
 RECIPES = """
 --config=configs/RECIPE.py[:ARGUMENT] selects a recipe. A wrong argument lists the allowed
 ones. The recipes in configs/:
@@ -49,6 +51,23 @@ def parse(
     raise ValueError(_reason(error, argv, knobs, flags)) from error
   if left[1:]:
     raise ValueError(_unknown(left[1], knobs, folder))
+  if knobs and flags['config'].value is not None:
+    _take_model(flags['config'].value, argv)
+
+
+def _take_model(c: Any, argv: Sequence[str]) -> None:
+  """Sets the knobs of `model` that config.model_from has, but not those of `argv`."""
+  if 'model_from' not in c or not (folder := c.model_from):
+    return
+  try:
+    found = hf.model_knobs(folder, c.model.to_dict())
+  except ValueError as error:
+    raise ValueError(f'config.model_from={folder!r}: {error}') from error
+  typed = {knob for knob, _ in re.findall(TYPED, '\n'.join(argv))}
+  for knob, value in found.items():
+    if knob not in typed:
+      *path, last = knob.split('.')[1:]
+      functools.reduce(lambda group, key: group[key], path, c)[last] = value
 
 
 def _unknown(word: str, knobs: Mapping, folder: str) -> str:
@@ -106,7 +125,7 @@ def _check(argv: Sequence[str], knobs: Mapping[str, Any], presets: Mapping) -> N
   """Raises ValueError for an unknown knob, a group, or a missing recipe."""
   lines = '\n'.join(argv)
   recipe = re.search(r'(?m)^--?config[=\n]([^:\n]*)', lines)
-  typed = re.findall(r'(?m)^--?(config\.[^=\s]*)[=\n]?(.*)', lines)
+  typed = re.findall(TYPED, lines)
   for knob, value in typed:
     if knob in knobs:
       continue

@@ -49,7 +49,8 @@ def workdir(given: str, c: dict, *, allowed: Collection[str]) -> storage.Path:
   exists = storage.exists(default / 'run.json')
   beside = [] if exists else sorted(near(default, c), key=lambda run: not run.resumes)
   for name in allowed:
-    if name.rstrip('.').startswith(UNNAMED):
+    # A fresh run may need it for the weights of config.init_from.
+    if name.rstrip('.').startswith(UNNAMED) or (c['init_from'] and not exists):
       continue
     same = [f'={run.workdir}' for run in beside if workdirs.within(run.knob, name)]
     raise ValueError(

@@ -120,7 +120,7 @@ def prepare(
   )
   source = None
   if cfg.init_from and resume.step is None:
-    source = weights.find(cfg.init_from, plan.state.model, corpus)
+    source = weights.find(cfg.init_from, plan.state.model, corpus, allowed)
     resume.changed['config.init_from'] = cfg.init_from, str(source)
     for knob, change in source.differs.items():
       resume.changed[f'{knob} since config.init_from'] = change

@@ -34,6 +34,7 @@ class Config:
   batch: int
   accum: int
   init_from: str
+  model_from: str  # already applied to `model`, by `command.parse`
   model: model.Config
   loss: losses.Config
   optim: optim.Config

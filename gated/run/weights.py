@@ -6,6 +6,7 @@ twice their sigmoid, the first step then equals that of the ungated model.
 
 import dataclasses
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,18 +36,24 @@ class Source(NamedTuple):
     return f'{self.folder.parent}:{self.step}'
 
 
-def find(init_from: str, like: model.Transformer, corpus: data.Corpus) -> Source:
+def find(
+  init_from: str,
+  like: model.Transformer,
+  corpus: data.Corpus,
+  allowed: Collection[str] = (),
+) -> Source:
   """'WORKDIR[:STEP]' or a Hugging Face folder -> Source.
 
   `like` is the abstract model. ValueError if the weights do not fit it, or if the data
   use another tokenizer. Knobs of the model that differ but keep all shapes are logged
-  and returned in `differs`.
+  and returned in `differs`. If they differ from a Hugging Face folder, they must be in
+  `allowed`, or in a group in it; added gates need not.
   """
   place, step = workdir.split_step(init_from)
   try:
     saves = storage.path(place) / 'checkpoints'
     if not storage.is_remote(saves) and hf.is_checkpoint(init_from):
-      return _imported(Path(init_from), like, corpus)
+      return _imported(Path(init_from), like, corpus, allowed)
     if not storage.names(saves):
       raise ValueError(f'neither {saves} nor a config.json with *.safetensors exists')
     return _saved(saves, step or 'latest', like, corpus)
@@ -54,8 +61,8 @@ def find(init_from: str, like: model.Transformer, corpus: data.Corpus) -> Source
     raise ValueError(f'config.init_from={init_from!r}: {error}') from error
 
 
-def _imported(folder: Path, like: model.Transformer, corpus: data.Corpus) -> Source:
-  hf.check(folder, like, fresh=True)
+def _imported(folder: Path, like: model.Transformer, corpus, allowed) -> Source:
+  differs = hf.check(folder, like, fresh=True, allowed=allowed)
   tokenizer = folder / 'tokenizer.json'
   if tokenizer.is_file():
     corpus.check_tokenizer(tokenizer)
@@ -63,7 +70,8 @@ def _imported(folder: Path, like: model.Transformer, corpus: data.Corpus) -> Sou
     _log.warning(
       '%s has no tokenizer.json: cannot compare it with the tokenizer of the data', folder
     )
-  return Source(folder, None, {}, '')
+  _log_differences(differs)
+  return Source(folder, None, differs, '')
 
 
 def _saved(saves: storage.Path, step: str, like: model.Transformer, corpus) -> Source:
@@ -75,9 +83,13 @@ def _saved(saves: storage.Path, step: str, like: model.Transformer, corpus) -> S
     raise ValueError('its data has another tokenizer than config.data.mixture')
   current = {'model': dataclasses.asdict(like.cfg)}
   differs = config.differences({'model': about['config']['model']}, current)
+  _log_differences(differs)
+  return Source(saves, number, differs, step)
+
+
+def _log_differences(differs: dict[str, tuple[Any, Any]]) -> None:
   for knob, (old, new) in differs.items():
     _log.info('%s is %r, but was %r for the weights', knob, new, old)
-  return Source(saves, number, differs, step)
 
 
 def read(
@@ -90,7 +102,8 @@ def read(
   """
   _log.info('starting from the weights of %s', source)
   if source.step is None:
-    return hf.read(Path(source.folder), like, fresh=fresh), source
+    folder, allowed = Path(source.folder), tuple(source.differs)
+    return hf.read(folder, like, fresh=fresh, allowed=allowed), source
   with checkpoint.Reader(source.folder) as saved:
     for left in reversed(range(ATTEMPTS)):
       try:

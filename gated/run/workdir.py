@@ -22,6 +22,7 @@ from gated.run.metrics import provenance
 # Knobs that may change when a run resumes; the data are compared by fingerprint.
 MAY_CHANGE = (
   'config.name',
+  'config.model_from',  # The knobs of the model that it sets are compared.
   'config.steps',
   'config.mesh.',
   'config.eval.',

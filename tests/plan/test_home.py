@@ -101,6 +101,9 @@ def test_allow_change_without_a_workdir_is_refused_with_the_run_that_it_means():
     choose(allowed=['data', 'config.seed'])
   # The name does not depend on the dataset's content or on the paper's numbers.
   assert choose(allowed=['data', 'config.paper.']) == default(small.recipe())
+  # A fresh run may compute differently from the model of its weights.
+  start = dict(init_from='weights')
+  assert choose(allowed=['config.model'], **start) == default(small.recipe(**start))
 
 
 def test_a_workdir_with_a_step_is_refused_with_the_flag_for_it():
