@@ -74,6 +74,8 @@ def open(cfg: Config, *, vocab: int, batch: int, seed: int, max_segments: int) -
     mixture.check_distinct(parts)
   except ValueError as error:
     raise ValueError(f'{knob}: {error}') from error
+  if doubt := mixture.unseen_doubt(parts):
+    log.warning('%s: %s', knob, doubt)
   size = parts[0].manifest.tokenizer.vocab
   if size > vocab:
     raise ValueError(

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import json
 import logging
+import lzma
 import os
 import random
 import signal
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from gated import data
+from gated import data, evals
 from gated.data import (
   content,
   cuts,
@@ -121,7 +122,7 @@ def test_a_bpe_of_a_text_in_pieces_is_that_of_the_whole(tmp_path, small_windows)
 
 
 def test_a_large_document_gives_the_same_dataset_in_pieces(tmp_path, monkeypatch):
-  text = 'A line of é and 日本, then more; to be continued elsewhere.\n' * 3000
+  text = 'A line of é and 日本, then more; to be continued elsewhere.\n' * 900
   (tmp_path / 'a.txt').write_text(text)
   (tmp_path / 'b.jsonl').write_text(json.dumps({'text': text + 'x'}) + '\n')
   domains = {'d': [str(tmp_path / 'a.txt'), str(tmp_path / 'b.jsonl')]}
@@ -264,18 +265,50 @@ def test_a_mixture_of_datasets_with_text_in_both_halves_is_reported(tmp_path, ca
   assert doubt('A', 'C') == doubt('A') == doubt('D') == ''
   assert "made with --heldout=['0.2', '0.3']" in doubt('A', 'B')
   assert f'{tmp_path}/D: made with --dedup=none' in doubt('A', 'D')
-  cfg = data.Config(
-    mixture=f'{tmp_path}/A,{tmp_path}/D',
-    length=16,
+  with caplog.at_level(logging.WARNING):
+    cfg = config(tmp_path / 'A', tmp_path / 'D')
+    data.open(cfg, vocab=257, batch=2, seed=0, max_segments=0)
+  assert 'D: made with --dedup=none' in caplog.text
+
+
+def config(*places, length=16):
+  return data.Config(
+    mixture=','.join(map(str, places)),
+    length=length,
     tokenizer='bytes',
-    cache=str(tmp_path / 'cache'),
+    cache='',
     verify='size',
     workers=0,
     prefetch=2,
   )
-  with caplog.at_level(logging.WARNING):
-    data.open(cfg, vocab=257, batch=2, seed=0, max_segments=0)
-  assert 'D: made with --dedup=none' in caplog.text
+
+
+def test_xz_and_bits_per_byte_count_the_same_bytes(tmp_path):
+  """An unknown token hides text; the bytes of the original are counted."""
+  vocab = {'the': 0, '</s>': 1, '[UNK]': 2, 'cat': 3}
+  model = {'type': 'WordLevel', 'vocab': vocab, 'unk_token': '[UNK]'}
+  settings = {'version': '1.0', 'added_tokens': [], 'model': model}
+  settings |= {'pre_tokenizer': {'type': 'WhitespaceSplit'}}
+  (tmp_path / 'a.json').write_text(json.dumps(settings))
+  for i in range(40):
+    (tmp_path / f'{i}.txt').write_text('the cat the extraordinarily-long-word cat')
+  settings = options(tokenizer=str(tmp_path / 'a.json'), length=8)
+  manifest = prepare.run(
+    str(tmp_path / 'out'), {'d': [str(tmp_path)]}, settings, processes=1
+  )
+  assert manifest.made['counts'] == {'unknown_tokens': {'d': 40}}
+  corpus = data.open(
+    config(tmp_path / 'out', length=8), vocab=4, batch=1, seed=0, max_segments=0
+  )
+  flags = dict(chosen=['xz'], rows=0, limit=0, xz_bytes=0)
+  measured = evals.measure_yardsticks(corpus, corpus, **flags)['d']
+  text, size = corpus.heldout_text('d', 0), manifest.splits['heldout']['d'].bytes
+  # The first word of a document is no target.
+  documents = manifest.splits['heldout']['d'].documents
+  assert size == documents * len(' cat the extraordinarily-long-word cat') > len(text)
+  assert measured['xz_bytes'] == len(text)
+  packed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
+  assert measured['xz_bits_per_byte'] == pytest.approx(8 * len(packed) / size)
 
 
 @pytest.mark.parametrize('size', [300, 1 << 20])
