@@ -17,6 +17,7 @@ from ml_collections import config_flags
 
 from configs import base
 from gated import config, data, evals, storage
+from gated.data.progress import Progress
 from gated.devices import determinism, mesh, processes
 from gated.plan import Run, command, evaluate_step, home, prepare, recipe
 from gated.run import checkpoint, exit_codes, recorder, shutdown, terminal
@@ -114,7 +115,8 @@ def train(run: Run) -> int:
     checkpoint.Checkpoints(run.workdir / 'checkpoints', beat=pulse.beat, **keep) as saves,
   ):
     workdirs.begin(run.workdir, run.resume, saves.steps())
-    step = run.lowered.compile()
+    with Progress('compiling the train step', enabled=jax.process_index() == 0):
+      step = run.lowered.compile()
     run.record_session()
     with pulse, shutdown.without_peers(cfg.stability.peer_timeout, run.workdir):
       try:
@@ -258,7 +260,8 @@ def main(argv: list[str]) -> int:
       determinism.enable()
     processes.start(**_PROCESSES(), peer_timeout=cfg.stability.peer_timeout)
     workdir = home.workdir(_WORKDIR.value, c, allowed=_ALLOW.value or [])
-    with shutdown.leaving():
+    first = jax.process_index() == 0
+    with shutdown.leaving(), Progress('checking the data and workdir', enabled=first):
       run = prepare(
         c,
         workdir,

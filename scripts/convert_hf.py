@@ -17,6 +17,7 @@ from typing import Any
 
 import gated
 from gated import hf, storage
+from gated.data.progress import Progress
 from gated.plan.load import Loaded
 from gated.run import terminal
 from gated.run.exit_codes import REFUSED
@@ -156,7 +157,9 @@ def _warn(reason: str) -> None:
 def main(argv: list[str]) -> int:
   args = parse(argv)
   try:
-    print(run(args))
+    with Progress('converting'):
+      line = run(args)
+    print(line)
   except (ValueError, NotImplementedError, OSError) as error:
     print(f'convert_hf.py: {error}', file=sys.stderr)
     return REFUSED

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gated import storage
+from gated.data.progress import Progress
 from gated.probes.report import SCALARS
 from gated.run import terminal
 from gated.run import workdir as workdirs
@@ -119,7 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   args = parser().parse_args(argv)
   out = storage.path(args.out) if args.out else storage.path(args.workdir[0]) / 'plots'
   try:
-    print(write(read(args.workdir), out, baseline=args.baseline, by=args.by))
+    with Progress('plotting'):
+      line = write(read(args.workdir), out, baseline=args.baseline, by=args.by)
+    print(line)
   except (ValueError, OSError) as error:
     print(f'plot.py: {error}', file=sys.stderr)
     return REFUSED

@@ -38,6 +38,7 @@ from ml_collections import config_flags
 
 from configs import base
 from gated import config, model, plan
+from gated.data.progress import Progress
 from gated.devices.chips import GIB
 from gated.plan import command
 from gated.pods import preflight
@@ -191,7 +192,8 @@ def main(argv: list[str]) -> int:
       result = count(c)
       lines = counted(c, result)
     else:
-      result, lines = report(c)
+      with Progress('estimating'):
+        result, lines = report(c)
   except (ValueError, NotImplementedError) as error:
     print(f'preflight.py: {error}', file=sys.stderr)
     return REFUSED

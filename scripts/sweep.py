@@ -32,6 +32,7 @@ from ml_collections import config_flags
 
 from configs import axes, base
 from gated import config, storage, sweep
+from gated.data.progress import Progress
 from gated.plan import command
 from gated.run import terminal
 from gated.sweep import judge, launch, report
@@ -241,16 +242,17 @@ def write_report(args: argparse.Namespace, words: Sequence[str]) -> int:
   out = first.parent / '-'.join(['report', *names]) if names[1:] else first / 'report'
   out = storage.path(args.out) if args.out else out
   try:
-    written = report.write(
-      out,
-      sweeps,
-      only=args.only,
-      rule={k: options[k] for k in RULE if k in options},
-      spikes={k: options[k] for k in SPIKES if k in options},
-      baseline=args.baseline,
-      by=args.by,
-      resolve=resolve,
-    )
+    with Progress('writing the report'):
+      written = report.write(
+        out,
+        sweeps,
+        only=args.only,
+        rule={k: options[k] for k in RULE if k in options},
+        spikes={k: options[k] for k in SPIKES if k in options},
+        baseline=args.baseline,
+        by=args.by,
+        resolve=resolve,
+      )
   except OSError as error:
     raise ValueError(f'the report of {", ".join(names)} in {out}: {error}') from error
   print(f'{written.states()}: {out / "index.html"}')

@@ -14,6 +14,7 @@ from typing import Any
 import tqdm
 
 from gated.data import workers
+from gated.data.progress import Progress
 
 # run(function, jobs, label) -> the results, in order; may use several processes.
 Run = Callable[[Callable[[Any], Any], Sequence[Any], str], list]
@@ -75,4 +76,6 @@ def _killed(children: list, folder: str) -> Iterator[int]:
 
 
 def _shown(results: Iterable[Any], jobs: Sequence[Any], label: str) -> list:
-  return list(tqdm.tqdm(results, label, len(jobs), unit='unit', disable=None))
+  bar = tqdm.tqdm(results, label, len(jobs), unit='unit', disable=None)
+  with Progress(label, total=len(jobs), unit='units', enabled=bar.disable) as progress:
+    return list(progress.over(bar))
