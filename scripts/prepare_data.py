@@ -111,7 +111,8 @@ def main(argv: list[str]) -> None:
     domains[name] = [os.path.expanduser(path) for path in paths]
   flags['dedup'] = flags['dedup'] or default_dedup(out)
   flags['suffixes'] = tuple(filter(None, flags['suffixes'].split(',')))
-  manifest = prepare.run(out, domains, prepare.Options(**flags), processes=processes)
+  with storage.named(out):
+    manifest = prepare.run(out, domains, prepare.Options(**flags), processes=processes)
   for split, portions in manifest.splits.items():
     for domain, portion in portions.items():
       print(

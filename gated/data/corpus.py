@@ -108,7 +108,7 @@ class Corpus:
       lines = str(error).splitlines() or [repr(error)]
       if faults:
         raise Damaged(f'config.data.mixture: {faults[0]}') from error
-      if isinstance(error, ValueError):
+      if isinstance(error, ValueError) or 'Riegeli' in lines[0]:
         raise Damaged(f'config.data.mixture: a row cannot be read: {lines[0]}') from error
       knob = f'config.data.workers={self._workers}'
       if isinstance(error, OSError):

@@ -30,6 +30,7 @@ def read(error, tmp_path, *, size=4):
   [
     (KILLED, data.Unreadable, 'config.data.workers=2: a data worker was killed'),
     (OSError(errno.ENOSPC, 'No space left'), data.Unreadable, 'workers=2: .*No space'),
+    (RuntimeError('Corrupted Riegeli/records file'), data.Damaged, 'cannot be read: Cor'),
     (ValueError('a record has 0 bytes'), data.Damaged, 'row cannot be read: a record'),
     (KeyError('a mistake of ours'), KeyError, 'a mistake of ours'),
   ],
