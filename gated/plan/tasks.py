@@ -39,18 +39,7 @@ def run(loaded: Loaded, options: harness.Options) -> None:
     more = f' and {len(needed) - 3} more' if len(needed) > 3 else ''
     _log.warning('data set of a hub: %s, for %s%s', path, ', '.join(needed[:3]), more)
   _read(catalog, options.tasks)
-  loaded = loaded.dropless()
-  length = options.length or length_of(loaded)
-  subject = harness.part('adapter').Subject(
-    read_model=lambda: loaded.model,
-    measured=loaded.compiled(scoring.measure),
-    on=loaded.mesh,
-    tokenizer=loaded.tokenizer,
-    prefix=prefix(loaded.tokenizer),
-    length=length,
-    info={'model': str(loaded.path), 'step': loaded.step, 'max_length': length}
-    | {'numerics': dataclasses.asdict(loaded.cfg.numerics)},
-  )
+  subject = subject_of(loaded, options.length)
   place = folder(loaded)
   answers = Answers(place / 'requests' / _identity(loaded, subject))
   if len(answers):
@@ -60,6 +49,22 @@ def run(loaded: Loaded, options: harness.Options) -> None:
     print(_table(report), flush=True)
     with stored():
       storage.write_json(place / f'{_name(loaded, options)}.json', report)
+
+
+def subject_of(loaded: Loaded, length: int) -> Any:
+  """A loaded model -> as lm-eval's model takes it; `length` 0 for `length_of`."""
+  loaded = loaded.dropless()
+  length = length or length_of(loaded)
+  return harness.part('adapter').Subject(
+    read_model=lambda: loaded.model,
+    measured=loaded.compiled(scoring.measure),
+    on=loaded.mesh,
+    tokenizer=loaded.tokenizer,
+    prefix=prefix(loaded.tokenizer),
+    length=length,
+    info={'model': str(loaded.path), 'step': loaded.step, 'max_length': length}
+    | {'numerics': dataclasses.asdict(loaded.cfg.numerics)},
+  )
 
 
 def folder(loaded: Loaded) -> storage.Path:

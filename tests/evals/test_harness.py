@@ -1,25 +1,34 @@
 """Tasks of lm-eval: what needs no lm-eval. Its own model agrees: test_tasks.py."""
 
+import functools
 import json
 import math
+import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 import small
+from absl import flags
 
 from gated import storage
+from gated.evals import harness
 from gated.evals.harness import cache, documents, options, scoring
 from gated.evals.harness.scoring import Answer, Request
+from gated.plan import load
 
 ANSWERS = [Answer(-1.5, True), Answer(-math.inf, False)]
 
 
+LOGITS = small.jit(lambda net, token_BT: net(token_BT))
+
+
 def definition(net, each):
   """A request's answer from the logits of its text alone."""
-  tokens = np.array([[*each.context, *each.continuation]])
-  logit_TV = np.asarray(small.jit(lambda m, t: m(t))(net, tokens[:, :-1]))[0]
-  logit_TV = logit_TV[len(each.context) - 1 :].astype(float)
+  tokens = [*each.context, *each.continuation[:-1]]
+  logit_TV = LOGITS(net, np.pad([tokens], ((0, 0), (0, 64 - len(tokens)))))[0]
+  logit_TV = np.asarray(logit_TV)[len(each.context) - 1 : len(tokens)].astype(float)
   nats_TV = logit_TV - np.log(np.exp(logit_TV).sum(-1, keepdims=True))
   picked = nats_TV[range(len(each.continuation)), each.continuation]
   best = logit_TV.argmax(-1).tolist() == [*each.continuation]
@@ -38,7 +47,7 @@ def requests():
 def scored(asked, net, on, **flags):
   """-> the answers, and the shapes of the batches that were measured."""
   shapes = []
-  compiled = jax.jit(scoring.measure)
+  compiled = small.jit(scoring.measure)
 
   def measured(net, *batch):
     shapes.append((*batch[0].shape, batch[1].shape[1]))
@@ -53,16 +62,16 @@ def scored(asked, net, on, **flags):
 
 @pytest.mark.slow
 def test_answers_are_those_of_each_text_alone_for_any_batch_and_devices():
-  net, asked = small.model_of(attn__gate__position='sdpa'), requests()
+  knobs = dict(attn__gate__position='sdpa', moe__experts=4, moe__top_k=2)
+  net, asked = small.model_of(**knobs), requests()
   greedy = asked[2].context
-  best = np.asarray(small.jit(lambda m, t: m(t))(net, np.array([greedy])))[0, -1].argmax()
-  asked.append(Request(greedy, (int(best),)))
+  padded = np.pad([greedy], ((0, 0), (0, 64 - len(greedy))))
+  asked.append(Request(greedy, (int(LOGITS(net, padded)[0, len(greedy) - 1].argmax()),)))
   want = {each: definition(net, each) for each in asked}
   assert want[asked[-1]][1] and not all(best for _, best in want.values())
   for on, size in (
-    (small.mesh_of(), 1),
     (small.mesh_of(), 16),
-    (small.mesh_of(data=2, fsdp=4), 0),
+    (small.mesh_of(data=2, fsdp=4), 1),
   ):
     answers, _ = scored(asked, net, on, size=size)
     assert answers.keys() == want.keys()
@@ -191,3 +200,66 @@ def test_local_tasks_have_balanced_answers_and_one_right_choice():
 def test_options_out_of_range_are_refused(values, message):
   with pytest.raises(ValueError, match=message):
     options.Options(**dict(tasks=('a',)) | values)
+
+
+@pytest.fixture
+def read():
+  """A command line -> its options, with flags of its own."""
+  values = flags.FlagValues()
+  kinds = ('DEFINE_list', 'DEFINE_integer')
+  own = {
+    kind: functools.partial(getattr(flags, kind), flag_values=values) for kind in kinds
+  }
+  for name in ('batch', 'length', 'rows'):
+    own['DEFINE_integer'](name, 8, '')
+  define = types.SimpleNamespace(FLAGS=values, **own)
+  options_of = harness.define(define, excludes=['rows'])
+
+  def read(*line):
+    values(['eval.py', *line])
+    return options_of()
+
+  return read
+
+
+def test_flags_become_options(read):
+  line = ['--tasks=b,a', '--limit=3', '--fewshot=0', '--task_path=x,y', '--batch=2']
+  assert read(*line) == harness.Options(
+    tasks=('b', 'a'), limit=3, fewshot=0, task_path=('x', 'y'), batch=2
+  )
+
+
+def test_without_tasks_there_are_no_options(read):
+  assert read('--rows=3', '--batch=2') is None
+
+
+@pytest.mark.parametrize(
+  ('line', 'message'),
+  [
+    (['--limit=3'], '--limit=3 is not allowed without --tasks'),
+    (['--tasks=a', '--rows=3'], '--rows=3 is not allowed with --tasks'),
+    (['--tasks=a', '--limit=-3'], '--limit=-3, but it must be at least 0'),
+    (['--tasks='], '--tasks= has an empty name'),
+    (['--tasks=a,,b'], '--tasks=a,,b has an empty name'),
+  ],
+)
+def test_flags_that_do_not_fit_are_refused_by_name(line, message, read):
+  with pytest.raises(ValueError, match=message):
+    read(*line)
+
+
+def test_a_missing_package_is_one_line_that_says_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'lm_eval', None)
+  monkeypatch.delitem(sys.modules, 'lm_eval.api.model', raising=False)
+  with pytest.raises(ValueError) as refused:
+    harness.part('adapter')
+  wanted = '--tasks needs the package lm-eval: pip install -r requirements-tasks.txt'
+  assert str(refused.value) == wanted
+
+
+def test_experts_of_an_evaluation_drop_no_token():
+  cfg = small.model_config(moe__experts=4, moe__top_k=2, moe__dispatch='capacity')
+  place = storage.path('model')
+  run = load.Loaded(place, cfg, step=None, about=None, cache='here').dropless()
+  assert run.cfg.moe.dispatch == 'dropless' and run.cfg.moe.experts == 4
+  assert (run.path, run.cache) == (place, 'here')
