@@ -51,11 +51,11 @@ def probes(runs: Runs, reports: Reports, ids: np.ndarray) -> None:
     'attention': figures.attention(maps, words),
     'attention-heads': figures.attention_heads(maps[label], words),
   }
-  if any(run.cfg.attn.gate.position != 'none' for run in runs.values()):
+  if any(run.cfg.attn.named for run in runs.values()):
     pictures['gates'] = figures.gates(reports)
     pictures['gates-by-layer'] = figures.gates_by_layer(reports)
-  gate, html = loaded.cfg.attn.gate, ''
-  if gate.position != 'none':
+  html = ''
+  for gate in [*loaded.cfg.attn.named.values()][:1]:
     title = f'{label}, step {loaded.step}: gate scores'
     limits = gates.score_range(gate.activation)
     html = page.page(loaded.gates(ids), tokens, title=title, limits=limits)

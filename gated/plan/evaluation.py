@@ -47,7 +47,7 @@ def runs(
   if forced:
     try:
       gates, layers = force.parse(forced, loaded.cfg.depth)
-      _, constant = force.check(loaded.cfg, gates, layers)
+      *_, constant = force.check(loaded.cfg, gates, layers)
     except ValueError as error:
       raise ValueError(f'--force_gates={forced!r}: {error}') from error
     text = rows() if constant is None else None

@@ -57,13 +57,14 @@ class Loaded(Opened):
     nats_B, weight_B = self.evaluate(batch)
     return float(nats_B[0] / weight_B[0])
 
-  def gates(self, text: Text) -> np.ndarray:
-    """A text -> its gates' scores: (L, H, T) headwise, (L, H, T, K) elementwise.
+  def gates(self, text: Text, position: str = '') -> np.ndarray:
+    """A text -> the scores of a gate: (L, H, T) headwise, (L, H, T, K) elementwise.
 
-    As `probes.gates.scores`, for one text. ValueError for a model without a gate.
+    As `probes.gates.scores`, for one text. ValueError for a model without the gate.
     """
     batch, count = self._batch(self.tokens(text))
-    score = self.compiled(gates.scores)(self.model, batch)
+    at = functools.partial(gates.scores, position=position) if position else gates.scores
+    score = self.compiled(at)(self.model, batch)
     return np.moveaxis(np.asarray(score[:, 0, :count]), 1, 2)
 
   def attention(self, text: Text) -> np.ndarray:
@@ -86,13 +87,14 @@ class Loaded(Opened):
 
     `gates` is 'open' (1), 'closed' (0), a number, or 'mean': each head's (and channel's)
     mean over the tokens of `text`, which may also be packed rows (R, T) on the host.
-    ValueError for a model without a gate.
+    'value:open' forces another gate than the first, by its position. ValueError for a
+    model without the gate.
     """
-    mean = None
+    mean, position = None, str(gates).rpartition(':')[0]
     if isinstance(text, data.Batch):
-      mean = probing.mean_scores(self, text)
+      mean = probing.mean_scores(self, text, position)
     elif text is not None:
-      mean = self.gates(text).mean(2)
+      mean = self.gates(text, position).mean(2)
     change = probing.forcing(self, gates, layers, mean)
     run = self.fit(0)
     run.changes = (*self.changes, change)

@@ -5,6 +5,7 @@ R rows  B batch  T tokens  V vocabulary
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,9 +81,9 @@ def loss(loaded: Any, rows: data.Batch, *, mask_documents: bool | None) -> float
   return float(nats / weight)
 
 
-def mean_scores(loaded: Any, rows: data.Batch) -> np.ndarray:
-  """Rows (R, T) on the host -> the gates' mean scores over tokens, (L, H, K)."""
-  measure = loaded.compiled(gates.sums)
+def mean_scores(loaded: Any, rows: data.Batch, position: str) -> np.ndarray:
+  """Rows (R, T) on the host -> a gate's mean scores over tokens, (L, H, K)."""
+  measure = loaded.compiled(functools.partial(gates.sums, position=position))
   sums = [
     jax.device_get(measure(loaded.model, batch)) for batch in _batches(loaded, rows)
   ]
@@ -95,7 +96,8 @@ def forcing(loaded: Any, gates: str | float, layers: Any, mean: Any) -> Any:
   replicated = jax.sharding.NamedSharding(loaded.mesh, jax.P())
   arrays = force.arrays(loaded.cfg, gates, layers, mean)
   chosen, forced = (jax.device_put(x, replicated) for x in arrays)
-  return lambda net: force.force(net, chosen, forced)
+  own, *_ = force.check(loaded.cfg, gates, layers)
+  return lambda net: force.force(net, own, chosen, forced)
 
 
 def heldout_rows(corpus: data.Corpus, limit: int) -> data.Batch:

@@ -76,6 +76,7 @@ CONVENTIONS: dict[str, str] = {
   'gate_weight_norm': "norm of each head's gate weight",
   'gate_vocabulary': "layer 0's scores of every token of the vocabulary, averaged over "
   f'channels; "open" counts the tokens at which a head reaches {gates.OPEN}',
+  'gates': 'the numbers of further gates of a layer, by position',
   'output_mean': 'mean |y| of the SDPA output after its gate',
   'output_mean_before': 'mean |y| of the SDPA output before its gate',
   **{

@@ -104,8 +104,8 @@ def gates_by_layer(reports: Reports) -> Figure:
     ax.tick_params(labelbottom=layer + across >= depth)
     ax.set_title(f'layer {layer}', size=6, pad=2)
     for line, (i, _, histogram, mean) in enumerate(runs):
-      if layer < len(histogram['layers']):
-        number = mean['layers'][layer]
+      number = mean['layers'][layer] if layer < len(mean['layers']) else None
+      if number is not None and np.isfinite(number):  # The layer has the gate.
         _histogram(ax, histogram['layers'][layer], histogram['edges'], number, i)
         place: Any = dict(ha='right', va='top', transform=ax.transAxes, zorder=5)
         place |= dict(bbox=dict(fc='white', ec='none', pad=0.3))

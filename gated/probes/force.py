@@ -3,7 +3,6 @@
 L layers  H heads  K head width  B batch  T tokens
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gated import model
+from gated import config, model
 from gated.model.gate import FORMS
+from gated.probes import gates as probe
 
 WORDS = {'open': 1.0, 'closed': 0.0}
 
@@ -53,68 +53,66 @@ def arrays(
 ) -> tuple[np.ndarray, np.ndarray]:
   """-> the chosen layers and their score, as `Forced` takes them.
 
-  `gates` is a word or a number, as for `Loaded.force`. 'mean', and only 'mean', needs
-  `mean`: the gate scores' mean over tokens, (L, H) or (L, H, K). ValueError for a wrong
-  argument.
+  `gates` and `layers` are as for `check`. 'mean', and only 'mean', needs `mean`: the
+  gate scores' mean over tokens, (L, H) or (L, H, K). ValueError for a wrong argument.
   """
-  chosen, constant = check(cfg, gates, layers)
+  own, chosen, constant = check(cfg, gates, layers)
   if (constant is None) != (mean is not None):
     raise ValueError(
       f'gates={gates!r} {"needs a" if constant is None else "takes no"} text'
     )
-  depth = cfg.depth
-  score = np.full((depth, 1, 1), constant) if mean is None else mean
-  shape = (depth, -1) if cfg.attn.gate.position == 'out' else (*score.shape, 1)[:3]
-  selected = np.isin(np.arange(depth), chosen)
-  return selected, score.reshape(shape).astype(np.float32)
+  gated = cfg.gated[own]
+  score = np.full((len(gated), 1, 1), constant) if mean is None else mean
+  out = cfg.attn.named[own].position == 'out'
+  shape = (len(gated), -1) if out else (*score.shape, 1)[:3]
+  return np.isin(gated, chosen), score.reshape(shape).astype(np.float32)
 
 
 def check(
   cfg: model.Config, gates: str | float, layers: Sequence[int] | None
-) -> tuple[np.ndarray, float | None]:
-  """-> the numbers of the chosen layers, and their constant score; None for 'mean'.
+) -> tuple[str, np.ndarray, float | None]:
+  """-> a gate's name, its chosen layers, and their constant score; None for 'mean'.
 
-  ValueError for a model without a gate and for a wrong argument.
+  `gates` is a word or a number for the first gate, or 'POSITION:' before it for another;
+  `layers` are by default all that have the gate. ValueError for a model without the gate
+  and for a wrong argument.
   """
-  gate, depth = cfg.attn.gate, cfg.depth
-  if gate.position == 'none':
-    raise ValueError("the model has no gate: config.model.attn.gate.position='none'")
-  chosen = np.arange(depth) if layers is None else np.asarray(layers)
+  position, _, word = str(gates).rpartition(':')
+  own = probe.name(cfg, position)
+  gated, chosen = cfg.gated[own], np.asarray(cfg.gated[own] if layers is None else layers)
   if chosen.ndim != 1 or chosen.dtype.kind not in 'iu':
     raise ValueError(f'layers={layers}, but a list of numbers is needed')
-  if not np.isin(chosen, np.arange(depth)).all():
-    raise ValueError(f'layers={layers}, but the model has the layers 0 to {depth - 1}')
-  if gates == 'mean':
-    return chosen, None
-  constant = WORDS.get(gates) if isinstance(gates, str) else gates
-  if constant is None or not np.isfinite(constant):
+  if not np.isin(chosen, gated).all():
+    whole = f'0 to {cfg.depth - 1}' if len(gated) == cfg.depth else f'{[*gated]} with it'
+    raise ValueError(f'layers={layers}, but the model has the layers {whole}')
+  try:
+    constant = None if word == 'mean' else WORDS[word] if word in WORDS else float(word)
+  except ValueError:
+    constant = np.nan
+  if constant is not None and not np.isfinite(constant):
     raise ValueError(f'gates={gates!r}, but allowed are {[*WORDS, "mean"]} and numbers')
-  return chosen, float(constant)
+  return own, chosen, constant
 
 
 def parse(spec: str, depth: int) -> tuple[str | float, list[int] | None]:
   """'mean@0,5-7' -> ('mean', [0, 5, 6, 7]); without @ all layers, which is None.
 
-  ValueError if layers of a model of this depth do not follow the @.
+  ValueError if layers of a model of this depth, as for `config.layers`, do not follow
+  the @.
   """
   gates, at, places = spec.partition('@')
-  layers: list[int] = []
-  for part in places.split(',') if at else ():
-    match = re.fullmatch(r'([0-9]{1,9})(?:-([0-9]{1,9}))?', part)
-    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
-    if first > last:
-      raise ValueError(f'{part!r} is neither a layer nor a range of layers such as 5-7')
-    if last >= depth:
-      raise ValueError(f'layer {last}, but the model has the layers 0 to {depth - 1}')
-    layers += range(first, last + 1)
+  layers = [*config.layers('layers', places, depth)] if at else None
   try:
-    return float(gates), layers if at else None
+    return float(gates), layers
   except ValueError:
-    return gates, layers if at else None
+    return gates, layers
 
 
-def force(net: model.Transformer, chosen_L: Any, score: Any) -> model.Transformer:
-  """A model with a gate, and `arrays` on its devices -> the model with a forced gate."""
+def force(
+  net: model.Transformer, name: str, chosen_L: Any, score: Any
+) -> model.Transformer:
+  """A model, a gate's name and `arrays` on its devices -> the model with it forced."""
   net = jax.tree.map(lambda leaf: leaf, net)  # New modules, the same weights.
-  net.blocks.attn.gate = Forced(net.blocks.attn.gate, chosen_L, score)
+  forced = Forced(net.blocks.attn.gates[name], chosen_L, score)
+  setattr(net.blocks.attn, name, forced)
   return net

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gated import model
+from gated import config, model
 from gated.devices import mesh
 from gated.model.gate import ACTIVATIONS
 
@@ -24,51 +24,65 @@ OPEN = 0.5
 _CHUNK = 1024  # Tokens of the vocabulary that a device reads at a time.
 
 
-def scores(net: model.Transformer, batch: Any) -> jax.Array:
-  """A model and a batch (B, T) -> its gates' scores in float32.
+def name(cfg: model.Config, position: str = '') -> str:
+  """The position of a gate, '' for the first gate -> its name in `cfg.attn.named`.
+
+  ValueError for a model without such a gate.
+  """
+  names = {own.position: name for name, own in cfg.attn.named.items()}
+  if not names:
+    raise ValueError("the model has no gate: config.model.attn.gate.position='none'")
+  position = position or next(iter(names))
+  config.one_of('position of a gate', position, names)
+  return names[position]
+
+
+def scores(net: model.Transformer, batch: Any, position: str = '') -> jax.Array:
+  """A model and a batch (B, T) -> the scores of a gate, '' for the first, in float32.
 
   The shape is (L, B, T, H) for a headwise gate and (L, B, T, H, K) for an elementwise
-  one. H is 1 if the heads share their score, and (H, K) is (1, D) at position 'out'.
-  ValueError for a model without a gate.
+  one, with the L layers that have the gate. H is 1 if the heads share their score, and
+  (H, K) is (1, D) at position 'out'. ValueError for a model without the gate.
   """
-  gate = net.cfg.attn.gate
-  if gate.position == 'none':
-    raise ValueError("the model has no gate: config.model.attn.gate.position='none'")
+  own = name(net.cfg, position)
 
   def through(block, x_BTD, *rest):
-    return block(x_BTD, *rest)[0], of_block(block, x_BTD)
+    return block(x_BTD, *rest)[0], of_block(block, x_BTD, own)
 
   _, score = net.hidden(batch.tokens, batch.segments, batch.positions, through=through)
-  return score[..., 0] if gate.granularity == 'headwise' else score
+  return score[..., 0] if net.cfg.attn.named[own].granularity == 'headwise' else score
 
 
-def sums(net: model.Transformer, batch: Any) -> tuple[jax.Array, jax.Array]:
-  """A model with a gate and a batch -> (scores summed over tokens, number of tokens).
+def sums(
+  net: model.Transformer, batch: Any, position: str = ''
+) -> tuple[jax.Array, jax.Array]:
+  """As `scores` -> (scores summed over tokens, number of tokens).
 
   The sums are (L, H, K), as of `of_block`; padding does not count.
   """
-  live_BT = batch.segments > 0
+  live_BT, own = batch.segments > 0, name(net.cfg, position)
 
   def through(block, x_BTD, *rest):
-    score = of_block(block, x_BTD)
-    assert score is not None
-    live = live_BT[..., None, None]
-    return block(x_BTD, *rest)[0], jnp.where(live, score, 0).sum((0, 1))
+    score, live = of_block(block, x_BTD, own), live_BT[..., None, None]
+    total = None if score is None else jnp.where(live, score, 0).sum((0, 1))
+    return block(x_BTD, *rest)[0], total
 
   documents = batch.segments, batch.positions
   return net.hidden(batch.tokens, *documents, through=through)[1], live_BT.sum()
 
 
-def of_block(block: model.Block, x_BTD: jax.Array) -> jax.Array | None:
-  """A block and its input -> its gate's scores, (B, T, H, K); None without a gate.
+def of_block(block: model.Block, x_BTD: jax.Array, name: str) -> jax.Array | None:
+  """A block, its input and the name of a gate -> its scores (B, T, H, K) in float32.
 
-  H or K is 1 where heads or channels share a score; at position 'out' H is 1 and K is D.
+  None if the layer lacks the gate. H or K is 1 where heads or channels share a score; at
+  position 'out' H is 1 and K is D.
   """
   attn, h_BTD = block.attn, block.attn_norm(x_BTD)
-  if attn.gate is None:
+  if name not in attn.gates:
     return None
-  from_value = attn.gate.cfg.source == 'value'
-  score = attn.gate.score(attn.value(h_BTD) if from_value else h_BTD)
+  gate = attn.gates[name]
+  from_value = gate.cfg.source == 'value'
+  score = gate.score(attn.value(h_BTD) if from_value else h_BTD).astype(jnp.float32)
   # The scores of a learned parameter have B = T = 1.
   score = jnp.broadcast_to(score, (*x_BTD.shape[:2], *score.shape[2:]))
   return score[..., None, :] if score.ndim == 3 else score
@@ -129,10 +143,9 @@ def measure(
   }
 
 
-def weight_norms(net: model.Transformer) -> jax.Array:
-  """The norm of each head's gate weight, (L, H); H is 1 at position 'out'."""
-  gate = net.blocks.attn.gate
-  assert gate is not None
+def weight_norms(net: model.Transformer, name: str) -> jax.Array:
+  """The norm of each head's weight in a gate, (L, H); H is 1 at position 'out'."""
+  gate = net.blocks.attn.gates[name]
   weight = gate.weight[...].astype(jnp.float32)
   heads = [i for i, axis in enumerate(gate.weight.axes) if axis in ('heads', 'kv_heads')]
   # The stacked weight has its layers before the named axes.
@@ -141,11 +154,14 @@ def weight_norms(net: model.Transformer) -> jax.Array:
   return norm_LH if heads else norm_LH[:, None]
 
 
-def vocabulary(net: model.Transformer) -> jax.Array:
+def vocabulary(net: model.Transformer, name: str) -> jax.Array | None:
   """Layer 0's scores of every token, averaged over channels: (V, H).
 
-  The gate of layer 0 reads the normalized embedding, so it depends on the token alone.
+  A gate of layer 0 reads the normalized embedding, so it depends on the token alone. None
+  if layer 0 lacks the gate.
   """
+  if net.cfg.gated[name][0] != 0:
+    return None
   block = jax.tree.map(lambda leaf: leaf[0], net.blocks)
   vocab, on = net.cfg.vocab, mesh.current()
   rows = 1 if on is None else mesh.ways('batch', on)
@@ -153,7 +169,7 @@ def vocabulary(net: model.Transformer) -> jax.Array:
   token_N = jnp.minimum(jnp.arange(count * rows * _CHUNK), vocab - 1)
 
   def chunk(token_BT):
-    score_BTHK = of_block(block, net.embed(token_BT))
+    score_BTHK = of_block(block, net.embed(token_BT), name)
     assert score_BTHK is not None
     return score_BTHK.mean(-1)
 

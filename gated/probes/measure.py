@@ -29,19 +29,20 @@ def measure(net: model.Transformer, batch: Any, class_V: jax.Array) -> dict[str,
   first_BT = batch.positions == 0
   class_BT = jnp.where(first_BT, gates.CLASSES.index('first'), class_V[batch.tokens])
   class_BTC = jax.nn.one_hot(class_BT, len(gates.CLASSES), dtype=bool)
-  gated = cfg.attn.gate.position == 'sdpa'
+  at_sdpa = [n for n, gate in cfg.attn.named.items() if gate.position == 'sdpa']
 
   def through(block, x_BTD, *rest):
     trace = block.trace(x_BTD, *rest, lse=True)
-    score = gates.of_block(block, x_BTD)
+    of_gate: Any = lambda name: gates.of_block(block, x_BTD, name)
     by_row: dict[str, Any] = attention.measure(block.attn, trace.attn, rows)
     logit = by_row.pop('logit')
     by_row |= activations.measure(trace, live_BT)
-    sums = outputs.measure(trace.attn, score if gated else None, live_BT, first_BT)
-    if score is not None:
-      activation = cfg.attn.gate.activation
-      sums['gate'] = gates.measure(score, live_BT, class_BTC, activation)
-      by_row |= {k: sums['gate'].pop(k) for k in ('row_sum', 'row_square')}
+    score = of_gate(at_sdpa[0]) if at_sdpa else None
+    sums = outputs.measure(trace.attn, score, live_BT, first_BT)
+    for name in block.attn.gates:
+      activation, score = cfg.attn.named[name].activation, of_gate(name)
+      sums[name] = gates.measure(score, live_BT, class_BTC, activation)
+      by_row |= {f'{name}.{k}': sums[name].pop(k) for k in ('row_sum', 'row_square')}
     return trace.output, {'rows': by_row, 'sums': sums, 'logit': logit}
 
   documents = batch.segments, batch.positions

@@ -6,7 +6,6 @@ L layers  R rows  H heads
 import math
 from typing import Any
 
-import jax
 import numpy as np
 
 from gated import model
@@ -42,7 +41,7 @@ def scalars(cfg: model.Config, measures: dict[str, Any]) -> dict[str, float]:
   """The result of `watch`, on the host -> those of SCALARS that the model has."""
   merged = merge([measures])
   numbers = _attention(merged, cfg) | _activations(merged) | _outputs(merged, cfg)
-  numbers |= _gates(merged, cfg)
+  numbers |= _gates(merged, cfg, next(iter(cfg.attn.named), ''))
   values = {name: numbers[name]['value'] for name in SCALARS}
   return {name: float(value) for name, value in values.items() if value is not None}
 
@@ -55,7 +54,14 @@ def summarize(
   A number that the model does not have is None.
   """
   numbers = _attention(measures, cfg) | _activations(measures) | _outputs(measures, cfg)
-  numbers |= _output_ranks(measures) | _gates(measures, cfg) | _gate_weights(weights)
+  numbers |= _output_ranks(measures)
+  each = {
+    name: _gates(measures, cfg, name) | _gate_weights(weights, cfg, name)
+    for name in cfg.attn.named or ('',)
+  }
+  first, *further = each
+  numbers |= each[first]
+  numbers['gates'] = {cfg.attn.named[name].position: each[name] for name in further}
   ranks = None
   if weights['value'] is not None:
     ranks = outputs.ranks_of_maps(weights['value'], weights['out'])
@@ -203,16 +209,18 @@ def _output_ranks(measures: dict[str, Any]) -> dict[str, Any]:
   return numbers
 
 
-def _gates(measures: dict[str, Any], cfg: model.Config) -> dict[str, Any]:
+def _gates(measures: dict[str, Any], cfg: model.Config, gate: str) -> dict[str, Any]:
+  """The numbers of a gate by its name; '' for none."""
   names = [name for name in conventions.CONVENTIONS if name.startswith('gate_')]
-  if 'gate' not in measures['sums']:
+  if not gate:
     return {name: _mean(None) for name in names}
-  sums = measures['sums']['gate']
+  sums = measures['sums'][gate]
   tokens = measures['size'].sum()
   total_L = sums['histogram'].sum(-1)
   mean_L = sums['sum'].sum(-1) / total_L
   sum_LR, square_LR = (
-    np.asarray(measures['rows'][k], np.float64) for k in ('row_sum', 'row_square')
+    np.asarray(measures['rows'][f'{gate}.{k}'], np.float64)
+    for k in ('row_sum', 'row_square')
   )
   count_LR = (total_L[:, None] // tokens) * measures['size'][None]
   apart_LR = count_LR * np.square(sum_LR / count_LR - mean_L[:, None])
@@ -229,7 +237,7 @@ def _gates(measures: dict[str, Any], cfg: model.Config) -> dict[str, Any]:
     'gate_histogram': {
       'value': sums['histogram'].sum(0),
       'layers': sums['histogram'],
-      'edges': gates.edges(cfg.attn.gate.activation),
+      'edges': gates.edges(cfg.attn.named[gate].activation),
     },
     'gate_heads': _mean(by_head),
   }
@@ -242,15 +250,37 @@ def _gates(measures: dict[str, Any], cfg: model.Config) -> dict[str, Any]:
   numbers['gate_classes'] = {
     name: _mean(classes_LC[:, i]) for i, name in enumerate(gates.CLASSES)
   } | {'elsewhere': _mean(other_L)}
-  return numbers
+  return _spread(numbers, cfg.gated[gate], cfg.depth)
 
 
-def _gate_weights(weights: dict[str, Any]) -> dict[str, Any]:
-  score_VH = weights['gate_vocabulary']
-  if score_VH is None:
+def _spread(numbers: dict[str, Any], layers: tuple[int, ...], depth: int) -> Any:
+  """Numbers of the layers with a gate -> the same of all layers, NaN without the gate."""
+
+  def spread(x):
+    whole = np.full((depth, *np.shape(x)[1:]), np.nan)
+    whole[list(layers)] = x
+    return whole
+
+  def of_number(number):
+    if 'layers' not in number:
+      return {name: of_number(part) for name, part in number.items()}
+    by_layer = ('layers', 'heads') if np.ndim(number.get('heads')) == 2 else ('layers',)
+    return number | {k: spread(number[k]) for k in by_layer}
+
+  return numbers if len(layers) == depth else of_number(numbers)
+
+
+def _gate_weights(
+  weights: dict[str, Any], cfg: model.Config, gate: str
+) -> dict[str, Any]:
+  if not gate:
     return {name: _mean(None) for name in ('gate_weight_norm', 'gate_vocabulary')}
-  return {
-    'gate_weight_norm': _mean(weights['gate_norms']),
+  norms = {'gate_weight_norm': _mean(weights['gate_norms'][gate])}
+  norms, score_VH = _spread(norms, cfg.gated[gate], cfg.depth), weights['gate_vocabulary']
+  if score_VH[gate] is None:
+    return norms | {'gate_vocabulary': _mean(None)}
+  score_VH = score_VH[gate]
+  return norms | {
     'gate_vocabulary': {
       'value': score_VH.mean(),
       'layers': None,
@@ -262,15 +292,15 @@ def _gate_weights(weights: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def of_weights(net: model.Transformer) -> dict[str, jax.Array | None]:
+def of_weights(net: model.Transformer) -> dict[str, Any]:
   """The inputs of `summarize` from the weights; they include layer 0's gate scores."""
-  attn, gated = net.blocks.attn, net.cfg.attn.gate.position != 'none'
+  attn, named = net.blocks.attn, net.cfg.attn.named
   switched = net.cfg.attn.switch.where != 'none'
   return {
     'value': None if switched else attn.value.weight[...],
     'out': None if switched else attn.out.weight[...],
-    'gate_norms': gates.weight_norms(net) if gated else None,
-    'gate_vocabulary': gates.vocabulary(net) if gated else None,
+    'gate_norms': {name: gates.weight_norms(net, name) for name in named},
+    'gate_vocabulary': {name: gates.vocabulary(net, name) for name in named},
   }
 
 

@@ -30,9 +30,9 @@ def gated(name, **changes):
 
 
 def forced(net, gates, layers=None, mean=None):
-  return force.force(
-    net, *map(jax.numpy.asarray, force.arrays(net.cfg, gates, layers, mean))
-  )
+  own, *_ = force.check(net.cfg, gates, layers)
+  arrays = force.arrays(net.cfg, gates, layers, mean)
+  return force.force(net, own, *map(jax.numpy.asarray, arrays))
 
 
 def logits(net):
@@ -88,24 +88,25 @@ def test_a_forced_gate_may_be_forced_again_and_the_model_stays_as_it_was():
   score = np.asarray(small.jit(gates.scores)(twice, BATCH))
   assert (score[0] == 0).all() and (score[1] == 1).all()
   assert 0 < np.asarray(small.jit(gates.scores)(net, BATCH)).min() < 1
-  assert gates.weight_norms(twice).shape == (2, 4)
+  assert gates.weight_norms(twice, 'gate').shape == (2, 4)
 
 
 def test_a_forced_gate_is_spelled_with_its_layers():
   assert force.parse('mean@0,5-7', 8) == ('mean', [0, 5, 6, 7])
   assert force.parse('open', 8) == ('open', None)
   assert force.parse('0.15@3', 8) == (0.15, [3])
+  assert force.parse('value:mean@last:2', 8) == ('value:mean', [6, 7])
 
 
 @pytest.mark.parametrize(
   ('spec', 'message'),
   [
-    ('open@8', 'layer 8, but the model has the layers 0 to 7'),
-    ('open@5-99999999', 'layer 99999999, but the model has'),
-    ('open@', "'' is neither a layer nor a range of layers such as 5-7"),
-    ('open@7-5', "'7-5' is neither a layer nor"),
-    ('open@-1', "'-1' is neither a layer nor"),
-    ('open@1,x', "'x' is neither a layer nor"),
+    ('open@8', "layers='8', but the model has the layers 0 to 7"),
+    ('open@5-99999999', "layers='5-99999999', but the model has"),
+    ('open@', "layers='', but layers are expected: 'all', 'every:K'"),
+    ('open@7-5', "layers='7-5', but the model has the layers 0 to 7, and a range asc"),
+    ('open@-1', "layers='-1', but layers are expected"),
+    ('open@1,x', "layers='1,x', but layers are expected"),
   ],
 )
 def test_layers_that_do_not_exist_are_refused(spec, message):
@@ -139,6 +140,22 @@ def test_the_sums_of_scores_over_rows_exclude_padding(name):
 def test_wrong_gates_and_layers_are_refused(gate, layers, message):
   with pytest.raises(ValueError, match=message):
     forced(gated('headwise'), gate, layers)
+
+
+def test_one_of_several_gates_is_forced_in_the_layers_that_have_it():
+  several = dict(attn__gates='value granularity=headwise layers=1,2', depth=3)
+  net = gated('elementwise', **several)
+  assert gates.scores(net, BATCH, 'value').shape == (2, *BATCH.tokens.shape, 2)
+  closed = forced(net, 'value:closed', [2])
+  both = [np.asarray(gates.scores(x, BATCH, 'value')) for x in (net, closed)]
+  np.testing.assert_array_equal(both[1][0], both[0][0])
+  assert (both[1][1] == 0).all() and both[0].min() > 0
+  first = [np.asarray(gates.scores(x, BATCH)) for x in (net, closed)]
+  np.testing.assert_array_equal(*first)  # Layer 2 is the last.
+  with pytest.raises(ValueError, match=r'layers=\[0\], but .* layers \[1, 2\] with it'):
+    forced(net, 'value:open', [0])
+  with pytest.raises(ValueError, match="position of a gate='key', but allowed are"):
+    forced(net, 'key:open')
 
 
 def test_a_text_is_for_the_mean_alone_and_a_model_without_a_gate_is_refused():

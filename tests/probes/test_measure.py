@@ -56,7 +56,7 @@ def traces(net, batch):
 
   def through(block, x_BTD, *rest):
     trace = block.trace(x_BTD, *rest)
-    score = gates.of_block(block, x_BTD)
+    score = gates.of_block(block, x_BTD, 'gate')
     return trace.output, (trace._replace(report=None), score)
 
   run = lambda net, batch: net.hidden(
@@ -301,6 +301,23 @@ def test_the_rank_of_a_map_is_that_of_its_singular_values():
       assert exp_entropy[layer, head] == pytest.approx(effective(s))
 
 
+def test_each_of_several_gates_has_its_numbers_in_its_own_layers():
+  several = dict(attn__gate__position='sdpa', attn__gate__layers='last:1')
+  net = small.model_of(attn__gates='value layers=all granularity=headwise', **several)
+  batch = small.batch(4, 24)
+  numbers, live = report(net, batch), batch.segments > 0
+  of = lambda position: np.asarray(gates.scores(net, batch, position), float)
+  sdpa_BTHK, value_LBTH = of('sdpa')[0], of('value')
+  mean = numbers['gate_mean']
+  assert np.isnan(mean['layers'][0]) and numbers['gate_vocabulary']['value'] is None
+  np.testing.assert_allclose(mean['layers'][1], sdpa_BTHK[live].mean(), rtol=1e-5)
+  assert mean['value'] == mean['layers'][1]
+  expected = value_LBTH[:, live].mean((1, 2))
+  value = numbers['gates']['value']
+  np.testing.assert_allclose(value['gate_mean']['layers'], expected, rtol=1e-5)
+  assert value['gate_vocabulary']['value'] is not None
+
+
 def test_the_range_of_a_histogram_follows_from_the_activation(monkeypatch):
   ranges = {name: gates.score_range(name) for name in gate.ACTIVATIONS}
   assert ranges == {
@@ -309,15 +326,19 @@ def test_the_range_of_a_histogram_follows_from_the_activation(monkeypatch):
     'identity': (-2, 2),
     'ns_sigmoid': (0, 1),
     '2sigmoid': (0, 2),
+    'hard_sigmoid': (0, 1),
+    'tanh': (-1, 1),
+    'softplus': (-2, 2),
+    'exp': (-2, 2),
   }
   # A new activation needs no second table.
-  monkeypatch.setitem(gate.ACTIVATIONS, 'tanh', jax.numpy.tanh)
-  assert gates.score_range('tanh') == (-1, 1)
+  monkeypatch.setitem(gate.ACTIVATIONS, 'soft_sign', jax.nn.soft_sign)
+  assert gates.score_range('soft_sign') == pytest.approx((-1, 1), abs=0.05)
 
 
 def test_the_vocabulary_gate_is_the_gate_of_each_token_alone():
   net = small.model_of(**MODELS['elementwise'])
-  score_VH = small.jit(gates.vocabulary)(net)
+  score_VH = small.jit(gates.vocabulary, static_argnums=1)(net, 'gate')
   tokens = np.arange(VOCAB, dtype=np.int32)[None]
   ones = np.ones_like(tokens)
   batch = BATCH._replace(tokens=tokens, segments=ones, positions=0 * ones)

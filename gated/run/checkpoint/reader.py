@@ -258,7 +258,8 @@ class Reader(contextlib.AbstractContextManager):
   def _without_new_gates(self, step: int, like: Any) -> dict[str, Any]:
     """The leaves of the model `like`, without the gates that the step lacks."""
     saved = self._manifest(step).leaves['model']
-    new = lambda name: '.gate.' in name and name not in saved
+    gate = re.compile(r'\.attn\.gate(_\w+)?\.')
+    new = lambda name: gate.search(name) and name not in saved
     return {name: leaf for name, leaf in trees.flatten(like).items() if not new(name)}
 
   def read(self, step: int, items: dict[str, dict[str, Any]]) -> dict[str, dict]:

@@ -251,7 +251,8 @@ class Line:
 
   @property
   def gated(self) -> bool:
-    return self.points[0].point.config['model']['attn']['gate']['position'] != 'none'
+    attn = self.points[0].point.config['model']['attn']
+    return attn['gate']['position'] != 'none' or bool(attn.get('gates'))
 
 
 def gather(points: Sequence[Judged]) -> list[Line]:
