@@ -12,6 +12,7 @@ done, 2 refused, 9 a fault of this machine that may pass, such as a full disk.
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import logging
@@ -76,11 +77,15 @@ def check_out(out: str) -> None:
   """ValueError unless a dataset can be written there."""
   if '://' in out:
     return  # Refused later.
+  if not out:
+    raise ValueError('--out= is empty: name a folder, or . for the current one')
   path = pathlib.Path(out).absolute()
   try:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+      os.lstat(path)  # `lexists` is False for a name that is too long.
     top = next(p for p in (path, *path.parents) if os.path.lexists(p))
     writable = top.is_dir() and os.access(top, os.W_OK | os.X_OK)
-  except OSError as error:  # A name may be too long.
+  except OSError as error:
     raise ValueError(f'--out={out}: {error.strerror}') from error
   if not writable:
     raise ValueError(f'--out={out}: {top} is not a writable folder')

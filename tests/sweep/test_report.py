@@ -210,6 +210,17 @@ def test_a_spike_threshold_raised_by_noise_is_stated(tmp_path, lab, result):
   assert float(row['spike_limit']) == p.limit and row['spikes_noted'] == '1'
 
 
+def test_a_run_without_most_of_its_updates_is_named(tmp_path):
+  swept = trained(tmp_path, grid(['baseline'], [4e-3], [0]), lambda p: ('calm', 2.5))
+  assert 'updates were skipped' not in described(swept)
+  path = swept.workdir(swept.points[0]) / 'metrics.jsonl'
+  skipped = [r | {'skipped': 0.75 * r['step']} for r in records.read(path)]
+  storage.write(path, b''.join(map(records.line, skipped)))
+  message = described(swept)
+  assert '**Most updates were skipped in 1 of 1 points**' in message
+  assert '(75%)' in message
+
+
 def test_crosses_mark_diverged_points(result):
   figures = pytest.importorskip('gated.sweep.report.figures')
   _, lines = result

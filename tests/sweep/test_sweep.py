@@ -17,7 +17,7 @@ from faults import process
 from configs import axes, base, lr_sweep, rows
 from gated import config, model, storage, sweep
 from gated.run import workdir as workdirs
-from gated.sweep import folder, judge, machine, runner
+from gated.sweep import folder, judge, machine, runner, table
 
 # ml_collections warns for each recipe that it loads.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
@@ -406,6 +406,32 @@ def test_the_workdir_determines_the_state_of_a_point(code, step, state, tmp_path
     workdirs.conclude(storage.Path(tmp_path), code, 'a reason')
   message = '' if code is None else 'a reason'
   assert sweep.state(storage.Path(tmp_path), 9) == (state, step, message)
+
+
+def test_skipped_updates_are_in_the_status(tmp_path, capsys):
+  swept = plan(LR, folder=str(tmp_path))
+  first, second = (
+    runner.Row(p, swept.workdir(p), 'finished', 4) for p in swept.points[:2]
+  )
+  table.show([first, second], swept)
+  assert 'spikes  left' in capsys.readouterr().out
+  first.skipped, second.skipped = 3, 2
+  table.show([first, second], swept)
+  out = capsys.readouterr().out
+  assert f'{first.point.name}: 3 of 4 updates were skipped' in out
+  assert f'{second.point.name}: ' not in out and 'spikes  skipped  left' in out
+
+
+def test_control_characters_of_a_workdir_are_shown_as_escapes(tmp_path, capsys):
+  told = {'code': 7, 'step': 4, 'told': 'full \x1b[2J', 'time': 0.0}
+  storage.write_json(storage.Path(tmp_path) / 'outcome.json', told)
+  swept = plan(LR, folder=str(tmp_path / 'a\x1b[31m'))
+  row = runner.Row(swept.points[0], storage.Path(tmp_path))
+  row.update()
+  assert row.message == 'full \\x1b[2J'
+  table.show([row], swept)
+  shown, _, message = capsys.readouterr().out.partition(' failed: ')
+  assert '\x1b' not in shown and message.startswith('full \\x1b[2J')
 
 
 def test_a_row_follows_the_last_training_record(tmp_path):
