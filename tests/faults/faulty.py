@@ -51,6 +51,7 @@ from gated.train import losses, optim, step
 # The places of faults of the host, in the order of a save.
 AT = (
   'step',  # after a step is dispatched, before its metrics are read
+  'evaluating',  # before the first batch of its evaluation
   'arrays',  # before Orbax writes
   'renaming',  # Orbax's temporary folder is complete but not renamed
   'renamed',  # the step's folder exists, without its manifest
@@ -117,6 +118,8 @@ class Places:
   def patch(self) -> None:
     """Patches the code of a run at the places."""
     self._before(recorder.Recorder, 'take', lambda _, n, *__: self.at('step', n))
+    evaluating = lambda _, state: self.at('evaluating', int(state.step))
+    self._before(train.Session, 'measure', evaluating)
     arrays = lambda _, folder, **__: self.at('arrays', _step(folder))
     self._before(ocp.AsyncCheckpointer, 'save', arrays)
     finalize = atomicity.AtomicRenameTemporaryPath.finalize

@@ -3,17 +3,20 @@
 set   sets a constant by its full name, "gated.run.lock.MAX_PERIOD", "to" a value
 tell  'restored': prints the digest of every restored state on standard error
 omit  steps whose update is skipped on the host, while step and data step advance
+rest  seconds that each batch of a held-out evaluation takes longer
 """
 
 import dataclasses
 import importlib
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
 from jax._src import compiler
 from jax.experimental import multihost_utils
 
+import train
 from gated import plan
 from gated.devices import trees
 from gated.run import checkpoint
@@ -29,6 +32,8 @@ def patch(settings: list[dict]) -> None:
       setattr(owner, name, setting['to'])
     elif 'omit' in setting:
       _omit(setting['omit'])
+    elif 'rest' in setting:
+      _rest(setting['rest'])
     else:
       assert setting['tell'] == 'restored', setting
       _print_restored()
@@ -66,6 +71,21 @@ def _print_restored() -> None:
     return state
 
   checkpoint.Checkpoints.restore = patched
+
+
+def _rest(seconds: float) -> None:
+  make = train.evaluate_step
+
+  def patched(*args):
+    evaluate = make(*args)
+
+    def rested(*batch):
+      time.sleep(seconds)
+      return evaluate(*batch)
+
+    return rested
+
+  train.evaluate_step = patched
 
 
 def _omit(steps: list[int]) -> None:
