@@ -11,6 +11,12 @@ from typing import Any
 from gated.evidence import measures as m
 from gated.evidence.parts import Part, difference, level, quotient, ratio, share
 
+# Arms beside the gate, in the order of the ledger.
+RIVALS = (
+  *('sink_token', 'sink_logit', 'off_by_one', 'softpick', 'sigmoid', 'elastic'),
+  *('differential', 'gated_norm', 'pre_affine', 'dyt'),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
@@ -317,9 +323,6 @@ CLAIMS: tuple[Claim, ...] = (
   Claim(
     name='C25',
     words='Beyond the paper: the gate beats other remedies for sinks.',
-    parts=[
-      _compare('elementwise', name, '–')
-      for name in ('sink_token', 'sink_logit', 'off_by_one', 'softpick')
-    ],
+    parts=[_compare('elementwise', name, '–') for name in RIVALS],
   ),
 )
