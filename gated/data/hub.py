@@ -64,10 +64,14 @@ def survey(text: str, reading: Reading, pins: dict[str, str]) -> list[Piece]:
 
 
 def _library(text: str) -> Any:
+  needs = f"{text} needs: pip install 'datasets>=4'"
   try:
-    return tokenizer.optional('datasets')
+    library = tokenizer.optional('datasets')
   except ValueError as error:
-    raise ValueError(f"{text} needs: pip install 'datasets>=4'") from error
+    raise ValueError(needs) from error
+  if int(library.__version__.partition('.')[0]) < 4:  # They may execute a dataset's code.
+    raise ValueError(f'{needs}; {library.__version__} is installed')
+  return library
 
 
 def _resolve(text: str, library: Any, pins: dict[str, str]) -> Source:
