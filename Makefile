@@ -179,6 +179,7 @@ lock: $(TOOLS)/made
 	$(call compile,requirements-dev,requirements requirements-cloud requirements-report)
 	$(call compile,requirements-cuda,requirements requirements-cloud)
 	$(call compile,requirements-tpu,requirements requirements-cloud)
+	$(call compile,requirements-tasks,requirements requirements-cloud)
 	$(call compile,requirements-docs)
 	$(call compile,requirements-sky)
 	$(call compile,requirements-tools)
