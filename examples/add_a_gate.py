@@ -4,7 +4,7 @@
 
 An activation of a gate is one line in one table, `ACTIVATIONS` in gated/model/gate.py.
 This example adds the line from outside. To keep it, write it into that file: then
-`python train.py --config.model.attn.gate.activation=hard_sigmoid` accepts it too.
+`python train.py --config.model.attn.gate.activation=relu6` accepts it too.
 2 CPU cores, about a minute.
 """
 
@@ -19,7 +19,7 @@ from gated.model import gate
 from gated.plan import Config, Plan
 
 # The whole addition: a name, and a function of the gate's logit in float32.
-gate.ACTIVATIONS['hard_sigmoid'] = jax.nn.hard_sigmoid
+gate.ACTIVATIONS['relu6'] = jax.nn.relu6
 
 
 def recipe(name: str, steps: int, **gate_knobs) -> Config:
@@ -53,10 +53,10 @@ def main() -> None:
   steps = parser.parse_args().steps
   baseline = train(recipe('baseline', steps))
   sigmoid = train(recipe('sigmoid', steps, position='sdpa'))
-  hard = train(recipe('hard_sigmoid', steps, position='sdpa', activation='hard_sigmoid'))
-  print(f'{"step":>6}{"baseline":>14}{"sigmoid":>14}{"hard_sigmoid":>14}')
+  relu = train(recipe('relu6', steps, position='sdpa', activation='relu6'))
+  print(f'{"step":>6}{"baseline":>14}{"sigmoid":>14}{"relu6":>14}')
   for step in range(9, steps, 10):
-    row = baseline[step], sigmoid[step], hard[step]
+    row = baseline[step], sigmoid[step], relu[step]
     print(f'{step + 1:6}' + ''.join(f'{loss:14.4f}' for loss in row))
 
 

@@ -285,10 +285,11 @@ def test_preflight_counts_a_row_and_ends_in_json(run_python):
   assert done.returncode == 0, done.stderr
   counts = json.loads(done.stdout.splitlines()[-1])
   assert set(counts) == {
-    *('total', 'active', 'embedding', 'attention', 'gate', 'experts'),
+    *('total', 'active', 'embedding', 'attention', 'gate', 'gates', 'experts'),
     *('added', 'paper_added', 'flops_per_token'),
   }
   assert counts['added'] == counts['gate'] == L * D * H
+  assert counts['gates'] == {f'sdpa x {L}': L * D * H}
   assert counts['paper_added'] == 1_600_000
   assert counts['experts'] == L * 128 * 3 * D * F
   assert counts['total'] == parameters(recipe('table1:g1_headwise'))

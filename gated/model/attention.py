@@ -76,16 +76,9 @@ class Config:
     config.within(f'{_NAME}.max_segments', self.max_segments, 2, 1 << 24)
     kernels.check_backend(self.backend)
     remedies.check(self)
-    positions = [own.position for own in self.named.values()]
-    for position in positions:
-      if positions.count(position) > 1:
-        raise ValueError(
-          f'{_NAME}.gates={self.gates!r} with {_NAME}.gate.position='
-          f'{self.gate.position!r}: two gates have position={position!r}, but only one '
-          'is allowed'
-        )
+    gates = self.named.values()  # ValueError for two gates at one position.
     if self.qk_norm:
-      for own in self.named.values():
+      for own in gates:
         own.check_qk_norm()
       if self.switch.where == 'key_value' and self.switch.top_k == 1:
         raise ValueError(
@@ -97,14 +90,21 @@ class Config:
   @functools.cached_property
   def named(self) -> dict[str, gate.Config]:
     """All gates by the name of their module: gate, and gate_POSITION for the further."""
-    first = {'gate': self.gate} if self.gate.at else {}
-    further = gate.further(self.gates, self.gate)
-    return first | {f'gate_{own.position}': own for own in further}
+    named = {'gate': self.gate} if self.gate.at else {}
+    for own in gate.further(self.gates, self.gate):
+      if own.position in (other.position for other in named.values()):
+        raise ValueError(
+          f'{_NAME}.gates={self.gates[:100]!r} with {_NAME}.gate.position='
+          f'{self.gate.position!r}: two gates have position={own.position!r}, but only '
+          'one is allowed'
+        )
+      named[f'gate_{own.position}'] = own
+    return named
 
   def knob(self, name: str) -> str:
     """The name of a gate in `named` -> the name of its knobs, for messages."""
-    place = [*self.named].index(name) - ('gate' in self.named)
-    return f'{_NAME}.gate' if name == 'gate' else f'{_NAME}.gates[{place}]'
+    further = [other for other in self.named if other != 'gate']
+    return f'{_NAME}.gate' + ('' if name == 'gate' else f's[{further.index(name)}]')
 
   @property
   def has_sinks(self) -> bool:

@@ -81,14 +81,15 @@ class Config:
     config.one_of('config.model.branch_norm', self.branch_norm, ('none', 'rms'))
     config.at_least('config.model.branch_clip', self.branch_clip, 0.0)
     config.at_least('config.model.logit_cap', self.logit_cap, 0.0)
-    for name, own in self.attn.named.items():
+    # A gate that is off is checked too.
+    for name, own in ({'gate': self.attn.gate} | self.attn.named).items():
+      config.layers(f'{self.attn.knob(name)}.layers', own.layers, self.depth)
       if own.part[1] > self.width:
         raise ValueError(
           f'{self.attn.knob(name)}.inputs={own.inputs!r}, but X has only '
           f'config.model.width={self.width} dims'
         )
-    # These raise ValueError for a pattern that does not fit.
-    self.gated  # noqa: B018
+    # This raises ValueError for a pattern that does not fit.
     if self.attn.window and not self.windowed:
       raise ValueError(
         f'config.model.attn.global_layers={self.attn.global_layers!r} are all layers, so '

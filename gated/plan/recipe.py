@@ -55,7 +55,7 @@ class Config:
       raise ValueError(f'config.steps={self.steps}, but it must be below 2**31')
     config.divides('config.batch', self.batch, 'config.accum', self.accum)
     qk_clip.check(self.optim.qk_clip, self.model)
-    for name, gate in self.model.attn.named.items():
+    for name, gate in ({'gate': self.model.attn.gate} | self.model.attn.named).items():
       if gate.opens[1] > self.steps:
         raise ValueError(
           f'{self.model.attn.knob(name)}.opens={gate.opens}, but the run has only '

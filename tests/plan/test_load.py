@@ -281,7 +281,7 @@ def test_runs_and_forced_gates_stand_beside_a_run(headwise):
 @pytest.mark.parametrize(
   ('forced', 'beside', 'message'),
   [
-    ('mean@2', '', r"--force_gates='mean@2': layer 2, but the model has the layers 0 to"),
+    ('mean@2', '', r"--force_gates='mean@2': layers='2', but the model has the layers 0"),
     ('ajar', '', r"--force_gates='ajar': gates='ajar', but allowed are"),
     ('', '/nowhere', r'--beside=/nowhere: /nowhere: found neither'),
     ('', '{}', r'--beside=.*: it is measured already'),
