@@ -7,10 +7,11 @@ context. All processes have all requests and call the same programs, so lm-eval 
 process.
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -102,22 +103,18 @@ class Gated(TemplateLM):
         raise ValueError(f'{error}: {texts!r:.300}') from error
     keys = {each: key('likelihood', *each) for each in dict.fromkeys(wanted)}
     missing = [each for each in keys if keys[each] not in self._answers]
-    bar = self._bar('likelihoods', len(keys), len(missing), disable_tqdm)
-    subject = self._subject
-    if missing:
-      batches = scoring.score(
-        missing,
-        subject.measured,
-        subject.read_model(),
-        on=subject.on,
-        size=self._size,
-      )
-      for answers in batches:
+    with self._bar('likelihoods', len(keys), len(missing), disable_tqdm) as bar:
+      for answers in self._score(missing):
         self._answers.add({keys[each]: [*answer] for each, answer in answers.items()})
         bar.update(len(answers))
-    self._answers.flush()
-    bar.close()
     return [tuple(self._answers[keys[each]]) for each in wanted]
+
+  def _score(self, requests: list[scoring.Request]) -> Iterator[dict]:
+    """Requests -> their answers, a batch at a time."""
+    if requests:
+      subject = self._subject
+      net, measured = subject.read_model(), subject.measured
+      yield from scoring.score(requests, measured, net, on=subject.on, size=self._size)
 
   def loglikelihood_rolling(
     self, requests: Any, disable_tqdm: bool = False
@@ -148,25 +145,20 @@ class Gated(TemplateLM):
       if name not in self._answers:
         groups.setdefault(options, {})[name] = ids
     missing = sum(map(len, groups.values()))
-    bar = self._bar('generations', len({*keys}), missing, disable_tqdm)
-    for options, prompts in groups.items():
-      names = sorted(prompts, key=lambda name: -len(prompts[name]))
-      size = (self._size or generation_rows(self.max_length)) * self._ways
-      for start in range(0, len(names), size):
-        part = names[start : start + size]
-        texts = self._generate([prompts[name] for name in part], options, size)
-        answers = dict(zip(part, texts))
-        if options.greedy:
-          self._answers.add(answers)
-        drawn |= answers
-        bar.update(len(part))
-    self._answers.flush()
-    bar.close()
+    size = self._size or max(1, scoring.TOKENS // self.max_length)
+    size *= mesh.ways('batch', self._subject.on)
+    with self._bar('generations', len({*keys}), missing, disable_tqdm) as bar:
+      for options, prompts in groups.items():
+        names = sorted(prompts, key=lambda name: -len(prompts[name]))
+        for start in range(0, len(names), size):
+          part = names[start : start + size]
+          texts = self._generate([prompts[name] for name in part], options, size)
+          answers = dict(zip(part, texts))
+          if options.greedy:
+            self._answers.add(answers)
+          drawn |= answers
+          bar.update(len(part))
     return [drawn[name] if name in drawn else self._answers[name] for name in keys]
-
-  @property
-  def _ways(self) -> int:
-    return mesh.ways('batch', self._subject.on)
 
   def _generation(self, context: str, kwargs: Any) -> tuple[np.ndarray, Sampling]:
     """A request's text and options -> the ids to continue, and how."""
@@ -209,12 +201,12 @@ class Gated(TemplateLM):
     texts = (token.decode(ids).decode(errors='replace') for ids in new[: len(prompts)])
     return [postprocess_generated_text(text, [*options.stop], None) for text in texts]
 
-  def _bar(self, name: str, total: int, missing: int, off: bool) -> tqdm:
-    """A progress bar; requests of earlier sessions and equal ones are done."""
+  @contextlib.contextmanager
+  def _bar(self, name: str, total: int, missing: int, off: bool) -> Generator[tqdm]:
+    """A progress bar, at whose end all answers are stored; those found are done."""
     off = off or self._quiet
-    return tqdm(total=total, initial=total - missing, desc=name, disable=off)
-
-
-def generation_rows(length: int) -> int:
-  """-> rows of a batch of generations, per device."""
-  return max(1, scoring.TOKENS // length)
+    with tqdm(total=total, initial=total - missing, desc=name, disable=off) as bar:
+      try:
+        yield bar
+      finally:
+        self._answers.flush()
