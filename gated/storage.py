@@ -208,6 +208,19 @@ def make(folder: PathLike) -> None:
     os.makedirs(folder, exist_ok=True)
 
 
+def top(path: PathLike) -> pathlib.Path:
+  """A local path -> its nearest part that exists, below which the rest can be made.
+
+  OSError if a name of the rest is too long: `os.path.exists` is False for it.
+  """
+  whole = pathlib.Path(path).absolute()
+  nearest = next(p for p in (whole, *whole.parents) if os.path.lexists(p))
+  for name in whole.relative_to(nearest).parts:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+      os.lstat(nearest / name)
+  return nearest
+
+
 def modified(path: PathLike) -> float:
   """A file -> its modification time, in seconds since 1970 by the store's clock."""
   place = _Place(path)

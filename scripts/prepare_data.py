@@ -12,12 +12,10 @@ done, 2 refused, 9 a fault of this machine that may pass, such as a full disk.
 """
 
 import argparse
-import contextlib
 import csv
 import json
 import logging
 import os
-import pathlib
 import sys
 
 from gated import storage
@@ -79,11 +77,8 @@ def check_out(out: str) -> None:
     return  # Refused later.
   if not out:
     raise ValueError('--out= is empty: name a folder, or . for the current one')
-  path = pathlib.Path(out).absolute()
   try:
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-      os.lstat(path)  # `lexists` is False for a name that is too long.
-    top = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    top = storage.top(out)
     writable = top.is_dir() and os.access(top, os.W_OK | os.X_OK)
   except OSError as error:
     raise ValueError(f'--out={out}: {error.strerror}') from error

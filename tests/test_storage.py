@@ -296,3 +296,12 @@ def test_an_error_of_a_full_disk_has_the_path_that_it_came_from(tmp_path):
   assert not storage.is_within(OSError(errno.ENOSPC, 'x'), tmp_path)
   other = OSError(errno.EACCES, 'Permission denied', '/dev/shm/x')
   assert not storage.is_within(other, tmp_path) and not storage.is_passing(other)
+
+
+def test_the_nearest_part_that_exists_is_found_and_long_names_are_refused(tmp_path):
+  assert storage.top(tmp_path / 'a' / ('x' * 255)) == tmp_path
+  assert storage.top(tmp_path) == tmp_path
+  (tmp_path / 'link').symlink_to('nowhere')
+  assert storage.top(tmp_path / 'link' / 'b') == tmp_path / 'link'
+  with pytest.raises(OSError, match='File name too long'):
+    storage.top(tmp_path / 'a' / ('x' * 256) / 'b')

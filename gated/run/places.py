@@ -3,7 +3,6 @@
 A run with a wrong file in place of one of them would fail later, maybe at its first save.
 """
 
-import contextlib
 import os
 import re
 import tempfile
@@ -44,9 +43,7 @@ def check(workdir: storage.Path, log: Mapping[str, Any]) -> None:
     return  # A store reports errors when the lock is written.
   path = Path(workdir).absolute()
   try:
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-      os.lstat(path)  # `exists` is False for a name that is too long.
-    top = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    top = storage.top(path)
     used = [path / name for name, writes in FOLDERS.items() if writes(log)]
     for folder in (top, *used):
       writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
