@@ -21,12 +21,11 @@ os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 os.environ['OMP_NUM_THREADS'] = os.environ['OPENBLAS_NUM_THREADS'] = '1'
 # XLA aborts a process whose devices meet too late, which busy cores may cause.
-os.environ['XLA_FLAGS'] = (
-  '--xla_force_host_platform_device_count=8'
-  ' --xla_cpu_collective_call_terminate_timeout_seconds=240'
-)
+PATIENT = '--xla_cpu_collective_call_terminate_timeout_seconds=240'
 sys.path.insert(0, str(ROOT))
 from faults import process
+
+os.environ['XLA_FLAGS'] = f'{process.xla_flags(8, PLATFORM)} {PATIENT}'
 
 # Tests may reach their own object-store servers only, never a store of this machine.
 for name in [name for name in os.environ if name.startswith(process.STORES)]:
@@ -103,7 +102,7 @@ def spawn_python():
   children = []
 
   def spawn(args, *, env=None, devices=1, cwd=ROOT):
-    clean = process.environment(CACHE, devices) | {'JAX_PLATFORMS': PLATFORM}
+    clean = process.environment(CACHE, devices, PLATFORM)
     command = [sys.executable, *map(str, args)]
     child = subprocess.Popen(
       command,

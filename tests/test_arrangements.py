@@ -27,9 +27,6 @@ KNOBS = {
   'log.tensorboard': False,
 }
 
-# Most of LLVM's optimizing left out: it takes longer than all the rest of a run.
-FAST = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
-
 
 class Arrangement(NamedTuple):
   processes: int
@@ -72,9 +69,8 @@ def train(spawn_python):
     if count > 1:
       where = f'--coordinator=127.0.0.1:{process.free_port()}'
       args += [where, f'--processes={count}']
-    env = {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} {FAST}'}
     which = [[f'--process={i}'] if count > 1 else [] for i in range(count)]
-    children = [spawn_python([*args, *flag], env=env) for flag in which]
+    children = [spawn_python([*args, *flag], devices=devices) for flag in which]
     process.outputs(children, timeout=600)
 
   return run

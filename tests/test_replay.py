@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import jax
 import pytest
 from test_train import command, ok
 
@@ -13,10 +12,6 @@ from gated.run import events as spikes
 from scripts import replay
 
 SAVES, STEPS = 4, 10
-
-# Compiles fast. The run and its replay need the same flags to have the same bits.
-HURRY = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
-ENV = {'XLA_FLAGS': HURRY} if jax.default_backend() == 'cpu' else {}
 
 
 @pytest.fixture(scope='module')
@@ -32,7 +27,7 @@ def spiky(tmp_path_factory, run_python):
     'checkpoint.keep': 9,
   }
   knobs |= {'steps': STEPS, 'checkpoint.every': SAVES}
-  ok(run_python(command(workdir, **knobs), env=ENV))
+  ok(run_python(command(workdir, **knobs)))
   return workdir
 
 
@@ -56,7 +51,7 @@ def test_a_replay_has_the_loss_of_the_run_to_the_last_bit(spiky, run_python):
   event, before = events(spiky)[-1], contents(spiky)
   assert event['step'] % SAVES > 1  # There are steps to train before it.
   script = ['scripts/replay.py', f'--workdir={spiky}', f'--step={event["step"]}']
-  done = ok(run_python([*script, '--rows=3'], env=ENV))
+  done = ok(run_python([*script, '--rows=3']))
   report = json.loads(done.stdout.splitlines()[-1])
   for name in ('loss', 'grad_norm'):
     assert report['recomputed'][name] == report['recorded'][name] == event[name]

@@ -127,15 +127,6 @@ KNOBS = {
 SPLIT = {f'mesh.{axis}': 2 for axis in ('fsdp', 'tensor', 'context')}
 
 
-# Most of LLVM's optimizing left out: two processes that compile at unequal speeds wait
-# for each other at most 30 seconds.
-HASTY = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
-
-
-def on_cpus(count):
-  return {'XLA_FLAGS': f'--xla_force_host_platform_device_count={count} {HASTY}'}
-
-
 def command(workdir, **knobs):
   knobs = KNOBS | {name.replace('__', '.'): value for name, value in knobs.items()}
   flags = [f'--config.{name}={value}' for name, value in knobs.items()]
@@ -152,7 +143,7 @@ def texts_of(workdir):
 def together(spawn_python, args):
   """Runs `python ARGS` in two processes of two devices -> the first one's output."""
   args = [*args, '--processes=2', f'--coordinator=127.0.0.1:{process.free_port()}']
-  children = [spawn_python([*args, f'--process={i}'], env=on_cpus(2)) for i in range(2)]
+  children = [spawn_python([*args, f'--process={i}'], devices=2) for i in range(2)]
   return process.outputs(children, timeout=300)[0][0]
 
 
@@ -163,7 +154,7 @@ def test_a_run_with_samples_has_the_losses_of_one_without(
   """To the last bit, on a mesh; two processes write the same texts, and load them."""
   off, on, two = (tmp_path / name for name in ('off', 'on', 'two'))
   for workdir, knobs in ((off, {}), (on, {'log__samples': 2})):
-    done = run_python(command(workdir, **knobs | SPLIT), env=on_cpus(8))
+    done = run_python(command(workdir, **knobs | SPLIT), devices=8)
     assert done.returncode == 0, done.stderr[-4000:]
   assert evidence.losses(on) == evidence.losses(off)
   assert evidence.losses(on, 'heldout') == evidence.losses(off, 'heldout')

@@ -53,12 +53,20 @@ class Done(NamedTuple):
 class Child:
   """A running process. Its output goes to files: a pipe could fill up."""
 
-  def __init__(self, command: Sequence[str], env: Mapping[str, str], stem: Path):
+  def __init__(
+    self, command: Sequence[str], env: Mapping[str, str], stem: Path, *, group: bool
+  ):
     self._out, self._err = stem.with_suffix('.out'), stem.with_suffix('.err')
     self.started = time.monotonic()
     with self._out.open('wb') as out, self._err.open('wb') as err:
       self.process = subprocess.Popen(
-        command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err
+        command,
+        cwd=ROOT,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=err,
+        start_new_session=group,
       )
     self.pid = self.process.pid
 
@@ -106,23 +114,38 @@ class Child:
     return result
 
 
-def environment(cache: Path, devices: int) -> dict[str, str]:
+# Most of LLVM's optimizations left out: they take longer than the rest of a small run.
+HURRY = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+
+
+def xla_flags(devices: int, platform: str = 'cpu') -> str:
+  """The value of XLA_FLAGS for a number of simulated devices."""
+  hurry = HURRY if platform == 'cpu' else ''
+  return f'--xla_force_host_platform_device_count={devices} {hurry}'.rstrip()
+
+
+def environment(cache: Path, devices: int, platform: str = 'cpu') -> dict[str, str]:
   """The environment of a child with a compilation cache and a number of devices."""
   clean = {name: os.environ[name] for name in KEPT + PROXY if name in os.environ}
   clean |= {k: v for k, v in os.environ.items() if k.startswith(STORES)}
   return clean | {
-    'JAX_PLATFORMS': 'cpu',
+    'JAX_PLATFORMS': platform,
     'JAX_COMPILATION_CACHE_DIR': str(cache),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'XLA_FLAGS': xla_flags(devices, platform),
     'PYTHONFAULTHANDLER': '1',
     'PYTHONPATH': str(ROOT),
   }
 
 
-def start(args: Sequence[Any], env: Mapping[str, str], stem: Path) -> Child:
-  """Starts `python ARGS` from the checkout's root; its output goes to STEM.out, .err."""
-  return Child([sys.executable, *map(str, args)], env, stem)
+def start(
+  args: Sequence[Any], env: Mapping[str, str], stem: Path, *, group: bool = False
+) -> Child:
+  """Starts `python ARGS` from the checkout's root; its output goes to STEM.out, .err.
+
+  With `group`, it leads a process group of its own.
+  """
+  return Child([sys.executable, *map(str, args)], env, stem, group=group)
 
 
 def outputs(

@@ -245,14 +245,6 @@ KNOBS = {
 RECIPE = 'configs/dense_1b7.py:28l,gate=elementwise,scale=test'
 
 
-# Most of LLVM's optimizing left out: it takes longer than all the rest of a run.
-HASTY = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
-
-
-def on_cpus(count):
-  return {'XLA_FLAGS': f'--xla_force_host_platform_device_count={count} {HASTY}'}
-
-
 def command(workdir, **knobs):
   knobs = KNOBS | {name.replace('__', '.'): value for name, value in knobs.items()}
   flags = [f'--config.{name}={value}' for name, value in knobs.items()]
@@ -280,11 +272,11 @@ def test_a_run_with_them_has_the_losses_of_one_without(
   """To the last bit; and two processes tell the same as one."""
   off, on, two = (tmp_path / name for name in ('off', 'on', 'two'))
   for workdir, knobs in ((off, {}), (on, BOTH | dict(log__tensorboard=True))):
-    done = run_python(command(workdir, **knobs), env=on_cpus(2))
+    done = run_python(command(workdir, **knobs), devices=2)
     assert done.returncode == 0, done.stderr[-4000:]
   args = [*command(two, **BOTH), '--processes=2']
   args.append(f'--coordinator=127.0.0.1:{process.free_port()}')
-  children = [spawn_python([*args, f'--process={i}'], env=on_cpus(1)) for i in range(2)]
+  children = [spawn_python([*args, f'--process={i}'], devices=1) for i in range(2)]
   for child in children:
     _, err = child.communicate(timeout=300)
     assert child.returncode == 0, err[-4000:]

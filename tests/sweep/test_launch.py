@@ -912,7 +912,6 @@ def cluster(tmp_path, monkeypatch):
   )
   monkeypatch.setenv('SLURM_STANDIN', str(tmp_path / 'slurm'))
   env = process.environment(tmp_path / 'xla', 1)
-  env['XLA_FLAGS'] += ' --xla_backend_optimization_level=0'  # Compiles in half the time.
   for name, value in env.items():
     monkeypatch.setenv(name, value)
   yield tmp_path / 'slurm'
