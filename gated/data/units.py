@@ -8,14 +8,15 @@ import hashlib
 import json
 import os
 import pathlib
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
-import tqdm
 
 from gated import storage
-from gated.data import content, faults, shards, tokenizer
+from gated.data import content, faults, progress, shards, tokenizer
 from gated.data.documents import Document
 
 TOKEN = np.dtype([('token', '<u4'), ('bytes', '<u4')])
@@ -28,7 +29,6 @@ DOCUMENT = np.dtype(
     ('content', '<u8'),  # Hash of the words.
   ]
 )
-LONG = 1 << 26  # Characters of a document whose progress is shown.
 
 
 def write_unit(
@@ -92,17 +92,16 @@ class _Watch:
 
   def __init__(self, name: str, words: content.Words, sketch: content.Sketch | None):
     self._name, self._takers = name, [words, sketch] if sketch else [words]
-    self._size, self._bar = 0, None
+    self._size, self._next = 0, time.monotonic() + progress.EVERY
 
   def __call__(self, block: str) -> None:
     for taker in self._takers:
       taker.add(block)
     self._size += len(block)
-    if self._bar is None and self._size > LONG:
-      name = faults.shown(self._name)
-      self._bar = tqdm.tqdm(desc=name, unit='B', unit_scale=True, disable=None)
-    if self._bar is not None:
-      self._bar.update(self._size - self._bar.n)
+    if time.monotonic() > self._next:
+      done = f'{faults.shown(self._name)}: {self._size:,} characters'
+      print(done, file=sys.stderr, flush=True)
+      self._next = time.monotonic() + progress.EVERY
 
 
 def _write_document(

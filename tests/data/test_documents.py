@@ -23,6 +23,7 @@ from gated.data import (
   pieces,
   pool,
   prepare,
+  progress,
   shards,
   tokenizer,
   units,
@@ -134,6 +135,15 @@ def test_a_large_document_gives_the_same_dataset_in_pieces(tmp_path, monkeypatch
   monkeypatch.setattr(cuts, 'WINDOW', 5000)
   parts = prepare.run(str(tmp_path / 'parts'), domains, settings, processes=1)
   assert whole == parts and whole.splits['train']['d'].documents == 2
+
+
+def test_a_document_that_takes_long_shows_its_progress(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(progress, 'EVERY', 0)
+  monkeypatch.setattr(pieces, 'BLOCK', 1000)
+  (tmp_path / 'a.txt').write_text('x' * 2500)
+  domains = {'d': [str(tmp_path / 'a.txt')]}
+  prepare.run(str(tmp_path / 'out'), domains, options(heldout=0), processes=1)
+  assert 'a.txt: 2,000 characters\n' in capsys.readouterr().err
 
 
 def test_a_fault_inside_a_large_document_leaves_nothing_of_it(tmp_path, monkeypatch):
