@@ -9,6 +9,7 @@ no socket opened, nothing written elsewhere, and memory is short:
 """
 
 import contextlib
+import gzip
 import json
 import os
 import pathlib
@@ -27,7 +28,7 @@ import numpy as np
 import small
 
 from gated import config, data, hf, plan, storage
-from gated.data import prepare, tokenizer
+from gated.data import faults, ids, inputs, prepare, sources, tokenizer
 from gated.hf import files
 from gated.model import abstract
 from gated.run import checkpoint
@@ -646,8 +647,136 @@ CHECKPOINTS = {
 }
 
 
+# Input of scripts/prepare_data.py.
+
+LINES, PACKED, TABLE = 'text/a.jsonl', 'text/b.jsonl.gz', 'text/c.parquet'
+STREAM, INDEX, HEADED = 'ids/a.bin', 'ids/b.idx', 'ids/c.bin'
+WORDS = b'{"text": "the cat sat on the mat"}\n' * 9
+
+
+def make_input(folder: Path) -> None:
+  import pyarrow
+  import pyarrow.parquet
+  import zstandard  # noqa: F401  Imported here, not by the first case.
+
+  (folder / 'text').mkdir()
+  (folder / 'ids').mkdir()
+  (folder / LINES).write_bytes(WORDS)
+  (folder / PACKED).write_bytes(gzip.compress(WORDS))
+  pyarrow.parquet.write_table(pyarrow.table({'text': ['the cat'] * 99}), folder / TABLE)
+  stream = np.frombuffer(b'the cat sat' * 9, np.uint8).astype('<u2')
+  (folder / STREAM).write_bytes(stream.tobytes())
+  head = np.zeros(256, '<i4')
+  head[:3] = 20240520, 1, len(stream)
+  (folder / HEADED).write_bytes(head.tobytes() + stream.tobytes())
+  (folder / 'ids/b.bin').write_bytes(stream.tobytes())
+  (folder / INDEX).write_bytes(index())
+
+
+def index(
+  version=1, code=8, sizes=(50, 49), places=(0, 100), documents=(0, 1, 2), counts=(2, 3)
+) -> bytes:
+  """Megatron's index of two documents of 99 ids."""
+  fields = [(version, '<u8'), (code, '<u1'), (counts, '<u8'), (sizes, '<i4')]
+  fields += [(places, '<i8'), (documents, '<i8')]
+  return ids.MEGATRON + b''.join(np.array(v, dtype).tobytes() for v, dtype in fields)
+
+
+def use_input(folder: Path) -> None:
+  bytes_ = tokenizer.load('bytes')
+  for name in ('text', 'ids'):
+    options = prepare.Options(
+      length=16,
+      tokenizer='bytes',
+      eos='',
+      heldout=0,
+      shard_rows=60,
+      seed=0,
+      bos=False,
+      field='text',
+      suffixes=(),
+      dedup='exact',
+      ids='auto' if name == 'ids' else '',
+    )
+    domains, tallies = {'d': [str(folder / name)]}, {'d': faults.Tally()}
+    groups = inputs.survey(domains, options, tallies, bytes_, {})
+    for unit in groups['d']:
+      sources.digest(unit)
+      for _, document in sources.documents(unit):
+        assert list(document.encode(bytes_, len))
+
+
+def indexed(**fields: Any) -> Callable[[Path], None]:
+  return text(INDEX, index(**fields))
+
+
+def header_of(*numbers: int) -> Callable[[Path], None]:
+  head = np.zeros(256, '<i4')
+  head[: len(numbers)] = numbers
+  return text(HEADED, head.tobytes() + b'ab' * 99)
+
+
+NO_INDEX = 'is not an index of Megatron'
+INPUTS = {
+  'no UTF-8': Case('not UTF-8', text('text/a.txt', b'caf\xe9')),
+  'a character that is none': Case('not UTF-8', text(LINES, '{"text": "\\ud800"}')),
+  'no JSON': Case('not a line of JSON', text(LINES, '{"text": ')),
+  'a deep line': Case('not a line of JSON', text(LINES, DEEP)),
+  'a number of 10^5 digits': Case(
+    'not a line of JSON', text(LINES, f'{{"text": {"9" * 10**5}}}')
+  ),
+  'a text in a list': Case('is no text there', text(LINES, '{"text": ["a"]}')),
+  'a line of nothing': Case('is no text there', text(LINES, '[]')),
+  'a pickle for lines': Case('not a line of JSON', text(LINES, PICKLE)),
+  'an archive cut off': Case('cannot be unpacked', cut(PACKED, 30)),
+  'an archive of noise': Case(
+    'cannot be unpacked', text(PACKED, b'\x1f\x8b\x08' + b'\xff' * 99)
+  ),
+  'another archive of noise': Case(
+    'cannot be unpacked', text(PACKED, b'\x28\xb5\x2f\xfd' + b'\xff' * 99)
+  ),
+  'an archive with a window of 128 GiB': Case(
+    'cannot be unpacked', text(PACKED, b'\x28\xb5\x2f\xfd\x00\xd8' + bytes(99))
+  ),
+  'a table of noise': Case('is not a Parquet file', text(TABLE, b'\xff' * 999)),
+  'a pickle for a table': Case('is not a Parquet file', text(TABLE, PICKLE)),
+  'a table cut off': Case('is not a Parquet file', cut(TABLE, 300)),
+  'a footer above all': Case(
+    'is not a Parquet file', text(TABLE, b'PAR1' * 9 + b'\xff\xff\xff\x7fPAR1')
+  ),
+  'half an id': Case('bytes of ids', text(STREAM, b'abc')),
+  'an id above all': Case('the id 65535', text(STREAM, b'\xff' * 99 * 2)),
+  'ids of another width': Case('every second', text(STREAM, b'a\0\0\0' * 99)),
+  'more ids than there are': Case('its header says', header_of(20240520, 1, 1 << 30)),
+  'fewer ids than none': Case('its header says', header_of(20240520, 1, -99)),
+  'an index cut off': Case(NO_INDEX, cut(INDEX, 40)),
+  'an index of a magic': Case(NO_INDEX, cut(INDEX, 9)),
+  'an index of another version': Case(NO_INDEX, indexed(version=2)),
+  'ids of no type': Case(NO_INDEX, indexed(code=99)),
+  'ids that are floats': Case(NO_INDEX, indexed(code=7)),
+  'sequences above all': Case(NO_INDEX, indexed(counts=(HUGE, 3))),
+  'documents above all': Case(NO_INDEX, indexed(counts=(2, HUGE))),
+  'sequences that wrap': Case(NO_INDEX, indexed(counts=((1 << 64) - 1, 3))),
+  'a sequence outside': Case(NO_INDEX, indexed(places=(0, HUGE))),
+  'a sequence below 0': Case(NO_INDEX, indexed(places=(0, -100))),
+  'a size below 0': Case(NO_INDEX, indexed(sizes=(50, -49))),
+  'a size above all': Case(NO_INDEX, indexed(sizes=(50, (1 << 31) - 1))),
+  'documents in no order': Case(NO_INDEX, indexed(documents=(0, 2, 1))),
+  'a document outside': Case(NO_INDEX, indexed(documents=(0, 1, HUGE))),
+  'a document below 0': Case(NO_INDEX, indexed(documents=(-5, 1, 2))),
+  'an id in words': Case('is no list of ids', text('ids/a.jsonl', '{"text": ["a"]}')),
+  'an id that is a truth': Case(
+    'is no list of ids', text('ids/a.jsonl', '{"text": [true]}')
+  ),
+  'an id of 30 digits': Case(
+    'no ids|too large', text('ids/a.jsonl', f'{{"text": [{10**30}]}}')
+  ),
+}
+
+
 FAMILIES = {
   'tokenizer': Family(make_tokenizers, use_tokenizers, TOKENIZERS),
+  'input': Family(make_input, use_input, INPUTS),
   'dataset': Family(make_dataset, use_dataset, DATASETS),
   'export': Family(make_export, use_export, EXPORTS),
   'recipe': Family(make_recipe, use_recipe, RECIPES),

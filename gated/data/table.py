@@ -1,6 +1,7 @@
 """A column of text or of token ids in a Parquet file, by row groups."""
 
 import functools
+import os
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -11,8 +12,13 @@ from gated.data.pieces import Piece, Reading, Span, Split
 ROWS = 1024  # Read at a time.
 
 
-@functools.lru_cache(maxsize=4)
 def _opened(path: str, reading: Reading) -> Any:
+  status = os.stat(path)
+  return _open(path, reading, (status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=4)
+def _open(path: str, reading: Reading, version: tuple[int, ...]) -> Any:
   """-> the Parquet file; Fault if it is none, or if the field is no column of text.
 
   The field may be a nested name, such as meta.text. With `reading.ids` it must have lists
