@@ -71,8 +71,9 @@ class Config:
     config.one_of(f'{_NAME}.name', self.name, OPTIMIZERS)
     config.one_of(f'{_NAME}.schedule', self.schedule, SCHEDULES)
     config.one_of(f'{_NAME}.decay_by', self.decay_by, ('lr', 'schedule'))
-    counts = ('warmup', 'decay', 'gates_first')
-    for name in (*counts, 'floor', 'weight_decay', 'clip', 'eps', 'qk_clip'):
+    for name in ('warmup', 'decay', 'gates_first'):  # As config.steps, an int32.
+      config.within(f'{_NAME}.{name}', getattr(self, name), 0, (1 << 31) - 1)
+    for name in ('floor', 'weight_decay', 'clip', 'eps', 'qk_clip'):
       config.at_least(f'{_NAME}.{name}', getattr(self, name), 0)
     for name in ('b1', 'b2'):
       _check_decay_rate(name, getattr(self, name))

@@ -164,11 +164,12 @@ ABSURD: dict[str, Any] = {
   'stability__peer_timeout': 1 << 40,
   'data__prefetch': 1 << 40,
   'data__workers': 1 << 20,
-  'steps': 1 << 40,
-  'batch': 1 << 40,
-  'accum': 1 << 40,
   'data__length': 1 << 40,
+  'steps': 1 << 40,
+  'accum': 1 << 40,
+  'optim__warmup': 1 << 40,
   'model__width': 1 << 40,
+  'log__sample_tokens': 1 << 40,
   'seed': 1 << 70,
 }
 

@@ -92,6 +92,7 @@ def test_a_decay_longer_than_what_follows_the_warmup_is_refused():
     (dict(lr=0.0), 'lr=0.0'),
     (dict(floor=0.1), 'floor=0.1 is above config.optim.lr=0.01'),
     (dict(warmup=-1), 'warmup=-1'),
+    (dict(warmup=1 << 40), 'warmup=1099511627776, but'),
     (dict(weight_decay=-0.1), 'weight_decay=-0.1'),
     (dict(clip=-1.0), 'clip=-1.0'),
     (dict(b1=1.0), 'b1=1.0'),
