@@ -73,6 +73,8 @@ VARIANTS = [
   ),
   dict(attn__gate__granularity='headwise'),
   dict(attn__gate__source='parameter'),
+  dict(attn__gate__inputs='rank:3', attn__gate__bias=True, attn__gate__opens=(1, 5)),
+  dict(attn__gates='value inputs=first:3 layers=last:1; out form=add layers=0'),
   dict(attn__gate__source='value', attn__gate__position='value'),
   dict(attn__gate__place='after', attn__gate__position='query'),
   dict(attn__gate__place='after', attn__gate__position='key'),
@@ -103,7 +105,7 @@ def test_every_parameter_of_every_recipe_reaches_the_loss():
     cfg = config.build(plan.Config, c.to_dict(), 'config')
     knobs = config.flatten({part: c.to_dict()[part] for part in ('model', 'loss')})
     # Numbers above 1 change shapes and factors only.
-    kind = [v if isinstance(v, str) else min(v, 2) for v in knobs.values()]
+    kind = [str(v) if isinstance(v, (str, list)) else min(v, 2) for v in knobs.values()]
     variants.setdefault(tuple(kind), (name, cfg))
   assert len(variants) >= 25
   found = {name: dead(cfg) for name, cfg in variants.values()}
