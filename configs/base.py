@@ -27,8 +27,8 @@ def get_config(arg: str = '') -> ConfigDict:
   c.accum = 1  # micro-batches per step; more of them need less memory
   # WORKDIR, WORKDIR:STEP or a Hugging Face folder to take initial weights from.
   c.init_from = ''
-  # A Hugging Face folder whose config.json gives the knobs of `model` that it has: shapes,
-  # RoPE, norms, experts, gates. Knobs on the command line come first.
+  # A Hugging Face folder whose config.json gives the knobs of `model` that it has:
+  # shapes, RoPE, norms, experts, gates. Knobs on the command line come first.
   c.model_from = ''
   c.model = model()
   c.loss = dict(

@@ -16,6 +16,7 @@ from faults import process
 
 from configs import axes, base, lr_sweep, rows
 from gated import config, model, storage, sweep
+from gated.plan import Config as Recipe
 from gated.run import workdir as workdirs
 from gated.sweep import folder, judge, machine, runner, table
 
@@ -156,6 +157,26 @@ def test_the_variants_of_the_learning_rate_sweep_have_equal_parameter_counts():
 
 def planned(*words):
   return script.planned(*script.parser().parse_known_args(['run', *words]))
+
+
+@pytest.mark.parametrize(
+  ('recipe', 'points', 'changes'),
+  [
+    (
+      'gate_design.py:scale=test,seeds=1',
+      19,
+      {'decay': '1.0', 'init': 'closed', 'inputs': 'rank:4', 'variant': 'headwise'},
+    ),
+    ('gate_design.py:positions,scale=test', 15, {'variant': 'g1_late_g2'}),
+    ('retrofit.py:scale=test,seeds=2', 14, {'way': 'gates_first'}),
+  ],
+)
+def test_the_grids_of_gates_are_recipes_that_build(recipe, points, changes):
+  swept = planned(f'--config=configs/{recipe}', '--config.init_from=/baseline')
+  assert len({config.digest(p.config) for p in swept.points}) == points
+  assert any(p.labels.items() >= changes.items() for p in swept.points)
+  for point in swept.points:
+    config.build(Recipe, point.config, 'config')
 
 
 @pytest.mark.parametrize('name', trained.TABLES)
