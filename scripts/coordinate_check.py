@@ -21,9 +21,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from configs import base
-from gated import config, data, plan
-from gated.devices import mesh
+from gated import config, data, model, plan
 from gated.probes import style
+from gated.train import optim, step, transfer
 
 STEPS, ROWS, LENGTH, VOCAB, HEAD_DIM = 10, 8, 32, 64, 32
 DRAWN = (0, 1, 2, 5, 10)  # The steps in the figure.
@@ -33,7 +33,7 @@ FLAT = 0.25  # Largest exponent of a flat activation; without muP, they reach 0.
 Sizes = Mapping[str, np.ndarray]
 
 
-def recipe(width: int, transfer: str, args: argparse.Namespace) -> plan.Config:
+def recipe(width: int, mup: str, args: argparse.Namespace) -> plan.Config:
   """A model of two layers whose heads and FFN grow with the width."""
   c, heads = base.get_config(), width // HEAD_DIM
   c.steps, c.batch, c.data.length = STEPS, ROWS, LENGTH
@@ -43,11 +43,11 @@ def recipe(width: int, transfer: str, args: argparse.Namespace) -> plan.Config:
   c.model.attn.gate.update(base.GATES[args.gate])
   c.model.moe.update(experts=args.experts, top_k=2)
   c.optim.update(name=args.optimizer, lr=1e-2, schedule='constant', warmup=0)
-  c.optim.update(transfer=transfer, base_width=min(args.widths))
+  c.optim.update(transfer=mup, base_width=min(args.widths))
   return config.build(plan.Config, c.to_dict(), 'config')
 
 
-def sizes(model: Any, batch: data.Batch) -> dict[str, jax.Array]:
+def sizes(net: Any, batch: data.Batch) -> dict[str, jax.Array]:
   """-> {name: mean |activation|}, of the last layer where it has layers."""
   size = lambda x: jnp.abs(x.astype(jnp.float32)).mean()
 
@@ -61,33 +61,37 @@ def sizes(model: Any, batch: data.Batch) -> dict[str, jax.Array]:
     return trace.output, jax.tree.map(size, points)
 
   inputs = batch.tokens, batch.segments, batch.positions
-  x_BTD, layers = model.hidden(*inputs, through=through)
+  x_BTD, layers = net.hidden(*inputs, through=through)
   last = jax.tree.map(lambda size_L: size_L[-1], layers)
-  return last | {'logits': size(model.logits(x_BTD))}
+  return last | {'logits': size(net.logits(x_BTD))}
 
 
-def run(cfg: plan.Config) -> list[dict[str, float]]:
-  """A recipe -> the sizes before each of its steps, and after the last."""
-  built, results = plan.Plan(cfg, jax.devices()[:1]), []
-  state, step, measure = built.init(), built.train_step().compile(), jax.jit(sizes)
+def run(cfg: plan.Config) -> dict[str, np.ndarray]:
+  """A recipe -> {name: size before each of its steps, and after the last}."""
+  growth = transfer.growth(cfg.optim, cfg.model)
+  tx = optim.make(cfg.optim, steps=STEPS, multipliers={}, growth=growth)
   # The same tokens at every step, so that all updates are aligned.
   token_BT = np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH), np.int32)
   one_BT, target_BT = np.ones_like(token_BT), np.roll(token_BT, -1, 1)
-  position_BT = np.arange(LENGTH, dtype=np.int32) * one_BT
-  weight_BT = one_BT.astype(np.float32)
-  batch = data.Batch(token_BT, target_BT, weight_BT, one_BT, position_BT)
-  batch = mesh.place(batch, built.mesh, ROWS)
-  with jax.set_mesh(built.mesh):
-    for _ in range(STEPS):
-      results.append(jax.device_get(measure(state.model, batch)))
-      state, _ = step(state, batch)
-    return [*results, jax.device_get(measure(state.model, batch))]
+  arrays = token_BT, target_BT, one_BT.astype(np.float32), one_BT, one_BT.cumsum(1) - 1
+  batch = data.Batch(*arrays)
+
+  def body(state, _):
+    net, opt = state
+    grads = step.gradients(net, batch, accum=1, loss=cfg.loss).grads
+    updates, opt = tx.update(grads, opt, net)
+    return (jax.tree.map(jnp.add, net, updates), opt), sizes(net, batch)
+
+  def steps():
+    net = transfer.initial(model.Transformer(cfg.model, jax.random.key(1)), growth)
+    return jax.lax.scan(body, (net, tx.init(net)), length=STEPS + 1)[1]
+
+  return jax.device_get(jax.jit(steps)())
 
 
-def measure(transfer: str, args: argparse.Namespace) -> Sizes:
-  runs = [run(recipe(width, transfer, args)) for width in args.widths]
-  stack = lambda name: np.array([[at[name] for at in steps] for steps in runs])
-  return {name: stack(name) for name in runs[0][0]}
+def measure(mup: str, args: argparse.Namespace) -> Sizes:
+  runs = [run(recipe(width, mup, args)) for width in args.widths]
+  return {name: np.array([run[name] for run in runs]) for name in runs[0]}
 
 
 def exponents(measured: Sizes, widths: Sequence[int]) -> dict[str, np.ndarray]:
@@ -109,15 +113,18 @@ def flat(measured: Sizes, widths: Sequence[int]) -> bool:
 def drawn(results: Mapping[str, Sizes], widths: Sequence[int]) -> Figure:
   """{transfer: sizes} -> a row of panels for each; a line is a step."""
   names = [*results['mup']]
-  figure = Figure(figsize=(1.25 * len(names) + 0.4, 3.4))
+  figure = Figure(figsize=(1.5 * len(names) + 0.5, 4.2))
   panels = figure.subplots(len(results), len(names), sharex=True, sharey='col')
-  for row, (transfer, measured) in zip(panels, results.items()):
+  for row, (mup, measured) in zip(panels, results.items()):
     for ax, name in zip(row, names):
-      for i, step in enumerate(DRAWN):
-        ax.plot(widths, measured[name][:, step], label=f'step {step}', **style.look(i))
+      for i, at in enumerate(DRAWN):
+        ax.plot(widths, measured[name][:, at], label=f'step {at}', **style.look(i))
       ax.set_xscale('log', base=2)
       ax.set_yscale('log')
-    row[0].set_ylabel(f'transfer={transfer}\nmean |activation|')
+      ax.set_xticks(widths, [str(width) for width in widths], rotation=90)
+      ax.yaxis.set_major_formatter('{x:g}')
+      ax.yaxis.set_minor_formatter('')
+    row[0].set_ylabel(f'transfer={mup}\nmean |activation|')
   for ax, name in zip(panels[0], names):
     ax.set_title(name)
   figure.supxlabel('width', fontsize=8)
@@ -144,9 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words.error(f'--widths={args.widths}, but two or more multiples of 64 are expected')
   if args.experts not in (0, *range(2, 1025)):
     words.error(f'--experts={args.experts}, but 0 or 2 to 1024 are expected')
-  results = {transfer: measure(transfer, args) for transfer in ('none', 'mup')}
-  for transfer, measured in results.items():
-    print(f'optim.transfer={transfer}, step {STEPS}, widths {args.widths}')
+  results = {mup: measure(mup, args) for mup in transfer.TRANSFERS}
+  for mup, measured in results.items():
+    print(f'optim.transfer={mup}, step {STEPS}, widths {args.widths}')
     for name, exponent in exponents(measured, args.widths).items():
       last = ' '.join(f'{size:9.4f}' for size in measured[name][:, -1])
       print(f'  {name:14}{last}  exponent {exponent[-1]:+.2f}')

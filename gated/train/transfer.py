@@ -10,17 +10,16 @@ multiplied by:
   embeddings, unembedding, vectors        1              1            -
   logits (the output multiplier)          1 / r
 
-These are Table 8 of the paper, which allows tied embeddings. Hidden are the projections
-of attention, FFNs, experts, and the gates that read the stream, headwise ones included:
-the number of heads grows with the width. Routers and the first maps of gated norms have a
-fixed fan-out: they follow the output weights of Table 3, as they have no multiplier.
-Muon's updates have a fixed RMS, hence a spectral norm that grows like sqrt(r), but the
+This is Table 8 of the paper, which allows tied embeddings. Headwise gates are hidden: the
+number of heads grows with the width. Parameters with a fixed fan-out, such as routers and
+the first maps of gated norms, have no multiplier and follow the output weights of Table
+3. Muon's updates have a fixed RMS, hence a spectral norm that grows like sqrt(r); the
 spectral condition asks for sqrt(fan_out / fan_in) (arXiv 2310.17813, Condition 1).
 
 Multipliers are folded into the parameter before them, as an initial value and a learning
 rate (Lemma J.1): the output multiplier into the scale of the last norm, the attention
-scale 1 / d (Definition 4.1; d is the head width) into the queries. The model is the same
-function of its parameters, so evaluation, generation and export know nothing of muP.
+scale 1 / d (Definition 4.1; d is the head width) into the queries. So evaluation,
+generation and export know nothing of muP.
 
 Weight decay is decoupled, lr * weight_decay, and keeps the rate of the standard
 parametrization: only the update is multiplied, as in the authors' package (mup.MuAdamW:
@@ -44,8 +43,10 @@ TRANSFERS = ('none', 'mup')
 STANDARD = ('reduce',)
 # Norm of a model -> the parameters that scale its last output, and the inverse: {name:
 # power of the output multiplier}. The gated norm's projection reads the scaled output.
+# Dynamic tanh is absent: its input has no fixed scale.
 OUTPUTS = {
   'rms': {'norm.scale': 1},
+  'pre_affine': {'norm.rms.scale': 1},
   'gated': {'norm.rms.scale': 1, 'norm.down.weight': -1},
 }
 
@@ -94,25 +95,21 @@ def growth(optim: Any, model: Any) -> Growth | None:
 
 
 def _check(model: Any, head_dim: float) -> None:
-  knob, gate = "config.optim.transfer='mup'", model.attn.gate
   if model.norm not in OUTPUTS:
     raise ValueError(
-      f'{knob} with config.model.norm={model.norm!r}: allowed are '
-      f'{", ".join(map(repr, OUTPUTS))}'
+      f"config.optim.transfer='mup' with config.model.norm={model.norm!r}, but allowed "
+      f'are {", ".join(map(repr, OUTPUTS))}'
     )
-  if head_dim == 1 or not gate.at:
-    return
-  grown = 'config.optim.base_head_dim other than config.model.attn.head_dim'
-  if gate.form == 'add' and gate.at.normed:
+  attn, gates = model.attn, model.attn.named.items()
+  added = [name for name, gate in gates if gate.form == 'add' and gate.at.normed]
+  valued = [name for name, gate in gates if gate.source == 'value']
+  wrong = [f"{attn.knob(name)}.form='add' on queries or keys" for name in added]
+  wrong += [f"{attn.knob(name)}.source='value'" for name in valued]
+  wrong += ['config.model.attn.differential=True'] * attn.differential
+  if head_dim != 1 and wrong:
     raise ValueError(
-      f"{knob} with {grown}, and config.model.attn.gate.form='add' on the "
-      f'{gate.at.tensor}: the attention scale would miss the score; allowed is '
-      'base_head_dim=0'
-    )
-  if gate.source == 'value':
-    raise ValueError(
-      f"{knob} with {grown}, and config.model.attn.gate.source='value', whose input is a "
-      'head: no rule for it is known; allowed is base_head_dim=0'
+      f'config.optim.base_head_dim other than {attn.head_dim} with {wrong[0]}: no rule '
+      'for it is known; allowed is base_head_dim=0'
     )
 
 

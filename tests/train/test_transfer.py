@@ -112,6 +112,8 @@ def test_every_kind_of_parameter_follows_the_table():
     (dict(source='parameter'), VECTOR),
     (dict(position='out'), HIDDEN),
     (dict(position='value', source='value'), VECTOR),
+    (dict(inputs='first:3'), VECTOR),
+    (dict(inputs='rank:3'), VECTOR),
   ],
 )
 def test_gates_of_each_shape_follow_the_table(gate, expected):
@@ -122,9 +124,12 @@ def test_gates_of_each_shape_follow_the_table(gate, expected):
     transfer.initial(tree, growth),
     transfer.scaled(tree, growth, muon=lambda _: False),
   )
-  name = 'blocks.attn.gate.weight'
+  name, reduce = 'blocks.attn.gate.weight', 'blocks.attn.gate.reduce'
   assert powers(initial)[name] == pytest.approx(expected[0], abs=1e-6)
   assert powers(adam)[name] == pytest.approx(expected[1], abs=1e-6)
+  # It is drawn with a std of 1 / sqrt(width).
+  assert powers(initial).get(reduce, 0) == pytest.approx(0, abs=1e-6)
+  assert powers(adam).get(reduce, -1) == pytest.approx(-1, abs=1e-6)
 
 
 def test_at_the_base_width_nothing_changes():
@@ -147,7 +152,7 @@ def test_the_largest_changes_are_named_for_people():
   assert str(growth_of(cfg, base_head_dim=2)).endswith('logits / 4, scores / 2')
 
 
-@pytest.mark.parametrize('norm', ['rms', 'gated'])
+@pytest.mark.parametrize('norm', ['rms', 'gated', 'pre_affine'])
 @pytest.mark.parametrize('qk_norm', [True, False])
 def test_folded_multipliers_scale_the_logits_and_the_scores(norm, qk_norm):
   """The output by 1 / R, the queries by sqrt(d0 / d), as runtime multipliers would."""
@@ -211,16 +216,16 @@ def test_rates_are_multiplied_but_not_the_decay(name, monkeypatch):
     (dict(base_head_dim=-1), r'config\.optim\.base_head_dim=-1'),
     (
       dict(base_head_dim=4, form='add', position='query', place='after'),
-      "gate.form='add' on the query.*base_head_dim=0",
+      r"base_head_dim other than 8 with .*gate\.form='add' on q.*base_head_dim=0",
     ),
     (dict(base_head_dim=4, source='value', position='value'), "gate.source='value'"),
+    (dict(norm='dyt'), r"config\.model\.norm='dyt'.*'rms', 'pre_affine', 'gated'"),
   ],
 )
 def test_a_bad_knob_or_combination_is_refused_by_name(changes, message):
-  prefix = lambda key: (
-    'optim' if 'base' in key or key == 'transfer' else 'model__attn__gate'
-  )
-  knobs = {f'{prefix(key)}__{key}': value for key, value in changes.items()}
+  groups = dict.fromkeys(('transfer', 'base_width', 'base_head_dim'), 'optim')
+  group = lambda key: (groups | dict(norm='model')).get(key, 'model__attn__gate')
+  knobs = {f'{group(key)}__{key}': value for key, value in changes.items()}
   with pytest.raises(ValueError, match=message):
     small.whole(**dict(optim__transfer='mup') | knobs)
 
@@ -238,7 +243,7 @@ def args_of(**changes):
 )
 def test_activations_are_flat_in_the_width_with_mup_and_only_with_it(changes):
   args = args_of(widths=[64, 256, 1024], **changes)
-  plain, mup = (check.measure(transfer, args) for transfer in ('none', 'mup'))
+  plain, mup = (check.measure(mup, args) for mup in ('none', 'mup'))
   assert check.flat(mup, args.widths), check.exponents(mup, args.widths)
   assert not check.flat(plain, args.widths)
   grown = check.exponents(plain, args.widths)
