@@ -28,6 +28,7 @@ from gated.data import (
   tokenizer,
   units,
 )
+from scripts import prepare_data
 from tests.data.test_prepare_data import decoded, options, rows
 
 PRE, END = tokenizers.pre_tokenizers, tokenizer.END
@@ -253,6 +254,30 @@ def test_text_in_both_halves_is_reported(tmp_path, caplog):
   assert seen
   told = f'{seen} of {len(heldout)} held-out documents are also training text'
   assert told in caplog.text
+
+
+def test_the_command_leaves_out_copies_by_default(tmp_path):
+  folder = tmp_path / 'D'
+  (folder / 'sub').mkdir(parents=True)
+  for i in range(40):
+    (folder / f'{i}.txt').write_text(f'text {i}')
+    (folder / 'sub' / f'{i}.txt').write_text(f'text {i + 20}')
+  domains = {'a': [str(folder)], 'b': [str(folder / 'sub')]}
+  flags = [f'--domain={name}={path}' for name, (path,) in domains.items()]
+  flags += ['--length=16', '--tokenizer=bytes', '--heldout=0.3', '--processes=1']
+  prepare_data.main([*flags, f'--out={tmp_path}/out'])
+  halves = [
+    {text for name in domains for text in decoded(rows(tmp_path / 'out', split, name))}
+    for split in shards.SPLITS
+  ]
+  assert not halves[0] & halves[1] and len(halves[0] | halves[1]) == 60
+  # A dataset of before keeps its split.
+  settings = options(heldout=0.3, shard_rows=1 << 16)
+  before = prepare.run(str(tmp_path / 'old'), domains, settings, processes=1)
+  prepare_data.main([*flags, f'--out={tmp_path}/old'])
+  assert shards.read_manifest(str(tmp_path / 'old')) == before
+  with pytest.raises(ValueError, match=r"--dedup was .*, is 'exact'"):
+    prepare_data.main([*flags, f'--out={tmp_path}/old', '--dedup=exact'])
 
 
 def test_a_mixture_of_datasets_with_text_in_both_halves_is_reported(tmp_path, caplog):

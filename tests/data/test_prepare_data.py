@@ -206,12 +206,13 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path, monkeypatch):
   assert cut.pop('manifest.json') and whole.pop('manifest.json') and cut == whole
 
 
-def test_a_restarted_call_reuses_intact_files_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize('dedup', ['none', 'near'])
+def test_a_restarted_call_reuses_intact_files_alone(dedup, tmp_path, monkeypatch):
   dice = random.Random(6)
   write_lines(tmp_path / 'l.jsonl', [words(dice, 1, 80) for _ in range(200)])
   domains = {'d': [str(tmp_path / 'l.jsonl')]}
   monkeypatch.setattr(pieces, 'UNIT', 2000)
-  prepare.run(str(tmp_path / 'straight'), domains, options(), processes=1)
+  prepare.run(str(tmp_path / 'straight'), domains, options(dedup=dedup), processes=1)
 
   out = tmp_path / 'out'
 
@@ -233,7 +234,7 @@ def test_a_restarted_call_reuses_intact_files_alone(tmp_path, monkeypatch):
       patch.setattr(units, 'write_unit', dying('write_unit', units.write_unit))
       patch.setattr(shards, 'write_shard', dying('write_shard', shards.write_shard))
       with contextlib.suppress(KeyboardInterrupt):
-        prepare.run(str(out), domains, options(), processes=1)
+        prepare.run(str(out), domains, options(dedup=dedup), processes=1)
     return written.values()
 
   def damage(path):
