@@ -3,6 +3,7 @@
 They need the packages lm-eval, transformers, torch and accelerate.
 """
 
+import dataclasses
 import json
 import shutil
 
@@ -206,9 +207,8 @@ def test_texts_begin_once_with_the_beginning_of_text(place):
   lm = harness.part('adapter').Gated(subject, Answers(None), size=1)
   plain = lm.tok_encode('def')
   assert lm.prefix_token_id == lm.eot_token_id == subject.tokenizer.eos
-  token = gated.plan.tasks.dataclasses.replace(subject.tokenizer, bos=7, bos_token='<s>')
-  replace = gated.plan.tasks.dataclasses.replace
-  lm._subject = replace(subject, tokenizer=token, prefix=(7,))
+  token = dataclasses.replace(subject.tokenizer, bos=7, bos_token='<s>')
+  lm._subject = dataclasses.replace(subject, tokenizer=token, prefix=(7,))
   assert lm.prefix_token_id == 7
   assert lm.tok_encode('def') == lm.tok_encode('<s>def') == [7, *plain]
   assert lm.tok_encode('def', add_special_tokens=False) == plain
