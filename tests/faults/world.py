@@ -156,13 +156,53 @@ class World:
   # Processes.
 
   def spawn(
-    self, args: Sequence[Any], *, env: Mapping[str, str] | None = None, devices: int = 1
+    self,
+    args: Sequence[Any],
+    *,
+    env: Mapping[str, str] | None = None,
+    devices: int = 1,
+    group: bool = False,
   ) -> Child:
     """Starts `python ARGS` from the checkout's root, with a clean environment."""
     clean = process.environment(self._shared.folder / 'xla', devices)
-    child = process.start(args, clean | dict(env or {}), self.path('process'))
+    child = process.start(
+      args, clean | dict(env or {}), self.path('process'), group=group
+    )
     self._children.append(child)
     return child
+
+  def many(
+    self,
+    commands: Sequence[Sequence[Any]],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+  ) -> list[Done]:
+    """Runs `python ARGS` for each of the commands, one after another.
+
+    They are forks of one process (forks.py), and their paths are relative to `cwd`.
+    """
+    stems = [self.path('fork') for _ in commands]
+    listed = [
+      dict(
+        args=[*map(str, args)],
+        out=f'{stem}.out',
+        err=f'{stem}.err',
+        cwd=str(cwd or process.ROOT),
+        env=dict(env or {}),
+      )
+      for args, stem in zip(commands, stems, strict=True)
+    ]
+    path = self.path('commands')
+    path.write_text(json.dumps(listed))
+    child = self.spawn(['tests/faults/forks.py', path])
+    done = child.wait(process.PATIENCE + 30 * len(commands)).expect(0)
+    codes = json.loads(done.out)
+    read = lambda stem, kind: Path(f'{stem}.{kind}').read_text(errors='replace')
+    return [
+      Done(code, read(stem, 'out'), read(stem, 'err'))
+      for code, stem in zip(codes, stems, strict=True)
+    ]
 
   def train(
     self,
