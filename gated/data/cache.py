@@ -11,12 +11,20 @@ from collections.abc import Callable, Generator
 
 log = logging.getLogger(__name__)
 
+_drafts: set[str] = set()  # Unfinished folders of this process, which no call resumes.
+
 
 def default() -> str:
   """The cache folder: in XDG_CACHE_HOME, or in the platform's folder for caches."""
   home = '~/Library/Caches' if sys.platform == 'darwin' else '~/.cache'
   base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser(home)
   return os.path.join(base, 'gated')
+
+
+def remove_drafts() -> None:
+  """Removes what this process has half made: a signal ends it."""
+  for draft in _drafts:
+    shutil.rmtree(draft, ignore_errors=True)
 
 
 def make(
@@ -42,12 +50,16 @@ def make(
     if not locked:
       draft = tempfile.mkdtemp(prefix=f'.{name}.', dir=cache)
     os.makedirs(draft, exist_ok=True)
+    if not (locked and resumes):
+      _drafts.add(draft)
     try:
       fill(draft)
-    except BaseException:  # A signal too.
-      if not (locked and resumes):
+    except BaseException:
+      if draft in _drafts:
         shutil.rmtree(draft, ignore_errors=True)
       raise
+    finally:
+      _drafts.discard(draft)
     if not is_complete():
       shutil.rmtree(folder, ignore_errors=True)  # A damaged folder, without manifest.
     try:

@@ -13,6 +13,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from gated import data, storage
+from gated.data import cache
 from gated.run import checkpoint, exit_codes, metrics, weights, workdir
 
 CODES: dict[type[Exception], int] = {
@@ -87,12 +88,14 @@ class Sigterm(contextlib.ExitStack):
 def leaving() -> Generator[None]:
   """Before a run handles signals: one removes half-made files and ends the process.
 
-  SIGTERM and SIGHUP raise SystemExit with their usual exit code. In a run of several
-  processes JAX handles SIGTERM, and the next one removes what a killed one left.
+  The exit code is the usual one of SIGTERM or SIGHUP. In a run of several processes JAX
+  handles SIGTERM, and the next one removes what a killed one left.
   """
 
   def leave(number: int, _) -> NoReturn:
-    sys.exit(128 + number)
+    # No SystemExit: it would be lost in a callback of the garbage collector.
+    cache.remove_drafts()
+    os._exit(128 + number)
 
   numbers = (signal.SIGTERM, signal.SIGHUP) if jax.process_count() == 1 else ()
   free = [n for n in numbers if signal.getsignal(n) == signal.SIG_DFL]
