@@ -245,6 +245,8 @@ def optim() -> dict:
     # step (QK-clip; 100 in Kimi K2); 0 for none. Needs model.attn.qk_norm=False.
     qk_clip=0.0,
     gates_first=0,  # first steps, in which only the gates learn: for gates added late
+    # bfloat16 halves the moments' memory; stochastic rounding keeps their means.
+    moments='float32',
     # mup: the learning rate of a model of width `base_width` suits all wider ones
     # (arXiv 2203.03466; docs/transfer.md). The other sizes grow with the width.
     transfer='none',

@@ -31,6 +31,7 @@ SINCE: dict[str, Any] = {
   'config.model.attn.global_layers': '',
   'config.model.attn.rounding': 'backend',
   'config.optim.qk_clip': 0.0,
+  'config.optim.moments': 'float32',
   'config.optim.transfer': 'none',
   'config.optim.base_width': 256,
   'config.optim.base_head_dim': 0,

@@ -488,6 +488,7 @@ RECIPES = dict(
     knob('optim__lr', -1.0),
     knob('optim__lr', '1e-3 if True else 0'),
     knob('optim__schedule', 'lambda: 0'),
+    knob('optim__moments', 'float8'),
     knob('optim__transfer', 'mup()'),
     knob('optim__base_width', 0),
     knob('optim__base_width', -HUGE),

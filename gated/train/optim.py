@@ -24,7 +24,7 @@ from optax.contrib import MuonDimensionNumbers as Matrix
 
 from gated import config
 from gated.devices import mesh, trees
-from gated.train import transfer
+from gated.train import moments, transfer
 
 _NAME = 'config.optim'
 
@@ -63,6 +63,7 @@ class Config:
   clip: float  # global gradient norm; 0 for none
   qk_clip: float  # limit of attention logits, kept by QK-clip; 0 for none
   gates_first: int  # first steps, in which only the gates learn
+  moments: str  # dtype of the moments: float32, or bfloat16 with stochastic rounding
   transfer: str  # none, or mup: initial values and rates relative to base_width
   base_width: int  # the width of the model whose learning rate is to transfer
   base_head_dim: int  # its head width; 0 for the same head width
@@ -78,6 +79,7 @@ class Config:
     for name in ('b1', 'b2'):
       _check_decay_rate(name, getattr(self, name))
     config.positive(f'{_NAME}.lr', self.lr)
+    config.one_of(f'{_NAME}.moments', self.moments, moments.DTYPES)
     config.one_of(f'{_NAME}.transfer', self.transfer, transfer.TRANSFERS)
     config.at_least(f'{_NAME}.base_width', self.base_width, 1)
     config.at_least(f'{_NAME}.base_head_dim', self.base_head_dim, 0)
@@ -254,6 +256,8 @@ def make(
   part of a name to its own weight decay.
   """
   directions = OPTIMIZERS[cfg.name](cfg)
+  if cfg.moments == 'bfloat16':
+    directions = moments.stored(directions)
   if growth is not None:
     muon = lambda p: cfg.name == 'muon' and matrix(p) is not None
     scale = lambda updates, _: transfer.scaled(updates, growth, muon=muon)

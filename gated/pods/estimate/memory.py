@@ -5,6 +5,8 @@ the forward pass keeps, and the largest working set: a layer's backward pass, a 
 the loss, or the embedding's backward pass.
 """
 
+import jax.numpy as jnp
+
 from gated.devices import collectives
 from gated.kernels import cross_entropy
 from gated.model import embedding
@@ -27,7 +29,7 @@ def held(layout: Layout) -> dict[str, float]:
   gradients = layout.held() * WIDE * (1 if cfg.accum == 1 else 2)
   return {
     'weights': layout.stored,
-    'optimizer': WIDE * layout.moments,
+    'optimizer': jnp.dtype(cfg.optim.moments).itemsize * layout.moments,
     'gradients': gradients,
     'activations': cfg.model.depth * kept(layout, cfg.model.remat),
     'working set': max(_layer(layout), _loss(layout), _table(layout)),

@@ -1,0 +1,64 @@
+"""Moments in bfloat16 keep their means, and depend on the update's number alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import small
+from test_optim import GRADS, PARAMS, knobs
+
+from gated.plan import Plan
+from gated.pods.estimate import memory
+from gated.pods.estimate.layout import Layout
+from gated.train import moments, optim
+
+
+def test_rounding_takes_a_neighbour_and_keeps_the_mean():
+  x = jnp.full(40_000, 1 + 0.3 * 2**-7, jnp.float32)
+  rounded = np.asarray(moments.rounded_at_random(x, jax.random.key(0)), np.float32)
+  assert set(rounded) == {1.0, 1 + 2**-7}
+  # Three standard deviations of the share that is rounded up.
+  assert abs((rounded == 1 + 2**-7).mean() - 0.3) < 3 * (0.21 / 40_000) ** 0.5
+  exact = jnp.array([0.0, -1.5, jnp.inf, -jnp.inf, jnp.nan], jnp.float32)
+  same = moments.rounded_at_random(exact, jax.random.key(1))
+  np.testing.assert_array_equal(same.astype(jnp.float32), exact)
+
+
+def test_a_slow_second_moment_still_moves():
+  """By 0.1% a step, which rounding to the nearest would lose."""
+  tx = moments.stored(optim.OPTIMIZERS['adamw'](knobs(b2=0.999)))
+  params, grads = jnp.zeros(4096), jnp.full(4096, 2.0)
+
+  def body(state, _):
+    return tx.update(grads, state, params)[1], None
+
+  run = small.jit(lambda state: jax.lax.scan(body, state, length=300)[0])
+  state = run(tx.init(params))
+  assert state.inner.nu.dtype == state.inner.mu.dtype == jnp.bfloat16
+  mean = float(state.inner.nu.astype(jnp.float32).mean())
+  assert abs(mean / (4 * (1 - 0.999**300)) - 1) < 0.01
+  # Resumed at step 150, it has the same bits.
+  half = small.jit(lambda state: jax.lax.scan(body, state, length=150)[0])
+  again = half(half(tx.init(params)))
+  jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+def test_updates_are_those_of_float32_moments_up_to_rounding():
+  def updates(dtype):
+    tx = optim.make(knobs(moments=dtype), steps=50, multipliers={})
+    state, out = tx.init(PARAMS), None
+    for _ in range(3):
+      out, state = tx.update(GRADS, state, PARAMS)
+    return out
+
+  wide, narrow = updates('float32'), updates('bfloat16')
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0.05, atol=1e-6)
+  jax.tree.map(close, narrow, wide)
+
+
+def test_preflight_counts_the_bytes_that_the_state_has():
+  cfg = small.whole(optim__moments='bfloat16')
+  plan = Plan(cfg, jax.devices()[:1])
+  large = [leaf for leaf in jax.tree.leaves(plan.state.opt.inner) if leaf.size > 4]
+  held = memory.held(Layout(cfg, dict(plan.mesh.shape)))
+  assert {leaf.dtype for leaf in large} == {jnp.dtype(jnp.bfloat16)}
+  assert sum(leaf.size * 2 for leaf in large) == held['optimizer']
