@@ -1,6 +1,6 @@
 """THE PAPER: gated attention, its layers, and the decoder that is made of them."""
 
-from gated.model.counting import attention_flops
+from gated.model.counting import attention_flops, count, flops_per_token, parts
 from gated.model.decoder import (
   LIMITS,
   REMAT,
@@ -9,12 +9,9 @@ from gated.model.decoder import (
   Config,
   Transformer,
   abstract,
-  count,
-  flops_per_token,
-  parts,
-  unstack,
 )
 from gated.model.layers import exact
+from gated.model.stacks import unstack
 
 __all__ = [
   'LIMITS',

@@ -1,10 +1,67 @@
-"""FLOPs of attention: the keys that a query sees, by layer."""
+"""Parameter counts and FLOPs of a model."""
 
 from typing import Any
 
+import jax
+from flax import nnx
 
-def attention_flops(cfg: Any, length: int) -> float:
-  """A decoder.Config -> FLOPs of a token's products with keys and values, forward.
+from gated.devices import trees
+from gated.model.decoder import Config, abstract
+
+
+def count(tree) -> int:
+  """Number of elements in a tree of arrays or shapes."""
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def parts(cfg: Config) -> dict[str, Any]:
+  """Parameter counts: total, active per token, and by part.
+
+  `attention` excludes the gates. `gate` sums them; `gates` has each by its name in
+  `attention.Config.named`. `experts` counts the routed experts, of which `active`
+  includes the top k.
+  """
+  sizes = {name: leaf.size for name, leaf in trees.flatten(abstract(cfg)).items()}
+  within = lambda *groups: sum(
+    size for name, size in sizes.items() if any(f'{g}.' in f'{name}.' for g in groups)
+  )
+  gates = {name: within(f'blocks.attn.{name}') for name in cfg.attn.named}
+  gate, experts = sum(gates.values()), within('ffn.experts')
+  inactive = experts * (cfg.moe.experts - cfg.moe.top_k) // max(cfg.moe.experts, 1)
+  return {
+    'total': sum(sizes.values()),
+    'active': sum(sizes.values()) - inactive,
+    'embedding': within('embed', 'head'),
+    'attention': within('blocks.attn') - gate,
+    'gate': gate,
+    'gates': gates,
+    'experts': experts,
+  }
+
+
+def flops_per_token(cfg: Config, length: int) -> float:
+  """Model FLOPs per trained token: 6 per matrix weight, plus causal attention.
+
+  6 = 2 per multiply-add, times one forward and two backward passes. Only the top k
+  experts count. The embedding lookup and recomputation do not count, and a packed row
+  counts as one document.
+  """
+  is_parameter = lambda x: isinstance(x, nnx.Variable)
+  blocks = abstract(cfg).blocks
+  parameters = jax.tree.leaves(blocks, is_leaf=is_parameter)
+  matrices = [p for p in parameters if 'embed' in p.axes and len(p.axes) > 1]
+  routed = sum(p.size for p in matrices if 'experts' in p.axes)
+  weights = count(matrices) + cfg.vocab * cfg.width
+  weights += routed * cfg.moe.top_k // max(cfg.moe.experts, 1) - routed
+  for own in blocks.attn.gates.values():
+    # A matrix that reads a part of X, or head channels, has no axis 'embed'.
+    if own.cfg.source != 'parameter' and 'embed' not in own.weight.axes:
+      weights += own.weight.size
+  return 6.0 * weights + 3 * attention_flops(cfg, length)
+
+
+def attention_flops(cfg: Config, length: int) -> float:
+  """A config -> FLOPs of a token's products with keys and values, forward.
 
   Rows are one document. The values of a differential head are twice as wide.
   """

@@ -1,4 +1,4 @@
-"""The decoder, its parameter counts and its FLOPs.
+"""The decoder: embedding, blocks, final norm and logits.
 
 Pre-norm blocks: x += attention(norm(x)); x += ffn(norm(x)), where ffn is SwiGLU or a
 mixture of experts. The parameters of all layers are stacked along a leading dim; the
@@ -9,7 +9,7 @@ B batch  T tokens  D width  V vocabulary  L layers
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gated import config, kernels
-from gated.devices import mesh, trees
-from gated.model import attention, counting, differential, moe
+from gated.devices import mesh
+from gated.model import attention, differential, moe, stacks
 from gated.model.embedding import Embed
 from gated.model.layers import (
   Numerics,
@@ -270,19 +270,20 @@ class Transformer(nnx.Module):
     )
     if cfg.remat != 'none':
       run = jax.checkpoint(run, policy=REMAT[cfg.remat], prevent_cse=cfg.layers != 'scan')
-    x_BTD, stacks = self.embed(token_BT), []
+    x_BTD, results = self.embed(token_BT), []
     x_BTD = x_BTD if self.embed_scale is None else self.embed_scale(x_BTD)
     for layers, (_, count) in zip(self._runs(cache), cfg.runs):
       if cfg.layers == 'scan':
         x_BTD, stacked = jax.lax.scan(run, x_BTD, layers)
       else:
         extras = []
-        for layer in unstack(layers, count):
+        for layer in stacks.unstack(layers, count):
           x_BTD, extra = run(x_BTD, layer)
           extras.append(extra)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *extras)
-      stacks.append(stacked)
-    return self.norm(mesh.constrain(x_BTD, 'batch', 'tokens', None)), joined(stacks)
+      results.append(stacked)
+    x_BTD = mesh.constrain(x_BTD, 'batch', 'tokens', None)
+    return self.norm(x_BTD), stacks.joined(results)
 
   def _runs(self, cache: Any) -> Iterable[tuple]:
     """-> for each run of layers with the same gates, its blocks and its cache if given.
@@ -291,16 +292,16 @@ class Transformer(nnx.Module):
     """
     also, blocks = () if cache is None else (cache,), self.blocks
     if self.cfg.attn.differential:
-      blocks = copied(blocks)
+      blocks = stacks.copied(blocks)
       start_L = jnp.array([differential.start(i) for i in range(self.cfg.depth)])
       blocks.attn.differential.start = nnx.Variable(start_L, axes=())
     if len(self.cfg.runs) == 1:
       return [(blocks, *also)]
     sizes = [count for _, count in self.cfg.runs]
-    gates, bare = blocks.attn.gates, copied(blocks)
+    gates, bare = blocks.attn.gates, stacks.copied(blocks)
     for name in gates:
       setattr(bare.attn, name, None)
-    parts = split((bare, *also), sizes)
+    parts = stacks.split((bare, *also), sizes)
     for part, (names, _) in zip(parts, self.cfg.runs):
       part[0].attn.window = self.cfg.attn.window if 'window' in names else 0
     for name, own in gates.items():
@@ -308,7 +309,7 @@ class Transformer(nnx.Module):
         part[0].attn for part, (names, _) in zip(parts, self.cfg.runs) if name in names
       ]
       held = [count for names, count in self.cfg.runs if name in names]
-      for attn, stack in zip(mine, split(own, held)):
+      for attn, stack in zip(mine, stacks.split(own, held)):
         setattr(attn, name, stack)
     return parts
 
@@ -316,10 +317,10 @@ class Transformer(nnx.Module):
     """The model after so many steps of training: the same weights, some gates opening."""
     done = step if isinstance(step, int) else 0
     opening = [name for name, own in self.cfg.attn.named.items() if own.opens[1] > done]
-    net = copied(self) if opening else self
+    net = stacks.copied(self) if opening else self
     for name in opening:
       own = getattr(net.blocks.attn, name)
-      share_L = _opened(step, own.cfg.opens, len(self.cfg.gated[name]))
+      share_L = stacks.opened(step, own.cfg.opens, len(self.cfg.gated[name]))
       own.open = nnx.Variable(share_L, axes=())
     return net
 
@@ -338,103 +339,6 @@ class Transformer(nnx.Module):
     return kernels.soft_cap(product('btd,vd->btv', x_BTD, w_VD), self.cfg.logit_cap)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _opened(step: jax.Array | int, opens: tuple[int, int], count: int) -> jax.Array:
-  """Steps of training -> a gate's share of its score in each of its layers."""
-  first, last = opens
-  share = (step - first) / max(last - first, 1)
-  share = jnp.where(step >= last, 1.0, jnp.clip(share, 0.0, 1.0))
-  return jnp.full(count, share, jnp.float32)
-
-
-def unstack(layers: Any, depth: int) -> list[Any]:
-  """A tree stacked over layers -> a list of `depth` layers."""
-  parts = split(layers, (1,) * depth)
-  return [jax.tree.map(lambda leaf: jnp.squeeze(leaf, 0), part) for part in parts]
-
-
-def split(layers: Any, sizes: Sequence[int]) -> list[Any]:
-  """A tree stacked over layers -> stacks of these sizes.
-
-  Its gradient is one concatenation per leaf.
-  """
-  leaves, tree = jax.tree.flatten(layers)
-  parts = [jax.lax.split(leaf, tuple(sizes)) for leaf in leaves]
-  return [jax.tree.unflatten(tree, part) for part in zip(*parts)]
-
-
-def joined(stacks: Sequence[Any]) -> Any:
-  """Dicts, tuples or arrays stacked over runs of layers -> stacked over all layers.
-
-  A leaf that layers without a gate lack is stacked over the others.
-  """
-  if len(stacks) == 1:
-    return stacks[0]
-  leaves: dict[Any, list[jax.Array]] = {}
-  for stack in stacks:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(stack):
-      leaves.setdefault(path, []).append(leaf)
-  fullest = max(stacks, key=lambda stack: len(jax.tree.leaves(stack)))
-  join = lambda path, _: jnp.concatenate(leaves[path])
-  return jax.tree_util.tree_map_with_path(join, fullest)
-
-
-def copied(module: Any) -> Any:
-  """A module -> new modules with the same weights, which may be changed."""
-  return jax.tree.map(lambda leaf: leaf, module)
-
-
 def abstract(cfg: Config) -> Transformer:
   """The model as a tree of shapes; allocates nothing."""
   return jax.eval_shape(lambda: Transformer(cfg, jax.random.key(0)))
-
-
-def count(tree) -> int:
-  """Number of elements in a tree of arrays or shapes."""
-  return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def parts(cfg: Config) -> dict[str, Any]:
-  """Parameter counts: total, active per token, and by part.
-
-  `attention` excludes the gates. `gate` sums them; `gates` has each by its name in
-  `attention.Config.named`. `experts` counts the routed experts, of which `active`
-  includes the top k.
-  """
-  sizes = {name: leaf.size for name, leaf in trees.flatten(abstract(cfg)).items()}
-  within = lambda *groups: sum(
-    size for name, size in sizes.items() if any(f'{g}.' in f'{name}.' for g in groups)
-  )
-  gates = {name: within(f'blocks.attn.{name}') for name in cfg.attn.named}
-  gate, experts = sum(gates.values()), within('ffn.experts')
-  inactive = experts * (cfg.moe.experts - cfg.moe.top_k) // max(cfg.moe.experts, 1)
-  return {
-    'total': sum(sizes.values()),
-    'active': sum(sizes.values()) - inactive,
-    'embedding': within('embed', 'head'),
-    'attention': within('blocks.attn') - gate,
-    'gate': gate,
-    'gates': gates,
-    'experts': experts,
-  }
-
-
-def flops_per_token(cfg: Config, length: int) -> float:
-  """Model FLOPs per trained token: 6 per matrix weight, plus causal attention.
-
-  6 = 2 per multiply-add, times one forward and two backward passes. Only the top k
-  experts count. The embedding lookup and recomputation do not count, and a packed row
-  counts as one document.
-  """
-  is_parameter = lambda x: isinstance(x, nnx.Variable)
-  blocks = abstract(cfg).blocks
-  parameters = jax.tree.leaves(blocks, is_leaf=is_parameter)
-  matrices = [p for p in parameters if 'embed' in p.axes and len(p.axes) > 1]
-  routed = sum(p.size for p in matrices if 'experts' in p.axes)
-  weights = count(matrices) + cfg.vocab * cfg.width
-  weights += routed * cfg.moe.top_k // max(cfg.moe.experts, 1) - routed
-  for own in blocks.attn.gates.values():
-    # A matrix that reads a part of X, or head channels, has no axis 'embed'.
-    if own.cfg.source != 'parameter' and 'embed' not in own.weight.axes:
-      weights += own.weight.size
-  return 6.0 * weights + 3 * counting.attention_flops(cfg, length)

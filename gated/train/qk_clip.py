@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from gated import kernels
-from gated.model import decoder
+from gated.model import decoder, stacks
 
 
 def observed(block: decoder.Block, x_BTD, angle_BTk, segment_BT, live_BT):
@@ -39,7 +39,7 @@ def clip(model: Any, logit_LH: jax.Array, tau: float) -> Any:
   factor_LH = jnp.where(jnp.isfinite(logit_LH), factor_LH, 1.0)
   attn = model.blocks.attn
   alone = attn.cfg.heads == attn.cfg.kv_heads
-  clipped = decoder.copied(model)
+  clipped = stacks.copied(model)
   for name in ('query', 'key') if alone else ('query',):
     part, like = getattr(clipped.blocks.attn, name), getattr(attn, name)
     factor = jnp.sqrt(factor_LH) if alone else factor_LH
