@@ -133,6 +133,11 @@ def test_one_device_eight_and_two_processes_have_the_same_losses(
   # What two processes saved, one restores; what eight devices saved, two processes do,
   # with the tokens of each row split between them.
   ok(run_python(command(two, **knobs | dict(steps=6))))
+  records = metrics.read(two / 'metrics.jsonl')
+  rates = {r['step']: r['lr'] for r in records if r['kind'] == 'train'}
+  [jump] = [r for r in records if r['kind'] == 'resumed']
+  assert jump['lr_last'] == pytest.approx(rates[5])
+  assert (jump['step'], jump['lr_next']) == (5, pytest.approx(rates[6]))
   across = dict(steps=6, accum=2, mesh__fsdp=1, mesh__context=4)
   together(eight, **knobs | across)
   for other in (eight, two):

@@ -15,6 +15,7 @@ from gated.plan.plan import Chooser, Plan, due
 from gated.plan.recipe import Config
 from gated.run import checkpoint, metrics, weights
 from gated.run import workdir as workdirs
+from gated.train import guard, optim
 
 _log = logging.getLogger('gated')
 
@@ -42,6 +43,29 @@ class Run(NamedTuple):
         restored=self.resume.step,
         changed=self.resume.changed,
       )
+
+  def changed_rates(
+    self, saves: checkpoint.Checkpoints, state: Any
+  ) -> dict[str, float]:
+    """A restored state -> its last and next learning rate, logged in one line.
+
+    {} unless config.steps or config.optim have changed since the step was saved.
+    """
+    if self.resume.step is None:
+      return {}
+    old = saves.about(self.resume.step)['config']
+    parts = [{k: c[k] for k in ('steps', 'optim')} for c in (old, self.config)]
+    changed = config.differences(*parts)
+    if not changed:
+      return {}
+    before = config.build(optim.Config, old['optim'], 'config.optim')
+    count = int(guard.scheduled(state.opt))
+    last = float(optim.schedule(before, old['steps'])(max(count - 1, 0)))
+    rates = {'lr_last': last, 'lr_next': float(self.plan.schedule(count))}
+    knobs = ', '.join(f'{knob} {a!r} -> {b!r}' for knob, (a, b) in changed.items())
+    line = '%s: the next learning rate is %.4g, the last was %.4g'
+    _log.info(line, knobs, rates['lr_next'], last)
+    return rates
 
   def watch(self) -> Callable[..., dict[str, tuple[Any, Callable]]]:
     """As `Plan.watch`, and 'samples', whose texts are computed at once."""

@@ -140,6 +140,10 @@ class Recorder(contextlib.ExitStack):
     broken = guard.VERDICTS[int(values['verdict'])] == 'not finite'
     return not broken and math.isfinite(values['param_norm'])
 
+  def resumed(self, step: int, rates: dict[str, float]) -> None:
+    """Logs the learning rates on both sides of a restored step."""
+    self._log.write(step, 'resumed', rates)
+
   def heldout(self, step: int, report: dict) -> float | None:
     """Logs a held-out evaluation -> its loss in nats; None without held-out data.
 

@@ -108,8 +108,8 @@ class Log(contextlib.ExitStack):
   def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
     """Writes one record of a step: its kind, the time, and the scalars by name.
 
-    Kinds are 'train', 'heldout', 'indicators' and 'probes'; 'time' is in seconds since
-    1970. TensorBoard and wandb get the numbers as kind/name.
+    Kinds are 'train', 'heldout', 'indicators', 'probes' and 'resumed'; 'time' is in
+    seconds since 1970. TensorBoard and wandb get the numbers as kind/name.
     """
     if self._sink is None:
       return
