@@ -4,7 +4,7 @@ A backend that does not support a case raises NotImplementedError with the reaso
 then tries the next one, and logs the choice once.
 """
 
-from gated.kernels.attention.case import scores, soft_cap, with_lse_gradient
+from gated.kernels.attention.case import scores, sees, soft_cap, with_lse_gradient
 from gated.kernels.attention.contract import (
   ATTENTION,
   NORMALIZERS,
@@ -41,6 +41,7 @@ __all__ = [
   'key_sums_fit',
   'largest_scores',
   'scores',
+  'sees',
   'segment_runs',
   'soft_cap',
   'vocab_loss',

@@ -280,8 +280,9 @@ class Attention(nnx.Module):
     cfg, qkvs = self.cfg, (q_BTHK, k_BTGK, v_BTGK, segment_BT)
     opts = self._options()
     opts |= dict(backend=cfg.backend, max_segments=cfg.max_segments)
-    if self.sinks is not None or (lse and cfg.normalizer in OVER_SOFTMAX):
-      return kernels.attend_lse(*qkvs, **opts, gradient=not lse)
+    summed = cfg.normalizer in (*OVER_SOFTMAX, 'clipped', 'elastic')
+    if self.sinks is not None or (lse and summed):
+      return kernels.attend_lse(*qkvs, **self._weights(), **opts, gradient=not lse)
     return kernels.attend(*qkvs, **self._weights(), **opts), None
 
   def _attend_cache(self, q_BTHK, k_BTGK, v_BSGK, cache: Cache):

@@ -38,6 +38,7 @@ class Rows(NamedTuple):
   live: jax.Array  # False at padding
   index: jax.Array  # the position in the row
   first: jax.Array  # the index of the document's first token
+  window: int = 0  # of a layer: the number of keys that a query sees at most; 0 for all
 
   @classmethod
   def of(cls, batch: Any, cfg: model.Config) -> 'Rows':
@@ -56,7 +57,12 @@ class Rows(NamedTuple):
   def visible(self) -> jax.Array:
     """The number of keys that each query sees: (B, T)."""
     start = 0 if self.segment is None else self.first
-    return self.index - start + 1
+    count = self.index - start + 1
+    return jnp.minimum(count, self.window) if self.window else count
+
+  def near(self, distance: jax.Array) -> jax.Array:
+    """Whether a query sees a key at this distance, by the window alone."""
+    return distance < (self.window or self.index.shape[1])
 
 
 class Weights(NamedTuple):
@@ -65,6 +71,7 @@ class Weights(NamedTuple):
   normalizer: str
   cap: float
   of_query: tuple[jax.Array, ...]  # each (B, T, H)
+  clip: tuple[float, float] = (0.0, 1.0)  # gamma and zeta of the clipped softmax
 
   def __call__(self, score: jax.Array, of_query: tuple[jax.Array, ...]) -> jax.Array:
     """Uncapped scores and the normalizing numbers of their queries -> weights."""
@@ -75,8 +82,15 @@ class Weights(NamedTuple):
     if self.normalizer == 'softpick':
       top, total = of_query
       return jax.nn.relu(jnp.exp(score - top) - jnp.exp(-top)) / total
+    if self.normalizer == 'elastic':
+      log_sum, shift = of_query
+      return jax.nn.relu(jnp.exp(score - log_sum) + shift)
     [log_sum] = of_query
-    return jnp.exp(score - log_sum)
+    weight = jnp.exp(score - log_sum)
+    if self.normalizer == 'clipped':
+      gamma, zeta = self.clip
+      weight = jnp.clip((zeta - gamma) * weight + gamma, 0, 1)
+    return weight
 
 
 def measure(
@@ -96,6 +110,7 @@ def measure(
   key_index         (B, H): that key's position in the row
   key_counts        (B,): whether any key is seen by at least LATER queries
   """
+  rows = rows._replace(window=attn.window)
   weights = _weights(attn, trace, rows)
   to_first = _to_keys(trace, weights, rows)
   sums = _first_tokens(to_first, trace, weights, rows) | _sink_rates(to_first, rows)
@@ -121,10 +136,12 @@ def maps(net: model.Transformer, batch: Any) -> jax.Array:
 
   def through(block, x_BTD, *rest):
     trace = block.trace(x_BTD, *rest, lse=True)
-    weights = _weights(block.attn, trace.attn, rows)
+    own = rows._replace(window=block.attn.window)
+    weights = _weights(block.attn, trace.attn, own)
     [score] = kernels.scores(trace.attn.query[:1], trace.attn.key[:1])
     of_query = tuple(x[0].T.reshape(*score.shape[:3], 1) for x in weights.of_query)
-    weight = jnp.where(mask_TT[None, None], weights(score, of_query), 0)
+    mask = mask_TT & own.near(rows.index[0][:, None] - rows.index[0][None])
+    weight = jnp.where(mask[None, None], weights(score, of_query), 0)
     return trace.output, weight.reshape(-1, length, length)
 
   documents = batch.segments, batch.positions
@@ -139,6 +156,12 @@ def _weights(attn, trace, rows: Rows) -> Weights:
     return Weights('sigmoid', cfg.logit_cap, (jnp.broadcast_to(log_BT1, shape),))
   if cfg.normalizer == 'softpick':
     return Weights('softpick', cfg.logit_cap, pairs.softpick(trace, rows, cfg.logit_cap))
+  if cfg.normalizer == 'clipped':
+    clip = cfg.clip_gamma, cfg.clip_zeta
+    return Weights('clipped', cfg.logit_cap, (trace.lse,), clip)
+  if cfg.normalizer == 'elastic':
+    shift_BTH = attn.elastic.scale[...][None, None] / rows.visible[..., None]
+    return Weights('elastic', cfg.logit_cap, (trace.lse, shift_BTH))
   log_sum_BTH = trace.lse
   if trace.sinks is not None:
     log_sum_BTH = jnp.logaddexp(trace.lse, trace.sinks)
@@ -152,7 +175,8 @@ def _to_keys(trace, weights: Weights, rows: Rows) -> jax.Array:
   B, G, R, T, S = score.shape
   score_BTHS = score.transpose(0, 3, 1, 2, 4).reshape(B, T, G * R, S)
   weight = weights(score_BTHS, tuple(x[..., None] for x in weights.of_query))
-  mask_BTS = rows.live[..., None] & (rows.index[..., None] >= rows.index[:, None, :S])
+  distance_BTS = rows.index[..., None] - rows.index[:, None, :S]
+  mask_BTS = rows.live[..., None] & (distance_BTS >= 0) & rows.near(distance_BTS)
   if rows.segment is not None:
     mask_BTS &= rows.segment[..., None] == rows.segment[:, None, :S]
   weight = jnp.where(mask_BTS[:, :, None], weight, 0)
@@ -170,6 +194,7 @@ def _first_tokens(to_first, trace, weights: Weights, rows: Rows) -> dict[str, ja
   )
   own_BTH = weights(score_BTH * trace.query.shape[-1] ** -0.5, weights.of_query)
   place_BT = rows.index - rows.first
+  own_BTH = jnp.where(rows.near(place_BT)[..., None], own_BTH, 0)
 
   def summed(x_BTH, place_BT):
     """Over all queries, over all but the first, over the later ones."""
@@ -179,12 +204,13 @@ def _first_tokens(to_first, trace, weights: Weights, rows: Rows) -> dict[str, ja
 
   uniform_BT = 1 / rows.visible.astype(jnp.float32)
   sees_BT = rows.live if rows.segment is None else rows.segment == rows.segment[:, :1]
+  sees_BT, near_BT = sees_BT & rows.near(rows.index), rows.near(place_BT)
   one_BT1 = rows.live[..., None].astype(jnp.float32)
   return {
     'first': summed(to_first[..., 0], rows.index),
     'documents': summed(own_BTH, place_BT),
     'uniform': summed((sees_BT * uniform_BT)[..., None], rows.index)[:, 0],
-    'documents_uniform': summed(uniform_BT[..., None], place_BT)[:, 0],
+    'documents_uniform': summed((near_BT * uniform_BT)[..., None], place_BT)[:, 0],
     'queries': summed(one_BT1, rows.index)[:, 0],
     'documents_queries': summed(one_BT1, place_BT)[:, 0],
   }
@@ -210,7 +236,8 @@ EXACT: Any = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=jn
 
 def _all_pairs(trace, weights: Weights, rows: Rows) -> dict[str, jax.Array]:
   """Entropy, mass, the largest logit and the largest mean weight of a key."""
-  if weights.normalizer == 'softmax' and kernels.key_sums_fit(trace.query):
+  plain = weights.normalizer == 'softmax' and not rows.window
+  if plain and kernels.key_sums_fit(trace.query):
     segment = jnp.ones_like(rows.index) if rows.segment is None else rows.segment
     [log_sum_BTH] = weights.of_query
     documents = segment, rows.live
@@ -240,11 +267,15 @@ def _all_pairs(trace, weights: Weights, rows: Rows) -> dict[str, jax.Array]:
 def _seen(rows: Rows) -> jax.Array:
   """The number of queries, without padding, that see each key: (B, T)."""
   left_BT = jnp.cumsum(rows.live[:, ::-1], 1)[:, ::-1]
+  beyond_BT = jnp.zeros_like(left_BT)
+  if 0 < rows.window < left_BT.shape[1]:
+    beyond_BT = jnp.pad(left_BT[:, rows.window :], ((0, 0), (0, rows.window)))
   if rows.segment is None:
-    return left_BT
+    return left_BT - beyond_BT
   # The queries after a document: the number left after its last token, which a running
   # maximum from the right carries to its other tokens.
   after_BT = jnp.pad(left_BT[:, 1:], ((0, 0), (0, 1)))
   next_BT = jnp.pad(rows.segment[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
   after_BT = jnp.where(rows.segment != next_BT, after_BT, 0)
-  return left_BT - jax.lax.cummax(after_BT, axis=1, reverse=True)
+  after_BT = jax.lax.cummax(after_BT, axis=1, reverse=True)
+  return left_BT - jnp.maximum(after_BT, beyond_BT)

@@ -26,6 +26,7 @@ class _Blocks(NamedTuple):
   segment: jax.Array  # (B, T); all ones if documents are not masked
   live: jax.Array  # (B, T)
   size: int
+  window: int
   pairs: tuple[np.ndarray, np.ndarray]  # indices of query blocks and of key blocks
 
   def pad(self, x: jax.Array) -> jax.Array:
@@ -42,7 +43,8 @@ class _Blocks(NamedTuple):
     query_BqHK = self.cut(self.query, i)
     score = kernels.scores(query_BqHK, self.cut(self.key, j))
     place = jnp.arange(self.size)
-    causal = (i * self.size + place)[:, None] >= (j * self.size + place)[None]
+    here = (i * self.size + place)[:, None], (j * self.size + place)[None]
+    causal = kernels.sees(*here, self.window)
     same = self.cut(self.segment, i)[..., None] == self.cut(self.segment, j)[:, None]
     mask = causal[None] & same & self.cut(self.live, i)[..., None]
     return score, mask[:, None, None]
@@ -65,6 +67,7 @@ def _blocks(trace, rows: Any) -> _Blocks:
     flat(segment),
     flat(rows.live),
     size,
+    rows.window,
     (pairs[0].astype(np.int32), pairs[1].astype(np.int32)),
   )
 

@@ -34,6 +34,9 @@ FAST = {
     attn__yarn__factor=4.0,
     attn__yarn__original=8,
   ),
+  'window_and_differential': dict(
+    attn__window=5, attn__global_layers='last:1', attn__differential=True, norm='dyt'
+  ),
   'capacity': EXPERTS | dict(moe__dispatch='capacity', moe__capacity=1.0),
 }
 FULL = {
@@ -41,6 +44,9 @@ FULL = {
   'off_by_one': dict(attn__normalizer='off_by_one'),
   'sigmoid': dict(attn__normalizer='sigmoid'),
   'softpick': dict(attn__normalizer='softpick'),
+  'clipped': dict(attn__normalizer='clipped', attn__window=3),
+  'elastic': dict(attn__normalizer='elastic', norm='pre_affine'),
+  'rounding': dict(attn__rounding='repaired'),
   'caps': dict(attn__logit_cap=2.0, logit_cap=3.0),
   'switch_key_value': SWITCH | dict(attn__switch__where='key_value'),
   'key_gate': dict(attn__gate__position='key', attn__gate__place='after'),

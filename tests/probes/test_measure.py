@@ -43,6 +43,16 @@ MODELS = {
     attn__gate__position='sdpa', moe__experts=4, moe__top_k=2, ffn=16, layers='unroll'
   ),
   'switch': {f'attn__switch__{k}': v for k, v in SWITCH.items()},
+  'clipped, a window': dict(
+    attn__normalizer='clipped', attn__window=70, attn__global_layers='last:1'
+  ),
+  'elastic, a window, one document': dict(
+    attn__normalizer='elastic',
+    attn__window=9,
+    attn__elastic_tau=-0.3,
+    mask_documents=False,
+  ),
+  'differential': dict(attn__differential=True),
 }
 
 
@@ -66,7 +76,7 @@ def traces(net, batch):
   return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(net.cfg.depth)]
 
 
-def weights_of(trace, cfg, mask_BTT, live_BT):
+def weights_of(trace, cfg, mask_BTT, live_BT, offset=None):
   """Attention weights (B, H, T, T) in float64, and the largest |score|."""
   q, k = trace.query.astype(float), trace.key.astype(float)
   k = np.repeat(k, q.shape[2] // k.shape[2], 2)
@@ -84,6 +94,15 @@ def weights_of(trace, cfg, mask_BTT, live_BT):
     return np.maximum(e, 0) / np.abs(e).sum(-1, keepdims=True), largest
   e = np.where(mask, np.exp(score), 0)
   total = e.sum(-1)
+  w = e / total[..., None]
+  if cfg.attn.normalizer == 'clipped':
+    gamma, zeta = cfg.attn.clip_gamma, cfg.attn.clip_zeta
+    return np.where(mask, np.clip((zeta - gamma) * w + gamma, 0, 1), 0), largest
+  if cfg.attn.normalizer == 'elastic':
+    tau = np.asarray(offset, float)[None, :, None, None]
+    return np.where(
+      mask, np.maximum(w + tau / mask.sum(-1, keepdims=True), 0), 0
+    ), largest
   if trace.sinks is not None:
     total = total + np.exp(trace.sinks.astype(float)).swapaxes(1, 2)
   return e / total[..., None], largest
@@ -111,11 +130,16 @@ def reference(net, batch):
   B, T = live.shape
   index = np.arange(T)
   segment = batch.segments if cfg.mask_documents else np.ones_like(batch.segments)
-  mask = (index[:, None] >= index[None]) & (segment[:, :, None] == segment[:, None])
+  whole = (index[:, None] >= index[None]) & (segment[:, :, None] == segment[:, None])
   first = index[None] - batch.positions
   layers = []
-  for trace, score in traces(net, batch):
-    A, logit = weights_of(trace.attn, cfg, mask, live)
+  elastic = net.blocks.attn.elastic
+  for i, (trace, score) in enumerate(traces(net, batch)):
+    mask = whole
+    if i in cfg.windowed:
+      mask = whole & (index[:, None] - index[None] < cfg.attn.window)
+    offset = None if elastic is None else elastic.scale[...][i]
+    A, logit = weights_of(trace.attn, cfg, mask, live, offset)
     H = A.shape[1]
     uniform = np.broadcast_to((mask / mask.sum(-1, keepdims=True))[:, None], A.shape)
     row = np.zeros_like(first)

@@ -193,6 +193,10 @@ def _cudnn(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
     raise NotImplementedError(f'has no head width {q_BTHK.shape[-1]}')
   if context.ways() > 1:
     raise NotImplementedError('has no causal mask for a sharded context')
+  if case.window and segment_BT is not None and determinism.applies('gpu'):
+    raise NotImplementedError(
+      'has no window beside the mask of deterministic packed rows'
+    )
   run = functools.partial(_cudnn_call, segment_BT=segment_BT, case=case)
   if not case.lse:
     return run(q_BTHK, k_BSGK, v_BSGK)
