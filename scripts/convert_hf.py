@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import gated
-from gated import hf, storage
+from gated import hf
+from gated.data import tokenizer
 from gated.data.progress import Progress
 from gated.plan.load import Loaded
 from gated.run import terminal
@@ -41,7 +42,6 @@ FILES = (
   'chat_template.jinja',
   'generation_config.json',
 )
-CLASSES = {'.json': 'PreTrainedTokenizerFast', '.model': 'LlamaTokenizer'}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -56,15 +56,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
   add(
     '--dtype',
     choices=('float32', 'bfloat16'),
-    help='dtype of the tensors; default: as in the source, or float32 for Qwen3-Next',
+    help='dtype of the tensors; default: as in the source',
   )
   add('--shard_gib', default=2.0, type=float, help='largest file, in GiB')
   add(
     '--packing',
     default='grouped',
     choices=('grouped', 'per_head'),
-    help="layout of the gate in q_proj: grouped as in the authors' code; per_head writes "
-    'a dense model with an elementwise gate as Qwen3-Next, which transformers opens',
+    help="layout of the gate in q_proj: grouped as in the authors' code, with a file of "
+    'code for transformers; per_head writes a dense model with an elementwise gate as '
+    'Qwen3-Next, which transformers opens without that file',
   )
   return parser.parse_args(argv)
 
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> Path:
     raise ValueError(f'--from={error}') from error
   # Refuses an unsupported model before reading its weights.
   hf.knobs.write(source.cfg, args.packing, source.cfg.numerics.weights, {})
-  keys, copies, settings = _describe(source)
+  keys, copies = _describe(source)
   hf.save(
     source.model,
     args.to,
@@ -95,20 +96,22 @@ def run(args: argparse.Namespace) -> Path:
   )
   for name, path in copies.items():
     shutil.copyfile(path, args.to / name)
-  if settings:
-    storage.write_json(args.to / 'tokenizer_config.json', settings)
+  token = _tokenizer(source) if source.about else None
+  if source.about and token and token.path:
+    begins = source.about['data'].get('ends', {}).get('begins', False)
+    for warning in hf.tokens.write(token, args.to, begins=begins):
+      print(f'convert_hf.py: {warning}', file=sys.stderr)
   return args.to
 
 
-# Keys of config.json, files to copy by their new name, and tokenizer_config.json.
-Description = tuple[dict[str, Any], dict[str, Path], dict[str, Any]]
-
-
-def _describe(source: Loaded) -> Description:
-  """A model -> what its folder needs beside the weights and the shapes."""
-  settings: dict[str, Any] = {}
+def _describe(source: Loaded) -> tuple[dict[str, Any], dict[str, Path]]:
+  """A model -> keys of config.json beside the shapes, and files to copy."""
+  copies: dict[str, Path] = {}
   if source.about:
-    keys, copies, settings = _tokenizer(source, source.about)
+    ends = source.about['data'].get('ends', {})  # Checkpoints of before have none.
+    if token := _tokenizer(source, warn=True):
+      ends = {'eos': token.eos} | ({'bos': token.bos} if token.bos_token else {})
+    keys = {f'{end}_token_id': ends[end] for end in ('eos', 'bos') if end in ends}
     keys['max_position_embeddings'] = source.about['config']['data']['length']
   else:
     folder = Path(source.path)
@@ -120,34 +123,20 @@ def _describe(source: Loaded) -> Description:
       _warn(f'{folder} has none of {", ".join(TOKENIZERS)}')
   if source.cfg.attn.yarn.factor != 1:
     keys.pop('max_position_embeddings', None)  # YaRN sets it.
-  return keys, copies, settings
+  return keys, copies
 
 
-def _tokenizer(source: Loaded, about: dict) -> Description:
-  """A run -> its ends of text, and its tokenizer, which may be gone with its dataset."""
-  ends = about['data'].get('ends', {})  # Checkpoints of before have none.
+def _tokenizer(source: Loaded, *, warn: bool = False) -> tokenizer.Tokenizer | None:
+  """The tokenizer of a run; None if it is gone with its dataset."""
   try:
     token = source.tokenizer
   except (OSError, ValueError) as error:
-    _warn(str(error))
-    return {f'{end}_token_id': number for end, number in ends.items()}, {}, {}
-  keys = {'eos_token_id': token.eos}
-  if token.bos_token:
-    keys['bos_token_id'] = token.bos
-  if not token.path:
+    if warn:
+      _warn(str(error))
+    return None
+  if warn and not token.path:
     _warn(f'{token.name!r} has no file; its ids are bytes, and {token.eos} ends a text')
-    return keys, {}, {}
-  path = Path(token.path)
-  # transformers pads with the end of text, as the rows of the data do.
-  settings = {
-    'tokenizer_class': CLASSES[path.suffix],
-    'eos_token': token.eos_token,
-    'pad_token': token.eos_token,
-    'clean_up_tokenization_spaces': False,
-  }
-  if token.bos_token:
-    settings['bos_token'] = token.bos_token
-  return keys, {f'tokenizer{path.suffix}': path}, settings
+  return token
 
 
 def _warn(reason: str) -> None:

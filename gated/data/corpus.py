@@ -5,6 +5,7 @@ B batch  T tokens  N tokens of a text.
 
 import dataclasses
 import hashlib
+import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -57,13 +58,20 @@ class Corpus:
     ends = {'eos': self.tokenizer.eos}
     if self.tokenizer.bos_token:
       ends['bos'] = self.tokenizer.bos
+    if manifest.made.get('bos'):  # Of prepare_data.py: documents begin with it.
+      ends['begins'] = True
     self.fingerprint = mixture.fingerprint(parts) | {'ends': ends}
 
   def check_tokenizer(self, path: Path) -> None:
-    """Raises ValueError unless the file holds the data's tokenizer."""
+    """Raises ValueError unless the file, or the model beside it, is the data's tokenizer.
+
+    The tokens that it puts around a text do not count: the data has its own.
+    """
     ours = self.tokenizer
+    if ours.path.endswith('.model') and path.with_suffix('.model').is_file():
+      path = path.with_suffix('.model')  # An export has both.
     theirs = tokenizer.load(str(path), eos=ours.eos_token if ours.path else '')
-    if theirs.fingerprint != ours.fingerprint:
+    if theirs.fingerprint != ours.fingerprint and not _same_ids(path, Path(ours.path)):
       raise ValueError(
         f'the data has the tokenizer {ours.name!r}, not {path}: prepare it with python '
         f'scripts/prepare_data.py --tokenizer={path} ...'
@@ -177,6 +185,14 @@ class Corpus:
       ids_N = row.targets[row.weights > 0]
       pieces.append(ids_N[ids_N != self.tokenizer.eos])
     return self.tokenizer.decode(np.concatenate(pieces))
+
+
+def _same_ids(*paths: Path) -> bool:
+  """Whether two files tokenizer.json differ only in what they put around a text."""
+  if {path.suffix for path in paths} != {'.json'}:
+    return False
+  a, b = (json.loads(path.read_bytes()) for path in paths)
+  return a | {'post_processor': None} == b | {'post_processor': None}
 
 
 class _Records:

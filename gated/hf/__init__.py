@@ -17,11 +17,11 @@ import numpy as np
 from gated import model
 from gated.config import differences, one_of
 from gated.devices import trees
-from gated.hf import files, knobs, meaning, names
+from gated.hf import files, knobs, meaning, names, tokens
 from gated.hf.files import is_checkpoint
 from gated.model.layers import DTYPES
 
-__all__ = ['check', 'config', 'is_checkpoint', 'model_knobs', 'read', 'save']
+__all__ = ['check', 'config', 'is_checkpoint', 'model_knobs', 'read', 'save', 'tokens']
 
 # Knobs that may differ from the initial checkpoint: they have no effect on its weights.
 MAY_DIFFER = ('config.model.numerics.init_std', 'config.model.attn.gate.score')
