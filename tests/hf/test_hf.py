@@ -11,8 +11,10 @@ import jax
 import numpy as np
 import pytest
 import small
+from golden import make_greedy
 from safetensors.numpy import load_file, save_file
 
+import gated
 from configs import base
 from gated import config, hf, model, plan
 from gated.data import prepare
@@ -335,13 +337,28 @@ def test_a_sharded_model_is_read_in_place(name):
   assert not params.embed.table[...].sharding.is_fully_replicated
 
 
+def test_a_trained_gated_model_is_continued_as_by_transformers_4_and_5():
+  prompt = list(make_greedy.PROMPT)
+  [ours] = gated.load(make_greedy.FOLDER).generate([prompt], max_tokens=32, temperature=0)
+  theirs = json.loads(make_greedy.TOKENS.read_text())
+  assert sorted(version[0] for version in theirs) == ['4', '5']
+  for version in theirs.values():
+    assert version['tokens'] == ours.tolist()
+    assert version['text'] == 'closes. A token goes through the'
+  # Made with today's code.
+  name = f'{hf.knobs.CODE}.py'
+  code = Path(hf.__file__).with_name(name).read_text()
+  assert (make_greedy.FOLDER / name).read_text() == code
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('name', MODELS[:5])
+@pytest.mark.parametrize('name', MODELS)
 def test_transformers_opens_a_saved_model(name, tmp_path):
   transformers, torch = map(pytest.importorskip, ('transformers', 'torch'))
-  packing = 'per_head' if name in GATED else 'grouped'
+  packing = 'per_head' if name == 'qwen3_next' else 'grouped'
   hf.save(load(golden(name)), tmp_path / 'out', packing=packing, shard_bytes=16_000)
-  opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out')
+  open_ = transformers.AutoModelForCausalLM.from_pretrained
+  opened = open_(tmp_path / 'out', trust_remote_code=packing == 'grouped')
   with torch.no_grad():
     actual = opened.float()(torch.tensor(expected()['tokens']).long()).logits.numpy()
   np.testing.assert_allclose(actual, expected()[name], atol=1e-4)
