@@ -44,9 +44,7 @@ class Run(NamedTuple):
         changed=self.resume.changed,
       )
 
-  def changed_rates(
-    self, saves: checkpoint.Checkpoints, state: Any
-  ) -> dict[str, float]:
+  def changed_rates(self, saves: checkpoint.Checkpoints, state: Any) -> dict[str, float]:
     """A restored state -> its last and next learning rate, logged in one line.
 
     {} unless config.steps or config.optim have changed since the step was saved.
@@ -60,20 +58,12 @@ class Run(NamedTuple):
       return {}
     before = config.build(optim.Config, old['optim'], 'config.optim')
     count = int(guard.scheduled(state.opt))
-<<<<<<< /tmp/s/weights/clean/gated/plan/prepare.py
     was: Any = optim.schedule(before, old['steps'])(max(count - 1, 0))
     now: Any = self.plan.schedule(count)
     rates = {'lr_last': float(was), 'lr_next': float(now)}
     knobs = ', '.join(f'{knob} {a!r} -> {b!r}' for knob, (a, b) in changed.items())
     line = '%s: the next learning rate is %.4g, the last was %.4g'
     _log.info(line, knobs, now, was)
-=======
-    last = float(optim.schedule(before, old['steps'])(max(count - 1, 0)))
-    rates = {'lr_last': last, 'lr_next': float(self.plan.schedule(count))}
-    knobs = ', '.join(f'{knob} {a!r} -> {b!r}' for knob, (a, b) in changed.items())
-    line = '%s: the next learning rate is %.4g, the last was %.4g'
-    _log.info(line, knobs, rates['lr_next'], last)
->>>>>>> /tmp/s/weights/h
     return rates
 
   def watch(self) -> Callable[..., dict[str, tuple[Any, Callable]]]:
