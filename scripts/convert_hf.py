@@ -52,7 +52,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   source = 'a workdir of train.py, or a Hugging Face folder'
   add('--from', required=True, dest='source', metavar='DIR[:STEP]', help=source)
   add('--step', default='', help='instead of :STEP')
-  add('--to', required=True, type=Path, help='the new folder')
+  add('--to', required=True, type=lambda p: Path(p).expanduser(), help='the new folder')
   add(
     '--dtype',
     choices=('float32', 'bfloat16'),

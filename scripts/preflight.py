@@ -37,7 +37,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from configs import base
-from gated import config, model, plan
+from gated import config, model, plan, storage
 from gated.data.progress import Progress
 from gated.devices.chips import GIB
 from gated.plan import command
@@ -200,7 +200,11 @@ def main(argv: list[str]) -> int:
   text = metrics.dumps(result, indent=None)
   print('\n'.join([*lines, text]))
   if _JSON.value:
-    Path(_JSON.value).write_text(text + '\n')
+    try:
+      storage.write(storage.path(_JSON.value), f'{text}\n'.encode())
+    except (ValueError, OSError) as error:
+      print(f'preflight.py: --json={_JSON.value}: {error}', file=sys.stderr)
+      return REFUSED
   return NO_FIT if result.get('fits') is False else 0
 
 
