@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -285,11 +285,27 @@ def make(
   )
 
 
+class _First(NamedTuple):
+  """The state of `_gates_first`; `guard` finds the schedule's count by its name."""
+
+  done: jax.Array  # updates
+
+
 def _gates_first(steps: int) -> optax.GradientTransformation:
   """Only the gates of attention learn in the first updates."""
-  other = lambda name: not re.search(r'\.attn\.gate(_\w+)?\.', name)
-  late = optax.scale_by_schedule(lambda count: jnp.asarray(count) >= steps)
-  return optax.masked(late, functools.partial(_named, other))
+  gate = re.compile(r'\.attn\.gate(_\w+)?\.')
+
+  def init(params):
+    del params
+    return _First(jnp.zeros((), jnp.int32))
+
+  def update(updates, state, params=None):
+    del params
+    scale = lambda path, u: u if gate.search(trees.name(path)) else u * late
+    late = (state.done >= steps).astype(jnp.float32)
+    return jax.tree_util.tree_map_with_path(scale, updates), _First(state.done + 1)
+
+  return optax.GradientTransformation(init, update)
 
 
 def _named(matches: Callable[[str], bool], params: Any) -> Any:

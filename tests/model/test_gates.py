@@ -238,7 +238,8 @@ def test_a_jump_opens_at_its_step():
 def test_a_run_resumes_exactly_across_an_opening():
   """Two steps closed, one half open, two open; the state is read back as it is saved."""
   knobs = dict(attn__gate__position='sdpa', attn__gate__opens=(1, 3))
-  cfg = small.whole(**{f'model__{knob}': value for knob, value in knobs.items()})
+  whole = {f'model__{knob}': value for knob, value in knobs.items()}
+  cfg = small.whole(optim__gates_first=1, **whole)
   tx = guard.guard(optim.make(cfg.optim, steps=5, multipliers={}), cfg.stability)
   schedule = optim.schedule(cfg.optim, 5)
   opts = dict(tx=tx, schedule=schedule, accum=1, loss=cfg.loss)
@@ -266,6 +267,8 @@ def test_a_run_resumes_exactly_across_an_opening():
   assert [float(state.current.blocks.attn.gate.open[0]) for state in states[:4]] == [
     *(0, 0, 0.5, 1)
   ]
+  table = [np.asarray(state.model.embed.table[...]) for state in states[:3]]
+  assert (table[0] == table[1]).all() and (table[1] != table[2]).any()
   # A closed gate moves by its weight decay alone.
   assert (
     np.abs(gate_of(2) / gate_of(0) - 1).max()
