@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from faults import process
 from faults.process import Done
 from faults.world import SMALL, Outcome, Row, Tally, World
 
@@ -119,7 +120,8 @@ RAW = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]')
 
 def dry(*flags: str) -> list[str]:
   knobs = [f'--config.{name}={value}' for name, value in SMALL.items()]
-  return ['train.py', '--config=configs/tiny.py', *knobs, '--dry_run', *flags]
+  recipe = process.ROOT / 'configs/tiny.py'
+  return ['train.py', f'--config={recipe}', *knobs, '--dry_run', *flags]
 
 
 def control_characters(world: World, times: int) -> Outcome:
