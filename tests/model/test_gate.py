@@ -412,6 +412,16 @@ def test_a_gate_that_starts_at_one_is_bit_identical_to_no_gate(
   assert np.abs(net(TOKENS) - ungated_logits).max() > 1e-6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('form', gate.FORMS)
+def test_a_gate_that_has_not_opened_is_bit_identical_to_no_gate(form, ungated_logits):
+  fields = dict(position='sdpa', opens=(3, 5), bias=True, form=form)
+  changes = {f'attn__gate__{k}': v for k, v in fields.items()}
+  net = small.model_of(layers='unroll', **changes)
+  np.testing.assert_array_equal(net.at_step(3)(TOKENS), ungated_logits)
+  assert np.abs(net.at_step(4)(TOKENS) - ungated_logits).max() > 1e-3
+
+
 def test_a_gate_that_is_off_leaves_the_ungated_tree():
   names = {
     'embed.table',
