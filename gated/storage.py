@@ -159,15 +159,6 @@ def named(path: PathLike) -> Generator[None]:
     raise
 
 
-def is_within(error: Exception, folder: PathLike) -> bool:
-  """Whether an error of the system belongs to a file in that folder."""
-  name = getattr(error, 'filename', None)
-  if not isinstance(name, (str, os.PathLike)) or is_remote(folder):
-    return False
-  root, path = (os.path.abspath(x) for x in (folder, name))
-  return os.path.commonpath([root, path]) == root
-
-
 def remove(path: PathLike) -> None:
   """Removes a file or a whole folder, if it exists."""
   place = _Place(path)

@@ -135,7 +135,7 @@ def explain(error: Exception, path: storage.Path) -> tuple[int, str] | None:
   """An error of a run in the workdir `path` -> its exit code and one line, or None."""
   if type(error) in CODES:
     return CODES[type(error)], str(error)
-  if storage.is_within(error, path):
+  if _is_within(error, path):
     return exit_codes.NOT_SAVED, f'--workdir={path} cannot be written: {error}'
   if storage.is_passing(error):
     return exit_codes.FAULT, f'{error}, outside of --workdir={path}'
@@ -143,6 +143,15 @@ def explain(error: Exception, path: storage.Path) -> tuple[int, str] | None:
     line = str(error).partition('\n')[0]
     return exit_codes.FAILED, f'out of memory: {line}; {MEMORY}'
   return None
+
+
+def _is_within(error: Exception, folder: storage.PathLike) -> bool:
+  """Whether an error of the system belongs to a file in that folder."""
+  name = getattr(error, 'filename', None)
+  if not isinstance(name, (str, os.PathLike)) or storage.is_remote(folder):
+    return False
+  root, path = (os.path.abspath(x) for x in (folder, name))
+  return os.path.commonpath([root, path]) == root
 
 
 @contextlib.contextmanager
