@@ -162,7 +162,7 @@ def _session(run: Run, step: Any, services: Services) -> int:
     data_step=int(state.data_step),
     beat=services.pulse.beat,
   ) as record:
-    if rates := run.changed_rates(services.saves, state):
+    if restored is not None and (rates := run.changed_rates(services.saves, state)):
       record.resumed(restored, rates)
     evaluate = evaluate_step(cfg.model, plan.mesh, cfg.loss.chunk)
     session = Session(run, services, record, evaluate)

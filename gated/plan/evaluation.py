@@ -13,11 +13,11 @@ from typing import Any
 import jax
 
 from gated import data, evals, storage
+from gated.data.progress import Progress
 from gated.devices import mesh
 from gated.plan import probing
 from gated.plan.load import Loaded, load
 from gated.probes import force
-from gated.data.progress import Progress
 from gated.run import metrics
 
 _log = logging.getLogger('gated')
