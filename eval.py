@@ -9,9 +9,8 @@
 
 Prints a table of held-out loss by domain, beside two yardsticks on the same text
 (--yardsticks=none leaves them out), and as its last line the report as JSON, which it
-then writes to WORKDIR/eval/STEP.json, with a warning if it cannot. Nothing is written to
-a Hugging Face folder. Long work prints its progress on standard error. Exit code 2:
-refused; 9: a fault of this machine that may pass.
+then writes to WORKDIR/eval/STEP.json; for a Hugging Face folder nothing is written.
+Progress is on standard error. Exit code 2: refused; 9: a fault that may pass.
 
 With --probe it prints measurements of each layer instead, and writes them to
 WORKDIR/probes/STEP.json; --figures adds figures there. With --prompt it prints the
@@ -26,7 +25,6 @@ from typing import Any
 import jax
 from absl import app, flags
 
-import gated
 from configs import base
 from gated import data, evals, probes, storage
 from gated.devices import processes
@@ -34,7 +32,6 @@ from gated.evals import harness
 from gated.plan import command, drawing, evaluation, probing, tasks
 from gated.plan.load import Loaded
 from gated.run import events, exit_codes, metrics, shutdown, terminal
-from gated.run import workdir as workdirs
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', '', 'WORKDIR or WORKDIR:STEP of train.py, or a Hugging Face folder.'
@@ -53,11 +50,7 @@ _ROWS = flags.DEFINE_integer(
   0,
 )
 _BATCH = flags.DEFINE_integer('batch', 8, 'Rows per device at a time.', 1)
-_YARDSTICKS = flags.DEFINE_list(
-  'yardsticks', list(evals.YARDSTICKS), 'bigram and xz, which take minutes; or none.'
-)
-_BIGRAM_ROWS = flags.DEFINE_integer('bigram_rows', 65536, 'Rows of the bigram model.', 1)
-_XZ_BYTES = flags.DEFINE_integer('xz_bytes', 1 << 26, 'Bytes for xz; 0 for all.', 0)
+_YARDSTICKS = evals.define_yardsticks(flags)
 _BY_POSITION = flags.DEFINE_boolean(
   'by_position', False, 'Adds the loss by position in the document or row.'
 )
@@ -94,8 +87,7 @@ def heldout(loaded: Loaded) -> None:
   if not report['domains']:
     raise ValueError(f'--data={_DATA.value!r} has no held-out rows')
   if jax.process_index() == 0:
-    options = dict(rows=_BIGRAM_ROWS.value, xz_bytes=_XZ_BYTES.value)
-    evaluation.complete(report, loaded, corpus, chosen=_yardsticks(), **options)
+    evaluation.complete(report, loaded, corpus, **_YARDSTICKS())
     print(evals.table(report))
     if report['stability'] and (summary := events.summary(report['stability'])):
       print(f'unstable steps up to this one: {summary}')
@@ -108,10 +100,9 @@ def heldout(loaded: Loaded) -> None:
 
 def probe(loaded: Loaded) -> None:
   """Prints the probes of a model and of the models beside it, then stores them."""
-  segments = 1
   if _TEXT.value:
     options = dict(length=_LENGTH.value, limit=_ROWS.value)
-    rows = evaluation.rows_of_file(loaded, _TEXT.value, **options)
+    rows, segments = evaluation.rows_of_file(loaded, _TEXT.value, **options), 1
   else:
     corpus = _corpus(loaded)
     segments = corpus.max_segments
@@ -129,24 +120,11 @@ def probe(loaded: Loaded) -> None:
       drawing.probes(runs, reports, evals.longest_document(rows))
 
 
-def _load(workdir: str) -> Loaded:
+def _load() -> Loaded:
   """The model; flags that do not apply to it are refused."""
-  try:
-    place, step = workdirs.split_step(workdir, _STEP.value)
-  except ValueError as error:
-    raise ValueError(f'--workdir={error}') from error
-  is_run = bool(storage.names(storage.path(place) / 'checkpoints'))
-  if not is_run and step:
-    raise ValueError(f'--step={step!r}, but {place} has no steps')
-  for flag in (_LENGTH, _TOKENIZER):
-    if is_run and flag.value:
-      raise ValueError(f'--{flag.name}={flag.value}, but {place} is a run')
-  try:
-    with evaluation.shown(f'reading {place}'):
-      return gated.load(place, step=step, cache=_CACHE.value)
-  except ValueError as error:
-    named = f' --step={step!r}' if step else ''
-    raise ValueError(f'--workdir={place}{named}: {error}') from error
+  flagged: dict[str, Any] = dict(length=_LENGTH.value, tokenizer=_TOKENIZER.value)
+  flagged |= dict(step=_STEP.value, cache=_CACHE.value)
+  return evaluation.opened(_WORKDIR.value, **flagged)
 
 
 def _corpus(loaded: Loaded) -> data.Corpus:
@@ -158,21 +136,9 @@ def _corpus(loaded: Loaded) -> data.Corpus:
     return loaded.corpus(_DATA.value, knobs=knobs, seed=c['seed'])
 
 
-def _yardsticks() -> list[str]:
-  """The chosen yardsticks; ValueError for an unknown one."""
-  chosen = _YARDSTICKS.value or []
-  if chosen == ['none']:
-    return []
-  for name in chosen:
-    if name not in evals.YARDSTICKS:
-      allowed = f'none, or of {", ".join(evals.YARDSTICKS)}'
-      raise ValueError(f'--yardsticks={",".join(chosen)}, but allowed are {allowed}')
-  return chosen
-
-
 def _check_flags() -> None:
   """ValueError names a flag that would be ignored."""
-  _yardsticks()
+  _YARDSTICKS()
   for name in LOSSES_ONLY if _PROBE.value else PROBES_ONLY:
     if flags.FLAGS[name].present:
       side = 'with --probe' if _PROBE.value else 'without --probe'
@@ -204,23 +170,22 @@ def main(argv: list[str]) -> int:
   try:
     chosen = _TASKS()
     prompts, options = _GENERATION()
-    peer_timeout = base.get_config().stability.peer_timeout
-    processes.start(**_PROCESSES(), peer_timeout=peer_timeout)
+    timeout = base.get_config().stability.peer_timeout
+    processes.start(**_PROCESSES(), peer_timeout=timeout)
     if prompts:
-      loaded = _load(_WORKDIR.value)
+      loaded = _load()
       with evaluation.shown('continuing the prompts'):
         texts = loaded.generate(prompts, **options)
       if jax.process_index() == 0:
         print(*map(''.join, zip(prompts, texts)), sep='\n\n')
-      return exit_codes.FINISHED
-    if chosen:
-      tasks.run(_load(_WORKDIR.value), chosen)
-      return exit_codes.FINISHED
-    _check_flags()
-    loaded = _load(_WORKDIR.value)
-    if _FIGURES.value:
-      drawing.modules(loaded)  # Reports a missing package before anything is measured.
-    (probe if _PROBE.value else heldout)(loaded)
+    elif chosen:
+      tasks.run(_load(), chosen)
+    else:
+      _check_flags()
+      loaded = _load()
+      if _FIGURES.value:
+        drawing.modules(loaded)  # Reports a missing package before anything is measured.
+      (probe if _PROBE.value else heldout)(loaded)
   except (ValueError, NotImplementedError, OSError) as error:
     return refuse(error)
   except jax.errors.JaxRuntimeError as error:

@@ -8,7 +8,7 @@ The same command again resumes. The exit codes are listed in gated/run/exit_code
 
 import logging
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import absl.logging
 import jax
@@ -16,13 +16,13 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from configs import base
-from gated import config, data, evals, storage
+from gated import config, data, storage
 from gated.data.progress import Progress
 from gated.devices import determinism, mesh, processes
 from gated.plan import Run, command, evaluate_step, home, prepare, recipe
+from gated.plan.session import Services, Session
 from gated.run import checkpoint, exit_codes, recorder, shutdown, terminal
 from gated.run import workdir as workdirs
-from gated.run.lock import Lock
 from gated.run.pulse import Pulse
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The recipe.', lock_config=True)
@@ -41,54 +41,6 @@ _PRINT = flags.DEFINE_bool('print_config', False, 'Print the recipe as YAML, and
 _PROCESSES = processes.define(flags)
 
 _log = logging.getLogger('gated')
-
-
-class Services(NamedTuple):
-  """The services that all sessions of a run share."""
-
-  saves: checkpoint.Checkpoints
-  lock: Lock
-  sigterm: shutdown.Sigterm
-  pulse: Pulse
-
-
-class Session(NamedTuple):
-  """A session of a run: from a restored state to its end, a signal or a rollback."""
-
-  run: Run
-  services: Services
-  record: recorder.Recorder
-  evaluate: Any  # as of plan.evaluate_step
-
-  def save(self, state: Any) -> None:
-    """Starts to save a state whose step was finite."""
-    run, step = self.run, int(state.step)
-    self.record.sync()
-    about: dict[str, Any] = dict(config=run.config, data=run.corpus.fingerprint)
-    about |= dict(heldout_loss=None, stability=self.record.events.report())
-    self.services.saves.save(step, state, about)
-    self.services.pulse.beat(f'the start of the save of step {step}')
-
-  def measure(self, state: Any) -> bool:
-    """Evaluates a state on held-out text -> False if a signal ended the evaluation.
-
-    If the step is saved, its manifest gets the loss.
-    """
-    run, services, step = self.run, self.services, int(state.step)
-    plan = run.plan
-
-    def after(batch: str) -> bool:
-      services.pulse.beat(f'{batch} in the evaluation of step {step}')
-      services.saves.check()
-      return services.sigterm.received()
-
-    options: dict[str, Any] = dict(on=plan.mesh, batch=plan.micro, after=after)
-    options |= dict(limit=plan.cfg.eval.rows)
-    report = evals.perplexity(self.evaluate, state.current, run.corpus, **options)
-    if report is not None:
-      loss = self.record.heldout(step, report)
-      services.saves.measured(step, loss, run.config, run.corpus.fingerprint)
-    return report is not None
 
 
 def _chooser(cfg: recipe.Config) -> Any:
@@ -169,7 +121,7 @@ def _session(run: Run, step: Any, services: Services) -> int:
     if restored is None and cfg.stability.on_spike == 'rollback':
       session.save(state)  # A rollback may need it.
     if owes and not session.measure(state):
-      return _stopped(session, restored, finished=False)
+      return session.stopped(restored, finished=False)
     return _loop(session, step, state)
 
 
@@ -185,7 +137,7 @@ def _loop(session: Session, step: Any, state: Any) -> int:
       with record.timer.data():
         batch = mesh.place(next(batches), on, cfg.batch)
     except data.Unreadable as error:
-      raise _rescued(session, state, error) from error
+      raise session.rescue(state, error) from error
     record.profile.before(number)
     state, values = step(state, batch)
     record.profile.after(number, values)
@@ -212,27 +164,10 @@ def _loop(session: Session, step: Any, state: Any) -> int:
         saved = True
       owed &= not saved
     if stop and saved:
-      return _stopped(session, number, finished=measured and number == cfg.steps)
+      return session.stopped(number, finished=measured and number == cfg.steps)
   if owed:
     raise FloatingPointError(f'step {cfg.steps}, the last, is not finite')
   return exit_codes.FINISHED
-
-
-def _stopped(session: Session, step: int, *, finished: bool) -> int:
-  """Reports the stop at a saved step -> the exit code."""
-  name = session.services.sigterm.name
-  session.record.say(f'{name}: stopped at step {step}, which is saved')
-  return exit_codes.FINISHED if finished else exit_codes.PREEMPTED
-
-
-def _rescued(session: Session, state: Any, error: data.Unreadable) -> data.Unreadable:
-  """Saves the last state, if this process alone can -> the error, with that step."""
-  saves, finite = session.services.saves, session.record.settle()
-  saves.wait()
-  if finite and jax.process_count() == 1 and int(state.step) not in saves.steps():
-    session.save(state)
-    saves.wait()
-  return error.saved(saves.latest())
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -261,16 +196,12 @@ def main(argv: list[str]) -> int:
     if _DETERMINISTIC.value:
       determinism.enable()
     processes.start(**_PROCESSES(), peer_timeout=cfg.stability.peer_timeout)
-    workdir = home.workdir(_WORKDIR.value, c, allowed=_ALLOW.value or [])
+    allowed, restore = _ALLOW.value or [], _RESTORE_STEP.value or ''
+    workdir = home.workdir(_WORKDIR.value, c, allowed=allowed)
     first = jax.process_index() == 0
     with shutdown.leaving(), Progress('checking the data and workdir', enabled=first):
-      run = prepare(
-        c,
-        workdir,
-        allowed=_ALLOW.value or [],
-        restore_step=_RESTORE_STEP.value or '',
-        choose=_chooser(cfg),
-      )
+      choose = _chooser(cfg)
+      run = prepare(c, workdir, allowed=allowed, restore_step=restore, choose=choose)
   except (ValueError, NotImplementedError, OSError) as error:
     print(f'train.py: {error}', file=sys.stderr)
     return exit_codes.FAULT if storage.is_passing(error) else exit_codes.REFUSED

@@ -2,7 +2,7 @@
 
 import dataclasses
 import lzma
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -13,6 +13,28 @@ from gated.data.progress import Progress
 YARDSTICKS = 'bigram', 'xz'
 PENDING = 1 << 22  # Number of pairs to merge at a time: 32 MiB.
 ROWS = 64  # Rows of a batch for the bigram model.
+
+
+def define(flags: Any) -> Callable[[], dict[str, Any]]:
+  """Defines the flags of the yardsticks -> a function that reads them.
+
+  `flags` is absl's module. The values are arguments of `plan.evaluation.complete`;
+  ValueError for an unknown yardstick.
+  """
+  chosen = flags.DEFINE_list(
+    'yardsticks', list(YARDSTICKS), 'bigram and xz, which take minutes; or none.'
+  )
+  rows = flags.DEFINE_integer('bigram_rows', 65536, 'Rows of the bigram model.', 1)
+  xz_bytes = flags.DEFINE_integer('xz_bytes', 1 << 26, 'Bytes for xz; 0 for all.', 0)
+
+  def read() -> dict[str, Any]:
+    names = [] if chosen.value == ['none'] else chosen.value or []
+    if not set(names) <= set(YARDSTICKS):
+      allowed = f'none, or of {", ".join(YARDSTICKS)}'
+      raise ValueError(f'--yardsticks={",".join(names)}, but allowed are {allowed}')
+    return dict(chosen=names, rows=rows.value, xz_bytes=xz_bytes.value)
+
+  return read
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from gated.plan import probing
 from gated.plan.load import Loaded, load
 from gated.probes import force
 from gated.run import metrics
+from gated.run import workdir as workdirs
 
 _log = logging.getLogger('gated')
 
@@ -26,6 +27,30 @@ Runs = Mapping[str, Loaded]
 Reports = Mapping[str, dict[str, Any]]
 
 ROWS = 16  # Held-out rows of each domain that probes and the mean of gates read.
+
+
+def opened(workdir: str, *, step: str, cache: str, length: int, tokenizer: str) -> Loaded:
+  """WORKDIR, WORKDIR:STEP or a Hugging Face folder -> the model.
+
+  ValueError names the flag that is wrong, or does not apply: `length` and `tokenizer`,
+  0 and '' if not given, are for a Hugging Face folder.
+  """
+  try:
+    place, step = workdirs.split_step(workdir, step)
+  except ValueError as error:
+    raise ValueError(f'--workdir={error}') from error
+  is_run = bool(storage.names(storage.path(place) / 'checkpoints'))
+  if not is_run and step:
+    raise ValueError(f'--step={step!r}, but {place} has no steps')
+  for flag, value in (('length', length), ('tokenizer', tokenizer)):
+    if is_run and value:
+      raise ValueError(f'--{flag}={value}, but {place} is a run')
+  try:
+    with shown(f'reading {place}'):
+      return load(place, step=step, cache=cache)
+  except ValueError as error:
+    named = f' --step={step!r}' if step else ''
+    raise ValueError(f'--workdir={place}{named}: {error}') from error
 
 
 def runs(

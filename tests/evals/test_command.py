@@ -60,7 +60,7 @@ def test_probes_of_forced_gates_are_drawn_beside_the_run(run, run_python):
 
 
 REFUSED = [
-  (['--force_gates=open@7'], "--force_gates='open@7': layer 7, but the model has"),
+  (['--force_gates=open@7'], "--force_gates='open@7': layers='7', but the model has"),
   (['--figures'], '--figures needs --probe or --by_position'),
   (['--text=x'], '--text=x is not allowed without --probe'),
   (['--probe', '--by_position'], '--by_position=True is not allowed with --probe'),
