@@ -111,6 +111,11 @@ class Config:
     """Whether the softmax denominator has extra terms."""
     return bool(self.sink_tokens) or self.normalizer in ('off_by_one', 'sink_logit')
 
+  @property
+  def has_sink_values(self) -> bool:
+    """Whether these terms add values to the output."""
+    return bool(self.sink_tokens) and self.sink_values == 'learned'
+
 
 class Trace(NamedTuple):
   """Tensors inside one layer's attention; under jit, unread fields cost nothing.

@@ -13,6 +13,52 @@ NORMALIZERS = (*OVER_SOFTMAX, *(n for n in kernels.NORMALIZERS if n != 'softmax'
 # Applied to each head's output, before its gate (Table 3).
 OUTPUTS = ('none', 'rms_norm', 'silu')
 
+_SOFTMAX = f'allowed are normalizer={", ".join(map(repr, OVER_SOFTMAX))}'
+
+# (knobs, whether they exclude each other, the reason and what is allowed).
+CONFLICTS = (
+  (
+    'sink_tokens normalizer',
+    lambda c: c.sink_tokens and c.normalizer not in OVER_SOFTMAX,
+    f'sink tokens need a softmax: {_SOFTMAX}',
+  ),
+  (
+    'output normalizer sink_tokens',
+    lambda c: c.output == 'rms_norm' and c.has_sinks and not c.has_sink_values,
+    "the norm cancels sinks without values: allowed are output='none' and 'silu'",
+  ),
+  (
+    'normalizer clip_gamma clip_zeta',
+    lambda c: c.normalizer == 'clipped' and (c.clip_gamma, c.clip_zeta) == (0, 1),
+    'this is the softmax itself: a clip_gamma below 0 or a clip_zeta above 1 is expected',
+  ),
+  (
+    'global_layers window',
+    lambda c: c.global_layers and not c.window,
+    'without a window all layers see the whole row',
+  ),
+  (
+    'rounding normalizer',
+    lambda c: c.rounding != 'backend' and c.normalizer not in OVER_SOFTMAX,
+    f'only a softmax can choose its rounding: {_SOFTMAX}',
+  ),
+  (
+    'rounding backend',
+    lambda c: c.rounding != 'backend' and c.backend not in ('auto', 'reference'),
+    "only that of the reference is a choice: allowed are backend='auto' and 'reference'",
+  ),
+  (
+    'differential normalizer sink_tokens',
+    lambda c: c.differential and (c.normalizer != 'softmax' or c.sink_tokens),
+    "its maps are softmaxes: allowed are normalizer='softmax' and sink_tokens=0",
+  ),
+  (
+    'differential output',
+    lambda c: c.differential and c.output != 'none',
+    "its own norm would repeat or cancel it: allowed is output='none'",
+  ),
+)
+
 
 def check(cfg: Any) -> None:
   """Raises ValueError if an attention.Config's remedies cancel or exclude each other."""
@@ -29,64 +75,9 @@ def check(cfg: Any) -> None:
     ('elastic_tau', -1e3, 1e3),
   ):
     config.within(f'{_NAME}.{name}', getattr(cfg, name), low, high)
-  _check_sinks(cfg)
-  _check_weights(cfg)
-  if cfg.differential:
-    _check_differential(cfg)
-
-
-def _check_sinks(cfg: Any) -> None:
-  if cfg.sink_tokens and cfg.normalizer not in OVER_SOFTMAX:
-    raise ValueError(
-      f'{_NAME}.sink_tokens={cfg.sink_tokens} with {_NAME}.normalizer='
-      f'{cfg.normalizer!r}, but sink tokens need a softmax: allowed are '
-      f'{", ".join(map(repr, OVER_SOFTMAX))}'
-    )
-  valued = cfg.sink_tokens and cfg.sink_values == 'learned'
-  if cfg.has_sinks and not valued and cfg.output == 'rms_norm':
-    raise ValueError(
-      f"{_NAME}.output='rms_norm' with sinks without values ({_NAME}.normalizer="
-      f'{cfg.normalizer!r}, {_NAME}.sink_tokens={cfg.sink_tokens}): such sinks only '
-      "scale the output, and the norm cancels the scale; allowed is output='none' or "
-      "'silu'"
-    )
-
-
-def _check_weights(cfg: Any) -> None:
-  if cfg.normalizer == 'clipped' and (cfg.clip_gamma, cfg.clip_zeta) == (0, 1):
-    raise ValueError(
-      f"{_NAME}.normalizer='clipped' with clip_gamma=0 and clip_zeta=1 is the softmax "
-      'itself: a clip_gamma below 0 or a clip_zeta above 1 is expected'
-    )
-  if cfg.global_layers and not cfg.window:
-    raise ValueError(
-      f'{_NAME}.global_layers={cfg.global_layers!r} with {_NAME}.window=0, but without a '
-      'window all layers see the whole row'
-    )
-  if cfg.rounding == 'backend':
-    return
-  wrong = [f'normalizer={cfg.normalizer!r}'] * (cfg.normalizer not in OVER_SOFTMAX)
-  wrong += [f'backend={cfg.backend!r}'] * (cfg.backend not in ('auto', 'reference'))
-  if wrong:
-    raise ValueError(
-      f'{_NAME}.rounding={cfg.rounding!r} with {_NAME}.{wrong[0]}, but only the softmax '
-      f"of the reference can choose its rounding: allowed are backend='auto' or "
-      f"'reference', and normalizer={', '.join(map(repr, OVER_SOFTMAX))}"
-    )
-
-
-def _check_differential(cfg: Any) -> None:
-  for name in ('heads', 'kv_heads'):
+  for name in ('heads', 'kv_heads') if cfg.differential else ():
     config.divides(f'{_NAME}.{name}', getattr(cfg, name), 'the maps of differential', 2)
-  wrong = [f'normalizer={cfg.normalizer!r}'] * (cfg.normalizer != 'softmax')
-  wrong += [f'sink_tokens={cfg.sink_tokens}'] * bool(cfg.sink_tokens)
-  if wrong:
-    raise ValueError(
-      f'{_NAME}.differential=True with {_NAME}.{wrong[0]}, but it is the difference of '
-      "two softmaxes: allowed are normalizer='softmax' and sink_tokens=0"
-    )
-  if cfg.output != 'none':
-    raise ValueError(
-      f'{_NAME}.differential=True with {_NAME}.output={cfg.output!r}, but it has its own '
-      "norm there, which would repeat or cancel it: allowed is output='none'"
-    )
+  for knobs, excluded, reason in CONFLICTS:
+    if excluded(cfg):
+      pairs = (f'{_NAME}.{knob}={getattr(cfg, knob)!r}' for knob in knobs.split())
+      raise ValueError(f'{" with ".join(pairs)}, but {reason}')
