@@ -179,9 +179,13 @@ def spec(axes: Sequence[str | None], mesh) -> P:
   return P(*(n[0] if len(n) == 1 else (n or None) for n in names))
 
 
-def ways(axis: str, mesh: Mesh) -> int:
-  """A logical axis -> the number of parts that the mesh splits it into."""
-  return math.prod(mesh.shape[m] for m in RULES[axis])
+def ways(axis: str, mesh: Any = None) -> int:
+  """A logical axis -> the number of parts that the mesh splits it into.
+
+  The default is the mesh in use; without one, the axis is whole.
+  """
+  mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+  return 1 if mesh.empty else math.prod(mesh.shape[m] for m in RULES[axis])
 
 
 def check(axis: str, size: int, mesh: Mesh) -> None:

@@ -82,6 +82,11 @@ def normal_param(key: jax.Array, shape: Sequence[int], axes: Axes, *, std: float
   return nnx.Param(value.astype(dtype), axes=tuple(axes))
 
 
+def as_last(x: jax.Array, like: jax.Array) -> jax.Array:
+  """An array -> the same as the last dims of `like`: JAX promotes only ranks of 0."""
+  return x.reshape((1,) * (like.ndim - x.ndim) + x.shape)
+
+
 class Dense(nnx.Module):
   """A linear map between tuples of dims, such as (..., D) -> (..., H, K)."""
 
@@ -105,8 +110,7 @@ class Dense(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     y = jnp.tensordot(x, self.weight[...].astype(self.compute), self.dims_in)
     if self.bias is not None:
-      b = self.bias[...].astype(self.compute)
-      y = y + b.reshape((1,) * (y.ndim - b.ndim) + b.shape)
+      y = y + as_last(self.bias[...].astype(self.compute), y)
     return y
 
 
@@ -126,8 +130,7 @@ class RMSNorm(nnx.Module):
 def _rms_norm(x, scale, eps):
   z = x.astype(jnp.float32)
   z *= jax.lax.rsqrt(jnp.mean(jnp.square(z), -1, keepdims=True) + eps)
-  scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
-  return (z * scale).astype(x.dtype)
+  return (z * as_last(scale.astype(jnp.float32), x)).astype(x.dtype)
 
 
 class GatedNorm(nnx.Module):

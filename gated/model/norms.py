@@ -7,26 +7,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gated.model.layers import GatedNorm, Numerics, RMSNorm
+from gated.model.layers import GatedNorm, Numerics, RMSNorm, as_last
 
 
 class Scale(nnx.Module):
   """x -> scale * x, for a learned scalar or one value for each channel."""
 
   def __init__(self, shape: tuple[int, ...], start: float):
-    # As one of the last dims: JAX promotes no ranks but those of scalars.
     axes = (None,) * len(shape)
     self.scale = nnx.Param(jnp.full(shape, start, jnp.float32), axes=axes)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = self.scale[...]
-    return (x.astype(jnp.float32) * _last(scale, x)).astype(x.dtype)
-
-
-def _last(vector: jax.Array, like: jax.Array) -> jax.Array:
-  """A vector or scalar -> the same with leading dims of 1, in float32."""
-  leading = (1,) * (like.ndim - vector.ndim)
-  return vector.astype(jnp.float32).reshape(leading + vector.shape)
+    scale = as_last(self.scale[...].astype(jnp.float32), x)
+    return (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 class PreAffine(nnx.Module):
@@ -57,8 +50,8 @@ class DynamicTanh(nnx.Module):
 
 @jax.checkpoint
 def _dynamic_tanh(x, alpha, scale, bias):
-  y = jnp.tanh(alpha.astype(jnp.float32) * x.astype(jnp.float32))
-  return (_last(scale, x) * y + _last(bias, x)).astype(x.dtype)
+  alpha, scale, bias = (as_last(p.astype(jnp.float32), x) for p in (alpha, scale, bias))
+  return (scale * jnp.tanh(alpha * x.astype(jnp.float32)) + bias).astype(x.dtype)
 
 
 # Norms before a branch and at the end. Each entry: (key, D, rank, alpha, numerics) ->

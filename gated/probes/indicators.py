@@ -70,7 +70,7 @@ def some_rows(batch: Any, micro: int) -> Any:
 
   Row i of R is row i * B / R of the batch, so each device reads rows that it already has.
   """
-  rows, length = _rows(micro, _ways('batch')), batch.tokens.shape[1]
+  rows, length = _rows(micro, mesh.ways('batch')), batch.tokens.shape[1]
   some = lambda x: mesh.constrain(x.reshape(rows, -1, length)[:, 0], 'batch', 'tokens')
   return type(batch)(*map(some, batch))
 
@@ -79,11 +79,6 @@ def _rows(micro: int, ways: int) -> int:
   """The number of rows to read: equal on all devices, and evenly spaced in a batch."""
   fits = (n for n in range(ways, micro + 1, ways) if micro % n == 0)
   return next(n for n in fits if n >= min(ROWS, micro))
-
-
-def _ways(axis: str) -> int:
-  on: Any = jax.sharding.get_abstract_mesh()
-  return 1 if on.empty else mesh.ways(axis, on)
 
 
 def _layer(block: model.Block, x_BTD, angle_BTk, segment_BT, live_BT):
@@ -104,8 +99,8 @@ def _logit_rms(x_BTD, w_VD, live_BT) -> jax.Array:
   vocab, width = w_VD.shape
   # A device holds some columns of w. Here it takes an equal number of whole rows instead,
   # so that no device holds all of w.
-  ways = _ways('embed')
-  padding = -vocab % (ways * _ways('vocab'))
+  ways = mesh.ways('embed')
+  padding = -vocab % (ways * mesh.ways('vocab'))
   w_VD = jnp.pad(w_VD.astype(x_BTD.dtype), ((0, padding), (0, 0)))
   w_VsD = mesh.constrain(w_VD.reshape(-1, ways, width), 'vocab', 'embed', None)
   f32 = dict(preferred_element_type=jnp.float32)

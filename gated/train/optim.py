@@ -201,8 +201,7 @@ def _gather(stack: Any) -> Any:
   Products of sharded matrices would send all of them in each step of the iteration. Zeros
   pad the stack to a multiple of the number of devices.
   """
-  current: Any = jax.sharding.get_abstract_mesh()
-  padding = 0 if current.empty else -stack.shape[0] % mesh.ways('stacks', current)
+  padding = -stack.shape[0] % mesh.ways('stacks')
 
   def move(x):
     x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))

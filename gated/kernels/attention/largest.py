@@ -4,7 +4,6 @@ B batch  T tokens  H heads  G KV heads  K head width  q queries of a block  N bl
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,7 @@ def largest_scores(
   between devices; a sum keeps it.
   """
   length = q_BTHK.shape[1]
-  count = _blocks(length, _ways('tokens'))
+  count = _blocks(length, mesh.ways('tokens'))
   k_BTGK = mesh.constrain(k_BTGK, 'batch', None, 'kv_heads', None)
   seen_BT = segment_BT
   if segment_BT is not None:
@@ -62,11 +61,6 @@ def largest_scores(
   largest_NGR, sum_NGR = jax.lax.map(largest, blocks)
   bad = jnp.isnan(sum_NGR.sum(0))
   return jnp.where(bad, jnp.nan, largest_NGR.max(0)).reshape(-1)
-
-
-def _ways(axis: str) -> int:
-  on: Any = jax.sharding.get_abstract_mesh()
-  return 1 if on.empty else mesh.ways(axis, on)
 
 
 def _blocks(length: int, ways: int) -> int:
