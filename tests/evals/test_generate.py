@@ -142,7 +142,7 @@ def test_greedy_tokens_are_those_of_the_model_run_on_whole_rows(name):
   net = small.model_of(**VARIANTS[name])
   ours = run(net)
   equal(ours, by_rerunning(net, PROMPTS, GREEDY.max_tokens))
-  assert len(np.unique(np.concatenate(ours))) > 4  # Not one token again and again.
+  assert len(np.unique(np.concatenate(ours))) > 3  # Not one token again and again.
 
 
 @pytest.mark.parametrize('name', ['sdpa_gate', 'capacity', *full(['dropless'])])

@@ -47,7 +47,8 @@ def test_two_different_models_never_share_an_arm():
   merged = {k for k in knobs if not kept_apart(k, 'elementwise')}
   places = {k for k in knobs if any(f'{k}.'.startswith(f'{p}.') for p in PLACES)}
   unused = {'attn.gate.mean', 'attn.gate.place', 'attn.sink_values', 'norm_rank'}
-  unused |= {'attn.switch.experts', 'attn.switch.top_k'}
+  unused |= {'attn.switch.experts', 'attn.switch.top_k', 'attn.clip_gamma'}
+  unused |= {'attn.clip_zeta', 'attn.elastic_tau', 'norm_alpha'}
   assert merged - places == {
     *('optim.lr', 'optim.weight_decay', 'seed'),
     *(f'model.{k}' for k in unused),
@@ -63,6 +64,8 @@ def test_two_different_models_never_share_an_arm():
     ('attn.sink_values', 'sink_token'),
     ('attn.switch.experts', 'switch_v_1top1'),
     ('attn.switch.top_k', 'switch_v_4top4'),
+    ('attn.elastic_tau', 'elastic'),
+    ('norm_alpha', 'dyt'),
   ],
 )
 def test_a_knob_that_a_model_uses_makes_another_arm(knob, arm):

@@ -57,6 +57,24 @@ def other_signals(world: World, times: int) -> Outcome:
   return tally.outcome()
 
 
+def signals_to_all(world: World, times: int) -> Outcome:
+  """A terminal or a scheduler sends the signal to the data workers as well."""
+  tally, workers = Tally(), {'data.workers': 2}
+  straight = world.straight(**workers)
+  for number in SIGNALS[:times]:
+    with tally.one(f'{number.name} to a run and its two data workers'):
+      workdir = world.path('group')
+      child = world.spawn(arguments(workdir, **workers), group=True)
+      child.until(lambda workdir=workdir: evidence.last_step(workdir) >= 3)
+      os.killpg(child.pid, number)
+      done = child.wait()
+      if done.code:
+        done.expect(4, f'{number.name}: stopped at step')
+      world.finish(workdir, **workers)
+      world.check(workdir, straight)
+  return tally.outcome()
+
+
 # 31
 
 
@@ -161,6 +179,7 @@ def changed_by_hand(world: World, times: int) -> Outcome:
 ROWS_D = [
   Row('29', 'standard output and error are closed, full, broken', lost_terminals, 5, 0),
   Row('30', 'Ctrl-C, SIGHUP and SIGUSR1', other_signals, 3, 0),
+  Row('30b', 'Ctrl-C, SIGHUP and SIGUSR1, also to workers', signals_to_all, 3, 0),
   Row('31', 'a command with --restore_step is repeated', requeued, 3, 0),
   Row('32', 'workdirs with odd names', odd_places, 5, 0),
   Row('33', 'the result of eval.py cannot be stored', unstored_results, 1, 0),

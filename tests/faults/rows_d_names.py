@@ -112,7 +112,7 @@ def cases_args(cases: Sequence[Case]) -> list[Sequence[Any]]:
   return [case.args for case in cases]
 
 
-# 52
+# 51
 
 CONTROL = '\x1b]0;owned\x07\x1b[2J\x9b31m'
 RAW = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]')
@@ -122,6 +122,80 @@ def dry(*flags: str) -> list[str]:
   knobs = [f'--config.{name}={value}' for name, value in SMALL.items()]
   recipe = process.ROOT / 'configs/tiny.py'
   return ['train.py', f'--config={recipe}', *knobs, '--dry_run', *flags]
+
+
+def _outputs() -> list[Case]:
+  convert, plot = 'scripts/convert_hf.py', 'scripts/plot.py'
+  odd, mixture = "it's a {name} [b]*", '--config.data.mixture='
+  flags = '--rows=4', '--bigram_rows=16', '--xz_bytes=999'
+  return [
+    Case('mixture=~/set', dry('--workdir=new', f'{mixture}~/set')),
+    Case('a quoted mixture', dry('--workdir=new', f'{mixture}"sets/{odd}"=2')),
+    Case('mixture=set///', dry('--workdir=new', f'{mixture}set///')),
+    Case('init_from=~/run', dry('--workdir=new', '--config.init_from=~/run')),
+    Case('init_from=run//', dry('--workdir=new', '--config.init_from=run//')),
+    Case('resume ~/run', dry('--workdir=~/run')),
+    Case('resume run///', dry('--workdir=run///')),
+    Case('workdir=file/run', dry('--workdir=file/run'), 2, '--workdir=file/run'),
+    Case('eval of ~/run', ['eval.py', '--workdir=~/run', *flags], says='nats'),
+    Case('eval of run//', ['eval.py', '--workdir=run//', *flags], says='nats'),
+    Case('eval of a link', ['eval.py', f'--workdir=links/{odd}', *flags], says='nats'),
+    Case('eval of -x', ['eval.py', '--workdir', '-x', *flags], 2, 'eval.py: '),
+    Case('convert ~', [convert, '--from=~/run', '--to=~/hf'], makes='home/hf'),
+    Case('convert to an odd name', [convert, '--from=run/', f'--to={odd}'], makes=odd),
+    Case('convert into a file', [convert, '--from=run', '--to=file/x'], 2, 'file'),
+    Case('plot into ~', [plot, '~/run', '--out=~/plots'], makes='home/plots'),
+    Case('plot into an odd name', [plot, 'run/', f'--out=p/{odd}'], makes=f'p/{odd}'),
+    Case('plot into a file', [plot, 'run', '--out=file'], 2, 'file'),
+    Case(
+      'preflight writes ~/p.json',
+      [
+        'scripts/preflight.py',
+        f'--config={process.ROOT}/configs/tiny.py',
+        '--count',
+        '--json=~/p.json',
+      ],
+      makes='home/p.json',
+    ),
+    Case(
+      'preflight cannot write',
+      [
+        'scripts/preflight.py',
+        f'--config={process.ROOT}/configs/tiny.py',
+        '--count',
+        '--json=file/p.json',
+      ],
+      2,
+      '--json=file/p.json',
+    ),
+    Case('no sweep in ~/no', ['scripts/sweep.py', 'status', '~/no'], 2, 'no'),
+    Case('replay ~', ['scripts/replay.py', '--workdir=~/run'], 2, 'replay.py: '),
+  ]
+
+
+def odd_outputs(world: World, times: int) -> Outcome:
+  """The other programs read and write folders of any name, or refuse them."""
+  tally, cwd = Tally(), world.path('cwd')
+  cases = _outputs()[: 12 * times]
+  home, odd = cwd / 'home', "it's a {name} [b]*"
+  _texts(cwd / 'plain')
+  (cwd / 'links').mkdir()
+  (cwd / 'file').write_text('in the way\n')
+  world.finish(cwd / 'run')
+  first = [*PREPARE, '--out=set', '--domain=a=plain']
+  world.many([first], cwd=cwd)[0].expect(0)
+  for copy in (f'sets/{odd}', 'home/set'):
+    shutil.copytree(cwd / 'set', cwd / copy)
+  for link in (home / 'run', cwd / 'links' / odd):
+    link.symlink_to(cwd / 'run')
+  done = world.many(cases_args(cases), cwd=cwd, env={'HOME': str(home)})
+  _counted(tally, cases, done, cwd)
+  with tally.one('no folder is called ~'):
+    assert not (cwd / '~').exists()
+  return tally.outcome()
+
+
+# 52
 
 
 def control_characters(world: World, times: int) -> Outcome:
@@ -179,5 +253,6 @@ def _command(workdir: Path) -> None:
 
 ROWS_D = [
   Row('50', 'odd names of texts and datasets', odd_data, 4, 0),
+  Row('51', 'odd names of what the other programs read and write', odd_outputs, 2, 0),
   Row('52', 'control characters in files of strangers', control_characters, 3, 0),
 ]

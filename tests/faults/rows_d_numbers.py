@@ -1,7 +1,11 @@
-"""Rows of the fault table: what logged numbers and the best step mean."""
+"""Rows of the fault table: what logged numbers and the best step mean, and Ctrl-C."""
 
+import json
 import math
+import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,7 +131,176 @@ def numbers(world: World, times: int) -> Outcome:
   return tally.outcome()
 
 
+# 55
+
+
+def _interrupted(world: World, child, ready: Callable[[], Any], number: int) -> Done:
+  """Sends a signal once `ready` is true -> the ended process."""
+  child.until(ready)
+  time.sleep(0.5)
+  child.signal(number)
+  return child.wait()
+
+
+def _building(world: World, number: int) -> None:
+  """While the embedded corpus is built, in a fresh cache with an odd name."""
+  cache = world.path("it's a {cache} [b]*")
+  child = world.train(world.path(), env={'XDG_CACHE_HOME': str(cache)})
+  done = _interrupted(world, child, lambda: list(cache.rglob('work')), number)
+  assert done.code in (128 + number, -number, 4), done.tail()
+  assert 'Traceback' not in done.err, done.tail()
+  if number == signal.SIGINT:
+    assert done.err.count('\n') - done.err.count('building the embedded') <= 3, done.err
+  left = [p.name for p in cache.rglob('*') if not p.name.endswith('.lock')]
+  assert left == ['gated'], left
+  if number == signal.SIGINT:  # The same command succeeds, in this cache.
+    world.finish(world.path(), env={'XDG_CACHE_HOME': str(cache)}, steps=1)
+
+
+def _preparing(world: World, number: int) -> None:
+  """prepare_data, with its workers, as a terminal sends it: to the whole group."""
+  folder, made = world.path('texts'), world.path('set')
+  folder.mkdir()
+  for i in range(300):
+    text = '\n'.join(f'a line {i * j % 977} of text' for j in range(3000))
+    (folder / f'{i}.txt').write_text(text)
+  command = ['scripts/prepare_data.py', f'--out={made}', '--length=128']
+  command += ['--tokenizer=bpe:2000', f'--domain=a={folder}', '--processes=2']
+  child = world.spawn(command, group=True)
+  child.until(lambda: 'tok' in child.err or list(made.rglob('*.unit')))
+  os.killpg(child.pid, number)
+  done = child.wait()
+  assert done.code == 128 + number, done.tail()
+  assert 'Traceback' not in done.err, done.err[-2000:]
+  assert done.err.rstrip().endswith('prepare_data.py: stopped by Ctrl-C'), done.err
+
+
+def _compiling(world: World, number: int) -> None:
+  """While the step is compiled: one line, and the step that follows is saved."""
+  workdir = world.path('compiling')
+  child = world.train(workdir, model__depth=3, data__length=64)  # No cached program.
+  ready = lambda: (workdir / 'lock.json').exists()
+  done = _interrupted(world, child, ready, number)
+  done.expect(4, 'stopped at step 1, which is saved')
+  assert not (workdir / 'lock.json').exists()
+  assert evidence.saved(workdir) == [1]
+
+
+def interrupted(world: World, times: int) -> Outcome:
+  """Ctrl-C and SIGTERM before the first step."""
+  tally = Tally()
+  for number in (signal.SIGINT, signal.SIGTERM)[:times]:
+    with tally.one(f'{number.name} while the corpus is built'):
+      _building(world, number)
+    with tally.one(f'{number.name} while the step is compiled'):
+      _compiling(world, number)
+  with tally.one('Ctrl-C in prepare_data and its workers'):
+    _preparing(world, signal.SIGINT)
+  return tally.outcome()
+
+
+# 56
+
+
+def _cut(workdir: Path) -> None:
+  path = workdir / 'metrics.jsonl'
+  lines = path.read_bytes().splitlines(True)
+  path.write_bytes(b''.join(x for x in lines if json.loads(x)['step'] <= 4))
+
+
+def _emptied(workdir: Path) -> None:
+  (workdir / 'metrics.jsonl').write_bytes(b'')
+
+
+def _removed(workdir: Path) -> None:
+  (workdir / 'metrics.jsonl').unlink()
+
+
+def _rotated(workdir: Path) -> None:
+  (workdir / 'metrics.jsonl').rename(workdir / 'metrics.jsonl.1')
+
+
+def _edited(workdir: Path) -> None:
+  path = workdir / 'run.json'
+  run = json.loads(path.read_text())
+  run['config']['optim']['b2'] = 0.5
+  run['config']['seed'] = 9
+  path.write_text(json.dumps(run))
+
+
+def _gone(workdir: Path) -> None:
+  (workdir / 'run.json').unlink()
+
+
+def _noise(workdir: Path) -> None:
+  """Files of other programs beside those of the run."""
+  for name in ('.DS_Store', 'metrics.jsonl~', 'run.json.swp', 'checkpoints/Thumbs.db'):
+    (workdir / name).write_text('not ours\n')
+  (workdir / 'checkpoints' / '.nfs0001').write_bytes(b'')
+
+
+def _moved(workdir: Path) -> None:
+  """The steps lie on another disk, behind a symbolic link."""
+  shutil.move(workdir / 'checkpoints', f'{workdir}-steps')
+  (workdir / 'checkpoints').symlink_to(f'{workdir}-steps')
+
+
+GAP = 'metrics.jsonl has no record of steps'
+HANDS: dict[str, tuple] = {
+  'metrics.jsonl is cut at step 4': (_cut, f'{GAP} 5 to 7'),
+  'metrics.jsonl is emptied': (_emptied, f'{GAP} 1 to 7'),
+  'metrics.jsonl is removed': (_removed, f'{GAP} 1 to 7'),
+  'metrics.jsonl is renamed': (_rotated, f'{GAP} 1 to 7'),
+  'optimizer and seed in run.json are edited': (
+    _edited,
+    'run.json was edited: config.optim.b2 is as in the checkpoint',
+    'run.json was edited: config.seed is as in the checkpoint',
+  ),
+  'run.json is removed': (_gone,),
+  'files of other programs': (_noise,),
+  'checkpoints/ is a link to another disk': (_moved,),
+}
+
+
+def _unlocked(world: World) -> None:
+  """lock.json is removed while a run lives, and a second run starts."""
+  straight, workdir = world.straight(), world.path('unlocked')
+  stop = {'do': 'stop', 'at': 'step', 'step': 6}
+  first = world.train(workdir, fault=stop)
+  assert first.until(lambda: 'fault: stop' in first.err), first.err
+  time.sleep(1)
+  (workdir / 'lock.json').unlink()
+  world.finish(workdir)
+  bits = world.digest(workdir, STEPS)
+  first.signal(signal.SIGCONT)
+  first.wait().expect(8, 'lock.json is missing')
+  assert bits == world.digest(workdir, STEPS) == straight.digest
+
+
+def by_hand(world: World, times: int) -> Outcome:
+  """Files of a stopped run are changed before the same command goes on."""
+  tally, straight, stopped = Tally(), world.straight(), world.path('stopped')
+  term = {'do': 'term', 'at': 'step', 'step': 7}
+  world.train(stopped, fault=term).wait().expect(4)
+  cases = dict(list(HANDS.items())[:times])
+  copies = [world.path('changed') for _ in cases]
+  for copy, (change, *_) in zip(copies, cases.values(), strict=True):
+    shutil.copytree(stopped, copy)
+    change(copy)
+  results = world.many([arguments(copy) for copy in copies])
+  for fault, copy, done in zip(cases, copies, results, strict=True):
+    with tally.one(fault):
+      done.expect(0, *cases[fault][1:])
+      assert evidence.losses(copy)[-10:] == straight.losses[-10:]
+      assert world.digest(copy, STEPS) == straight.digest
+  with tally.one('lock.json is removed, and a second run starts'):
+    _unlocked(world)
+  return tally.outcome()
+
+
 ROWS_D = [
   Row('53', 'eval.rows changes on resumption: the best step', other_evaluations, 3, 0),
   Row('54', 'numbers that are logged, and that acted', numbers, len(NUMBERS), 0),
+  Row('55', 'Ctrl-C and SIGTERM before the first step', interrupted, 2, 0),
+  Row('56', 'files of a stopped run are changed by hand', by_hand, len(HANDS), 0),
 ]

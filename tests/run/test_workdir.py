@@ -92,6 +92,7 @@ def test_metrics_without_a_run_json_are_not_overwritten(tmp_path):
 
 MAY = {
   'name': 'other',
+  'model_from': 'DIR',
   'steps': 9,
   'mesh.fsdp': 2,
   'eval.rows': 1,

@@ -205,6 +205,7 @@ SOURCES = {
     'storage.py',
     'run/lock.py',
     'run/exit_codes.py',
+    'run/terminal.py',
     'run/outcome.py',
     'sweep/launch/point.py',
   )

@@ -101,6 +101,9 @@ def test_every_number_of_the_main_table_follows_from_points_csv(tmp_path):
     assert float(row['loss_interval']) == pytest.approx(t * pooled / len(own) ** 0.5)
     assert int(row['parameters']) == sizes[line]
     assert int(row['added']) == sizes[line] - sizes['baseline']
+    of_line = [r for r in table if r['line'] == line]
+    assert int(row['ended']) == len(of_line)
+    assert int(row['diverged']) == sum(r['state'] == 'diverged' for r in of_line)
     assert {row['flops_per_token']} == {r['flops_per_token'] for r in runs}
     speeds = [float(r['tokens_per_second']) for r in runs]
     assert float(row['tokens_per_second']) == statistics.median(speeds)
@@ -292,6 +295,11 @@ def test_rows_of_table_4_stand_beside_the_papers_numbers(tmp_path):
   assert table['g2_elementwise']['nats, ours'] == f'{apart:+.4f}'
   message = described(swept, resolve=resolve)
   assert 'scale=test: 2 layers of width 32' in section(message, 'Comparison')
+  # The main table ends with the divergence and the probes of all lines, gated or not.
+  main = section(message, 'Results')
+  assert '| verdict | diverged | F-Attn | M-Act |' in main and 'sink rate' not in main
+  for name, (_, first, largest) in MEASURED.items():
+    assert f'| 0 of 2 | {first + 0.01:.4f} | {largest + 0.01:.4g} |\n' in main, name
 
 
 def test_a_changed_model_is_no_row_of_the_paper(tmp_path):

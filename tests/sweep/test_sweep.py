@@ -169,6 +169,8 @@ def planned(*words):
     ),
     ('gate_design.py:positions,scale=test', 15, {'variant': 'g1_late_g2'}),
     ('retrofit.py:scale=test,seeds=2', 14, {'way': 'gates_first'}),
+    ('transfer.py:scale=test,seeds=1', 18, {'variant': 'wide_mup', 'lr': '0.032'}),
+    ('transfer.py:optimizer=muon', 63, {'variant': 'narrow', 'lr': '0.008'}),
   ],
 )
 def test_the_grids_of_gates_are_recipes_that_build(recipe, points, changes):

@@ -31,13 +31,14 @@ def test_every_point_is_a_recipe_that_its_checks_accept(arg):
   assert len({config.digest(repr(point)) for point in points.values()}) == len(points)
 
 
-def test_remedies_have_about_the_parameters_of_the_baseline():
-  """The FFN makes up for a gate; no remedy adds more than 3% at the proxy scale."""
-  points = built('scale=proxy')
+@pytest.mark.parametrize('scale', ['proxy', 'test'])
+def test_remedies_have_about_the_parameters_of_the_baseline(scale):
+  """The FFN makes up for a gate; no remedy adds more than 3%."""
+  points = built(f'scale={scale}')
   count = {name: model.parts(cfg.model)['total'] for name, cfg in points.items()}
   for name, own in count.items():
     assert abs(own / count['baseline'] - 1) < 0.03, name
-  assert abs(count['elementwise'] / count['baseline'] - 1) < 2e-4
+  assert abs(count['elementwise'] / count['baseline'] - 1) < 2e-3
 
 
 def test_the_windows_are_a_quarter_of_a_row_in_every_second_layer():
