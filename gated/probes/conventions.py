@@ -66,7 +66,8 @@ CONVENTIONS: dict[str, str] = {
   'before',
   'kurtosis': 'mean(h^4) / mean(h^2)^2 over the channels of a token, mean over tokens; 3 '
   'for a normal distribution',
-  'gate_mean': 'mean of the scores over tokens, heads and channels',
+  'gate_mean': 'mean of the scores over tokens, heads and channels; of several gates, '
+  'those of the first one',
   'gate_std': 'standard deviation of the scores over tokens, heads and channels',
   **{f'gate_below_{x:g}': f'share of scores below {x:g}' for x in gates.BELOW},
   'gate_histogram': 'number of scores in each bin; "edges" are the limits of the bins, '

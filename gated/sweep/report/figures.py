@@ -23,6 +23,7 @@ from gated.sweep.report.published import PROBES, Row
 
 Drawn = tuple[Figure, str] | None  # A figure and its caption; None without data.
 COLUMN, PAGE = 3.5, 5.5  # Widths in inches.
+MANY = 10  # More lines need the width of a page for their names.
 NARROW = 0.15  # If stable losses fill less than this of the axis, it shows only them.
 
 
@@ -200,20 +201,25 @@ def probed(lines: list[Line], rows: Sequence[Row] = ()) -> Drawn:
   figure = Figure(figsize=(PAGE, 2.4 + 0.15 * -(-len(shown) // 2)))
   axes = figure.subplots(1, 2)
   papers = {row.paper['row']: row.paper['published'] for row in rows}.values()
-  caption = 'Mean over the seeds of the last probed step; dashed: lines without a gate.'
+  caption = 'Mean over the seeds of the last probed step. Lines without a gate: '
+  caption += 'horizontal lines, whose marks have no meaning along the axis.'
+  bare = [i for i, x in shown if probes.value(x.best, probes.GATE) is None]
   correlated = False
   for ax, name in zip(axes, probes.AGAINST, strict=True):
     values = []
     for i, line in shown:
       x, y = probes.value(line.best, probes.GATE), probes.value(line.best, name)
-      look_of = look(i) | ({'ls': 'none'} if x is not None else {'marker': ''})
+      look_of = look(i) | {'ls': 'none', 'zorder': 3}
       if y is None:
         continue
       values.append(y)
       if x is None:
-        ax.axhline(y, color=look_of['color'], ls=(0, (4, 2)), lw=0.9)
+        ax.axhline(y, color=look_of['color'], lw=0.5)
+        # Side by side, so that marks of equal levels can be told apart.
+        place = (bare.index(i) + 0.5) / len(bare)
+        ax.plot([place], [y], transform=ax.get_yaxis_transform(), **look_of)
       else:
-        ax.plot([x], [y], zorder=3, **look_of)
+        ax.plot([x], [y], **look_of)
     pairs = [_paper(paper, name) for paper in papers]
     for x, y in [(x, y) for x, y in pairs if x is not None and y is not None]:
       ax.plot([x], [y], marker='o', ms=4, mfc='none', mec=GREY, ls='none', zorder=2)
@@ -223,7 +229,8 @@ def probed(lines: list[Line], rows: Sequence[Row] = ()) -> Drawn:
       ax.set_ylim(min(values) / 1.5, max(values) * 1.5)
     else:
       ax.set_ylim(0, 1.12 * max(values))
-    ax.set(xlabel='mean gate score', ylabel=LABELS[name], xlim=(0, None))
+    ax.set(xlabel='mean gate score', ylabel=LABELS[name])
+    ax.set_xlim(0, 1.05 * max(ax.dataLim.x1, 1e-9))
     texts = {'ours': probes.of_lines(lines, name), 'paper': probes.correlation(pairs)}
     found = [f'ρ {who} {rho}' for who, rho in texts.items() if rho]
     ax.set_title('\n'.join(found), size=7)
@@ -235,7 +242,7 @@ def probed(lines: list[Line], rows: Sequence[Row] = ()) -> Drawn:
     handles.append(Line2D([], [], label=label, **circle))
     caption += " Circles: the paper's models; scale and data differ from ours."
   options: dict[str, Any] = dict(loc='outside lower center', handlelength=2.5)
-  figure.legend(handles=handles, ncols=2, **options)
+  figure.legend(handles=handles, ncols=3 if len(handles) > MANY else 2, **options)
   if correlated:
     caption += " ρ: Spearman's rank correlation over the gated lines."
   title = 'First-token attention and largest activation against the gate score.'
@@ -249,10 +256,8 @@ LABELS = {
 
 
 def _mark(i: int, line: Line) -> Line2D:
-  gated = probes.value(line.best, probes.GATE) is not None
-  own: dict[str, Any] = look(i) | (
-    {'ls': 'none'} if gated else {'marker': '', 'ls': (0, (4, 2))}
-  )
+  bare = probes.value(line.best, probes.GATE) is None
+  own: dict[str, Any] = look(i) | {'ls': '-' if bare else 'none', 'lw': 0.5}
   return Line2D([], [], label=wrapped(line.name, 30), **own)
 
 

@@ -221,6 +221,13 @@ class Cell:
     self.spread = judge.spread(self.finals)
     self.mean = self.spread.mean
 
+  def probe(self, name: str) -> float | None:
+    """The last value of a probe, mean over the seeds; None if it was not logged."""
+    points = [p for p in self.points if not p.diverged]
+    values = [p.log.curves[f'probes/{name}'].last for p in points]
+    known = [x for x in values if x is not None]
+    return sum(known) / len(known) if known else None
+
 
 class Line:
   """Points that differ only in learning rate and seed."""

@@ -10,15 +10,13 @@ from typing import NamedTuple
 
 from gated import probes
 from gated.sweep.report.points import Cell, Line
-from gated.sweep.report.tables import Table
+from gated.sweep.report.tables import SINKS, Table
 
 # Scalars of the probes -> their headings and formats.
 SHOWN = {
   'gate_mean': ('gate score', '.3f'),
   'gate_below_0.1': ('scores < 0.1', '.3f'),
-  'first_token_attention': ('F-Attn', '.4f'),
-  'sink_rate': ('sink rate', '.3f'),
-  'm_act': ('M-Act', '.4g'),
+  **SINKS,
   'kurtosis': ('kurtosis', '.3g'),
   'output_below_1e-2': ('|y| < 0.01', '.3f'),
 }
@@ -36,11 +34,8 @@ class Correlation(NamedTuple):
 
 
 def value(cell: Cell | None, name: str) -> float | None:
-  """The last value of a scalar, mean over the seeds; None if it was not logged."""
-  points = [p for p in cell.points if not p.diverged] if cell else []
-  values = [p.log.curves[f'probes/{name}'].last for p in points]
-  known = [x for x in values if x is not None]
-  return sum(known) / len(known) if known else None
+  """`Cell.probe`; None without a cell."""
+  return cell.probe(name) if cell else None
 
 
 def lines_with(lines: Sequence[Line]) -> list[Line]:

@@ -16,9 +16,15 @@ from gated.sweep.report.results import Result
 KEPT = 300  # Points of a curve in curves.csv.
 # Cells that are aligned right.
 NUMBER = re.compile(
-  r'(|–|diverged( \d+ of \d+)?|\d+ pairs'
+  r'(|–|(diverged )?\d+ of \d+|diverged|\d+ pairs'
   r'|[+-]?[\d.,]+(e-?\d+)?[kMGTB]?( ± [\d.]+| \(\+[\d.inf]+\))?)'
 )
+# Probes that the main table has too -> their headings and formats.
+SINKS = {
+  'first_token_attention': ('F-Attn', '.4f'),
+  'sink_rate': ('sink rate', '.3f'),
+  'm_act': ('M-Act', '.4g'),
+}
 # Characters that Markdown would interpret.
 MARKUP = re.compile(r'[\\`*\[\]<>|&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])')
 
@@ -139,7 +145,10 @@ def of_results(results: Sequence[Result]) -> Table:
       row |= {'difference': r.difference.value, 'pairs': r.difference.pairs}
       row |= {'difference_interval': _finite(r.difference.within)}
       row |= {'verdict': r.difference.verdict}
-    rows.append(row)
+    ended = [p for p in r.line.points if p.done]
+    row |= {'ended': len(ended), 'diverged': sum(p.diverged for p in ended)}
+    probed = {name: r.cell.probe(name) for name in SINKS} if r.cell else {}
+    rows.append(row | {f'probe_{k}': x for k, x in probed.items() if x is not None})
   return _from(rows)
 
 
@@ -148,13 +157,21 @@ def _finite(x: float) -> float | None:
 
 
 def main(results: Sequence[Result], loss: str) -> Table:
-  """The main table as it is shown; `loss` names the loss."""
+  """The main table as it is shown; `loss` names the loss.
+
+  `diverged` counts the runs of a line at all its rates.
+  """
+  logged = lambda name: any(r.cell and r.cell.probe(name) is not None for r in results)
+  names = [name for name in SINKS if logged(name)]
   columns = ['', 'parameters', 'added', 'FLOPs/token', 'tokens/s', 'best lr', loss]
-  columns += ['seeds', 'difference', 'verdict']
+  columns += ['seeds', 'difference', 'verdict', 'diverged']
+  columns += [SINKS[name][0] for name in names]
   rows = []
   for r in results:
     n, d = r.cell and len(r.cell.finals), r.difference
     added = None if r.added is None else f'{r.added:+,}' if r.added else '0'
+    ended = [p.diverged for p in r.line.points if p.done]
+    probed = [r.cell and r.cell.probe(name) for name in names]
     rows.append(
       [
         r.line.name,
@@ -167,6 +184,11 @@ def main(results: Sequence[Result], loss: str) -> Table:
         f'{d.pairs} pairs' if d and d.pairs else n,
         _plus_minus(f'{d.value:+.4f}', d.within) if d else None,
         d.verdict if d else None,
+        f'{sum(ended)} of {len(ended)}',
+        *(
+          None if x is None else format(x, SINKS[name][1])
+          for name, x in zip(names, probed, strict=True)
+        ),
       ]
     )
   return Table(columns, rows)
