@@ -4,9 +4,9 @@ python scripts/sweep.py run --config=configs/rivals.py:scale=test
 python scripts/sweep.py run --config=configs/rivals.py --config.data.mixture=DIR
 python scripts/sweep.py run --config=configs/rivals.py:rounding,scale=test
 Remedies x learning rates x seeds of the 28-layer model of Table 2, one change each. The
-report has each remedy's loss, its divergence and its speed; `log.probes` adds first-token
-attention, the sink rate and massive activations, whose means the table of results holds.
-optimizer=muon trains all with Muon, the optimizer that QK-clip was made for.
+table of results has each remedy's loss, divergence and speed, and from `log.probes` its
+first-token attention, sink rate and massive activations. optimizer=muon trains all with
+Muon, the optimizer that QK-clip was made for.
 
 'rounding' asks whether bfloat16's share in divergence is the rounding of fused kernels
 (arXiv 2510.04212): float32, bfloat16 with their rounding, and the same without its bias,
@@ -18,27 +18,22 @@ scale=proxy (the default): 62M parameters, 33M tokens a run; it needs prepared t
 vocabulary of at most 8192. scale=test: seconds a run.
 """
 
-from configs import axes, base, dense_1b7, table2
+from configs import axes, base, dense_1b7, lr_sweep, table2
 
 SCALES = {
   'paper': dict(log=dict(probes=5000)),
-  'proxy': dict(
-    steps=1000,
-    batch=64,
-    model=dict(vocab=8192),
-    optim=dict(warmup=100),
-    eval=dict(every=250, rows=256),
-    checkpoint=dict(every=500),
-    log=dict(indicators=20, probes=250),
-  ),
+  'proxy': lr_sweep.SCALES['proxy'] | dict(log=dict(indicators=20, probes=250)),
   'test': dict(
     steps=40,
     optim=dict(warmup=5),
     eval=dict(every=40),
     checkpoint=dict(every=40),
+    model=dict(norm_rank=2),  # 16 would add 15% of the parameters.
     log=dict(indicators=10, probes=20, tensorboard=False),
   ),
 }
+# The limits of QK-clip and of the soft cap; test models have logits of about 3.
+LIMITS = {'paper': (100.0, 50.0), 'proxy': (100.0, 50.0), 'test': (2.0, 2.0)}
 RATES = {'paper': (4e-3, 8e-3), 'proxy': (2e-3, 4e-3, 8e-3), 'test': (1e-2,)}
 
 
@@ -46,8 +41,9 @@ def _model(**knobs) -> dict:
   return {f'model.{knob.replace("__", ".")}': value for knob, value in knobs.items()}
 
 
-def remedies(length: int) -> dict[str, dict]:
-  """Tokens of a row -> the changed knobs of each remedy."""
+def remedies(length: int, scale: str) -> dict[str, dict]:
+  """Tokens of a row and a scale -> the changed knobs of each remedy."""
+  tau, cap = LIMITS[scale]
   # A quarter of a row in every second layer.
   window = _model(attn__window=length // 4, attn__global_layers='every:2')
   sink_logit = _model(attn__normalizer='sink_logit')
@@ -74,8 +70,8 @@ def remedies(length: int) -> dict[str, dict]:
     'window_sink_logit': window | sink_logit,
     # Limits of the logits.
     'no_qk_norm': plain,
-    'qk_clip': plain | {'optim.qk_clip': 100.0},
-    'logit_cap': plain | _model(attn__logit_cap=50.0),
+    'qk_clip': plain | {'optim.qk_clip': tau},
+    'logit_cap': plain | _model(attn__logit_cap=cap),
     # In the residual stream.
     'sandwich': _model(branch_norm='rms'),
     'gated_norm': _model(norm='gated'),
@@ -112,7 +108,7 @@ def get_config(arg: str = ''):
 def get_grid(arg: str = '') -> list[axes.Point]:
   chosen = base.arguments(arg, 'remedies', 'rounding', **ARGUMENTS)
   c = get_config(arg)
-  named = remedies(c.data.length)
+  named = remedies(c.data.length, chosen['scale'])
   for name in ('elementwise', 'headwise'):
     # Narrowed by the gate's parameters, as in Table 2.
     m = c.model.copy_and_resolve_references()

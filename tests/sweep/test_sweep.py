@@ -165,7 +165,7 @@ def planned(*words):
     (
       'gate_design.py:scale=test,seeds=1',
       19,
-      {'decay': '1.0', 'init': 'closed', 'inputs': 'rank:4', 'variant': 'headwise'},
+      {'decay': '10.0', 'init': 'closed', 'inputs': 'rank:4', 'variant': 'headwise'},
     ),
     ('gate_design.py:positions,scale=test', 15, {'variant': 'g1_late_g2'}),
     ('retrofit.py:scale=test,seeds=2', 14, {'way': 'gates_first'}),
