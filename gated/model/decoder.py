@@ -147,9 +147,7 @@ class Block(nnx.Module):
     self.clip = cfg.branch_clip
     std_out = cfg.numerics.residual_std(cfg.depth)
     opts: dict[str, Any] = dict(width=cfg.width, std_out=std_out, numerics=cfg.numerics)
-    norm = lambda name, alpha: NORMS[cfg.norm](
-      child_key(key, name), cfg.width, cfg.norm_rank, alpha, cfg.numerics
-    )
+    norm = lambda name, alpha: NORMS[cfg.norm](cfg, child_key(key, name), alpha)
     sandwich = cfg.branch_norm == 'rms'
     branch_norm = lambda: RMSNorm(cfg.width, axes=(None,), numerics=cfg.numerics)
     self.attn_norm = norm('attn_norm', cfg.norm_alpha[0])
@@ -218,9 +216,7 @@ class Transformer(nnx.Module):
     for name, own in cfg.gated.items():
       keep = lambda leaf, own=own: leaf[jnp.array(own)] if len(own) < cfg.depth else leaf
       setattr(self.blocks.attn, name, jax.tree.map(keep, getattr(self.blocks.attn, name)))
-    self.norm = NORMS[cfg.norm](
-      child_key(key, 'norm'), cfg.width, cfg.norm_rank, cfg.norm_alpha[1], cfg.numerics
-    )
+    self.norm = NORMS[cfg.norm](cfg, child_key(key, 'norm'), cfg.norm_alpha[1])
     head = child_key(key, 'head')
     self.head = None if cfg.tied else table(head, numerics=cfg.numerics)
 

@@ -12,6 +12,7 @@ and k2 are learned vectors (K,), and layers count from 0.
 B batch  T tokens  S keys' tokens  H heads  G KV heads  R = H/G  K head width  L layers
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -34,11 +35,9 @@ class Differential(nnx.Module):
   """Attention to given values -> the normalized difference of the heads of each pair."""
 
   def __init__(self, key: jax.Array, *, head_dim: int, numerics: Numerics):
+    draw = functools.partial(normal_param, std=STD, dtype=jnp.float32)
     for name in VECTORS:
-      draw = dict(std=STD, dtype=jnp.float32)
-      setattr(
-        self, name, normal_param(child_key(key, name), (head_dim,), (None,), **draw)
-      )
+      setattr(self, name, draw(child_key(key, name), (head_dim,), (None,)))
     self.norm = RMSNorm(2 * head_dim, axes=(None,), numerics=numerics)
     self.start: nnx.Variable | None = nnx.data(None)  # of this layer; layer 0's if None
 
@@ -51,9 +50,8 @@ class Differential(nnx.Module):
     both = [jnp.repeat(pairs[:, :, :, i : i + 1], 2, 3) for i in (0, 1)]
     (y0, lse), (y1, _) = (attend(v.reshape(B, S, G, K)) for v in both)
     T, H = y0.shape[1:3]
-    y = (
-      jnp.stack([y0, y1], -2).astype(jnp.float32).reshape(B, T, G // 2, 2, H // G, 2 * K)
-    )
+    y = jnp.stack([y0, y1], -2).astype(jnp.float32)
+    y = y.reshape(B, T, G // 2, 2, H // G, 2 * K)
     first = self._start()
     z = y[:, :, :, 0] - (self._lambda() + first) * y[:, :, :, 1]
     z = (1 - first) * self.norm(z)

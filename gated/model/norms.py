@@ -54,17 +54,14 @@ def _dynamic_tanh(x, alpha, scale, bias):
   return (scale * jnp.tanh(alpha * x.astype(jnp.float32)) + bias).astype(x.dtype)
 
 
-# Norms before a branch and at the end. Each entry: (key, D, rank, alpha, numerics) ->
-# module; only 'gated' reads the rank, and only 'dyt' the initial alpha.
+# Norms before a branch and at the end: (config.model, key, initial alpha) -> module.
 NORMS = {
-  'rms': lambda key, dim, rank, alpha, numerics: RMSNorm(
-    dim, axes=(None,), numerics=numerics
+  'rms': lambda m, key, alpha: RMSNorm(m.width, axes=(None,), numerics=m.numerics),
+  'gated': lambda m, key, alpha: GatedNorm(
+    key, m.width, m.norm_rank, numerics=m.numerics
   ),
-  'gated': lambda key, dim, rank, alpha, numerics: GatedNorm(
-    key, dim, rank, numerics=numerics
-  ),
-  'pre_affine': lambda key, dim, rank, alpha, numerics: PreAffine(dim, numerics=numerics),
-  'dyt': lambda key, dim, rank, alpha, numerics: DynamicTanh(dim, alpha),
+  'pre_affine': lambda m, key, alpha: PreAffine(m.width, numerics=m.numerics),
+  'dyt': lambda m, key, alpha: DynamicTanh(m.width, alpha),
 }
 # Norms that do not change the scale of their input much: the authors multiply embeddings
 # by a learned scalar, first sqrt(D), without which their models do not converge.
