@@ -7,6 +7,7 @@ Set GATED_TEST_PLATFORM=cuda (or tpu) to run on an accelerator; tests marked
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,10 @@ sys.path.insert(0, str(ROOT))
 from faults import process
 
 os.environ['XLA_FLAGS'] = f'{process.xla_flags(8, PLATFORM)} {PATIENT}'
+
+# A shell starts background commands with Ctrl-C ignored, which children would inherit.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests may reach their own object-store servers only, never a store of this machine.
 for name in [name for name in os.environ if name.startswith(process.STORES)]:

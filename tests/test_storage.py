@@ -50,6 +50,15 @@ def test_a_tilde_is_the_home_folder_and_any_other_name_is_itself(monkeypatch):
     assert os.fspath(storage.path(storage.path(name))) == os.path.abspath(name)
 
 
+def test_dots_behind_a_link_are_the_folder_of_its_target(tmp_path):
+  (tmp_path / 'there/deep').mkdir(parents=True)
+  (tmp_path / 'link').symlink_to(tmp_path / 'there/deep')
+  real = os.path.realpath(tmp_path)
+  assert os.fspath(storage.path(tmp_path / 'link/../run')) == f'{real}/there/run'
+  for name in ('../run', 'a/../run'):
+    assert os.fspath(storage.path(name)) == name
+
+
 def test_a_missing_file_is_named(folder):
   storage.write(folder / 'one', b'1')
   for path in (folder / 'two', folder / 'no' / 'where'):

@@ -442,6 +442,10 @@ def test_paths_are_quoted_in_mixtures_and_domains(tmp_path):
   for text in ('runs/lr=x', 'a,', ',a', '"a', '"a"b', 'a=0', 'a=1=2', ''):
     with pytest.raises(ValueError, match=re.escape(f'config.data.mixture={text!r}')):
       mixture.terms(text)
+  home = os.path.expanduser('~')
+  assert [t.directory for t in mixture.terms('~/a,"~/b,c"=2,./~')] == [
+    f'{home}/a', f'{home}/b,c', './~'
+  ]  # fmt: skip
   (tmp_path / 'a,b=c').mkdir()
   for i in range(9):
     (tmp_path / 'a,b=c' / f'{i}.txt').write_text(f'some text {i}')

@@ -12,7 +12,6 @@ import concurrent.futures
 import contextlib
 import logging
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -69,8 +68,6 @@ def main(argv: list[str]) -> int:
     for row in chosen:
       print(f'{row.number:>4}  {row.times:3} times  {row.fault}')
     return 0
-  # A shell starts background commands with Ctrl-C ignored, which runs would inherit.
-  signal.signal(signal.SIGINT, signal.default_int_handler)
   # The faults are deliberate: only the results of the rows count.
   logging.getLogger('gated').propagate = False
   logging.getLogger('absl').setLevel(logging.CRITICAL)

@@ -12,7 +12,7 @@ from typing import Any
 
 from faults import evidence
 from faults.process import Done
-from faults.world import SMALL, STEPS, Outcome, Row, Tally, World, arguments
+from faults.world import SAVES, SMALL, STEPS, Outcome, Row, Tally, World, arguments
 
 from gated.run import checkpoint, metrics, outcome
 
@@ -162,12 +162,12 @@ def _preparing(world: World, number: int) -> None:
   folder, made = world.path('texts'), world.path('set')
   folder.mkdir()
   for i in range(300):
-    text = '\n'.join(f'a line {i * j % 977} of text' for j in range(3000))
+    text = '\n'.join(f'a line {i * j % 9977} of text' for j in range(9000))
     (folder / f'{i}.txt').write_text(text)
   command = ['scripts/prepare_data.py', f'--out={made}', '--length=128']
-  command += ['--tokenizer=bpe:2000', f'--domain=a={folder}', '--processes=2']
+  command += ['--tokenizer=bpe:1000', f'--domain=a={folder}', '--processes=2']
   child = world.spawn(command, group=True)
-  child.until(lambda: 'tok' in child.err or list(made.rglob('*.unit')))
+  assert child.until(lambda: list(made.rglob('*.unit'))), child.err
   os.killpg(child.pid, number)
   done = child.wait()
   assert done.code == 128 + number, done.tail()
@@ -262,10 +262,10 @@ HANDS: dict[str, tuple] = {
 }
 
 
-def _unlocked(world: World) -> None:
+def _unlocked(world: World, place: str) -> None:
   """lock.json is removed while a run lives, and a second run starts."""
   straight, workdir = world.straight(), world.path('unlocked')
-  stop = {'do': 'stop', 'at': 'step', 'step': 6}
+  stop = {'do': 'stop', 'at': place, 'step': SAVES}
   first = world.train(workdir, fault=stop)
   assert first.until(lambda: 'fault: stop' in first.err), first.err
   time.sleep(1)
@@ -293,8 +293,9 @@ def by_hand(world: World, times: int) -> Outcome:
       done.expect(0, *cases[fault][1:])
       assert evidence.losses(copy)[-10:] == straight.losses[-10:]
       assert world.digest(copy, STEPS) == straight.digest
-  with tally.one('lock.json is removed, and a second run starts'):
-    _unlocked(world)
+  for place in ('step', 'renamed'):
+    with tally.one(f'lock.json is removed at {place}, and a second run starts'):
+      _unlocked(world, place)
   return tally.outcome()
 
 

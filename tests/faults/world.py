@@ -134,6 +134,8 @@ class World:
     self._names = 0
 
   def __enter__(self) -> 'World':
+    # A shell starts background commands with Ctrl-C ignored, which runs would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return self
 
   def __exit__(self, *_) -> None:

@@ -113,10 +113,11 @@ def fill(draft):
 with shutdown.leaving():
   cache.make({str(tmp_path / 'corpus')!r}, lambda: False, fill, resumes=False)
 """
-  for number in (signal.SIGTERM, signal.SIGHUP):
+  for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
     done = run_python(['-c', source, str(int(number))], timeout=60)
     assert (done.returncode, done.stdout) == (128 + number, ''), done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ['.corpus.lock']
+  assert done.stderr == '-c: stopped by Ctrl-C\n'
 
 
 @pytest.mark.slow

@@ -159,7 +159,7 @@ def test_shellcheck_reports_an_unquoted_variable(shellcheck):
 def arguments(s, on):
   """The arguments of job.sh on the first host, as bash expands them."""
   # A script that prints its arguments replaces the job.
-  show = r'printf "%s\0" "$@"; exit 9'
+  show = r'printf "%s\0" "$@"; exit 2'
   if on == 'jobset':
     command = container(yaml.safe_load(next(iter(s.files.values()))))['command']
     return [expanded(word) for word in command[4:]]

@@ -24,6 +24,7 @@ from gated.sweep.report.published import PROBES, Row
 Drawn = tuple[Figure, str] | None  # A figure and its caption; None without data.
 COLUMN, PAGE = 3.5, 5.5  # Widths in inches.
 MANY = 10  # More lines need the width of a page for their names.
+SHORT = 20  # Characters of a name that fits a page three times.
 NARROW = 0.15  # If stable losses fill less than this of the axis, it shows only them.
 
 
@@ -242,7 +243,9 @@ def probed(lines: list[Line], rows: Sequence[Row] = ()) -> Drawn:
     handles.append(Line2D([], [], label=label, **circle))
     caption += " Circles: the paper's models; scale and data differ from ours."
   options: dict[str, Any] = dict(loc='outside lower center', handlelength=2.5)
-  figure.legend(handles=handles, ncols=3 if len(handles) > MANY else 2, **options)
+  figure.legend(
+    handles=handles, ncols=legend_columns([x.name for _, x in shown]), **options
+  )
   if correlated:
     caption += " ρ: Spearman's rank correlation over the gated lines."
   title = 'First-token attention and largest activation against the gate score.'
@@ -253,6 +256,11 @@ LABELS = {
   'first_token_attention': 'first-token attention (F-Attn)',
   'm_act': 'largest activation (M-Act)',
 }
+
+
+def legend_columns(names: Sequence[str]) -> int:
+  """The columns of a legend as wide as a page."""
+  return 3 if len(names) > MANY and max(map(len, names)) <= SHORT else 2
 
 
 def _mark(i: int, line: Line) -> Line2D:

@@ -13,7 +13,14 @@ from matplotlib.lines import Line2D
 from scipy import ndimage
 
 from gated.probes.style import look, wrapped
-from gated.sweep.report.figures import COLUMN, MANY, PAGE, Drawn, log_scale
+from gated.sweep.report.figures import (
+  COLUMN,
+  MANY,
+  PAGE,
+  Drawn,
+  legend_columns,
+  log_scale,
+)
 from gated.sweep.report.logs import AXES, Curve, Log
 from gated.sweep.report.points import Line
 
@@ -57,8 +64,9 @@ def losses(series: Sequence[Series], *, base: int, by: str) -> Drawn:
     return None
   below = [s for s in shown if s is not series[base]] if series[base] in shown else []
   rows = 2 if below else 1
-  columns = 3 if len(shown) > MANY else 1
-  height = 2.2 * rows + 0.16 * -(-len(shown) // columns) + 0.3
+  columns = legend_columns([s.label for s in shown]) if len(shown) > MANY else 1
+  names = [wrapped(s.label, 30 if columns > 1 else 44) for s in series]
+  height = 2.2 * rows + 0.16 * sum(n.count('\n') + 1 for n in names) / columns + 0.3
   figure = Figure(figsize=(PAGE if columns > 1 else COLUMN, height))
   axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
   extent = max(_extent(log, by) for s in shown for log in s.logs.values())
@@ -68,9 +76,7 @@ def losses(series: Sequence[Series], *, base: int, by: str) -> Drawn:
     if s not in shown:
       continue
     drawn.append(_losses(axes[0], s, look(i), by, unit))
-    handles.append(
-      Line2D([], [], label=wrapped(s.label, 30 if columns > 1 else 44), **look(i))
-    )
+    handles.append(Line2D([], [], label=names[i], **look(i)))
   _frame(axes[0], drawn)
   axes[0].set_ylabel('loss (nats/token)')
   many = any(len(s.logs) > 1 for s in shown)
