@@ -2,7 +2,7 @@
 
 A mixture is 'DIR[@DOMAIN][=WEIGHT],...'. A part without a weight has weight 1; a part
 without a domain pools the rows of all its domains. A DIR with one of ',@=' is quoted:
-'"runs/lr=3"@code=2'.
+'"runs/lr=3"@code=2'. A `~` at the start of DIR is the home folder.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ def terms(mixture: str) -> list[Term]:
         f'config.data.mixture={mixture!r}: {mixture[at:]!r} does not begin with '
         'DIR[@DOMAIN][=WEIGHT], with a weight above 0; quote a DIR that has one of ",@="'
       )
-    directory = term['quoted'] or term['plain']
+    directory = os.path.expanduser(term['quoted'] or term['plain'])
     result.append(Term(directory, term['domain'] or '', fractions.Fraction(weight)))
     at = term.end() + 1
   if len({term[:2] for term in result}) < len(result):

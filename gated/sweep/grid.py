@@ -245,7 +245,7 @@ def inputs(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
   mixture, weights = recipe['data']['mixture'], recipe['init_from']
   terms = [] if mixture == data.STDLIB else mixtures.terms(mixture)
   places = [('data.mixture', term.directory) for term in terms]
-  return places + ([('init_from', weights)] if weights else [])
+  return places + ([('init_from', os.path.expanduser(weights))] if weights else [])
 
 
 def check_here(points: Sequence[Point]) -> None:
