@@ -53,6 +53,10 @@ def path(spec: PathLike) -> Path:
     if re.match(r'(gs|s3):/', text):
       raise ValueError(f'{text!r} has one slash: write {text.replace(":/", "://", 1)!r}')
     home = Path(os.path.expanduser(text))
+    if '..' in home.parts and os.path.realpath(home) != os.path.realpath(
+      os.path.normpath(home)
+    ):
+      return Path(os.path.realpath(home))  # Orbax removes LINK/.. as if it were FOLDER/..
     # A folder that is named like that, ./~, stays itself also when it is joined.
     return Path(os.path.abspath(home)) if os.fspath(home).startswith('~') else home
   if scheme not in STORES:
