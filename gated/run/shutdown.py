@@ -88,24 +88,30 @@ class Sigterm(contextlib.ExitStack):
 def leaving() -> Generator[None]:
   """Before a run handles signals: one removes half-made files and ends the process.
 
-  The exit code is the usual one of SIGTERM or SIGHUP. In a run of several processes JAX
-  handles SIGTERM, and the next one removes what a killed one left.
+  The exit code is the usual one of the signal; Ctrl-C prints one line. In a run of
+  several processes JAX handles SIGTERM, and the next one removes what a killed one left.
   """
 
   def leave(number: int, _) -> NoReturn:
-    # No SystemExit: it would be lost in a callback of the garbage collector.
+    # No exception: it would be lost in a callback of the garbage collector.
+    if number == signal.SIGINT:
+      signal.signal(number, signal.SIG_IGN)
+      with contextlib.suppress(OSError):
+        os.write(2, f'{os.path.basename(sys.argv[0])}: stopped by Ctrl-C\n'.encode())
     cache.remove_drafts()
     os._exit(128 + number)
 
   numbers = (signal.SIGTERM, signal.SIGHUP) if jax.process_count() == 1 else ()
-  free = [n for n in numbers if signal.getsignal(n) == signal.SIG_DFL]
+  usual = signal.SIG_DFL, signal.default_int_handler
+  before = {n: signal.getsignal(n) for n in (*numbers, signal.SIGINT)}
+  free = {n: handler for n, handler in before.items() if handler in usual}
   try:
     for number in free:
       signal.signal(number, leave)
     yield
   finally:
-    for number in free:
-      signal.signal(number, signal.SIG_DFL)
+    for number, handler in free.items():
+      signal.signal(number, handler)
 
 
 def exit_code(train: Callable[[], int], path: storage.Path, *, program: str) -> int:
