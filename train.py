@@ -73,6 +73,9 @@ def train(run: Run) -> int:
     with pulse, shutdown.without_peers(cfg.stability.peer_timeout, run.workdir):
       try:
         return _sessions(run, step, Services(saves, lock, sigterm, pulse))
+      except checkpoint.SaveFailed:
+        workdirs.check_held(lock, now=True)  # A new owner may have removed the step.
+        raise
       except FloatingPointError as error:
         reason = f'{error}; the last saved step is {saves.latest()}'
         raise FloatingPointError(reason) from error
