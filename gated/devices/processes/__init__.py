@@ -40,7 +40,7 @@ def start(
   if not coordinator:
     if processes > 1:
       raise ValueError(f'--processes={processes} without --coordinator=HOST:PORT')
-    return
+    return _open_backend()
   end = time.monotonic() + start_timeout
   if coordinator == 'auto':
     if processes > 1:
@@ -64,6 +64,15 @@ def start(
     cluster_detection_method=None if place.shared else 'deactivate',
     heartbeat_timeout_seconds=peer_timeout,
   )
+
+
+def _open_backend() -> None:
+  """ValueError, with JAX's reason, if the platform of JAX_PLATFORMS cannot be opened."""
+  try:
+    jax.devices()
+  except RuntimeError as error:
+    chosen = f'JAX_PLATFORMS={jax.config.jax_platforms!r}'
+    raise ValueError(f'{chosen}: {error}'.partition('\n')[0]) from error
 
 
 def _go_direct(address: str) -> None:
