@@ -291,22 +291,19 @@ class Transformer(nnx.Module):
       blocks = stacks.copied(blocks)
       start_L = jnp.array([differential.start(i) for i in range(self.cfg.depth)])
       blocks.attn.differential.start = nnx.Variable(start_L, axes=())
-    if len(self.cfg.runs) == 1:
+    names, sizes = zip(*self.cfg.runs)
+    if len(sizes) == 1:
       return [(blocks, *also)]
-    sizes = [count for _, count in self.cfg.runs]
     gates, bare = blocks.attn.gates, stacks.copied(blocks)
     for name in gates:
       setattr(bare.attn, name, None)
     parts = stacks.split((bare, *also), sizes)
-    for part, (names, _) in zip(parts, self.cfg.runs):
-      part[0].attn.window = self.cfg.attn.window if 'window' in names else 0
-    for name, own in gates.items():
-      mine = [
-        part[0].attn for part, (names, _) in zip(parts, self.cfg.runs) if name in names
-      ]
-      held = [count for names, count in self.cfg.runs if name in names]
-      for attn, stack in zip(mine, stacks.split(own, held)):
-        setattr(attn, name, stack)
+    for part, own in zip(parts, names):
+      part[0].attn.window = self.cfg.attn.window if 'window' in own else 0
+    for name, stack in gates.items():
+      having = [i for i, own in enumerate(names) if name in own]
+      for i, own in zip(having, stacks.split(stack, [sizes[i] for i in having])):
+        setattr(parts[i][0].attn, name, own)
     return parts
 
   def at_step(self, step: jax.Array | int) -> 'Transformer':
