@@ -71,7 +71,7 @@ def _open_backend() -> None:
   try:
     jax.devices()
   except RuntimeError as error:
-    chosen = f'JAX_PLATFORMS={jax.config.jax_platforms!r}'
+    chosen = f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")}'
     raise ValueError(f'{chosen}: {error}'.partition('\n')[0]) from error
 
 
