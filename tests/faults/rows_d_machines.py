@@ -4,13 +4,14 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from faults import process
+from faults import evidence, process
 from faults.rows_d_names import dry
 from faults.world import Outcome, Row, Tally, World, arguments
 
@@ -212,7 +213,27 @@ def _in_place(world: World, tally: Tally, first: Path) -> None:
     assert not workdir.exists(), list(workdir.rglob('*'))
 
 
+# 59
+
+
+def used_steps(world: World, times: int) -> Outcome:
+  """Runs take their weights from one that keeps one step and saves at each."""
+  tally, source = Tally(), world.path('source')
+  knobs: dict[str, Any] = dict(checkpoint__every=1, checkpoint__keep=1, steps=9999)
+  run = world.train(source, eval__every=9999, **knobs)
+  assert run.until(lambda: evidence.saved(source)), run.err
+  for _ in range(times):
+    with tally.one('init_from a run that removes its steps'):
+      before = max(evidence.saved(source))
+      world.finish(world.path('heir'), init_from=source, steps=1)
+      assert before not in evidence.saved(source), 'the step was not removed'
+  run.signal(signal.SIGTERM)
+  run.wait().expect(4)
+  return tally.outcome()
+
+
 ROWS_D = [
+  Row('59', 'a step that init_from uses is removed', used_steps, 1, 1),
   Row('57', 'odd environments and limits of a process', environments, len(SHELLS), 0),
   Row('58', 'odd states of a workdir', states, len(STATES), 0),
 ]
