@@ -52,8 +52,9 @@ def find(
   place, step = workdir.split_step(init_from)
   try:
     saves = storage.path(place) / 'checkpoints'
-    if not storage.is_remote(saves) and hf.is_checkpoint(storage.path(init_from)):
-      return _imported(storage.path(init_from), like, corpus, allowed)
+    folder = Path(storage.path(init_from))
+    if not storage.is_remote(saves) and hf.is_checkpoint(folder):
+      return _imported(folder, like, corpus, allowed)
     if not storage.names(saves):
       raise ValueError(f'neither {saves} nor a config.json with *.safetensors exists')
     return _saved(saves, step or 'latest', like, corpus)
