@@ -45,7 +45,7 @@ FULL = {
   'sigmoid': dict(attn__normalizer='sigmoid'),
   'softpick': dict(attn__normalizer='softpick'),
   'clipped': dict(attn__normalizer='clipped', attn__window=3),
-  'elastic': dict(attn__normalizer='elastic', norm='pre_affine'),
+  'elastic': dict(attn__normalizer='elastic', norm='pre_affine', attn__window=3),
   'rounding': dict(attn__rounding='repaired'),
   'caps': dict(attn__logit_cap=2.0, logit_cap=3.0),
   'switch_key_value': SWITCH | dict(attn__switch__where='key_value'),
