@@ -53,10 +53,9 @@ def path(spec: PathLike) -> Path:
     if re.match(r'(gs|s3):/', text):
       raise ValueError(f'{text!r} has one slash: write {text.replace(":/", "://", 1)!r}')
     home = Path(os.path.expanduser(text))
-    if '..' in home.parts and os.path.realpath(home) != os.path.realpath(
-      os.path.normpath(home)
-    ):
-      return Path(os.path.realpath(home))  # Orbax removes LINK/.. as if it were FOLDER/..
+    real = os.path.realpath(home)
+    if '..' in home.parts and real != os.path.realpath(os.path.normpath(home)):
+      return Path(real)  # Orbax removes LINK/.. as if it were FOLDER/..
     # A folder that is named like that, ./~, stays itself also when it is joined.
     return Path(os.path.abspath(home)) if os.fspath(home).startswith('~') else home
   if scheme not in STORES:
@@ -170,11 +169,8 @@ def remove(path: PathLike) -> None:
     raise ValueError(f'{place} is a whole bucket, which is never removed')
   with place.faults():
     if not place.store:
-      if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
-      else:
-        pathlib.Path(path).unlink(missing_ok=True)
-      return
+      folder = os.path.isdir(path) and not os.path.islink(path)
+      return shutil.rmtree(path) if folder else pathlib.Path(path).unlink(True)
 
     def remove_key(key: str) -> None:
       with contextlib.suppress(FileNotFoundError):
