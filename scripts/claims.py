@@ -29,8 +29,9 @@ def rows() -> list[ledger.Row]:
   names = sorted(path.parent.name for path in ROOT.glob('experiments/*/recipe.py'))
   serves = {n: importlib.import_module(f'experiments.{n}.recipe').CLAIMS for n in names}
   defaults = base.get_config().to_dict()
-  found = [r for n in names for r in result.read_all(storage.path(ROOT), n, ledger.SCALE)]
-  return ledger.rows([ledger.complete(r, defaults) for r in found], serves)
+  place = storage.path(ROOT)
+  results = [r for n in names for r in result.read_all(place, n, ledger.SCALE)]
+  return ledger.rows([ledger.complete(r, defaults) for r in results], serves)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

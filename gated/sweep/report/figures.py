@@ -233,9 +233,9 @@ def probed(lines: list[Line], rows: Sequence[Row] = ()) -> Drawn:
     ax.set(xlabel='mean gate score', ylabel=LABELS[name])
     ax.set_xlim(0, 1.05 * max(ax.dataLim.x1, 1e-9))
     texts = {'ours': probes.of_lines(lines, name), 'paper': probes.correlation(pairs)}
-    found = [f'ρ {who} {rho}' for who, rho in texts.items() if rho]
-    ax.set_title('\n'.join(found), size=7)
-    correlated |= bool(found)
+    words = [f'ρ {who} {rho}' for who, rho in texts.items() if rho]
+    ax.set_title('\n'.join(words), size=7)
+    correlated |= bool(words)
   handles = [_mark(i, line) for i, line in shown]
   if any(None not in _paper(paper, probes.AGAINST[0]) for paper in papers):
     label = "the paper's Table 4"

@@ -80,8 +80,8 @@ def section(lines: Sequence[Line]) -> Iterator[str]:
     cells = [None if x is None else format(x, form) for x, form in numbers]
     rows.append([line.name, *cells])
   yield Table(['', *(SHOWN[name][0] for name in names)], rows).markdown()
-  found = {SHOWN[name][0]: of_lines(lines, name) for name in AGAINST}
-  texts = [f'{title}: {rho}' for title, rho in found.items() if rho]
+  correlations = {SHOWN[name][0]: of_lines(lines, name) for name in AGAINST}
+  texts = [f'{title}: {rho}' for title, rho in correlations.items() if rho]
   if texts:
     yield (
       "Spearman's rank correlation of the mean gate score over the gated lines, with "
