@@ -108,10 +108,14 @@ def _answers(port: int) -> bool:
 
 
 def _emulate() -> None:
-  """gcp_storage_emulator, but that it tells the generation of the bytes that it sends.
+  """gcp_storage_emulator, corrected in two points where Google's server differs.
 
-  Google's does so, and TensorStore cannot write again what came without.
+  It tells the generation of the bytes that it sends: TensorStore cannot write again
+  what came without. And it keeps a file's last byte where that is a carriage return:
+  gcsfs ends a part with a line feed alone, which the emulator's parser takes for the
+  second half of a line's end.
   """
+  from gcp_storage_emulator import server
   from gcp_storage_emulator.handlers import objects
 
   download = objects.download
@@ -123,6 +127,10 @@ def _emulate() -> None:
       response['x-goog-generation'] = storage.get_file_obj(*where)['generation']
 
   objects.download = told
+  decode = server._decode_raw_data
+  server._decode_raw_data = lambda data, request: (
+    (decode(data, request) or b'').replace(b'\n--==0==', b'\r\n--==0==')
+  )
   from gcp_storage_emulator.__main__ import main
 
   main()

@@ -1,6 +1,7 @@
 """Files on a disk and in an object store, with the same functions."""
 
 import errno
+import itertools
 import os
 import pathlib
 import subprocess
@@ -233,9 +234,10 @@ def test_upload_and_download_copy_complete_files(store, request, tmp_path):
   remote = f'{request.getfixturevalue(store)}/{tmp_path.name}'
   up, down = tmp_path / 'up', tmp_path / 'down'
   sizes = {f'{i % 3}/file{i}': i * 1000 for i in range(12)} | {'large': 2 * storage.PART}
-  for name, size in sizes.items():
+  ends = itertools.cycle([b'\r', b'\n', b'\r\n', b'\0', b'--', b''])
+  for (name, size), end in zip(sizes.items(), ends):
     (up / name).parent.mkdir(parents=True, exist_ok=True)
-    (up / name).write_bytes(os.urandom(size))
+    (up / name).write_bytes((os.urandom(size) + end)[-size:] if size else b'')
   storage.upload(up, f'{remote}/copy', sizes)
   assert storage.sizes(f'{remote}/copy') == sizes
   storage.download(f'{remote}/copy', down, sizes)
