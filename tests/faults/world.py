@@ -135,7 +135,9 @@ class World:
 
   def __enter__(self) -> 'World':
     # A shell starts background commands with Ctrl-C ignored, which runs would inherit.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Rows run in threads, which may not set a handler; the world of all rows has done it.
+    if threading.current_thread() is threading.main_thread():
+      signal.signal(signal.SIGINT, signal.default_int_handler)
     return self
 
   def __exit__(self, *_) -> None:
