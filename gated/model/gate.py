@@ -110,6 +110,11 @@ class Config:
       'place': ('before', 'after'),
       'score': ('float32', 'compute'),
     }
+    for position, place in POSITIONS.items():
+      if place and place.paper == self.position.upper():
+        raise ValueError(
+          f'{_NAME}.position={self.position!r} of the paper is {position!r} here'
+        )
     for field, values in allowed.items():
       config.one_of(f'{_NAME}.{field}', getattr(self, field), values)
     config.at_least(f'{_NAME}.std', self.std, 0.0)

@@ -197,6 +197,7 @@ G = 'config.model.attn.gate'
     (dict(gates='value;value'), r"two gates have position='value', but only one"),
     (dict(gates='value std=-1'), rf'{G}s\[0\].std=-1.0, but it must be at least 0'),
     (dict(gates='out;none'), rf"{G}s\[1\].position='none', but allowed are 'query'"),
+    (dict(gates='g2'), rf"{G}s\[0\].position='g2' of the paper is 'value' here"),
     (dict(gates='value wide=3'), rf"{G}s\[0\]='value wide=3': 'wide' is not a field"),
     (dict(gates='value std=x'), rf"{G}s\[0\].std='x', but a float is expected"),
     (dict(gates='value lr=1 lr=2'), r"'lr' is repeated"),
