@@ -16,7 +16,7 @@ from gated import data, evals, storage
 from gated.data.progress import Progress
 from gated.devices import mesh
 from gated.plan import probing
-from gated.plan.load import Loaded, load
+from gated.plan.load import Loaded, take
 from gated.probes import force
 from gated.run import metrics
 from gated.run import workdir as workdirs
@@ -47,7 +47,7 @@ def opened(workdir: str, *, step: str, cache: str, length: int, tokenizer: str) 
       raise ValueError(f'--{flag}={value}, but {place} is a run')
   try:
     with shown(f'reading {place}'):
-      return load(place, step=step, cache=cache)
+      return take(place, step=step, cache=cache)
   except ValueError as error:
     named = f' --step={step!r}' if step else ''
     raise ValueError(f'--workdir={place}{named}: {error}') from error
@@ -79,7 +79,7 @@ def runs(
     runs[f'gates {forced}'] = loaded.force(gates, layers=layers, text=text)
   for path in others:
     try:
-      other = load(path, cache=loaded.cache).fit(segments)
+      other = take(path, cache=loaded.cache).fit(segments)
       label = other.path.name
       label = f'{other.path}:{other.step}' if label in runs else label
       if label in runs:

@@ -4,6 +4,7 @@ T tokens  V vocabulary  L layers  H heads  K head width
 """
 
 import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from gated.plan import drawing, probing
 from gated.plan.opened import Opened, Text
 from gated.plan.plan import evaluate_step
 from gated.probes import attention, gates
-from gated.run import checkpoint, workdir
+from gated.run import checkpoint, weights, workdir
 
 # Required entries in a checkpoint's metadata.
 NEEDED = (
@@ -28,6 +29,8 @@ NEEDED = (
   'data.tokenizer',
   'stability.rollbacks',
 )
+_log = logging.getLogger('gated')
+
 CHUNK = 1024  # Tokens per device whose logits are in memory at a time, for imports.
 
 
@@ -200,6 +203,25 @@ def load(path: storage.PathLike, *, step: str | int = '', cache: str = '') -> Lo
   except ValueError as error:
     raise ValueError(f'{saves / str(number)}: {error}') from error
   return Loaded(folder, cfg, step=number, about=about, cache=cache)
+
+
+def take(path: storage.PathLike, *, step: str = '', cache: str = '') -> Loaded:
+  """As `load`, and reads the weights: a run in progress may remove any step.
+
+  If it has removed the step before its weights were read, 'latest' and 'best' are chosen
+  again; `weights.Removed` for a step that was given by its number.
+  """
+  by_number = workdir.split_step(str(path), step)[1].isdigit()
+  for left in reversed(range(1 if by_number else weights.ATTEMPTS)):
+    loaded = load(path, step=step, cache=cache)
+    try:
+      jax.block_until_ready(loaded.leaves)
+      return loaded
+    except weights.Removed:
+      if not left:
+        raise
+      _log.warning('%s has removed step %s meanwhile: choosing again', path, loaded.step)
+  raise AssertionError
 
 
 def _logits(net: model.Transformer, batch: data.Batch) -> jax.Array:

@@ -12,9 +12,9 @@ import numpy as np
 
 from gated import config, data, hf, model, storage
 from gated.data import tokenizer
-from gated.devices import mesh
+from gated.devices import mesh, trees
 from gated.plan.plan import reading
-from gated.run import checkpoint
+from gated.run import checkpoint, weights
 
 SHORTEST = 16  # Texts are padded to a power of two; this is the smallest.
 
@@ -60,23 +60,31 @@ class Opened:
   def model(self) -> model.Transformer:
     """The model: `model(tokens) -> logits`, with its weights."""
     _, like = reading(self.cfg)
-    if self.step is None:
-      net = hf.read(Path(self.path), like)
-    else:
-      with checkpoint.Reader(self.path / 'checkpoints') as saves:
-        try:
-          net = saves.restore_model(self.step, like)
-        except (ValueError, OSError) as error:
-          if not saves.removed([self.step]):
-            raise
-          raise ValueError(
-            f'{self.path} is a run in progress and has removed step {self.step} '
-            'meanwhile: start again, or name a step that it keeps'
-          ) from error
+    net = trees.unflatten(like, self.leaves)
     net = net if self.step is None else net.at_step(self.step)
     for change in self.changes:
       net = change(net)
     return net
+
+  @functools.cached_property
+  def leaves(self) -> dict[str, jax.Array]:
+    """The weights by name, as they were saved.
+
+    `weights.Removed` if a run in progress has removed the step since `load`.
+    """
+    _, like = reading(self.cfg)
+    if self.step is None:
+      return trees.flatten(hf.read(Path(self.path), like))
+    with checkpoint.Reader(self.path / 'checkpoints') as saves:
+      try:
+        return trees.flatten(saves.restore_model(self.step, like))
+      except (ValueError, OSError) as error:
+        if not saves.removed([self.step]):
+          raise
+        raise weights.Removed(
+          f'{self.path} is a run in progress and has removed step {self.step} '
+          'meanwhile: start again, or name a step that it keeps'
+        ) from error
 
   @functools.cached_property
   def tokenizer(self) -> tokenizer.Tokenizer:
@@ -163,6 +171,8 @@ class Opened:
     same: dict[str, Any] = dict(step=self.step, about=self.about, cache=self.cache)
     fitted = type(self)(self.path, cfg, **same)
     fitted.changes = self.changes
+    if 'leaves' in vars(self):  # The step may be gone, and is not read again.
+      fitted.leaves = self.leaves
     return fitted
 
   @functools.cache  # noqa: B019

@@ -217,7 +217,7 @@ def _in_place(world: World, tally: Tally, first: Path) -> None:
 
 
 def used_steps(world: World, times: int) -> Outcome:
-  """Runs take their weights from one that keeps one step and saves at each."""
+  """Runs and evaluations of a run that keeps one step and saves at each."""
   tally, source = Tally(), world.path('source')
   knobs: dict[str, Any] = dict(checkpoint__every=1, checkpoint__keep=1, steps=9999)
   run = world.train(source, eval__every=9999, **knobs)
@@ -227,13 +227,20 @@ def used_steps(world: World, times: int) -> Outcome:
       before = max(evidence.saved(source))
       world.finish(world.path('heir'), init_from=source, steps=1)
       assert before not in evidence.saved(source), 'the step was not removed'
+    for step in ('latest', 'best'):
+      with tally.one(f'eval.py --step={step} of a run that removes its steps'):
+        flags = ['--rows=2', '--yardsticks=none', f'--step={step}']
+        done = world.spawn(['eval.py', f'--workdir={source}', *flags]).wait().expect(0)
+        measured = json.loads(done.out.splitlines()[-1])['step']
+        assert (source / 'eval' / f'{measured}.json').exists(), done.tail()
+        assert measured not in evidence.saved(source), 'the step was not removed'
   run.signal(signal.SIGTERM)
   run.wait().expect(4)
   return tally.outcome()
 
 
 ROWS_D = [
-  Row('59', 'a step that init_from uses is removed', used_steps, 1, 1),
+  Row('59', 'a step that init_from or eval.py uses is removed', used_steps, 1, 1),
   Row('57', 'odd environments and limits of a process', environments, len(SHELLS), 0),
   Row('58', 'odd states of a workdir', states, len(STATES), 0),
 ]

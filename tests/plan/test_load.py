@@ -13,7 +13,8 @@ from gated import config, probes, storage
 from gated.data import tokenizer
 from gated.devices import mesh
 from gated.plan import Config, Plan, evaluation
-from gated.run import checkpoint
+from gated.plan import load as loading
+from gated.run import checkpoint, weights
 
 TEXT = 'def f(x):\n  return x\n'
 GATES = {
@@ -146,6 +147,50 @@ def test_texts_that_cannot_be_measured_are_refused(headwise, tmp_path):
     gated.load(folder).gates([1, 2])
   with pytest.raises(ValueError, match='another tokenizer than'):
     gated.load(folder).loss(TEXT)
+
+
+def test_a_step_that_its_run_removes_meanwhile_is_chosen_again(
+  tmp_path, monkeypatch, caplog
+):
+  """Step 3 is saved after the choice of step 2, which retention then removes."""
+  folder, _ = saved(tmp_path)
+  choose, chosen = loading.load, []
+
+  def overtaken(*args, **options):
+    run = choose(*args, **options)
+    chosen.append(run.step)
+    if len(chosen) == 1:
+      state = Plan(config.build(Config, run.config, 'config')).init()
+      path = folder / 'checkpoints'
+      with checkpoint.Checkpoints(path, keep=1, keep_every=0) as saves:
+        saves.save(3, state, {**run.about, 'heldout_loss': 9.0})
+    return run
+
+  monkeypatch.setattr(loading, 'load', overtaken)
+  assert loading.take(folder).step == 3 and chosen == [2, 3]
+  assert 'has removed step 2 meanwhile' in caplog.text
+  # Another view of a model has its weights, also when their step is gone.
+  run = loading.take(folder, step='best')
+  shutil.rmtree(folder / 'checkpoints')
+  assert run.step == 1 and run.fit(5).cfg.attn.max_segments >= 5
+  jax.tree.map(np.testing.assert_array_equal, run.fit(5).leaves, run.leaves)
+  assert run.fit(5).model.cfg == run.fit(5).cfg
+
+
+def test_a_step_that_is_removed_is_not_replaced_if_it_was_given_by_number(
+  tmp_path, monkeypatch
+):
+  folder, _ = saved(tmp_path)
+  choose = loading.load
+
+  def overtaken(*args, **options):
+    run = choose(*args, **options)
+    shutil.rmtree(folder / 'checkpoints/1')
+    return run
+
+  monkeypatch.setattr(loading, 'load', overtaken)
+  with pytest.raises(weights.Removed, match='has removed step 1 meanwhile'):
+    loading.take(f'{folder}:1')
 
 
 def test_a_workdir_in_a_store_is_loaded(remote):

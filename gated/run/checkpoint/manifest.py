@@ -130,6 +130,10 @@ def verify(folder: storage.Path, manifest: Manifest, names: Iterable[str]) -> No
       raise Damaged(f'{folder / name} is missing')
     if sizes[name] != saved:
       raise Damaged(f'{folder / name} has {sizes[name]} bytes, but {saved} were saved')
-  for name, entry in survey(folder, names).items():
+  try:
+    actual = survey(folder, names)
+  except FileNotFoundError as error:  # Removed since its size was read.
+    raise Damaged(f'{error.filename} is missing') from error
+  for name, entry in actual.items():
     if entry != list(manifest.files[name]):
       raise Damaged(f'{folder / name} is damaged: its digest does not match')

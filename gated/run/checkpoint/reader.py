@@ -134,7 +134,7 @@ class Reader(contextlib.AbstractContextManager):
       steps = self.steps()
       try:
         step = self._pick(which, knob, steps)
-      except ValueError:
+      except (ValueError, OSError):
         if not left or which.isdigit() or not self.removed(steps):
           raise
       else:
