@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Generator
@@ -51,8 +52,8 @@ class Sigterm(contextlib.ExitStack):
   def __init__(self):
     super().__init__()
     self.name = signal.SIGTERM.name  # Of the first signal.
-    self._received = self._interrupted = False
-    self._asked = 0
+    self._received, self._asked = False, 0
+    self._listen()
     for number in SIGNALS if jax.process_count() == 1 else SIGNALS[1:]:
       if signal.getsignal(number) != signal.SIG_IGN:
         self.callback(self._restore, number, signal.signal(number, self._handle))
@@ -65,23 +66,43 @@ class Sigterm(contextlib.ExitStack):
     return self._received
 
   def _handle(self, number: int, _) -> None:
-    name = signal.Signals(number).name
-    if number == signal.SIGINT and self._interrupted:
-      os._exit(128 + number)
-    self._interrupted |= number == signal.SIGINT
     if jax.process_count() > 1:
       os.kill(os.getpid(), signal.SIGTERM)
     elif not self._received:
-      self._received, self.name = True, name
-    if number == signal.SIGINT:
-      # Not print: the signal may have interrupted one.
-      with contextlib.suppress(OSError):
-        os.write(2, b'Ctrl-C: stops after this step and its save; again: at once\n')
+      self._received, self.name = True, signal.Signals(number).name
 
   def _restore(self, number: int, handler) -> None:
     # After a signal the process is stopping: another one must not interrupt that.
     if not self._received:
       signal.signal(number, handler)
+
+  def _listen(self) -> None:
+    """Answers Ctrl-C in a thread: Python calls no handler while XLA compiles."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_answer, args=(reader,), daemon=True).start()
+
+    def end() -> None:
+      if not self._received:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+
+    self.callback(end)
+
+
+def _answer(reader: int) -> None:
+  """Reads the numbers of signals until the end of the pipe: one line, then the exit."""
+  interrupted = False
+  while numbers := os.read(reader, 1):
+    if numbers[0] == signal.SIGINT:
+      if interrupted:
+        os._exit(128 + signal.SIGINT)
+      interrupted = True
+      # Not print: its lock may be held.
+      with contextlib.suppress(OSError):
+        os.write(2, b'Ctrl-C: stops after this step and its save; again: at once\n')
+  os.close(reader)
 
 
 @contextlib.contextmanager

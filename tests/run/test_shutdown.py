@@ -28,19 +28,46 @@ def test_a_signal_is_reported_after_the_step_and_a_later_one_has_no_effect(numbe
       signal.signal(n, handler)
 
 
-def test_a_second_ctrl_c_exits_at_once(run_python):
-  source = """
-import signal
+@pytest.mark.parametrize(
+  'work',
+  [
+    'time.sleep(60)',
+    # As in XLA's compiler: Python's handlers wait for the end of a call.
+    "hashlib.pbkdf2_hmac('sha256', b'', b'', 1 << 30)",
+  ],
+)
+def test_a_second_ctrl_c_exits_at_once(work, run_python):
+  source = f"""
+import hashlib, os, signal, threading, time
 from gated.run import shutdown
+def interrupt():
+  for number in (signal.SIGTERM, signal.SIGINT):
+    time.sleep(0.2)
+    os.kill(os.getpid(), number)
 with shutdown.Sigterm() as sigterm:
   signal.raise_signal(signal.SIGINT)
   print(sigterm.received(), flush=True)
-  signal.raise_signal(signal.SIGINT)
+  threading.Thread(target=interrupt).start()
+  {work}
   print('went on')
 """
   done = run_python(['-c', source], timeout=60)
   assert (done.returncode, done.stdout) == (130, 'True\n'), done.stderr
   assert done.stderr.count('Ctrl-C: stops after this step') == 1
+
+
+def test_ctrl_c_is_answered_by_the_usual_handler_after_a_run(run_python):
+  source = """
+import os, signal
+from gated.run import shutdown
+with shutdown.Sigterm():
+  pass
+print(signal.set_wakeup_fd(-1), flush=True)
+signal.raise_signal(signal.SIGINT)
+"""
+  done = run_python(['-c', source], timeout=60)
+  assert done.stdout == '-1\n' and 'KeyboardInterrupt' in done.stderr
+  assert 'Ctrl-C: stops' not in done.stderr
 
 
 def test_a_hangup_that_nohup_ignores_stays_ignored():
