@@ -156,7 +156,12 @@ def model() -> dict:
         original=4096,  # context length before the extension, in tokens
         beta_fast=32.0,  # dims with more rotations over `original` are unchanged
         beta_slow=1.0,  # dims with fewer rotations are interpolated by `factor`
-        attention=0.0,  # scale of queries and keys; 0 for YaRN's 0.1 ln(factor) + 1
+        truncate=True,  # round the ends of the interpolated range to whole pairs
+        # Scale of queries and keys, at any factor. 0: with r(m) = 0.1 m ln(factor) + 1,
+        # r(1), as in the paper, or r(mscale) / r(mscale_all_dim), as in transformers.
+        attention=0.0,
+        mscale=0.0,  # 0 for r(1)
+        mscale_all_dim=0.0,  # 0 for r(1)
       ),
       # or off_by_one, sink_logit, sigmoid, softpick, clipped, elastic
       normalizer='softmax',

@@ -170,7 +170,7 @@ def _positions(cfg: model.Config) -> dict[str, Any]:
   """RoPE in the format of transformers 4, which 5 reads too."""
   yarn = cfg.attn.yarn
   base = {'rope_theta': cfg.attn.rope_base}
-  if yarn.factor == 1:
+  if yarn.factor == 1 and yarn.scale == 1:
     return base | {'rope_scaling': None, 'max_position_embeddings': 32768}
   scaling = {
     'rope_type': 'yarn',
@@ -179,7 +179,13 @@ def _positions(cfg: model.Config) -> dict[str, Any]:
     'beta_fast': yarn.beta_fast,
     'beta_slow': yarn.beta_slow,
   }
-  scaling |= {'attention_factor': yarn.attention} if yarn.attention else {}
+  named = {
+    'attention_factor': yarn.attention,
+    'mscale': yarn.mscale,
+    'mscale_all_dim': yarn.mscale_all_dim,
+  }
+  scaling |= {key: value for key, value in named.items() if value}
+  scaling |= {} if yarn.truncate else {'truncate': False}
   # Some versions of transformers 4 compute the factor from these two lengths.
   length = math.ceil(yarn.original * yarn.factor)
   return base | {'rope_scaling': scaling, 'max_position_embeddings': length}

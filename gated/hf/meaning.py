@@ -3,7 +3,6 @@
 Unknown keys raise ValueError, because they may change what the model computes.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -48,7 +47,10 @@ WITHOUT_KEY = FIXED_BY_GATE | {
   'attn.yarn.original': 4096,
   'attn.yarn.beta_fast': 32.0,
   'attn.yarn.beta_slow': 1.0,
+  'attn.yarn.truncate': True,
   'attn.yarn.attention': 0.0,
+  'attn.yarn.mscale': 0.0,
+  'attn.yarn.mscale_all_dim': 0.0,
   'attn.gate.granularity': 'elementwise',
   'attn.gate.mean': 'after',
   'attn.gate.init': 'normal',
@@ -216,34 +218,19 @@ def _yarn(take, length: int) -> dict[str, Any]:
   factor = take('factor', float, length / original)
   if factor < 1:
     raise ValueError(f'rope_parameters.factor={factor}, but at least 1 is expected')
-  attention = take('attention_factor', float, 0.0)
-  mscale, all_dim = take('mscale', float, 0.0), take('mscale_all_dim', float, 0.0)
-  if not attention and mscale and all_dim:
-    attention = _attention(factor, mscale, all_dim)
-  if factor == 1 and attention not in (0, 1):
-    raise ValueError(f'rope_parameters.attention_factor={attention} with a factor of 1')
-  if not take('truncate', bool, True):
-    raise ValueError('rope_parameters.truncate=False, but only True is implemented')
+  attention = take('attention_factor', float, None)
+  if attention is not None and attention <= 0:
+    raise ValueError(f'rope_parameters.attention_factor={attention} must be positive')
   return {
     'attn.yarn.factor': factor,
     'attn.yarn.original': original,
     'attn.yarn.beta_fast': take('beta_fast', float, 0.0) or 32.0,
     'attn.yarn.beta_slow': take('beta_slow', float, 0.0) or 1.0,
-    'attn.yarn.attention': attention,
+    'attn.yarn.truncate': take('truncate', bool, True),
+    'attn.yarn.attention': attention or 0.0,
+    'attn.yarn.mscale': take('mscale', float, 0.0),
+    'attn.yarn.mscale_all_dim': take('mscale_all_dim', float, 0.0),
   }
-
-
-def _attention(factor: float, mscale: float, all_dim: float) -> float:
-  """attention_factor from mscale and mscale_all_dim, as in transformers."""
-  scale = lambda m: 0.1 * m * math.log(factor) + 1
-  above, below = scale(mscale), scale(all_dim)
-  if not below or not math.isfinite(above / below) or above / below <= 0:
-    raise ValueError(
-      f'rope_parameters.mscale={mscale} and mscale_all_dim={all_dim} with '
-      f'factor={factor} give an attention factor of {above} / {below}; '
-      'it must be positive'
-    )
-  return above / below
 
 
 def _ffn(keys: _Keys) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from their inputs. Each stored float32 intermediate would take twice the bytes o
 bfloat16 input, and on an accelerator moving bytes costs more than the arithmetic.
 """
 
+import ast
+import dataclasses
 import functools
 import math
 import zlib
@@ -188,7 +190,12 @@ class Yarn:
   original: int  # tokens of the old context
   beta_fast: float  # pairs with more turns over `original` keep their frequency
   beta_slow: float  # pairs with fewer turns have it divided by `factor`
-  attention: float  # multiplies queries and keys; 0 selects 0.1 ln(factor) + 1
+  truncate: bool  # round the ends of the ramp between them outwards to whole pairs
+  attention: float  # multiplies queries and keys, at any factor; 0 selects a rule
+  # The rule is r(mscale) / r(mscale_all_dim) with r(m) = 0.1 m ln(factor) + 1; r(1) if
+  # one of them is 0.
+  mscale: float
+  mscale_all_dim: float
 
   def __post_init__(self):
     name = 'config.model.attn.yarn'
@@ -200,21 +207,50 @@ class Yarn:
       raise ValueError(
         f'{name}.beta_slow={slow} must be positive and below {name}.beta_fast={fast}'
       )
+    if not 0 < self.scale < math.inf:
+      raise ValueError(
+        f'{name}.mscale={self.mscale} and mscale_all_dim={self.mscale_all_dim} with '
+        f'factor={self.factor} scale queries and keys by {self.scale}, but a positive '
+        'number is expected'
+      )
 
   @property
   def scale(self) -> float:
-    """Multiplies queries and keys (section 3.4)."""
-    if self.factor == 1.0:
-      return 1.0
-    return self.attention or 0.1 * math.log(self.factor) + 1.0
+    """Multiplies queries and keys (section 3.4; the ratio is of transformers)."""
+    if self.attention:
+      return self.attention
+    rule = lambda m: 0.1 * m * math.log(self.factor) + 1.0
+    if not (self.mscale and self.mscale_all_dim):
+      return rule(1.0)
+    below = rule(self.mscale_all_dim)
+    return rule(self.mscale) / below if below else math.inf
+
+  def changed(self, spec: str) -> 'Yarn':
+    """'8' or '8,truncate=False,mscale=1' -> the same with these values.
+
+    The first is the factor; the others are fields. ValueError names a wrong one.
+    """
+    factor, *others = spec.split(',')
+    values = {'factor': factor}
+    for part in others:
+      field, equals, value = part.partition('=')
+      if not equals:
+        raise ValueError(f'{part!r}, but FIELD=VALUE is expected after the factor')
+      values[field.strip()] = value
+    plain = dataclasses.asdict(self)
+    for field, value in values.items():
+      try:
+        plain[field] = ast.literal_eval(value.strip().capitalize())
+      except (ValueError, SyntaxError) as error:
+        raise ValueError(f'{field}={value!r}, but a number is expected') from error
+    return config.build(Yarn, plain, 'config.model.attn.yarn')
 
 
 def rope_frequencies(dim: int, base: float, yarn: Yarn) -> jax.Array:
   """Radians per token of each pair of dims, (K/2,): base^(-2i / K), adjusted by YaRN.
 
   YaRN divides the frequency of slow pairs by its factor and keeps that of fast pairs. A
-  linear ramp connects the pairs that turn beta_fast and beta_slow times; the ramp's ends
-  are rounded outwards (section 3.2).
+  linear ramp connects the pairs that turn beta_fast and beta_slow times (section 3.2).
   """
   frequency = base ** -(jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
   if yarn.factor == 1.0:
@@ -222,8 +258,10 @@ def rope_frequencies(dim: int, base: float, yarn: Yarn) -> jax.Array:
   pair = lambda turns: (
     dim * math.log(yarn.original / (turns * 2 * math.pi)) / (2 * math.log(base))
   )
-  low = max(math.floor(pair(yarn.beta_fast)), 0)
-  high = min(math.ceil(pair(yarn.beta_slow)), dim - 1)
+  low, high = pair(yarn.beta_fast), pair(yarn.beta_slow)
+  if yarn.truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, dim - 1)
   ramp = (jnp.arange(dim // 2) - low) / max(high - low, 1e-3)
   stretched = jnp.clip(ramp, 0, 1)
   return frequency * (1 - stretched) + frequency / yarn.factor * stretched

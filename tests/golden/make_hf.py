@@ -8,6 +8,8 @@ authors' gates are added to its models; all run in float32. Weights come from nu
 a seed from the tensor's name. Tests need neither package.
 """
 
+import itertools
+import json
 import shutil
 import zlib
 from pathlib import Path
@@ -35,6 +37,14 @@ YARN = dict(
   beta_fast=4.0,
   beta_slow=0.5,
 )
+# Changes of it, whose logits are in hf_yarn.npz.
+FORMS = (
+  {},
+  dict(attention_factor=1.3),
+  dict(truncate=False),
+  dict(mscale=1.5, mscale_all_dim=0.5),
+)
+LAST = 8  # Tokens of those logits.
 NEXT = dict(num_experts=0, layer_types=['full_attention'] * 2, partial_rotary_factor=1.0)
 
 ELEMENTWISE = dict(elementwise_attn_output_gate=True, headwise_attn_output_gate=False)
@@ -148,6 +158,23 @@ def main() -> None:
     shutil.rmtree(HERE / f'hf_{name}', ignore_errors=True)
     model.to(dtype).save_pretrained(HERE / f'hf_{name}', **options)
   np.savez_compressed(HERE / 'hf_logits.npz', **found)
+  yarn(torch.from_numpy(tokens))
+
+
+def yarn(tokens: torch.Tensor) -> None:
+  """The logits of qwen3_yarn with each factor and form of YaRN, by their changes."""
+  cls, config, dtype, _ = MODELS['qwen3_yarn']
+  changes = [
+    dict(factor=f) | form for f, form in itertools.product((2.0, 4.0, 8.0), FORMS)
+  ]
+  found = {}
+  for change in [*changes, dict(factor=1.0, attention_factor=1.3)]:
+    config.rope_parameters = YARN | change
+    model = cls(config).eval()
+    fill(model, dtype)
+    with torch.no_grad():
+      found[json.dumps(change)] = model(tokens).logits[0, -LAST:].numpy()
+  np.savez_compressed(HERE / 'hf_yarn.npz', **found)
 
 
 if __name__ == '__main__':

@@ -95,6 +95,33 @@ def test_logits_are_those_of_transformers(name):
   assert distance(load(golden(name), dtype='float32'), name) < 1e-4
 
 
+def test_yarn_has_the_logits_of_transformers_in_all_its_forms(copy):
+  """Factors of 1, 2, 4 and 8, also after a round trip through our config.json."""
+  rope = json.loads((golden('qwen3_yarn') / files.CONFIG).read_text())['rope_parameters']
+  plain = hf.config(golden('qwen3_yarn'))
+  given = dict(np.load(FOLDER / 'hf_yarn.npz'))
+  factors = set()
+  for text, theirs in given.items():
+    change = json.loads(text)
+    factors.add(change['factor'])
+    folder = copy('qwen3_yarn', dict(rope_parameters=rope | change))
+    params = load(folder, dtype='float32')
+    with jax.disable_jit():  # Compiling each form would take longer.
+      ours = np.asarray(params(expected()['tokens']))[0, -len(theirs) :]
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    kept = hf.knobs.write(params.cfg, 'grouped', 'float32', {})[0]
+    assert kept['max_position_embeddings'] == 16 * change['factor']
+    assert kept['rope_scaling']['original_max_position_embeddings'] == 16
+    again = copy('qwen3_yarn', kept | dict(rope_parameters=...))
+    assert hf.config(again).attn.yarn == params.cfg.attn.yarn
+    # Evaluation makes the same change of the model without it.
+    names = dict(attention_factor='attention')
+    parts = [f'{names.get(k, k)}={v}' for k, v in change.items() if k != 'factor']
+    spec = ','.join([f'{change["factor"]:g}', *parts])
+    assert plain.attn.yarn.changed(spec) == params.cfg.attn.yarn
+  assert factors == {1, 2, 4, 8} and len(given) == 13
+
+
 def test_weights_are_kept_as_in_the_files_and_computed_with_in_kind():
   numerics = hf.config(golden('qwen3_yarn')).numerics
   assert (numerics.weights, numerics.compute) == ('bfloat16', 'bfloat16')
@@ -445,7 +472,8 @@ DEEP = functools.reduce(lambda inner, _: [inner], range(100), [])
     ('qwen3_next', dict(attn_output_gate=False), 'attn_output_gate=False'),
     ('qwen3', dict(partial_rotary_factor=0.5), r'partial_rotary_factor=0\.5'),
     ('qwen3', dict(rope_scaling=dict(type='linear', factor=2.0)), "rope_type='linear'"),
-    ('qwen3', dict(rope_scaling=YARN | dict(truncate=False)), 'truncate=False'),
+    ('qwen3', dict(rope_scaling=YARN | dict(truncate=0)), 'truncate=0, but a bool'),
+    ('qwen3', dict(rope_scaling=YARN | dict(attention_factor=0)), r'attention_factor=0'),
     ('qwen3', dict(rope_scaling=YARN | dict(low_freq=1.0)), r'low_freq=1\.0'),
     ('qwen3', dict(rope_scaling=YARN | dict(factor='2')), "rope_parameters.factor='2'"),
     ('qwen3', dict(quantization_config=dict(bits=4)), 'quantization_config='),
@@ -463,11 +491,11 @@ DEEP = functools.reduce(lambda inner, _: [inner], range(100), [])
     ('qwen3', {'rope_scaling': YARN, ORIGINAL: 0}, f'{ORIGINAL}=0'),
     ('qwen3', {'rope_scaling': YARN, ORIGINAL: '64'}, f"{ORIGINAL}='64', but a int"),
     ('qwen3', {ORIGINAL: '64'}, f"{ORIGINAL}='64', but a int"),
-    ('qwen3', dict(rope_scaling=YARN | NO_SCALE), r'rope_parameters\.mscale=1\.0 and'),
+    ('qwen3', dict(rope_scaling=YARN | NO_SCALE), r'attn\.yarn\.mscale=1\.0 and'),
     (
       'qwen3',
       dict(rope_scaling=YARN | dict(mscale=1e308, mscale_all_dim=-1e308, factor=1e300)),
-      r'rope_parameters\.mscale=1e\+308 and',
+      r'attn\.yarn\.mscale=1e\+308 and',
     ),
     (
       'qwen3',

@@ -287,7 +287,8 @@ def test_bad_numerics_are_refused_by_name(change, said):
 
 
 def yarn(**changes):
-  plain = dict(factor=4.0, original=32, beta_fast=4.0, beta_slow=1.0, attention=0.0)
+  plain = dict(factor=4.0, original=32, beta_fast=4.0, beta_slow=1.0, truncate=True)
+  plain |= dict(attention=0.0, mscale=0.0, mscale_all_dim=0.0)
   return layers.Yarn(**plain | changes)
 
 
@@ -307,11 +308,29 @@ def test_yarn_keeps_fast_pairs_stretches_slow_ones_and_ramps_between():
 def test_yarn_scales_queries_and_keys_by_its_rule_or_as_told():
   assert yarn(factor=1.0).scale == 1
   np.testing.assert_allclose(yarn().scale, 0.1 * np.log(4) + 1)
-  assert yarn(attention=1.5).scale == 1.5
+  assert yarn(attention=1.5).scale == yarn(factor=1.0, attention=1.5).scale == 1.5
+  np.testing.assert_allclose(yarn(mscale=2.0).scale, 0.1 * np.log(4) + 1)
+  ratio = (0.2 * np.log(4) + 1) / (0.05 * np.log(4) + 1)
+  np.testing.assert_allclose(yarn(mscale=2.0, mscale_all_dim=0.5).scale, ratio)
   x = jnp.asarray(normal(1, 3, 1, 8))
   angle = small.angles([[0, 1, 2]], 8, 1e4)
   scaled, plain = (layers.rope(x, angle, s) for s in (1.5, 1.0))
   np.testing.assert_allclose(scaled, 1.5 * plain, rtol=1e-5)
+
+
+def test_yarn_is_changed_by_a_factor_and_fields():
+  changed = yarn().changed('8, truncate=false,original=64')
+  assert changed == yarn(factor=8.0, truncate=False, original=64)
+  for spec, message in (
+    ('', "factor='', but a number"),
+    ('4,True', "'True', but FIELD=VALUE"),
+    ('0.5', r'yarn\.factor=0\.5'),
+    ('4,mscale=x', "mscale='x', but a number"),
+    ('4,alpha=1', r'yarn\.alpha is not a knob'),
+    ('4,mscale=-99,mscale_all_dim=1', r'yarn\.mscale=-99\.0 and'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      yarn().changed(spec)
 
 
 def test_the_gated_norm_is_its_formula():
