@@ -112,7 +112,6 @@ def _session(run: Run, step: Any, services: Services) -> int:
     stability=cfg.stability,
     steps=cfg.steps,
     tokens_per_step=plan.tokens_per_step,
-    flops_per_token=plan.flops_per_token,
     restored=restored,
     data_step=int(state.data_step),
     beat=services.pulse.beat,

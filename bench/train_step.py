@@ -1,10 +1,11 @@
 """Optimizer steps of a recipe on this machine: tokens/s, MFU and memory of each variant.
 
   python bench/train_step.py configs/dense_1b7.py:28l batch=8
-  python bench/train_step.py configs/dense_1b7.py:28l batch=8 -- gate=headwise
+  python bench/train_step.py --documents=8 configs/dense_1b7.py batch=8 -- gate=headwise
 
 Each group of overrides after `--` is a variant; `gate=NAME` selects one of base.GATES.
-Tokens are random, in packed rows of 8 documents; the time is the median step.
+Tokens are random, in rows of one or more documents; MFU counts the pairs that attend. The
+time is the median step.
 """
 
 import argparse
@@ -50,24 +51,25 @@ def _literal(text):
     return text
 
 
-def random_batch(cfg, rng):
+def random_batch(cfg, documents, rng):
   B, T = cfg.batch, cfg.data.length
   token = rng.integers(0, cfg.model.vocab, (B, T + 1)).astype(np.int32)
-  segment = np.sort(rng.integers(1, 9, (B, T)), 1).astype(np.int32)
+  segment = np.sort(rng.integers(1, documents + 1, (B, T)), 1).astype(np.int32)
   starts = np.where(np.diff(segment, axis=1, prepend=0) > 0, np.arange(T), 0)
   position = (np.arange(T) - np.maximum.accumulate(starts, 1)).astype(np.int32)
   weight = np.ones((B, T), np.float32)
   return data.Batch(token[:, :-1], token[:, 1:], weight, segment, position)
 
 
-def measure(cfg):
+def measure(cfg, documents):
   """Runs the train step -> a line of the table."""
   plan = Plan(cfg)
   begun = time.perf_counter()
   step = plan.train_step().compile()
   compiled = time.perf_counter() - begun
   rng = np.random.default_rng(0)
-  batches = [mesh.place(random_batch(cfg, rng), plan.mesh, cfg.batch) for _ in range(4)]
+  batches = [random_batch(cfg, documents, rng) for _ in range(4)]
+  batches = [mesh.place(batch, plan.mesh, cfg.batch) for batch in batches]
   state, times = plan.init(), []
   for batch in itertools.islice(itertools.cycle(batches), STEPS + 2):
     begun = time.perf_counter()
@@ -76,7 +78,7 @@ def measure(cfg):
   seconds = statistics.median(times[2:])
   rate = plan.tokens_per_step / seconds
   peak = metrics.peak(jax.devices()[0]) or math.nan
-  mfu = rate * plan.flops_per_token / (peak * jax.device_count())
+  mfu = rate * float(values['flops_per_token']) / (peak * jax.device_count())
   stats = step.memory_analysis()
   need = (stats.argument_size_in_bytes + stats.temp_size_in_bytes) / 2**30
   used = metrics.memory().get('memory_peak_bytes', 0) / 2**30
@@ -88,7 +90,7 @@ def measure(cfg):
 
 
 def main():
-  parser = timing.options(__doc__)
+  parser = timing.options(__doc__, documents=1)
   parser.add_argument('recipe', help='configs/RECIPE.py:ARGUMENT')
   overrides = 'KNOB=VALUE ... [-- KNOB=VALUE ...]'
   parser.add_argument('overrides', nargs=argparse.REMAINDER, help=overrides)
@@ -96,10 +98,11 @@ def main():
   spec, words = a.recipe, a.overrides
   groups = [list(g) for dash, g in itertools.groupby(words, '--'.__eq__) if not dash]
   common = groups.pop(0) if words[:1] != ['--'] and groups else []
-  print(timing.title(' '.join([spec, *common])))
+  packed = f'{a.documents} documents a row'
+  print(timing.title(', '.join([' '.join([spec, *common]), packed])))
   for group in groups or [[]]:
     try:
-      line = measure(recipe(spec, common + group))
+      line = measure(recipe(spec, common + group), a.documents)
     except Exception as problem:
       line = f'failed: {type(problem).__name__}: {str(problem)[:200]}'
     print(f'{" ".join(group) or "no override":48} {line}', flush=True)

@@ -126,6 +126,11 @@ def test_one_device_eight_and_two_processes_have_the_same_losses(
   expected, losses = (dict(evidence.losses(workdir)) for workdir in (straight, relay))
   assert list(expected) == list(losses) == list(range(1, 10))
   np.testing.assert_allclose(list(losses.values()), list(expected.values()), atol=1e-5)
+  flops = [
+    [r['flops_per_token'] for r in metrics.read(workdir / 'metrics.jsonl') if 'lr' in r]
+    for workdir in (straight, relay)
+  ]
+  assert flops[1] == pytest.approx(flops[0], rel=1e-6)
   records = metrics.read(relay / 'metrics.jsonl')
   rates = {r['step']: r['lr'] for r in records if r['kind'] == 'train'}
   jumps = [r for r in records if r['kind'] == 'resumed']

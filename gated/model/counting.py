@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from gated.devices import trees
@@ -39,12 +40,15 @@ def parts(cfg: Config) -> dict[str, Any]:
   }
 
 
-def flops_per_token(cfg: Config, length: int) -> float:
+def flops_per_token(
+  cfg: Config, length: int, position_BT: jax.Array | None = None
+) -> Any:
   """Model FLOPs per trained token: 6 per matrix weight, plus causal attention.
 
   6 = 2 per multiply-add, times one forward and two backward passes. Only the top k
-  experts count. The embedding lookup and recomputation do not count, and a packed row
-  counts as one document.
+  experts count. The embedding lookup and recomputation do not count. Attention counts
+  the pairs of a query and a key that attend: those of `position_BT`, which are in the
+  document, or without it those of rows that are one document.
   """
   is_parameter = lambda x: isinstance(x, nnx.Variable)
   blocks = abstract(cfg).blocks
@@ -57,21 +61,26 @@ def flops_per_token(cfg: Config, length: int) -> float:
     # A matrix that reads a part of X, or head channels, has no axis 'embed'.
     if own.cfg.source != 'parameter' and 'embed' not in own.weight.axes:
       weights += own.weight.size
-  return 6.0 * weights + 3 * attention_flops(cfg, length)
+  return 6.0 * weights + 3 * attention_flops(cfg, length, position_BT)
 
 
-def attention_flops(cfg: Config, length: int) -> float:
+def attention_flops(
+  cfg: Config, length: int, position_BT: jax.Array | None = None
+) -> Any:
   """A config -> FLOPs of a token's products with keys and values, forward.
 
-  Rows are one document. The values of a differential head are twice as wide.
+  The mean over the tokens of `position_BT`; without it, rows are one document. The values
+  of a differential head are twice as wide.
   """
 
-  def keys(window: int) -> float:
+  def keys(window: int) -> Any:
     """The mean number of keys per query."""
     seen = min(window or length, length)
+    if position_BT is not None and cfg.mask_documents:
+      return jnp.minimum(position_BT + 1, seen).mean() + cfg.attn.sink_tokens
     return seen - seen * (seen - 1) / (2 * length) + cfg.attn.sink_tokens
 
   windowed = len(cfg.windowed)
   pairs = (cfg.depth - windowed) * keys(0) + windowed * keys(cfg.attn.window)
   products = 6 if cfg.attn.differential else 4
-  return float(products * cfg.attn.heads * cfg.attn.head_dim * pairs)
+  return 1.0 * products * cfg.attn.heads * cfg.attn.head_dim * pairs

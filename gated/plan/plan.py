@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -94,7 +95,12 @@ class Plan:
     cfg = self.cfg
     opts: dict[str, Any] = dict(tx=self.tx, schedule=self.schedule, loss=cfg.loss)
     opts['tau'] = cfg.optim.qk_clip
-    run = functools.partial(step.train, accum=cfg.accum, **opts)
+
+    def run(state, batch):
+      state, metrics = step.train(state, batch, accum=cfg.accum, **opts)
+      count = model.flops_per_token(cfg.model, cfg.data.length, batch.positions)
+      return state, metrics | {'flops_per_token': jnp.float32(count)}
+
     outputs = self.shardings, NamedSharding(self.mesh, P())
     jitted = jax.jit(
       model.exact(cfg.model.numerics, run), donate_argnums=0, out_shardings=outputs

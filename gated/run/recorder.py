@@ -41,7 +41,6 @@ class Recorder(contextlib.ExitStack):
     stability: guard.Config,
     steps: int,
     tokens_per_step: int,
-    flops_per_token: float,
     restored: int | None,
     data_step: int,
     beat: Callable[[str], None],
@@ -78,7 +77,6 @@ class Recorder(contextlib.ExitStack):
       self.enter_context(part)
     self.timer = metrics.Timer(
       tokens_per_step=tokens_per_step,
-      flops_per_token=flops_per_token,
       peak=metrics.peak(jax.devices()[0]),
       devices=jax.device_count(),
     )
@@ -113,7 +111,7 @@ class Recorder(contextlib.ExitStack):
   def _read(self, step: int, values: Any, watched: Watched) -> bool:
     values = {name: float(value) for name, value in jax.device_get(values).items()}
     scalars = {kind: read(jax.device_get(tree)) for kind, (tree, read) in watched.items()}
-    self.timer.tick()
+    self.timer.tick(values['flops_per_token'])
     self._beat(f'step {step}')
     action, reason = self._watchdog.judge(values)
     if step % self._every == 0 or step == self._steps or action != 'go':

@@ -235,6 +235,14 @@ def test_flops_count_the_keys_in_a_window_and_the_width_of_differential_values()
   assert flops(**mixed) == 4 * H * K * (window + 5.5)
   assert flops(attn__window=99) == flops()
   assert flops(attn__differential=True) == L * 6 * H * K * 5.5
+  # Two documents of 4 and 6 tokens in a row.
+  position_BT = jnp.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
+  packed = lambda **changes: model.attention_flops(
+    small.model_config(**changes), 10, position_BT
+  )
+  assert packed() == pytest.approx(L * 4 * H * K * (10 + 21) / 10)
+  assert packed(attn__window=3) == pytest.approx(L * 4 * H * K * (3 * 2 + 3 * 6) / 10)
+  assert packed(mask_documents=False) == flops()
   total = model.flops_per_token
   cfg, plain = small.model_config(attn__window=3), small.model_config()
   saved = 3 * L * 4 * H * K * (5.5 - window)

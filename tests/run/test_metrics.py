@@ -95,6 +95,24 @@ def test_a_cut_off_last_line_is_ignored_and_removed(tmp_path, torn):
   assert [p.name for p in tmp_path.iterdir()] == ['metrics.jsonl']
 
 
+def test_a_step_that_two_writers_recorded_is_kept_once(tmp_path, caplog):
+  path, end = (
+    tmp_path / 'metrics.jsonl',
+    tmp_path / 'metrics.jsonl.parts/00000001-a.jsonl',
+  )
+  record = lambda step, loss, kind='train': {'step': step, 'kind': kind, 'loss': loss}
+  first = [record(3, 0.3), record(1, 0.1), record(1, 9.0, 'heldout'), record(2, 0.2)]
+  second = [record(1, 0.1), record(2, 0.25)]
+  path.write_bytes(b''.join(map(lines.line, first + second)))
+  lines.truncate(path, 3)
+  assert metrics.read(path) == [first[2], *second, first[0]]
+  assert f'{path}: 2 repeated records were dropped' in caplog.text
+  end.parent.mkdir()
+  end.write_bytes(lines.line(record(3, 0.35)) + lines.line(record(4, 0.4)))
+  lines.truncate(path, 3)
+  assert metrics.read(path) == [first[2], *second, record(3, 0.35)]
+
+
 def test_a_killed_run_leaves_all_complete_records(tmp_path, spawn_python):
   story = (
     'import sys; from gated.run import metrics\n'
@@ -324,15 +342,15 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch):
 def test_the_timer_excludes_compilation_and_pauses(monkeypatch):
   clock = iter([0, 5, 6, 10, 12, 15, 20, 22])
   monkeypatch.setattr(time, 'perf_counter', lambda: next(clock))
-  timer = metrics.Timer(tokens_per_step=300, flops_per_token=1e3, peak=1e5, devices=2)
+  timer = metrics.Timer(tokens_per_step=300, peak=1e5, devices=2)
   with timer.data():  # 0 to 5: before the first tick, so not counted.
     pass
-  timer.tick()  # 6
+  timer.tick(7e3)  # 6: its step is not counted
   with timer.data():  # 10 to 12
     pass
   with timer.pause():  # 15 to 20
     pass
-  timer.tick()  # 22
+  timer.tick(1e3)  # 22
   assert timer.read() == {
     'step_seconds': 11.0,
     'data_seconds': 2.0,
@@ -345,9 +363,9 @@ def test_the_timer_excludes_compilation_and_pauses(monkeypatch):
 
 def test_an_unknown_chip_has_no_mfu():
   assert metrics.peak(jax.devices('cpu')[0]) is None
-  timer = metrics.Timer(tokens_per_step=1, flops_per_token=1.0, peak=None, devices=1)
-  timer.tick()
-  timer.tick()
+  timer = metrics.Timer(tokens_per_step=1, peak=None, devices=1)
+  timer.tick(1.0)
+  timer.tick(1.0)
   assert 'mfu' not in timer.read()
 
 

@@ -24,31 +24,30 @@ class Timer:
   """Wall time of steps -> tokens/s, model FLOP/s and MFU.
 
   MFU = flops_per_token * tokens/s / (peak * devices): only the model's arithmetic,
-  forward and backward, without recomputation; `flops_per_token` comes from the model,
-  which counts half of the attention FLOPs because of causality. If `peak` is None, the
-  report has no MFU.
+  forward and backward, without recomputation, and in attention only the pairs that attend
+  (`model.flops_per_token`). If `peak` is None, the report has no MFU.
   """
 
   def __init__(
     self,
     *,
     tokens_per_step: int,
-    flops_per_token: float,
     peak: float | None,
     devices: int,
   ):
-    self._tokens, self._flops = tokens_per_step, flops_per_token
+    self._tokens = tokens_per_step
     self._peak = None if peak is None else peak * devices
     self._mark: float | None = None
     self._clear()
 
-  def tick(self) -> None:
+  def tick(self, flops_per_token: float) -> None:
     """Marks the end of a step; the first call (after compiling) starts the clock."""
     now = time.perf_counter()
     if self._mark is None:
       self._clear()
     else:
       self._steps += 1
+      self._flops += flops_per_token
       self._seconds += now - self._mark
     self._mark = now
 
@@ -81,19 +80,20 @@ class Timer:
       return {}
     seconds = self._seconds / self._steps
     rate = self._tokens / seconds
+    flops = rate * self._flops / self._steps
     report = {
       'step_seconds': seconds,
       'data_seconds': self._waited / self._steps,
       'tokens_per_second': rate,
-      'flops_per_second': rate * self._flops,
+      'flops_per_second': flops,
     }
     if self._peak is not None:
-      report['mfu'] = rate * self._flops / self._peak
+      report['mfu'] = flops / self._peak
     self._clear()
     return report
 
   def _clear(self) -> None:
-    self._steps, self._seconds, self._waited = 0, 0.0, 0.0
+    self._steps, self._seconds, self._waited, self._flops = 0, 0.0, 0.0, 0.0
 
 
 def memory() -> dict[str, int]:
