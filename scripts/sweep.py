@@ -123,7 +123,7 @@ def planned(args: argparse.Namespace, words: Sequence[str]) -> sweep.Sweep:
     axes.product(*parts),
     resolve=resolve,
     overrides=source.overrides,
-    flags=['--deterministic'] if args.deterministic else [],
+    flags=_flags(args),
     folder=args.dir,
     rule=config.build(judge.Rule, rule, 'rule'),
   )
@@ -149,6 +149,12 @@ def _axis(text: str, words: Sequence[str], resolve: Callable) -> list[axes.Point
   return axes.axis(knob, [read(value) for value in values.split(',') if value])
 
 
+def _flags(args: argparse.Namespace) -> list[str]:
+  """The flags of train.py, for all points."""
+  flags = ['--deterministic'] if args.deterministic else []
+  return flags + ([f'--allow_change={args.allow_change}'] if args.allow_change else [])
+
+
 def requested(args: argparse.Namespace, words: Sequence[str]) -> sweep.Growth:
   """The arguments of `run` or `submit` -> the sweep that they start or continue."""
   if words or not args.dir:
@@ -157,8 +163,8 @@ def requested(args: argparse.Namespace, words: Sequence[str]) -> sweep.Growth:
       return sweep.Growth(draft)
     return sweep.join(sweep.open(draft.folder), draft, resolve)
   old = sweep.open(args.dir)
-  if args.deterministic and '--deterministic' not in old.flags:
-    raise ValueError(f'--deterministic, but the sweep in {args.dir} is not')
+  if other := {*_flags(args)} - {*old.flags}:
+    raise ValueError(f'{min(other)}, but the sweep in {args.dir} is without it')
   if not args.axis and args.seeds is None:
     return sweep.Growth(old)
   for text in args.axis:
@@ -270,6 +276,7 @@ def parser() -> argparse.ArgumentParser:
   grid.add_argument('--axis', action='append', default=[], help=text)
   grid.add_argument('--seeds', type=int, help='number of seeds, as an axis')
   grid.add_argument('--deterministic', action='store_true', help='as in train.py')
+  grid.add_argument('--allow_change', default='', help='as in train.py')
 
   layout: Any = {'formatter_class': argparse.RawDescriptionHelpFormatter}
   top = argparse.ArgumentParser('sweep.py', None, __doc__, allow_abbrev=False, **layout)

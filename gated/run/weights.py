@@ -15,6 +15,25 @@ from gated.run import checkpoint, workdir
 
 ATTEMPTS = 5  # The most reads of a run that removes its steps.
 
+# Knobs of the model that may differ from those of the weights: the function is the same.
+SAME_FUNCTION = (
+  # How a step is computed.
+  *(knob for knob in workdir.MAY_CHANGE if knob.startswith('config.model.')),
+  'config.model.numerics.compute',
+  'config.model.attn.rounding',
+  'config.model.attn.gate.score',
+  # Initial values, and how gates learn.
+  'config.model.numerics.init_std',
+  'config.model.numerics.residual_init',
+  'config.model.norm_alpha',
+  'config.model.attn.elastic_tau',
+  'config.model.attn.gate.init',
+  'config.model.attn.gate.std',
+  'config.model.attn.gate.bias_init',
+  'config.model.attn.gate.lr',
+  'config.model.attn.gate.weight_decay',
+)
+
 _log = logging.getLogger('gated')
 
 
@@ -46,8 +65,8 @@ def find(
 
   `like` is the abstract model. ValueError if the weights do not fit it, or if the data
   use another tokenizer. Knobs of the model that differ but keep all shapes are logged
-  and returned in `differs`. If they differ from a Hugging Face folder, they must be in
-  `allowed`, or in a group in it; added gates need not.
+  and returned in `differs`. Those that change the function must be in `allowed`, or in a
+  group in it; added gates need not.
   """
   place, step = workdir.split_step(init_from)
   try:
@@ -57,7 +76,7 @@ def find(
       return _imported(folder, like, corpus, allowed)
     if not storage.names(saves):
       raise ValueError(f'neither {saves} nor a config.json with *.safetensors exists')
-    return _saved(saves, step or 'latest', like, corpus)
+    return _saved(saves, step or 'latest', like, corpus, allowed)
   except ValueError as error:
     raise ValueError(f'config.init_from={init_from!r}: {error}') from error
 
@@ -75,17 +94,42 @@ def _imported(folder: Path, like: model.Transformer, corpus, allowed) -> Source:
   return Source(folder, None, differs, '')
 
 
-def _saved(saves: storage.Path, step: str, like: model.Transformer, corpus) -> Source:
+def _saved(
+  saves: storage.Path, step: str, like: model.Transformer, corpus, allowed
+) -> Source:
   with checkpoint.Reader(saves) as source:
     number = source.pick(step, 'step')
-    source.check_model(number, like)
     about = source.about(number)
+    theirs = config.build(model.Config, about['config']['model'], 'config.model')
+    differs = config.differences(
+      *({'model': dataclasses.asdict(cfg)} for cfg in (theirs, like.cfg))
+    )
+    added = () if theirs.attn.named else hf.GATES
+    misfit = ''
+    try:
+      source.check_model(number, like)
+    except ValueError as error:
+      misfit = str(error)
+    _refuse(differs, (*SAME_FUNCTION, *added, *allowed), misfit)
   if about['data'].get('tokenizer') != corpus.fingerprint['tokenizer']:
     raise ValueError('its data has another tokenizer than config.data.mixture')
-  current = {'model': dataclasses.asdict(like.cfg)}
-  differs = config.differences({'model': about['config']['model']}, current)
   _log_differences(differs)
   return Source(saves, number, differs, step)
+
+
+def _refuse(
+  differs: dict[str, tuple[Any, Any]], allowed: Collection[str], misfit: str
+) -> None:
+  """ValueError for a knob that changes the function, or if the weights do not fit."""
+  refused = [k for k in differs if not any(workdir.within(k, name) for name in allowed)]
+  if not refused and not misfit:
+    return
+  values = [f'{k}={differs[k][1]!r}, but its run has {differs[k][0]!r}' for k in refused]
+  advice = 'Give these knobs the values of the run'
+  if not misfit:
+    advice += f', or allow another function with --allow_change={",".join(refused)}'
+  faults = '; '.join(filter(None, [*values, misfit]))
+  raise ValueError(f'{faults}. {advice}' if refused else faults)
 
 
 def _log_differences(differs: dict[str, tuple[Any, Any]]) -> None:

@@ -61,10 +61,25 @@ def test_a_gate_without_saved_weights_keeps_its_initial_values(workdir, caplog):
   assert len(restored) == len(trees.flatten(small.model_of())) + 1
 
 
-def test_knobs_that_differ_at_equal_shapes_are_logged(workdir, caplog):
-  changes = dict(logit_cap=5.0, attn__rope_base=1e6, attn__normalizer='softpick')
+CHANGES = dict(logit_cap=5.0, attn__rope_base=1e6, attn__normalizer='softpick')
+
+
+def test_another_function_than_that_of_the_run_is_refused_unless_it_is_allowed(
+  workdir, caplog
+):
+  like = placed(**CHANGES)
+  with pytest.raises(ValueError) as error:
+    weights.find(str(workdir), like, CORPUS, ['config.model.logit_cap'])
+  knobs = 'config.model.attn.normalizer', 'config.model.attn.rope_base'
+  assert str(error.value) == (
+    f"config.init_from='{workdir}': {knobs[0]}='softpick', but its run has 'softmax'; "
+    f'{knobs[1]}=1000000.0, but its run has 10000.0. Give these knobs the values of the '
+    f'run, or allow another function with --allow_change={",".join(knobs)}'
+  )
   with caplog.at_level('INFO', logger='gated'):
-    source = weights.find(str(workdir), placed(**changes), CORPUS)
+    source = weights.find(
+      str(workdir), like, CORPUS, ['config.model.logit_cap', 'config.model.attn.']
+    )
   assert source.differs == {
     'config.model.attn.normalizer': ('softmax', 'softpick'),
     'config.model.attn.rope_base': (1e4, 1e6),
@@ -74,11 +89,40 @@ def test_knobs_that_differ_at_equal_shapes_are_logged(workdir, caplog):
 
 
 @pytest.mark.parametrize(
+  ('knob', 'value'),
+  [
+    ('attn__yarn__factor', 2.0),
+    ('attn__window', 8),
+    ('attn__heads', 2),
+    ('numerics__norm_eps', 1e-5),
+    ('mask_documents', False),
+  ],
+)
+def test_every_knob_that_changes_the_function_of_a_run_is_refused(knob, value, workdir):
+  changes = {knob: value} | (dict(attn__head_dim=16) if knob == 'attn__heads' else {})
+  name = knob.replace('__', '.')
+  with pytest.raises(ValueError, match=rf'config\.model\.{name}={value}, but its run'):
+    weights.find(str(workdir), placed(**changes), CORPUS)
+
+
+def test_knobs_that_keep_the_function_of_a_run_need_no_permission(workdir):
+  """How a step is computed, and initial values; gates are added."""
+  changes = dict(remat='full', attn__backend='reference', attn__max_segments=4)
+  changes |= dict(numerics__init_std=0.5, numerics__compute='bfloat16') | GATE
+  source = weights.find(str(workdir), placed(**changes), CORPUS)
+  assert source.differs.keys() >= {'config.model.remat', 'config.model.numerics.init_std'}
+
+
+@pytest.mark.parametrize(
   ('init_from', 'changes', 'message'),
   [
     ('{}:4', {}, 'has the steps 3'),
-    ('{}', dict(ffn=32), 'blocks.ffn.act.weight is'),
-    ('{}', dict(tied=False), 'head.table is not in the checkpoint'),
+    (
+      '{}',
+      dict(ffn=32),
+      r'model\.ffn=32, but .*blocks\.ffn\.act\.weight is.*of the run$',
+    ),
+    ('{}', dict(tied=False), r'tied=False, but its run has True.*head\.table is not in'),
     ('{}/nowhere', {}, 'neither .*checkpoints nor a config.json'),
   ],
 )

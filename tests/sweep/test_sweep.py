@@ -181,6 +181,14 @@ def test_the_grids_of_gates_are_recipes_that_build(recipe, points, changes):
     config.build(Recipe, point.config, 'config')
 
 
+def test_all_points_may_start_from_weights_of_another_function():
+  allow = '--allow_change=config.model.attn.rope_base'
+  knob = '--config.model.attn.rope_base=1e6'
+  swept = planned('--config=configs/tiny.py', '--seeds=2', knob, '--deterministic', allow)
+  assert swept.flags == ('--deterministic', allow)
+  assert all(point.command[-2:] == swept.flags for point in swept.points)
+
+
 @pytest.mark.parametrize('name', trained.TABLES)
 @pytest.mark.parametrize('scale', rows.SCALES)
 def test_the_grid_of_a_table_has_its_rows_with_their_published_numbers(name, scale):
