@@ -1,5 +1,6 @@
 """Every row of the paper's tables is there, is sized as the paper says, and trains."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -7,7 +8,7 @@ import math
 import pytest
 import rows as trained
 
-from configs import base, dense_1b7, moe_15b, rows, table1, table2
+from configs import base, dense_1b7, long_context, moe_15b, rows, table1, table2
 from gated import config, model, plan
 
 TABLES = trained.TABLES
@@ -237,6 +238,25 @@ def test_a_row_names_choices_that_the_paper_leaves_open():
 def test_a_row_that_does_not_exist_lists_those_that_do(get_config, argument, message):
   with pytest.raises(ValueError, match=message):
     get_config(argument)
+
+
+def test_long_context_continues_the_model_that_it_starts():
+  for scale in rows.SCALES:
+    for variant in ('baseline', 'elementwise'):
+      start, extended = (
+        build(long_context.get_config(f'{variant},stage={s},scale={scale}').to_dict())
+        for s in ('start', 'extend')
+      )
+      differ = config.differences(
+        *({'model': dataclasses.asdict(c.model)} for c in (start, extended))
+      )
+      knobs = {'config.model.attn.rope_base': (1e4, 1e6)}
+      assert {k: v for k, v in differ.items() if 'max_segments' not in k} == knobs
+      assert extended.data.length >= 4 * start.data.length
+      assert extended.paper.assumed[: len(start.paper.assumed)] == start.paper.assumed
+  paper = long_context.get_config('elementwise,scale=paper')
+  assert paper.steps * paper.batch * paper.data.length == pytest.approx(80e9, rel=1e-4)
+  assert paper.model.ffn == table2.get_config('28l_3.5t_4.5e-3_elementwise').model.ffn
 
 
 def test_an_unnamed_row_is_the_baseline():
