@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from configs import base
 from gated import config, data, storage
 from gated.data.progress import Progress
-from gated.devices import determinism, mesh, processes
+from gated.devices import determinism, mesh, processes, programs
 from gated.plan import Run, command, evaluate_step, home, prepare, recipe
 from gated.plan.session import Services, Session
 from gated.run import checkpoint, exit_codes, recorder, shutdown, terminal
@@ -198,6 +198,7 @@ def main(argv: list[str]) -> int:
     if _DETERMINISTIC.value:
       determinism.enable()
     processes.start(**_PROCESSES(), peer_timeout=cfg.stability.peer_timeout)
+    programs.keep(data.cache.default())
     allowed, restore = _ALLOW.value or [], _RESTORE_STEP.value or ''
     workdir = home.workdir(_WORKDIR.value, c, allowed=allowed)
     first = jax.process_index() == 0
