@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from gated import config, model
 
 ARCHITECTURES = {
@@ -19,11 +21,6 @@ ARCHITECTURES = {
 
 # The code beside a model with a gate, and the class of transformers that opens it.
 CODE, OPENER = 'modeling_gated', 'AutoModelForCausalLM'
-
-NOT_THEIRS = (
-  'No class of transformers computes that: open the run itself, with gated.load or '
-  'eval.py, or train a model with the supported values'
-)
 
 # Keys that mean the same as one knob.
 SAME = {
@@ -66,6 +63,47 @@ FIXED_BY_GATE = {
 # Gates without a counterpart: activation -> (theirs, a factor of the output projection).
 FOLDS = {'2sigmoid': ('sigmoid', 2)}
 FIXED_BY_EXPERTS = {'moe.shared': 0, 'moe.dispatch': 'dropless'}
+FIXED_BY_NEXT = {
+  'attn.gate.position': 'sdpa',
+  'attn.gate.granularity': 'elementwise',
+  'moe.experts': 0,
+  'attn.qk_norm': True,
+}
+
+# What Qwen3, or Qwen3-Next, has instead of a knob's other values, for messages.
+LACKS = {
+  'norm': 'has RMSNorm only',
+  'branch_norm': 'has no norm on the output of a branch',
+  'branch_clip': 'does not clip the output of a branch',
+  'logit_cap': 'does not cap logits',
+  'attn.normalizer': 'has a plain softmax',
+  'attn.sink_tokens': 'has no learned keys and values',
+  'attn.logit_cap': 'does not cap attention scores',
+  'attn.gates': 'has one gate, on the SDPA output',
+  'attn.differential': 'has no differential heads',
+  'attn.window': 'is written without windows',
+  'attn.output': "has no function of the heads' outputs",
+  'attn.switch.where': 'has no experts in attention',
+  'attn.qk_norm': 'has QK-norm unless it has a gate',
+  'attn.gate.position': 'has its gate on the SDPA output',
+  'attn.gate.heads': 'has a gate for each head',
+  'attn.gate.form': 'multiplies by its gate',
+  'attn.gate.activation': 'has a sigmoid gate (2sigmoid is written too)',
+  'attn.gate.source': 'computes its gate from the input of the layer',
+  'attn.gate.inputs': 'computes its gate from the whole input',
+  'attn.gate.layers': 'has a gate in every layer',
+  'attn.gate.bias': 'is written without a bias of the gate',
+  'moe.shared': 'has no shared expert',
+  'moe.dispatch': 'has experts that drop no token',
+}
+LACKS_OF_NEXT = {
+  'attn.gate.position': 'has a gate in every layer, on the SDPA output',
+  'attn.gate.granularity': 'has a gate for each channel',
+  'moe.experts': 'has a shared expert with a gate of its own',
+  'attn.qk_norm': 'has QK-norm',
+}
+# Knobs that training can leave out: the weights fit without them.
+DROPPED = 'branch_clip', 'logit_cap', 'attn.logit_cap', 'attn.window', 'moe.dispatch'
 
 # Keys without an effect on logits.
 HARMLESS = (
@@ -103,24 +141,16 @@ def write(
     config.one_of('a further key of config.json', key, HARMLESS)
   gate, attn, experts = cfg.attn.gate, cfg.attn, cfg.moe.experts
   gated, next_ = gate.position != 'none', packing == 'per_head'
-  required = FIXED | {'attn.out_bias': attn.bias}
-  required |= (FIXED_BY_GATE if gated else {}) | (FIXED_BY_EXPERTS if experts else {})
+  required = FIXED | (FIXED_BY_GATE if gated else {})
+  required |= (FIXED_BY_EXPERTS if experts else {}) | (FIXED_BY_NEXT if next_ else {})
   if gate.activation in FOLDS:
     required.pop('attn.gate.activation', None)
-  if next_:
-    required |= {'attn.gate.position': 'sdpa', 'attn.gate.granularity': 'elementwise'}
-    required |= {'moe.experts': 0}
-  if next_ or not gated:
+  if not gated:
     required |= {'attn.qk_norm': True}
   flat = config.flatten(dataclasses.asdict(cfg), 'config.model')
-  faults = [
-    f'{knob}={flat[knob]!r}, but only {value!r} is supported'
-    for knob, value in config.flatten(required, 'config.model').items()
-    if flat[knob] != value
-  ]
-  if faults:
-    advice = '--packing=grouped may write it' if next_ else NOT_THEIRS
-    raise ValueError(f'Hugging Face format: {"; ".join(faults)}. {advice}')
+  _refuse(
+    {k: v for k, v in required.items() if flat[f'config.model.{k}'] != v}, flat, next_
+  )
   kind = 'qwen3_next' if next_ else 'qwen3_moe' if experts else 'qwen3'
   out = {key: flat[f'config.model.{knob}'] for key, (knob, _) in SAME.items()}
   out |= _positions(cfg) | {
@@ -129,7 +159,7 @@ def write(
     'torch_dtype': dtype,
     'head_dim': attn.head_dim,
     'hidden_act': 'silu',
-    'attention_bias': attn.bias,
+    'attention_bias': attn.bias or attn.out_bias,
     'attention_dropout': 0.0,
     # The cache of Qwen3-Next in transformers 4 needs a layer of linear attention.
     'use_cache': not next_,
@@ -140,7 +170,7 @@ def write(
   else:
     out |= {'use_sliding_window': False, 'sliding_window': None}
   if gated and not next_:
-    out |= {'qkv_bias': attn.bias, 'use_qk_norm': attn.qk_norm}
+    out |= {'qkv_bias': out['attention_bias'], 'use_qk_norm': attn.qk_norm}
     for granularity in ('headwise', 'elementwise'):
       out[f'{granularity}_attn_output_gate'] = gate.granularity == granularity
     name = f'Gated{ARCHITECTURES[kind]}'
@@ -149,16 +179,47 @@ def write(
   return out | dict(also), groups, next_
 
 
-def folded(cfg: model.Config, leaves: Mapping[str, Any]) -> dict[str, Any]:
-  """Our leaves by name -> the same with a factor of the gate in the output projection.
+def _refuse(lacking: Mapping[str, Any], flat: Mapping[str, Any], next_: bool) -> None:
+  """ValueError says for each knob what the format lacks, and what can be done.
 
-  The factors are powers of two, so the logits do not change in any bit.
+  `lacking` has the value that the format allows of each knob, `flat` ours of all.
   """
-  gate = cfg.attn.gate
-  if gate.position == 'none' or gate.activation not in FOLDS:
-    return dict(leaves)
-  name, factor = 'blocks.attn.out.weight', FOLDS[gate.activation][1]
-  return dict(leaves) | {name: leaves[name] * factor}
+  if not lacking:
+    return
+  name, faults = 'Qwen3-Next' if next_ else 'Qwen3', []
+  for short, value in lacking.items():
+    knob = f'config.model.{short}'
+    lack = LACKS_OF_NEXT.get(short) if next_ else None
+    text = f'{knob}={flat[knob]!r}, but {name} {lack or LACKS[short]}'
+    if lack:
+      text += '; --packing=grouped may write it'
+    elif short in DROPPED:
+      text += (
+        f'; train without it from these weights (--config.init_from=RUN --{knob}={value} '
+        f'--allow_change={knob})'
+      )
+    faults.append(text)
+  raise ValueError(
+    f'Hugging Face format: {". ".join(faults)}. gated.load and eval.py open it as it is'
+  )
+
+
+def folded(cfg: model.Config, leaves: Mapping[str, Any]) -> dict[str, Any]:
+  """Our leaves by name -> those of a model that they can write.
+
+  A factor of the gate goes to the output projection; it is a power of two, so the logits
+  do not change in any bit. Biases that only some projections have are zero in the others.
+  """
+  attn, leaves = cfg.attn, dict(leaves)
+  if attn.gate.position != 'none' and attn.gate.activation in FOLDS:
+    name, factor = 'blocks.attn.out.weight', FOLDS[attn.gate.activation][1]
+    leaves[name] = leaves[name] * factor
+  if attn.bias != attn.out_bias:
+    keys, width = (cfg.depth, attn.kv_heads, attn.head_dim), (cfg.depth, cfg.width)
+    shapes = {'query': (cfg.depth, attn.heads, attn.head_dim), 'key': keys, 'value': keys}
+    for part, shape in ({'out': width} if attn.bias else shapes).items():
+      leaves[f'blocks.attn.{part}.bias'] = np.zeros(shape, np.float32)
+  return leaves
 
 
 def code(content: Mapping[str, Any]) -> str:

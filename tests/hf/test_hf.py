@@ -511,42 +511,103 @@ def test_an_unsupported_key_is_refused_by_name(name, changes, message, copy):
     load(folder)
 
 
+# Knob, value -> what the format has instead.
+REFUSED = [
+  ('norm', 'gated', 'Qwen3 has RMSNorm only'),
+  ('branch_norm', 'rms', 'has no norm on the output'),
+  ('branch_clip', 300.0, 'does not clip'),
+  ('logit_cap', 30.0, 'does not cap logits'),
+  ('attn__normalizer', 'sink_logit', 'has a plain softmax'),
+  ('attn__normalizer', 'off_by_one', 'has a plain softmax'),
+  ('attn__sink_tokens', 1, 'has no learned keys'),
+  ('attn__logit_cap', 50.0, 'does not cap attention scores'),
+  ('attn__gates', 'value', 'has one gate'),
+  ('attn__window', 8, 'is written without windows'),
+  ('attn__output', 'rms_norm', 'has no function of the heads'),
+  ('attn__switch__where', 'value', 'has no experts in attention'),
+  ('attn__qk_norm', False, 'has QK-norm unless'),
+  ('attn__gate__position', 'value', 'on the SDPA output'),
+  ('attn__gate__position', 'out', 'on the SDPA output'),
+  ('attn__gate__heads', 'shared', 'has a gate for each head'),
+  ('attn__gate__form', 'add', 'multiplies by its gate'),
+  ('attn__gate__activation', 'ns_sigmoid', 'has a sigmoid gate'),
+  ('attn__gate__source', 'parameter', 'from the input of the layer'),
+  ('attn__gate__inputs', 'first:4', 'from the whole input'),
+  ('attn__gate__layers', '1', 'has a gate in every layer'),
+  ('attn__gate__bias', True, 'without a bias of the gate'),
+  ('moe__shared', 1, 'has no shared expert'),
+  ('moe__dispatch', 'capacity', 'drop no token'),
+]
+
+
+def exported(packing='grouped', **changes):
+  """The config of an export of a small model; ValueError if it is refused."""
+  if any('gate__' in knob for knob in changes):
+    changes = dict(attn__gate__position='sdpa') | changes
+  if any('moe' in knob for knob in changes):
+    changes |= dict(moe__experts=4, moe__top_k=2)
+  return hf.knobs.write(small.model_config(**changes), packing, 'float32', {})
+
+
+@pytest.mark.parametrize('knob, value, lack', REFUSED)
+def test_a_refused_knob_says_what_the_format_lacks_and_what_can_be_done(
+  knob, value, lack
+):
+  with pytest.raises(ValueError) as error:
+    exported(**{knob: value})
+  short = knob.replace('__', '.')
+  name = f'config.model.{short}'
+  text = str(error.value)
+  assert text.startswith(f'Hugging Face format: {name}={value!r}, but Qwen3 ')
+  assert lack in text and 'gated.load and eval.py open it as it is' in text
+  # Continued training can leave it out.
+  plain = {'moe.dispatch': 'dropless', 'attn.window': 0}
+  without = f'--{name}={plain.get(short, 0.0)} --allow_change={name})'
+  assert (without in text) == (short in hf.knobs.DROPPED)
+
+
+def test_every_knob_that_a_format_fixes_has_a_message():
+  knobs = hf.knobs
+  fixed = {*knobs.FIXED, *knobs.FIXED_BY_GATE, *knobs.FIXED_BY_EXPERTS}
+  assert {*knobs.LACKS} == {*fixed, 'attn.qk_norm'}
+  assert {*knobs.LACKS_OF_NEXT} == {*knobs.FIXED_BY_NEXT}
+  # But for one whose effect is that of another knob.
+  assert {knob.replace('__', '.') for knob, *_ in REFUSED} == (
+    {*knobs.LACKS} - {'attn.differential'}
+  )
+
+
 @pytest.mark.parametrize(
-  'knob, value',
+  'changes, lack',
   [
-    ('norm', 'gated'),
-    ('branch_norm', 'rms'),
-    ('branch_clip', 300.0),
-    ('logit_cap', 30.0),
-    ('attn__normalizer', 'sink_logit'),
-    ('attn__normalizer', 'off_by_one'),
-    ('attn__sink_tokens', 1),
-    ('attn__logit_cap', 50.0),
-    ('attn__output', 'rms_norm'),
-    ('attn__switch__where', 'value'),
-    ('attn__bias', True),
-    ('attn__qk_norm', False),
-    ('attn__gate__position', 'value'),
-    ('attn__gate__position', 'out'),
-    ('attn__gate__heads', 'shared'),
-    ('attn__gate__form', 'add'),
-    ('attn__gate__activation', 'ns_sigmoid'),
-    ('attn__gate__source', 'parameter'),
-    ('moe__shared', 1),
-    ('moe__dispatch', 'capacity'),
+    (
+      dict(attn__gate__granularity='headwise'),
+      "'headwise', but Qwen3-Next has a gate for",
+    ),
+    (dict(moe__norm_topk=True), '=4, but Qwen3-Next has a shared expert'),
+    (dict(attn__qk_norm=False), '=False, but Qwen3-Next has QK-norm'),
+    ({}, "'none', but Qwen3-Next has a gate in every layer"),
   ],
 )
-def test_an_unsupported_knob_is_refused_by_name(knob, value, tmp_path):
-  changes = {knob: value}
-  if 'gate' in knob:
-    changes = dict(attn__gate__position='sdpa') | changes
-  if 'moe' in knob:
-    changes |= dict(moe__experts=4, moe__top_k=2)
-  named = 'out_bias=False' if knob == 'attn__bias' else knob.replace('__', r'\.')
-  params = model.abstract(small.model_config(**changes))
-  with pytest.raises(ValueError, match=named):
-    hf.save(params, tmp_path / 'out')
-  assert not (tmp_path / 'out').exists()
+def test_a_model_that_the_other_packing_writes_is_sent_there(changes, lack):
+  with pytest.raises(ValueError) as error:
+    exported('per_head', **changes)
+  assert f'{lack}' in str(error.value)
+  assert '; --packing=grouped may write it' in str(error.value)
+
+
+@pytest.mark.parametrize('bias, out_bias', [(True, False), (False, True)])
+def test_biases_of_some_projections_are_zero_in_the_others(bias, out_bias, tmp_path):
+  """Qwen3 has one switch for the biases of all four projections."""
+  gate = dict(attn__gate__position='sdpa')
+  params = small.model_of(**gate, attn__bias=bias, attn__out_bias=out_bias)
+  hf.save(params, tmp_path / 'out')
+  read = load(tmp_path / 'out')
+  assert (read.cfg.attn.bias, read.cfg.attn.out_bias) == (True, True)
+  ours, theirs = trees.flatten(params), trees.flatten(read)
+  for name in theirs.keys() - ours.keys():
+    assert name.endswith('.bias') and not theirs[name].any()
+  np.testing.assert_array_equal(logits(read), logits(params))
 
 
 # Tensors.
