@@ -9,18 +9,20 @@ import threading
 from collections.abc import Callable
 
 PR_SET_PDEATHSIG = 1  # Of prctl(2).
+# A run saves and leaves at these.
+IGNORED = signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU
 
 
 def die_with_parent(*_) -> None:
   """Initializes a worker: it exits when its parent process dies.
 
   Otherwise it would wait forever, and keep its shared memory. A terminal and a scheduler
-  send Ctrl-C, SIGHUP and SIGUSR1 to all processes; the parent decides, and still needs
-  the worker. Takes and ignores the worker's index and count, which grain passes.
+  send Ctrl-C and IGNORED to all processes; the parent decides, and still needs the
+  worker. Takes and ignores the worker's index and count, which grain passes.
   """
   parent = multiprocessing.parent_process()
   assert parent
-  for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+  for number in (signal.SIGINT, *IGNORED):
     signal.signal(number, signal.SIG_IGN)
 
   def watch() -> None:

@@ -14,7 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from gated import data, storage
-from gated.data import cache
+from gated.data import cache, workers
 from gated.run import checkpoint, exit_codes, metrics, weights, workdir
 
 CODES: dict[type[Exception], int] = {
@@ -36,8 +36,9 @@ _COLLECTIVE = workdir.InUse, FloatingPointError
 _FOREIGN = exit_codes.REFUSED, exit_codes.TAKEN_OVER
 
 
-# Announcements of an end: by spot machines and schedulers, a closed terminal, Ctrl-C.
-SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
+# Announcements of an end: by spot machines and schedulers (SIGUSR2: LSF, Grid Engine), a
+# closed terminal, Ctrl-C, a limit of CPU time.
+SIGNALS = signal.SIGTERM, signal.SIGINT, *workers.IGNORED
 
 
 class Sigterm(contextlib.ExitStack):
