@@ -50,7 +50,7 @@ def path(spec: PathLike) -> Path:
   text = os.fspath(spec)
   scheme, colon, rest = text.partition('://')
   if not colon or not re.fullmatch(r'[A-Za-z][\w+.-]*', scheme):
-    if re.match(r'(gs|s3):/', text):
+    if re.match(r'[A-Za-z][\w+.-]*:/', text):
       raise ValueError(f'{text!r} has one slash: write {text.replace(":/", "://", 1)!r}')
     home = Path(os.path.expanduser(text))
     real = os.path.realpath(home)

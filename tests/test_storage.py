@@ -177,6 +177,8 @@ def test_a_whole_bucket_is_never_removed(s3):
     ('gs:///x', r'gs://BUCKET/PATH'),
     ('s3://bucket/../other', r's3://BUCKET/PATH'),
     ('s3:/bucket/x', r"one slash: write 's3://bucket/x'"),
+    ('GS:/bucket/x', r"one slash: write 'GS://bucket/x'"),
+    ('hdfs:/x', r"one slash: write 'hdfs://x'"),
   ],
 )
 def test_an_invalid_path_is_refused(spec, fault):
