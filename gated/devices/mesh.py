@@ -254,4 +254,6 @@ def place(local: Any, mesh: Mesh, batch: int) -> Any:
     shape = (batch, *x.shape[1:])
     return jax.make_array_from_callback(shape, batch_sharding(mesh), shard)
 
-  return jax.tree.map(to_global, local)
+  # JAX takes it for an implicit transfer, which JAX_TRANSFER_GUARD may forbid.
+  with jax.transfer_guard_host_to_device('allow'):
+    return jax.tree.map(to_global, local)

@@ -133,6 +133,8 @@ def prepare(
   ValueError if the recipe, the data or the workdir cannot be used.
   """
   cfg = config.build(Config, c, 'config')
+  if jax.config.values['jax_disable_jit']:
+    raise ValueError('JAX_DISABLE_JIT is set, but the train step is compiled: unset it')
   metrics.check_wandb(cfg.log.wandb)
   metrics.check_remote(workdir, profile_first=cfg.log.profile_first)
   plan = Plan(cfg, choose=choose)

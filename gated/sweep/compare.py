@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from gated import config, storage
 from gated.run import metrics
 from gated.run import workdir as workdirs
+from gated.run.metrics import settings
 from gated.sweep import folder as sweeps
 from gated.sweep.grid import Sweep, absolute
 
@@ -34,55 +35,6 @@ HARMLESS = (
   'config.data.workers',
   'config.data.prefetch',
 )
-# Beginnings of variables, and of flags in FLAGS, that change no number: those of memory,
-# caches, logs, dumps, checks and connections. Devices are compared by themselves.
-HARMLESS_VARIABLES = (
-  'XLA_PYTHON_CLIENT_',
-  'XLA_CLIENT_MEM_',
-  'JAX_CHECK_',
-  'JAX_COMPILATION_CACHE_',
-  'JAX_COORDINATOR_',
-  'JAX_CUDA_VISIBLE_DEVICES',
-  'JAX_DEBUG_LOG_MODULES',
-  'JAX_DISTRIBUTED_',
-  'JAX_DUMP_',
-  'JAX_ENABLE_COMPILATION_CACHE',
-  'JAX_EXPLAIN_CACHE_MISSES',
-  'JAX_INCLUDE_',
-  'JAX_LOG_',
-  'JAX_LOGGING_LEVEL',
-  'JAX_NUM_PROCESSES',
-  'JAX_NUMPY_RANK_PROMOTION',
-  'JAX_PERSISTENT_CACHE_',
-  'JAX_PLATFORM',
-  'JAX_PROCESS_ID',
-  'JAX_PROFILER_',
-  'JAX_RAISE_PERSISTENT_CACHE_ERRORS',
-  'JAX_TRACEBACK_',
-  'JAX_TRACER_',
-  'JAX_TRANSFER_GUARD',
-  'NCCL_DEBUG',
-  'NCCL_IB_',
-  'NCCL_SOCKET_',
-)
-FLAGS = 'XLA_FLAGS', 'LIBTPU_INIT_ARGS'
-HARMLESS_FLAGS = (
-  '--xla_dump_',
-  '--xla_force_host_platform_device_count',
-  '--xla_gpu_force_compilation_parallelism',
-  '--xla_gpu_per_fusion_autotune_cache_dir',
-  '--xla_hlo_profile',
-  '--xla_tpu_dump_',
-)
-# Keys of a session in run.json -> their names in the output.
-SESSION = {
-  'backend': 'backend',
-  'device_kind': 'device',
-  'devices': 'devices',
-  'processes': 'processes',
-  'deterministic': '--deterministic',
-  'python': 'Python',
-}
 COMPARED = 'loss', 'grad_norm'  # The compared fields of a record.
 
 
@@ -236,9 +188,7 @@ def _about(workdir: storage.Path) -> dict:
 def _differences(a: dict, b: dict) -> list[Difference]:
   """Two results of `_about` -> all differences, the recipe's first."""
   changed = config.differences(a['config'], b['config'])
-  harmless = HARMLESS + ('platform',)  # The kernel's version.
-  harmless += tuple(f'${name}' for name in HARMLESS_VARIABLES)
-  harmless += tuple(f'${name} {flag}' for name in FLAGS for flag in HARMLESS_FLAGS)
+  harmless = HARMLESS + settings.HARMLESS
   x, y = (run['data'].get('sha256') or 'unknown' for run in (a, b))
   if x == y:
     harmless += ('config.data.mixture',)  # The same data may have another path.
@@ -246,36 +196,18 @@ def _differences(a: dict, b: dict) -> list[Difference]:
     changed['data'] = x[:12], y[:12]
   if not _same_code(a['code'], b['code']):
     changed['code'] = _code_name(a['code']), _code_name(b['code'])
-  changed |= _changed(_settings(a['sessions'][-1]), _settings(b['sessions'][-1]))
+  changed |= settings.changed(
+    settings.of(a['sessions'][-1]), settings.of(b['sessions'][-1])
+  )
   for side, run in {'a': a, 'b': b}.items():
-    first, *others = (_settings(s) | {'code': s.get('git')} for s in run['sessions'])
+    first, *others = (settings.of(s) | {'code': s.get('git')} for s in run['sessions'])
     for other in others:
-      mixed = _changed(first, other)
+      mixed = settings.changed(first, other)
       changed |= {f'{k} of the sessions of {side}': pair for k, pair in mixed.items()}
   return [
     Difference(name, _short(x), _short(y), not name.startswith(harmless))
     for name, (x, y) in changed.items()
   ]
-
-
-def _settings(session: Mapping[str, Any]) -> dict[str, Any]:
-  """A session of run.json -> its settings by their names in the output."""
-  settings = {name: session.get(key) for key, name in SESSION.items()}
-  settings |= session.get('versions') or {}
-  variables = session.get('environment') or {}
-  for name in sorted(variables):
-    if name not in FLAGS:
-      settings[f'${name}'] = variables[name]
-      continue
-    for word in variables[name].split():
-      flag, _, value = word.partition('=')
-      settings[f'${name} {flag}'] = value or 'true'
-  return settings | {'platform': session.get('platform')}
-
-
-def _changed(a: Mapping, b: Mapping) -> dict[str, tuple[Any, Any]]:
-  """Two mappings -> name: (value, other value), where they differ."""
-  return {k: (a.get(k), b.get(k)) for k in {**a, **b} if a.get(k) != b.get(k)}
 
 
 def _same_code(a: Mapping | None, b: Mapping | None) -> bool:

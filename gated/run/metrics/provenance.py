@@ -8,6 +8,7 @@
 
 import contextlib
 import importlib.metadata
+import logging
 import os
 import platform
 import re
@@ -22,6 +23,7 @@ import jax
 
 from gated import storage
 from gated.devices import determinism
+from gated.run.metrics import settings
 from gated.run.metrics.records import plain
 
 PACKAGES = (
@@ -51,6 +53,8 @@ HIDDEN_FLAG = re.compile(
 LOGIN = re.compile(r'(\w://)[^/\s]*:[^/\s]*@')
 MASK = '***'
 
+_log = logging.getLogger('gated')
+
 
 def manifest(
   path: storage.PathLike,
@@ -66,13 +70,28 @@ def manifest(
   """
   old = storage.read_json(path, MAX_BYTES) if storage.exists(path) else {'sessions': []}
   entry = {'restored_step': -1 if restored is None else restored, 'changed': changed}
-  run = {
-    'config': config,
-    'data': data,
-    'sessions': [*old['sessions'], entry | session()],
-  }
+  entry |= session()
+  # A session of an earlier version, or one that was edited, may not say them all.
+  with contextlib.suppress(KeyError, IndexError, TypeError, ValueError, AttributeError):
+    _report_changes(old['sessions'][-1], entry)
+  run = {'config': config, 'data': data, 'sessions': [*old['sessions'], entry]}
   storage.write_json(path, plain(run))
   return run
+
+
+def _report_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+  """Warns of settings that differ between two sessions and may change numbers."""
+  both = ({'environment': s['environment'], **s} for s in (old, new))
+  changed = settings.changed(*map(settings.of, both))
+  shown = [
+    f'{name} {a} -> {b}'
+    for name, (a, b) in changed.items()
+    if not name.startswith(settings.HARMLESS)
+  ]
+  if shown:
+    _log.warning(
+      'changed since the last session: %s; the last bits may differ', ', '.join(shown)
+    )
 
 
 def amend(path: storage.PathLike, changed: Mapping[str, Any]) -> None:
@@ -143,8 +162,11 @@ def git(checkout: Path) -> dict | None:
 
   def ask(*words: str) -> str:
     command = ['git', '-C', str(checkout), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    return done.stdout.strip()
+    pipes: Any = dict(capture_output=True, text=True, errors='replace', env=env)
+    return subprocess.run(command, check=True, timeout=20, **pipes).stdout.strip()
+
+  # A hook of git sets GIT_DIR and more, which would name another repository.
+  env = {name: os.environ[name] for name in os.environ if not name.startswith('GIT_')}
 
   try:
     if Path(ask('rev-parse', '--show-toplevel')).resolve() != checkout.resolve():
