@@ -418,6 +418,7 @@ def test_the_profiler_traces_its_window(tmp_path, traces, window, steps, expecte
 
 
 def test_run_json_holds_the_versions_and_keeps_its_sessions(tmp_path, monkeypatch):
+  jax.devices()  # XLA reads its flags now, and ends the process at an unknown one.
   monkeypatch.setenv('XLA_FLAGS', '--xla_some_flag')
   path = tmp_path / 'run' / 'run.json'
   words = {'config': {'seed': 1}, 'data': {'digest': 'abc'}}
@@ -438,6 +439,34 @@ def test_run_json_holds_the_versions_and_keeps_its_sessions(tmp_path, monkeypatc
   assert amended['sessions'][0] == run['sessions'][0]
   assert amended['sessions'][1]['changed']['config.init_from'] == ['a', 'a:7']
   assert amended['sessions'][1]['changed'].items() >= last['changed'].items()
+
+
+def test_settings_that_changed_since_the_last_session_are_reported(
+  tmp_path, monkeypatch, caplog
+):
+  path = tmp_path / 'run.json'
+  session = lambda: metrics.manifest(path, config={}, data={}, restored=None, changed={})
+  session()
+  monkeypatch.setenv('JAX_LOG_COMPILES', '1')
+  session()
+  assert not caplog.text  # It changes no number.
+  monkeypatch.setenv('JAX_ENABLE_X64', '1')
+  monkeypatch.setattr(provenance, 'versions', lambda: {'jax': '9'})
+  session()
+  assert f'changed since the last session: jax {jax.__version__} -> 9, ' in caplog.text
+  assert '$JAX_ENABLE_X64 None -> 1; the last bits may differ' in caplog.text
+  run = json.loads(path.read_text())
+  del run['sessions'][-1]['environment']  # An earlier version of run.json.
+  path.write_text(json.dumps(run))
+  caplog.clear()
+  session()
+  assert not caplog.text
+
+
+def test_the_commit_is_that_of_the_code_and_not_of_a_hook(tmp_path, monkeypatch):
+  commit = provenance.git(storage.Path(__file__).parents[2])
+  monkeypatch.setenv('GIT_DIR', str(tmp_path))
+  assert provenance.git(storage.Path(__file__).parents[2]) == commit
 
 
 def test_credentials_are_not_recorded(tmp_path, monkeypatch):

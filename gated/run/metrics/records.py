@@ -102,15 +102,30 @@ def last_step(path: storage.PathLike) -> int:
 
 
 def truncate(path: storage.PathLike, step: int) -> None:
-  """Drops every record after `step` and a cut-off last line; `step` -1 drops all."""
-  for piece in _pieces(path):
-    content = _read(piece)
-    lines = [x for x in _lines(content) if _decode(x, piece)['step'] <= step]
-    kept = b''.join(lines)
+  """Drops every record after `step` and a cut-off last line; `step` -1 drops all.
+
+  Of records of one kind and step, as two writers leave them, the last is kept. Each piece
+  is sorted by step.
+  """
+  seen, repeated = set(), 0
+  for piece in reversed(_pieces(path)):
+    content, entries = _read(piece), []
+    for text in reversed(_lines(content)):
+      record = _decode(text, piece)
+      key = record['step'], str(record.get('kind'))
+      if record['step'] > step:
+        continue
+      repeated += key in seen
+      entries += [] if key in seen else [(record['step'], text)]
+      seen.add(key)
+    entries = sorted(reversed(entries), key=lambda entry: entry[0])
+    kept = b''.join(text for _, text in entries)
     if not kept and os.fspath(piece) != os.fspath(path):
       storage.remove(piece)
     elif kept != content:
       storage.write(piece, kept)
+  if repeated:
+    _log.warning('%s: %d repeated records were dropped', os.fspath(path), repeated)
 
 
 def gaps(path: storage.PathLike, step: int, every: int) -> list[tuple[int, int]]:
