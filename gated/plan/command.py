@@ -93,7 +93,10 @@ def _recipes() -> list[str]:
   """The recipes below the current folder, each with the first line of its docstring."""
   lines = []
   for path in _found():
-    text = ast.get_docstring(ast.parse(path.read_text())) or ''
+    try:
+      text = ast.get_docstring(ast.parse(path.read_bytes())) or ''
+    except (SyntaxError, ValueError) as error:
+      text = f'(cannot be read: {error})'
     lines.append(f'  {path.name:14}{text.partition(chr(10))[0]}')
   return lines
 
@@ -104,7 +107,9 @@ def _found() -> list[pathlib.Path]:
 
 
 def _is_recipe(path: pathlib.Path) -> bool:
-  return path.suffix == '.py' and path.is_file() and 'def get_config' in path.read_text()
+  return (
+    path.suffix == '.py' and path.is_file() and b'def get_config' in path.read_bytes()
+  )
 
 
 def _described(flags: Any) -> list[str]:

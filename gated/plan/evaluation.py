@@ -29,11 +29,14 @@ Reports = Mapping[str, dict[str, Any]]
 ROWS = 16  # Held-out rows of each domain that probes and the mean of gates read.
 
 
-def opened(workdir: str, *, step: str, cache: str, length: int, tokenizer: str) -> Loaded:
+def opened(
+  workdir: str, *, step: str, cache: str, length: int, tokenizer: str, yarn: str
+) -> Loaded:
   """WORKDIR, WORKDIR:STEP or a Hugging Face folder -> the model.
 
   ValueError names the flag that is wrong, or does not apply: `length` and `tokenizer`,
-  0 and '' if not given, are for a Hugging Face folder.
+  0 and '' if not given, are for a Hugging Face folder. `yarn` is as for
+  `Loaded.stretched`.
   """
   try:
     place, step = workdirs.split_step(workdir, step)
@@ -47,10 +50,14 @@ def opened(workdir: str, *, step: str, cache: str, length: int, tokenizer: str) 
       raise ValueError(f'--{flag}={value}, but {place} is a run')
   try:
     with shown(f'reading {place}'):
-      return take(place, step=step, cache=cache)
+      loaded = take(place, step=step, cache=cache)
   except ValueError as error:
     named = f' --step={step!r}' if step else ''
     raise ValueError(f'--workdir={place}{named}: {error}') from error
+  try:
+    return loaded.stretched(yarn)
+  except ValueError as error:
+    raise ValueError(f'--yarn={yarn}: {error}') from error
 
 
 def runs(
@@ -63,9 +70,9 @@ def runs(
 ) -> dict[str, Loaded]:
   """A model, the same with forced gates, and models of other paths -> all, by label.
 
-  They are for rows of up to `segments` documents. `forced` is as for `force.parse`, ''
-  for none; its 'mean' is over `rows`. ValueError names --force_gates or --beside if it
-  does not fit the model.
+  They are for rows of up to `segments` documents; all have the first one's --yarn.
+  `forced` is as for `force.parse`, '' for none; its 'mean' is over `rows`. ValueError
+  names --force_gates or --beside if it does not fit the model.
   """
   loaded = loaded.fit(segments)
   runs = {loaded.path.name: loaded}
@@ -79,7 +86,7 @@ def runs(
     runs[f'gates {forced}'] = loaded.force(gates, layers=layers, text=text)
   for path in others:
     try:
-      other = take(path, cache=loaded.cache).fit(segments)
+      other = take(path, cache=loaded.cache).fit(segments).stretched(loaded.yarn)
       label = other.path.name
       label = f'{other.path}:{other.step}' if label in runs else label
       if label in runs:
@@ -95,7 +102,7 @@ def runs(
 def rows_of_file(loaded: Loaded, path: str, *, length: int, limit: int) -> data.Batch:
   """A text file -> its rows, as `Loaded.rows`; ValueError names --text."""
   try:
-    return loaded.rows(Path(path).read_text(), length=length, limit=limit)
+    return loaded.rows(Path(path).read_bytes().decode(), length=length, limit=limit)
   except (OSError, ValueError) as error:
     raise ValueError(f'--text={path}: {error}') from error
 

@@ -111,6 +111,19 @@ def test_help_lists_recipes_knobs_and_flags_and_exits(flag, capsys, monkeypatch)
   assert '  --dry_run          Check, and exit.\n' in printed
 
 
+def test_help_names_a_recipe_that_is_half_written(tmp_path, capsys, monkeypatch):
+  (tmp_path / 'configs').mkdir()
+  (tmp_path / 'configs/half.py').write_bytes(b'def get_config(:')
+  (tmp_path / 'configs/latin.py').write_bytes(b'"""Caf\xe9."""\ndef get_config(): pass')
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr('sys.argv', [__name__])
+  with pytest.raises(SystemExit):
+    parse('--config=zzzz', '--help')
+  printed = capsys.readouterr().out
+  assert '  half.py       (cannot be read: ' in printed
+  assert '  latin.py      (cannot be read: ' in printed
+
+
 def test_every_preset_is_a_valid_group():
   for group, presets in base.PRESETS.items():
     for knobs in presets.values():
