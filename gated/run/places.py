@@ -12,6 +12,7 @@ from typing import Any
 
 from gated import storage
 from gated.run import events, lock, outcome
+from gated.run.checkpoint import head
 
 # Folders, and whether a run with these knobs of config.log writes them.
 FOLDERS = {
@@ -43,6 +44,12 @@ def check(workdir: storage.Path, log: Mapping[str, Any]) -> None:
     return  # A store reports errors when the lock is written.
   path = Path(workdir).absolute()
   try:
+    for parent in path.resolve().parents:
+      if (parent / head.NAME).exists():
+        raise ValueError(
+          f'--workdir={workdir} lies within {parent}, where another run removes its old '
+          'steps: choose another workdir'
+        )
     top = storage.top(path)
     used = [path / name for name, writes in FOLDERS.items() if writes(log)]
     for folder in (top, *used):

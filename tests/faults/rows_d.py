@@ -37,7 +37,7 @@ def lost_terminals(world: World, times: int) -> Outcome:
 
 # 30
 
-SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 def other_signals(world: World, times: int) -> Outcome:
@@ -178,8 +178,8 @@ def changed_by_hand(world: World, times: int) -> Outcome:
 
 ROWS_D = [
   Row('29', 'standard output and error are closed, full, broken', lost_terminals, 5, 1),
-  Row('30', 'Ctrl-C, SIGHUP and SIGUSR1', other_signals, 3, 0),
-  Row('30b', 'Ctrl-C, SIGHUP and SIGUSR1, also to workers', signals_to_all, 3, 0),
+  Row('30', 'signals besides SIGTERM', other_signals, len(SIGNALS), 0),
+  Row('30b', 'these signals, also to workers', signals_to_all, len(SIGNALS), 0),
   Row('31', 'a command with --restore_step is repeated', requeued, 3, 1),
   Row('32', 'workdirs with odd names', odd_places, 5, 1),
   Row('33', 'the result of eval.py cannot be stored', unstored_results, 1, 1),

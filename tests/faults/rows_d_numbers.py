@@ -186,6 +186,23 @@ def _compiling(world: World, number: int) -> None:
   assert evidence.saved(workdir) == [1]
 
 
+def _impatient(world: World) -> None:
+  """Ctrl-C is answered while XLA compiles, and a second one ends the process at once."""
+  workdir = world.path('impatient')
+  slow: dict[str, Any] = dict(model__depth=24, model__layers='unroll', data__length=64)
+  child = world.train(workdir, **slow)
+  ready = lambda: (workdir / 'lock.json').exists()
+  child.until(ready)
+  time.sleep(0.5)
+  child.signal(signal.SIGINT)
+  assert child.until(lambda: 'again: at once' in child.err, 5), child.err
+  child.signal(signal.SIGINT)
+  started = time.monotonic()
+  child.wait().expect(128 + signal.SIGINT)
+  assert time.monotonic() - started < 3, f'{time.monotonic() - started:.1f} s'
+  assert not (workdir / 'metrics.jsonl').exists(), 'the compilation had ended'
+
+
 def interrupted(world: World, times: int) -> Outcome:
   """Ctrl-C and SIGTERM before the first step."""
   tally = Tally()
@@ -194,6 +211,8 @@ def interrupted(world: World, times: int) -> Outcome:
       _building(world, number)
     with tally.one(f'{number.name} while the step is compiled'):
       _compiling(world, number)
+  with tally.one('Ctrl-C twice while the step is compiled'):
+    _impatient(world)
   with tally.one('Ctrl-C in prepare_data and its workers'):
     _preparing(world, signal.SIGINT)
   return tally.outcome()

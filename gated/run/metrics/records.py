@@ -280,8 +280,12 @@ def _pieces(path: storage.PathLike) -> list[storage.Path]:
 
 
 def _merge(path: storage.PathLike) -> None:
-  """Joins parts that were copied from a store into one file."""
-  if storage.exists(_parts(path)):
+  """Joins parts that were copied from a store into one file.
+
+  A file with hard links is written anew: a copy made by `cp -al` keeps its records.
+  """
+  linked = os.path.exists(path) and os.stat(path).st_nlink > 1
+  if linked or storage.exists(_parts(path)):
     storage.write(path, b''.join(b''.join(_lines(_read(p))) for p in _pieces(path)))
     storage.remove(_parts(path))
 
