@@ -252,6 +252,9 @@ def optim() -> dict:
     gates_first=0,  # first steps, in which only the gates learn: for gates added late
     # bfloat16 halves the moments' memory; stochastic rounding keeps their means.
     moments='float32',
+    # AdamW's second moments from the means of rows and columns (Adafactor): almost no
+    # memory for them, with another direction than AdamW's.
+    factored=False,
     # mup: the learning rate of a model of width `base_width` suits all wider ones
     # (arXiv 2203.03466; docs/transfer.md). The other sizes grow with the width.
     transfer='none',

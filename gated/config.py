@@ -35,6 +35,7 @@ SINCE: dict[str, Any] = {
   'config.model.attn.yarn.mscale_all_dim': 0.0,
   'config.optim.qk_clip': 0.0,
   'config.optim.moments': 'float32',
+  'config.optim.factored': False,
   'config.optim.transfer': 'none',
   'config.optim.base_width': 256,
   'config.optim.base_head_dim': 0,

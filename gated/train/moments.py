@@ -1,4 +1,4 @@
-"""An optimizer's moments in bfloat16, rounded at random without bias.
+"""Smaller moments: in bfloat16, rounded at random without bias, or factored.
 
 The second moment of AdamW changes by (1 - b2) of itself in a step: with b2 = 0.95 by up
 to 5%, and with 0.999 by 0.1%, less than the 0.4% between neighbours in bfloat16. Rounding
@@ -6,13 +6,18 @@ to the nearest would freeze it; rounding up with the probability of the remainde
 its mean (arXiv 2010.06192).
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from gated.devices import trees
+
 DTYPES = ('float32', 'bfloat16')
+FACTORED = 128  # Matrices whose smaller side is below it keep whole second moments.
 
 
 class Stored(NamedTuple):
@@ -44,6 +49,40 @@ def stored(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     return updates, Stored(state.count + 1, jax.tree.unflatten(tree, rounded))
 
   return optax.GradientTransformation(init, update)
+
+
+def factored(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+  """AdamW's direction, with second moments from the means of rows and columns.
+
+  As in Adafactor (arXiv 1804.04235, section 3), the gradient is divided by the root of
+  its second moment first, and the first moment is the mean of the quotients. Both means
+  are free of the bias of their start, as in Adam. Of a stack of matrices, each has its
+  own rows and columns: the two largest axes of the parameter.
+  """
+
+  def decay(step, _):
+    return b2 * (1 - b2**step) / (1 - b2 ** (step + 1))
+
+  second = optax.scale_by_factored_rms(
+    decay_rate_fn=decay, min_dim_size_to_factor=FACTORED, epsilon=max(eps**2, 1e-30)
+  )
+
+  def init(params):
+    # Rows and columns have other shapes than their parameter: they go by its name.
+    return second.init(trees.flatten(params))
+
+  def update(updates, state, params=None):
+    flat, state = second.update(trees.flatten(updates), state, trees.flatten(params))
+    return trees.unflatten(updates, flat), state
+
+  return optax.chain(optax.GradientTransformation(init, update), optax.ema(b1))
+
+
+def factored_size(shape: Sequence[int]) -> int:
+  """The shape of a parameter -> the elements of its second moments, if factored."""
+  *_, smaller, larger = 0, *sorted(shape)
+  size = math.prod(shape)
+  return size if smaller < FACTORED else size // larger + size // smaller
 
 
 def rounded_at_random(x: jax.Array, key: jax.Array) -> jax.Array:

@@ -64,6 +64,7 @@ class Config:
   qk_clip: float  # limit of attention logits, kept by QK-clip; 0 for none
   gates_first: int  # first steps, in which only the gates learn
   moments: str  # dtype of the moments: float32, or bfloat16 with stochastic rounding
+  factored: bool  # AdamW's second moments by rows and columns, as in `moments.factored`
   transfer: str  # none, or mup: initial values and rates relative to base_width
   base_width: int  # the width of the model whose learning rate is to transfer
   base_head_dim: int  # its head width; 0 for the same head width
@@ -80,6 +81,8 @@ class Config:
       _check_decay_rate(name, getattr(self, name))
     config.positive(f'{_NAME}.lr', self.lr)
     config.one_of(f'{_NAME}.moments', self.moments, moments.DTYPES)
+    if self.factored:
+      config.one_of(f'{_NAME}.factored=True with {_NAME}.name', self.name, ['adamw'])
     config.one_of(f'{_NAME}.transfer', self.transfer, transfer.TRANSFERS)
     config.at_least(f'{_NAME}.base_width', self.base_width, 1)
     config.at_least(f'{_NAME}.base_head_dim', self.base_head_dim, 0)
@@ -158,6 +161,8 @@ def _dims(params: Any) -> Any:
 
 
 def _adam(cfg: Config) -> optax.GradientTransformation:
+  if cfg.factored:
+    return moments.factored(cfg.b1, cfg.b2, cfg.eps)
   return optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
 
 

@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import small
 from test_optim import GRADS, PARAMS, knobs
 
+from gated.devices import mesh
 from gated.plan import Plan
 from gated.pods.estimate import memory
 from gated.pods.estimate.layout import Layout
@@ -55,8 +57,48 @@ def test_updates_are_those_of_float32_moments_up_to_rounding():
   jax.tree.map(close, narrow, wide)
 
 
-def test_preflight_counts_the_bytes_that_the_state_has():
-  cfg = small.whole(optim__moments='bfloat16')
+def test_factored_moments_are_a_product_of_means():
+  """By hand, for a stack of matrices and a vector."""
+  shape, b1, b2 = (3, 128, 256), 0.8, 0.9
+  grads = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
+  tx = moments.factored(b1, b2, 1e-8)
+  params = {'w': jnp.zeros(shape), 'b': jnp.zeros(128)}
+  state, v, first, b = tx.init(params), 0.0, 0.0, 0.0
+  for t, g in enumerate(grads, start=1):
+    updates, state = tx.update({'w': g, 'b': g[0, :, 0]}, state, params)
+    v, b = v * b2 + (1 - b2) * g**2, b * b2 + (1 - b2) * g[0, :, 0] ** 2
+    rows, columns = v.mean(2, keepdims=True), v.mean(1, keepdims=True)
+    second = rows * columns / rows.mean(1, keepdims=True) / (1 - b2**t)
+    quotient = g / np.sqrt(second), g[0, :, 0] / np.sqrt(b / (1 - b2**t))
+    first = jax.tree.map(
+      lambda a, q: b1 * a + (1 - b1) * q, first or (0.0, 0.0), quotient
+    )
+    for actual, expected in zip((updates['w'], updates['b']), first):
+      np.testing.assert_allclose(actual, expected / (1 - b1**t), rtol=2e-4, atol=1e-6)
+  assert moments.factored_size(shape) == 3 * (128 + 256)
+  second = jax.tree.leaves(state[0])
+  assert sum(leaf.size for leaf in second if leaf.size > 1) == 3 * (128 + 256) + 128
+
+
+def test_factored_moments_are_the_same_on_eight_devices():
+  def losses(count):
+    sizes = dict(model__width=128, model__ffn=256, mesh__fsdp=count)
+    plan = Plan(small.whole(optim__factored=True, **sizes), jax.devices()[:count])
+    step, state, losses = plan.train_step().compile(), plan.init(), []
+    batch = mesh.place(small.batch(8, 16), plan.mesh, 8)
+    for _ in range(4):
+      state, values = step(state, batch)
+      losses.append(float(values['loss']))
+    return losses
+
+  single = losses(1)
+  np.testing.assert_allclose(losses(8), single, atol=1e-5)
+  assert single[-1] < single[0] - 0.01
+
+
+@pytest.mark.parametrize('changes', [{}, dict(optim__factored=True, model__width=128)])
+def test_preflight_counts_the_bytes_that_the_state_has(changes):
+  cfg = small.whole(optim__moments='bfloat16', **changes)
   plan = Plan(cfg, jax.devices()[:1])
   large = [leaf for leaf in jax.tree.leaves(plan.state.opt.inner) if leaf.size > 4]
   held = memory.held(Layout(cfg, dict(plan.mesh.shape)))

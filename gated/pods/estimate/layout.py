@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh
 
 from gated import model
 from gated.devices import mesh
-from gated.train import optim
+from gated.train import moments, optim
 
 WIDE = 4  # bytes of a float32
 
@@ -28,6 +28,7 @@ class Weight(NamedTuple):
   size: int  # elements
   itemsize: int  # bytes of an element
   matrix: bool  # whether Muon updates it
+  factored: int  # elements of its second moments, if they are factored
 
 
 @functools.cache
@@ -41,6 +42,7 @@ def weights(cfg: model.Config) -> tuple[Weight, ...]:
       size=leaf.size,
       itemsize=leaf.dtype.itemsize,
       matrix=bool(optim.matrix(leaf)),
+      factored=moments.factored_size(leaf.shape),
     )
     for part, tree in dict(
       layers=m.blocks, embed=m.embed, head=m.head, norm=m.norm
@@ -103,8 +105,13 @@ class Layout:
 
   @property
   def moments(self) -> float:
-    """Elements of the optimizer's state on one chip: two for each weight, Muon one."""
+    """Elements of the optimizer's state on one chip: two for each weight, Muon one.
+
+    Every chip has all factored second moments.
+    """
+    first = sum(w.size / self.split(w.axes) for w in self.weights)
+    if self.cfg.optim.factored:
+      return first + sum(w.factored for w in self.weights)
     muon = self.cfg.optim.name == 'muon'
-    return sum(
-      w.size * (1 if muon and w.matrix else 2) / self.split(w.axes) for w in self.weights
-    )
+    second = [w for w in self.weights if not (muon and w.matrix)]
+    return first + sum(w.size / self.split(w.axes) for w in second)
