@@ -6,6 +6,7 @@
   python eval.py --workdir=runs/demo --force_gates=mean@0
   python eval.py --workdir=runs/demo --prompt="def fib(" --max_tokens=64
   python eval.py --workdir=runs/demo --tasks=stdlib,hellaswag --limit=500
+  python eval.py --workdir=runs/demo --domain=law=law.jsonl --length=8192 --yarn=4
 
 Prints a table of held-out loss by domain, beside two yardsticks on the same text
 (--yardsticks=none leaves them out), and as its last line the report as JSON, which it
@@ -14,8 +15,8 @@ Progress is on standard error. Exit code 2: refused; 9: a fault that may pass.
 
 With --probe it prints measurements of each layer instead, and writes them to
 WORKDIR/probes/STEP.json; --figures adds figures there. With --prompt it prints the
-prompt and the model's continuation. With --tasks it prints the table of lm-eval, and
-writes its report into WORKDIR/evals/.
+prompt and the model's continuation. --tasks (lm-eval), --domain and --copying have
+tables of their own; their reports are written into WORKDIR/evals/.
 """
 
 import logging
@@ -29,7 +30,7 @@ from configs import base
 from gated import data, evals, probes, storage
 from gated.devices import processes
 from gated.evals import harness
-from gated.plan import command, drawing, evaluation, probing, tasks
+from gated.plan import command, drawing, evaluation, long_text, probing, tasks
 from gated.plan.load import Loaded
 from gated.run import events, exit_codes, metrics, shutdown, terminal
 
@@ -50,6 +51,7 @@ _ROWS = flags.DEFINE_integer(
   0,
 )
 _BATCH = flags.DEFINE_integer('batch', 8, 'Rows per device at a time.', 1)
+_YARN = flags.DEFINE_string('yarn', '', 'YaRN, such as 4 (docs/evaluation.md).')
 _YARDSTICKS = evals.define_yardsticks(flags)
 _BY_POSITION = flags.DEFINE_boolean(
   'by_position', False, 'Adds the loss by position in the document or row.'
@@ -57,9 +59,7 @@ _BY_POSITION = flags.DEFINE_boolean(
 _PROBE = flags.DEFINE_boolean('probe', False, 'Look inside the model (docs/probes.md).')
 _FIGURES = flags.DEFINE_boolean('figures', False, '--probe or --by_position in figures.')
 _TEXT = flags.DEFINE_string('text', '', 'A file to probe on; default: held-out rows.')
-_MASK = flags.DEFINE_boolean(
-  'mask_documents', None, "Probe with documents masked or not; default: the model's own."
-)
+_MASK = flags.DEFINE_boolean('mask_documents', None, "--probe: not the model's own.")
 _FORCE = flags.DEFINE_string(
   'force_gates', '', 'Also measure with gates open, closed, mean or a number, @LAYERS.'
 )
@@ -68,10 +68,12 @@ _BESIDE = flags.DEFINE_list(
 )
 LOSSES_ONLY = 'by_position', 'batch', 'yardsticks', 'bigram_rows', 'xz_bytes'
 PROBES_ONLY = 'text', 'mask_documents'
+SHORT_ONLY = *PROBES_ONLY, *LOSSES_ONLY[2:], 'probe', 'figures'
 _BOTH = 'data', 'length', 'tokenizer', 'rows', 'probe', 'figures', 'force_gates', 'beside'
 _GENERATION = evals.define(flags, excludes=(*LOSSES_ONLY, *PROBES_ONLY, *_BOTH))
 _OTHERS = {*LOSSES_ONLY, *PROBES_ONLY, *_BOTH, 'prompt'} - {'batch', 'length'}
 _TASKS = harness.define(flags, excludes=sorted(_OTHERS))
+_LONG = long_text.define(flags, excludes=(*SHORT_ONLY, 'prompt', 'tasks'))
 _PROCESSES = processes.define(flags)
 
 
@@ -120,10 +122,10 @@ def probe(loaded: Loaded) -> None:
       drawing.probes(runs, reports, evals.longest_document(rows))
 
 
-def _load() -> Loaded:
+def _load(length: int = 0) -> Loaded:
   """The model; flags that do not apply to it are refused."""
-  flagged: dict[str, Any] = dict(length=_LENGTH.value, tokenizer=_TOKENIZER.value)
-  flagged |= dict(step=_STEP.value, cache=_CACHE.value)
+  flagged: dict[str, Any] = dict(length=length, tokenizer=_TOKENIZER.value)
+  flagged |= dict(step=_STEP.value, cache=_CACHE.value, yarn=_YARN.value)
   return evaluation.opened(_WORKDIR.value, **flagged)
 
 
@@ -169,20 +171,18 @@ def main(argv: list[str]) -> int:
   logging.basicConfig(format='%(message)s', level=logging.WARNING, force=True)
   try:
     chosen = _TASKS()
-    prompts, options = _GENERATION()
+    long, (prompts, options) = _LONG(), _GENERATION()
     timeout = base.get_config().stability.peer_timeout
     processes.start(**_PROCESSES(), peer_timeout=timeout)
     if prompts:
-      loaded = _load()
-      with evaluation.shown('continuing the prompts'):
-        texts = loaded.generate(prompts, **options)
-      if jax.process_index() == 0:
-        print(*map(''.join, zip(prompts, texts)), sep='\n\n')
+      evaluation.continue_texts(_load(), prompts, options)
     elif chosen:
       tasks.run(_load(), chosen)
+    elif long:
+      long_text.run(_load(), long, _corpus, forced=_FORCE.value, others=_BESIDE.value)
     else:
       _check_flags()
-      loaded = _load()
+      loaded = _load(_LENGTH.value)
       if _FIGURES.value:
         drawing.modules(loaded)  # Reports a missing package before anything is measured.
       (probe if _PROBE.value else heldout)(loaded)

@@ -17,7 +17,7 @@ from flax import nnx
 
 from gated import config, kernels
 from gated.devices import mesh
-from gated.model import differential, gate, norms, remedies, sinks, switch
+from gated.model import differential, gate, norms, remedies, sinks, streaming, switch
 from gated.model.layers import (
   LARGEST,
   Dense,
@@ -155,6 +155,7 @@ class Attention(nnx.Module):
   ):
     self.cfg = cfg
     self.window = cfg.window  # 0 in a global layer
+    self.kept = 0  # first tokens that all see besides, as for `streaming.keep`
     H, G, K = cfg.heads, cfg.kv_heads, cfg.head_dim
     dense = functools.partial(Dense, numerics=numerics)
     inward = functools.partial(dense, std=numerics.init_std, bias=cfg.bias)
@@ -246,9 +247,15 @@ class Attention(nnx.Module):
     qkv = q_BTHK, k_BTGK, v_BTGK
 
     def attend(values):
-      if cache is None:
+      if cache is not None:
+        return self._attend_cache(q_BTHK, k_BTGK, values, cache)
+      if not self.kept:
         return self._attend(q_BTHK, k_BTGK, values, segment_BT, lse)
-      return self._attend_cache(q_BTHK, k_BTGK, values, cache)
+      place: dict[str, Any] = dict(window=self.window, kept=self.kept)
+      windowed = self._attend(q_BTHK, k_BTGK, values, segment_BT, True)
+      late_BTHK = self._rotated(unrotated_BTHK, streaming.capped(angle_BTk, **place))
+      cap = self.cfg.logit_cap
+      return streaming.joined(windowed, late_BTHK, k_BTGK, values, **place, cap=cap)
 
     values = v_BTGK if cache is None else put(cache.value, v_BTGK, cache.start_B)
     if self.differential is None:

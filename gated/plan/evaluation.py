@@ -60,6 +60,14 @@ def opened(
     raise ValueError(f'--yarn={yarn}: {error}') from error
 
 
+def continue_texts(loaded: Loaded, prompts: Sequence[str], options: Any) -> None:
+  """Prints prompts and their continuations; the options are those of `evals.Sampling`."""
+  with shown('continuing the prompts'):
+    texts = loaded.generate(prompts, **options)
+  if jax.process_index() == 0:
+    print(*map(''.join, zip(prompts, texts)), sep='\n\n')
+
+
 def runs(
   loaded: Loaded,
   rows: Callable[[], data.Batch],

@@ -13,6 +13,7 @@ import numpy as np
 from gated import config, data, hf, model, storage
 from gated.data import tokenizer
 from gated.devices import mesh, trees
+from gated.model import remedies, streaming
 from gated.plan.plan import reading
 from gated.run import checkpoint, weights
 
@@ -45,6 +46,7 @@ class Opened:
     self.about = about  # metadata of the step's checkpoint; None for imported weights
     self.cache = cache  # folder of the embedded corpus and of copied datasets
     self.changes: tuple[Any, ...] = ()  # applied to the model after reading its weights
+    self.yarn = ''  # the argument of `stretched`
 
   @functools.cached_property
   def config(self) -> dict[str, Any]:
@@ -112,6 +114,20 @@ class Opened:
     return self.config['data']['length'] if self.about else 0
 
   @property
+  def prepared(self) -> int:
+    """Tokens that RoPE is prepared for; 0 if imported weights do not say.
+
+    These are the tokens of the rows that it was trained on, or of max_position_embeddings
+    for imported weights, and more with YaRN.
+    """
+    yarn, length = self.cfg.attn.yarn, self.length
+    stretched = int(yarn.factor * yarn.original) if yarn.factor > 1 else 0
+    if not self.about:
+      content = hf.files.read_json(Path(self.path) / hf.files.CONFIG)
+      length = int(content.get('max_position_embeddings') or 0)
+    return stretched if self.yarn and stretched else max(length, stretched)
+
+  @property
   def tokenizer_digest(self) -> str:
     """The fingerprint of its tokenizer; ValueError if imported weights have none."""
     return self.about['data']['tokenizer'] if self.about else self.tokenizer.fingerprint
@@ -166,11 +182,45 @@ class Opened:
     moe = dataclasses.replace(self.cfg.moe, dispatch='dropless')
     return self._with(moe=moe)
 
+  def stretched(self, spec: str) -> Self:
+    """The same model with YaRN, such as '4' or '4,truncate=False'; '' for no change.
+
+    `spec` is as for `Yarn.changed`. The factor is that to the length which RoPE is
+    prepared for, unless the model has YaRN: it then replaces that factor.
+    """
+    if not spec:
+      return self
+    yarn = self.cfg.attn.yarn
+    if yarn.factor == 1 and self.prepared:
+      yarn = dataclasses.replace(yarn, original=self.prepared)
+    attn = dataclasses.replace(self.cfg.attn, yarn=yarn.changed(spec))
+    fitted = self._with(attn=attn)
+    fitted.yarn = spec
+    return fitted
+
+  def streaming(self, window: int, kept: int) -> Self:
+    """The same model by StreamingLLM: a window, and the first tokens are kept.
+
+    As in `model.streaming`. Rows must be single documents. ValueError for a model whose
+    attention has a window already, or is no softmax.
+    """
+    attn = self.cfg.attn
+    if attn.window or attn.normalizer not in remedies.OVER_SOFTMAX:
+      knob = 'window' if attn.window else 'normalizer'
+      raise ValueError(
+        f'the model has config.model.attn.{knob}={getattr(attn, knob)!r}, but a softmax '
+        'over the whole row is expected'
+      )
+    fitted = self._with(attn=dataclasses.replace(attn, window=window))
+    if kept:
+      fitted.changes += (functools.partial(streaming.keep, kept=kept),)
+    return fitted
+
   def _with(self, **changes: Any) -> Self:
     cfg = dataclasses.replace(self.cfg, **changes)
     same: dict[str, Any] = dict(step=self.step, about=self.about, cache=self.cache)
     fitted = type(self)(self.path, cfg, **same)
-    fitted.changes = self.changes
+    fitted.changes, fitted.yarn = self.changes, self.yarn
     if 'leaves' in vars(self):  # The step may be gone, and is not read again.
       fitted.leaves = self.leaves
     return fitted
