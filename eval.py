@@ -7,6 +7,7 @@
   python eval.py --workdir=runs/demo --prompt="def fib(" --max_tokens=64
   python eval.py --workdir=runs/demo --tasks=stdlib,hellaswag --limit=500
   python eval.py --workdir=runs/demo --domain=law=law.jsonl --length=8192 --yarn=4
+  python eval.py --workdir=runs/demo --ruler=4096,8192 --beside=runs/demo-baseline
 
 Prints a table of held-out loss by domain, beside two yardsticks on the same text
 (--yardsticks=none leaves them out), and as its last line the report as JSON, which it
@@ -15,8 +16,8 @@ Progress is on standard error. Exit code 2: refused; 9: a fault that may pass.
 
 With --probe it prints measurements of each layer instead, and writes them to
 WORKDIR/probes/STEP.json; --figures adds figures there. With --prompt it prints the
-prompt and the model's continuation. --tasks (lm-eval), --domain and --copying have
-tables of their own; their reports are written into WORKDIR/evals/.
+prompt and the model's continuation. --tasks (lm-eval), --ruler, --domain and --copying
+have tables of their own; their reports are written into WORKDIR/evals/.
 """
 
 import logging
@@ -30,7 +31,7 @@ from configs import base
 from gated import data, evals, probes, storage
 from gated.devices import processes
 from gated.evals import harness
-from gated.plan import command, drawing, evaluation, long_text, probing, tasks
+from gated.plan import command, drawing, evaluation, long_text, probing, ruler, tasks
 from gated.plan.load import Loaded
 from gated.run import events, exit_codes, metrics, shutdown, terminal
 
@@ -45,17 +46,12 @@ _LENGTH = flags.DEFINE_integer('length', 0, 'Row length for a Hugging Face folde
 _TOKENIZER = flags.DEFINE_string('tokenizer', '', 'For stdlib and a Hugging Face folder.')
 _CACHE = flags.DEFINE_string('cache', '', 'Folder of the embedded corpus.')
 _ROWS = flags.DEFINE_integer(
-  'rows',
-  0,
-  'Held-out rows read per domain, or rows of --text; 0 for all (--probe: 16).',
-  0,
+  'rows', 0, 'Rows read per domain, or of --text; 0 for all (--probe: 16).', 0
 )
 _BATCH = flags.DEFINE_integer('batch', 8, 'Rows per device at a time.', 1)
 _YARN = flags.DEFINE_string('yarn', '', 'YaRN, such as 4 (docs/evaluation.md).')
 _YARDSTICKS = evals.define_yardsticks(flags)
-_BY_POSITION = flags.DEFINE_boolean(
-  'by_position', False, 'Adds the loss by position in the document or row.'
-)
+_BY_POSITION = flags.DEFINE_boolean('by_position', False, 'Adds the loss by position.')
 _PROBE = flags.DEFINE_boolean('probe', False, 'Look inside the model (docs/probes.md).')
 _FIGURES = flags.DEFINE_boolean('figures', False, '--probe or --by_position in figures.')
 _TEXT = flags.DEFINE_string('text', '', 'A file to probe on; default: held-out rows.')
@@ -73,7 +69,8 @@ _BOTH = 'data', 'length', 'tokenizer', 'rows', 'probe', 'figures', 'force_gates'
 _GENERATION = evals.define(flags, excludes=(*LOSSES_ONLY, *PROBES_ONLY, *_BOTH))
 _OTHERS = {*LOSSES_ONLY, *PROBES_ONLY, *_BOTH, 'prompt'} - {'batch', 'length'}
 _TASKS = harness.define(flags, excludes=sorted(_OTHERS))
-_LONG = long_text.define(flags, excludes=(*SHORT_ONLY, 'prompt', 'tasks'))
+_RULER = ruler.define(flags, excludes=sorted(_OTHERS | ruler.UNUSED))
+_LONG = long_text.define(flags, excludes=(*SHORT_ONLY, 'prompt', 'tasks', 'ruler'))
 _PROCESSES = processes.define(flags)
 
 
@@ -170,12 +167,15 @@ def main(argv: list[str]) -> int:
   terminal.steady()
   logging.basicConfig(format='%(message)s', level=logging.WARNING, force=True)
   try:
-    chosen = _TASKS()
+    lengths = _RULER()
+    chosen = None if lengths else _TASKS()
     long, (prompts, options) = _LONG(), _GENERATION()
     timeout = base.get_config().stability.peer_timeout
     processes.start(**_PROCESSES(), peer_timeout=timeout)
     if prompts:
       evaluation.continue_texts(_load(), prompts, options)
+    elif lengths:
+      ruler.run(_load(), lengths)
     elif chosen:
       tasks.run(_load(), chosen)
     elif long:

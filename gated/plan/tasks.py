@@ -41,7 +41,7 @@ def run(loaded: Loaded, options: harness.Options) -> None:
   _read(catalog, options.tasks)
   subject = subject_of(loaded, options.length)
   place = folder(loaded)
-  answers = Answers(place / 'requests' / _identity(loaded, subject))
+  answers = Answers(place / 'requests' / identity(loaded, subject.length, subject.prefix))
   if len(answers):
     _log.warning('%d finished requests of %s are used again', len(answers), place)
   report = _evaluate(catalog, subject, answers, options)
@@ -146,14 +146,14 @@ def _table(report: dict[str, Any]) -> str:
   return '\n'.join(tables)
 
 
-def _identity(loaded: Loaded, subject: Any) -> str:
+def identity(loaded: Loaded, length: int, prefix: tuple[int, ...]) -> str:
   """A digest of all that decides an answer, besides its request."""
   parts = [
     jax.devices()[0].device_kind,
     dataclasses.asdict(loaded.cfg),
     loaded.tokenizer_digest,
-    subject.length,
-    subject.prefix,
+    length,
+    prefix,
   ]
   if loaded.about:
     saved = loaded.path / 'checkpoints' / str(loaded.step) / manifest.NAME

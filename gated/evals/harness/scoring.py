@@ -121,7 +121,7 @@ def arrays(batch: Sequence[Row], *, ways: int) -> tuple[np.ndarray, ...]:
 def measure(
   net: model.Transformer, token_BT: Any, position_BS: Any, target_BS: Any
 ) -> tuple[Any, Any]:
-  """Asks -> (their log-probabilities, whether each target is the most probable token)."""
+  """Asks -> (their log-probabilities, their ranks from 0; of equals, the smaller id)."""
   x_BTD, _ = net.hidden(token_BT)
   x_BSD = jnp.take_along_axis(x_BTD, position_BS[..., None], 1)
   x_BSD = mesh.constrain(x_BSD, 'batch', None, None)
@@ -137,11 +137,20 @@ def measure(
     target_Bs1 = target_Bs[..., None]
     logit_Bs = jnp.take_along_axis(logit_BsV, target_Bs1, -1)[..., 0]
     nats_Bs = logit_Bs - jax.nn.logsumexp(logit_BsV, -1)
-    return nats_Bs, logit_BsV.argmax(-1) == target_Bs
+    # Compared so that a NaN leaves no token the best.
+    id_V = jnp.arange(logit_BsV.shape[-1])[None, None]
+    same_BsV = (logit_BsV == logit_Bs[..., None]) & (id_V >= target_Bs1)
+    after_BsV = (logit_BsV < logit_Bs[..., None]) | same_BsV
+    return nats_Bs, (~after_BsV).sum(-1)
 
   cut = lambda a: jnp.moveaxis(a.reshape(B, parts, S // parts, *a.shape[2:]), 1, 0)
   join = lambda a: jnp.moveaxis(a, 0, 1).reshape(B, S)
   return jax.tree.map(join, jax.lax.map(ask, (cut(x_BSD), cut(target_BS))))
+
+
+def total(nats_S: np.ndarray, rank_S: np.ndarray) -> Answer:
+  """The results of `measure` for a continuation's tokens -> its answer."""
+  return Answer(float(nats_S.sum(dtype=float)), not rank_S.any())
 
 
 def score(
@@ -151,11 +160,12 @@ def score(
   *,
   on: Mesh,
   size: int,
-) -> Iterator[dict[Request, Answer]]:
+  answer: Callable[[np.ndarray, np.ndarray], Any] = total,
+) -> Iterator[dict[Request, Any]]:
   """Requests -> their answers, a batch at a time; all processes must call it.
 
   `measured` is `measure`, compiled for all devices of `on`; its results are on all
-  processes.
+  processes. `answer` makes an answer of the results for a continuation's tokens.
   """
   ways = mesh.ways('batch', on)
   started = None
@@ -166,16 +176,16 @@ def score(
     placed = mesh.place(tuple(x[held] for x in whole), on, count)
     before, started = started, (batch, measured(net, *placed))
     if before:  # The devices compute the next batch meanwhile.
-      yield _answers(*before)
+      yield _answers(*before, answer)
   if started:
-    yield _answers(*started)
+    yield _answers(*started, answer)
 
 
-def _answers(batch: Sequence[Row], measured: Any) -> dict[Request, Answer]:
+def _answers(batch: Sequence[Row], measured: Any, answer: Callable) -> dict[Request, Any]:
   """A batch and what was measured of it -> the answers of its rows."""
-  nats_BS, best_BS = (np.asarray(x) for x in measured)
+  nats_BS, rank_BS = (np.asarray(x) for x in measured)
   return {
-    each: Answer(float(nats_S[asks].sum(dtype=float)), bool(best_S[asks].all()))
-    for row, nats_S, best_S in zip(batch, nats_BS, best_BS)
+    each: answer(nats_S[asks], rank_S[asks])
+    for row, nats_S, rank_S in zip(batch, nats_BS, rank_BS)
     for each, asks in row.members
   }
