@@ -45,10 +45,10 @@ def flops_per_token(
 ) -> Any:
   """Model FLOPs per trained token: 6 per matrix weight, plus causal attention.
 
-  6 = 2 per multiply-add, times one forward and two backward passes. Only the top k
-  experts count. The embedding lookup and recomputation do not count. Attention counts
-  the pairs of a query and a key that attend: those of `position_BT`, which are in the
-  document, or without it those of rows that are one document.
+  6 = 2 per multiply-add, times one forward and two backward matrix products. Only the
+  top k experts count; the embedding lookup and recomputation do not. Attention counts the
+  visible pairs of queries and keys. `position_BT`, the positions of tokens in their
+  documents, limits them to documents; without it, a row is one document.
   """
   is_parameter = lambda x: isinstance(x, nnx.Variable)
   blocks = abstract(cfg).blocks
@@ -67,10 +67,10 @@ def flops_per_token(
 def attention_flops(
   cfg: Config, length: int, position_BT: jax.Array | None = None
 ) -> Any:
-  """A config -> FLOPs of a token's products with keys and values, forward.
+  """A config -> FLOPs of attention scores and weighted values per token, forward pass.
 
-  The mean over the tokens of `position_BT`; without it, rows are one document. The values
-  of a differential head are twice as wide.
+  The mean over tokens; `position_BT` as for `flops_per_token`. The values of a
+  differential head are twice as wide.
   """
 
   def keys(window: int) -> Any:

@@ -127,7 +127,7 @@ class Config:
 
 
 class BlockTrace(NamedTuple):
-  """Tensors inside one layer; under jit, unread fields cost nothing.
+  """Tensors inside one layer; under jit, unused fields cost nothing.
 
   All but `attn` and `report` are (B, T, D).
   """
@@ -137,7 +137,7 @@ class BlockTrace(NamedTuple):
   middle: jax.Array  # the residual stream between the branches
   ffn_branch: jax.Array  # the summand of the FFN
   output: jax.Array  # the residual stream after the layer
-  report: moe.Report | None  # the router's
+  report: moe.Report | None  # the router's statistics
 
 
 class Block(nnx.Module):
@@ -231,9 +231,9 @@ class Transformer(nnx.Module):
   ) -> tuple[jax.Array, Any]:
     """Tokens -> (final normalized hidden states x_BTD, the blocks' second results).
 
-    The states are in the compute dtype. The second results, here the routers' reports,
-    are stacked over layers (None without experts). Without segments, or with
-    `mask_documents` off, a row is one document; without positions, or with
+    The states are in the compute dtype. The second results are stacked over layers; those
+    of a block itself are the routers' reports (None without experts). Without segments,
+    or with `mask_documents` off, a row is one document. Without positions, or with
     `mask_documents` off, positions count from 0.
 
     `through` replaces the call of each block. Use it to measure activations or to
@@ -282,9 +282,9 @@ class Transformer(nnx.Module):
     return self.norm(x_BTD), stacks.joined(results)
 
   def _runs(self, cache: Any) -> Iterable[tuple]:
-    """-> for each run of layers with the same gates, its blocks and its cache if given.
+    """-> (blocks, cache if given) of each run of layers with the same gates and window.
 
-    Scan compiles a program for each run.
+    Each run is compiled by itself under scan.
     """
     also, blocks = () if cache is None else (cache,), self.blocks
     if self.cfg.attn.differential:
@@ -307,7 +307,7 @@ class Transformer(nnx.Module):
     return parts
 
   def at_step(self, step: jax.Array | int) -> 'Transformer':
-    """The model after so many steps of training: the same weights, some gates opening."""
+    """The same weights, with gates as far open as after `step` training steps."""
     done = step if isinstance(step, int) else 0
     opening = [name for name, own in self.cfg.attn.named.items() if own.opens[1] > done]
     net = stacks.copied(self) if opening else self

@@ -27,24 +27,24 @@ STD = 0.1  # of the vectors' initial values
 
 
 def start(layer: int) -> float:
-  """The value near which lambda starts, in a layer counted from 0."""
+  """The initial lambda of a layer, up to the vectors' random values; counts from 0."""
   return 0.8 - 0.6 * math.exp(-0.3 * layer)
 
 
 class Differential(nnx.Module):
-  """Attention to given values -> the normalized difference of the heads of each pair."""
+  """The normalized difference of the two maps of each pair of KV heads."""
 
   def __init__(self, key: jax.Array, *, head_dim: int, numerics: Numerics):
     draw = functools.partial(normal_param, std=STD, dtype=jnp.float32)
     for name in VECTORS:
       setattr(self, name, draw(child_key(key, name), (head_dim,), (None,)))
     self.norm = RMSNorm(2 * head_dim, axes=(None,), numerics=numerics)
-    self.start: nnx.Variable | None = nnx.data(None)  # of this layer; layer 0's if None
+    self.start: nnx.Variable | None = nnx.data(None)  # of this layer; None: layer 0's
 
   def __call__(
     self, attend: Callable, v_BSGK: jax.Array
   ) -> tuple[jax.Array, jax.Array | None]:
-    """`attend` maps values to (y_BTHK, lse_BTH or None); so does the result."""
+    """Values -> (y_BTHK, lse_BTH or None), as `attend` returns for one set of values."""
     B, S, G, K = v_BSGK.shape
     pairs = v_BSGK.reshape(B, S, G // 2, 2, K)
     both = [jnp.repeat(pairs[:, :, :, i : i + 1], 2, 3) for i in (0, 1)]

@@ -52,7 +52,7 @@ COLUMNS = 128
 
 
 def _sharded(run, ins: tuple[str, ...], out: str, *, width: int):
-  """A function of one device's shards -> the function of the whole arrays.
+  """A function of one device's shards -> the same function of whole arrays.
 
   Arrays are named by their dims: 'VD' is a table, 'BT' tokens, 'BTD' their vectors.
   """
@@ -75,7 +75,7 @@ def _sharded(run, ins: tuple[str, ...], out: str, *, width: int):
 
 
 def _read(table_VD, token_BT, *, groups: collectives.TableGroups):
-  """Reads some columns for the group's tokens -> all columns for this device's."""
+  """Reads this device's columns for its group -> all columns of its own tokens."""
   inner, outer, (B, T) = groups.inner, groups.outer, token_BT.shape
   table_VD = outer.all_gather(table_VD, 1)
   row_N = _rows(inner.all_gather(token_BT.reshape(-1), 0), len(table_VD), groups)
@@ -86,7 +86,7 @@ def _read(table_VD, token_BT, *, groups: collectives.TableGroups):
 
 
 def _sum_rows(token_BT, dx_BTD, *, count: int, groups: collectives.TableGroups):
-  """The gradient in a table of `count` rows: the steps of `_read` in reverse."""
+  """Gradients of tokens -> that of a table of `count` rows: `_read` in reverse."""
   inner, outer, (B, T) = groups.inner, groups.outer, token_BT.shape
   dx_ND = dx_BTD.reshape(B * T, outer.size, inner.size, -1).swapaxes(1, 2)
   dx_ND = inner.all_to_all(dx_ND.reshape(B * T, -1), split=1, join=0)

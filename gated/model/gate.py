@@ -2,9 +2,9 @@
 
     Y' = Y * sigmoid(X W)                                                       (Eq. 5)
 
-X is the pre-normalised input of the attention layer at every position. Sections 2.2 and
-3.2 vary the position (G1 to G5), the granularity, the sharing over heads, the form and
-the activation; each is a field of `Config`. The weight is a separate parameter with a
+X is the normalized input of the attention layer, whichever tensor is gated. Sections 2.2
+and 3.2 vary the position (G1 to G5), granularity, sharing over heads, form and
+activation; each is a field of `Config`. The weight is a separate parameter with a
 heads axis, applied outside the attention kernel. Logits are in the compute dtype, as in
 the authors' code; scores and products are in float32. The baseline has no gate module and
 no gate parameter. A layer may have several gates, each at a position of its own.
@@ -33,7 +33,7 @@ class Position(NamedTuple):
   paper: str  # the paper's name of the gate
   tensor: str  # for error messages
   heads: str | None  # its heads axis, heads or kv_heads; None: (B, T, D), without heads
-  normed: bool  # QK-norm applies to the tensor
+  normed: bool  # whether QK-norm applies to it
 
 
 # The only definition of the positions. A new position needs a row here and one call of
@@ -60,7 +60,7 @@ ACTIVATIONS = {
 }
 
 FORMS = {'multiply': lambda y, s: y * s, 'add': lambda y, s: y + s}
-IDENTITY = {'multiply': 1.0, 'add': 0.0}  # The score that leaves y as it is.
+IDENTITY = {'multiply': 1.0, 'add': 0.0}  # The score that does not change y.
 
 # The part of X that the logits are computed from.
 INPUTS = re.compile(r'all|(first|rank):([1-9][0-9]{0,8})', re.ASCII)
@@ -92,8 +92,8 @@ class Config:
   weight_decay: float  # of its weights; -1 for config.optim.weight_decay
   place: str  # query and key gates act before or after QK-norm, always before RoPE
   score: str  # dtype of scores and products: float32, or compute, the compute dtype
-  # (a, b): y is not gated for the first a steps; from step b on it is; between them the
-  # score moves linearly from the identity to the gate's. Decay acts from the first step.
+  # (a, b): no gating in the first a steps, full gating from step b on; between them the
+  # score moves linearly from IDENTITY to the gate's. Decay acts from the first step.
   opens: tuple[int, ...]
   layers: str  # its layers, as for `config.layers`; other layers have no parameters
 
@@ -173,7 +173,7 @@ class Config:
 
 
 def further(text: str, first: Config) -> list[Config]:
-  """config.model.attn.gates -> its gates; fields that one does not name are `first`'s.
+  """config.model.attn.gates -> the configs of its gates; other fields are as in `first`.
 
   For example 'value granularity=headwise layers=last:2; query opens=100,200'. ValueError
   names the gate.
@@ -200,15 +200,15 @@ def further(text: str, first: Config) -> list[Config]:
 class Gate(nnx.Module):
   """The gate of one layer: (y, x_BTD) -> gated y.
 
-  Shape of the weight; the bias is shaped like a 'parameter':
+  Shape of the weight; a bias has the shape of source 'parameter':
 
     source      elementwise   headwise   position 'out'
     input       (D, H, K)     (D, H)     (D, D)
     parameter   (H, K)        (H,)       (D,)
     value       (H, K, K)     (H, K)
 
-  D is the number of inputs N or R where `inputs` is not all. `open` is the share of the
-  gate in its opening, as `Transformer.at_step` sets it; None for an open gate.
+  With `inputs` first:N or rank:R, the D of the input is N or R. `open`, in [0, 1], is how
+  far the gate has opened (`Transformer.at_step` sets it); None for a fully open gate.
   """
 
   def __init__(
@@ -230,8 +230,8 @@ class Gate(nnx.Module):
       shape, axes = (H, head_dim), (cfg.at.heads, 'head_dim')
     if cfg.granularity == 'headwise':
       shape, axes = shape[:1], axes[:1]
-    zeros = jnp.full(shape, cfg.bias_init, jnp.float32)
-    self.bias = nnx.Param(zeros, axes=axes) if cfg.bias else None
+    bias = jnp.full(shape, cfg.bias_init, jnp.float32)
+    self.bias = nnx.Param(bias, axes=axes) if cfg.bias else None
     self.open: nnx.Variable | None = nnx.data(None)
     kind, size = cfg.part
     into = child_key(key, 'reduce'), (width, size), ('embed', None)
@@ -249,7 +249,8 @@ class Gate(nnx.Module):
   def logit(self, x: jax.Array) -> jax.Array:
     """Input of the activation: (B, T, H, K), (B, T, H, 1) if headwise, or (B, T, D).
 
-    `x` is x_BTD, or v_BTHK with source 'value'. With source 'parameter' B = T = 1.
+    `x` is x_BTD, or v_BTHK with source 'value'. With source 'parameter', B = T = 1 in the
+    result.
     """
     kind, size = self.cfg.part
     if kind == 'first':

@@ -74,7 +74,7 @@ def exact(numerics: Numerics, run: Callable) -> Callable:
 
 
 def child_key(key: jax.Array, name: str) -> jax.Array:
-  """A module's random key, and the name of a child or parameter -> the child's key."""
+  """A module's random key, and the name of its child or parameter -> the child's key."""
   return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
@@ -85,7 +85,7 @@ def normal_param(key: jax.Array, shape: Sequence[int], axes: Axes, *, std: float
 
 
 def as_last(x: jax.Array, like: jax.Array) -> jax.Array:
-  """An array -> the same as the last dims of `like`: JAX promotes only ranks of 0."""
+  """Adds leading dims of 1 to x up to the rank of `like`: rank promotion raises here."""
   return x.reshape((1,) * (like.ndim - x.ndim) + x.shape)
 
 
@@ -191,7 +191,7 @@ class Yarn:
   beta_fast: float  # pairs with more turns over `original` keep their frequency
   beta_slow: float  # pairs with fewer turns have it divided by `factor`
   truncate: bool  # round the ends of the ramp between them outwards to whole pairs
-  attention: float  # multiplies queries and keys, at any factor; 0 selects a rule
+  attention: float  # multiplies queries and keys, at any factor; 0 for the rule below
   # The rule is r(mscale) / r(mscale_all_dim) with r(m) = 0.1 m ln(factor) + 1; r(1) if
   # one of them is 0.
   mscale: float
@@ -216,7 +216,7 @@ class Yarn:
 
   @property
   def scale(self) -> float:
-    """Multiplies queries and keys (section 3.4; the ratio is of transformers)."""
+    """The factor of queries and keys (section 3.4; the ratio is that of transformers)."""
     if self.attention:
       return self.attention
     rule = lambda m: 0.1 * m * math.log(self.factor) + 1.0
@@ -226,9 +226,9 @@ class Yarn:
     return rule(self.mscale) / below if below else math.inf
 
   def changed(self, spec: str) -> 'Yarn':
-    """'8' or '8,truncate=False,mscale=1' -> the same with these values.
+    """'8' or '8,truncate=False,mscale=1' -> a copy with this factor and these fields.
 
-    The first is the factor; the others are fields. ValueError names a wrong one.
+    ValueError names a wrong part.
     """
     factor, *others = spec.split(',')
     values = {'factor': factor}

@@ -23,7 +23,7 @@ class Scale(nnx.Module):
 
 
 class PreAffine(nnx.Module):
-  """x -> RMSNorm(lambda * x) with a learned lambda_D, first 1 (arXiv 2601.22966)."""
+  """x -> RMSNorm(lambda * x) with a learned lambda_D, initially 1 (arXiv 2601.22966)."""
 
   def __init__(self, dim: int, *, numerics: Numerics):
     self.before = Scale((dim,), 1.0)
@@ -54,7 +54,8 @@ def _dynamic_tanh(x, alpha, scale, bias):
   return (scale * jnp.tanh(alpha * x.astype(jnp.float32)) + bias).astype(x.dtype)
 
 
-# Norms before a branch and at the end: (config.model, key, initial alpha) -> module.
+# Norms before a branch and of the last layer's output, by name: (config.model, key,
+# initial alpha) -> module.
 NORMS = {
   'rms': lambda m, key, alpha: RMSNorm(m.width, axes=(None,), numerics=m.numerics),
   'gated': lambda m, key, alpha: GatedNorm(
@@ -64,5 +65,5 @@ NORMS = {
   'dyt': lambda m, key, alpha: DynamicTanh(m.width, alpha),
 }
 # Norms that do not change the scale of their input much: the authors multiply embeddings
-# by a learned scalar, first sqrt(D), without which their models do not converge.
+# by a learned scalar, initially sqrt(D), without which their models do not converge.
 EMBEDDINGS_SCALED = ('dyt',)

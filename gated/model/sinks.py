@@ -14,10 +14,11 @@ from gated.model.layers import VECTORS, Numerics, child_key, normal_param
 class Sinks(nnx.Module):
   """Extra terms in the softmax's denominator, added after the attention kernel.
 
-  Logits e_n with values u_n join the softmax over the keys. e is 0 for off-by-one and s_h
-  for a learned sink logit, both with u = 0; it is q k_n / sqrt(K) for a sink token.
+  Logits e_n with values u_n join the softmax over the keys: e = 0 for off-by-one, e = s_h
+  for a learned sink logit, both with u = 0, and e_n = q k_n / sqrt(K) for a sink token.
 
     y' = y * p + u * (1 - p),    p = exp(lse) / (exp(lse) + sum(exp(e)))
+    u  = sum_n softmax(e)_n u_n
 
   The kernel only needs to return its log-sum-exp. q is the query before RoPE, so that a
   sink token has no position.

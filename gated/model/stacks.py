@@ -1,4 +1,7 @@
-"""Layers stacked along a leading dim: split into runs, unstacked, and joined again."""
+"""Layers stacked along a leading dim: split into runs, unstacked, and joined again.
+
+L layers
+"""
 
 import functools
 from collections.abc import Sequence
@@ -10,7 +13,10 @@ import jax.numpy as jnp
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def opened(step: jax.Array | int, opens: tuple[int, int], count: int) -> jax.Array:
-  """Steps of training -> a gate's share of its score in each of its layers."""
+  """Training steps done -> how far a gate has opened, in [0, 1], for `count` layers.
+
+  `opens` is as in `gate.Config`.
+  """
   first, last = opens
   share = (step - first) / max(last - first, 1)
   share = jnp.where(step >= last, 1.0, jnp.clip(share, 0.0, 1.0))
@@ -24,7 +30,7 @@ def unstack(layers: Any, depth: int) -> list[Any]:
 
 
 def split(layers: Any, sizes: Sequence[int]) -> list[Any]:
-  """A tree stacked over layers -> stacks of these sizes.
+  """A tree stacked over layers -> stacks of `sizes` layers each.
 
   Its gradient is one concatenation per leaf.
   """
@@ -36,7 +42,7 @@ def split(layers: Any, sizes: Sequence[int]) -> list[Any]:
 def joined(stacks: Sequence[Any]) -> Any:
   """Dicts, tuples or arrays stacked over runs of layers -> stacked over all layers.
 
-  A leaf that layers without a gate lack is stacked over the others.
+  A leaf that some layers lack, such as a gate's, is stacked over the layers that have it.
   """
   if len(stacks) == 1:
     return stacks[0]

@@ -1,6 +1,6 @@
 """Experts with a capacity: an expert takes a limited number of tokens per row.
 
-The shapes do not depend on the router, and XLA's partitioner moves the tokens.
+Shapes do not depend on the router, so XLA's partitioner can move the tokens.
 
 B batch  T tokens  D width  F ffn of an expert  E experts  k experts of a token
 C capacity  j choices of a row  S slots of a row

@@ -184,7 +184,7 @@ class _Rows(NamedTuple):
 
 
 def _rows(table: _Table, start, rows: int, k: int) -> _Rows:
-  """The selections of this device's experts from the `start`-th on."""
+  """`rows` selections of this device's experts, from the `start`-th on."""
   M = len(table.order_M)
   size_G = table.size_eS.reshape(-1)
   end_G = jnp.cumsum(size_G)
@@ -268,7 +268,7 @@ def _weighted(act_CF: jax.Array, up_CF: jax.Array, weight_C: jax.Array) -> jax.A
 # Unassigned rows may hold garbage or NaN. The sums over a token's rows omit them, and so
 # do the gradients.
 def _scattered(y_ND, row_CD, at: _Rows):
-  """y_ND, in float32, plus each token's rows."""
+  """y_ND plus, for each token, its rows of the pass, in float32."""
   # Sorting by token before the cast to float32 saves a TPU its own sort after the cast.
   row_CD = row_CD[at.order_C].astype(jnp.float32)
   token_C = at.token_C[at.order_C]
@@ -279,7 +279,7 @@ def _scattered(y_ND, row_CD, at: _Rows):
 
 @jax.custom_vjp
 def _taken(x_ND, at: _Rows):
-  """The tokens of the rows -> x_CD; any token for unassigned rows."""
+  """The tokens of a pass's rows -> x_CD; unassigned rows hold any token."""
   return x_ND.at[at.token_C].get(mode='clip')
 
 
@@ -294,7 +294,7 @@ _taken.defvjp(lambda x_ND, at: (_taken(x_ND, at), (at, x_ND.shape)), _taken_back
 
 @jax.custom_vjp
 def _added(y_ND, y_CD, at: _Rows):
-  """y_ND plus the rows of each token."""
+  """y_ND plus, for each token, its rows of the pass."""
   return _scattered(y_ND, y_CD, at)
 
 
