@@ -50,7 +50,7 @@ class Config:
   clip_gamma: float  # of the clipped softmax, clip((zeta - gamma) w + gamma, 0, 1)
   clip_zeta: float
   elastic_tau: float  # initial tau of the elastic softmax, relu(w + tau_h / keys)
-  differential: bool  # differential attention: two heads are the maps of one
+  differential: bool  # two heads are the maps of one differential head
   window: int  # a query sees this many tokens, its own included; 0 for all
   global_layers: str  # layers without the window, as for config.layers; '' for none
   rounding: str  # backend: that of the backend; or one of kernels.ROUNDINGS
@@ -60,7 +60,7 @@ class Config:
   output: str  # one of remedies.OUTPUTS
   switch: switch.Config
   backend: str  # a key of kernels.ATTENTION, or auto
-  max_segments: int  # maximum documents in a packed row, for fused kernels
+  max_segments: int  # most documents in a packed row, for fused kernels
   gate: gate.Config
   gates: str  # further gates, as for `gate.further`
 
@@ -118,7 +118,7 @@ class Config:
 
 
 class Trace(NamedTuple):
-  """Tensors inside one layer's attention; under jit, unread fields cost nothing.
+  """Tensors inside one layer's attention; under jit, unused fields cost nothing.
 
   `query`, `key` and `value` are the inputs of the kernel.
   """
@@ -155,7 +155,7 @@ class Attention(nnx.Module):
   ):
     self.cfg = cfg
     self.window = cfg.window  # 0 in a global layer
-    self.kept = 0  # first tokens that all see besides, as for `streaming.keep`
+    self.kept = 0  # first tokens that every query also sees; see `streaming.keep`
     H, G, K = cfg.heads, cfg.kv_heads, cfg.head_dim
     dense = functools.partial(Dense, numerics=numerics)
     inward = functools.partial(dense, std=numerics.init_std, bias=cfg.bias)
@@ -253,9 +253,9 @@ class Attention(nnx.Module):
         return self._attend(q_BTHK, k_BTGK, values, segment_BT, lse)
       place: dict[str, Any] = dict(window=self.window, kept=self.kept)
       windowed = self._attend(q_BTHK, k_BTGK, values, segment_BT, True)
-      late_BTHK = self._rotated(unrotated_BTHK, streaming.capped(angle_BTk, **place))
+      capped_BTHK = self._rotated(unrotated_BTHK, streaming.capped(angle_BTk, **place))
       cap = self.cfg.logit_cap
-      return streaming.joined(windowed, late_BTHK, k_BTGK, values, **place, cap=cap)
+      return streaming.joined(windowed, capped_BTHK, k_BTGK, values, **place, cap=cap)
 
     values = v_BTGK if cache is None else put(cache.value, v_BTGK, cache.start_B)
     if self.differential is None:

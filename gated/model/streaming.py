@@ -1,10 +1,10 @@
 """StreamingLLM: a window and the first tokens, at inference (arXiv 2309.17453).
 
-A query sees the last `window` tokens, its own included, and the first `kept`. Positions
-count in that cache, so the distance to a kept token stops growing once the cache is full:
-a query at position t is then at kept + window - 1, the kept tokens are at 0 to kept - 1,
-and distances within the window are as ever. A row is one document. Without kept tokens
-this is attention with a window.
+A query sees the last `window` tokens, its own included, and the first `kept` tokens of
+its row, which is one document. Positions are those in the cache of these tokens. In a
+full cache a query is at kept + window - 1 and the kept tokens are at 0 to kept - 1, so
+that their distance stops growing; distances within the window do not change. With
+kept = 0 this is attention with a window.
 
 B batch  T tokens  S kept tokens  H heads  G KV heads  K head width
 """
@@ -18,14 +18,14 @@ from gated import kernels
 
 
 def keep(net: Any, kept: int) -> Any:
-  """A model with a window in all layers -> the same that also sees the first tokens."""
+  """A model with a window in all layers -> a copy that also sees the first tokens."""
   net = jax.tree.map(lambda leaf: leaf, net)  # New modules, the same weights.
   net.blocks.attn.kept = kept
   return net
 
 
 def capped(angle_BTk: jax.Array, *, window: int, kept: int) -> jax.Array:
-  """The angles of the queries -> those of their positions in the cache."""
+  """RoPE angles of a row's queries -> those of their positions in the cache."""
   place_T = jnp.minimum(jnp.arange(angle_BTk.shape[1]), window + kept - 1)
   return angle_BTk[:, place_T]
 
@@ -40,10 +40,10 @@ def joined(
   kept: int,
   cap: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """Attention by the window -> with the kept keys that have left it: (y_BTHK, lse_BTH).
+  """Adds the kept keys that have left the window to attention -> (y_BTHK, lse_BTH).
 
-  `windowed` is the same pair for the window alone, `capped_BTHK` are the queries at their
-  positions in the cache.
+  `windowed` is that pair for the window alone; `capped_BTHK` are the queries at their
+  positions in the cache, `cap` is the soft cap of scores, 0 for none.
   """
   y_BTHK, lse_BTH = windowed
   B, T, H, _ = y_BTHK.shape
