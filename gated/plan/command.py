@@ -15,6 +15,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import ml_collections
 from yaml import dump
 
 from gated import config, hf
@@ -51,8 +52,14 @@ def parse(
     raise ValueError(_reason(error, argv, knobs, flags)) from error
   if left[1:]:
     raise ValueError(_unknown(left[1], knobs, folder))
-  if knobs and flags['config'].value is not None:
-    _take_model(flags['config'].value, argv)
+  if knobs and flags['config'].present:
+    c = flags['config'].value
+    if not (isinstance(c, ml_collections.ConfigDict) and 'name' in c):
+      raise ValueError(
+        f'--config: get_config() of the recipe returned a {type(c).__name__} without the '
+        'knobs of configs/base.py: begin with base.get_config(), and return it'
+      )
+    _take_model(c, argv)
 
 
 def _take_model(c: Any, argv: Sequence[str]) -> None:

@@ -111,6 +111,15 @@ def test_help_lists_recipes_knobs_and_flags_and_exits(flag, capsys, monkeypatch)
   assert '  --dry_run          Check, and exit.\n' in printed
 
 
+@pytest.mark.parametrize('returned', ['None', "{'steps': 3}", "ConfigDict({'steps': 3})"])
+def test_a_recipe_that_returns_something_else_is_refused(returned, tmp_path):
+  path = tmp_path / 'recipe.py'
+  lines = f'def get_config():\n  return {returned}\n'
+  path.write_text(f'from ml_collections import ConfigDict\n{lines}')
+  with pytest.raises(ValueError, match=r'get_config.. of the recipe returned a '):
+    parse(f'--config={path}')
+
+
 def test_help_names_a_recipe_that_is_half_written(tmp_path, capsys, monkeypatch):
   (tmp_path / 'configs').mkdir()
   (tmp_path / 'configs/half.py').write_bytes(b'def get_config(:')
