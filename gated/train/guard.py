@@ -23,7 +23,8 @@ _NAME = 'config.stability'
 ON_SPIKE = (
   'none',  # records it
   'skip',  # skips its update
-  'rollback',  # skips its update, restores the last good checkpoint and skips its batch
+  # Skips its update, restores the last good checkpoint and skips the batches up to it.
+  'rollback',
 )
 
 VERDICTS = ('fine', 'spike', 'not finite')
@@ -63,7 +64,7 @@ class Guarded(NamedTuple):
   losses: jax.Array  # (W,) a ring of the last accepted losses, always finite
   norms: jax.Array  # (W,) a ring of their gradient norms
   filled: jax.Array  # number of accepted steps; the next one is written at filled % W
-  in_row: jax.Array  # bad steps in a row, up to now
+  in_row: jax.Array  # consecutive bad steps, up to the last step
   skipped: jax.Array  # updates skipped so far
   spikes: jax.Array  # finite spikes so far, skipped or not
   verdict: jax.Array  # index in VERDICTS, of the last step
@@ -77,8 +78,8 @@ def guard(
   """An optimizer -> the same one, whose `update` takes `loss=` and skips bad steps.
 
   A step is bad if its loss, gradient norm or update is not finite, or if it is a spike
-  and `on_spike` is not 'none'. Then the updates are zeros, and the inner state does not
-  change by a bit. In all other steps the updates are those of `tx`.
+  and `on_spike` is not 'none'. Then the updates are zeros, and the inner state keeps all
+  its bits. In all other steps the updates are those of `tx`.
 
   An exception is a non-finite update from a finite gradient (for example if Adam divides
   by an `eps` of 0): it is skipped, but the inner state includes the finite gradient.
@@ -142,10 +143,10 @@ def report(opt_state: Guarded) -> dict[str, jax.Array]:
 
 
 def scheduled(opt_state: Guarded) -> jax.Array:
-  """A guarded optimizer's state -> the updates that its schedule has counted.
+  """A guarded optimizer's state -> the count of its schedule, for the next update's rate.
 
-  The next update uses the rate of this count, whether it is skipped or not. Without a
-  schedule, the accepted steps.
+  Skipped updates do not advance it, except those described in `guard`. Without a
+  schedule, the number of accepted steps.
   """
   own = lambda path, _: getattr(path[-1], 'tuple_name', '') == 'ScaleByScheduleState'
   return optax.tree.get(opt_state.inner, 'count', opt_state.filled, filtering=own)

@@ -51,12 +51,14 @@ def total(
   cfg: Config,
   logits: bool = False,
 ) -> tuple[jax.Array, tuple]:
-  """A micro-batch -> (the minimised loss, (losses by name, the routers' report)).
+  """A micro-batch -> (the minimized loss, (losses by name, the routers' report)).
 
-  `batch.weights` and `routed`, the number of tokens that routers see, are normalised over
-  the whole batch, so that micro-batches add up. `balanced` maps this micro-batch's expert
-  loads (L, E) to the loads that the load-balancing loss uses. With `logits`, the report
-  is in a pair with each head's largest attention logit (L, H).
+  All losses are in nats per token.
+
+  `batch.weights` sum to 1 over the whole batch, and `routed` is its number of tokens that
+  are not padding, so that the losses of micro-batches add up. `balanced` maps the expert
+  loads (L, E) of this micro-batch to those that the load-balancing loss uses. With
+  `logits`, the report is in a pair with each head's largest attention logit (L, H).
   """
   opts: dict[str, Any] = dict(z=cfg.z, chunk=cfg.chunk)
   through = qk_clip.observed if logits else None
@@ -85,7 +87,7 @@ def per_token(model: Any, batch: Any, *, chunk: int) -> jax.Array:
 
 
 def row_sums(nll_BT: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
-  """The losses of a batch -> each row's weighted sum and its sum of weights."""
+  """Losses in nats -> each row's weighted sum and its sum of weights: (B,), (B,)."""
   return jnp.sum(batch.weights * nll_BT, 1), jnp.sum(batch.weights, 1)
 
 

@@ -23,14 +23,14 @@ FACTORED = 128  # Matrices whose smaller side is below it keep whole second mome
 class Stored(NamedTuple):
   """The state of an optimizer in bfloat16."""
 
-  count: jax.Array  # updates so far; the key of the next rounding
+  count: jax.Array  # updates so far, from which the next rounding draws its key
   inner: Any
 
 
 def stored(tx: optax.GradientTransformation) -> optax.GradientTransformation:
   """An optimizer with a float32 state -> the same with its arrays in bfloat16.
 
-  The rounding depends on the number of the update alone: a resumed run repeats it.
+  The rounding depends only on the number of the update, so a resumed run repeats it.
   """
 
   def init(params):
@@ -54,10 +54,10 @@ def stored(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 def factored(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
   """AdamW's direction, with second moments from the means of rows and columns.
 
-  As in Adafactor (arXiv 1804.04235, section 3), the gradient is divided by the root of
-  its second moment first, and the first moment is the mean of the quotients. Both means
-  are free of the bias of their start, as in Adam. Of a stack of matrices, each has its
-  own rows and columns: the two largest axes of the parameter.
+  As in Adafactor (arXiv 1804.04235, section 3), the gradient is first divided by the root
+  of its second moment; the first moment averages the quotients. Both averages are
+  bias-corrected, as in Adam. Rows and columns are the two largest axes of a parameter;
+  each matrix of a stack has its own.
   """
 
   def decay(step, _):
@@ -68,7 +68,7 @@ def factored(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
   )
 
   def init(params):
-    # Rows and columns have other shapes than their parameter: they go by its name.
+    # Their shapes differ from the parameter's, so they are stored by its name.
     return second.init(trees.flatten(params))
 
   def update(updates, state, params=None):

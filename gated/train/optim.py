@@ -59,14 +59,14 @@ class Config:
   eps: float
   muon: Muon
   weight_decay: float
-  decay_by: str  # lr: by lr * weight_decay; schedule: by lr / peak * weight_decay
+  decay_by: str  # lr: each step decays by lr * wd; schedule: by lr / peak * wd
   clip: float  # global gradient norm; 0 for none
   qk_clip: float  # limit of attention logits, kept by QK-clip; 0 for none
-  gates_first: int  # first steps, in which only the gates learn
+  gates_first: int  # number of first steps in which only the gates learn
   moments: str  # dtype of the moments: float32, or bfloat16 with stochastic rounding
   factored: bool  # AdamW's second moments by rows and columns, as in `moments.factored`
   transfer: str  # none, or mup: initial values and rates relative to base_width
-  base_width: int  # the width of the model whose learning rate is to transfer
+  base_width: int  # the width of the model for which the learning rate was tuned
   base_head_dim: int  # its head width; 0 for the same head width
 
   def __post_init__(self):
@@ -128,7 +128,7 @@ def schedule(cfg: Config, steps: int) -> optax.Schedule:
   return lambda count: joined(count + 1)
 
 
-# The axes of a matrix besides the residual stream's; it needs one of _WIDE.
+# The axes of a Muon matrix besides the residual stream's; it must have one of _WIDE.
 _CHANNELS = {'heads', 'kv_heads', 'head_dim', 'ffn', 'channels'}
 _WIDE = {'head_dim', 'ffn', 'channels'}
 
@@ -252,7 +252,7 @@ def make(
   growth: transfer.Growth | None = None,
   own_decays: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformation:
-  """The optimizer with clipping and its schedule.
+  """The optimizer, with gradient clipping, weight decay and its schedule.
 
   Weight decay skips norms, biases and sink logits. `multipliers` maps a part of a
   parameter's name, such as 'gate', to a factor of its learning rate and decay. `growth`,
@@ -313,7 +313,7 @@ def _gates_first(steps: int) -> optax.GradientTransformation:
 
 
 def _named(matches: Callable[[str], bool], params: Any) -> Any:
-  """Parameters -> the same tree, with the answer for each name."""
+  """Parameters -> the same tree, with `matches(name)` for each leaf."""
   return jax.tree_util.tree_map_with_path(lambda p, _: matches(trees.name(p)), params)
 
 

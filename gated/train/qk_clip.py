@@ -1,13 +1,13 @@
 """QK-clip (Kimi K2, arXiv 2507.20534, section 2.1): a limit of attention logits.
 
 After each update, a head whose largest logit S = q k / sqrt(K) in the step's batch was
-above the limit tau has its weights multiplied so that S would have been tau. With as many
-KV heads as heads, the query's and the key's weights both get sqrt(tau / S). KV heads that
-several heads share stay as they are, and the query's weights get tau / S: K2 treats the
-key that its heads share in the same way. Biases are multiplied like their weights.
+above the limit tau has its weights scaled so that S would have been tau. With as many KV
+heads as heads, the query's and the key's weights are both multiplied by sqrt(tau / S).
+If several heads share a KV head, the key's weights do not change and the query's are
+multiplied by tau / S, as for the shared key of K2. Biases are scaled like their weights.
 
-The logits come from the forward pass of the step itself, over the pairs that attention
-sees, before a soft cap. They cost its products q k once more.
+The logits come from the step's own forward pass, over all visible pairs, before a soft
+cap. This computes the products q k a second time.
 
 L layers  H heads
 """
@@ -34,7 +34,7 @@ def observed(block: decoder.Block, x_BTD, angle_BTk, segment_BT, live_BT):
 
 def clip(model: Any, logit_LH: jax.Array, tau: float) -> Any:
   """A model and its heads' largest logits -> the model with its query weights clipped."""
-  # A logit that is not finite says nothing of the weights; its step is skipped.
+  # A non-finite logit gives no factor; its step is skipped anyway.
   factor_LH = jnp.where(logit_LH > tau, tau / logit_LH, 1.0)
   factor_LH = jnp.where(jnp.isfinite(logit_LH), factor_LH, 1.0)
   attn = model.blocks.attn

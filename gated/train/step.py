@@ -26,7 +26,7 @@ class State:
   step: jax.Array  # optimizer steps done, skipped updates included
   data_step: jax.Array  # batches read: the steps, and the batches that rollbacks skipped
   model: Any
-  opt: guard.Guarded
+  opt: guard.Guarded  # the optimizer's state and the guard's
 
   @property
   def current(self) -> Any:
@@ -45,7 +45,7 @@ class Gradients(NamedTuple):
 
 
 def init(build: Callable[[jax.Array], Any], tx: optax.GradientTransformation, seed: int):
-  """A model builder, a guarded optimizer and a seed -> the first State."""
+  """A model builder, a guarded optimizer and a seed -> the initial State."""
   model = build(jax.random.key(seed))
   zero = jnp.zeros((), jnp.int32)
   return State(zero, zero, model, cast(guard.Guarded, tx.init(_float32(model))))
@@ -82,8 +82,8 @@ def gradients(
 ) -> Gradients:
   """The gradient of the loss over a batch, computed in `accum` micro-batches.
 
-  Every token has the same weight, whichever micro-batch it is in. Without a step, gates
-  that open in training are open.
+  Every token has the same weight, whichever micro-batch it is in. Without `step`, gates
+  that open during training are fully open.
   """
   now = lambda model: model if step is None else model.at_step(step)
   tokens = jnp.maximum(batch.weights.sum(), 1.0)

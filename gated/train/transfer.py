@@ -19,12 +19,12 @@ spectral condition asks for sqrt(fan_out / fan_in) (arXiv 2310.17813, Condition 
 Multipliers are folded into the parameter before them, as an initial value and a learning
 rate (Lemma J.1): the output multiplier into the scale of the last norm, the attention
 scale 1 / d (Definition 4.1; d is the head width) into the queries. So evaluation,
-generation and export know nothing of muP.
+generation and export need no code for muP.
 
 Weight decay is decoupled, lr * weight_decay, and keeps the rate of the standard
 parametrization: only the update is multiplied, as in the authors' package (mup.MuAdamW:
-lr / r, weight_decay * r) and as arXiv 2510.19093 finds necessary. u-muP (2407.17465)
-would also fix the scale of each tensor to 1; this does not.
+lr / r, weight_decay * r) and as arXiv 2510.19093 finds necessary. The unit scale of every
+tensor in u-muP (2407.17465) is not implemented.
 """
 
 import math
@@ -39,7 +39,7 @@ from gated.devices import mesh, trees
 
 TRANSFERS = ('none', 'mup')
 
-# Parameters that are drawn with a std of 1 / sqrt(fan_in) at any width.
+# Parameters whose initial std is 1 / sqrt(fan_in) at any width.
 STANDARD = ('reduce',)
 # Norm of a model -> the parameters that scale its last output, and the inverse: {name:
 # power of the output multiplier}. The gated norm's projection reads the scaled output.
@@ -60,7 +60,7 @@ class Growth:
   multipliers: dict[str, float]  # parts of parameters' names -> folded multipliers
 
   def __str__(self) -> str:
-    """The largest changes, for people."""
+    """The growth of width and heads, for the log."""
     hidden = f'rates of matrices / {self.width:g} (Muon / {self.width**0.5:.3g})'
     scores = f', scores / {self.head_dim**0.5:.3g}' if self.head_dim != 1 else ''
     return f'{hidden}, logits / {self.width:g}{scores}'
@@ -122,7 +122,7 @@ def initial(model: Any, growth: Growth | None) -> Any:
 def scaled(updates: Any, growth: Growth, *, muon: Callable[[Any], bool]) -> Any:
   """Directions of a step, before decay and the learning rate -> those of muP.
 
-  `muon` says whether Muon updates a parameter.
+  `muon(parameter)` is whether Muon updates it.
   """
   return _scaled(updates, growth, lambda _, p: (-0.5 if muon(p) else -1.0, -1.0))
 
@@ -132,7 +132,7 @@ def _scaled(
 ) -> Any:
   """Multiplies each parameter by a power of its fan-in's growth, and by its multiplier.
 
-  `powers`: (name, parameter) -> for a fan-out that grows, and for a fixed one.
+  `powers`: (name, parameter) -> the power if its fan-out grows, and if it is fixed.
   """
 
   def scale(path, parameter):
