@@ -1,9 +1,9 @@
 """The vocabulary loss: cross-entropy with the logits of a few tokens in memory at a time.
 
 On a mesh neither the whole unembedding nor its float32 gradient need fit on a device. The
-devices that shard the width are split into inner groups. Each device of a group takes
-some rows of w_VD and gathers the group's tokens. Small groups move more weights, large
-groups more tokens; `inner_size` chooses the size.
+devices that shard the width are split into inner groups. Each device of a group computes
+the logits of some rows of w_VD for all tokens of the group. Small groups move more
+weights, large groups more tokens; `inner_size` chooses the size.
 
 B batch  T tokens  N tokens of a chunk  D width  V vocab
 """

@@ -17,14 +17,14 @@ class Case(NamedTuple):
   lse: bool  # also return the log of the softmax's denominator
   normalizer: str = 'softmax'
   cap: float = 0.0  # c tanh(score / c); 0 for none
-  gradient: bool = True  # of the lse; costs fused kernels a second attention
+  gradient: bool = True  # of the lse; costs fused kernels a second call
   window: int = 0  # a query sees this many tokens, its own included; 0 for all
   rounding: str = 'backend'  # or a key of rounding.ROUNDINGS
   clip: tuple[float, float] = (0.0, 1.0)  # gamma and zeta of the clipped softmax
   offset_H: Any = None  # tau of the elastic softmax
 
   def require_softmax(self) -> None:
-    """Raises NotImplementedError, for a backend that has the plain softmax only."""
+    """Raises NotImplementedError; for backends that support only the plain softmax."""
     if self.normalizer != 'softmax':
       raise NotImplementedError(f'has no {self.normalizer} attention')
     if self.rounding != 'backend':
@@ -52,7 +52,9 @@ def soft_cap(x: jax.Array, cap: float) -> jax.Array:
 
 
 def with_lse_gradient(run: Callable, q_BTHK, k_BSGK, lse_BTH) -> jax.Array:
-  """Restores the gradient of a kernel's log-sum-exp, which kernels drop.
+  """A kernel `run(q, k, v) -> y` and its log-sum-exp -> lse_BTH with its gradient.
+
+  Kernels themselves drop this gradient.
 
   With p the weights, d lse_i = scale * sum_j p_ij d(q_i k_j). Attention whose values are
   the keys gives m_i = sum_j p_ij k_j, and t_i = scale * q_i m_i has the same gradient

@@ -61,7 +61,7 @@ def order(length: int, ways: int) -> np.ndarray:
 
 
 def attend(run: Callable, q_BTHK, k_BSGK, v_BSGK, segment_BT, *, split: Any, lse: bool):
-  """run(q, k, v, segments of q, of k, split) on each device -> y, or (y, lse).
+  """Calls run(q, k, v, segments of q, of k, split) on each device -> y, or (y, lse).
 
   On a device, q holds its queries at the positions from `order`, k and v hold the whole
   rows. `split` is a tree of arrays with a leading dim of `ways()`; each device gets its

@@ -29,7 +29,7 @@ SOFTPICK_EPS = 1e-8
 
 
 def _sigmoid(score, mask, case: Case):
-  # The bias keeps the sum of weights near 1 at the start of training. It counts only the
+  # The bias -ln n keeps the sum of weights near 1 at the start of training. n counts only
   # visible keys, so that later tokens and other documents in the row have no effect.
   count = jnp.broadcast_to(mask.sum(-1, keepdims=True), (*score.shape[:-1], 1))
   return jnp.where(mask, jax.nn.sigmoid(score - jnp.log(count)), 0)
@@ -105,7 +105,8 @@ def attend_lse(
 
   lse = ln(sum(exp(score))), in float32. With it the caller can add terms to the
   denominator after the kernel: a term exp(s) scales y by sigmoid(lse - s). With
-  `gradient=False`, for inference, fused kernels skip the second attention that it needs.
+  `gradient=False`, for inference, fused kernels skip the second call that lse's gradient
+  needs.
   """
   case = Case(lse=True, **options)
   return _run(backend, q_BTHK, k_BSGK, v_BSGK, segment_BT, case)
@@ -159,7 +160,7 @@ def _reference(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
 
 
 def _dense(q_BTHK, k_BSGK, v_BSGK, mask_BTS, case: Case) -> Any:
-  """Attention to the keys of a mask (B or 1, T, S) -> y_BTHK, or with its lse_BTH."""
+  """Attention to the keys of a mask (B or 1, T, S) -> y_BTHK, or (y_BTHK, lse_BTH)."""
   B, T, H, K = q_BTHK.shape
   score = soft_cap(scores(q_BTHK, k_BSGK), case.cap)
   mask = mask_BTS[:, None, None]
@@ -257,7 +258,7 @@ def _numbered(segment_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def segment_runs(segment_BT: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
-  """Segment ids -> the start and the size of each run of equal ids: (B, limit), or -1."""
+  """Segment ids -> start and size of each run of equal ids, -1 if unused: (B, limit)."""
   first_BT, run_BT = _numbered(segment_BT)
   size_BM = jax.vmap(lambda run: jnp.bincount(run, length=limit))(run_BT)
   start_BM = jax.vmap(lambda f: jnp.nonzero(f, size=limit, fill_value=-1)[0])(first_BT)

@@ -27,8 +27,8 @@ def largest_scores(
 ) -> jax.Array:
   """The largest size(q k / sqrt(K)) of each head (H,), without the queries of padding.
 
-  It is NaN if any of these scores is. A maximum may ignore a NaN, on one device or
-  between devices; a sum keeps it.
+  It is NaN if any of these scores is: a sum finds the NaN, because a maximum may ignore
+  it, on one device or between devices.
   """
   length = q_BTHK.shape[1]
   count = _blocks(length, mesh.ways('tokens'))
@@ -49,7 +49,7 @@ def largest_scores(
     if seen_BT is not None:
       mask = mask & (segment_Bq[:, :, None] == seen_BT[:, None])
     score, mask = size(scores(q_BqHK, k_BTGK)), mask[:, None, None]
-    # Of the heads' (G, R).
+    # Both are (G, H/G).
     return (
       jnp.where(mask, score, -jnp.inf).max((0, 3, 4)),
       jnp.where(mask, score, 0).sum((0, 3, 4)),

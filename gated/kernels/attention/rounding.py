@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 
 BETA = 7.0  # The paper's value, in [2, 8].
-# Largest shift of m: P would underflow, and a row's sum would be 0, from about 87 on. The
-# paper has no limit; scores of more than 10 reach it.
+# Largest shift of m. From about 87 on, all P of a row would underflow and sum to 0. The
+# paper sets no limit; scores above 10 reach it.
 LARGEST_SHIFT = 60.0
 
 
 def _repaired(top, count):
-  """The paper's m: beta r if r > 0, 0 if r < 0, for the r of several equal maxima."""
+  """The paper's m for rows with several equal maxima r: beta r if r > 0, 0 if r < 0."""
   shift = jnp.where(top > 0, jnp.minimum((BETA - 1) * top, LARGEST_SHIFT), -top)
   return top + jnp.where(count > 1, jnp.minimum(shift, LARGEST_SHIFT), 0)
 

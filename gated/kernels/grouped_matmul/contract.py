@@ -20,7 +20,7 @@ def grouped_matmul(
 ) -> jax.Array:
   """Rows sorted by group, a matrix and a number of rows per group -> y_NB.
 
-  The sizes are integers; a group may be empty. Rows beyond their sum, at the end, are
+  The sizes are integers; a group may be empty. The rows after the last group are
   unassigned: y and the gradient of x may hold garbage or NaN there, and x and the
   gradient of y are ignored there. Only 'ragged' multiplies every row by every matrix.
   Raises NotImplementedError if no backend supports the case.
