@@ -2,8 +2,8 @@
 
 A[i, j] is the weight that query i gives to key j, before any gate. The terms of sinks in
 the softmax's denominator are not keys: their share is `sink_mass`, and the weights of the
-keys sum to 1 minus this share. The weights of sigmoid and softpick attention need not sum
-to 1.
+keys sum to 1 minus this share. With other normalizers than softmax, the weights need not
+sum to 1.
 
 Weights to a few chosen keys are computed directly. Sums over all pairs of queries and
 keys run over blocks of both and skip the blocks above the diagonal; memory is linear in
@@ -98,12 +98,12 @@ def measure(
 ) -> dict[str, jax.Array]:
   """One layer's attention on a batch -> sums over queries, by row and head.
 
-  first_*           (B, H, 3): summed weight to the row's first token, of all queries, of
+  first             (B, H, 3): summed weight to the row's first token, of all queries, of
                     all but query 0, and of those from LATER on
-  documents_*       the same for each document's first token; positions in the document
+  documents         the same for each document's first token; positions in the document
   uniform, documents_uniform   (B, 3): the same under uniform attention
   queries, documents_queries   (B, 3): the number of these queries
-  sink_prefix, sink_row        (B, H, KEYS): whether alpha_k > EPSILON
+  sink_prefix, sink_row        (B, H, KEYS): whether alpha_k > EPSILON (`_sink_rates`)
   mass, sink_mass, entropy     (B, H): summed over queries
   logit             (): the largest |q k| / sqrt(K), before a cap; infinite if one is NaN
   key_mean          (B, H): the largest mean weight that a key receives

@@ -4,7 +4,7 @@ from gated.probes import attention, gates, outputs
 
 QUERIES = {
   '': 'over all queries',
-  '_without_query_0': 'over all queries but the first, which attends to itself alone',
+  '_without_query_0': 'over all queries but the first, which attends only to itself',
   f'_from_{attention.LATER}': f'over the queries from position {attention.LATER} on',
 }
 _FIRST = {
@@ -22,9 +22,9 @@ _SINK = (
   f'{attention.KEYS - 1} (Gu et al., arXiv 2410.10781), in {{}}'
 )
 POINTS = {
-  'attn_branch': 'what attention adds to the residual stream',
+  'attn_branch': 'the summand of attention in the residual stream',
   'middle': 'the residual stream between attention and FFN',
-  'ffn_branch': 'what the FFN adds to the residual stream',
+  'ffn_branch': 'the summand of the FFN in the residual stream',
   'output': "each layer's output",
 }
 _RANK = 'mean over heads of the {} rank of '
@@ -34,7 +34,7 @@ _KINDS = {
 }
 
 CONVENTIONS: dict[str, str] = {
-  'loss': 'nats per target, mean over the targets of the rows; of eval.py alone',
+  'loss': 'nats per target, mean over the targets of the rows; only eval.py measures it',
   **{
     f'{k}{q}': words.format(q_words)
     for k, words in _FIRST.items()
@@ -47,13 +47,13 @@ CONVENTIONS: dict[str, str] = {
   'largest_key_weight': 'the largest mean weight that one key receives, over the queries '
   f'from it on in its document, of keys with at least {attention.LATER} such queries; '
   '"value" is the mean over layers, rows and heads, "largest" the largest of all',
-  'attention_entropy': 'nats, mean over queries and heads, of the weights to keys; the '
-  "sinks' share of the softmax is no term of it",
+  'attention_entropy': 'entropy of the weights to keys, without the share of sinks, in '
+  'nats, mean over queries and heads',
   'attention_mass': 'sum of the weights to all keys, mean over queries and heads; 1 for '
   'a softmax without sinks',
   'sink_mass': "share of the softmax's denominator that sinks take (off-by-one, sink "
   'logits or sink tokens), mean over queries and heads',
-  'attention_logit_max': 'the largest |q k| / sqrt(K) of a query and a key that it sees, '
+  'attention_logit_max': 'the largest |q k| / sqrt(K) over all visible pairs, '
   'before a soft cap; "value" is the largest of all layers',
   'm_act': "M-Act of the paper: each layer's largest |h| at its output, over all tokens "
   'and channels; "value" is the mean over layers',

@@ -160,7 +160,7 @@ def sparsity(reports: Reports) -> Figure:
 def positions(curves: Reports) -> Figure:
   """Held-out loss by the tokens of context: {label: 'positions' of eval.py's report}.
 
-  Each point is the mean over all targets of a quarter of an octave.
+  Each point is the mean over the targets in a quarter of an octave of positions.
   """
   figure = Figure(figsize=(WIDTH, 2.3 + 0.14 * len(curves)))
   ax, places = figure.subplots(), set()
@@ -246,7 +246,7 @@ def _number(label: str, report: Mapping[str, Any], name: str) -> Mapping[str, An
 
 
 def _by_layer(reports: Reports, name: str) -> dict[str, np.ndarray]:
-  """A number -> its value at each layer, by label."""
+  """The name of a number -> its values by layer, for each label."""
   numbers = {k: _number(k, report, name) for k, report in _some(reports).items()}
   return {k: np.asarray(number['layers'], float) for k, number in numbers.items()}
 

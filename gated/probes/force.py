@@ -19,7 +19,7 @@ WORDS = {'open': 1.0, 'closed': 0.0}
 
 
 class Forced(nnx.Module):
-  """A gate whose scores are replaced in the chosen layers; it takes the gate's place.
+  """Replaces a gate: the same scores, but forced ones in the chosen layers.
 
   Its arrays are stacked over the layers, like the gate's weight: chosen_L, and a score of
   shape (L, H, K), or (L, D) at position 'out'. All dims but L may be 1.
@@ -51,10 +51,10 @@ def arrays(
   layers: Sequence[int] | None,
   mean: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """-> the chosen layers and their score, as `Forced` takes them.
+  """-> the arrays of `Forced`: the chosen layers, and their scores.
 
-  `gates` and `layers` are as for `check`. 'mean', and only 'mean', needs `mean`: the
-  gate scores' mean over tokens, (L, H) or (L, H, K). ValueError for a wrong argument.
+  `gates` and `layers` are as for `check`. Only 'mean' needs and takes `mean`, the gate
+  scores' mean over tokens, (L, H) or (L, H, K). ValueError for a wrong argument.
   """
   own, chosen, constant = check(cfg, gates, layers)
   if (constant is None) != (mean is not None):
@@ -73,9 +73,9 @@ def check(
 ) -> tuple[str, np.ndarray, float | None]:
   """-> a gate's name, its chosen layers, and their constant score; None for 'mean'.
 
-  `gates` is a word or a number for the first gate, or 'POSITION:' before it for another;
-  `layers` are by default all that have the gate. ValueError for a model without the gate
-  and for a wrong argument.
+  `gates` is a word or a number, for the first gate; 'POSITION:' before it selects another
+  gate. `layers` are by default all that have the gate. ValueError for a model without the
+  gate and for a wrong argument.
   """
   position, _, word = str(gates).rpartition(':')
   own = probe.name(cfg, position)
@@ -95,10 +95,10 @@ def check(
 
 
 def parse(spec: str, depth: int) -> tuple[str | float, list[int] | None]:
-  """'mean@0,5-7' -> ('mean', [0, 5, 6, 7]); without @ all layers, which is None.
+  """'mean@0,5-7' -> ('mean', [0, 5, 6, 7]); the layers are None without @.
 
-  ValueError if layers of a model of this depth, as for `config.layers`, do not follow
-  the @.
+  ValueError unless the text after @ names layers of a model of this depth, as for
+  `config.layers`.
   """
   gates, at, places = spec.partition('@')
   layers = [*config.layers('layers', places, depth)] if at else None
@@ -111,7 +111,7 @@ def parse(spec: str, depth: int) -> tuple[str | float, list[int] | None]:
 def force(
   net: model.Transformer, name: str, chosen_L: Any, score: Any
 ) -> model.Transformer:
-  """A model, a gate's name and `arrays` on its devices -> the model with it forced."""
+  """A model, a gate's name and `arrays` on its devices -> the model with forced gates."""
   net = jax.tree.map(lambda leaf: leaf, net)  # New modules, the same weights.
   forced = Forced(net.blocks.attn.gates[name], chosen_L, score)
   setattr(net.blocks.attn, name, forced)

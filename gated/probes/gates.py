@@ -58,7 +58,7 @@ def sums(
 ) -> tuple[jax.Array, jax.Array]:
   """As `scores` -> (scores summed over tokens, number of tokens).
 
-  The sums are (L, H, K), as of `of_block`; padding does not count.
+  The sums are (L, H, K) as in `of_block`; padding does not count.
   """
   live_BT, own = batch.segments > 0, name(net.cfg, position)
 
@@ -114,7 +114,7 @@ def measure(
   sum           (H,): of the scores
   row_sum, row_square   (B,): sum of a row's scores, and of their squared deviations from
                 the row's mean
-  below         (3,): number of scores below each of BELOW
+  below         (3,): number of scores below each limit of BELOW
   histogram     (BINS,): number of scores in each bin, [edge, next edge)
   class_sum     (C,): summed over the tokens of each class; class_BTC is one-hot
   class_count   (C,): number of tokens of each class

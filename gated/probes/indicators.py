@@ -1,8 +1,8 @@
 """Early warnings: scalars that grow in a model before its loss diverges.
 
   attention_logit     the largest |q k| / sqrt(K), over layers, heads and visible pairs of
-                      a query and a key; the kernel's inputs (after QK-norm, gates, RoPE
-                      and YaRN's scale), before a soft cap, without the sinks' logits
+                      queries and keys as the kernel reads them (after QK-norm, gates,
+                      RoPE and YaRN's scale), before a soft cap, without sinks
   attention_layer     the layer of this logit, from 0
   output_logit        root mean square of the logits, over tokens and the vocabulary,
                       before a soft cap
@@ -10,9 +10,9 @@
   residual_rms_last   the same after the last layer, before the final norm
   residual_growth     last / first
 
-At large learning rates attention logits grow and output logits drift; both are visible
-before the loss diverges (arXiv 2309.14322, section 3). The residual stream can outgrow
-the layers' updates, which the norms hide from the loss. Padding is excluded. Non-finite
+At large learning rates attention logits grow and output logits drift, both before the
+loss diverges (arXiv 2309.14322, section 3). The residual stream can outgrow the layers'
+updates; the norms hide this from the loss. Padding is excluded. Non-finite
 numbers are reported unchanged: they are warnings too.
 
 A separate program computes the scalars in a forward pass over a few rows of a step's

@@ -1,8 +1,7 @@
 """All probes in one forward pass: a model and a batch -> sums and numbers of its rows.
 
 `merge` joins the measures of several batches on the host, and `report.summarize` turns
-them into the numbers of a report. The numbers do not depend on the batching or the
-sharding of the rows.
+them into the numbers of a report, which do not depend on batching or sharding.
 
 B batch  T tokens  L layers  H heads  C token classes
 """

@@ -48,7 +48,7 @@ def scalars(cfg: model.Config, measures: dict[str, Any]) -> dict[str, float]:
 def summarize(
   cfg: model.Config, measures: dict[str, Any], weights: dict[str, Any]
 ) -> dict[str, Any]:
-  """Merged measures and `of_weights` -> {name: {'value': of the model, 'layers': ...}}.
+  """Merged measures and `of_weights` -> {name: {'value': of the model, 'layers': [L]}}.
 
   A number that the model does not have is None.
   """
@@ -209,7 +209,7 @@ def _output_ranks(measures: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gates(measures: dict[str, Any], cfg: model.Config, gate: str) -> dict[str, Any]:
-  """The numbers of a gate by its name; '' for none."""
+  """The numbers of the gate with this name; all are None for ''."""
   names = [name for name in conventions.CONVENTIONS if name.startswith('gate_')]
   if not gate:
     return {name: _mean(None) for name in names}
@@ -228,7 +228,7 @@ def _gates(measures: dict[str, Any], cfg: model.Config, gate: str) -> dict[str, 
   per_token = total_L[:1] // tokens
   numbers = {
     'gate_mean': _mean(mean_L),
-    # Over all layers together, as the mean is.
+    # Over all layers together, like the mean.
     'gate_std': {
       'value': np.sqrt(np.mean(variance_L + mean_L**2) - mean_L.mean() ** 2),
       'layers': np.sqrt(variance_L),
@@ -253,7 +253,7 @@ def _gates(measures: dict[str, Any], cfg: model.Config, gate: str) -> dict[str, 
 
 
 def _spread(numbers: dict[str, Any], layers: tuple[int, ...], depth: int) -> Any:
-  """Numbers of the layers with a gate -> the same of all layers, NaN without the gate."""
+  """Numbers of the layers with a gate -> of all layers, NaN in those without it."""
 
   def spread(x):
     whole = np.full((depth, *np.shape(x)[1:]), np.nan)

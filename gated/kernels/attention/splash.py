@@ -101,9 +101,9 @@ def plan(length: int, ways: int, block_q: int, block_kv: int, window: int = 0) -
   """
   query = context.order(length, ways).reshape(-1)
   # The mask has two rows and two columns for each block: all four are set if the block is
-  # full, one if it is partial, none if it is empty. The kernel itself computes the mask of
-  # a partial block, from the positions of its queries. The distances of a block's queries
-  # and keys have no gaps.
+  # full, one if it is partial, none if it is empty. The kernel itself computes the mask
+  # of a partial block, from the positions of its queries. The distances of a block's
+  # queries and keys have no gaps.
   first = lambda at, block: at.reshape(-1, block)[:, 0]
   start = first(query, block_q)[:, None] - first(np.arange(length), block_kv)[None]
   least, most = start - block_kv + 1, start + block_q - 1
