@@ -1,4 +1,4 @@
-"""Warnings at the start of a run: knobs that are allowed, and may surprise."""
+"""Warnings at the start of a run, about allowed knobs with unexpected effects."""
 
 import math
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ def of(cfg: Config) -> Iterator[str]:
 
 
 def _warmup(cfg: Config) -> str:
-  """A warm-up that does not end within the run, or leaves no step for the decay."""
+  """Warns of a warm-up that leaves no step for the decay, or does not end."""
   optim, steps = cfg.optim, cfg.steps
   # A constant rate needs no steps after the warm-up.
   if optim.warmup < steps + (optim.schedule == 'constant'):
@@ -30,11 +30,11 @@ def _warmup(cfg: Config) -> str:
 
 
 def _rounding(cfg: Config) -> str:
-  """Weights in bfloat16, and updates that are smaller than half of their spacing."""
+  """Warns of bfloat16 weights whose updates may be lost in rounding."""
   numerics, optim = cfg.model.numerics, cfg.optim
   if numerics.weights == 'float32' or not numerics.init_std:
     return ''
-  # The distance between two neighbours of the size of init_std.
+  # The distance between two adjacent numbers of the size of init_std.
   spacing = float(jnp.finfo(numerics.weights).eps)
   spacing *= 2.0 ** math.floor(math.log2(numerics.init_std))
   lowest = optim.lr if optim.schedule == 'constant' else optim.floor

@@ -1,4 +1,4 @@
-"""The command line of a recipe: its mistakes, its help, and the recipe that results.
+"""The command line of a recipe: its errors, its help, and the resolved recipe.
 
 The programs pass absl's flags and `configs/base.py` as arguments: `defaults.get_config()`
 has all knobs, and `defaults.PRESETS` the named presets of groups of knobs.
@@ -63,7 +63,7 @@ def parse(
 
 
 def _take_model(c: Any, argv: Sequence[str]) -> None:
-  """Sets the knobs of `model` that config.model_from has, but not those of `argv`."""
+  """Sets the knobs of `model` from config.model_from, except those set in `argv`."""
   if 'model_from' not in c or not (folder := c.model_from):
     return
   try:

@@ -12,7 +12,8 @@ from gated.run import workdir as workdirs
 
 RUNS = 'runs'  # The folder of default workdirs.
 MOST = 3  # Runs beside the default workdir that are reported.
-# They may change with the same default workdir.
+# Names for --allow_change that do not affect the default workdir; 'data' is the content
+# of the data.
 UNNAMED = ('data', 'config.paper')
 
 _log = logging.getLogger('gated')
@@ -34,8 +35,9 @@ class Near(NamedTuple):
 def workdir(given: str, c: dict, *, allowed: Collection[str]) -> storage.Path:
   """--workdir, a resolved recipe and --allow_change -> the workdir.
 
-  The default is named after the recipe. It is logged, with the runs beside it that differ
-  in one knob. ValueError if --workdir names a step, or if --allow_change has no effect.
+  The default is named after the recipe; the log names it, and for a new run the existing
+  runs that differ in one knob. ValueError if --workdir names a step, or if --allow_change
+  has no effect.
   """
   if given:
     place, step = workdirs.split_step(given)
@@ -82,6 +84,6 @@ def near(default: storage.Path, c: Mapping) -> Iterable[Near]:
 
 
 def _ahead(place: storage.Path, c: Mapping) -> bool:
-  """Whether a run has not passed the last step of the recipe."""
+  """Whether no saved step of a run is past the last step of the recipe."""
   saved = storage.names(place / 'checkpoints')
   return all(int(step) <= c['steps'] for step in saved if step.isdecimal())

@@ -86,11 +86,11 @@ class Loaded(Opened):
     layers: Sequence[int] | None = None,
     text: Text | data.Batch | None = None,
   ) -> 'Loaded':
-    """The same model with its gates' scores replaced, in all layers or in those given.
+    """The same model with forced gate scores, in all layers or in those of `layers`.
 
     `gates` is 'open' (1), 'closed' (0), a number, or 'mean': each head's (and channel's)
     mean over the tokens of `text`, which may also be packed rows (R, T) on the host.
-    'value:open' forces another gate than the first, by its position. ValueError for a
+    'value:open' forces the gate at that position instead of the first. ValueError for a
     model without the gate.
     """
     mean, position = None, str(gates).rpartition(':')[0]
@@ -122,7 +122,7 @@ class Loaded(Opened):
 
   @functools.cached_property
   def row_losses(self) -> Any:
-    """`evaluate`, for a model that is given: (model, batch) -> sums of each row."""
+    """`evaluate` for any model of this shape: (model, batch) -> the sums of each row."""
     return evaluate_step(self.cfg, self.mesh, self._chunk)
 
   @functools.cached_property
@@ -206,7 +206,7 @@ def load(path: storage.PathLike, *, step: str | int = '', cache: str = '') -> Lo
 
 
 def take(path: storage.PathLike, *, step: str = '', cache: str = '') -> Loaded:
-  """As `load`, and reads the weights: a run in progress may remove any step.
+  """Like `load`, but reads the weights at once: a run in progress may remove any step.
 
   If it has removed the step before its weights were read, 'latest' and 'best' are chosen
   again; `weights.Removed` for a step that was given by its number.

@@ -86,8 +86,8 @@ class Plan:
     """The first state; each device computes only its own shards."""
     with jax.set_mesh(self.mesh):
       state = jax.jit(self._init, out_shardings=self.shardings)()
-    # A step whose devices start before the last of them is here can deadlock: simulated
-    # devices share few threads, and a collective holds one until all others join.
+    # A step that starts on some devices before the others are ready can deadlock:
+    # simulated devices share few threads, and a collective holds one until all join.
     return jax.block_until_ready(state)
 
   def train_step(self) -> Any:
@@ -191,7 +191,7 @@ def placed(shapes: Any, shardings: Any) -> Any:
 
 
 def reading(cfg: model.Config) -> tuple[Mesh, model.Transformer]:
-  """-> (a mesh of all devices, the abstract model to restore, sharded by it).
+  """-> (a mesh of all devices, the abstract model to restore, sharded over it).
 
   Weights are split over the largest number of devices that divides the model's width.
   """

@@ -45,7 +45,7 @@ class Run(NamedTuple):
       )
 
   def changed_rates(self, saves: checkpoint.Checkpoints, state: Any) -> dict[str, float]:
-    """A restored state -> its last and next learning rate, logged in one line.
+    """A restored state -> its last and its next learning rate, which are also logged.
 
     {} unless config.steps or config.optim have changed since the step was saved.
     """
@@ -67,7 +67,7 @@ class Run(NamedTuple):
     return rates
 
   def watch(self) -> Callable[..., dict[str, tuple[Any, Callable]]]:
-    """As `Plan.watch`, and 'samples', whose texts are computed at once."""
+    """Like `Plan.watch`, with the kind 'samples', whose texts this call computes."""
     watch, sample, every = self.plan.watch(), self.sample, self.plan.cfg.log.samples
     if sample is None:
       return watch

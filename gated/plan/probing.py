@@ -110,7 +110,7 @@ def heldout_rows(corpus: data.Corpus, limit: int) -> data.Batch:
 
 
 def _masked(net: model.Transformer, mask_documents: bool | None) -> model.Transformer:
-  """The model with `mask_documents` replaced; None keeps it."""
+  """The model with another `mask_documents`; None keeps its own."""
   if mask_documents is None or mask_documents == net.cfg.mask_documents:
     return net
   net = copy.copy(net)

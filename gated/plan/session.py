@@ -1,4 +1,4 @@
-"""A session of a run: its services, a save, an evaluation, and its end."""
+"""A session of a run: its services, saves, evaluations, and its end."""
 
 from typing import Any, NamedTuple
 
@@ -65,7 +65,7 @@ class Session(NamedTuple):
     return exit_codes.FINISHED if finished else exit_codes.PREEMPTED
 
   def rescue(self, state: Any, error: data.Unreadable) -> data.Unreadable:
-    """Saves the last state, if this process alone can -> the error, with that step."""
+    """Saves the last state of a single process -> the error, with the last saved step."""
     saves, finite = self.services.saves, self.record.settle()
     saves.wait()
     if finite and jax.process_count() == 1 and int(state.step) not in saves.steps():
