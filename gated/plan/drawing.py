@@ -62,9 +62,9 @@ def probes(runs: Runs, reports: Reports, ids: np.ndarray) -> None:
   if jax.process_index() == 0:
     folder = loaded.path / 'probes'
     for name, figure in pictures.items():
-      style.save(figure, folder, f'{loaded.step}-{name}', FORMATS)
+      style.save(figure, folder, f'{loaded.tag}-{name}', FORMATS)
     if html:
-      storage.write(folder / f'{loaded.step}-gates.html', html.encode())
+      storage.write(folder / f'{loaded.tag}-gates.html', html.encode())
 
 
 def positions(runs: Runs, reports: Reports) -> None:
@@ -74,7 +74,7 @@ def positions(runs: Runs, reports: Reports) -> None:
   curves = {label: report['positions'] for label, report in reports.items()}
   figure = figures.positions(curves)
   if jax.process_index() == 0:
-    style.save(figure, loaded.path / 'eval', f'{loaded.step}-positions', FORMATS)
+    style.save(figure, loaded.path / 'eval', f'{loaded.tag}-positions', FORMATS)
 
 
 def _texts(loaded: Any, ids: np.ndarray) -> list[str]:

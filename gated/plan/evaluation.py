@@ -145,7 +145,7 @@ def heldout(
       options |= dict(after=lambda _, progress=progress: bool(progress.add()))
       report = evals.perplexity(evaluate, None, corpus, **options)
     assert report is not None
-    reports[label] = {'step': run.step, 'rows_limit': limit} | report
+    reports[label] = {'step': run.step, 'yarn': run.yarn, 'rows_limit': limit} | report
     if by_position:
       reports[label]['positions'] = curve.report(run.cfg)
   return reports
@@ -160,7 +160,7 @@ def probes(
   for label, run in runs.items():
     with shown(f'probes of {label}'):
       loss = {'value': probing.loss(run, rows, **options), 'layers': None}
-      reports[label] = run.probe(rows, **options) | {'loss': loss}
+      reports[label] = run.probe(rows, **options) | {'loss': loss, 'yarn': run.yarn}
   return reports
 
 
@@ -214,13 +214,14 @@ def complete(
 def store(report: Mapping[str, Any], loaded: Loaded, folder: str) -> None:
   """Writes a report to WORKDIR/FOLDER/STEP.json; for imported weights, does nothing.
 
-  The name has the data's digest if they are not the run's own. See `stored` for errors.
+  The name has --yarn, and the data's digest if they are not the run's own. See `stored`
+  for errors.
   """
   if not loaded.about:
     return
   own = loaded.about['data']['sha256']
   digest = report.get('data') or own
-  name = str(loaded.step) if digest == own else f'{loaded.step}-{digest[:8]}'
+  name = loaded.tag if digest == own else f'{loaded.tag}-{digest[:8]}'
   with stored():
     storage.write_json(loaded.path / folder / f'{name}.json', metrics.plain(report))
 

@@ -132,8 +132,7 @@ def _print(report: dict[str, Any], loaded: Loaded, options: Options) -> None:
   if options.copying:
     print(copying.table(report))
   print(metrics.dumps(report, indent=None), flush=True)
-  step = 'imported' if loaded.step is None else loaded.step
-  name = f'{step}-long-{config.digest(report["options"])[:8]}'
+  name = f'{loaded.tag}-long-{config.digest(report["options"])[:8]}'
   with evaluation.stored():
     place = tasks.folder(loaded) / f'{name}.json'
     storage.write_json(place, metrics.plain(report))

@@ -128,6 +128,12 @@ class Opened:
     return stretched if self.yarn and stretched else max(length, stretched)
 
   @property
+  def tag(self) -> str:
+    """The step in the names of its reports, such as '1000', 'imported', '1000-yarn=4'."""
+    step = 'imported' if self.step is None else f'{self.step}'
+    return f'{step}-yarn={self.yarn.replace(",", "+")}' if self.yarn else step
+
+  @property
   def tokenizer_digest(self) -> str:
     """The fingerprint of its tokenizer; ValueError if imported weights have none."""
     return self.about['data']['tokenizer'] if self.about else self.tokenizer.fingerprint

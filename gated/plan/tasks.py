@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from gated import config, data, hf, storage
+from gated import config, data, storage
 from gated.data.tokenizer import Tokenizer, optional
 from gated.devices import processes
 from gated.evals import harness
@@ -82,16 +82,8 @@ def folder(loaded: Loaded) -> storage.Path:
 
 
 def length_of(loaded: Loaded) -> int:
-  """Tokens that a model reads at most: of its rows, or as its config.json says.
-
-  With YaRN a run reads as many more as YaRN stretches its positions.
-  """
-  if not loaded.about:
-    content = hf.files.read_json(Path(loaded.path) / hf.files.CONFIG)
-    return int(content.get('max_position_embeddings') or LENGTH)
-  yarn = loaded.cfg.attn.yarn
-  stretched = int(yarn.factor * yarn.original) if yarn.factor > 1 else 0
-  return max(loaded.length, stretched)
+  """Tokens that a model reads at most: as many as its RoPE is prepared for."""
+  return loaded.prepared or LENGTH
 
 
 def prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -165,10 +157,9 @@ def identity(loaded: Loaded, length: int, prefix: tuple[int, ...]) -> str:
 
 def _name(loaded: Loaded, options: harness.Options) -> str:
   """The name of a report: its step, its tasks and its options."""
-  step = 'imported' if loaded.step is None else str(loaded.step)
   names = '+'.join(options.tasks)
   if len(names) > 80 or not names.replace('+', '').replace('_', '').isalnum():
     names = f'{len(options.tasks)}-tasks-{config.digest([*options.tasks])[:8]}'
   limit = f'-limit{options.limit}' if options.limit else ''
   fewshot = f'-fewshot{options.fewshot}' if options.fewshot >= 0 else ''
-  return f'{step}-{names}{limit}{fewshot}'
+  return f'{loaded.tag}-{names}{limit}{fewshot}'

@@ -10,7 +10,7 @@ ABOUT = {'data': {'sha256': 'a' * 64}}
 
 
 def loaded(path, about=ABOUT):
-  return types.SimpleNamespace(path=storage.path(path), step=7, about=about)
+  return types.SimpleNamespace(path=storage.path(path), step=7, tag='7', about=about)
 
 
 def test_a_report_is_stored_by_its_step_and_by_data_that_are_not_the_runs(tmp_path):
