@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from gated import storage
+from gated import config, storage
 from gated.devices import mesh
 from gated.evals import Sampling, generate, ruler
 from gated.evals.harness import cache, scoring
 from gated.plan import evaluation, tasks
-from gated.plan.load import Loaded
+from gated.plan.load import Loaded, load
 from gated.run import metrics
 
 SEED = 42  # Of the items.
@@ -26,14 +26,15 @@ def run(loaded: Loaded, options: ruler.Options) -> None:
 
   The report is WORKDIR/evals/STEP-ruler-*.json, beside the finished requests. ValueError
   names --ruler if a length is too short for a task, or too long for the model, before
-  anything runs. Another model that is not prepared for a length has no numbers there.
+  anything runs. With --yarn each model is measured before and after. Another model that
+  is not prepared for a length has no numbers there.
   """
-  runs = evaluation.runs(loaded, _no_rows, segments=0, forced='', others=options.beside)
-  runs = {label: each.dropless() for label, each in runs.items()}
-  if (longest := max(options.ruler)) > (most := tasks.length_of(loaded)):
+  if not _is_prepared(loaded, longest := max(options.ruler)):
     raise ValueError(
-      f'--ruler={longest}, but {loaded.path} is prepared for {most} tokens'
+      f'--ruler={longest}, but RoPE of {loaded.path} is prepared for {loaded.prepared} '
+      'tokens: see --yarn'
     )
+  runs = _runs(loaded, options.beside)
   with evaluation.shown('preparing the texts'):
     prefix = tasks.prefix(loaded.tokenizer)
     maker = ruler.Maker(
@@ -58,14 +59,32 @@ def run(loaded: Loaded, options: ruler.Options) -> None:
   if jax.process_index() == 0:
     print(ruler.table(reports, loss_only=options.loss_only), flush=True)
     texts = f'documentation of Python {platform.python_version()}'
-    report = {'texts': texts, 'seed': SEED} | evaluation.joined(reports)
+    about = {'texts': texts, 'seed': SEED, 'yarn': loaded.yarn}
+    report = about | evaluation.joined(reports)
     print(metrics.dumps(report, indent=None), flush=True)
     with evaluation.stored():
       storage.write_json(folder / f'{_name(loaded, options)}.json', metrics.plain(report))
 
 
+def _runs(loaded: Loaded, others: Sequence[str]) -> dict[str, Loaded]:
+  """A model and those beside it, by label; with YaRN, each also as it was before."""
+  given: dict[str, Any] = dict(rows=_no_rows, segments=0, forced='', others=others)
+  runs = {}
+  for label, each in evaluation.runs(loaded, **given).items():
+    if each.yarn:
+      step = '' if each.step is None else each.step
+      runs[label] = load(each.path, step=step, cache=each.cache).fit(0).dropless()
+      label = f'{label} yarn={each.yarn}'
+    runs[label] = each.dropless()
+  return runs
+
+
 def _no_rows() -> Any:
   raise AssertionError('gates are not forced')
+
+
+def _is_prepared(run: Loaded, length: int) -> bool:
+  return not run.prepared or length <= run.prepared
 
 
 def _at_length(
@@ -77,7 +96,7 @@ def _at_length(
 ) -> dict[str, dict[str, Any] | None]:
   """-> the summaries by task of each model, None if it is not prepared for the length."""
   summaries: dict[str, dict[str, Any] | None] = {
-    label: {} if length <= tasks.length_of(each) else None for label, each in runs.items()
+    label: {} if _is_prepared(each, length) else None for label, each in runs.items()
   }
   for name in options.tasks:
     with evaluation.shown(f'making {name} of {length} tokens'):
@@ -178,5 +197,6 @@ def _name(loaded: Loaded, options: ruler.Options) -> str:
   parts = [step, 'ruler', '+'.join(map(str, options.ruler))]
   if options.tasks != ruler.Options(ruler=options.ruler).tasks:
     parts.append('+'.join(options.tasks))
+  parts += ['yarn' + config.digest(loaded.yarn)[:8]] * bool(loaded.yarn)
   parts += [f'limit{options.limit}'] + ['loss'] * options.loss_only
   return '-'.join(parts)
