@@ -19,6 +19,8 @@ MEANING = {
   FAULT: 'fault of the machine: a data worker killed, memory or a disk full; may pass',
 }
 
+# The last step of the session is saved.
+SAVED = FINISHED, PREEMPTED
 # A run that finished or diverged is never run again.
 ENDED = FINISHED, UNSTABLE
 # The same command resumes after these, which include SIGABRT, SIGKILL and SIGTERM ...

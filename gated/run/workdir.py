@@ -16,7 +16,7 @@ import jax
 
 from gated import config, storage
 from gated.devices import determinism, processes
-from gated.run import checkpoint, lock, metrics, outcome, places
+from gated.run import checkpoint, exit_codes, lock, metrics, outcome, places
 from gated.run.metrics import provenance
 
 # Knobs that may change when a run resumes; the data are compared by fingerprint.
@@ -119,6 +119,8 @@ def check(
       if metrics.exists(workdir / 'metrics.jsonl'):
         raise ValueError(f'--workdir={workdir} has a metrics.jsonl but no run.json')
       return Resume(None, steps, {})
+    if step is None:
+      _refuse_lost(workdir, old)
     changed = _changed(old, c, fingerprint)
     if step is not None:
       _correct(changed, old, saved.about(step), c, fingerprint)
@@ -199,6 +201,19 @@ def conclude(workdir: storage.Path, code: int, reason: str) -> None:
     _log.warning('%s could not be written: %s', workdir / outcome.NAME, error)
 
 
+def _refuse_lost(workdir: storage.Path, old: Mapping) -> None:
+  """Raises ValueError if a step was saved, as in a copy without checkpoints/."""
+  ended = None
+  with contextlib.suppress(ValueError):  # A damaged outcome.json is replaced.
+    ended = outcome.read(workdir)
+  if old['restored'] or (ended and ended.code in exit_codes.SAVED):
+    raise ValueError(
+      f'--workdir={workdir} has no checkpoints, but its run has saved some: copy the '
+      'folder checkpoints as well, choose another workdir, or delete this one to start '
+      'from scratch'
+    )
+
+
 def _refuse(
   workdir: storage.Path, c: dict, changed: dict, allowed: Collection, misfit: str
 ):
@@ -268,7 +283,7 @@ def _changed(old: Mapping, c: Mapping, fingerprint: Mapping) -> dict[str, Any]:
 def _owner(workdir: storage.Path) -> dict | None:
   """Reads run.json -> 'config', 'data' and 'deterministic' of the previous session.
 
-  Its 'known' are the knobs that a session has changed.
+  Its 'known' are the knobs that a session has changed; 'restored': whether one resumed.
   """
   path = workdir / 'run.json'
   try:
@@ -278,6 +293,7 @@ def _owner(workdir: storage.Path) -> dict | None:
       'config': dict(old['config']),
       'data': dict(old['data']),
       'deterministic': dict(last).get('deterministic'),
+      'restored': any(dict(s).get('restored_step', -1) >= 0 for s in old['sessions']),
       'known': {
         k for session in old['sessions'] for k in dict(session).get('changed', ())
       },

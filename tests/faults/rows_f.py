@@ -1,6 +1,7 @@
 """Rows of the fault table: situations that no list had named before they were tried."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -77,6 +78,15 @@ def _nested(world: World, straight: Straight) -> None:
   world.check(workdir, straight)
 
 
+def _no_checkpoints(world: World, straight: Straight) -> None:
+  """a copy without checkpoints/ is refused, and keeps its records"""
+  copy = world.path('copy')
+  shutil.copytree(straight.workdir, copy)
+  shutil.rmtree(copy / 'checkpoints')
+  world.train(copy).wait().expect(2, 'has no checkpoints')
+  assert evidence.losses(copy) == straight.losses
+
+
 def _scheme(world: World, _: Straight) -> None:
   """a store with one slash, or in capitals, is no local folder"""
   for place in ('GS:/bucket/x', 'file:/x', 'S3://bucket/x'):
@@ -119,6 +129,7 @@ UNNAMED = (
   _power_lost,
   _pipes,
   _hard_links,
+  _no_checkpoints,
   _scheme,
   _other_settings,
   _debugging,

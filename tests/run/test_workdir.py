@@ -14,7 +14,7 @@ import pytest
 import small
 
 from gated import config, storage
-from gated.run import checkpoint, lock, metrics, outcome, workdir
+from gated.run import checkpoint, exit_codes, lock, metrics, outcome, workdir
 from gated.train import step
 
 DATA = {'sha256': 'd' * 64}
@@ -83,6 +83,26 @@ def test_without_run_json_the_checkpoint_identifies_the_run(run):
   (run / 'run.json').unlink()
   assert check(run) == (4, [2, 4], {})
   refused(run, r'config\.seed: 0 there, 1 here', seed=1)
+
+
+def test_a_copy_without_its_checkpoints_does_not_start_from_scratch(run):
+  """A run that was killed before its first save does."""
+  shutil.rmtree(run / 'checkpoints')
+  write = lambda *steps: (run / 'run.json').write_text(
+    json.dumps(about(small.recipe(), sessions=[{'restored_step': s} for s in steps]))
+  )
+  write(-1)
+  assert check(run).step is None
+  outcome.write(run, outcome.Outcome(exit_codes.UNSTABLE, 3))
+  assert check(run).step is None
+  for code in (exit_codes.FINISHED, exit_codes.PREEMPTED):
+    outcome.write(run, outcome.Outcome(code, 4))
+    with pytest.raises(ValueError, match='has no checkpoints, but its run has saved'):
+      check(run)
+  (run / outcome.NAME).unlink()
+  write(-1, 2)
+  with pytest.raises(ValueError, match='has no checkpoints, but its run has saved'):
+    check(run)
 
 
 def test_metrics_without_a_run_json_are_not_overwritten(tmp_path):
