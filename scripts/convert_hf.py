@@ -58,6 +58,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     choices=('float32', 'bfloat16'),
     help='dtype of the tensors; default: as in the source',
   )
+  yarn = 'writes YaRN into config.json: a factor and fields, as in eval.py'
+  add('--yarn', default='', metavar='FACTOR', help=yarn)
   add('--shard_gib', default=2.0, type=float, help='largest file, in GiB')
   add(
     '--packing',
@@ -83,6 +85,10 @@ def run(args: argparse.Namespace) -> Path:
     source = gated.load(args.source, step=args.step)
   except ValueError as error:
     raise ValueError(f'--from={error}') from error
+  try:
+    source = source.stretched(args.yarn)
+  except ValueError as error:
+    raise ValueError(f'--yarn={args.yarn}: {error}') from error
   # Refuses an unsupported model before reading its weights.
   hf.knobs.write(source.cfg, args.packing, source.cfg.numerics.weights, {})
   keys, copies = _describe(source)

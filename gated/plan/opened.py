@@ -76,7 +76,8 @@ class Opened:
     """
     _, like = reading(self.cfg)
     if self.step is None:
-      return trees.flatten(hf.read(Path(self.path), like))
+      # Evaluations may compute another function, such as with YaRN.
+      return trees.flatten(hf.read(Path(self.path), like, allowed=['config.model']))
     with checkpoint.Reader(self.path / 'checkpoints') as saves:
       try:
         return trees.flatten(saves.restore_model(self.step, like))

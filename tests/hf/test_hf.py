@@ -818,6 +818,20 @@ def test_yarn_sets_the_length_instead_of_the_source(copy, tmp_path):
   assert json.loads((to / files.CONFIG).read_text())['max_position_embeddings'] == 64
 
 
+def test_an_export_with_yarn_has_both_lengths(copy, tmp_path, capsys):
+  source, to = copy('qwen3', dict(max_position_embeddings=40)), tmp_path / 'out'
+  args = ('from', source), ('to', to)
+  assert convert(*args, ('yarn', '0.5')) == convert_hf.REFUSED
+  assert '--yarn=0.5: config.model.attn.yarn.factor=0.5' in capsys.readouterr().err
+  assert convert(*args, ('yarn', '4,truncate=False')) == 0
+  content = json.loads((to / files.CONFIG).read_text())
+  assert content['max_position_embeddings'] == 160
+  scaling = content['rope_scaling']
+  assert scaling['original_max_position_embeddings'] == 40 and not scaling['truncate']
+  yarn = hf.config(to).attn.yarn
+  assert (yarn.factor, yarn.original, yarn.truncate) == (4, 40, False)
+
+
 def test_the_script_refuses_in_one_line(workdir, tmp_path, capsys):
   source, _ = workdir
   (tmp_path / 'full').mkdir()
