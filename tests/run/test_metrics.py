@@ -3,7 +3,9 @@
 import io
 import json
 import math
+import pathlib
 import signal
+import subprocess
 import sys
 import time
 
@@ -464,9 +466,12 @@ def test_settings_that_changed_since_the_last_session_are_reported(
 
 
 def test_the_commit_is_that_of_the_code_and_not_of_a_hook(tmp_path, monkeypatch):
-  commit = provenance.git(storage.Path(__file__).parents[2])
+  command = ['git', '-C', pathlib.Path(__file__).parents[2], 'rev-parse', 'HEAD']
+  done = subprocess.run(command, capture_output=True, text=True)
+  if done.returncode:
+    pytest.skip('the code is not in a checkout of git')
   monkeypatch.setenv('GIT_DIR', str(tmp_path))
-  assert provenance.git(storage.Path(__file__).parents[2]) == commit
+  assert provenance.session()['git']['commit'] == done.stdout.strip()
 
 
 def test_credentials_are_not_recorded(tmp_path, monkeypatch):

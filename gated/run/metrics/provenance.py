@@ -107,7 +107,7 @@ def session() -> dict:
   return {
     'time': datetime.now(UTC).isoformat(timespec='seconds'),
     'command': command(sys.argv),
-    'git': git(Path(__file__).resolve().parents[2]),
+    'git': git(Path(__file__).resolve().parents[3]),
     'versions': versions(),
     'python': platform.python_version(),
     'platform': platform.platform(),
