@@ -25,6 +25,8 @@ def survey(
     flag = f'--domain={domain}={",".join(paths)}'
     if not shards.NAME.fullmatch(domain):
       raise ValueError(f'{flag}: a name consists of letters, digits, ".", "_" and "-"')
+    if twin := next((n for n in groups if n.lower() == domain.lower()), ''):
+      raise ValueError(f'{flag}: {twin} differs only in case, and may be the same file')
     report = tallies[domain].add
     try:
       groups[domain] = sources.survey(

@@ -363,6 +363,7 @@ def test_a_dataset_includes_its_tokenizer(tmp_path):
     ({}, {}, '--domain=NAME=PATH'),
     ({'d': ['nowhere']}, {}, "--domain=d=nowhere: 'nowhere': no such file"),
     ({'a b': ['good.txt']}, {}, '--domain=a b'),
+    ({'d': ['good.txt'], 'D': ['good.txt']}, {}, '--domain=D=good.txt: d differs only'),
     ({'d': ['odd.bin']}, {}, r"odd.bin'.*unknown suffix.*\.txt.*--suffixes"),
     ({'d': ['empty']}, {}, '--domain=d=empty.*nothing to read'),
     ({'d': ['void.txt']}, {}, 'nothing to read'),
