@@ -85,7 +85,8 @@ def define(
 
   def read():
     values = {name: flag.value for name, flag in options.items()}
-    values['stop'] = tuple(values['stop'])
+    values['stop'] = tuple(_text('stop', text) for text in values['stop'])
+    prompts = [_text('prompt', text) for text in prompt.value]
     for name in excludes if prompt.value else options:
       if flags.FLAGS[name].present:
         side = 'with' if prompt.value else 'without'
@@ -97,9 +98,17 @@ def define(
       Sampling(**values)
     except ValueError as error:
       raise ValueError(f'--{error}') from error
-    return prompt.value, values
+    return prompts, values
 
   return read
+
+
+def _text(flag: str, value: str) -> str:
+  """A value from the command line -> its text, read as UTF-8 in any locale."""
+  try:
+    return value.encode('utf-8', 'surrogateescape').decode()
+  except UnicodeError as error:
+    raise ValueError(f'--{flag}={value!r} is not UTF-8') from error
 
 
 def keep(

@@ -359,6 +359,10 @@ def test_flags_are_the_options_of_the_same_name():
   )
   assert prompts == ['a', 'b']
   assert Sampling(**options) == Sampling(top_k=3, stop=('x',), temperature=0)
+  # As an ASCII locale reads the command line.
+  escaped = 'é'.encode().decode('ascii', 'surrogateescape')
+  prompts, options = read_flags(f'--prompt={escaped}', f'--stop={escaped}', '--prompt=é')
+  assert (prompts, options['stop']) == (['é', 'é'], ('é',))
 
 
 @pytest.mark.parametrize(
@@ -366,6 +370,7 @@ def test_flags_are_the_options_of_the_same_name():
   [
     (['--prompt=a', '--top_p=2'], '--top_p=2.0, but it must be in (0, 1]'),
     (['--prompt=a', '--prompt='], "--prompt='' has no tokens"),
+    (['--prompt=caf\udce9'], r"--prompt='caf\udce9' is not UTF-8"),
     (['--top_k=3'], '--top_k=3 is not allowed without --prompt'),
     (['--prompt=a', '--rows=0'], '--rows=0 is not allowed with --prompt'),
   ],
