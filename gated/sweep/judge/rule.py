@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from gated.sweep.judge.spikes import log
 
-LEAST = 3  # Minimum number of points in the median that is a run's level.
+LEAST = 3  # Minimum number of logged losses whose median is a run's level.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class Rule:
 
   multiple: float  # Diverged: a final loss above `multiple` times the sweep's best.
   rise: float  # Diverged: a final level this many nats above the run's lowest level.
-  tail: float  # The fraction of the logged points in the median that is a level.
+  tail: float  # The fraction of the logged losses whose median is a level.
 
   def __post_init__(self):
     if not 1 < self.multiple < math.inf:
@@ -35,12 +35,12 @@ class Rule:
 
   def __str__(self) -> str:
     return (
-      'A run has diverged in any of these cases. It stopped as unstable. Its last loss '
-      f'is not finite. Its final loss is above {self.multiple:g} times the best of the '
-      'sweep; a learning rate below the best stable one of its line is an exception: '
-      'that run learned slowly. It never recovered: its final level, the median of the '
-      f'last {100 * self.tail:g}% of its logged losses (at least {LEAST}), is more than '
-      f'{self.rise:g} nats above its lowest level.'
+      'A run counts as diverged in any of these cases. It stopped as unstable. Its last '
+      f'loss is not finite. Its final loss is above {self.multiple:g} times the best of '
+      'the sweep, unless its learning rate is below the best stable one of its line: '
+      'then that run learned slowly. It never recovered: its final level, the median of '
+      f'the last {100 * self.tail:g}% of its logged losses (at least {LEAST}), is '
+      f'more than {self.rise:g} nats above its lowest level.'
     )
 
 
@@ -89,7 +89,7 @@ def diverged(
 
 
 def best_rate(runs: Iterable[tuple[float, float]], *, best: float, rule: Rule) -> float:
-  """(learning rate, final loss) of a line's stable runs -> the rate of the lowest loss.
+  """(learning rate, final loss) of a line's stable runs -> the rate of its lowest loss.
 
   Below this rate a high final loss means slow learning, not divergence. 0 if no run of
   the line is within `rule.multiple` of `best`, the sweep's lowest loss: a line that fails

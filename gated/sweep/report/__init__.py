@@ -34,10 +34,10 @@ def write(
   `sweep.only`; they are still judged among all points. `rule` and `spikes` override
   fields of the sweep's rule and arguments of `judge.spikes`. `baseline` is a line or its
   label (default: the first without a gate), `by` one of `logs.AXES`; `resolve` gives the
-  recipe of a command, to tell which points are rows of the paper.
+  recipe of a command, which decides whether a point is a row of the paper.
 
-  ValueError if a package for figures or pages is missing, for a baseline that no line or
-  several have, or with what differs if several sweeps are not comparable.
+  ValueError if a package for figures or pages is missing, if no line or several lines
+  have the label `baseline`, or if several sweeps are not comparable.
   """
   try:
     from gated.sweep.report import curves, figures, overlay

@@ -71,7 +71,7 @@ def training(lines: list[Line]) -> Drawn:
 
 
 def _losses(points: Sequence[Judged]) -> tuple[float, float]:
-  """-> the ends of the axis, set by the stable runs."""
+  """-> the limits of the y axis, set by the stable runs."""
   late = [
     p.log.train.values[p.log.train.steps > FIRST * p.steps]
     for p in points
@@ -171,7 +171,7 @@ PAIR = (
 
 
 def around(line: Line) -> tuple[Judged | None, Judged | None]:
-  """A line -> its points of highest stable and lowest diverged rate, or None."""
+  """A line -> its points at the highest stable and the lowest diverged rate, or None."""
   stable = [p for c in line.stable[-1:] for p in c.points if p.done]
   broken = [p for c in line.cells for p in c.diverged]
   return stable[0] if stable else None, broken[0] if broken else None

@@ -100,7 +100,7 @@ def loss_name(lines: Sequence[Line]) -> str:
 
 
 def _range(lines: list[Line]) -> tuple[float, float]:
-  """-> the ends of the axis, so that stable losses fill a good part of it."""
+  """-> the limits of the y axis, chosen so that stable losses fill much of it."""
   points = [p for line in lines for p in line.points if p.done]
   stable = [p.final for p in points if not p.diverged and p.final is not None]
   crosses = [p.capped for p in points if p.diverged and p.capped is not None]
@@ -282,9 +282,9 @@ def draw(
   folder: storage.Path,
   formats: tuple[str, ...] = (*style.FORMATS,),
 ) -> dict[str, str]:
-  """Writes FOLDER/NAME.FORMAT of each figure with data -> the captions.
+  """Writes FOLDER/NAME.FORMAT for each figure that has data -> their captions.
 
-  A picture takes what is `shown`: the lines of a report, for example.
+  Each function of `pictures` draws `shown`, such as the lines of a report.
   """
   captions = {}
   with matplotlib.rc_context(style.STYLE):

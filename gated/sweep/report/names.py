@@ -29,7 +29,7 @@ class Named(NamedTuple):
   name: str  # unique; of several sweeps, with its folder
   line: str  # unique to the recipe without its seed and learning rate
   labels: Mapping[str, str]  # of the line
-  run: str  # the digest of its recipe: the same run has the same
+  run: str  # the digest of its recipe, which equal runs share
 
 
 def of_points(sweeps: Sequence[sweep.Sweep]) -> list[Named]:
@@ -44,7 +44,7 @@ def of_points(sweeps: Sequence[sweep.Sweep]) -> list[Named]:
     for r in recipes
   ]
   labels = [own for swept in sweeps for own in _labels(swept)]
-  # A label that differs within a line is not the line's.
+  # A label that differs within a line is no label of the line.
   own = {key: [x for x, k in zip(labels, keys, strict=True) if k == key] for key in keys}
   shared = {
     key: {k: v for k, v in all_[0].items() if all(x.get(k) == v for x in all_)}
@@ -75,7 +75,7 @@ def of_points(sweeps: Sequence[sweep.Sweep]) -> list[Named]:
 def once(named: Sequence[Named], read: Sequence[Log]) -> list[int]:
   """Points and their logs -> the indices of distinct runs.
 
-  Of equal runs on the same data, it is the first that has ended.
+  Of equal runs on the same data, it keeps the first that has ended, or else the first.
   """
   data = {p.run: log.data for p, log in zip(named, read, strict=True) if log.data}
   kept: dict[tuple[str, str], int] = {}
@@ -89,7 +89,7 @@ def once(named: Sequence[Named], read: Sequence[Log]) -> list[int]:
 
 
 def _recipe(knobs: Mapping[str, Any], varied: Collection[str]) -> dict[str, Any]:
-  """Flat knobs -> those that tell one run from another."""
+  """Flat knobs -> those that distinguish runs."""
   kept = {*varied, *ROW}
   return {k: v for k, v in knobs.items() if k in kept or not k.startswith(HARMLESS)}
 
@@ -115,7 +115,7 @@ def _labels(swept: sweep.Sweep) -> list[dict[str, str]]:
 def _label(points: Sequence[sweep.Point], axis: str, values: Sequence[float]) -> str:
   """The name of the label that holds the values of an axis; '' if no label does.
 
-  An axis may have any name, so the values decide if no label is called `axis`.
+  If no label is called `axis`, it is the label whose values equal the axis's.
   """
   labels = list(dict.fromkeys(name for p in points for name in p.labels))
   for name in [] if axis in labels or len(set(values)) == 1 else labels:
@@ -136,7 +136,7 @@ def _text(labels: Mapping[str, str], changes: Mapping[str, Any]) -> str:
 
 
 def _distinct(lines: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
-  """Names of lines -> the same, with `more` for those that are equal."""
+  """Names of lines -> the same, with `more` appended to equal names."""
   texts = [*lines.values()]
   add = lambda key, name: texts.count(name) > 1 and more[key] and more[key] != name
   return {k: f'{name}, {more[k]}' if add(k, name) else name for k, name in lines.items()}
@@ -145,7 +145,7 @@ def _distinct(lines: Mapping[str, str], more: Mapping[str, str]) -> dict[str, st
 def _differences(
   lines: Mapping[str, str], recipes: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, str]:
-  """-> for each line, the knobs in which the lines of its name differ."""
+  """-> for each line, the knobs in which it differs from lines of the same name."""
   texts = {}
   for key, name in lines.items():
     same = [recipes[k] for k, other in lines.items() if other == name]

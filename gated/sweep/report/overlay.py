@@ -107,7 +107,7 @@ def _extent(log: Log, by: str) -> float:
 
 
 def _unit(by: str, extent: float) -> tuple[str, float]:
-  """An axis and its extent -> its label, and its unit in those of the log."""
+  """An axis and its extent -> its label, and its unit as a multiple of the log's."""
   if by != 'hours':
     return AXES[by], 1.0
   return next((f'{name} of training', u) for least, name, u in UNITS if extent >= least)
@@ -122,7 +122,7 @@ def _ticks(ax: Any, by: str) -> None:
 def _smooth(values: np.ndarray, windows: int) -> np.ndarray:
   """Values -> the rolling mean of their rolling median, both over the same windows.
 
-  Non-finite values count as the largest, and stay so where they are the median.
+  Non-finite values rank as the largest; a median may therefore be non-finite.
   """
   size = len(values) // windows
   if size < 2:
@@ -134,7 +134,7 @@ def _smooth(values: np.ndarray, windows: int) -> np.ndarray:
 
 
 def _mean(curves: Sequence[Curve]) -> tuple[Curve, np.ndarray, np.ndarray]:
-  """Curves -> their mean, least and largest values over their common steps."""
+  """Curves -> the mean, smallest and largest of their values at common steps."""
   steps = curves[0].steps
   for curve in curves[1:]:
     steps = np.intersect1d(steps, curve.steps)

@@ -1,12 +1,12 @@
 """Judges the points of sweeps, and gathers those of one recipe in cells and lines.
 
-A cell holds the seeds of one recipe, and a line its cells at several learning rates. So
-no mean is over different models.
+A cell holds the seeds of one recipe, and a line holds cells that differ only in learning
+rate. So no mean mixes different models.
 
 Final loss, in nats per token: the held-out loss at the last step if every finished point
 measured it there, otherwise the mean training loss of the last 2% of the records, at
-least 10. NaN for a run that was stopped as unstable: it did not reach its end. Loss at
-initialisation: the training loss of step 1, taken before any update.
+least 10. It is NaN for a run that stopped as unstable before its end. Loss at
+initialisation: the training loss of step 1, before any update.
 """
 
 import functools
@@ -42,7 +42,7 @@ class Judged:
   final: float | None  # nats per token; None for a point that has not ended
   final_of: str  # heldout or train, the same for all points
   reason: str  # why it counts as diverged, or ''
-  slow: bool  # above the rule's limit only because it learned slowly
+  slow: bool  # above the rule's limit, but only because it learned slowly
   spikes: Sequence[judge.Spike]
   limit: float  # the height above which this run has a spike, in nats
   parameters: int | None  # None if this version cannot build the recipe
@@ -115,7 +115,7 @@ def read(
   ]
   finite = [final for final in ended if final is not None and math.isfinite(final)]
   best = min(finite, default=math.inf)
-  # A point that diverged even without a comparison to the sweep's best is not slow.
+  # A point that counts as diverged without comparison to the sweep's best is not slow.
   alone = [_reason(log, x, math.inf, rule) for log, x in zip(read, finals, strict=True)]
   stable: dict[str, list[tuple[float, float]]] = {p.line: [] for p in named}
   for p, final, reason in zip(named, ended, alone, strict=True):
@@ -194,8 +194,8 @@ def _size(shape: str, length: int) -> tuple[int | None, float | None]:
 def fitting(steps: int) -> dict[str, Any]:
   """A run's steps -> arguments of `judge.spikes`.
 
-  They are those of the paper's curves, except in a short run: its warm-up is a tenth of
-  the steps, and its gap a twentieth.
+  They are those of the paper's curves; in a short run the warm-up is a tenth of the
+  steps, and the gap a twentieth.
   """
   warmup, gap = min(WARMUP, steps // 10), min(GAP, steps // 20)
   return {'window': WINDOW, 'threshold': THRESHOLD, 'warmup': warmup, 'gap': gap}
@@ -237,7 +237,7 @@ class Line:
     self.lrs = sorted({p.lr for p in points})
     self.seeds = sorted({p.seed for p in points})
     self.cells = [Cell(lr, [p for p in points if p.lr == lr]) for lr in self.lrs]
-    # Without a diverged seed.
+    # Cells without a diverged seed.
     self.stable = [c for c in self.cells if c.finals and not c.diverged]
     # The stable cell with the lowest mean.
     self.best = min(self.stable, key=lambda c: c.mean, default=None)

@@ -1,7 +1,7 @@
 """The probes of a sweep: gate scores, first-token attention and massive activations.
 
-They are those that the points logged last (config.log.probes), mean over the seeds of a
-line at its best learning rate.
+Each is the last logged value (config.log.probes), mean over the seeds of a line at its
+best learning rate.
 """
 
 import math
@@ -39,12 +39,12 @@ def value(cell: Cell | None, name: str) -> float | None:
 
 
 def lines_with(lines: Sequence[Line]) -> list[Line]:
-  """The lines whose best points logged probes."""
+  """The lines whose points at the best learning rate logged probes."""
   return [x for x in lines if any(value(x.best, name) is not None for name in SHOWN)]
 
 
 def correlation(pairs: Sequence[tuple[float | None, float | None]]) -> Correlation | None:
-  """Pairs, of which those with a missing number are left out -> Correlation.
+  """Pairs of numbers, without those that lack one -> Correlation.
 
   None for fewer than three pairs, or if all numbers of a side are equal.
   """

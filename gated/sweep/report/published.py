@@ -1,7 +1,7 @@
 """The paper's numbers beside ours, for points that are rows of the paper's tables.
 
-A point is a row if its recipe still is: `config.paper` and the model are those that the
-recipe of its command gives. A variant's name does not matter.
+A point is a row if `config.paper` and the model are unchanged from the recipe that its
+command names, whatever its labels; and the learning rate, if the table gives one.
 """
 
 import math
@@ -25,7 +25,7 @@ PROBES = {
 
 
 class Row(NamedTuple):
-  """A row of a table of the paper, and our cell of its recipe."""
+  """A row of a table of the paper, and our results of its recipe."""
 
   line: Line
   cell: Cell
@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
   @property
   def scale(self) -> str:
-    """'test': the recipe's scale, which its baseline also has."""
+    """The recipe's scale, such as 'test'; its baseline has the same."""
     _, _, scale = self.paper['baseline'].partition('scale=')
     return scale.partition(',')[0]
 
@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
   @property
   def context(self) -> tuple[str, ...]:
-    """The labels of other axes of the grid."""
+    """The labels of the other axes of the grid."""
     labels = self.line.points[0].line_labels
     return tuple(f'{k}={v}' for k, v in labels.items() if v != self.paper['row'])
 
@@ -87,7 +87,7 @@ def _is_row(own: Mapping[str, Any], point: Any, resolve: Resolve) -> bool:
 
 
 def shapes(rows: Sequence[Row]) -> list[str]:
-  """'scale=test: 2 layers of width 32, 68k parameters, 15k tokens a run', ..."""
+  """-> 'scale=test: 2 layers of width 32, 68k parameters, 15k tokens a run', ..."""
   texts = []
   for row in rows:
     c, point = row.cell.points[0].point.config, row.cell.points[0]

@@ -46,8 +46,8 @@ def of_lines(
 ) -> tuple[list[Result], judge.Noise]:
   """Lines -> their results, and the noise of the differences of pairs.
 
-  A line and the baseline that share two or more seeds are compared in pairs: the same
-  seed gives both the same order of the data. The standard deviation of a pair's
+  A line that shares two or more seeds with the baseline is compared with it seed by seed:
+  the same seed gives both the same order of the data. The standard deviation of such a
   difference is pooled over the lines. Other lines are compared by the noise of a final
   loss.
   """
@@ -57,7 +57,7 @@ def of_lines(
 
 
 def _pairs(cell: Cell | None, base: Cell | None) -> list[float]:
-  """The differences of the common seeds; empty if there are fewer than two."""
+  """The differences by common seed; empty if there are fewer than two."""
   if not (cell and base):
     return []
   common = [seed for seed in cell.by_seed if seed in base.by_seed]

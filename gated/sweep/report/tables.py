@@ -195,7 +195,7 @@ def main(results: Sequence[Result], loss: str) -> Table:
 
 
 def _ended(result: Result) -> str | None:
-  """Why a line has no loss: every rate has a diverged seed, or none has ended."""
+  """Why a line has no loss: all rates have a diverged seed, or none has ended."""
   return 'diverged' if any(p.diverged for p in result.line.points) else None
 
 

@@ -73,7 +73,7 @@ class Report:
 
 
 def markdown(report: Report) -> str:
-  """A report -> report.md."""
+  """A report -> the text of report.md."""
   return '\n\n'.join(_paragraphs(report)) + '\n'
 
 
@@ -114,13 +114,13 @@ def _opening(report: Report) -> Iterator[str]:
     listed = ', '.join(f'{name} ({x:.0%})' for name, x in most.items())
     yield (
       f'**Most updates were skipped in {len(most)} of {len(report.points)} points**, '
-      f'whose losses say little: {plain(listed)}.'
+      f'so their losses mean little: {plain(listed)}.'
     )
   missing = [p for p in report.points if not p.done]
   if missing:
     yield (
       f'**This sweep is not finished: {len(missing)} of {len(report.points)} points have '
-      'not ended.** The means below leave them out:'
+      'not ended.** The means below exclude them:'
     )
     rows = [[p.name, p.state, p.log.step, p.steps, p.log.message] for p in missing]
     yield Table(['point', 'state', 'step', 'of', 'message'], rows).markdown()
@@ -129,28 +129,29 @@ def _opening(report: Report) -> Iterator[str]:
 def _results(report: Report) -> Iterator[str]:
   lines, paired = report.results()
   yield (
-    f'Each line at its learning rate of the lowest final {report.loss} (nats per token) '
-    f'without divergence. Differences are to **{plain(report.baseline.name)}**.'
+    f'Each line at the learning rate with its lowest final {report.loss} (nats per '
+    f'token) and no diverged seed. Differences are to **{plain(report.baseline.name)}**.'
   )
   yield tables.main(lines, report.loss).markdown()
   if any(r.parameters is None for r in lines):
-    yield 'Parameters and FLOPs are unknown for models of a version with other knobs.'
+    yield 'Parameters and FLOPs are unknown for models of other versions of the code.'
   if not report.noise.dof and not paired.dof:
     yield str(report.noise)
     return
   level = f'{judge.LEVEL:.0%}'
   yield (
     f'± is half of a {level} confidence interval (Student). A difference is beyond the '
-    'noise floor if its interval excludes 0; otherwise it claims no ordering. The same '
-    'runs chose the learning rates, so a small difference is less certain than its '
-    'interval suggests.'
+    'noise floor if its interval excludes 0; otherwise it claims no ordering. The '
+    'learning rates were chosen by the same runs, so a small difference is less certain '
+    'than its interval suggests.'
   )
   if paired.dof:
     yield (
-      'Pairs: the same seed gives both runs the same order of data, so differences are '
-      f'of pairs. Their standard deviation is {paired.std:.4f} nats, pooled over '
-      f'{paired.cells} lines ({paired.dof} degrees of freedom). Lines share the '
-      'runs of the baseline, so their errors are not independent.'
+      'Pairs: the same seed gives both runs the same order of data, so losses are '
+      'subtracted seed by seed. The standard deviation of a difference is '
+      f'{paired.std:.4f} nats, pooled over {paired.cells} lines ({paired.dof} degrees of '
+      'freedom). Lines share the runs of the baseline, so their errors are not '
+      'independent.'
     )
 
 
@@ -190,7 +191,7 @@ def _sensitivity(report: Report) -> Iterator[str]:
   partial = [x.name for x in report.lines if len(x.sensitivities) < len(x.seeds)]
   if partial:
     names = plain(', '.join(partial))
-    yield f'Seeds that have not ended at every rate are left out, in: {names}.'
+    yield f'Seeds that have not ended at every rate are excluded, in: {names}.'
 
 
 def _spikes(report: Report) -> Iterator[str]:
@@ -226,7 +227,7 @@ def _divergence(report: Report) -> Iterator[str]:
   yield str(report.rule)
   slow = [p.name for p in report.points if p.slow]
   if slow:
-    yield f'Slow by this rule, and so counted as finished: {plain(", ".join(slow))}.'
+    yield f'Slow by this rule, so counted as finished: {plain(", ".join(slow))}.'
   rows = [
     [p.line, rate(p.lr), p.seed, f'diverged: {p.reason}', p.name]
     for p in report.points
@@ -247,7 +248,7 @@ def _warnings(report: Report) -> Iterator[str]:
   )
   alarmed = [p for p in report.points if p.done and p.alarms]
   if not alarmed:
-    yield 'No indicator did, in any point that ended.'
+    yield 'No indicator left its range in any point that has ended.'
     return
   columns = ['', 'lr', 'seed', 'state', 'last step', 'left its range']
   row = lambda p: [p.line, rate(p.lr), p.seed, p.state, p.log.step, tables.warned(p)]
@@ -257,9 +258,9 @@ def _warnings(report: Report) -> Iterator[str]:
 def _paper(report: Report) -> Iterator[str]:
   if not report.rows:
     return
-  certainty = 'Our noise is unknown: the signs of our differences may be chance.'
+  certainty = 'Our noise is unknown: the signs of our differences may be by chance.'
   if report.noise.dof:
-    certainty = 'A difference of ours within the noise floor has no sign.'
+    certainty = 'Below the noise floor, the sign of our differences means nothing.'
   yield f'{UNLIKE} {certainty}'
   yield (
     f"Rows of the paper's tables: the loss is our final {report.loss}, and nats are the "

@@ -1,4 +1,4 @@
-"""Several sweeps in one report: what must agree, and what is reported if it differs."""
+"""Several sweeps in one report: settings that must agree, and reported differences."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -15,10 +15,10 @@ MIXTURE = 'config.data.mixture'
 def check(
   sweeps: Sequence[sweep.Sweep], points: Sequence[Judged], settled: Collection[str]
 ) -> None:
-  """ValueError with what differs, if the losses of several sweeps are not comparable.
+  """ValueError, with the differences, if the losses of sweeps are not comparable.
 
-  Sweeps may differ in their models and optimizers, and in what a grid of theirs changes.
-  `settled` are the fields of the rule that the caller chose for all.
+  Sweeps may differ in models, optimizers and the knobs of their grids. `settled` are the
+  fields of the rule that the caller sets for all sweeps.
   """
   values = {knob: each for knob, each in _knobs(sweeps).items() if _differ(each)}
   texts = _data(sweeps, points)
@@ -39,7 +39,7 @@ def check(
 
 
 def notes(sweeps: Sequence[sweep.Sweep], points: Sequence[Judged]) -> dict[str, str]:
-  """What may change a loss a little and differs between the sweeps, by name."""
+  """Differences of the sweeps that may change a loss slightly, by name."""
   own = [_of(swept, points) for swept in sweeps]
   made = [swept.made for swept in sweeps]
   each = {
