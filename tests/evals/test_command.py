@@ -2,8 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope='module')
@@ -59,7 +62,36 @@ def test_probes_of_forced_gates_are_drawn_beside_the_run(run, run_python):
   assert label in (run / 'probes/2-sinks.svg').read_text()
 
 
+@pytest.mark.full
+def test_long_rows_of_domains_with_yarn_streaming_and_copying(run, run_python):
+  text = run.parent / 'text.md'
+  text.write_text((ROOT / 'docs/evaluation.md').read_text()[:5000])
+  flags = [f'--domain=docs={text}', f'--domain=command={__file__}', '--length=256']
+  flags += ['--copying=32,128', '--yarn=4', '--by_position']
+  done = run_python(['eval.py', f'--workdir={run}', *flags])
+  assert done.returncode == 0, done.stderr[-3000:]
+  report = json.loads(done.stdout.splitlines()[-1])
+  [stored] = (run / 'evals').glob('2-yarn=4-long-*.json')
+  assert json.loads(stored.read_text()) == report
+  assert [*report['domains']] == ['docs', 'command'] and report['stride'] == 128
+  assert report['domains']['docs']['tokens'] == len(text.read_text().encode()) - 1
+  assert len(report['positions']['tokens']) == 256
+  assert report['exp_of_mean_loss'] <= report['mean_of_perplexities']
+  assert [*report['copying']['distances']] == ['32', '128']
+  flags = [f'--domain=docs={text}', '--length=512', '--streaming=12:0,8:4']
+  done = run_python(['eval.py', f'--workdir={run}', *flags])
+  assert done.returncode == 0, done.stderr[-3000:]
+  report = json.loads(done.stdout.splitlines()[-1])
+  assert report['label'] == 'run 12:0' and [*report['beside']] == ['run 8:4']
+  assert len(list((run / 'evals').iterdir())) == 2
+
+
 REFUSED = [
+  (['--domain=a=nowhere'], '--domain=a=nowhere: '),
+  (['--copying=64'], '--copying=64, but RoPE is prepared for 64 tokens: --yarn='),
+  (['--domain=a=eval.py', '--probe'], '--probe=True is not allowed with --domain'),
+  (['--stride=4'], '--stride=4 is not allowed without --domain or --copying'),
+  (['--yarn=0.5'], '--yarn=0.5: config.model.attn.yarn.factor=0.5'),
   (['--force_gates=open@7'], "--force_gates='open@7': layers='7', but the model has"),
   (['--figures'], '--figures needs --probe or --by_position'),
   (['--text=x'], '--text=x is not allowed without --probe'),
