@@ -64,7 +64,7 @@ _BESIDE = flags.DEFINE_list(
 )
 LOSSES_ONLY = 'by_position', 'batch', 'yardsticks', 'bigram_rows', 'xz_bytes'
 PROBES_ONLY = 'text', 'mask_documents'
-SHORT_ONLY = *PROBES_ONLY, *LOSSES_ONLY[2:], 'probe', 'figures'
+SHORT_ONLY = *PROBES_ONLY, *LOSSES_ONLY[2:], 'probe'
 _BOTH = 'data', 'length', 'tokenizer', 'rows', 'probe', 'figures', 'force_gates', 'beside'
 _GENERATION = evals.define(flags, excludes=(*LOSSES_ONLY, *PROBES_ONLY, *_BOTH))
 _OTHERS = {*LOSSES_ONLY, *PROBES_ONLY, *_BOTH, 'prompt'} - {'batch', 'length'}
@@ -94,7 +94,7 @@ def heldout(loaded: Loaded) -> None:
     evaluation.store(report, loaded, 'eval')
   if _FIGURES.value:
     with evaluation.stored(), evaluation.shown('figures'):
-      drawing.positions(runs, reports)
+      drawing.positions(runs, reports, folder='eval', name=loaded.tag)
 
 
 def probe(loaded: Loaded) -> None:

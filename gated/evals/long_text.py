@@ -10,7 +10,8 @@ from gated import config
 from gated.evals import copying
 
 FLAGS = 'domain', 'suffixes', 'stride', 'streaming', 'copying'
-SHARED = 'length', 'batch', 'rows', 'by_position'
+SHARED = 'length', 'batch', 'rows', 'by_position', 'figures'
+UNCOUNTED = 'batch', 'by_position', 'figures'  # They do not change the numbers.
 _WINDOW = re.compile(r'(\d{1,9}):(\d{1,9})', re.ASCII)
 
 
@@ -25,6 +26,7 @@ class Options:
   batch: int  # windows per device at a time
   rows: int  # documents per domain, and rows per distance; 0 for all, and a few
   by_position: bool  # adds the loss by position in the window
+  figures: bool  # draws it
   streaming: tuple[str, ...]  # WINDOW:KEPT each
   copying: tuple[int, ...]  # distances
 
@@ -32,6 +34,8 @@ class Options:
     for name in ('stride', 'streaming', 'suffixes', 'by_position'):
       if (value := getattr(self, name)) and not self.domain:
         raise ValueError(f'--{name}={value} needs --domain')
+    if self.figures and not self.by_position:
+      raise ValueError('--figures needs --probe or --by_position')
     names = [spec.partition('=')[0] for spec in self.domain]
     for name in names:
       if names.count(name) > 1:
@@ -127,4 +131,4 @@ def define(flags: Any, *, excludes: Sequence[str]) -> Callable[[], Options | Non
 def plain(options: Options) -> dict[str, Any]:
   """The options that decide the numbers of a report."""
   every = dataclasses.asdict(options)
-  return {name: every[name] for name in every if name not in ('batch', 'by_position')}
+  return {name: every[name] for name in every if name not in UNCOUNTED}

@@ -247,6 +247,8 @@ class Attention(nnx.Module):
     qkv = q_BTHK, k_BTGK, v_BTGK
 
     def attend(values):
+      if cache is not None and self.kept:
+        raise NotImplementedError('StreamingLLM has losses and logits, but no generation')
       if cache is not None:
         return self._attend_cache(q_BTHK, k_BTGK, values, cache)
       if not self.kept:

@@ -67,14 +67,14 @@ def probes(runs: Runs, reports: Reports, ids: np.ndarray) -> None:
       storage.write(folder / f'{loaded.tag}-gates.html', html.encode())
 
 
-def positions(runs: Runs, reports: Reports) -> None:
-  """Draws the held-out loss by position -> WORKDIR/eval/STEP-positions.svg and .png."""
+def positions(runs: Runs, reports: Reports, *, folder: str, name: str) -> None:
+  """Draws the loss by position -> WORKDIR/FOLDER/NAME-positions.svg and .png."""
   loaded = next(iter(runs.values()))
   figures, style = modules(loaded)
   curves = {label: report['positions'] for label, report in reports.items()}
   figure = figures.positions(curves)
   if jax.process_index() == 0:
-    style.save(figure, loaded.path / 'eval', f'{loaded.tag}-positions', FORMATS)
+    style.save(figure, loaded.path / folder, f'{name}-positions', FORMATS)
 
 
 def _texts(loaded: Any, ids: np.ndarray) -> list[str]:

@@ -1,5 +1,6 @@
 """Loaded models on documents and long rows: domains, StreamingLLM, copying; a report."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from gated import config, data, evals, storage
 from gated.evals import copying, domains
 from gated.evals.long_text import Options, define, plain
-from gated.plan import evaluation, tasks
+from gated.plan import drawing, evaluation, tasks
 from gated.plan.load import Loaded
 from gated.run import metrics
 
@@ -32,29 +33,39 @@ def run(
   the corpus. The report is WORKDIR/evals/STEP-long-DIGEST.json. ValueError names the flag
   that does not fit a model or has no documents, before anything is measured.
   """
+  if options.figures:
+    drawing.modules(loaded)  # Reports a missing package before anything is measured.
   read = _documents(loaded, options)
   text = lambda: _text(loaded, read, corpus, options.rows)
   size = options.length or loaded.prepared
   rows = lambda: loaded.rows(text(), length=size, limit=evaluation.ROWS)
   runs = evaluation.runs(loaded, rows, segments=0, forced=forced, others=others)
-  whole = [options.window(each.prepared, loaded.yarn) for each in runs.values()]
-  length, stride = whole[0]
+  length, stride = options.window(loaded.prepared, loaded.yarn)
+  for each in runs.values():
+    dataclasses.replace(options, length=length).window(each.prepared, loaded.yarn)
   named = _streaming({k: each.dropless() for k, each in runs.items()}, options)
   reports: dict[str, dict[str, Any]] = {
-    label: {'label': label, 'step': each.step} for label, each in named.items()
+    label: {'label': label, 'step': each.step, 'prepared': each.prepared}
+    for label, each in named.items()
   }
   if read:
     for label, each in named.items():
       spans: dict[str, Any] = dict(length=length, stride=stride)
-      reports[label] |= _domains(label, each, read, options.batch, spans)
+      measured = _domains(label, each, read, options.batch, spans)
       if not options.by_position:
-        reports[label].pop('positions')
+        measured.pop('positions')
+      reports[label] |= measured
   if options.copying:
     text_N = text()
     for label, each in named.items():
       reports[label]['copying'] = _copying(label, each, text_N, options)
+  about = {'options': plain(options) | {'yarn': loaded.yarn}}
+  name = f'{loaded.tag}-long-{config.digest(about)[:8]}'
   if jax.process_index() == 0:
-    _print(evaluation.joined(reports), loaded, options)
+    _print(about | evaluation.joined(reports), tasks.folder(loaded) / f'{name}.json')
+  if options.figures:
+    with evaluation.stored(), evaluation.shown('figures'):
+      drawing.positions(named, reports, folder='evals', name=name)
 
 
 def _documents(loaded: Loaded, options: Options) -> list[domains.Domain]:
@@ -124,15 +135,12 @@ def _text(
   return loaded.tokens(b'\n'.join(texts).decode(errors='replace'))
 
 
-def _print(report: dict[str, Any], loaded: Loaded, options: Options) -> None:
+def _print(report: dict[str, Any], place: storage.Path) -> None:
   """Prints the tables and the report, then stores it."""
-  report = {'options': plain(options) | {'yarn': loaded.yarn}} | report
-  if options.domain:
+  if 'domains' in report:
     print(evals.table(report), domains.table(report), sep='\n')
-  if options.copying:
+  if 'copying' in report:
     print(copying.table(report))
   print(metrics.dumps(report, indent=None), flush=True)
-  name = f'{loaded.tag}-long-{config.digest(report["options"])[:8]}'
   with evaluation.stored():
-    place = tasks.folder(loaded) / f'{name}.json'
     storage.write_json(place, metrics.plain(report))

@@ -64,6 +64,7 @@ def test_probes_of_forced_gates_are_drawn_beside_the_run(run, run_python):
 
 @pytest.mark.full
 def test_long_rows_of_domains_with_yarn_streaming_and_copying(run, run_python):
+  pytest.importorskip('matplotlib')
   text = run.parent / 'text.md'
   text.write_text((ROOT / 'docs/evaluation.md').read_text()[:5000])
   flags = [f'--domain=docs={text}', f'--domain=command={__file__}', '--length=256']
@@ -79,11 +80,13 @@ def test_long_rows_of_domains_with_yarn_streaming_and_copying(run, run_python):
   assert report['exp_of_mean_loss'] <= report['mean_of_perplexities']
   assert [*report['copying']['distances']] == ['32', '128']
   flags = [f'--domain=docs={text}', '--length=512', '--streaming=12:0,8:4']
+  flags += ['--by_position', '--figures']
   done = run_python(['eval.py', f'--workdir={run}', *flags])
   assert done.returncode == 0, done.stderr[-3000:]
   report = json.loads(done.stdout.splitlines()[-1])
   assert report['label'] == 'run 12:0' and [*report['beside']] == ['run 8:4']
-  assert len(list((run / 'evals').iterdir())) == 2
+  [figure] = (run / 'evals').glob('2-long-*-positions.svg')
+  assert figure.stat().st_size > 1000
 
 
 REFUSED = [

@@ -20,7 +20,7 @@ BYTES = tokenizer.load('bytes')
 
 def options(**changes):
   plain = dict.fromkeys(('domain', 'suffixes', 'streaming', 'copying'), ())
-  plain |= dict(length=0, stride=0, batch=2, rows=0, by_position=False)
+  plain |= dict(length=0, stride=0, batch=2, rows=0, by_position=False, figures=False)
   return long_text.Options(**plain | changes)
 
 
@@ -237,6 +237,7 @@ def test_lengths_that_rope_was_not_prepared_for_are_refused_by_the_flag():
     options(domain=domain).window(0, '')
   for given, message in (
     (dict(stride=4), '--stride=4 needs --domain'),
+    (dict(domain=domain, figures=True), '--figures needs --probe or --by_position'),
     (dict(domain=('a=x', 'a=y')), '--domain=a=... is given twice'),
     (dict(domain=domain, streaming=('8',)), '--streaming=8, but WINDOW:KEPT'),
     (dict(domain=domain, streaming=('0:4',)), '--streaming=0:4, but WINDOW:KEPT'),

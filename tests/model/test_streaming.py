@@ -58,6 +58,10 @@ def test_a_query_sees_its_cache_at_the_positions_in_the_cache(knobs):
   angle = layers.rope_angles(np.arange(T)[None], frequency)
   trace = small.jit(lambda net, x: net.trace(x, angle, None).sdpa)(net, X)
   np.testing.assert_allclose(trace[0], by_hand(net, X[0]), rtol=1e-4, atol=1e-5)
+  empty = np.zeros((1, T, cfg.kv_heads, cfg.head_dim), np.float32)
+  cache = attention.Cache(empty, empty, np.zeros(1, np.int32))
+  with pytest.raises(NotImplementedError, match='no generation'):
+    jax.eval_shape(lambda: net.trace(X, angle, None, cache).sdpa)
 
 
 def test_a_window_that_holds_the_row_changes_nothing_and_kept_tokens_help_a_shorter_one():
