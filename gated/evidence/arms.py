@@ -1,9 +1,9 @@
 """Results -> settings and their arms: which results may be compared with which.
 
-An arm is a model: what differs from the plain model of the same sizes, and its sizes. A
-setting is everything else that training depends on, except the tuned knobs and the seed.
-Both come from the resolved recipe, never from a label: two results share a setting and an
-arm only if their recipes differ in nothing but TUNED, the seed and the places of files.
+An arm is a model: its changes to the plain model, and its sizes. A setting is everything
+else that training depends on, except the tuned knobs and the seed. Both come from the
+resolved recipe, never from a label: two results share a setting and an arm only if their
+recipes differ in nothing but TUNED, the seed and the paths of files.
 """
 
 import functools
@@ -72,7 +72,7 @@ def _gate(position: str = 'sdpa', **knobs: str) -> dict[str, Any]:
 
 
 def _switch(experts: int, top_k: int) -> dict[str, Any]:
-  # One expert is the plain value, and stands in no recipe's changes.
+  # One expert is the plain value, so it is not a change.
   knobs = {'where': 'value', 'experts': experts, 'top_k': top_k}
   return {
     k: v for k, v in ((f'attn.switch.{k}', v) for k, v in knobs.items()) if v != PLAIN[k]
@@ -83,8 +83,8 @@ def _times(factor: float) -> Callable[[int], int]:
   return lambda size: round(factor * size)
 
 
-# Arm -> its changes to the plain model; a size is a function of the plain model's. An arm
-# that changes more than sizes may have another FFN: narrowed by the parameters it adds.
+# Arm -> its changes to the plain model; a size is a function of the plain model's. If an
+# arm changes more than sizes, its FFN may be narrower, to offset the added parameters.
 ARMS: dict[str, dict[str, Any]] = {
   'baseline': {},
   'elementwise': _gate(),
@@ -125,7 +125,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 class Open(Exception):
-  """Why a claim is still open."""
+  """Raised with the reason why a claim is still open."""
 
 
 class Cell(NamedTuple):
@@ -142,7 +142,7 @@ class Arm:
   changes: Mapping[str, Any]  # Knobs of PLAIN with other values.
   sizes: Mapping[str, int]
   parameters: int
-  cells: Mapping[Cell, Mapping[int, Result]]  # By seed.
+  cells: Mapping[Cell, Mapping[int, Result]]  # Cell -> seed -> result.
 
   @functools.cached_property
   def stable(self) -> dict[Cell, Mapping[int, Result]]:
@@ -154,8 +154,8 @@ class Arm:
   def best(self) -> Cell:
     """The stable cell with the lowest mean loss; Open without a stable cell.
 
-    Cells are compared on the seeds that all of them have: more seeds of one cell do not
-    change its place. Without such seeds, each mean is over the seeds of its cell.
+    Cells are compared on the seeds that all of them have, so that more seeds of one cell
+    do not change its rank. Without such seeds, each mean is over its own seeds.
     """
     if not self.stable:
       raise Open('diverged at every learning rate that was tried')
@@ -168,11 +168,11 @@ class Arm:
     return min(self.stable, key=lambda cell: (mean(cell), cell))
 
   def tried(self, name: str) -> list[float]:
-    """The values of a field of Cell that have a result."""
+    """The values of a field of Cell for which there are results."""
     return sorted({getattr(cell, name) for cell in self.cells})
 
   def surplus(self, other: 'Arm') -> float:
-    """The relative difference of parameters, without its sign."""
+    """The absolute relative difference of the numbers of parameters."""
     return abs(self.parameters / other.parameters - 1)
 
   def like(self, name: str, plain: 'Arm') -> bool:
@@ -189,7 +189,7 @@ class Arm:
 class Setting:
   """Arms that were trained alike."""
 
-  knobs: Mapping[str, Any]  # All that they share, by full name without `config.`.
+  knobs: Mapping[str, Any]  # The shared knobs, by full name without `config.`.
   data: str  # The fingerprint of the training data.
   arms: Sequence[Arm]
 
@@ -199,7 +199,7 @@ class Setting:
     return math.prod(self.knobs[k] for k in ('steps', 'batch', 'data.length'))
 
   def without(self, axes: Sequence[str]) -> str:
-    """The digest of what they share, except some knobs."""
+    """The digest of the setting without some knobs."""
     kept = {k: v for k, v in self.knobs.items() if k not in axes}
     return config.digest([kept, self.data])
 
@@ -233,7 +233,7 @@ class Setting:
 
 
 def settings(results: Iterable[Result]) -> list[Setting]:
-  """Results -> their settings; a run that is there twice counts once."""
+  """Results -> their settings; of two results of one run, one counts."""
   found: dict[str, tuple[dict, str, dict[str, list[Result]]]] = {}
   for result in sorted(results, key=lambda r: (r.experiment, r.point)):
     knobs, arm = split(result.config)
@@ -248,7 +248,7 @@ def settings(results: Iterable[Result]) -> list[Setting]:
 
 
 def split(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-  """A resolved recipe -> what its setting shares, and its arm's [changes, sizes]."""
+  """A resolved recipe -> the knobs of its setting, and its arm's [changes, sizes]."""
   short = lambda flat: {k.removeprefix('config.'): v for k, v in flat.items()}
   # A later knob with its earlier value is left out, as in results that lack it.
   flat = short(config.flatten(config.earlier(recipe)))

@@ -6,7 +6,7 @@ are written when a point ends, and the order is computed again.
 
 A campaign's folder, runs/campaign/SCALE-DIGEST, is a sweep of all points of its
 experiments. The digest covers sources and points, so that no point continues with other
-code. A point that was interrupted goes on where its checkpoint exists, else from step 0.
+code. An interrupted point continues from its checkpoint if it exists, else from step 0.
 """
 
 import os
@@ -28,8 +28,8 @@ from gated.run.metrics import provenance
 from gated.sweep import Point, Runner, Sweep, folder, machine
 from gated.sweep.runner import Row
 
-# Points get SIGTERM this many seconds before the end, to save, at most this share of the
-# time; what has not ended the same share after the end is killed.
+# Points get SIGTERM, to save, this many seconds before the end of the campaign, but at
+# most this share of its time before. Those still running as long after it are killed.
 SAVING, SAVING_SHARE = 20.0, 0.05
 OVERHEAD = 90.0  # Seconds of a point besides its steps: start, compilation, probes.
 PROBED = {'gpu': 64, 'test': 16}  # Held-out rows that are probed.
@@ -69,7 +69,7 @@ def joined(experiments: Sequence[Experiment], parent: storage.Path) -> Sweep:
 def ordered(
   experiments: Sequence[Experiment], open_claims: Callable[[Experiment], int]
 ) -> list[Source]:
-  """The points that are wanted, the most wanted first; see the file's first lines."""
+  """The wanted points, highest priority first; see the top of this file."""
 
   def cost(e: Experiment) -> float:
     """Tokens for each open claim; infinite if no claim is open."""
@@ -81,7 +81,7 @@ def ordered(
 
 
 def check(experiments: Sequence[Experiment]) -> None:
-  """Refuses what this machine cannot do, before the first point.
+  """Checks that this machine can run the experiments, before the first point.
 
   ValueError for a scale without its device, a card that is too small, or training data
   that is missing or is not that of earlier results.
@@ -175,7 +175,7 @@ class Campaign:
     self.written: list[result.Result] = []
 
   def runner(self, slots: Sequence[machine.Slot], code: Path) -> Runner:
-    """-> a Runner that ends with the time, or when no point is wanted."""
+    """-> a Runner that ends when the time is over or no point is wanted."""
     self._slots = len(slots)
     self._runner = Runner(
       self.swept,
@@ -190,7 +190,7 @@ class Campaign:
     return self._runner
 
   def _probe(self, point: Point) -> Sequence[str]:
-    """A finished point -> the command that probes it; none if it is done."""
+    """A finished point -> the command that probes it; () if it is probed."""
     workdir = self.swept.workdir(point)
     probed = storage.exists(workdir / 'probes' / f'{point.steps}.json')
     if probed or not storage.exists(workdir / 'checkpoints'):

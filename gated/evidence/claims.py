@@ -1,7 +1,7 @@
 """The claims of the paper (arXiv 2505.06708), and two beyond it, as comparisons of arms.
 
-The numbers C1 to C25 are those of the project's plan. A figure of the paper in nats is
-the logarithm of a ratio of two perplexities.
+C1 to C25 are our numbers. A figure of the paper in nats is the logarithm of a ratio of
+two perplexities.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ RIVALS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-  """A claim; it is supported if all of its parts are."""
+  """A claim; it is supported if all its parts are."""
 
   name: str  # C1
   words: str  # One plain sentence.
   parts: Sequence[Part] = ()
-  # What would be measured, and the paper's figure, where no result holds the measure yet.
+  # The measurement, and the paper's figure, if results do not contain it yet.
   missing: str = ''
   paper: str = ''
 
@@ -42,12 +42,12 @@ def sensitivity(weights: dict[str, float], words: str, *, sense='>', **more: Any
 
 
 def across(knobs: tuple[str, ...], part: Part, words: str) -> Part:
-  """A part -> its change from one setting to another."""
+  """A part -> the part about its change between two settings (`Part.across`)."""
   return replace(part, across=knobs, words=f'{part.words[:-1]}: {words},')
 
 
 def _gain(knobs: tuple[str, ...], words: str, paper: str) -> Part:
-  """The elementwise gate's difference in loss, as it changes between settings."""
+  """The change between settings of the elementwise gate's difference in loss."""
   return across(knobs, difference('elementwise', paper=paper), words)
 
 

@@ -1,4 +1,4 @@
-"""Samples over seeds -> sums and ratios of means with intervals, and the verdict."""
+"""Samples over seeds -> sums and ratios of means with intervals, and a verdict."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import numpy as np
 from gated.sweep import judge
 from gated.sweep.judge.seeds import LEVEL
 
-LEAST = 3  # Seeds of each arm without which nothing is decided.
+LEAST = 3  # With fewer seeds of an arm, nothing is decided.
 
 Samples = Mapping[str, Mapping[int, float]]  # Arm -> seed -> number.
 Weights = Mapping[str, float]  # Arm -> its weight in a sum of means.
@@ -24,11 +24,11 @@ class Estimate(NamedTuple):
 
 
 class Means:
-  """The means of samples, and how their errors vary together.
+  """The means of samples, and the covariance of their errors.
 
-  Samples pair by seed if they share LEAST seeds, or all seeds of the smallest; then only
-  shared seeds count, and errors that the arms have in common cancel. Otherwise they are
-  independent (Welch).
+  Samples are paired by seed if they share LEAST seeds, or all seeds of the smallest; then
+  only shared seeds count, and errors that the arms have in common cancel. Otherwise they
+  are independent (Welch).
   """
 
   def __init__(self, samples: Samples):
@@ -73,7 +73,7 @@ class Means:
 
   def ratio(self, top: Weights, bottom: Weights) -> Estimate:
     """The ratio of two sums, with Fieller's interval: the r for which top - r * bottom
-    may be 0. It is infinite if the bottom may be 0.
+    may be 0. The interval is infinite if the bottom may be 0.
     """
     a, b = self._vector(top), self._vector(bottom)
     x, y = float(a @ self.mean), float(b @ self.mean)
@@ -89,19 +89,19 @@ class Means:
     return Estimate(value, (B - half) / A, (B + half) / A)
 
   def floor(self, weights: Weights) -> float:
-    """The noise floor of a sum: the least that judge.Noise calls a difference.
+    """The noise floor of a sum: the smallest significant value by judge.Noise.
 
-    It takes arms as independent: pairing narrows an interval, but not the floor.
+    Arms count as independent: pairing narrows an interval, but not the floor.
     """
     scale = math.sqrt(np.sum(self._vector(weights) ** 2 / self.counts))
     return self.noise.within(1) * scale
 
 
 def decide(estimate: Estimate, sense: str, bound: float, floor: float) -> str:
-  """An estimate and what is claimed of it -> supported, contradicted or undecided.
+  """An estimate and a claim about it -> supported, contradicted or undecided.
 
-  sense   '<' or '>': the claim is on one side of the bound; '=': within +-bound of 0
-  floor   a distance from the bound that is not above it decides nothing
+  sense   '<' or '>': below or above the bound; '=': within +-bound of 0
+  floor   the distance from the bound must exceed it to decide
   """
   value, low, high = estimate
   if sense == '=':

@@ -4,8 +4,8 @@ experiments/NAME/README.md   question, prediction, recipe and grid, cost, figure
 experiments/NAME/recipe.py   get_config, get_grid (as a sweep's recipe), and
   CLAIMS                     the claims that it serves, such as ('C9', 'C10')
   BUDGET                     training tokens that it may use at each scale
-  choose(points, results)    optional: the names of the points that are wanted now, the
-                             most wanted first; default: all, in the order of the grid
+  choose(points, results)    optional: the names of the points to run next, highest
+                             priority first; default: all, in the order of the grid
 experiments/NAME/results/    what the campaigns measured
 """
 
@@ -19,7 +19,7 @@ from gated.evidence.result import Result
 from gated.sweep import Point, Sweep
 
 SCALES = 'gpu', 'test'
-# The points of a grid and the results so far -> names of the points that are wanted.
+# The points of a grid and the results so far -> names of the points to run next.
 Choose = Callable[[Sequence[Point], Sequence[Result]], Sequence[str]]
 
 
@@ -41,10 +41,7 @@ class Experiment:
     return sum(r.tokens for r in self.results)
 
   def wanted(self) -> list[Point]:
-    """The points without a result that are wanted now, the most wanted first.
-
-    A point that would exceed the budget is left out.
-    """
+    """The points to run next, highest priority first: without result, within budget."""
     points = {p.name: p for p in self.swept.points}
     done, left = {r.point for r in self.results}, self.budget - self.tokens
     wanted = []
@@ -56,7 +53,7 @@ class Experiment:
     return wanted
 
   def status(self) -> str:
-    """One line: results, tokens, and what is wanted next."""
+    """One line: results, tokens, and the next points."""
     states = [r.state for r in self.results]
     counts = ', '.join(f'{states.count(s)} {s}' for s in dict.fromkeys(states)) or 'none'
     spent = f'{plan.amount(self.tokens)} of {plan.amount(self.budget)} tokens'
@@ -88,7 +85,7 @@ def opened(
 ) -> Experiment:
   """A checkout, and an experiment's planned sweep and recipe settings -> Experiment.
 
-  ValueError if a result is damaged, or of another recipe than the grid's point.
+  ValueError if a result is damaged, or its recipe is not that of the grid's point.
   """
   results = result.read_all(root, name, scale)
   points = {p.name: p for p in swept.points}

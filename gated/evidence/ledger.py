@@ -20,23 +20,23 @@ from gated.sweep.report import tables
 
 SCALE = 'gpu'
 COMMAND = 'python scripts/campaign.py --minutes=25'
-# The first of these that a part has is the status of its claim.
+# A claim has the first of these that one of its parts has.
 STATUSES = 'contradicted', 'open', 'undecided', 'supported'
 UNDECIDED = 'undecided at this scale'
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-  """A claim and what the results say about it."""
+  """A claim and the verdicts of the results on it."""
 
   claim: Claim
   experiments: tuple[str, ...]  # Those that serve it.
-  # For each part, its verdict in every setting, the one that stands for it first.
+  # For each part, its verdicts in all settings, highest rank first.
   parts: Sequence[Sequence[Verdict]]
 
   @property
   def verdicts(self) -> list[Verdict]:
-    """The verdict that stands for each part."""
+    """The verdict of highest rank on each part."""
     return [own[0] for own in self.parts]
 
   @property
@@ -46,7 +46,7 @@ class Row:
 
   @property
   def reason(self) -> str:
-    """Why it is open or undecided: the reasons of the parts that make it so."""
+    """Why it is open or undecided: the reasons of the parts with this status."""
     if self.claim.missing:
       return 'no result holds its measure yet'
     reasons = [v.reason for v in self.verdicts if v.status == self.status and v.reason]
@@ -85,7 +85,7 @@ def rows(results: Sequence[Result], serves: Mapping[str, Sequence[str]]) -> list
 
 
 def complete(result: Result, defaults: Mapping[str, Any]) -> Result:
-  """A result -> the same with the knobs that were added since, at their defaults."""
+  """A result -> the same, with knobs added since then at their defaults."""
 
   def merged(old: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     both = lambda k: isinstance(base.get(k), Mapping) and isinstance(old.get(k), Mapping)
@@ -127,7 +127,7 @@ def _paragraphs(table: Sequence[Row]) -> Iterator[str]:
   yield (
     'The resolved recipe identifies an arm. It differs from the plain model in these '
     'knobs of `config.model`, and may have a narrower FFN. Of several such models in a '
-    "setting, the one with the parameters nearest to the baseline's is compared."
+    'setting, the one whose number of parameters is nearest to the baseline is compared.'
   )
   yield _table(('arm', 'changes'), [[f'`{name}`', _changes(name)] for name in ARMS])
 
@@ -145,9 +145,10 @@ def _rules() -> str:
     'learning rate with a weight decay; one with a diverged seed is not stable. Each arm '
     f'needs {tries} at least.',
     f'Fewer than {LEAST} seeds of an arm decide nothing: the claim stays open.',
-    "Intervals are at 95%, by Student's t over seeds. Arms with the same seeds are "
-    "paired; others have Welch's interval. A ratio of sums has Fieller's interval. A "
-    'ratio of activations or attention is one of geometric means.',
+    "Intervals are at 95%, by Student's t over seeds. Arms that share "
+    f'{LEAST} seeds, or all seeds of one of them, are paired by seed; others have '
+    "Welch's interval. A ratio of sums has Fieller's interval. A ratio of activations "
+    'or attention is one of geometric means.',
     'A part is supported or contradicted if its interval excludes the bound and its '
     'distance from the bound exceeds the noise floor, which is pooled over the arms and '
     f'ignores pairing. Otherwise it is {UNDECIDED}.',
@@ -158,7 +159,8 @@ def _rules() -> str:
     f'masked as in training. A massive activation is above {massive}, and above '
     f'{massive} times the median of its layer.',
     f'Equal parameters differ by at most {MATCHED:.1%}.',
-    'The table shows the largest setting that decides, the evidence all settings.',
+    'The table shows one setting for each part: decided before open, then the one with '
+    'the most seeds, then with the most training. The evidence shows all settings.',
   )
   return '\n'.join(f'- {rule}' for rule in rules)
 
@@ -196,7 +198,7 @@ def _seeds(verdict: Verdict) -> str:
 
 def _tokens(verdict: Verdict) -> str:
   """Training tokens of a run."""
-  sizes = dict.fromkeys(f'{place.tokens / 1e6:,.0f}M' for place in verdict.places)
+  sizes = dict.fromkeys(f'{s.tokens / 1e6:,.0f}M' for s in verdict.settings)
   return ' and '.join(sizes) or NONE
 
 
@@ -211,7 +213,7 @@ def _evidence(row: Row) -> Iterator[str]:
       f'{plain(v.part.form)}: **{status}**{f" ({plain(v.reason)})" if v.reason else ""}; '
       f'{v.figure}, noise floor {v.noise}, the paper {v.part.paper}.',
       '',
-      *(f'- {plain(str(place))}, {_tokens(v)} tokens a run' for place in v.places),
+      *(f'- {plain(str(s))}, {_tokens(v)} tokens a run' for s in v.settings),
       *(f'- {line}' for line in _arms(v)),
     ]
     yield '\n'.join(lines)
@@ -237,7 +239,7 @@ def _arms(verdict: Verdict) -> Iterator[str]:
 
 
 def _changes(name: str) -> str:
-  """An arm -> its changed knobs; sizes are shown for a plain model of 100."""
+  """An arm -> its changed knobs; sizes as if the plain model had 100."""
   texts = [
     f'`{knob}={value!r}`' if knob in PLAIN else f'`{knob}`: 100 becomes {value(100)}'
     for knob, value in ARMS[name].items()

@@ -14,10 +14,10 @@ from gated.sweep import judge
 Arms = Mapping[str, Arm]
 Sampler = Callable[[Arms], dict[str, dict[int, float]]]  # -> arm -> seed -> number.
 
-RATES = 3  # Learning rates without which no sensitivity is measured.
+RATES = 3  # The fewest learning rates that give a sensitivity.
 SINK_RATE, FIRST_TOKEN, LENGTH = 0.15, 0.05, 1024  # A sink: at least these.
 MASSIVE = 100.0  # A massive activation: above this, and above this times the median.
-UNSTABLE = 0.1  # Nats above the best loss, at some learning rate that was tried.
+UNSTABLE = 0.1  # Nats above the best loss, at a learning rate above the best one.
 
 
 class Number(NamedTuple):
@@ -32,7 +32,7 @@ def _probe(words: str, name: str) -> Number:
 
 
 def first_token(r: Result) -> str:
-  """The probe of F-Attn under the mask that the model was trained with."""
+  """The name of the F-Attn probe for the mask that the model was trained with."""
   documents = '_documents' if r.config['model']['mask_documents'] else ''
   return f'first_token_attention{documents}_from_{attention.LATER}'
 
@@ -58,7 +58,7 @@ def _onsets(r: Result) -> float:
 
 
 def _mode(r: Result) -> float:
-  """The middle of the fullest bin of the gate's histogram."""
+  """The middle of the bin with most scores in the gate's histogram."""
   entry = r.probes.get('gate_histogram') or {}
   counts, edges = entry.get('value'), entry.get('edges')
   if not counts or not edges:
@@ -107,7 +107,7 @@ def _named(name: str, act: Callable[[], Any]) -> Any:
 
 
 def _cells(arms: Arms) -> dict[str, Mapping[int, Result]]:
-  """Arms -> the results of each one's best cell, by seed."""
+  """Arms -> the results of their best cells, by seed."""
   return {n: arm.cells[_named(n, lambda a=arm: a.best)] for n, arm in arms.items()}
 
 
@@ -150,10 +150,9 @@ def _capped(r: Result) -> float:
 
 
 def sensitivity(arms: Arms) -> dict[str, dict[int, float]]:
-  """LR sensitivity of each seed, over the learning rates that all arms were tried at.
+  """LR sensitivity of each seed (arXiv 2309.14322), over the rates tried for all arms.
 
-  Each arm has its best weight decay. Wortsman et al. (arXiv 2309.14322). A diverged run
-  counts as uniform predictions.
+  Each arm has its best weight decay. A diverged run counts as uniform predictions.
   """
   decays = {n: _named(n, lambda a=arm: a.best).decay for n, arm in arms.items()}
   own = {n: {c.lr for c in a.cells if c.decay == decays[n]} for n, a in arms.items()}
@@ -179,9 +178,9 @@ def sensitivity(arms: Arms) -> dict[str, dict[int, float]]:
 
 
 def rise(arms: Arms) -> dict[str, dict[int, float]]:
-  """Nats that each arm loses at twice the baseline's best learning rate.
+  """The loss at twice the baseline's best learning rate minus that at it, in nats.
 
-  From the loss at that best rate. A diverged run counts as uniform predictions.
+  A diverged run counts as uniform predictions.
   """
   best = _named('baseline', lambda: arms['baseline'].best)
   samples = {}
@@ -219,7 +218,7 @@ def correlation(x: Number, y: Number) -> Sampler:
   return sample
 
 
-# Conditions: the arms of a comparison -> nothing, or Open.
+# Conditions on the arms of a comparison; they raise Open if not met.
 
 
 def _mean(arm: Arm, number: Number | Callable[[Result], float]) -> float:
@@ -228,7 +227,7 @@ def _mean(arm: Arm, number: Number | Callable[[Result], float]) -> float:
 
 
 def has_sink(arms: Arms) -> None:
-  """The baseline has a sink; otherwise nothing can remove it."""
+  """The baseline has a sink that an arm could remove."""
   base = arms['baseline']
   length = next(iter(base.cells[base.best].values())).config['data']['length']
   rate, weight = _mean(base, SINK), _mean(base, F_ATTN)
@@ -240,7 +239,7 @@ def has_sink(arms: Arms) -> None:
 
 
 def has_massive_activations(arms: Arms) -> None:
-  """The baseline has massive activations in some layer (Sun et al. ask for more)."""
+  """The baseline has massive activations in some layer, by MASSIVE."""
 
   def times_median(r: Result) -> float:
     largest, median = _layers(r, 'm_act'), _layers(r, 'm_act_median')

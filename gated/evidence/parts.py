@@ -1,4 +1,4 @@
-"""A part of a claim: one comparison of arms, and the verdict of the results on it."""
+"""A part of a claim: one comparison of arms, and the verdict of the results."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ SHOWN: dict[str, Callable[[float], str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-  """A claim on a weighted sum of means: `sum < bound`, with what it means in words."""
+  """A testable statement: a weighted sum of means of arms is below (or above) a bound."""
 
   words: str  # The number, as a formula of arms.
   weights: Mapping[str, float]  # Arm -> its weight in the sum.
@@ -34,16 +34,16 @@ class Part:
   bound: float
   kind: str  # A key of SHOWN; a ratio is a difference of logarithms.
   paper: str  # The paper's figure.
-  # The sum is divided by this one, and the bound is on the ratio.
+  # Arm -> its weight in a denominator; the bound is then on the ratio of the sums.
   over: Mapping[str, float] = field(default_factory=dict)
-  needs: Sequence[Callable[[measures.Arms], None]] = ()
-  matched: bool = False  # Arms have the baseline's number of parameters.
-  continued: bool = False  # Training continues another run.
-  # Compares the sum in two settings that differ in these knobs alone: it is the one at
-  # the largest value of the first knob, minus the one at the smallest.
+  needs: Sequence[Callable[[measures.Arms], None]] = ()  # Conditions; Open if one fails.
+  matched: bool = False  # Whether arms must have the baseline's number of parameters.
+  continued: bool = False  # Whether the runs must continue another run.
+  # Knobs, if the statement is about a difference between settings that differ only in
+  # them: the sum at the largest value of the first knob minus that at the smallest.
   across: tuple[str, ...] = ()
 
-  of: tuple[str, ...] = ()  # Arms that are sampled, if they are not those with a weight.
+  of: tuple[str, ...] = ()  # The sampled arms, if not those with a weight.
 
   @property
   def arms(self) -> list[str]:
@@ -63,7 +63,7 @@ class Part:
 def difference(
   a: str, b: str = 'baseline', *, sense: str = '<', bound: float = 0.0, **more: Any
 ) -> Part:
-  """The loss of an arm minus that of another, each at its own best."""
+  """The loss of an arm minus that of another, each at its own best cell."""
   return Part(
     words=f'{LOSS.words}, {a} minus {b},',
     weights={a: 1.0, b: -1.0},
@@ -127,7 +127,7 @@ _best = measures.at_own_best
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-  """What the results of one setting say about a part."""
+  """The verdict on a part in one setting, or across two settings."""
 
   part: Part
   status: str
@@ -136,7 +136,7 @@ class Verdict:
   floor: float = math.inf
   seeds: tuple[int, ...] = ()  # Of each arm.
   arms: Mapping[str, Arm] = field(default_factory=dict)
-  places: Sequence[Setting] = ()
+  settings: Sequence[Setting] = ()
 
   @property
   def figure(self) -> str:
@@ -160,45 +160,45 @@ class Verdict:
 
   @property
   def rank(self) -> tuple[bool, int, float]:
-    """The largest verdict stands for its part: decided, most seeds, most training."""
-    training = max((place.tokens for place in self.places), default=0)
+    """The sort key: decided before open, then most seeds, then most training FLOPs."""
+    training = max((setting.tokens for setting in self.settings), default=0)
     parameters = max((arm.parameters for arm in self.arms.values()), default=0)
     return self.status != 'open', min(self.seeds, default=0), training * parameters
 
 
 def verdicts(part: Part, settings: Sequence[Setting]) -> list[Verdict]:
-  """A part and all settings -> its verdict in each, the one that stands for it first."""
+  """A part and all settings -> its verdicts, highest rank first."""
   missing = 'no run continues another one' if part.continued else 'no results'
   settings = [p for p in settings if bool(p.knobs['init_from']) == part.continued]
   if part.across:
     groups: dict[str, list[Setting]] = {}
-    for place in settings:
-      groups.setdefault(place.without(part.across), []).append(place)
-    axis = lambda place: place.knobs[part.across[0]]
+    for setting in settings:
+      groups.setdefault(setting.without(part.across), []).append(setting)
+    axis = lambda setting: setting.knobs[part.across[0]]
     ends = [(min(g, key=axis), max(g, key=axis)) for g in groups.values()]
-    places = [(low, high) for low, high in ends if axis(low) != axis(high)]
+    compared = [(low, high) for low, high in ends if axis(low) != axis(high)]
     missing = f'no two settings differ in {part.across[0]} alone'
   else:
-    places = [(place,) for place in settings]
-  all_verdicts = [_verdict(part, pair) for pair in places]
+    compared = [(setting,) for setting in settings]
+  all_verdicts = [_verdict(part, group) for group in compared]
   all_verdicts.sort(key=lambda verdict: verdict.rank, reverse=True)
   return all_verdicts or [Verdict(part=part, status='open', reason=missing)]
 
 
-def _verdict(part: Part, places: Sequence[Setting]) -> Verdict:
-  known: dict[str, Any] = {'part': part, 'places': places}
+def _verdict(part: Part, settings: Sequence[Setting]) -> Verdict:
+  known: dict[str, Any] = {'part': part, 'settings': settings}
   try:
-    own = [_chosen(part, place) for place in places]
+    own = [_chosen(part, setting) for setting in settings]
     labels = (
-      [''] if len(places) == 1 else [f', {p.knobs[part.across[0]]}' for p in places]
+      [''] if len(settings) == 1 else [f', {p.knobs[part.across[0]]}' for p in settings]
     )
     sampled = [{n: arm for n, arm in some.items() if n in part.arms} for some in own]
     known['arms'] = _labelled(sampled, labels)
     means = contrast.Means(part.sample(known['arms']))
   except Open as reason:
     return Verdict(status='open', reason=str(reason), **known)
-  # Across settings a sum is the last one's minus the first one's.
-  signs = [1.0] if len(places) == 1 else [-1.0, 1.0]
+  # Across two settings, the sum is that of the last minus that of the first.
+  signs = [1.0] if len(settings) == 1 else [-1.0, 1.0]
   signed = lambda w: [{n: sign * x for n, x in w.items()} for sign in signs]
   top, bottom = (_labelled(signed(w), labels) for w in (part.weights, part.over))
   known['seeds'] = tuple(int(n) for n in means.counts)
@@ -220,9 +220,9 @@ def _labelled(
   return {n + label: x for g, label in zip(groups, labels) for n, x in g.items()}
 
 
-def _chosen(part: Part, place: Setting) -> dict[str, Arm]:
+def _chosen(part: Part, setting: Setting) -> dict[str, Arm]:
   """The arms of a part in a setting; Open if one is missing or has other parameters."""
-  chosen = place.choose(part.arms)
+  chosen = setting.choose(part.arms)
   missing = [name for name in part.arms if name not in chosen]
   if missing or not chosen:
     raise Open(f'no results of {", ".join(missing or ["baseline"])}')
@@ -239,7 +239,7 @@ def _chosen(part: Part, place: Setting) -> dict[str, Arm]:
 def _reasons(
   part: Part, own: Sequence[measures.Arms], arms: measures.Arms, seeds: Sequence[int]
 ) -> Iterator[str]:
-  """Why samples decide nothing."""
+  """-> the reasons why the samples decide nothing; none if they do."""
   for chosen, need in itertools.product(own, part.needs):
     try:
       need(chosen)

@@ -1,10 +1,9 @@
-"""The result of one point of an experiment: small enough to commit, and to merge.
+"""The result of one point of an experiment, small enough to commit and to merge.
 
   experiments/NAME/results/SCALE/POINT.json
 
 A result holds no weights. It keeps the resolved recipe, the final held-out loss, the
-probes of the last checkpoint, and thinned curves, so that a figure or a table never needs
-the run again.
+probes of the last checkpoint, and thinned curves: enough for every figure and table.
 """
 
 import dataclasses
@@ -24,9 +23,9 @@ from gated.sweep.report.points import fitting
 
 FORMAT = 1
 LIMIT = 1 << 24  # Bytes of a result.
-RECORDS = 200  # The most records of a curve.
+RECORDS = 200  # Most records of a curve.
 DIGITS = 6  # Significant digits of probes and curves; a loss keeps all of them.
-# Parts of a recipe that do not change what is computed: the places of files, and notes.
+# Parts of a recipe that do not affect the computation: paths of files, and notes.
 PLACES = ('name', 'paper', 'log', 'checkpoint', 'data.mixture', 'data.cache')
 CURVES = ('loss', 'grad_norm', 'lr')
 
@@ -69,9 +68,9 @@ class Result:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-  """Two resolved recipes -> {knob: (old value, new value)} of what is computed.
+  """Two resolved recipes -> {knob: (old value, new value)}, without PLACES.
 
-  A knob that the old recipe lacks was added since, and its default changes nothing.
+  A knob that the old recipe lacks was added since; at its default it is no difference.
   """
   plain = lambda recipe: json.loads(metrics.dumps(recipe, indent=None))
   known = config.flatten(old)
@@ -91,7 +90,7 @@ def of(experiment: str, scale: str, swept: Sweep, point: Point) -> Result | None
   """A point of a sweep -> its result; None if it has not ended or is not probed yet.
 
   Without a checkpoint, the probes are the scalars that training logged at the last step,
-  of a few training rows; then a `rows` of 0 says so. ValueError for a damaged workdir.
+  of a few training rows, and `rows` is 0. ValueError for a damaged workdir.
   """
   workdir = swept.workdir(point)
   state, step, _ = state_of(workdir, point.steps)
@@ -154,7 +153,7 @@ def _spikes(train: Sequence[Mapping[str, Any]], steps: int) -> float:
 
 
 def _probes(report: Mapping[str, Any]) -> dict[str, Any]:
-  """probes/STEP.json -> the same without single heads and the conventions' words."""
+  """probes/STEP.json -> the same without numbers of single heads and conventions."""
 
   def light(value: Any) -> Any:
     if isinstance(value, Mapping):
@@ -167,7 +166,7 @@ def _probes(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _logged(records: Sequence[Mapping[str, Any]], step: int) -> dict[str, Any]:
-  """Records -> the probes that training logged at its last step; none if it did not."""
+  """Records -> the probes that training logged at its last step; {} without them."""
   logged = [r for r in records if r['kind'] == 'probes' and r['step'] == step]
   if not logged:
     return {}
