@@ -15,7 +15,6 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import ml_collections
 from yaml import dump
 
 from gated import config, hf
@@ -54,7 +53,7 @@ def parse(
     raise ValueError(_unknown(left[1], knobs, folder))
   if knobs and flags['config'].present:
     c = flags['config'].value
-    if not (isinstance(c, ml_collections.ConfigDict) and 'name' in c):
+    if not (isinstance(c, type(defaults.get_config())) and 'name' in c):
       raise ValueError(
         f'--config: get_config() of the recipe returned a {type(c).__name__} without the '
         'knobs of configs/base.py: begin with base.get_config(), and return it'
