@@ -4,8 +4,9 @@ python scripts/sweep.py run --config=configs/gate_design.py:scale=test,seeds=1
 python scripts/sweep.py run --config=configs/gate_design.py --config.data.mixture=DIR
 python scripts/sweep.py run --config=configs/gate_design.py:positions
 Grids of the 28-layer model of Table 2 with a headwise gate (G1), all with the same FFN:
-  design     a baseline, and decay x init x inputs. Layer-0 gates closed in a large run,
-             and decay became its default; 12 dims of the input beat 768 in another.
+  design     a baseline, and decay x init x inputs. In a large run of Marin, the gates of
+             layer 0 closed, and weight decay became the default (marin#8818, #8833). In
+             modded-nanogpt, 12 input dims beat 768 (#117).
   positions  a baseline, G1, G2, both, and both with G1 opened late, elementwise.
 The report has each variant's loss; `log.probes` adds gate scores and first-token
 attention. scale=proxy (the default): 62M parameters, 33M tokens a run, about 2 minutes
@@ -21,7 +22,7 @@ ARGUMENTS = dict(scale=('proxy', 'paper', 'test'), seeds=('3', '1', '2', '4', '5
 VALUES = {
   'paper': ((0.0, 0.1), (12, 128)),
   'proxy': ((0.0, 0.1, 1.0), (12, 64)),
-  'test': ((0.0, 10.0), (4,)),  # 40 steps of 1.0 change nothing that a report shows.
+  'test': ((0.0, 10.0), (4,)),  # In 40 steps, a decay of 1 has no visible effect.
 }
 GATE = 'model.attn.gate'
 HEADWISE = {f'{GATE}.position': 'sdpa', f'{GATE}.granularity': 'headwise'}

@@ -1,4 +1,4 @@
-"""Table 5: a trained model continues on longer rows, at a larger RoPE base: claim C20.
+"""Table 5: trains a model further on longer rows, with a larger RoPE base: claim C20.
 
 python train.py --config=configs/long_context.py:baseline,stage=start --workdir=/A \\
   --config.data.mixture=DIR
@@ -10,7 +10,7 @@ Likewise with `elementwise`, the gated model, whose FFN is narrower as in Table 
 the text of DIR packed with --length=4096. YaRN needs no training: eval.py applies it.
 
 Published: the base grows from 10k to 1M, the rows from 4096 to 32,768 tokens, for 80B
-tokens; YaRN reaches 128k. Assumed: everything else, and the factor 4, by the lengths.
+tokens; YaRN extends it to 128k. Assumed: everything else; the factor 4 is 128k / 32k.
 scale=proxy (the default): 63M parameters, 268M tokens at 1024 and 52M at 4096; it needs
 prepared text with a vocabulary of at most 8192. scale=test: seconds on a CPU, from 32 to
 128 tokens of the embedded corpus.

@@ -3,13 +3,13 @@
 python scripts/sweep.py run --config=configs/lr_sweep.py:scale=test
 python scripts/sweep.py run --config=configs/lr_sweep.py --config.data.mixture=DIR
 Variants x learning rates x seeds of Table 2's 48-layer model, the less stable shape.
-optimizer=muon or precision=fp32 changes all runs; optimizer=both or precision=both adds
-an axis. seeds is 1 to 5. scale=proxy (the default): 62M parameters, 33M tokens a run,
-about 2 minutes each on one H200; it needs prepared text with a vocabulary of at most
-8192. scale=paper: 1T tokens a run. scale=test: 36 runs, about 8 minutes on 2 CPU cores.
+optimizer=muon or precision=fp32 applies to all runs; `both` compares the two values.
+seeds is 1 to 5. scale=proxy (the default): 62M parameters, 33M tokens a run, about 2
+minutes each on one H200; it needs prepared text with a vocabulary of at most 8192.
+scale=paper: 1T tokens a run. scale=test: 36 runs, about 8 minutes on 2 CPU cores.
 
-The gated variants' FFN is narrower by the gate's parameters, as in Table 2. The rates go
-beyond 8e-3, where the paper's 48-layer baseline fails. Small models are more stable,
+The FFN of gated variants is narrower by the gate's parameters, as in Table 2. The rates
+go beyond 8e-3, where the paper's 48-layer baseline fails. Small models are more stable,
 above all with QK-norm, so the test scale goes to 0.3 and has a variant without QK-norm.
 """
 

@@ -1,14 +1,14 @@
-"""Adds a gate to a trained baseline, in every known way: claim C21.
+"""Adds a gate to a trained baseline, in several ways: claim C21.
 
 python train.py --config=configs/table2.py:28l_4e-3_baseline,scale=test --workdir=/RUN
 python scripts/sweep.py run --config=configs/retrofit.py:scale=test,seeds=1 \\
   --config.init_from=/RUN
 python scripts/sweep.py run --config=configs/retrofit.py --config.init_from=DIR \\
   --config.model_from=DIR --config.data.mixture=TEXT     (DIR: a Hugging Face folder)
-Ways x seeds of continued training. Other knobs of the model are those of Table 2's 28
-layers at this scale; weights of another shape need its knobs (--config.model.width=...).
-The authors saw no gain from a gate that was added late (appendix A.7,
-qiuzh20/gated_attention#10). The steps of a way count from the start of this run.
+Trains the baseline further: ways to add a gate x seeds. The model is Table 2's of 28
+layers at this scale; weights of another shape need their knobs
+(--config.model.width=...). The authors saw no gain from a gate that was added late
+(appendix A.7, qiuzh20/gated_attention#10). Steps count from the start of this run.
 scale=proxy (the default): 33M tokens a run; scale=test: seconds a run.
 """
 

@@ -3,17 +3,18 @@
 python scripts/sweep.py run --config=configs/rivals.py:scale=test
 python scripts/sweep.py run --config=configs/rivals.py --config.data.mixture=DIR
 python scripts/sweep.py run --config=configs/rivals.py:rounding,scale=test
-Remedies x learning rates x seeds of the 28-layer model of Table 2, one change each. The
-table of results has each remedy's loss, divergence and speed, and from `log.probes` its
-first-token attention, sink rate and massive activations. optimizer=muon trains all with
-Muon, the optimizer that QK-clip was made for.
+Remedies x learning rates x seeds of Table 2's 28-layer model, one change each. The report
+has each remedy's loss, divergence and speed, and with `log.probes` its first-token
+attention, sink rate and massive activations. optimizer=muon trains all with Muon, the
+optimizer that QK-clip was made for.
 
-'rounding' asks whether bfloat16's share in divergence is the rounding of fused kernels
-(arXiv 2510.04212): float32, bfloat16 with their rounding, and the same without its bias,
-each with and without a gate and without QK-norm, which hides the effect. It needs the
+'rounding' tests whether the rounding of fused bfloat16 kernels causes divergence (arXiv
+2510.04212): float32, bfloat16 with that rounding, and bfloat16 with its bias repaired,
+each with and without a gate, all without QK-norm, which hides the effect. It needs the
 quadratic reference, so rows of at most 4096 tokens.
 
-The gates' FFN is narrower by their parameters, as in Table 2; the others add few.
+The FFN of gated models is narrower by the gate's parameters, as in Table 2; the other
+remedies add few parameters.
 scale=proxy (the default): 62M parameters, 33M tokens a run; it needs prepared text with a
 vocabulary of at most 8192. scale=test: seconds a run.
 """
@@ -28,7 +29,7 @@ SCALES = {
     optim=dict(warmup=5),
     eval=dict(every=40),
     checkpoint=dict(every=40),
-    model=dict(norm_rank=2),  # 16 would add 15% of the parameters.
+    model=dict(norm_rank=2),  # The default 16 would add 15% to the parameters.
     log=dict(indicators=10, probes=20, tensorboard=False),
   ),
 }

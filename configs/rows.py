@@ -48,7 +48,7 @@ SCALES = {
   ),
 }
 
-# Choices for all rows, because unpublished.
+# Our choices for all rows, where the paper gives none.
 ASSUMED = (
   "optim.b1, b2, weight_decay: Qwen's usual; the paper says AdamW's defaults",
   "optim.clip, model.numerics.init_std: Megatron's defaults",
@@ -57,7 +57,7 @@ ASSUMED = (
   'data: not published',
 )
 
-# Choices for rows that change this knob, because unpublished.
+# Our choices for rows that change this knob, where the paper gives none.
 OPEN = {
   'attn.gate.place': 'attn.gate.place: before QK-norm, as Eq. 1 reads literally',
   'attn.gate.mean': 'attn.gate.mean: which side of the sigmoid is averaged is not said',

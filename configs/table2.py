@@ -8,8 +8,8 @@ learning rate. CHANGE is baseline, elementwise or headwise (a gate after attenti
 sandwich, or clip300 and clip100 of appendix A.6. Time and hardware as in dense_1b7.py;
 ROWS holds the published perplexities.
 
-A gated row's FFN is narrower by as many parameters as its gate adds. match=exact, the
-default, takes the nearest integer (5461 for 6144), which does not split over a tensor
+The FFN of a gated row is narrower by as many parameters as its gate adds. match=exact,
+the default, takes the nearest integer (5461 for 6144), which does not split over a tensor
 axis. match=128 rounds up to a multiple of 128, as in the released elementwise model
 (5504). match=none keeps the FFN. Every scale uses the paper's rates. The paper's baseline
 diverged with 1T tokens at 8e-3, and with clipping at 8e-3. The 3.5T rows are 3T in the

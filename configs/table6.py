@@ -3,12 +3,12 @@
 python train.py --config=configs/table6.py:switch_v_1top1[,scale=proxy|test]
 python scripts/sweep.py run --config=configs/table6.py:scale=test   (all rows)
 Time and hardware as in moe_15b.py. ROWS holds the published perplexities: 6.026 for the
-baseline, 5.808 with one expert per head, which equals Table 1's g2_headwise.
+baseline, 5.808 with one expert per KV head, which is Table 1's g2_headwise.
 
 For that row the paper gives 3M extra parameters here and 0.2M in Table 1; our model has
-2048 * 4 * 24 = 0.197M. No number in this column follows from the paper's description. The
-rows with value experts match 3.1M per expert, or 2048 * 64 * 24; an expert of SwitchHead
-has 25M.
+2048 * 4 * 24 = 0.197M. The paper's description explains no number in this column: its
+rows with value experts match 3.1M per expert, or 2048 * 64 * 24, but an expert of
+SwitchHead has 25M.
 """
 
 from configs import axes, moe_15b, rows

@@ -6,7 +6,7 @@ A narrow model, and a wide one with optim.transfer=none and mup relative to the 
 one, at rates a factor of sqrt(2) apart; the report has the best of each. scale=proxy (the
 default): widths 256 and 512, 20M and 62M parameters; it needs prepared text with a
 vocabulary of at most 8192. scale=test: widths 32 and 128, 18 runs a seed, about 18
-minutes on 2 CPU cores that other work shares.
+minutes on 2 busy CPU cores.
 """
 
 from configs import axes, base, dense_1b7, lr_sweep

@@ -102,7 +102,7 @@ class Comparison(NamedTuple):
 def folders(a: storage.Path, b: storage.Path) -> tuple[int, str]:
   """Two runs, or two sweeps -> an exit code, and the text of the comparison.
 
-  ValueError for a run and a sweep.
+  ValueError for one of each.
   """
   a, b = absolute(a), absolute(b)  # A parent folder of a run may hold its sweep.
   kinds = [storage.exists(folder / sweeps.NAME) for folder in (a, b)]
@@ -167,7 +167,7 @@ def runs(a: storage.Path, b: storage.Path) -> Comparison:
 
 
 def _about(workdir: storage.Path) -> dict:
-  """A workdir -> its run.json, and its code, which its sweep may record."""
+  """A workdir -> its run.json, with its code, which may be recorded by its sweep."""
   path = workdir / 'run.json'
   try:
     run = json.loads(storage.read(path, workdirs.LIMIT))
@@ -186,7 +186,7 @@ def _about(workdir: storage.Path) -> dict:
 
 
 def _differences(a: dict, b: dict) -> list[Difference]:
-  """Two results of `_about` -> all differences, the recipe's first."""
+  """Two results of `_about` -> all differences; those of the recipe come first."""
   changed = config.differences(a['config'], b['config'])
   harmless = HARMLESS + settings.HARMLESS
   x, y = (run['data'].get('sha256') or 'unknown' for run in (a, b))

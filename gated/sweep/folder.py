@@ -1,6 +1,6 @@
 """The folder of a sweep: its recipe, points and sources, enough to run it again.
 
-All points run the packed sources, even if the checkout changes meanwhile.
+All points run the packed sources, even if the checkout changes later.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ def write(swept: Sweep, environment: Mapping[str, str] | None = None) -> Sweep:
   """Writes a sweep's folder with the current sources -> the Sweep in it.
 
   `environment` holds the variables of its points on this machine. An existing folder of
-  the same sweep stays as it is, but gets the points that were added to an opened sweep.
+  the same sweep does not change, except that it gets added points.
   ValueError for a folder of another sweep, listing the differences, or one that cannot be
   written.
   """
@@ -90,9 +90,9 @@ def _written(swept: Sweep, packed: bytes | None) -> Sweep:
 
 
 def _add(old: Sweep, swept: Sweep) -> Sweep:
-  """A sweep in its folder and one with more points -> the sweep with all of them.
+  """A sweep in its folder and one with more points -> the sweep with all points.
 
-  Points that another process added meanwhile stay. `made` lists each addition.
+  Points that another process added in the meantime stay. `made` lists each addition.
   """
   known = {p.name for p in old.points}
   added = [p for p in swept.points if p.name not in known]
@@ -144,7 +144,7 @@ def open(folder: storage.PathLike) -> Sweep:
 
 
 def _point(entry: Mapping[str, Any]) -> Point:
-  """Untrusted JSON -> Point; any of several errors if it is invalid."""
+  """Untrusted JSON -> Point; raises one of several errors if it is invalid."""
   (name,), (*command, workdir) = _texts([entry['name']]), _texts(entry['command'])
   if not re.fullmatch(r'[\w+-][\w.+-]{0,200}', name, re.ASCII):
     raise ValueError(f'the point {name!r}')
@@ -152,7 +152,7 @@ def _point(entry: Mapping[str, Any]) -> Point:
     raise ValueError(f'the command of {name}')
   c = dict(entry['config'])
   _texts(entry['labels'].values())
-  # The knobs that are used without a check of the whole recipe.
+  # The knobs that are used before the whole recipe is checked.
   for knob, kind in {'steps': int, 'seed': int, 'optim.lr': (int, float)}.items():
     if not isinstance(value := config.dig(c, knob), kind) or isinstance(value, bool):
       raise ValueError(f'config.{knob}={value!r} of {name}')
@@ -168,7 +168,7 @@ def _texts(values: Any) -> tuple[str, ...]:
 
 
 def _apart(old: Sweep, new: Sweep) -> dict[str, str]:
-  """Two sweeps -> the names of the points that only one has, and which one has them."""
+  """Two sweeps -> {name of a point that only one of them has: which one}."""
   before, after = ({p.name for p in s.points} for s in (old, new))
   return dict.fromkeys(sorted(before - after), 'only in the folder') | dict.fromkeys(
     sorted(after - before), 'new'
@@ -203,7 +203,7 @@ def _line(name: str, old: Any, new: Any) -> str:
 
 
 def refuse(old: Sweep, lines: Sequence[str]) -> None:
-  """ValueError that lists the differences to the sweep in a folder, unless none exist."""
+  """ValueError with the differences from the sweep in a folder, if there are any."""
   if lines:
     rest = [f'and {len(lines) - 20} more'] if len(lines) > 20 else []
     listed = '\n'.join(f'  {line}' for line in [*lines[:20], *rest])
@@ -305,7 +305,7 @@ def unpacked(swept: Sweep) -> Path:
     draft.chmod(0o755)
     draft.rename(target)
   except OSError:
-    if not target.is_dir():  # Another process may have been faster.
+    if not target.is_dir():  # Unless another process has unpacked it.
       raise
   finally:
     shutil.rmtree(draft, ignore_errors=True)

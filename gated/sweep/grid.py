@@ -14,7 +14,7 @@ from gated.sweep import judge
 
 # Arguments of train.py -> the recipe that they resolve to.
 Resolve = Callable[[Sequence[str]], dict]
-# The labels and changes of a point, and its own argument of the recipe (configs/axes.py).
+# A point's labels, changed knobs and own argument of the recipe (configs/axes.py).
 Entry = tuple[Mapping[str, str], Mapping[str, Any], str]
 
 
@@ -44,7 +44,7 @@ class Sweep:
   folder: storage.Path
   name: str
   recipe: str  # configs/lr_sweep.py:scale=test
-  overrides: tuple[str, ...]  # --config.steps=100, of all points
+  overrides: tuple[str, ...]  # Knobs of all points: --config.steps=100
   flags: tuple[str, ...]  # Other flags of train.py, of all points.
   points: tuple[Point, ...]
   rule: judge.Rule
@@ -121,9 +121,9 @@ def points(
   overrides: Sequence[str],
   flags: Sequence[str],
 ) -> list[Point]:
-  """A recipe and its grid -> its points, two of which may be the same run.
+  """A recipe and its grid -> its points, which may include equal runs.
 
-  `base` is a resolved recipe with all knobs; `resolve` checks what it resolves.
+  `base` is a resolved recipe with all knobs; `resolve` also checks its result.
   """
   if not grid:
     raise ValueError(f'--config={recipe}: its grid is empty')
@@ -192,9 +192,9 @@ def _title(recipe: str) -> str:
 
 
 def _point(command: Sequence[str], entry: Entry, resolve: Resolve) -> Point:
-  """The command of a point without its changes, and its entry in the grid -> Point."""
+  """A command without the point's changes, and its entry in the grid -> Point."""
   labels, changes, arg = entry
-  # Strings are passed as they are; `repr` keeps every bit of other values.
+  # `repr` keeps every bit of a float; strings are passed unchanged.
   texts = {k: v if isinstance(v, str) else repr(v) for k, v in changes.items()}
   command = (*command, *(f'--config.{knob}={text}' for knob, text in texts.items()))
   own = [dict(changes), arg] if arg else dict(changes)
@@ -217,7 +217,7 @@ def _plain(value: Any) -> Any:
 
 def _slug(labels: Mapping[str, str]) -> str:
   """{'variant': 'baseline', 'lr': '0.001'} -> 'baseline-lr0.001'."""
-  bare = re.compile(r'[-+.\d]|(True|False)$')  # Unclear without the label.
+  bare = re.compile(r'[-+.\d]|(True|False)$')  # Values that need their label.
   words = [k + v if bare.match(v) else v for k, v in labels.items()]
   return '-'.join(re.sub(r'[^A-Za-z0-9._+]+', '_', word) for word in words)[:80]
 

@@ -37,11 +37,11 @@ for line in sys.stdin:
 
 
 class Growth(NamedTuple):
-  """A sweep with the points that arguments ask for; `added` are not in its folder yet."""
+  """A sweep with the requested points; `added` are not in its folder yet."""
 
   swept: Sweep
   added: Sequence[Point] = ()
-  others: int = 0  # Points of the folder that are not in the grid of the arguments.
+  others: int = 0  # Points of the folder that are not in the requested grid.
 
   def __str__(self) -> str:
     lines = []
@@ -58,9 +58,9 @@ class Growth(NamedTuple):
 
 @contextlib.contextmanager
 def resolver(swept: Sweep, resolve: Resolve) -> Generator[Resolve]:
-  """A sweep in a folder -> a function that resolves arguments with its sources.
+  """A sweep in a folder -> a function that resolves arguments with the sweep's sources.
 
-  `resolve` does so with the current sources. ValueError if train.py would refuse them.
+  `resolve` resolves with the current sources. ValueError if train.py would refuse them.
   """
   if folder.is_current(swept):
     yield grid.checked(resolve)
@@ -85,7 +85,7 @@ def resolver(swept: Sweep, resolve: Resolve) -> Generator[Resolve]:
 
 
 def check_axis(old: Sweep, name: str) -> None:
-  """ValueError for an axis that is no knob, but a choice such as `variant`."""
+  """ValueError for an axis that is a choice, such as `variant`, and not a knob."""
   having = [p for p in old.points if name in p.labels]
   if having and not any(_holds(having, name, knob) for knob in having[0].changes):
     command = f'--config={old.recipe} --dir={old.folder}'
@@ -98,8 +98,8 @@ def check_axis(old: Sweep, name: str) -> None:
 def extend(old: Sweep, axes: Sequence[Entry], own: Resolve, selection: str) -> Growth:
   """A sweep and new values of its axes -> the sweep with more points.
 
-  The values of the named axes are combined with all points of the other axes; an axis
-  may be new. `own` resolves with the sweep's sources; `selection` is that of --only.
+  The values of `axes` are combined with all points of the other axes; an axis may be
+  new. `own` resolves with the sweep's sources; `selection` is that of --only.
   """
   names = {knob: _label(old.points, knob) for _, changes, _ in axes for knob in changes}
   rest: dict[str, Entry] = {}
@@ -137,8 +137,8 @@ def join(old: Sweep, draft: Sweep, resolve: Resolve) -> Growth:
   if growth.added:
     with resolver(old, resolve) as own:
       folder.refuse(old, _changed_recipe(old, draft, growth.added, own))
-  mine = {_key(p.config) for p in draft.points}
-  others = sum(_key(p.config) not in mine for p in old.points)
+  drafted = {_key(p.config) for p in draft.points}
+  others = sum(_key(p.config) not in drafted for p in old.points)
   return growth._replace(others=others)
 
 
@@ -157,7 +157,7 @@ def _changed_recipe(
 
 
 def _union(old: Sweep, points: Sequence[Point]) -> Growth:
-  """A sweep and points -> the sweep with those that it lacks, after its own."""
+  """A sweep and points -> the sweep, with the points that it lacks appended."""
   known = {_key(p.config): p for p in reversed([*old.points, *points])}
   added = [p for p in points if known[_key(p.config)] is p]
   both = _labelled([*old.points, *added])
@@ -166,7 +166,7 @@ def _union(old: Sweep, points: Sequence[Point]) -> Growth:
 
 
 def _run(recipe: Mapping[str, Any]) -> dict[str, Any]:
-  """A recipe -> the knobs that make a run, which its name and the paper's do not."""
+  """A recipe -> the knobs that affect a run: all but its name and config.paper."""
   return {k: v for k, v in recipe.items() if k not in ('name', 'paper')}
 
 
@@ -176,9 +176,9 @@ def _key(recipe: Mapping[str, Any]) -> str:
 
 
 def _label(points: Sequence[Point], knob: str) -> str:
-  """The label of an axis in the points of a sweep; for a new axis its knob's last part.
+  """The label of a knob's axis in the points of a sweep; for a new axis, its last part.
 
-  ValueError if the points change the knob under the name of something else.
+  ValueError if the points change the knob under a label with other values.
   """
   changing, last = [p for p in points if knob in p.changes], knob.rpartition('.')[2]
   name = _named(changing, knob) if changing else last
@@ -197,14 +197,14 @@ def _named(points: Sequence[Point], knob: str) -> str:
 
 
 def _holds(points: Sequence[Point], name: str, knob: str) -> bool:
-  """Whether all points have a label with the value to which they change a knob."""
+  """Whether the label of all points equals the value to which they change a knob."""
   both = [p for p in points if name in p.labels and knob in p.changes]
   same = (p.labels[name] == str(p.changes[knob]) for p in both)
   return len(both) == len(points) and all(same)
 
 
 def _labelled(points: Sequence[Point]) -> list[Point]:
-  """Points -> the same; each has a label for every axis, with its own value."""
+  """Points -> the same, each with a label for every axis."""
   points = list(points)
   for name in dict.fromkeys(name for p in points for name in p.labels):
     having = [p for p in points if name in p.labels]

@@ -2,7 +2,7 @@
 
 train.py holds the lock of its workdir, so several runners, on one machine or many, can
 share a sweep's folder. A runner waits for a point that another runner holds, and resumes
-the point if it is left unfinished.
+it if the other runner leaves it unfinished.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ class Row:
     """Reads the state of the workdir, and whether another runner holds its lock."""
     try:
       self.state, self.step, self.message = state(self.workdir, self.steps)
-    except ValueError as error:  # Damaged: train.py decides and reports.
+    except ValueError as error:  # Damaged: train.py will report it.
       self.state, self.step, self.message = 'failed', 0, str(error)
     if not self.ended and living(self.workdir):
       self.state = 'elsewhere'
@@ -83,7 +83,7 @@ class Row:
             self.step = max(self.step, step)
           return
       except (ValueError, KeyError, TypeError):
-        continue  # Incomplete, or damaged: metrics.read reports that.
+        continue  # Incomplete or damaged; metrics.read reports damage.
 
 
 def rows(swept: Sweep, points: Sequence[Point]) -> list[Row]:
@@ -119,16 +119,17 @@ class Runner:
   ):
     """`code` is the folder of the sweep's sources; `show` runs about twice a second.
 
-    `show` may reorder `rows`, or leave out rows that do not run: they start in order.
-    `after` names the command that a finished point still needs, such as eval.py and its
-    arguments; it runs in the point's place, before its checkpoints are removed.
+    Points start in the order of `rows`, which `show` may change; it may also remove rows
+    that do not run. `after` returns the command that a finished point still needs, such
+    as eval.py and its arguments; it runs in the point's slot, before its checkpoints are
+    removed.
     """
     self._swept, self._code, self._show = swept, code, show
     self._keep, self._after = keep_checkpoints, after
     self.rows = rows(swept, points)
     self._free = list(slots)
     self._jobs: list[_Job] = []
-    self._asked = 0  # The number of calls of `leave`, without SIGHUP.
+    self._asked = 0  # Calls of `leave`, not counting SIGHUP.
     self._stops = 0  # 1: the points save and exit. 2: they are killed.
 
   def leave(self, number: int = signal.SIGTERM, *_) -> None:
@@ -173,7 +174,7 @@ class Runner:
     try:
       self._run()
     except BaseException:
-      # Leave no process behind. Its points save: perhaps only the output failed.
+      # No process may remain. The points save first: perhaps only the output failed.
       self._stops = max(1, self._asked)
       self._forward()
       for job in self._jobs:
@@ -261,7 +262,7 @@ class Runner:
     return bool(exited)
 
   def _drop(self, row: Row) -> None:
-    """Removes the checkpoints of a point that is done, unless they are kept."""
+    """Removes the checkpoints of a point that is done, unless `keep_checkpoints`."""
     if self._done(row) and not self._keep:
       storage.remove(row.workdir / 'checkpoints')
 

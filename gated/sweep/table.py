@@ -34,7 +34,7 @@ def console() -> Console:
 
 
 def table(rows: Sequence[Row], title: str) -> Group:
-  """Rows -> a summary, which a short terminal shows too, and a table below it."""
+  """Rows -> a summary, visible on a short terminal too, and a table below it."""
   grid = Table(box=None, pad_edge=False)
   names = list(dict.fromkeys(name for row in rows for name in row.point.labels))
   for name in names:
@@ -63,7 +63,7 @@ def _cell(text: str) -> Text:
 
 
 def summary(rows: Sequence[Row]) -> str:
-  """Rows -> the number of points in each state, and the time until all have ended."""
+  """Rows -> the number of points in each state, and the estimated time left."""
   counts = collections.Counter(row.state for row in rows)
   states = ', '.join(f'{n} {name}' for name, n in sorted(counts.items()))
   timed = [row.seconds for row in rows if row.state == 'running' and row.seconds]

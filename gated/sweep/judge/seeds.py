@@ -14,7 +14,7 @@ class Spread(NamedTuple):
   """Final losses of one configuration over seeds, in nats."""
 
   mean: float  # NaN without a seed
-  std: float  # sample standard deviation (n - 1); NaN with fewer than two seeds
+  std: float  # sample standard deviation, by n - 1; NaN with fewer than two seeds
   n: int  # seeds
 
 

@@ -1,8 +1,8 @@
 """Loss spikes: points where a logged loss rises above its running median.
 
-The method applied to the paper's released curves: subtract the centred rolling median of
-101 logged points from the loss. Here points of a spike are left out of the median, and it
-is recomputed until no point is added. So neither a wide spike nor a second one nearby
+The method, made for the paper's released curves, subtracts the centred rolling median of
+101 logged points from the loss. Points of a spike are excluded and the median is
+recomputed, until no more are found. So neither a wide spike nor a second one nearby
 raises the baseline from which its height is measured.
 
 n points of a log
@@ -45,8 +45,8 @@ def spikes(
   high points belong to one excursion if they are at most `gap` steps apart, or if the
   loss did not return between them: the lowest mean of five successive points there is not
   within half a threshold of the median. Strong noise raises the threshold to the normal
-  deviate that one log of a hundred exceeds by chance: above a sigma of 0.02 in 10,000
-  points.
+  deviate that one log of a hundred exceeds by chance; for 10,000 points, this happens if
+  sigma is above 0.02.
 
   Limits of the method. A flat excursion longer than half a window (50 points) with a
   sudden start looks like a new level and is missed; `diverged` finds it if the loss never

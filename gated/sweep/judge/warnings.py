@@ -35,7 +35,7 @@ def warnings(records: Iterable[Mapping[str, Any]]) -> dict[str, float | int | No
   square; residual_growth the residual stream's root mean square after the last layer over
   that before the first. The usual range ends at TIMES the median of the finite values in
   the first half of the steps; a non-finite value is out of range. The first tenth of the
-  steps is ignored: stable runs have large norms there too.
+  steps is ignored, because stable runs have large norms there too.
 
   `skipped` is the fraction of steps without an update; `not_finite` is the fraction of
   steps with a non-finite loss, gradient or update (such steps are always logged).

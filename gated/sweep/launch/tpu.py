@@ -113,8 +113,8 @@ def delete(record: dict) -> list[list[str]]:
 def renew(w: Work, states: dict[str, str]) -> list[list[str]]:
   """States by job -> the commands that create lost or missing slices again.
 
-  `w` has the points that have not ended. A deletion finishes before the creation, because
-  both use the same name.
+  `w` has the points that have not ended. A slice is deleted before it is created again,
+  because both have the same name.
   """
   commands = []
   for job in map(w.job, w.points):

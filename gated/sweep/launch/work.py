@@ -107,8 +107,8 @@ class Work(NamedTuple):
   ) -> list[str]:
     """A point -> the arguments of job.sh.
 
-    `code` is the path of the sources for a host ('' omits the flag); `processes` selects
-    how the processes of a point get each other's address.
+    `code` is the path of the sources on a host ('' omits the flag); `processes` selects
+    how the processes of a point find each other.
     """
     o = self.options
     count = o.nodes * self.accelerator.hosts * o.slices * o.processes
