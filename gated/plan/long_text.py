@@ -41,8 +41,11 @@ def run(
   rows = lambda: loaded.rows(text(), length=size, limit=evaluation.ROWS)
   runs = evaluation.runs(loaded, rows, segments=0, forced=forced, others=others)
   length, stride = options.window(loaded.prepared, loaded.yarn)
-  for each in runs.values():
-    dataclasses.replace(options, length=length).window(each.prepared, loaded.yarn)
+  for each in [*runs.values()][1:]:
+    try:
+      dataclasses.replace(options, length=length).window(each.prepared, loaded.yarn)
+    except ValueError as error:
+      raise ValueError(f'{error} (--beside={each.path})') from error
   named = _streaming({k: each.dropless() for k, each in runs.items()}, options)
   reports: dict[str, dict[str, Any]] = {
     label: {'label': label, 'step': each.step, 'prepared': each.prepared}
