@@ -1,18 +1,18 @@
-"""Spends minutes on experiments: what decides an open claim soonest runs first.
+"""Runs experiments for some minutes, first those that can decide an open claim soonest.
 
   python scripts/campaign.py --minutes=25 --text=DIR       all experiments, on GPUs
   python scripts/campaign.py --minutes=25 --text=DIR sink  one experiment
-  python scripts/campaign.py --minutes=3 --scale=test      the mechanics, on CPUs
-  python scripts/campaign.py --status                      results and what is wanted next
+  python scripts/campaign.py --minutes=3 --scale=test      a small test, on CPUs
+  python scripts/campaign.py --status                      results and the next points
   python scripts/campaign.py --merge=CHECKOUT              adds another machine's results
   python scripts/campaign.py --summary                     writes a table and a figure
 
 An experiment is a folder of experiments/; its recipe.py has the grid. Each GPU runs one
 point at a time, or --per_card of them. Results are written to
 experiments/NAME/results/SCALE/ when a point ends: recipe, losses, probes, curves, without
-weights. At the end of the time the running points save; the same command continues them
-while runs/campaign/ exists. With --whole, a point that does not fit into the time left is
-not started, for machines that are given back.
+weights. When the time is over, the running points save; the same command continues them
+while runs/campaign/ exists. --whole starts only points that fit into the time left, for
+machines whose disk is lost afterwards.
 
 Exit codes: 0 the time is spent, or nothing is wanted. 1: some points failed. 2: refused.
 """
@@ -38,7 +38,7 @@ from scripts import claims  # noqa: E402
 from scripts.sweep import resolve  # noqa: E402
 
 REFUSED, FAILED = 2, 1
-DECIDED = 'supported', 'contradicted'  # The other states of a claim need more results.
+DECIDED = 'supported', 'contradicted'  # Claims with another status need more results.
 
 
 def names() -> list[str]:
@@ -113,13 +113,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   layout = argparse.RawDescriptionHelpFormatter
   parser = argparse.ArgumentParser('campaign.py', None, __doc__, formatter_class=layout)
   parser.add_argument('experiments', nargs='*', help='default: all')
-  parser.add_argument('--minutes', type=float, default=0.0, help='to spend')
+  parser.add_argument('--minutes', type=float, default=0.0, help='for this campaign')
   parser.add_argument('--scale', choices=experiment.SCALES, default='gpu')
-  parser.add_argument('--text', default='', help="the dataset of scale=gpu's points")
-  parser.add_argument('--per_card', type=int, default=1, help='points at a time on a GPU')
+  parser.add_argument('--text', default='', help='the dataset, for scale=gpu')
+  parser.add_argument('--per_card', type=int, default=1, help='concurrent points per GPU')
   parser.add_argument('--whole', action='store_true', help='start only what can end')
-  parser.add_argument('--status', action='store_true', help='print it and exit')
-  parser.add_argument('--summary', action='store_true', help='write it and exit')
+  parser.add_argument('--status', action='store_true', help='print the status and exit')
+  parser.add_argument('--summary', action='store_true', help='write tables and figures')
   parser.add_argument('--merge', default='', help='a checkout whose results are added')
   args = parser.parse_args(argv)
   try:

@@ -37,7 +37,7 @@ def rows() -> list[ledger.Row]:
 def main(argv: Sequence[str] | None = None) -> int:
   layout = argparse.RawDescriptionHelpFormatter
   parser = argparse.ArgumentParser('claims.py', None, __doc__, formatter_class=layout)
-  parser.add_argument('--status', action='store_true', help='print it and exit')
+  parser.add_argument('--status', action='store_true', help='print each status')
   args = parser.parse_args(argv)
   try:
     table = rows()

@@ -3,8 +3,8 @@
   python scripts/convert_hf.py --from=runs/dense:20000 --to=export --dtype=bfloat16
   python scripts/convert_hf.py --from=export --to=other --packing=per_head
 
-A step is a number, latest (the default) or best. The tokenizer comes along, with what
-transformers needs to give the same ids. No file is overwritten. Exit code 2:
+A step is a number, latest (the default) or best. The tokenizer is converted too, so that
+transformers gives the same ids. No file is overwritten. Exit code 2:
 invalid arguments or an unsupported model.
 """
 
@@ -51,16 +51,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
   add = parser.add_argument
   source = 'a workdir of train.py, or a Hugging Face folder'
   add('--from', required=True, dest='source', metavar='DIR[:STEP]', help=source)
-  add('--step', default='', help='instead of :STEP')
+  add('--step', default='', help='the same as :STEP')
   add('--to', required=True, type=lambda p: Path(p).expanduser(), help='the new folder')
   add(
     '--dtype',
     choices=('float32', 'bfloat16'),
-    help='dtype of the tensors; default: as in the source',
+    help='dtype of the tensors; default: that of the source',
   )
   yarn = 'writes YaRN into config.json: a factor and fields, as in eval.py'
   add('--yarn', default='', metavar='FACTOR', help=yarn)
-  add('--shard_gib', default=2.0, type=float, help='largest file, in GiB')
+  add('--shard_gib', default=2.0, type=float, help='maximum size of a file, in GiB')
   add(
     '--packing',
     default='grouped',
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> Path:
     source = source.stretched(args.yarn)
   except ValueError as error:
     raise ValueError(f'--yarn={args.yarn}: {error}') from error
-  # Refuses an unsupported model before reading its weights.
+  # Raises ValueError for an unsupported model before reading its weights.
   hf.knobs.write(source.cfg, args.packing, source.cfg.numerics.weights, {})
   keys, copies = _describe(source)
   hf.save(
@@ -114,7 +114,7 @@ def _describe(source: Loaded) -> tuple[dict[str, Any], dict[str, Path]]:
   """A model -> keys of config.json beside the shapes, and files to copy."""
   copies: dict[str, Path] = {}
   if source.about:
-    ends = source.about['data'].get('ends', {})  # Checkpoints of before have none.
+    ends = source.about['data'].get('ends', {})  # Older checkpoints have none.
     if token := _tokenizer(source, warn=True):
       ends = {'eos': token.eos} | ({'bos': token.bos} if token.bos_token else {})
     keys = {f'{end}_token_id': ends[end] for end in ('eos', 'bos') if end in ends}

@@ -1,4 +1,4 @@
-"""Plots runs over each other, without a server: figures and one HTML page.
+"""Plots runs in shared panels, without a server: figures and one HTML page.
 
   python scripts/plot.py runs/demo
   python scripts/plot.py runs/demo runs/demo-baseline --by=tokens --out=plots

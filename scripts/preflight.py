@@ -5,9 +5,9 @@
   python scripts/preflight.py --config=configs/tiny.py --topology=here
   python scripts/preflight.py --config=configs/table1.py:g1_headwise --count
 
-For TPUs, the TPUs' compiler compiles the real train step, without a TPU (`make tpu`
-installs it; run this script with .venv/tpu/bin/python), and `here` compiles for the
-devices here. For GPUs and CPUs, or with --estimate, the report is an estimate by
+For TPUs, their compiler compiles the real train step, without a TPU (`make tpu` installs
+it; run this script with .venv/tpu/bin/python); `here` compiles for the devices of this
+machine. For GPUs and CPUs, or with --estimate, the report is an estimate by
 arithmetic. --suggest lists the meshes, remat policies and micro-batches that fit by
 arithmetic, best first; axes above 1 keep their size.
 
@@ -55,15 +55,15 @@ MOST = 10
 NO_FIT, REFUSED = 1, 2
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Recipe.', lock_config=True)
-_COUNT = flags.DEFINE_bool('count', False, 'Count parameters, part by part.')
+_COUNT = flags.DEFINE_bool('count', False, 'Count the parameters by part.')
 _TOPOLOGY = flags.DEFINE_string('topology', '', 'CHIP:SHAPE, CHIP:COUNT or here.')
-_SLICES = flags.DEFINE_integer('slices', 1, 'The number of slices of the topology.')
-_ESTIMATE = flags.DEFINE_bool('estimate', False, 'By arithmetic, without a compiler.')
-_SUGGEST = flags.DEFINE_bool('suggest', False, 'Meshes and micro-batches that fit.')
+_SLICES = flags.DEFINE_integer('slices', 1, 'Number of TPU slices.')
+_ESTIMATE = flags.DEFINE_bool('estimate', False, 'Estimate by arithmetic alone.')
+_SUGGEST = flags.DEFINE_bool('suggest', False, 'List meshes and micro-batches that fit.')
 _JSON = flags.DEFINE_string('json', '', 'A file to write the report to.')
 _GOLDEN = flags.DEFINE_bool('golden', False, 'Compile the golden cases again.')
 _ONLY = flags.DEFINE_list('only', [], 'Only these golden cases.')
-_WRITE = flags.DEFINE_bool('write', False, 'Keep the results of the golden cases.')
+_WRITE = flags.DEFINE_bool('write', False, 'Record the results as golden.')
 
 
 def count(c: dict) -> dict:

@@ -5,10 +5,10 @@ python scripts/prepare_data.py --out=data/books --length=4096 --tokenizer=bpe:32
 
 A text file (.txt, .md, --suffixes) is one document; JSON lines (.jsonl, .ndjson, .json)
 and .parquet have one document in each --field. Text and JSON lines may be compressed
-(.gz, .zst, .bz2, .xz). Folders are read recursively, links in them once. A PATH may be a
-dataset of the Hugging Face hub: hf:OWNER/NAME[@REVISION][:CONFIG][:SPLIT]. docs/data.md
-lists what is read. After an interruption, the same command continues. Exit codes: 0
-done, 2 refused, 9 a fault of this machine that may pass, such as a full disk.
+(.gz, .zst, .bz2, .xz). Folders are read recursively; links are followed once. A PATH may
+be a dataset of the Hugging Face hub: hf:OWNER/NAME[@REVISION][:CONFIG][:SPLIT].
+docs/data.md lists what is read. After an interruption, the same command continues. Exit
+codes: 0 done, 2 refused, 9 a fault of this machine that may pass, such as a full disk.
 """
 
 import argparse
@@ -39,7 +39,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     'that has a comma'
   )
   add('--domain', required=True, action='append', help=domains)
-  add('--suffixes', default='', help='such as .py,.c: text files, alone read in folders')
+  add(
+    '--suffixes',
+    default='',
+    help='text files by name, such as .py,.c; only these are read',
+  )
   ids = (
     'auto: the input holds token ids of --tokenizer, not text: .bin of nanoGPT, llm.c or '
     'Megatron, or lists of ids in --field of JSON lines and Parquet. uint16 or uint32: '
@@ -55,13 +59,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
   encoding = 'of text and JSON lines; default: %(default)s'
   add('--encoding', default=prepare.Options.encoding, help=encoding)
   errors = (
-    'what cannot be read: stop with the first ten places (the default), or skip, which '
-    'leaves it out and counts it by reason'
+    'unreadable input: stop with the first ten places (the default), or skip and count '
+    'it by reason'
   )
   add('--on_error', default=prepare.Options.on_error, help=errors)
   dedup = (
-    'exact (the default): one copy of each text, whatever its white space, in all '
-    'domains, and a split by content, so that no held-out text is in the training data; '
+    'exact (the default): one copy of each text over all domains, ignoring white space, '
+    'and a split by content, so that no held-out text is in the training data; '
     'near: also one of similar texts (MinHash); none: all texts, and a split by names'
   )
   add('--dedup', default='', help=dedup)

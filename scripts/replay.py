@@ -1,4 +1,4 @@
-"""Recomputes a bad step of a run, also in float32: was it the data or the arithmetic?
+"""Recomputes a bad step of a run, also in float32: is the data or the precision at fault?
 
   python scripts/replay.py --workdir=runs/tiny-elementwise-1a2b3c4d --step=57
 
@@ -140,8 +140,8 @@ def restore(
 ) -> tuple[int, step.State]:
   """-> the newest step that leads to the event, and its state with the data step set.
 
-  After a step, the run read the next batch or, if it rolled back to the step, the batch
-  past the bad one.
+  After a step, the run read the next batch, or, if it rolled back to that step, the batch
+  after the bad one.
   """
   before, tried = event['step'] - 1, {}
   steps = saved.steps()

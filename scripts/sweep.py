@@ -180,7 +180,7 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
   points = sweep.only(draft.points, args.only)
   if growth.added or not (sweep.local(draft.folder) / sweep.NAME).exists():
     sweep.check_here(points)
-  # Room for all points, so that a part has the same environment and losses as the whole.
+  # Sized for all points, so that a part (--only) has the environment of the whole sweep.
   room = sweep.room(draft.points, args.jobs)
   slots = room.slots[: len(points)]
   swept = sweep.write(draft, room.environment)
@@ -292,7 +292,7 @@ def parser() -> argparse.ArgumentParser:
   command = add('run', run, 'run the points here', grid, only)
   text = 'points at a time; default: as many as cores and memory allow, or one a GPU'
   command.add_argument('--jobs', type=int, default=0, help=text)
-  text = 'remove the checkpoints of points that ended; metrics stay'
+  text = 'remove the checkpoints of points that have ended; metrics stay'
   command.add_argument('--drop_checkpoints', action='store_true', help=text)
   desk.add_flags(add('submit', submit, 'submit points to a scheduler', grid, only))
   add('list', launched, 'list the submitted jobs', folder)
