@@ -42,7 +42,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   add(
     '--suffixes',
     default='',
-    help='text files by name, such as .py,.c; only these are read',
+    help='suffixes of text files (.py,.c), the only ones read in folders',
   )
   ids = (
     'auto: the input holds token ids of --tokenizer, not text: .bin of nanoGPT, llm.c or '

@@ -11,7 +11,7 @@ from gated.probes import attention, gates, page
 
 FORMATS = 'svg', 'png'
 
-Runs = Mapping[str, Any]  # A `Loaded` by its label, the workdir's own first.
+Runs = Mapping[str, Any]  # Label -> `Loaded`; the first is that of the workdir.
 Reports = Mapping[str, dict[str, Any]]
 
 
@@ -29,9 +29,9 @@ def modules(loaded: Any) -> Any:
 def probes(runs: Runs, reports: Reports, ids: np.ndarray) -> None:
   """Draws the probes' reports, and maps of a text -> WORKDIR/probes/STEP-*.
 
-  The workdir and the step are the first run's, and so are the maps of each head and the
-  page of gates. Attention maps show the authors' prompt, and the first ids: at most a row
-  of the report, and at most `attention.LONGEST`.
+  The workdir, the step, the maps of single heads and the page of gates are those of the
+  first run. Attention maps show the authors' prompt, and the first `ids`: at most a row of
+  the report and at most `attention.LONGEST`.
   """
   label, loaded = next(iter(runs.items()))
   figures, style = modules(loaded)

@@ -1,7 +1,7 @@
 """Loaded models measured on the same text, side by side: held-out losses and probes.
 
-The first of the models is the one that is evaluated. The report of it has the others'
-reports under 'beside', by their labels.
+The first model is the one under evaluation; its report holds those of the others under
+'beside', by label.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ _log = logging.getLogger('gated')
 Runs = Mapping[str, Loaded]
 Reports = Mapping[str, dict[str, Any]]
 
-ROWS = 16  # Held-out rows of each domain that probes and the mean of gates read.
+ROWS = 16  # Held-out rows per domain for probes and for the mean gate scores.
 
 
 def opened(
@@ -34,9 +34,9 @@ def opened(
 ) -> Loaded:
   """WORKDIR, WORKDIR:STEP or a Hugging Face folder -> the model.
 
-  ValueError names the flag that is wrong, or does not apply: `length` and `tokenizer`,
-  0 and '' if not given, are for a Hugging Face folder. `yarn` is as for
-  `Loaded.stretched`.
+  `length` and `tokenizer` (0 and '' if not given) are only for a Hugging Face folder;
+  `yarn` is as for `Loaded.stretched`. ValueError names a flag that is wrong or does not
+  apply.
   """
   try:
     place, step = workdirs.split_step(workdir, step)
@@ -78,7 +78,7 @@ def runs(
 ) -> dict[str, Loaded]:
   """A model, the same with forced gates, and models of other paths -> all, by label.
 
-  They are for rows of up to `segments` documents; all have the first one's --yarn.
+  All read rows of up to `segments` documents, with the YaRN of the first model.
   `forced` is as for `force.parse`, '' for none; its 'mean' is over `rows`. ValueError
   names --force_gates or --beside if it does not fit the model.
   """
@@ -135,12 +135,12 @@ def heldout(
       curve.add(*jax.device_get(by_token))
       return sums
 
-    # Not more than there are: a batch is padded to its size.
+    # At most the number of rows, because each batch is padded to this size.
     ways = mesh.ways('batch', run.mesh)
     size = ways * max(1, min(batch, -(-max(counts, default=0) // ways)))
     total = sum(-(-count // size) for count in counts)
     with shown(f'held-out loss of {label}', total=total, unit='batches') as progress:
-      # bool() of the None of `add`: an evaluation here runs to its end.
+      # `add` returns None, and False lets the evaluation go on.
       options: dict[str, Any] = dict(on=run.mesh, batch=size, limit=limit)
       options |= dict(after=lambda _, progress=progress: bool(progress.add()))
       report = evals.perplexity(evaluate, None, corpus, **options)
@@ -187,9 +187,9 @@ def complete(
 ) -> None:
   """Adds the yardsticks, the data and the run's bad steps to a held-out report.
 
-  The chosen yardsticks, as of `evals.measure_yardsticks`, are fitted to at most `rows` of
-  the rows that the run has seen; for imported weights, to the corpus. Without the run's
-  own data there is no bigram model, and the report says why.
+  The chosen yardsticks (`evals.measure_yardsticks`) are fitted to at most `rows` of the
+  rows that the run was trained on; for imported weights, to rows of the corpus. If the
+  run's own data is missing, the report has the reason instead of a bigram model.
   """
   digest, about = corpus.fingerprint['sha256'], loaded.about
   own = about and digest == about['data']['sha256']
@@ -214,7 +214,7 @@ def complete(
 def store(report: Mapping[str, Any], loaded: Loaded, folder: str) -> None:
   """Writes a report to WORKDIR/FOLDER/STEP.json; for imported weights, does nothing.
 
-  The name has --yarn, and the data's digest if they are not the run's own. See `stored`
+  The name includes --yarn, and the digest of data other than the run's own. See `stored`
   for errors.
   """
   if not loaded.about:
@@ -228,7 +228,7 @@ def store(report: Mapping[str, Any], loaded: Loaded, folder: str) -> None:
 
 @contextlib.contextmanager
 def stored() -> Generator[None]:
-  """Files beside a printed result: an error of the disk is only a warning."""
+  """Inside, an OSError is only logged: the result itself was printed."""
   try:
     yield
   except OSError as error:

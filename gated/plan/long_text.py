@@ -14,7 +14,7 @@ from gated.plan import drawing, evaluation, tasks
 from gated.plan.load import Loaded
 from gated.run import metrics
 
-SEED = 42  # Of the spans of copying.
+SEED = 42  # For the spans of the copying task.
 
 __all__ = ['define', 'run']
 
@@ -27,7 +27,7 @@ def run(
   forced: str,
   others: Sequence[str],
 ) -> None:
-  """Measures a model, and those beside it, as the options say; prints and stores it.
+  """Measures a model, and those of --beside; prints and stores the report.
 
   Copying takes the text between its spans from the domains, or from the held-out rows of
   the corpus. The report is WORKDIR/evals/STEP-long-DIGEST.json. ValueError names the flag
@@ -72,7 +72,7 @@ def run(
 
 
 def _documents(loaded: Loaded, options: Options) -> list[domains.Domain]:
-  """The domains; a document begins as those that the model was trained on."""
+  """The domains; documents begin with the same token as in training."""
   token = loaded.tokenizer
   prefix = tasks.prefix(token)
   if loaded.about:
@@ -87,7 +87,7 @@ def _documents(loaded: Loaded, options: Options) -> list[domains.Domain]:
 
 
 def _streaming(runs: dict[str, Loaded], options: Options) -> dict[str, Loaded]:
-  """The models, or each with each of the caches of --streaming instead."""
+  """The models; with --streaming, each model with each cache instead."""
   if not options.streaming:
     return runs
   named = {}

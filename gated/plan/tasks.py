@@ -52,7 +52,7 @@ def run(loaded: Loaded, options: harness.Options) -> None:
 
 
 def subject_of(loaded: Loaded, length: int) -> Any:
-  """A loaded model -> as lm-eval's model takes it; `length` 0 for `length_of`."""
+  """A loaded model -> the subject of lm-eval's model; `length` 0 takes `length_of`."""
   loaded = loaded.dropless()
   length = length or length_of(loaded)
   return harness.part('adapter').Subject(
@@ -68,7 +68,7 @@ def subject_of(loaded: Loaded, length: int) -> Any:
 
 
 def folder(loaded: Loaded) -> storage.Path:
-  """WORKDIR/evals; for imported weights, whose folder does not change, in the cache."""
+  """WORKDIR/evals, or for imported weights a folder in the cache."""
   if loaded.about:
     return loaded.path / 'evals'
   files = {
@@ -82,12 +82,12 @@ def folder(loaded: Loaded) -> storage.Path:
 
 
 def length_of(loaded: Loaded) -> int:
-  """Tokens that a model reads at most: as many as its RoPE is prepared for."""
+  """The most tokens that a model reads: the number that its RoPE is prepared for."""
   return loaded.prepared or LENGTH
 
 
 def prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
-  """The tokens that transformers puts before a text: none, or the beginning of text."""
+  """The tokens that transformers puts before a text: none, or beginning-of-text."""
   if tokenizer.path.endswith('.json'):
     tokenizers = optional('tokenizers')
     ids = tokenizers.Tokenizer.from_file(tokenizer.path).encode('').ids
@@ -112,7 +112,7 @@ def _evaluate(
   catalog: Any, subject: Any, answers: Answers, options: harness.Options
 ) -> dict[str, Any]:
   """-> lm-eval's report, as JSON."""
-  # Its pool would fork a process whose threads belong to JAX.
+  # lm-eval's pool would fork this process, which has threads of JAX.
   os.environ['DISABLE_MULTIPROC'] = '1'
   from lm_eval import evaluator, utils
 
@@ -139,7 +139,7 @@ def _table(report: dict[str, Any]) -> str:
 
 
 def identity(loaded: Loaded, length: int, prefix: tuple[int, ...]) -> str:
-  """A digest of all that decides an answer, besides its request."""
+  """A digest of everything that an answer depends on, besides its request."""
   parts = [
     jax.devices()[0].device_kind,
     dataclasses.asdict(loaded.cfg),
