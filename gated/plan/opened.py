@@ -208,8 +208,8 @@ class Opened:
   def streaming(self, window: int, kept: int) -> Self:
     """The same model by StreamingLLM: a window, and the first tokens are kept.
 
-    As in `model.streaming`. Rows must be single documents. ValueError for a model whose
-    attention has a window already, or is no softmax.
+    As in `model.streaming`; each row is one document, whatever `mask_documents` was.
+    ValueError for a model whose attention has a window already, or is no softmax.
     """
     attn = self.cfg.attn
     if attn.window or attn.normalizer not in remedies.OVER_SOFTMAX:
@@ -218,7 +218,8 @@ class Opened:
         f'the model has config.model.attn.{knob}={getattr(attn, knob)!r}, but a softmax '
         'over the whole row is expected'
       )
-    fitted = self._with(attn=dataclasses.replace(attn, window=window))
+    attn = dataclasses.replace(attn, window=window)
+    fitted = self._with(attn=attn, mask_documents=False)
     if kept:
       fitted.changes += (functools.partial(streaming.keep, kept=kept),)
     return fitted

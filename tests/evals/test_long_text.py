@@ -249,7 +249,8 @@ def test_lengths_that_rope_was_not_prepared_for_are_refused_by_the_flag():
 
 def test_streaming_refuses_a_model_that_has_a_window_or_no_softmax():
   streamed = loaded().streaming(8, 2)
-  assert streamed.cfg.attn.window == 8 and len(streamed.changes) == 1
+  assert streamed.cfg.attn.window == 8 and not streamed.cfg.mask_documents
+  assert len(streamed.changes) == 1
   assert not loaded().streaming(8, 0).changes
   for knobs, message in (
     (dict(attn__window=4), r'attn\.window=4'),
