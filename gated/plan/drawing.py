@@ -30,8 +30,8 @@ def probes(runs: Runs, reports: Reports, ids: np.ndarray) -> None:
   """Draws the probes' reports, and maps of a text -> WORKDIR/probes/STEP-*.
 
   The workdir, the step, the maps of single heads and the page of gates are those of the
-  first run. Attention maps show the authors' prompt, and the first `ids`: at most a row of
-  the report and at most `attention.LONGEST`.
+  first run. Attention maps show the authors' prompt, and the first `ids`: at most a row
+  of the report and at most `attention.LONGEST`.
   """
   label, loaded = next(iter(runs.items()))
   figures, style = modules(loaded)
