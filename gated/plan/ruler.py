@@ -54,7 +54,7 @@ def run(loaded: Loaded, options: ruler.Options) -> None:
   for length in options.ruler:
     summaries = _at_length(maker, length, runs, finished, options)
     for label, by_task in summaries.items():
-      by_task = by_task and by_task | {'mean': ruler.mean(by_task)}
+      by_task = by_task and by_task | {'mean': ruler.means(by_task.values())}
       reports[label]['lengths'][str(length)] = by_task
   if jax.process_index() == 0:
     print(ruler.table(reports, loss_only=options.loss_only), flush=True)
@@ -121,8 +121,8 @@ class Examiner:
 
   def results(
     self, name: str, items: Sequence[ruler.Item], *, loss_only: bool
-  ) -> list[ruler.Result]:
-    """Items of a task -> their results."""
+  ) -> list[dict[str, Any]]:
+    """Items of a task -> their results, as for `ruler.summarize`."""
     try:
       means = self._losses(items)
       texts = [None] * len(items) if loss_only else self._texts(items)
@@ -134,9 +134,8 @@ class Examiner:
       for text, item in zip(texts, items)
     )
     return [
-      ruler.Result(
-        score=score, loss=loss, rank=rank, depth=item.depth, tokens=len(item.prompt)
-      )
+      {'score': score, 'loss': loss, 'rank': rank, 'depth': item.depth}
+      | {'tokens': len(item.prompt)}
       for item, score, (loss, rank) in zip(items, scores, means)
     ]
 

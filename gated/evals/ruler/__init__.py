@@ -2,7 +2,7 @@
 
 from gated.evals.ruler.items import Item, Maker
 from gated.evals.ruler.options import Options, define
-from gated.evals.ruler.scores import Result, mean, score, summarize, table
+from gated.evals.ruler.scores import means, score, summarize, table
 from gated.evals.ruler.tasks import TASKS
 from gated.evals.ruler.texts import local
 
@@ -11,10 +11,9 @@ __all__ = [
   'Item',
   'Maker',
   'Options',
-  'Result',
   'define',
   'local',
-  'mean',
+  'means',
   'score',
   'summarize',
   'table',

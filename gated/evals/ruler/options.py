@@ -25,8 +25,8 @@ class Options:
     config.at_least('limit', self.limit, 1)
     for name in self.tasks:
       if name not in TASKS:
-        near = config.nearest(name, TASKS) or f'allowed are {", ".join(TASKS)}'
-        raise ValueError(f'tasks={name}: RULER has no such task; {near}')
+        near = config.nearest(name, TASKS)
+        raise ValueError(f'tasks={name}: RULER has no such task{near}')
     for knob in ('ruler', 'tasks'):
       values = getattr(self, knob)
       if not values or len({*values}) < len(values):

@@ -165,18 +165,9 @@ def _opening(essay: tuple[str, ...], size: int) -> list[str]:
 
 DRAWS: dict[str, Callable[[random.Random, Texts], str]] = {
   'numbers': lambda rng, _: str(rng.randint(10**6, 10**7 - 1)),
-  'words': lambda rng, texts: '-'.join(
-    (
-      texts.adjectives[(i := rng.randrange(_pairs(texts))) // len(texts.nouns)],
-      texts.nouns[i % len(texts.nouns)],
-    )
-  ),
+  'words': lambda rng, texts: texts.pair(rng.randrange(texts.pairs)),
   'uuids': lambda rng, _: str(uuid.UUID(int=rng.getrandbits(128), version=4)),
 }
-
-
-def _pairs(texts: Texts) -> int:
-  return len(texts.adjectives) * len(texts.nouns)
 
 
 def chain(

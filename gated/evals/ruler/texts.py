@@ -55,6 +55,15 @@ class Texts:
   documents: dict[str, tuple[str, ...]]  # by task
   questions: dict[str, tuple[Question, ...]]  # by task
 
+  @property
+  def pairs(self) -> int:
+    return len(self.adjectives) * len(self.nouns)
+
+  def pair(self, number: int) -> str:
+    """The pair 'adjective-noun' of this number, in the order of the alphabet."""
+    i, j = divmod(number, len(self.nouns))
+    return f'{self.adjectives[i]}-{self.nouns[j]}'
+
 
 @functools.cache
 def local() -> Texts:
@@ -169,6 +178,9 @@ def _modules(
       name: text[0] for name, text in pairs if text and not name.startswith('_')
     }
   counts = Counter(name for group in described.values() for name in group)
+  firsts = Counter(
+    sentences(t)[0] for group in described.values() for t in group.values()
+  )
   # A module is an answer: none is a part of another one, or of a description.
   names = {*_apart(m for m, group in described.items() if len(m) > 3 and group)}
   documents: list[str] = []
@@ -180,9 +192,8 @@ def _modules(
     for name in group:
       text = described[module][name]
       first = sentences(text)[0]
-      if (
-        any(part in text for part in (module, module.rpartition('.')[2])) or name in first
-      ):
+      said = any(part in text for part in (module, module.rpartition('.')[2]))
+      if said or name in first or firsts[first] > 1:
         continue
       documents.append(f'{name}\n{text}')
       query = f'Which module defines the object with the description "{first}"?'

@@ -1,0 +1,197 @@
+"""RULER on models: losses and ranks, answers, the report, finished requests, flags."""
+
+import functools
+import json
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+import small
+from absl import flags
+
+import gated
+from gated import hf
+from gated.data import tokenizer
+from gated.evals import generate, ruler
+from gated.evals.harness import scoring
+from gated.evals.ruler import options, scores
+from gated.evals.ruler.texts import local
+from gated.plan import ruler as running
+
+LENGTH = 1280  # Tokens that the model is prepared for.
+SHOWN = (('loss', '.3f'), ('rank', '.1f'))
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+  """A Hugging Face folder of a small model, gated, with a vocabulary of words."""
+  place = tmp_path_factory.mktemp('ruler') / 'small'
+  net = small.model_of(vocab=512, depth=1, attn__gate__position='sdpa')
+  also = {'max_position_embeddings': LENGTH}
+  hf.save(net, place, packing='per_head', also=also)
+  tokenizer.train_bpe(local().essay[:5000], 512, f'{place}/tokenizer.json')
+  return place
+
+
+def run(place, capsys, yarn='', **values):
+  """-> the printed table, by line, and the report."""
+  given: dict[str, Any] = dict(ruler=(LENGTH,), limit=2) | values
+  loaded = gated.load(place, cache=str(place.parent / 'cache'))
+  running.run(loaded.stretched(yarn), options.Options(**given))
+  *table, report = capsys.readouterr().out.splitlines()
+  return table, json.loads(report)
+
+
+@pytest.mark.full
+def test_losses_and_answers_are_those_of_each_item_alone(place, capsys, monkeypatch):
+  """In a batch on 8 devices; a repeated evaluation measures nothing."""
+  loaded = gated.load(place)
+  maker = ruler.Maker(tokenizer=loaded.tokenizer, prefix=(), texts=local(), seed=42)
+  items = [*maker.items('qa_1', LENGTH, 2)]
+  want = []
+  for item in items:
+    logit_TV = loaded.logits([*item.context, *item.reference[:-1]]).astype(float)
+    logit_TV = logit_TV[len(item.context) - 1 :]
+    index = range(len(item.reference)), item.reference
+    nats_T = logit_TV[index] - np.log(np.exp(logit_TV).sum(-1))
+    rank_T = (logit_TV > logit_TV[index][:, None]).sum(-1) + 1
+    want.append((-nats_T.mean(), rank_T.mean()))
+  most = max(item.new for item in items)
+  new = loaded.generate([i.prompt for i in items], max_tokens=most, temperature=0)
+  texts, score = [], ruler.score
+  monkeypatch.setattr(ruler, 'score', lambda text, *_, **__: texts.append(text) or 50.0)
+  table, report = run(place, capsys, tasks=('qa_1',))
+  end = loaded.tokenizer.eos
+  whole = [[*ids.tolist(), end][: [*ids.tolist(), end].index(end)] for ids in new]
+  decode = loaded.tokenizer.decode
+  assert texts == [decode(ids).decode(errors='replace') for ids in whole]
+  qa = report['lengths'][str(LENGTH)]['qa_1']
+  assert qa['loss'] == pytest.approx(np.mean([loss for loss, _ in want]), abs=1e-4)
+  assert qa['rank'] == pytest.approx(np.mean([rank for _, rank in want]), abs=1e-4)
+  assert qa['score'] == 50 and qa['items'] == 2
+  cells = ['qa_1', 'small', '50.0', f'{qa["loss"]:.3f}', f'{qa["rank"]:.1f}']
+  assert [line.split() for line in table[2:]] == [cells, ['mean', *cells[1:]]]
+  monkeypatch.setattr(generate, 'run', None)
+  monkeypatch.setattr(scoring, 'arrays', None)
+  assert run(place, capsys, tasks=('qa_1',)) == (table, report)
+  assert texts[:2] == texts[2:] and score('ab', ['B'], any_of=False) == 100
+  [stored] = (place.parent / 'cache').rglob('imported-ruler-1280-qa_1-limit2.json')
+  assert json.loads(stored.read_text()) == report
+
+
+@pytest.mark.slow
+def test_yarn_is_measured_beside_the_model_before_it(place, capsys):
+  lengths = (LENGTH, 2 * LENGTH)
+  given: dict[str, Any] = dict(
+    ruler=lengths, tasks=('niah_single_1',), limit=1, loss_only=True
+  )
+  with pytest.raises(ValueError, match=r'--ruler=2560, .* prepared'):
+    run(place, capsys, **given)
+  table, report = run(place, capsys, yarn='2', **given)
+  before = report['lengths']
+  [(label, after)] = report['beside'].items()
+  assert label == 'small yarn=2' and report['yarn'] == '2'
+  assert before['2560'] is None and after['lengths']['2560']['mean']['loss'] > 0
+  losses = [each['1280']['mean']['loss'] for each in (before, after['lengths'])]
+  assert losses[0] != losses[1] and before['1280']['mean']['score'] is None
+  assert table[2].split() == [
+    'niah_single_1',
+    'small',
+    *(format(before['1280']['mean'][name], form) for name, form in SHOWN),
+    *'--',
+  ]
+  assert table[0].split() == ['1280', '2560'] and 'score' not in table[1]
+
+
+def test_scores_are_those_of_ruler():
+  """string_match_all and string_match_part of scripts/eval/synthetic/constants.py."""
+  answers = ('Abc', 'def', 'x1', '7')
+  assert scores.score('ABC, 7 and DE', answers, any_of=False) == 50
+  assert scores.score('ABC, 7 and DE', answers, any_of=True) == 100
+  assert scores.score('nothing', answers, any_of=True) == 0
+
+
+def test_a_summary_has_means_errors_and_bins_of_depth():
+  values = [(0, 1.0, 3, 0.1), (100, 3.0, 5, 0.15), (100, 5.0, 10, 0.99)]
+  results = [dict(score=s, loss=l, rank=r, depth=d, tokens=10) for s, l, r, d in values]
+  summary = ruler.summarize(results)
+  assert [summary[k] for k in ('items', 'loss', 'rank')] == [3, 3, 6]
+  assert summary['loss_stderr'] == pytest.approx(2 / 3**0.5)
+  first, *_, last = summary['by_depth']
+  assert (first['items'], first['loss'], first['score']) == (2, 2, 50)
+  assert (last['depth'], last['items'], last['rank']) == ([0.8, 1.0], 1, 10)
+  assert summary['by_depth'][2]['loss'] is None
+  other = dict(score=None, loss=1, rank=1, depth=None, tokens=10)
+  summary = ruler.summarize([other])
+  assert summary['by_depth'] is summary['score'] is summary['loss_stderr'] is None
+  assert ruler.means([{'score': 0, 'loss': 1, 'rank': 2}, summary]) == {
+    'score': None,
+    'loss': 1,
+    'rank': 1.5,
+  }
+
+
+@pytest.fixture
+def read_flags():
+  """A command line -> its options, with flags of its own."""
+  values = flags.FlagValues()
+  own = {
+    kind: functools.partial(getattr(flags, kind), flag_values=values)
+    for kind in ('DEFINE_list', 'DEFINE_boolean', 'DEFINE_integer')
+  }
+  for name in ('batch', 'limit', 'rows'):
+    own['DEFINE_integer'](name, 8, '')
+  for name in ('tasks', 'beside'):
+    own['DEFINE_list'](name, [], '')
+  define = types.SimpleNamespace(FLAGS=values, **own)
+  options_of = ruler.define(define, excludes=['rows', 'beside'])
+
+  def read(*line):
+    values(['eval.py', *line])
+    return options_of()
+
+  return read
+
+
+def test_flags_become_options(read_flags):
+  line = ['--ruler=1024,2048', '--tasks=vt,cwe', '--limit=3', '--beside=a,b']
+  assert read_flags(*line, '--loss_only', '--batch=2') == options.Options(
+    ruler=(1024, 2048),
+    tasks=('vt', 'cwe'),
+    limit=3,
+    batch=2,
+    beside=('a', 'b'),
+    loss_only=True,
+  )
+
+
+def test_all_tasks_and_a_hundred_items_are_the_default(read_flags):
+  found = read_flags('--ruler=4096')
+  assert found.tasks == tuple(ruler.TASKS) and found.limit == 100 and not found.beside
+
+
+def test_without_ruler_there_are_no_options(read_flags):
+  assert read_flags('--rows=3', '--tasks=hellaswag') is None
+
+
+@pytest.mark.parametrize(
+  ('line', 'message'),
+  [
+    (['--loss_only'], '--loss_only is not allowed without --ruler'),
+    (['--ruler=1024', '--rows=3'], '--rows=3 is not allowed with --ruler'),
+    (['--ruler=4k'], '--ruler=4k, but numbers are expected'),
+    (['--ruler='], '--ruler= is empty'),
+    (['--ruler=0'], '--ruler=0, but it must be at least 1'),
+    (['--ruler=1024,1024'], '--ruler=1024,1024 is empty, or repeats'),
+    (['--ruler=1024', '--limit=0'], '--limit=0, but it must be at least 1'),
+    (
+      ['--ruler=1024', '--tasks=niah_single_4'],
+      'no such task; did you mean niah_single_',
+    ),
+    (['--ruler=1024', '--tasks=hellaswag'], 'no such task; known are niah_single_1'),
+  ],
+)
+def test_flags_that_do_not_fit_are_refused_by_name(line, message, read_flags):
+  with pytest.raises(ValueError, match=message):
+    read_flags(*line)
