@@ -44,7 +44,7 @@ def check(workdir: storage.Path, log: Mapping[str, Any]) -> None:
     return  # A store reports errors when the lock is written.
   path = Path(workdir).absolute()
   try:
-    for parent in path.resolve().parents:
+    for parent in Path(os.path.realpath(path)).parents:
       if (parent / head.NAME).exists():
         raise ValueError(
           f'--workdir={workdir} lies within {parent}, where another run removes its old '
