@@ -27,8 +27,8 @@ def get_config(arg: str = '') -> ConfigDict:
   c.accum = 1  # micro-batches per step; more of them need less memory
   # WORKDIR, WORKDIR:STEP or a Hugging Face folder to take initial weights from.
   c.init_from = ''
-  # A Hugging Face folder whose config.json gives the knobs of `model` that it has:
-  # shapes, RoPE, norms, experts, gates. Knobs on the command line come first.
+  # A Hugging Face folder whose config.json sets knobs of `model`: shapes, RoPE, norms,
+  # experts, gates. Knobs on the command line take precedence.
   c.model_from = ''
   c.model = model()
   c.loss = dict(
@@ -171,8 +171,8 @@ def model() -> dict:
       differential=False,  # two heads are the maps of one differential head (2410.05258)
       window=0,  # tokens that a token sees, itself included; 0 for all
       global_layers='',  # layers without the window, as for `gate.layers`; '' for none
-      # flash rounds as fused kernels do, repaired without their bias (arXiv 2510.04212);
-      # both need the reference kernel.
+      # flash: rounds like fused kernels; repaired: the same without their bias (arXiv
+      # 2510.04212). Both need the reference kernel.
       rounding='backend',
       sink_tokens=0,  # learned keys and values that every token attends to
       sink_values='learned',  # zero: a sink token takes attention and adds nothing
@@ -186,8 +186,8 @@ def model() -> dict:
       backend='auto',  # fastest kernel for the device
       max_segments=16,  # limit of documents per row; fused kernels cost more for more
       gate=gate(),
-      # Further gates, 'POSITION [FIELD=VALUE ...]; ...': a field of `gate` that one does
-      # not name has the value above. 'value granularity=headwise' gives G1 + G2.
+      # Further gates, 'POSITION [FIELD=VALUE ...]; ...'; fields that one does not name are
+      # those of `gate`. 'value granularity=headwise' gives G1 + G2.
       gates='',
     ),
     moe=dict(
@@ -220,7 +220,7 @@ def gate() -> dict:
     weight_decay=-1.0,  # of the gate's weights; -1 for config.optim.weight_decay
     place='before',  # before: gates query or key before QK-norm, by the wording of Eq. 1
     score='float32',  # compute: scores in the compute dtype, as in the authors' code
-    opens=(0, 0),  # steps from which a gate starts to act and acts fully; (0, 0): always
+    opens=(0, 0),  # (a, b): no gating up to step a, full from step b on; (0, 0): always
     layers='all',  # or every:N (each N-th), first:N, last:N, or a list such as 0,5-7
   )
 
@@ -246,20 +246,20 @@ def optim() -> dict:
     # Decay per step: lr * weight_decay (lr), or lr / peak lr * weight_decay (schedule).
     decay_by='lr',
     clip=1.0,  # limit of the gradient norm; Megatron's default; unpublished
-    # tau: weights of a head whose attention logits exceed it are scaled down after the
-    # step (QK-clip; 100 in Kimi K2); 0 for none. Needs model.attn.qk_norm=False.
+    # QK-clip's tau: if a head's attention logits exceed it, its weights are scaled down
+    # after the step (100 in Kimi K2); 0 for none. Needs model.attn.qk_norm=False.
     qk_clip=0.0,
-    gates_first=0,  # first steps, in which only the gates learn: for gates added late
+    gates_first=0,  # first steps in which only gates learn, if added to a trained model
     # bfloat16 halves the moments' memory; stochastic rounding keeps their means.
     moments='float32',
-    # AdamW's second moments from the means of rows and columns (Adafactor): almost no
-    # memory for them, with another direction than AdamW's.
+    # True stores only the means of rows and columns of AdamW's second moments, as in
+    # Adafactor: almost no memory, but not exactly AdamW's updates.
     factored=False,
     # mup: the learning rate of a model of width `base_width` suits all wider ones
     # (arXiv 2203.03466; docs/transfer.md). The other sizes grow with the width.
     transfer='none',
     base_width=256,
-    base_head_dim=0,  # head_dim of that model; 0 if it has this model's
+    base_head_dim=0,  # head_dim of that model; 0 for the same as here
   )
 
 
@@ -269,8 +269,8 @@ def rule() -> dict[str, float]:
   A run's level is the median of the last `tail` of its logged losses.
   """
   return dict(
-    multiple=1.5,  # final loss over the best run's; above that of any sound learning rate
-    rise=0.5,  # nats of the final level above the run's lowest; far above its noise
+    multiple=1.5,  # final loss over the best run's; no sound learning rate exceeds it
+    rise=0.5,  # nats from a run's lowest level to its final one; far above the noise
     tail=0.05,  # fraction of the logged losses
   )
 
