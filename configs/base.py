@@ -186,8 +186,8 @@ def model() -> dict:
       backend='auto',  # fastest kernel for the device
       max_segments=16,  # limit of documents per row; fused kernels cost more for more
       gate=gate(),
-      # Further gates, 'POSITION [FIELD=VALUE ...]; ...'; fields that one does not name are
-      # those of `gate`. 'value granularity=headwise' gives G1 + G2.
+      # Further gates, 'POSITION [FIELD=VALUE ...]; ...'; their other fields are those of
+      # `gate`. 'value granularity=headwise' gives G1 + G2.
       gates='',
     ),
     moe=dict(
