@@ -25,10 +25,10 @@ Text = str | Sequence[int] | np.ndarray
 
 
 class Opened:
-  """A checkpoint. The weights are read when `model` is first used.
+  """A checkpoint, whose weights are read when `model` is first used.
 
-  They are split over all devices. A text is a single document: a string, or a sequence of
-  token ids.
+  They are sharded over all devices. A text is a single document: a string, or a sequence
+  of token ids.
   """
 
   def __init__(
@@ -45,7 +45,7 @@ class Opened:
     self.step = step  # None for imported weights
     self.about = about  # metadata of the step's checkpoint; None for imported weights
     self.cache = cache  # folder of the embedded corpus and of copied datasets
-    self.changes: tuple[Any, ...] = ()  # applied to the model after reading its weights
+    self.changes: tuple[Any, ...] = ()  # functions applied to the model after its reading
     self.yarn = ''  # the argument of `stretched`
 
   @functools.cached_property
@@ -116,10 +116,10 @@ class Opened:
 
   @property
   def prepared(self) -> int:
-    """Tokens that RoPE is prepared for; 0 if imported weights do not say.
+    """The number of tokens that RoPE is prepared for; 0 if unknown for imported weights.
 
-    These are the tokens of the rows that it was trained on, or of max_position_embeddings
-    for imported weights, and more with YaRN.
+    This is the length of the training rows, or max_position_embeddings for imported
+    weights; more with YaRN.
     """
     yarn, length = self.cfg.attn.yarn, self.length
     stretched = int(yarn.factor * yarn.original) if yarn.factor > 1 else 0
@@ -178,22 +178,22 @@ class Opened:
       raise ValueError(f'--data={mixture!r} has another tokenizer than the run')
 
   def fit(self, segments: int) -> Self:
-    """The same model for rows of up to `segments` documents; more slow a fused kernel."""
+    """The same model for rows of up to `segments` documents (`max_segments`)."""
     attn = self.cfg.attn
     most = max(attn.max_segments, segments)
     attn = dataclasses.replace(attn, max_segments=most)
     return self._with(attn=attn)
 
   def dropless(self) -> Self:
-    """The same model whose experts drop no token, so that rows do not change others."""
+    """The same model with dropless experts, so that rows do not affect each other."""
     moe = dataclasses.replace(self.cfg.moe, dispatch='dropless')
     return self._with(moe=moe)
 
   def stretched(self, spec: str) -> Self:
     """The same model with YaRN, such as '4' or '4,truncate=False'; '' for no change.
 
-    `spec` is as for `Yarn.changed`. The factor is that to the length which RoPE is
-    prepared for, unless the model has YaRN: it then replaces that factor.
+    `spec` is as for `Yarn.changed`. The factor multiplies the length that RoPE is
+    prepared for; if the model already has YaRN, it replaces the factor.
     """
     if not spec:
       return self
@@ -206,10 +206,10 @@ class Opened:
     return fitted
 
   def streaming(self, window: int, kept: int) -> Self:
-    """The same model by StreamingLLM: a window, and the first tokens are kept.
+    """The same model with StreamingLLM: a window, and the first tokens are kept.
 
     As in `model.streaming`; each row is one document, whatever `mask_documents` was.
-    ValueError for a model whose attention has a window already, or is no softmax.
+    ValueError for a model whose attention already has a window, or is not a softmax.
     """
     attn = self.cfg.attn
     if attn.window or attn.normalizer not in remedies.OVER_SOFTMAX:
@@ -229,7 +229,7 @@ class Opened:
     same: dict[str, Any] = dict(step=self.step, about=self.about, cache=self.cache)
     fitted = type(self)(self.path, cfg, **same)
     fitted.changes, fitted.yarn = self.changes, self.yarn
-    if 'leaves' in vars(self):  # The step may be gone, and is not read again.
+    if 'leaves' in vars(self):  # Not read again: a run may have removed the step.
       fitted.leaves = self.leaves
     return fitted
 
