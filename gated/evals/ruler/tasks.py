@@ -7,6 +7,7 @@ draws of an item.
 """
 
 import functools
+import math
 import random
 import string
 import uuid
@@ -61,6 +62,7 @@ DOCUMENTS = (
   '{query} Answer:'
 )
 LETTERS = 6  # Of a coded word.
+UNIQUE = 60  # Coded words with which the three most frequent ones are unique.
 HOPS = 4
 
 
@@ -265,9 +267,7 @@ def answering(
 
 
 def _needles(haystack: str, **options) -> Task:
-  count = max(options.get('keys', 1), options.get('queries', 1)) * options.get(
-    'values', 1
-  )
+  count = math.prod(value for value in options.values() if isinstance(value, int))
 
   def sizes(texts: Texts, length: int) -> Sizes:
     if haystack == 'essay':
@@ -305,10 +305,11 @@ TASKS = {
   'cwe': Task(
     draw=common, sizes=lambda texts, length: Sizes(20, 10, 20, len(texts.words)), new=120
   ),
-  # Sixty words make the three most frequent ones unique.
   'fwe': Task(
     draw=frequent,
-    sizes=lambda texts, length: Sizes(length // LETTERS, length // 32, 60, length),
+    sizes=lambda texts, length: Sizes(
+      max(length // LETTERS, UNIQUE), length // 32, UNIQUE, length
+    ),
     new=50,
   ),
   'qa_1': _answering('qa_1', 1),
