@@ -15,10 +15,10 @@ from gated.plan import evaluation, tasks
 from gated.plan.load import Loaded, load
 from gated.run import metrics
 
-SEED = 42  # Of the items.
+SEED = 42  # For the items.
 
 define = ruler.define
-UNUSED = {'fewshot', 'task_path', 'length'}  # Flags of lm-eval's tasks.
+UNUSED = {'fewshot', 'task_path', 'length'}  # Flags that only lm-eval's tasks use.
 
 
 def run(loaded: Loaded, options: ruler.Options) -> None:
@@ -26,13 +26,13 @@ def run(loaded: Loaded, options: ruler.Options) -> None:
 
   The report is WORKDIR/evals/STEP-ruler-*.json, beside the finished requests. ValueError
   names --ruler if a length is too short for a task, or too long for the model, before
-  anything runs. With --yarn each model is measured before and after. Another model that
-  is not prepared for a length has no numbers there.
+  anything runs. With --yarn each model is measured without and with it. A model of
+  --beside that is not prepared for a length has no results for it.
   """
   if not _is_prepared(loaded, longest := max(options.ruler)):
     raise ValueError(
-      f'--ruler={longest}, but RoPE of {loaded.path} is prepared for {loaded.prepared} '
-      'tokens: see --yarn'
+      f'--ruler={longest}, but RoPE is prepared for {loaded.prepared} tokens: '
+      '--yarn=FACTOR stretches it, and --yarn=1 measures beyond them as it is'
     )
   runs = _runs(loaded, options.beside)
   with evaluation.shown('preparing the texts'):
@@ -84,7 +84,9 @@ def _no_rows() -> Any:
 
 
 def _is_prepared(run: Loaded, length: int) -> bool:
-  return not run.prepared or length <= run.prepared
+  """Whether RoPE is prepared for a length, or used as it is (--yarn=1)."""
+  as_it_is = bool(run.yarn) and run.cfg.attn.yarn.factor == 1
+  return as_it_is or not run.prepared or length <= run.prepared
 
 
 def _at_length(

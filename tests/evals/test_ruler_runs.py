@@ -104,6 +104,15 @@ def test_yarn_is_measured_beside_the_model_before_it(place, capsys):
   assert table[0].split() == ['1280', '2560'] and 'score' not in table[1]
 
 
+def test_a_length_beyond_rope_needs_yarn_or_its_word_that_rope_stays(place):
+  loaded = gated.load(place)
+  lengths = LENGTH, LENGTH + 1, 2 * LENGTH, 2 * LENGTH + 1
+  allowed = lambda run: [running._is_prepared(run, length) for length in lengths]
+  assert allowed(loaded) == [True, False, False, False]
+  assert allowed(loaded.stretched('2')) == [True, True, True, False]
+  assert allowed(loaded.stretched('1')) == [True] * 4
+
+
 def test_scores_are_those_of_ruler():
   """string_match_all and string_match_part of scripts/eval/synthetic/constants.py."""
   answers = ('Abc', 'def', 'x1', '7')
