@@ -57,10 +57,10 @@ def flops_per_token(
   routed = sum(p.size for p in matrices if 'experts' in p.axes)
   weights = count(matrices) + cfg.vocab * cfg.width
   weights += routed * cfg.moe.top_k // max(cfg.moe.experts, 1) - routed
-  for own in blocks.attn.gates.values():
+  for gate in blocks.attn.gates.values():
     # A matrix that reads a part of X, or head channels, has no axis 'embed'.
-    if own.cfg.source != 'parameter' and 'embed' not in own.weight.axes:
-      weights += own.weight.size
+    if gate.cfg.source != 'parameter' and 'embed' not in gate.weight.axes:
+      weights += gate.weight.size
   return 6.0 * weights + 3 * attention_flops(cfg, length, position_BT)
 
 

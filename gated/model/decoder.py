@@ -82,11 +82,11 @@ class Config:
     config.at_least('config.model.branch_clip', self.branch_clip, 0.0)
     config.at_least('config.model.logit_cap', self.logit_cap, 0.0)
     # A gate that is off is checked too.
-    for name, own in ({'gate': self.attn.gate} | self.attn.named).items():
-      config.layers(f'{self.attn.knob(name)}.layers', own.layers, self.depth)
-      if own.part[1] > self.width:
+    for name, gate in ({'gate': self.attn.gate} | self.attn.named).items():
+      config.layers(f'{self.attn.knob(name)}.layers', gate.layers, self.depth)
+      if gate.part[1] > self.width:
         raise ValueError(
-          f'{self.attn.knob(name)}.inputs={own.inputs!r}, but X has only '
+          f'{self.attn.knob(name)}.inputs={gate.inputs!r}, but X has only '
           f'config.model.width={self.width} dims'
         )
     # This raises ValueError for a pattern that does not fit.
@@ -100,8 +100,8 @@ class Config:
   def gated(self) -> dict[str, tuple[int, ...]]:
     """The layers of each gate, by its name in `attention.Config.named`."""
     return {
-      name: config.layers(f'{self.attn.knob(name)}.layers', own.layers, self.depth)
-      for name, own in self.attn.named.items()
+      name: config.layers(f'{self.attn.knob(name)}.layers', gate.layers, self.depth)
+      for name, gate in self.attn.named.items()
     }
 
   @functools.cached_property
@@ -120,7 +120,7 @@ class Config:
     These parts are the gates and 'window'.
     """
     parts = self.gated | {'window': self.windowed}
-    of = lambda i: frozenset(name for name, own in parts.items() if i in own)
+    of = lambda i: frozenset(name for name, layers in parts.items() if i in layers)
     return [
       (names, len([*run])) for names, run in itertools.groupby(range(self.depth), of)
     ]
@@ -212,7 +212,7 @@ class Transformer(nnx.Module):
     self.embed_scale = Scale((), cfg.width**0.5) if scaled else None
     keys = jax.random.split(child_key(key, 'blocks'), cfg.depth)
     self.blocks = jax.vmap(lambda k: Block(cfg, k))(keys)
-    # Layers without a gate have no parameters of it.
+    # Layers without a gate have no parameters for it.
     for name, own in cfg.gated.items():
       keep = lambda leaf, own=own: leaf[jnp.array(own)] if len(own) < cfg.depth else leaf
       setattr(self.blocks.attn, name, jax.tree.map(keep, getattr(self.blocks.attn, name)))
@@ -298,23 +298,23 @@ class Transformer(nnx.Module):
     for name in gates:
       setattr(bare.attn, name, None)
     parts = stacks.split((bare, *also), sizes)
-    for part, own in zip(parts, names):
-      part[0].attn.window = self.cfg.attn.window if 'window' in own else 0
+    for part, inside in zip(parts, names):
+      part[0].attn.window = self.cfg.attn.window if 'window' in inside else 0
     for name, stack in gates.items():
-      having = [i for i, own in enumerate(names) if name in own]
-      for i, own in zip(having, stacks.split(stack, [sizes[i] for i in having])):
-        setattr(parts[i][0].attn, name, own)
+      gated = [i for i, inside in enumerate(names) if name in inside]
+      for i, gate in zip(gated, stacks.split(stack, [sizes[i] for i in gated])):
+        setattr(parts[i][0].attn, name, gate)
     return parts
 
   def at_step(self, step: jax.Array | int) -> 'Transformer':
     """The same weights, with gates as far open as after `step` training steps."""
     done = step if isinstance(step, int) else 0
-    opening = [name for name, own in self.cfg.attn.named.items() if own.opens[1] > done]
+    opening = [name for name, cfg in self.cfg.attn.named.items() if cfg.opens[1] > done]
     net = stacks.copied(self) if opening else self
     for name in opening:
-      own = getattr(net.blocks.attn, name)
-      share_L = stacks.opened(step, own.cfg.opens, len(self.cfg.gated[name]))
-      own.open = nnx.Variable(share_L, axes=())
+      gate = getattr(net.blocks.attn, name)
+      share_L = stacks.opened(step, gate.cfg.opens, len(self.cfg.gated[name]))
+      gate.open = nnx.Variable(share_L, axes=())
     return net
 
   def unembedding(self) -> jax.Array:

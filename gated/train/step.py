@@ -66,9 +66,9 @@ def train(
   `batch` has tokens, targets, weights, segments and positions (B, T); `tx` comes from
   `guard.guard`. Losses are in nats per token. `tau` is the limit of QK-clip; 0 for none.
   """
-  at: dict[str, Any] = dict(step=state.step, accum=accum, loss=loss, tau=tau)
-  found = gradients(state.model, batch, **at)
-  return update(state, found, tx=tx, schedule=schedule, tau=tau)
+  options: dict[str, Any] = dict(step=state.step, accum=accum, loss=loss, tau=tau)
+  computed = gradients(state.model, batch, **options)
+  return update(state, computed, tx=tx, schedule=schedule, tau=tau)
 
 
 def gradients(
