@@ -232,14 +232,14 @@ def read_all(root: storage.Path, experiment: str, scale: str) -> list[Result]:
 def merge(source: storage.Path, root: storage.Path) -> tuple[list[str], list[str]]:
   """Copies the results of another checkout -> the paths copied, and those kept here.
 
-  A point that has a result here keeps it. ValueError if one is damaged, or is of another
-  recipe than the result with the same name here; then nothing is copied.
+  Existing results are kept. ValueError, and no copy, if a result is damaged, or has
+  another recipe than the result with the same name here.
   """
-  found = sorted((source / 'experiments').glob('*/results/*/*.json'))
-  if not found:
+  paths = sorted((source / 'experiments').glob('*/results/*/*.json'))
+  if not paths:
     raise ValueError(f'{source} holds no experiments/NAME/results/SCALE/POINT.json')
   fresh, kept = [], []
-  for path in found:
+  for path in paths:
     result = read(path)
     here = folder(root, result.experiment, result.scale) / path.name
     if not storage.exists(here):

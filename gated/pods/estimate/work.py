@@ -93,15 +93,16 @@ def sent(layout: Layout, chip: Chip, slices: int) -> tuple[Traffic, ...]:
   crossing = mesh.crossing(layout.sizes, slices)
   sources = (_weights, _copies, _tensor, _experts, _keys, _loss, _embedding)
   traffic = []
-  for what, kind, axis, whole in (t for s in sources for t in s(layout, passes(layout))):
+  transfers = (t for source in sources for t in source(layout, passes(layout)))
+  for purpose, kind, axis, whole in transfers:
     across = slices if axis == crossing else 1
     inside = layout.sizes[axis] // across
     opts: dict[str, Any] = dict(
       axis=axis,
       share=share(inside, layout.devices // slices, chip),
-      hidden=what in HIDDEN,
+      hidden=purpose in HIDDEN,
       kind=kind,
-      what=what,
+      what=purpose,
     )
     for network, part, n in (
       ('links', whole, inside),
@@ -190,16 +191,17 @@ def _embedding(layout: Layout, count: Passes) -> Transfers:
   yield 'embedding', 'all-reduce', 'tensor', count.forward * states
 
 
-def _table(layout: Layout, what: str, near: int, gathers: int, sums: int) -> Transfers:
+def _table(layout: Layout, purpose: str, near: int, gathers: int, sums: int) -> Transfers:
   """The parts of a table beyond the `near` neighbours, and its gradient in float32."""
   elements = layout.vocab * layout.cfg.model.width
   far = (1 / near - 1 / layout.fsdp) * elements
-  yield what, 'all-gather', 'fsdp', _whole(gathers * far * layout.compute, layout.fsdp)
-  yield what, 'reduce-scatter', 'fsdp', _whole(sums * far * WIDE, layout.fsdp)
+  gathered, summed = gathers * far * layout.compute, sums * far * WIDE
+  yield purpose, 'all-gather', 'fsdp', _whole(gathered, layout.fsdp)
+  yield purpose, 'reduce-scatter', 'fsdp', _whole(summed, layout.fsdp)
   for axis in ('data', 'expert', 'context'):
-    yield what, 'all-reduce', axis, sums * elements / layout.fsdp * WIDE
+    yield purpose, 'all-reduce', axis, sums * elements / layout.fsdp * WIDE
 
 
 def _whole(bytes_sent: float, n: int) -> float:
-  """Bytes that n chips gather if each sends so many bytes."""
+  """Bytes of the gathered array if each of n chips sends `bytes_sent`."""
   return bytes_sent * n / max(n - 1, 1)

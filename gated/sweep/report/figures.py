@@ -233,7 +233,7 @@ def probed(lines: list[Line], rows: Sequence[Row] = ()) -> Drawn:
     ax.set(xlabel='mean gate score', ylabel=LABELS[name])
     ax.set_xlim(0, 1.05 * max(ax.dataLim.x1, 1e-9))
     texts = {'ours': probes.of_lines(lines, name), 'paper': probes.correlation(pairs)}
-    words = [f'ρ {who} {rho}' for who, rho in texts.items() if rho]
+    words = [f'ρ {source} {rho}' for source, rho in texts.items() if rho]
     ax.set_title('\n'.join(words), size=7)
     correlated |= bool(words)
   handles = [_mark(i, line) for i, line in shown]

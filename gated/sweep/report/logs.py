@@ -126,16 +126,16 @@ def read(workdir: storage.Path, steps: int) -> Log:
 
 
 def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
-  found: dict[str, tuple[list[int], list[float]]] = {name: ([], []) for name in KEPT}
+  kept: dict[str, tuple[list[int], list[float]]] = {name: ([], []) for name in KEPT}
   for record in records:
     for name in record:
-      pair = found.get(f'{record["kind"]}/{name}')
+      pair = kept.get(f'{record["kind"]}/{name}')
       if pair:
         pair[0].append(record['step'])
         pair[1].append(record[name])
   return {
     name: Curve(np.array(steps, np.int64), np.array(values, np.float64))
-    for name, (steps, values) in found.items()
+    for name, (steps, values) in kept.items()
   }
 
 

@@ -56,16 +56,16 @@ class Row(NamedTuple):
 
 def rows(lines: Sequence[Line], resolve: Resolve | None) -> list[Row]:
   """The cells that are rows of the paper; `resolve` gives the recipe of a command."""
-  found: list[Row] = []
+  matches: list[Row] = []
   if not resolve:
-    return found
+    return matches
   for line in lines:
     for cell in line.cells:
       point = cell.points[0].point
       paper = point.config['paper']
       if paper['table'] and paper['published'] and _is_row(point.config, point, resolve):
-        found.append(Row(line, cell, paper))
-  return found
+        matches.append(Row(line, cell, paper))
+  return matches
 
 
 def _is_row(own: Mapping[str, Any], point: Any, resolve: Resolve) -> bool:
