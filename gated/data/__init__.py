@@ -121,8 +121,9 @@ def _part(term: mixture.Term, cfg: Config, knob: str) -> mixture.Part:
     return mixture.Part(term, directory, shards.read_manifest(directory))
   except FileNotFoundError as error:
     raise ValueError(
-      f'{knob}: no such dataset {place!r} ({error}); make one with python '
-      f'scripts/prepare_data.py --length={cfg.length} --out=DIR ...'
+      f'{knob}: no such dataset {place!r} ({error}); if it has moved, name its new '
+      'place (eval.py: --data), or make one with python scripts/prepare_data.py '
+      f'--length={cfg.length} --out=DIR ...'
     ) from error
   except (ValueError, OSError) as error:
     raise ValueError(f'{knob} (config.data.cache={folder!r}): {error}') from error

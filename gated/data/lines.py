@@ -36,7 +36,8 @@ def span(file: BinaryIO, piece: Piece) -> list[Span]:
     if not offset:
       return 0
     file.seek(offset - 1)
-    file.readline()
+    while (part := file.readline(pieces.BLOCK)) and not part.endswith(b'\n'):
+      pass  # The rest of a long line is not held.
     return file.tell()
 
   return [(next_line(piece.start), next_line(piece.stop))]
@@ -64,8 +65,10 @@ def _lines(
         while not line.endswith(b'\n') and (line := file.readline(pieces.MAX_DOCUMENT)):
           size += len(line)
         raise Fault('too large', f'a line of more than {pieces.MAX_DOCUMENT} bytes')
-      if line.strip():
-        yield from entries(f'{piece.name}:{start}', _parse(line, piece), piece)
+      if not line.isspace():
+        entry, line = _parse(line, piece), b''  # Of a long line one copy is kept.
+        yield from entries(f'{piece.name}:{start}', entry, piece)
+        entry = None
     except Fault as fault:
       text = f'{piece.path} at byte {start}: {fault}'
       report(Fault(fault.reason, text))

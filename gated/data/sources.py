@@ -109,13 +109,14 @@ def documents(unit: Unit, report: Report = refuse) -> Iterator[tuple[str, Docume
           yield name, data
           continue
         try:
-          text = data.decode() if isinstance(data, bytes) else data
-          text.encode()
+          blocks = _Slices(data.decode() if isinstance(data, bytes) else data)
+          for block in blocks:
+            block.encode()  # JSON may have half of a character.
         except UnicodeError as error:
           report(_undecoded(piece, name, error))
           continue
-        size = pieces.BLOCK
-        yield name, Text([text[i : i + size] for i in range(0, len(text) or 1, size)])
+        data = b''
+        yield name, Text(blocks)
     except Fault as fault:
       report(fault)
     except OSError as error:
@@ -203,6 +204,17 @@ class _Blocks:
           yield text
         if not data:
           return
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slices:
+  """A text in memory, in blocks that are copied one at a time."""
+
+  text: str
+
+  def __iter__(self) -> Iterator[str]:
+    for start in range(0, len(self.text) or 1, pieces.BLOCK):
+      yield self.text[start : start + pieces.BLOCK]
 
 
 def _undecoded(piece: Piece, name: str, error: UnicodeError, before: int = 0) -> Fault:

@@ -9,7 +9,9 @@ from gated.data import ids, pieces, tokenizer
 from gated.data.faults import Fault, Report, describe
 from gated.data.pieces import Piece, Reading, Span, Split
 
-ROWS = 1024  # Read at a time.
+BATCH = 1 << 24  # Bytes of rows that are read at a time, of mean size,
+ROWS = 1024  # and at most so many rows.
+BUFFER = 1 << 20  # Bytes of a file that are read ahead.
 
 
 def _opened(path: str, reading: Reading) -> Any:
@@ -27,7 +29,7 @@ def _open(path: str, reading: Reading, version: tuple[int, ...]) -> Any:
   field, is_right = reading.field, _is_ids if reading.ids else _is_text
   parquet = tokenizer.optional('pyarrow.parquet')
   try:
-    file = parquet.ParquetFile(path)
+    file = parquet.ParquetFile(path, buffer_size=BUFFER)
   except Exception as error:
     text = f'{path!r} is not a Parquet file: {describe(error)}'
     raise Fault('damaged Parquet', text) from error
@@ -77,6 +79,13 @@ def _column(path: str, reading: Reading, group: int) -> Any:
   return next(column for column in columns if name(column) == reading.field)
 
 
+def _rows(path: str, reading: Reading, group: int) -> int:
+  """-> the rows of a group that are read at a time."""
+  column = _column(path, reading, group)
+  mean = column.total_uncompressed_size / max(column.num_values, 1)
+  return int(min(max(BATCH // max(mean, 1), 1), ROWS))
+
+
 def split(path: str, reading: Reading) -> Split:
   result, start, size = [], 0, 0
   groups = _opened(path, reading).metadata.num_row_groups
@@ -109,7 +118,8 @@ def read(piece: Piece, report: Report) -> Iterator[tuple[str, Any]]:
   for group in range(piece.start, piece.stop):
     row = 0
     try:
-      for batch in file.iter_batches(ROWS, row_groups=[group], columns=[field]):
+      size = _rows(path, reading, group)
+      for batch in file.iter_batches(size, row_groups=[group], columns=[field]):
         values = batch.column(0)
         if pyarrow.types.is_struct(values.type):
           values = compute.struct_field(values, field.split('.')[1:])

@@ -16,7 +16,17 @@ import pytest
 import zstandard
 
 from gated import data
-from gated.data import faults, mixture, pieces, prepare, shards, sources, tokenizer, units
+from gated.data import (
+  faults,
+  mixture,
+  pieces,
+  prepare,
+  shards,
+  sources,
+  table,
+  tokenizer,
+  units,
+)
 from scripts import prepare_data
 from tests.data.test_prepare_data import decoded, options, rows
 
@@ -240,9 +250,9 @@ def test_parquet_columns_of_all_kinds_of_text_are_read(kind, tmp_path):
   else:
     column = pyarrow.array(texts, KINDS[kind])
   nested = pyarrow.StructArray.from_arrays([column], ['text'])
-  table = pyarrow.table({'text': column, 'meta': nested})
+  columns = pyarrow.table({'text': column, 'meta': nested})
   size = 5 if 'view' in kind else 2  # The library cannot write a part of a view.
-  parquet.write_table(table, tmp_path / 'a.parquet', row_group_size=size)
+  parquet.write_table(columns, tmp_path / 'a.parquet', row_group_size=size)
   for field in ('text', 'meta.text'):
     assert read(tmp_path / 'a.parquet', field=field) == ['a', 'é日', '', '', 'a']
 
@@ -267,6 +277,39 @@ def test_a_damaged_row_group_and_bad_text_are_faults(tmp_path):
   with pytest.raises(ValueError, match=r'bad.parquet: bad.parquet:0:1 is not UTF-8'):
     read(tmp_path / 'bad.parquet')
   assert read(tmp_path / 'bad.parquet', tally=faults.Tally()) == ['fine', 'too']
+
+
+def test_rows_of_a_large_row_group_are_read_few_at_a_time(tmp_path, monkeypatch):
+  texts = [f'{i}' * 999 for i in range(20)]
+  column = pyarrow.array(texts)
+  parquet.write_table(pyarrow.table({'text': column}), tmp_path / 'a.parquet')
+  sizes, read_batches = [], parquet.ParquetFile.iter_batches
+
+  def iter_batches(file, size, **options):
+    sizes.append(size)
+    return read_batches(file, size, **options)
+
+  monkeypatch.setattr(parquet.ParquetFile, 'iter_batches', iter_batches)
+  assert read(tmp_path / 'a.parquet') == texts
+  monkeypatch.setattr(table, 'BATCH', 6000)
+  assert read(tmp_path / 'a.parquet') == texts
+  monkeypatch.setattr(table, 'BATCH', 1)
+  assert read(tmp_path / 'a.parquet') == texts
+  assert sizes[0] == table.ROWS and 2 < sizes[1] < 6 and sizes[2] == 1
+
+
+def test_long_lines_are_read_once_and_skipped_in_blocks(tmp_path, monkeypatch):
+  monkeypatch.setattr(pieces, 'UNIT', 40)
+  monkeypatch.setattr(pieces, 'BLOCK', 7)
+  texts = ['a' * 300, 'b', 'c' * 90, '', 'd' * 41]
+  lines = ''.join(json.dumps({'text': text}) + '\n' for text in texts)
+  (tmp_path / 'a.jsonl').write_text(lines + '\n \n')
+  assert read(tmp_path / 'a.jsonl') == texts
+  # Half of a character, in a later block.
+  (tmp_path / 'a.jsonl').write_text('{"text": "abcdefghi \\ud800"}\n{"text": "b"}\n')
+  with pytest.raises(ValueError, match=r'a.jsonl:0 is not UTF-8'):
+    read(tmp_path / 'a.jsonl')
+  assert read(tmp_path / 'a.jsonl', tally=faults.Tally()) == ['b']
 
 
 def bad_folder(tmp_path):
