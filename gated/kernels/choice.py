@@ -28,7 +28,7 @@ def run(
     else:
       log(contract, name, '; '.join(reasons))
       return out
-  raise NotImplementedError(f'no backend can do {contract} here: ' + '; '.join(reasons))
+  raise NotImplementedError(f'no backend supports this {contract}: ' + '; '.join(reasons))
 
 
 @functools.cache

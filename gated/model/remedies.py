@@ -1,4 +1,4 @@
-"""The remedies for attention sinks inside a layer: their names, and what they exclude."""
+"""The remedies for attention sinks inside a layer: their names, and their conflicts."""
 
 from typing import Any
 
@@ -40,22 +40,23 @@ CONFLICTS = (
   (
     'rounding normalizer',
     lambda c: c.rounding != 'backend' and c.normalizer not in OVER_SOFTMAX,
-    f'only a softmax can choose its rounding: {_SOFTMAX}',
+    f'only the softmax has this knob: {_SOFTMAX}',
   ),
   (
     'rounding backend',
     lambda c: c.rounding != 'backend' and c.backend not in ('auto', 'reference'),
-    "only that of the reference is a choice: allowed are backend='auto' and 'reference'",
+    "only the reference has this knob: allowed are backend='auto' and 'reference'",
   ),
   (
     'differential normalizer sink_tokens',
     lambda c: c.differential and (c.normalizer != 'softmax' or c.sink_tokens),
-    "its maps are softmaxes: allowed are normalizer='softmax' and sink_tokens=0",
+    "both of its maps are plain softmaxes: allowed are normalizer='softmax' and "
+    'sink_tokens=0',
   ),
   (
     'differential output',
     lambda c: c.differential and c.output != 'none',
-    "its own norm would repeat or cancel it: allowed is output='none'",
+    "differential attention has its own norm: allowed is output='none'",
   ),
 )
 

@@ -142,7 +142,7 @@ def _run(backend: str, q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case) -> Any:
 
 def _too_long(*_):
   raise NotImplementedError(
-    f'is quadratic in memory and not taken above {REFERENCE_LIMIT} tokens unless named: '
+    f'is quadratic in memory: above {REFERENCE_LIMIT} tokens it runs only with '
     "config.model.attn.backend='reference'"
   )
 

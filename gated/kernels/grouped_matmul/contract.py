@@ -38,9 +38,9 @@ def _pallas(x_NA, w_EAB, size_E):
     raise NotImplementedError(f'computes in bfloat16, not {x_NA.dtype}')
   N, A, B = len(x_NA), *w_EAB.shape[1:]
   if A % 64 or B % 64:
-    raise NotImplementedError(f'has widths of a multiple of 64, not {A} and {B}')
+    raise NotImplementedError(f'needs widths that are multiples of 64, not {A} and {B}')
   if N < 256:
-    raise NotImplementedError(f'takes 256 rows at least, not {N}')
+    raise NotImplementedError(f'needs at least 256 rows, not {N}')
   return gpu.multiply(x_NA, w_EAB, size_E)
 
 
@@ -50,7 +50,7 @@ def _megablox(x_NA, w_EAB, size_E):
     raise NotImplementedError('needs a TPU')
   for dim, n in zip(('rows', 'width in', 'width out'), (len(x_NA), *w_EAB.shape[1:])):
     if n % tpu.LANES:
-      raise NotImplementedError(f'takes multiples of 128, not {dim} of {n}')
+      raise NotImplementedError(f'needs multiples of 128, not {dim} of {n}')
   return tpu.multiply(x_NA, w_EAB, size_E)
 
 
