@@ -18,6 +18,8 @@ from gated.evals.harness import scoring
 from gated.evals.ruler import options, scores
 from gated.evals.ruler.texts import local
 from gated.plan import ruler as running
+from gated.run import exit_codes
+from scripts import ruler_text
 
 LENGTH = 1280  # Tokens that the model is prepared for.
 SHOWN = (('loss', '.3f'), ('rank', '.1f'))
@@ -204,3 +206,16 @@ def test_without_ruler_there_are_no_options(read_flags):
 def test_flags_that_do_not_fit_are_refused_by_name(line, message, read_flags):
   with pytest.raises(ValueError, match=message):
     read_flags(*line)
+
+
+def test_items_become_documents_that_end_with_their_answers(tmp_path, capsys):
+  out = tmp_path / 'items.jsonl'
+  flags = [f'--out={out}', '--tasks=niah_single_1,fwe', '--lengths=800,900', '--items=2']
+  assert ruler_text.main(flags) == exit_codes.FINISHED
+  texts = [json.loads(line)['text'] for line in out.read_text().splitlines()]
+  assert len({*texts}) == len(texts) == 8 and '8 documents' in capsys.readouterr().out
+  for text in texts[:4]:
+    number = text.rpartition(' ')[2]
+    assert number.isdigit() and f'is: {number}.' in text
+  assert ruler_text.main([*flags, '--tasks=qa_3']) == exit_codes.REFUSED
+  assert 'qa_3: RULER has no such task' in capsys.readouterr().err
