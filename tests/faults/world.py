@@ -134,10 +134,12 @@ class World:
     self._names = 0
 
   def __enter__(self) -> 'World':
-    # A shell starts background commands with Ctrl-C ignored, which runs would inherit.
-    # Rows run in threads, which may not set a handler; the world of all rows has done it.
+    # A shell starts background commands with Ctrl-C ignored, and nohup ignores SIGHUP;
+    # runs would inherit that, but not a handler. Rows run in threads, which may not set
+    # one; the world of all rows has done it.
     if threading.current_thread() is threading.main_thread():
       signal.signal(signal.SIGINT, signal.default_int_handler)
+      signal.signal(signal.SIGHUP, lambda *_: None)
     return self
 
   def __exit__(self, *_) -> None:
