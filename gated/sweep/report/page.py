@@ -17,6 +17,7 @@ th, td { padding: 0.25rem 0.5rem; border-bottom: 1px solid var(--line);
   text-align: left; }
 th { border-bottom-width: 2px; }
 th, td[style] { white-space: nowrap; }
+@media (max-width: 40rem) { td:not([style]) { min-width: 9rem; } }
 p, ul { max-width: 60rem; }
 img { background: #fff; max-width: 100%; border-radius: 4px; }
 """
