@@ -85,6 +85,8 @@ class Package(NamedTuple):
 
 
 class Document(NamedTuple):
+  """A file of an archive that may enter the corpus."""
+
   digest: bytes  # Of the content, without differences in white space.
   domain: str
   name: str  # Path in the archive.
@@ -221,6 +223,7 @@ def plain(content: bytes, domain: str) -> bool:
 
 
 def english(content: bytes) -> bool:
+  """Whether enough of the words are common English words."""
   words = len(WORD.findall(content))
   return len(COMMON.findall(content)) >= MIN_COMMON * max(words, 1)
 

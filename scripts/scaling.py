@@ -78,6 +78,7 @@ def recipe(name: str, length: int) -> plan.Config:
 
 
 def row(cfg: plan.Config, chip: chips.Chip, count: int) -> Row:
+  """A recipe and a number of chips -> the fastest meshes that fit."""
   slices = -(-count // chip.slice_size)
   meshes: dict[str, estimate.Estimate] = {}
   for e in estimate.suggest(cfg, chip, count, slices):

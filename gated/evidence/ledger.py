@@ -41,6 +41,7 @@ class Row:
 
   @property
   def status(self) -> str:
+    """The first of STATUSES that a part has."""
     statuses = {verdict.status for verdict in self.verdicts}
     return next((status for status in STATUSES if status in statuses), 'open')
 

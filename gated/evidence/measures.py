@@ -92,6 +92,8 @@ SPIKES = Number('spikes per 1000 steps', lambda r: r.spikes)
 
 
 def log(number: Number) -> Number:
+  """A number -> its logarithm; NaN where it is not positive."""
+
   def of(r: Result) -> float:
     value = number.of(r)
     return math.log(value) if value > 0 else math.nan

@@ -47,6 +47,7 @@ class Part:
 
   @property
   def arms(self) -> list[str]:
+    """The arms that the part needs."""
     return [*(self.of or dict.fromkeys([*self.weights, *self.over]))]
 
   @property

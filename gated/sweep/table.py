@@ -29,6 +29,7 @@ COLORS = {
 
 
 def console() -> Console:
+  """-> the terminal, or standard output at a fixed width."""
   width = None if sys.stdout.isatty() else WIDTH
   return Console(file=terminal.drawing(sys.stdout), width=width)
 

@@ -133,6 +133,7 @@ class Experts(nnx.Module):
     self.down = narrow(child_key(key, 'down'), (count, hidden, width))
 
   def weights(self) -> list[jax.Array]:
+    """act, up and down, in the compute dtype."""
     return [w[...].astype(self.compute) for w in (self.act, self.up, self.down)]
 
 

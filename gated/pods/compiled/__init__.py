@@ -45,6 +45,8 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Program:
+  """The cost of a compiled program, per chip and run."""
+
   flops: float  # of matrix products
   bytes: float  # read from and written to main memory; an estimate
   collectives: tuple[Traffic, ...]

@@ -103,6 +103,7 @@ class Layout:
     return '+'.join(name for name, moves in zip(self._axes, varied) if moves)
 
   def network(self, groups: list[tuple[int, ...]]) -> str:
+    """'network' if a group spans slices or hosts, else 'links'."""
     slice_of = self._slices
     if slice_of and any(len({slice_of[d] for d in group}) > 1 for group in groups):
       return 'network'

@@ -20,12 +20,15 @@ _CALLED = re.compile(
 
 @dataclass(frozen=True)
 class Shape:
+  """The type of an array."""
+
   dtype: str
   dims: tuple[int, ...]
   space: int  # 0 is the chip's main memory; on a TPU 1 is its vector memory
 
   @property
   def size(self) -> int:
+    """The number of elements."""
     return math.prod(self.dims)
 
   @property
@@ -39,6 +42,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Instruction:
+  """One line of a computation."""
+
   name: str
   shapes: tuple[Shape, ...]  # of the result; a tuple's elements, flat
   opcode: str
@@ -82,6 +87,8 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Computation:
+  """A named list of instructions, such as a fusion or a loop's body."""
+
   name: str
   entry: bool
   body: dict[str, Instruction]  # operands before their users
@@ -92,6 +99,7 @@ class Computation:
 
   @functools.cached_property
   def users(self) -> dict[str, list[Instruction]]:
+    """Name of an instruction -> the instructions that read its result."""
     users: dict[str, list[Instruction]] = {name: [] for name in self.body}
     for op in self.body.values():
       for name in dict.fromkeys(op.operands):
@@ -100,6 +108,7 @@ class Computation:
 
   @functools.cached_property
   def parameters(self) -> dict[int, Instruction]:
+    """The parameters by number."""
     return {int(op.args): op for op in self.body.values() if op.opcode == 'parameter'}
 
   def operand(self, op: Instruction, i: int) -> Shape:

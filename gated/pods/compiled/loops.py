@@ -36,6 +36,7 @@ class Runs:
   idle: dict[str, str] = field(default_factory=dict)  # loop -> its source
 
   def of(self, name: str) -> int:
+    """How often a computation runs in all."""
     return self.alone[name] + self.fused[name]
 
 

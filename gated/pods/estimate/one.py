@@ -32,7 +32,7 @@ class Estimate:
 
   @property
   def bytes(self) -> float:
-    """Peak memory."""
+    """Peak memory of the chip."""
     return sum(self.memory.values())
 
   @property
@@ -53,7 +53,7 @@ class Estimate:
 
   @property
   def model_flops(self) -> float:
-    """FLOPs of the model, without recomputation."""
+    """FLOPs of the model per chip, without recomputation."""
     tokens = self.cfg.batch * self.cfg.data.length / self.layout.devices
     return flops_per_token(self.cfg.model, self.cfg.data.length) * tokens
 
@@ -64,14 +64,17 @@ class Estimate:
 
   @functools.cached_property
   def traffic(self) -> tuple[Traffic, ...]:
+    """Bytes that the chip sends, by purpose and mesh axis."""
     return work.sent(self.layout, self.chip, self.slices)
 
   @functools.cached_property
   def time(self) -> Roofline:
+    """The least time of a step, in seconds."""
     return roofline(flops=self.flops, moved=self.moved, sent=self.traffic, chip=self.chip)
 
   @property
   def mfu(self) -> float:
+    """Model FLOPs over the peak FLOPs of the chip in this time."""
     return self.model_flops / (self.time.step * self.chip.flops)
 
   def __str__(self) -> str:

@@ -26,6 +26,7 @@ ASSUMED: dict[str, tuple[float, str]] = {
 
 
 def assumed(name: str) -> float:
+  """The share of this name in ASSUMED."""
   return ASSUMED[name][0]
 
 

@@ -30,6 +30,7 @@ class Passes(NamedTuple):
 
 
 def passes(layout: Layout) -> Passes:
+  """-> the passes of a step, over all micro-batches."""
   accum = layout.cfg.accum
   again = 0 if layout.cfg.model.remat == 'none' else accum
   return Passes((1 + layout.counting) * accum, again, accum)

@@ -12,6 +12,7 @@ NOTHING = 'nothing fits by arithmetic: use more chips, or chips with more memory
 
 
 def lines(report: Mapping[str, Any]) -> list[str]:
+  """A preflight's report -> lines of text."""
   rows = [*_head(report), '', *_memory(report)]
   rows += [f'  would fit: {_suggestion(s)}' for s in report['advice']]
   if not report['fits'] and not report['advice']:

@@ -52,6 +52,7 @@ class Curve(NamedTuple):
 
   @property
   def last(self) -> float | None:
+    """The last value; None for an empty curve."""
     return float(self.values[-1]) if len(self.values) else None
 
 
@@ -70,14 +71,17 @@ class Log(NamedTuple):
 
   @property
   def train(self) -> Curve:
+    """The training loss, in nats per token."""
     return self.curves['train/loss']
 
   @property
   def heldout(self) -> Curve:
+    """The held-out loss, in nats per token."""
     return self.curves['heldout/loss']
 
   @property
   def seconds(self) -> float:
+    """The duration of all training steps."""
     return 3600 * (self.curves['hours'].last or 0.0)
 
   def watched(self, name: str) -> Curve:

@@ -62,10 +62,12 @@ class Judged:
 
   @property
   def state(self) -> str:
+    """As in `Log.state`, or 'diverged' by the rule."""
     return 'diverged' if self.reason else self.log.state
 
   @property
   def done(self) -> bool:
+    """Whether it has finished or diverged."""
     return self.state in sweep.ENDED
 
   @property
@@ -74,6 +76,7 @@ class Judged:
 
   @property
   def init(self) -> float | None:
+    """The loss at initialisation; None if step 1 was not logged."""
     first = self.log.train.steps[:1] == 1
     return float(self.log.train.values[0]) if first.any() else None
 

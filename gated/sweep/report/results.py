@@ -20,6 +20,7 @@ class Difference(NamedTuple):
 
   @property
   def verdict(self) -> str:
+    """'lower' or 'higher' than the baseline, 'within the noise', or 'noise unknown'."""
     if not math.isfinite(self.within):
       return 'noise unknown'
     if abs(self.value) <= self.within:

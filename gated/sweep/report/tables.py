@@ -30,6 +30,8 @@ MARKUP = re.compile(r'[\\`*\[\]<>|&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])')
 
 
 class Table(NamedTuple):
+  """Column names and rows of cells, as CSV or Markdown."""
+
   columns: Sequence[str]
   rows: Sequence[Sequence[Any]]
 
