@@ -6,13 +6,16 @@ import shutil
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small
 from absl import flags
 from ml_collections import config_flags
 
+import gated
 from configs import base
-from gated import config, hf, model, plan
+from gated import config, data, hf, model, plan
+from gated.devices import mesh
 from gated.hf import files
 from gated.plan import command
 from gated.run import weights
@@ -130,6 +133,60 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
   (tmp_path / files.CONFIG).write_text('{"model_type": "llama"}')
   with pytest.raises(ValueError, match=r"model_from=.*model_type='llama'"):
     resolve(f'--config.model_from={tmp_path}')
+
+
+def started(*words):
+  """The arguments of train.py -> the source of its weights, as when it is prepared."""
+  c = resolve(*words)
+  cfg = config.build(plan.Config, c, 'config')
+  return weights.find(cfg.init_from, model.abstract(cfg.model), CORPUS, [])
+
+
+def test_wrong_pairs_of_weights_and_model_are_refused_by_their_knobs(theta):
+  shapes, start = f'--config.model_from={theta}', f'--config.init_from={theta}'
+  none = '--config.model.attn.gate.position=none'
+  assert started(shapes, start, none).differs == {}
+  message = r'width=192, but the checkpoint has 16.*--config\.model_from=.*theta'
+  with pytest.raises(ValueError, match=rf'config\.init_from=.*{message}'):
+    started(start)
+  with pytest.raises(ValueError, match=rf'{ROPE}=50\.0, but .* --allow_change={ROPE}$'):
+    started(shapes, start, none, f'--{ROPE}=50')
+  moe = f'--config.model_from={FOLDER}/hf_qwen3_moe'
+  with pytest.raises(ValueError, match=r'config\.init_from=.*moe\.experts=\d+, but the'):
+    started(moe, start, none)
+
+
+@pytest.mark.full
+def test_the_first_loss_is_that_of_the_weights_whose_knobs_are_taken(
+  tmp_path, run_python
+):
+  """train.py on the embedded corpus, with the folder alone on its command line."""
+  folder, run = FOLDER / 'hf_trained', tmp_path / 'run'
+  knobs = dict(init_from=folder, model_from=folder, steps=1, batch=8)
+  knobs |= {'data.length': 64, 'eval.rows': 1, 'optim.warmup': 0}
+  knobs |= {'model.numerics.compute': 'float32', 'log.tensorboard': False}
+  flags = [f'--config.{knob}={value}' for knob, value in knobs.items()]
+  recipe = '--config=configs/tiny.py:gate=none'
+  done = run_python(['train.py', recipe, f'--workdir={run}', *flags])
+  assert done.returncode == 0, done.stderr[-2000:]
+  c = json.loads((run / 'run.json').read_text())['config']
+  gate = c['model']['attn']['gate']
+  assert (c['model']['width'], gate['granularity']) == (32, 'headwise')
+  records = map(json.loads, (run / 'metrics.jsonl').read_text().splitlines())
+  [loss] = [record['loss'] for record in records if record.get('kind') == 'train']
+
+  loaded = gated.load(folder)
+  numerics = dataclasses.replace(loaded.cfg.numerics, compute='float32')
+  loaded.cfg = dataclasses.replace(loaded.cfg, numerics=numerics)
+  corpus = data.open(
+    config.build(data.Config, c['data'], 'config.data'),
+    vocab=257, batch=8, seed=c['seed'], max_segments=0,
+  )  # fmt: skip
+  batch = next(corpus.train(0, mesh.rows(loaded.mesh, 8)))
+  nats_B, weight_B = loaded.fit(corpus.max_segments).evaluate(
+    mesh.place(batch, loaded.mesh, 8)
+  )
+  np.testing.assert_allclose(loss, nats_B.sum() / weight_B.sum(), rtol=1e-5)
 
 
 def test_old_recipes_have_no_model_from():
