@@ -20,7 +20,6 @@ prompt and the model's continuation. --tasks (lm-eval), --ruler, --domain and --
 have tables of their own; their reports are written into WORKDIR/evals/.
 """
 
-import logging
 import sys
 from typing import Any
 
@@ -29,7 +28,7 @@ from absl import app, flags
 
 from configs import base
 from gated import data, evals, probes, storage
-from gated.devices import processes
+from gated.devices import processes, programs
 from gated.evals import harness
 from gated.plan import command, drawing, evaluation, long_text, probing, ruler, tasks
 from gated.plan.load import Loaded
@@ -165,13 +164,13 @@ def parse(argv: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> int:
   terminal.steady()
-  logging.basicConfig(format='%(message)s', level=logging.WARNING, force=True)
   try:
     lengths = _RULER()
     chosen = None if lengths else _TASKS()
     long, (prompts, options) = _LONG(), _GENERATION()
     timeout = base.get_config().stability.peer_timeout
     processes.start(**_PROCESSES(), peer_timeout=timeout)
+    programs.keep(data.cache.default())
     if prompts:
       evaluation.continue_texts(_load(), prompts, options)
     elif lengths:

@@ -187,7 +187,6 @@ def parse(argv: list[str]) -> list[str]:
 def main(argv: list[str]) -> int:
   terminal.steady()
   absl.logging.set_verbosity(absl.logging.WARNING)
-  logging.basicConfig(format='%(message)s', level=logging.WARNING, force=True)
   _log.setLevel(logging.INFO)
   c = _CONFIG.value.to_dict()
   try:

@@ -129,8 +129,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  terminal.steady()
-  logging.basicConfig(level=logging.INFO, format='%(message)s')
+  terminal.steady(logging.INFO)
   try:
     main(sys.argv[1:])
   except (ValueError, OSError) as error:

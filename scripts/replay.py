@@ -329,7 +329,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main() -> int:
   args = parse(sys.argv[1:])
-  logging.basicConfig(format='%(message)s', level=logging.WARNING, force=True)
   _log.setLevel(logging.INFO)
   own = args.coordinator, args.processes, args.process
   timeout = base.get_config().stability.peer_timeout

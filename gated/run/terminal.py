@@ -8,6 +8,7 @@ Ctrl-C is one line.
 import atexit
 import codecs
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -61,11 +62,12 @@ class Steady:
       pass  # The stream is closed.
 
 
-def steady() -> None:
-  """Makes sys.stdout and sys.stderr steady, and Ctrl-C one line.
+def steady(level: int = logging.WARNING) -> None:
+  """Makes sys.stdout and sys.stderr steady, and Ctrl-C and each log message one line.
 
-  A second call does nothing. A closed descriptor is opened on the null device: otherwise
-  the next file of the run would become standard error, and get the messages of libraries.
+  Messages below `level` are not printed. A second call does nothing. A closed descriptor
+  is opened on the null device: otherwise the next file of the run would become standard
+  error, and get the messages of libraries.
   """
   codecs.register_error('gated', _plain)
   sys.excepthook = _report
@@ -84,6 +86,8 @@ def steady() -> None:
     stream = Steady(stream)
     setattr(sys, name, stream)
     atexit.register(stream.flush)
+    if number == 2:
+      logging.basicConfig(format='%(message)s', level=level, force=True)
 
 
 def _report(
