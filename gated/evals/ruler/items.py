@@ -25,6 +25,8 @@ from gated.evals.ruler.tasks import (
 )
 from gated.evals.ruler.texts import Texts
 
+SMALL = 16  # A step is small if a size has at least so many.
+
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
@@ -62,8 +64,11 @@ class Maker:
     size = _fitting(lambda size: _tokens(make(size, 0)) <= length, sizes)
     for index in range(self.count(name, limit)):
       smaller = range(size, min(size, sizes.first) - 1, -sizes.step)
-      found = (make(each, index) for each in smaller)
-      item = next((each for each in found if _tokens(each) <= length), None)
+      found = ((each, make(each, index)) for each in smaller)
+      fitting = ((each, item) for each, item in found if _tokens(item) <= length)
+      least, item = next(fitting, (0, None))
+      if least and SMALL * sizes.step <= size:
+        size = least  # Later items start here: most would not fit the first size.
       if item is None:
         fits = lambda size, index=index: _tokens(make(size, index)) <= length
         item = make(_largest(fits, sizes.least, min(size, sizes.first) - 1), index)
