@@ -128,8 +128,8 @@ def _emulate() -> None:
 
   objects.download = told
   decode = server._decode_raw_data
-  server._decode_raw_data = lambda data, request: (
-    (decode(data, request) or b'').replace(b'\n--==0==', b'\r\n--==0==')
+  server._decode_raw_data = lambda data, request: (decode(data, request) or b'').replace(
+    b'\n--==0==', b'\r\n--==0=='
   )
   from gcp_storage_emulator.__main__ import main
 
