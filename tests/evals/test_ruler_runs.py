@@ -82,7 +82,7 @@ def test_losses_and_answers_are_those_of_each_item_alone(place, capsys, monkeypa
   assert json.loads(stored.read_text()) == report
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_yarn_is_measured_beside_the_model_before_it(place, capsys):
   lengths = (LENGTH, 2 * LENGTH)
   given: dict[str, Any] = dict(
