@@ -15,6 +15,7 @@ import types
 from pathlib import Path
 
 import pytest
+from faults import process
 
 from configs import base
 from experiments.sink import recipe
@@ -363,6 +364,8 @@ def test_a_campaign_survives_kills(tmp_path):
     'sink',
   ]
   env = os.environ | {'PYTHONPATH': str(checkout), 'JAX_PLATFORMS': 'cpu'}
+  # Eight devices on two threads can wait for each other for ever.
+  env['XLA_FLAGS'] = process.xla_flags(1)
   piped = dict(cwd=checkout, env=env, stdout=subprocess.PIPE, text=True)
   results = lambda: result.read_all(storage.path(checkout), 'sink', 'test')
   killed = subprocess.Popen(command, **piped)
