@@ -30,7 +30,7 @@ def start(run_python):
   def start(folder, **env):
     chosen = {'JAX_COMPILATION_CACHE_DIR': ''} | env
     done = run_python(['-c', CODE, folder], env=chosen)
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
   return start
