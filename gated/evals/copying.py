@@ -100,13 +100,13 @@ def measure(
   return {'span': SPAN, 'rows': count, 'seed': seed, 'distances': report}
 
 
-def table(report: dict[str, Any]) -> str:
-  """A report, with others by label under 'beside' -> a line for each distance of each."""
+def table(reports: Sequence[dict[str, Any]]) -> str:
+  """Reports -> a line for each distance of each."""
   lines = ['  '.join(f'{h:>12}' for h in ('distance', 'nats/token', 'control', 'gain'))]
-  for each in (report, *report.get('beside', {}).values()):
-    for distance, found in each['copying']['distances'].items():
-      cells = [f'{found[key]:12.4f}' for key in ('nats_per_token', 'control', 'gain')]
-      error = found['gain_stderr']
+  for each in reports:
+    for distance, losses in each['copying']['distances'].items():
+      cells = [f'{losses[key]:12.4f}' for key in ('nats_per_token', 'control', 'gain')]
+      error = losses['gain_stderr']
       lines.append('  '.join([f'{distance:>12}', *cells]))
       lines[-1] += '' if error is None else f' ± {error:.4f}'
       lines[-1] += f'  {each["label"]}'

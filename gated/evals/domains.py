@@ -194,10 +194,10 @@ def means(summaries: dict[str, dict[str, Any]]) -> dict[str, float | None]:
   }
 
 
-def table(report: dict[str, Any]) -> str:
-  """A report, with others by label under 'beside' -> their averages, a line each."""
+def table(reports: Sequence[dict[str, Any]]) -> str:
+  """Reports -> their averages, a line each."""
   lines = []
-  for each in (report, *report.get('beside', {}).values()):
+  for each in reports:
     for name in ('mean_of_perplexities', 'exp_of_mean_loss'):
       error = each[f'{name}_stderr']
       error = '' if error is None else f' ± {error:.3f}'

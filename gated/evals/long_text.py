@@ -44,7 +44,7 @@ class Options:
       raise ValueError(f'--streaming={",".join(self.streaming)} has a pair twice')
     for distance in self.copying:
       config.within('--copying', distance, copying.SPAN, 1 << 24)
-    assert self.caches is not None
+    assert self.caches is not None  # ValueError for a pair that is none.
 
   @property
   def caches(self) -> dict[str, tuple[int, int]]:

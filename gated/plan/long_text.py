@@ -1,7 +1,7 @@
 """Loaded models on documents and long rows: domains, StreamingLLM, copying; a report."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -65,7 +65,12 @@ def run(
   about = {'options': plain(options) | {'yarn': loaded.yarn}}
   name = f'{loaded.tag}-long-{config.digest(about)[:8]}'
   if jax.process_index() == 0:
-    _print(about | evaluation.joined(reports), tasks.folder(loaded) / f'{name}.json')
+    for line in _tables(reports, options):
+      print(line)
+    report = about | evaluation.joined(reports)
+    print(metrics.dumps(report, indent=None), flush=True)
+    with evaluation.stored():
+      storage.write_json(tasks.folder(loaded) / f'{name}.json', metrics.plain(report))
   if options.figures:
     with evaluation.stored(), evaluation.shown('figures'):
       drawing.positions(named, reports, folder='evals', name=name)
@@ -79,11 +84,11 @@ def _documents(loaded: Loaded, options: Options) -> list[domains.Domain]:
     begins = loaded.about['data'].get('ends', {}).get('begins', False)
     prefix = (token.bos,) if begins else ()
   given: dict[str, Any] = dict(suffixes=options.suffixes, limit=options.rows)
-  found = []
+  read = []
   for spec in options.domain:
     with evaluation.shown(f'reading --domain={spec}'):
-      found.append(domains.read(spec, tokenizer=token, prefix=prefix, **given))
-  return found
+      read.append(domains.read(spec, tokenizer=token, prefix=prefix, **given))
+  return read
 
 
 def _streaming(runs: dict[str, Loaded], options: Options) -> dict[str, Loaded]:
@@ -138,12 +143,10 @@ def _text(
   return loaded.tokens(b'\n'.join(texts).decode(errors='replace'))
 
 
-def _print(report: dict[str, Any], place: storage.Path) -> None:
-  """Prints the tables and the report, then stores it."""
-  if 'domains' in report:
-    print(evals.table(report), domains.table(report), sep='\n')
-  if 'copying' in report:
-    print(copying.table(report))
-  print(metrics.dumps(report, indent=None), flush=True)
-  with evaluation.stored():
-    storage.write_json(place, metrics.plain(report))
+def _tables(reports: dict[str, Any], options: Options) -> Iterator[str]:
+  """Reports by label -> the tables of the chosen measures."""
+  if options.domain:
+    yield evals.table(evaluation.joined(reports))
+    yield domains.table([*reports.values()])
+  if options.copying:
+    yield copying.table([*reports.values()])

@@ -85,7 +85,7 @@ def test_fsdp_gathers_each_weight_twice_in_each_micro_batch():
     for leaf in jax.tree.leaves(model.abstract(cfg.model).blocks)
     if leaf.ndim > 2
   )
-  sent = {t.what: t for t in traffic if t.what in ('weights', 'gradients')}
+  sent = {t.purpose: t for t in traffic if t.purpose in ('weights', 'gradients')}
   gathered = layers * 2 * 15 / 16
   assert sent['weights'].bytes == pytest.approx(4 * 2 * gathered, rel=1e-3)
   reduced = [t for t in traffic if t.kind == 'reduce-scatter' and t.hidden]
@@ -103,7 +103,7 @@ def test_only_a_chips_own_part_crosses_the_network():
   assert total(two) == pytest.approx(total(one))
   # If fsdp crosses, each of the 16 chips of a slice sends a sixteenth.
   wide = estimate.Estimate(cfg, sizes(fsdp=32), V5E, slices=2)
-  links, network = (t.bytes for t in wide.traffic if t.what == 'weights')
+  links, network = (t.bytes for t in wide.traffic if t.purpose == 'weights')
   assert network == pytest.approx(links / 15 * 16 / 16 / 2)
 
 

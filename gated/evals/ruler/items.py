@@ -64,8 +64,8 @@ class Maker:
     size = _fitting(lambda size: _tokens(make(size, 0)) <= length, sizes)
     for index in range(self.count(name, limit)):
       smaller = range(size, min(size, sizes.first) - 1, -sizes.step)
-      found = ((each, make(each, index)) for each in smaller)
-      fitting = ((each, item) for each, item in found if _tokens(item) <= length)
+      tried = ((each, make(each, index)) for each in smaller)
+      fitting = ((each, item) for each, item in tried if _tokens(item) <= length)
       least, item = next(fitting, (0, None))
       if least and SMALL * sizes.step <= size:
         size = least  # Later items start here: most would not fit the first size.

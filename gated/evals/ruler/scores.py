@@ -21,8 +21,8 @@ Numbers = Mapping[str, Any]
 
 def score(text: str, answers: Sequence[str], *, any_of: bool) -> float:
   """A generated text -> its score, from 0 to 100."""
-  found = [answer.lower() in text.lower() for answer in answers]
-  return 100.0 * (any(found) if any_of else sum(found) / len(found))
+  hits = [answer.lower() in text.lower() for answer in answers]
+  return 100.0 * (any(hits) if any_of else sum(hits) / len(hits))
 
 
 def summarize(results: Sequence[Numbers]) -> dict[str, Any]:

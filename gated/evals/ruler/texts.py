@@ -100,13 +100,12 @@ def sentences(text: str) -> list[str]:
 
 def _sources() -> dict[str, str]:
   """The library's modules: dotted names and contents."""
-  found = {}
+  contents = {}
   for name, path in embedded.files().items():
     with open(path, encoding='utf-8', errors='replace') as file:
-      found[name.removesuffix('.py').removesuffix('/__init__').replace('/', '.')] = (
-        file.read()
-      )
-  return found
+      module = name.removesuffix('.py').removesuffix('/__init__').replace('/', '.')
+      contents[module] = file.read()
+  return contents
 
 
 def _apart(words: Iterable[str]) -> list[str]:

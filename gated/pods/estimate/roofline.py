@@ -40,7 +40,7 @@ class Traffic:
   share: float  # of a chip's links that lie along the axis
   hidden: bool  # whether it overlaps with compute
   kind: str = ''  # all-gather, reduce-scatter, all-reduce, all-to-all
-  what: str = ''  # weights, gradients, tokens, ...
+  purpose: str = ''  # weights, gradients, tokens, ...
 
 
 def share(inside: int, chips: int, chip: Chip) -> float:

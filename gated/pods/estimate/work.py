@@ -103,7 +103,7 @@ def sent(layout: Layout, chip: Chip, slices: int) -> tuple[Traffic, ...]:
       share=share(inside, layout.devices // slices, chip),
       hidden=purpose in HIDDEN,
       kind=kind,
-      what=purpose,
+      purpose=purpose,
     )
     for network, part, n in (
       ('links', whole, inside),

@@ -116,7 +116,7 @@ def by_arithmetic(cfg: plan.Config, target: Machine) -> dict[str, Any]:
     )
   sizes, reason = estimate.sizes(cfg, target.count, target.chip, target.slices)
   e = estimate.Estimate(cfg, sizes, target.chip, target.slices)
-  names = ('kind', 'what', 'axis', 'network', 'bytes')
+  names = ('kind', 'purpose', 'axis', 'network', 'bytes')
   transfers = [{name: getattr(t, name) for name in names} for t in e.traffic]
   report = _recipe(cfg, sizes, target) | {'source': 'estimate', 'reason': reason}
   report |= _fit({**e.memory, 'total': e.bytes}, target.chip.memory)

@@ -107,7 +107,7 @@ def _collectives(collectives: list[Mapping[str, Any]]) -> list[str]:
   rows = ['collectives, GiB that a chip receives in a step']
   for t in collectives:
     # An estimate has the purpose, a program the number of runs.
-    name = f'{t["kind"]} {t["what"]}' if 'what' in t else t['kind']
+    name = f'{t["kind"]} {t["purpose"]}' if 'purpose' in t else t['kind']
     runs = f'  {t["count"]} runs' if 'count' in t else ''
     path = f'{t["axis"] or "?"} ({t["network"]})'
     rows.append(f'  {name:28}{path:24}{t["bytes"] / GIB:10.4f}{runs}')
