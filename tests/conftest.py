@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 from faults import process
 
 os.environ['XLA_FLAGS'] = f'{process.xla_flags(8, PLATFORM)} {PATIENT}'
+os.environ |= process.THREADS
 
 # A shell starts background commands with Ctrl-C ignored, which children would inherit.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

@@ -124,6 +124,11 @@ def xla_flags(devices: int, platform: str = 'cpu') -> str:
   return f'--xla_force_host_platform_device_count={devices} {hurry}'.rstrip()
 
 
+# Simulated devices meet in collectives while they hold threads of XLA's pool. With one
+# thread a core, all may be held by devices that wait for one without a thread.
+THREADS = {'PJRT_NPROC': '16'}
+
+
 def environment(cache: Path, devices: int, platform: str = 'cpu') -> dict[str, str]:
   """The environment of a child with a compilation cache and a number of devices."""
   clean = {name: os.environ[name] for name in KEPT + PROXY if name in os.environ}
@@ -133,6 +138,7 @@ def environment(cache: Path, devices: int, platform: str = 'cpu') -> dict[str, s
     'JAX_COMPILATION_CACHE_DIR': str(cache),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
     'XLA_FLAGS': xla_flags(devices, platform),
+    **(THREADS if devices > 1 else {}),
     'PYTHONFAULTHANDLER': '1',
     'PYTHONPATH': str(ROOT),
   }
