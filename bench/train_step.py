@@ -61,6 +61,13 @@ def random_batch(cfg, documents, rng):
   return data.Batch(token[:, :-1], token[:, 1:], weight, segment, position)
 
 
+def variants(words):
+  """The words after the recipe -> (common overrides, those of each variant)."""
+  groups = [list(g) for dash, g in itertools.groupby(words, '--'.__eq__) if not dash]
+  common = groups.pop(0) if words[:1] != ['--'] and groups else []
+  return common, groups or [[]]
+
+
 def measure(cfg, documents):
   """Runs the train step -> a line of the table."""
   plan = Plan(cfg)
@@ -95,12 +102,10 @@ def main():
   overrides = 'KNOB=VALUE ... [-- KNOB=VALUE ...]'
   parser.add_argument('overrides', nargs=argparse.REMAINDER, help=overrides)
   a = parser.parse_args()
-  spec, words = a.recipe, a.overrides
-  groups = [list(g) for dash, g in itertools.groupby(words, '--'.__eq__) if not dash]
-  common = groups.pop(0) if words[:1] != ['--'] and groups else []
+  spec, (common, groups) = a.recipe, variants(a.overrides)
   packed = f'{a.documents} documents a row'
   print(timing.title(', '.join([' '.join([spec, *common]), packed])))
-  for group in groups or [[]]:
+  for group in groups:
     try:
       line = measure(recipe(spec, common + group), a.documents)
     except Exception as problem:

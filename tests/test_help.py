@@ -33,7 +33,7 @@ def test_the_programs_are_all_there():
   names = {name(path) for path in PROGRAMS}
   assert {'bench/train_step.py', 'scripts/sweep.py', 'train.py'} <= names
   assert {name(path) for path in ABSL} == {'train.py', 'eval.py', 'scripts/preflight.py'}
-  libraries = {'bench/timing.py'}
+  libraries = {'bench/timing.py', 'bench/torch_model.py'}
   every = {name(p) for folder in FOLDERS for p in (ROOT / folder).glob('*.py')}
   assert every - names == libraries
 
