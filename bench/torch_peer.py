@@ -5,10 +5,10 @@
   python bench/torch_peer.py --check configs/dense_1b7.py:28l,scale=test,gate=headwise
 
 The same recipe, overrides, batches, learning rates and count of FLOPs; rows are whole:
-causal attention over one document. It needs torch 2.10 or newer, and the GPU for itself:
-JAX runs on the CPU. A knob that bench/torch_model.py does not model is refused. With
-model.numerics.weights=bfloat16 AdamW's moments are bfloat16, too, as is usual in PyTorch;
-ours stay float32.
+causal attention over one document. Needs torch 2.10 or newer in our environment; JAX
+leaves the GPU alone. The compile time is that of the first step. A knob that
+bench/torch_model.py does not model is refused. With model.numerics.weights=bfloat16,
+AdamW's moments are bfloat16, too, as is usual in PyTorch; ours stay float32.
 
 --check trains both from our initial weights, in float32, for some steps. It fails if the
 first losses or gradient norms differ by more than 1e-5 of them.
@@ -206,12 +206,15 @@ def main():
   parser.add_argument('overrides', nargs=argparse.REMAINDER, help=overrides)
   a = parser.parse_args()
   jax.config.update('jax_platforms', 'cpu')  # JAX would take most of the GPU's memory.
-  for name in a.sdpa.split(','):
-    config.one_of('--sdpa', name, SDPA)
   common, groups = variants(a.overrides)
-  cfgs = [recipe(a.recipe, common + group) for group in groups]
-  for cfg in cfgs:
-    check_knobs(cfg)
+  try:
+    for name in a.sdpa.split(','):
+      config.one_of('--sdpa', name, SDPA)
+    cfgs = [recipe(a.recipe, common + group) for group in groups]
+    for cfg in cfgs:
+      check_knobs(cfg)
+  except ValueError as problem:
+    parser.error(str(problem))
   import torch
   from torch.nn.attention import SDPBackend, sdpa_kernel
 
