@@ -1,7 +1,7 @@
-"""docs/architecture.md shows the wings as they are; a plain run imports few of them.
+"""docs/architecture.md shows the packages as they are; a plain run imports few of them.
 
-`python tests/test_architecture.py` writes the page's map: a wing's line is the first
-line of its docstring, a room's line the first line of its file.
+`python tests/test_architecture.py` writes the page's map: the line of a package or module
+is the first line of its docstring.
 """
 
 import ast
@@ -20,16 +20,16 @@ def first_line(path):
   return ' '.join(doc.split('\n\n')[0].split()).rstrip('.')
 
 
-def wings():
-  """The order of the wings, lowest first, as tests/test_walls.py has it."""
+def packages():
+  """The order of the packages, lowest first, as tests/test_walls.py has it."""
   for node in ast.parse((ROOT / 'tests/test_walls.py').read_text()).body:
-    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == 'WINGS':
+    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == 'PACKAGES':
       return ast.literal_eval(node.value)
-  raise AssertionError('tests/test_walls.py has no WINGS')
+  raise AssertionError('tests/test_walls.py has no PACKAGES')
 
 
-def rooms(folder):
-  """A wing -> a line for each of its files and folders."""
+def modules(folder):
+  """A package -> a line for each of its files and folders."""
   for path in sorted(folder.glob('[a-z]*')):
     package = path / '__init__.py'
     if package.exists():
@@ -40,16 +40,16 @@ def rooms(folder):
 
 def generated():
   lines = []
-  for wing in reversed(wings()):
-    folder = ROOT / 'gated' / wing
+  for name in reversed(packages()):
+    folder = ROOT / 'gated' / name
     if folder.is_dir():
       title, module, inside = (
-        f'gated/{wing}/',
+        f'gated/{name}/',
         folder / '__init__.py',
-        [*rooms(folder), ''],
+        [*modules(folder), ''],
       )
     else:
-      title, module, inside = f'gated/{wing}.py', folder.with_suffix('.py'), []
+      title, module, inside = f'gated/{name}.py', folder.with_suffix('.py'), []
     lines += [f'### `{title}`', '', f'{first_line(module)}.', '', *inside]
   return '\n'.join(lines)
 
@@ -58,7 +58,7 @@ def page():
   return f'{PAGE.read_text().partition(MARK)[0]}{MARK}\n\n{generated()}'
 
 
-def test_the_map_of_the_wings_is_up_to_date():
+def test_the_map_of_the_packages_is_up_to_date():
   assert PAGE.read_text() == page(), 'stale: run `python tests/test_architecture.py`'
 
 

@@ -1,4 +1,4 @@
-"""Folders written before the move to wings: this code still opens and continues them.
+"""Folders written by earlier code: this code still opens and continues them.
 
 tests/fixtures/before/folders.tar.gz holds a workdir, a dataset and a sweep as commit
 `written_by` of expected.json wrote them; expected.json has that commit's own numbers,

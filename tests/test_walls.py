@@ -1,7 +1,7 @@
-"""The house's walls: who may import whom, what may not be called, how long a file is.
+"""The rules of the code: which imports and calls are allowed, and how long a file is.
 
-A file of gated/ imports lower floors only. When a wall is in the way, look for the room
-that the code belongs in before moving a wall.
+A file of gated/ imports its own package and lower ones only. If a rule is in the way,
+look for the package that the code belongs in before changing the rule.
 """
 
 import ast
@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The wings, lowest first: each imports itself and those before it.
-WINGS = (
+# What is in gated/, lowest first: each imports itself and those before it.
+PACKAGES = (
   'config',
   'storage',
   'devices',
@@ -30,7 +30,7 @@ WINGS = (
   'evidence',
 )
 
-STORIES = {'train', 'eval'}
+PROGRAMS = {'train', 'eval'}
 # Restoring or reading never executes what lay in a file.
 LOADERS = {'pickle', '_pickle', 'dill', 'cloudpickle', 'marshal', 'shelve', 'joblib'}
 LOADERS |= {'yaml', 'builtins', 'runpy', 'imp', 'code', 'codeop', 'pty'}
@@ -44,10 +44,10 @@ def files(*patterns):
   return sorted(path for pattern in patterns for path in ROOT.glob(pattern))
 
 
-ROOMS = files('gated/**/*.py')
+MODULES = files('gated/**/*.py')
 RECIPES = files('configs/**/*.py')
 SHIPPED = [
-  *ROOMS,
+  *MODULES,
   *RECIPES,
   *files('train.py', 'eval.py', 'scripts/**/*.py', 'bench/**/*.py'),
 ]
@@ -59,13 +59,13 @@ def name(path):
 
 def imports(path):
   """File -> the dotted names it imports, wherever in the file, relative ones resolved."""
-  package = path.relative_to(ROOT).parent.parts
+  parents = path.relative_to(ROOT).parent.parts
   names = set()
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
       names |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
-      base = package[: len(package) - node.level + 1] if node.level else ()
+      base = parents[: len(parents) - node.level + 1] if node.level else ()
       module = '.'.join([*base, *([node.module] if node.module else [])])
       names |= {f'{module}.{alias.name}' for alias in node.names}
   return names
@@ -75,24 +75,24 @@ def tops(path):
   return {module.split('.')[0] for module in imports(path)}
 
 
-def room(path):
-  """File of gated/ -> its room: the name under gated/, None for gated/__init__.py."""
+def package(path):
+  """File of gated/ -> its package: the name under gated/, None for gated/__init__.py."""
   first = path.relative_to(ROOT / 'gated').parts[0].removesuffix('.py')
   return None if first == '__init__' else first
 
 
-@pytest.mark.parametrize('path', ROOMS, ids=name)
-def test_a_wing_imports_itself_and_lower_wings_only(path):
-  wing = room(path)
-  # gated/__init__.py opens whatever wing `gated.load` needs.
-  lower = {*WINGS[: WINGS.index(wing) + 1]} if wing else {*WINGS}
+@pytest.mark.parametrize('path', MODULES, ids=name)
+def test_a_package_imports_itself_and_lower_packages_only(path):
+  own = package(path)
+  # gated/__init__.py imports any package that `gated.load` needs.
+  lower = {*PACKAGES[: PACKAGES.index(own) + 1]} if own else {*PACKAGES}
   used = {m.split('.')[1] for m in imports(path) if m.startswith('gated.')}
   assert used <= lower, f'{name(path)} may not import {sorted(used - lower)}'
 
 
-@pytest.mark.parametrize('path', ROOMS, ids=name)
-def test_a_room_sees_no_configdict_no_flag_and_no_story(path):
-  assert not tops(path) & {'absl', 'ml_collections', 'configs', 'scripts', *STORIES}
+@pytest.mark.parametrize('path', MODULES, ids=name)
+def test_a_module_imports_no_configdict_no_flag_and_no_program(path):
+  assert not tops(path) & {'absl', 'ml_collections', 'configs', 'scripts', *PROGRAMS}
 
 
 @pytest.mark.parametrize('path', RECIPES, ids=name)
@@ -101,8 +101,8 @@ def test_a_recipe_imports_recipes_only(path):
 
 
 @pytest.mark.parametrize('path', SHIPPED, ids=name)
-def test_nothing_imports_a_story(path):
-  assert not tops(path) & STORIES
+def test_nothing_imports_a_program(path):
+  assert not tops(path) & PROGRAMS
 
 
 @pytest.mark.parametrize('path', SHIPPED, ids=name)
@@ -124,18 +124,18 @@ def test_nothing_executes_what_it_reads(path):
 
 
 @pytest.mark.parametrize('path', SHIPPED, ids=name)
-def test_a_file_fits_one_head(path):
+def test_a_file_has_at_most_350_lines(path):
   lines = len(path.read_text().splitlines())
-  assert lines <= 350, f'{lines} lines: a file that wants to be two, or a folder'
+  assert lines <= 350, f'{lines} lines: split the file into two, or a folder'
 
 
-def test_every_wing_stands_in_the_list_and_has_tests():
-  assert {room(path) for path in ROOMS} - {None} == {*WINGS}
+def test_every_package_is_in_the_list_and_has_tests():
+  assert {package(path) for path in MODULES} - {None} == {*PACKAGES}
   assert [
-    w for w in WINGS if not files(f'tests/test_{w}.py', f'tests/{w}/test_*.py')
+    p for p in PACKAGES if not files(f'tests/test_{p}.py', f'tests/{p}/test_*.py')
   ] == []
 
 
-def test_a_house_of_few_wings():
-  entries = {path.relative_to(ROOT / 'gated').parts[0] for path in ROOMS}
+def test_gated_has_at_most_16_packages_and_modules():
+  entries = {path.relative_to(ROOT / 'gated').parts[0] for path in MODULES}
   assert len(entries) <= 16
