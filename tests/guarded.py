@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import small
 
 from gated.train import guard
 
@@ -57,7 +56,7 @@ def one_step(tx, params, state, loss, times):
 def stepper(**changes):
   """(params, state, loss, times) -> (params, state, updates), guarded and compiled."""
   tx = guard.guard(TX, knobs(**changes))
-  return tx, small.jit(functools.partial(one_step, tx))
+  return tx, jax.jit(functools.partial(one_step, tx))
 
 
 def run(losses, times=None, **changes):

@@ -77,16 +77,6 @@ def optim_config(**changes) -> optim.Config:
   return _part(optim.Config, 'optim', changes)
 
 
-# Most of LLVM's optimizing left out: it takes five times as long as the rest of XLA.
-FAST = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
-FAST = FAST if jax.default_backend() == 'cpu' else {}
-
-
-def jit(run, **opts):
-  """jax.jit, compiled in a hurry."""
-  return jax.jit(run, compiler_options=FAST, **opts)
-
-
 def mesh_of(**sizes: int) -> jax.sharding.Mesh:
   """A mesh of as many devices as its axes need; those not named have size 1."""
   axes = dict.fromkeys(mesh.AXES, 1) | sizes
@@ -110,7 +100,7 @@ def blocks(monkeypatch, most: int) -> None:
 @functools.cache
 def transformer(cfg: model.Config, seed: int = 0) -> model.Transformer:
   """A model as it starts."""
-  return jit(lambda key: model.Transformer(cfg, key))(jax.random.key(seed))
+  return jax.jit(lambda key: model.Transformer(cfg, key))(jax.random.key(seed))
 
 
 def filled(shapes, seed: int = 0):

@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -69,9 +70,9 @@ def losses(gate, accum):
   tx = guard.guard(optim.make(cfg.optim, steps=5, multipliers={}), cfg.stability)
   schedule = optim.schedule(cfg.optim, 5)
   run = functools.partial(step.train, tx=tx, schedule=schedule, accum=accum)
-  run = small.jit(functools.partial(run, loss=cfg.loss))
+  run = jax.jit(functools.partial(run, loss=cfg.loss))
   build = functools.partial(model.Transformer, cfg.model)
-  state = small.jit(lambda: step.init(build, tx, 0))()
+  state = jax.jit(lambda: step.init(build, tx, 0))()
   values = []
   for i in range(5):
     state, metrics = run(state, small.batch(8, cfg.data.length, seed=i))

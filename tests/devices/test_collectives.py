@@ -21,7 +21,7 @@ def run_on_groups(n, run):
   sharded = jax.shard_map(
     local, mesh=mesh, in_specs=P('fsdp'), out_specs=P('fsdp'), check_vma=False
   )
-  return x.reshape(WAYS, PART, 2), np.asarray(small.jit(sharded)(x))
+  return x.reshape(WAYS, PART, 2), np.asarray(jax.jit(sharded)(x))
 
 
 def members(n, level):

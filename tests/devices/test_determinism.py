@@ -90,7 +90,7 @@ def test_rows_are_added_as_a_scatter_adds_them():
   table, value = (jnp.asarray(rng.normal(size=(n, 3)), jnp.float32) for n in (7, 13))
   # Row 2 has no value, most have several, and the table lacks rows 7 and 9.
   row = jnp.asarray(rng.choice([0, 1, 3, 6, 7, 9], 13), jnp.int32)
-  sums = small.jit(determinism.add_rows)(table, row, value)
+  sums = jax.jit(determinism.add_rows)(table, row, value)
   expected = np.array(table, np.float64)
   for r, v in zip(np.asarray(row), np.asarray(value, np.float64)):
     if r < 7:
@@ -103,7 +103,7 @@ def test_a_router_gives_the_same_weights_and_gradients_in_order(monkeypatch):
   cfg = small.model_config(moe__experts=5, moe__top_k=2).moe
   logit = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5)), jnp.float32)
   share = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 2)), jnp.float32)
-  run = lambda: small.jit(
+  run = lambda: jax.jit(
     jax.value_and_grad(lambda x: jnp.sum(share * moe.route(x, cfg)[0]))
   )(logit)
   picked = run()

@@ -46,7 +46,7 @@ def gradient(kind: str, gate: str, **sizes: int):
   net = jax.device_put(net, mesh.shardings(jax.eval_shape(lambda: net), on))
   batch = mesh.place(small.batch(8, 16), on, 8)
   with jax.set_mesh(on):
-    grads, losses, *_ = jax.device_get(small.jit(run)(net, batch))
+    grads, losses, *_ = jax.device_get(jax.jit(run)(net, batch))
   return losses, trees.flatten(grads)
 
 

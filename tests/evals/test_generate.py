@@ -78,16 +78,7 @@ def full(names):
   return [pytest.param(name, marks=pytest.mark.full) for name in names]
 
 
-FORWARD = small.jit(lambda net, *batch: net(*batch))
-
-
-# Compiled in a hurry.
-PREFILL = small.jit(generate._prefill.__wrapped__, static_argnames='chunk')
-DECODE = small.jit(
-  generate._decode.__wrapped__,
-  static_argnames=('top_k', 'with_p'),
-  donate_argnames='rows',
-)
+FORWARD = jax.jit(lambda net, *batch: net(*batch))
 
 
 @pytest.fixture(autouse=True)
@@ -95,8 +86,6 @@ def small_chunks(monkeypatch):
   """Prefill takes two chunks of the longest prompt, and all rows have SLOTS slots."""
   monkeypatch.setattr(generate, 'CHUNK', 16)
   monkeypatch.setattr(generate, 'SHORTEST', SLOTS)
-  monkeypatch.setattr(generate, '_prefill', PREFILL)
-  monkeypatch.setattr(generate, '_decode', DECODE)
 
 
 def by_rerunning(net, prompts, count):

@@ -21,7 +21,7 @@ from gated.plan import load
 ANSWERS = [Answer(-1.5, True), Answer(-math.inf, False)]
 
 
-LOGITS = small.jit(lambda net, token_BT: net(token_BT))
+LOGITS = jax.jit(lambda net, token_BT: net(token_BT))
 
 
 def definition(net, each):
@@ -47,7 +47,7 @@ def requests():
 def scored(asked, net, on, **flags):
   """-> the answers, and the shapes of the batches that were measured."""
   shapes = []
-  compiled = small.jit(scoring.measure)
+  compiled = jax.jit(scoring.measure)
 
   def measured(net, *batch):
     shapes.append((*batch[0].shape, batch[1].shape[1]))

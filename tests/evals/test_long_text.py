@@ -45,7 +45,7 @@ def test_the_losses_of_domains_are_those_of_each_target_after_its_window(monkeyp
     domains.Domain(k, [RNG.integers(0, 40, n, np.int32) for n in v], [n - 1 for n in v])
     for k, v in sizes.items()
   ]
-  run = small.jit(lambda batch: positions.measure(net, batch, chunk=16)[1])
+  run = jax.jit(lambda batch: positions.measure(net, batch, chunk=16)[1])
   counted = []
 
   def evaluate(batch):
@@ -70,7 +70,7 @@ def test_the_losses_of_domains_are_those_of_each_target_after_its_window(monkeyp
         start = next(s for s in range(0, 99, STRIDE) if s + LENGTH >= t)
         rows.append(np.pad(ids_N[start:t], (0, LENGTH - (t - start))))
         targets.append((i, j, t, t - start - 1, ids_N[t]))
-  logit_RTV = np.asarray(small.jit(lambda x: net(x))(np.array(rows)), float)
+  logit_RTV = np.asarray(jax.jit(lambda x: net(x))(np.array(rows)), float)
   at = np.arange(len(rows)), [place for *_, place, _ in targets]
   logit_RV = logit_RTV[at]
   top = logit_RV.max(-1)

@@ -14,7 +14,7 @@ BATCH = small.batch(8, 16)
 
 def reference(net, batch, mask):
   """position -> (summed nats, summed weights), from the logits of whole rows."""
-  run = small.jit(lambda net, b: net(b.tokens, b.segments, b.positions))
+  run = jax.jit(lambda net, b: net(b.tokens, b.segments, b.positions))
   logit_BTV = np.asarray(run(net, batch), float)
   sums = {}
   for row in range(len(batch.tokens)):
@@ -31,7 +31,7 @@ def reference(net, batch, mask):
 def test_the_curve_is_that_of_numpy_over_several_batches(mask):
   net = small.model_of(mask_documents=mask)
   curve = positions.Curve()
-  run = small.jit(lambda net, b: positions.measure(net, b, chunk=16))
+  run = jax.jit(lambda net, b: positions.measure(net, b, chunk=16))
   for part in (
     jax.tree.map(lambda x: x[:4], BATCH),
     jax.tree.map(lambda x: x[4:], BATCH),
@@ -57,8 +57,8 @@ def test_a_position_without_targets_has_no_loss():
 
 def test_rows_have_the_sums_of_an_evaluation_without_positions():
   net = small.model_of()
-  sums, _ = small.jit(lambda m, b: positions.measure(m, b, chunk=16))(net, BATCH)
-  expected = small.jit(lambda m, b: losses.per_row(m, b, chunk=16))(net, BATCH)
+  sums, _ = jax.jit(lambda m, b: positions.measure(m, b, chunk=16))(net, BATCH)
+  expected = jax.jit(lambda m, b: losses.per_row(m, b, chunk=16))(net, BATCH)
   np.testing.assert_array_equal(np.asarray(sums), np.asarray(expected))
 
 

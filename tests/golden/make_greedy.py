@@ -38,6 +38,7 @@ KNOBS = dict(
 def train() -> None:
   import functools
 
+  import jax
   import numpy as np
   import small
 
@@ -49,9 +50,9 @@ def train() -> None:
   tx = optim.make(cfg.optim, steps=cfg.steps, multipliers={})
   tx = guard.guard(tx, cfg.stability)
   options = dict(tx=tx, schedule=optim.schedule(cfg.optim, cfg.steps), accum=1)
-  run = small.jit(functools.partial(step.train, loss=cfg.loss, **options))
+  run = jax.jit(functools.partial(step.train, loss=cfg.loss, **options))
   build = functools.partial(model.Transformer, cfg.model)
-  state = small.jit(lambda: step.init(build, tx, cfg.seed))()
+  state = jax.jit(lambda: step.init(build, tx, cfg.seed))()
   rng, ones = np.random.default_rng(0), np.ones((cfg.batch, LENGTH), np.int32)
   position = np.arange(LENGTH, dtype=np.int32) * ones
   for _ in range(cfg.steps):

@@ -56,7 +56,7 @@ def load(folder, dtype=None, compute=None):
 
 
 def logits(params):
-  return np.asarray(small.jit(lambda m, t: m(t))(params, expected()['tokens']))
+  return np.asarray(jax.jit(lambda m, t: m(t))(params, expected()['tokens']))
 
 
 def distance(params, name):

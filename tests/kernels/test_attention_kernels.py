@@ -87,7 +87,7 @@ def test_attention_and_its_gradients_are_the_definition(backend, dtype, kv_heads
   q, k, v, dy = draw(H), draw(kv_heads), draw(kv_heads), draw(H)
   segments = jnp.asarray(packing) if packed else None
 
-  @small.jit
+  @jax.jit
   def run(q, k, v, dy):
     attend = lambda *qkv: kernels.attend(*qkv, segments, backend=backend, max_segments=8)
     y, back = jax.vjp(attend, q, k, v)
@@ -193,7 +193,7 @@ def test_a_soft_cap_and_its_gradients_are_the_references(backend, lse):
     y, lse_BTH = kernels.attend_lse(q, k, v, packing, **opts)
     return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(lse_BTH))
 
-  run = small.jit(jax.value_and_grad(total, argnums=(0, 1, 2)), static_argnums=3)
+  run = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)), static_argnums=3)
   if backend == 'splash' and lse:
     with pytest.raises(NotImplementedError, match='no log-sum-exp of capped scores'):
       run(*qkv, backend)
@@ -263,7 +263,7 @@ def variant(score, visible, normalizer, tau=0.0):
 def test_normalizers_match_their_formulas(normalizer, cap):
   q, k, v = draw_qkv(scale=1.5)
   causal = np.tril(np.ones((T, T), bool))
-  ours = small.jit(
+  ours = jax.jit(
     lambda *qkv: kernels.attend(
       *qkv,
       jnp.asarray(SEGMENTS),
@@ -300,7 +300,7 @@ def test_huge_scores_neither_overflow_nor_lose_their_gradient(normalizer):
   for sign in (1, -1):
     q, k, v = draw_qkv(scale=30.0)
     k = sign * jnp.abs(k)
-    grads = small.jit(jax.grad(total, argnums=(0, 1, 2)))(jnp.abs(q), k, v)
+    grads = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(jnp.abs(q), k, v)
     assert all(np.isfinite(g).all() for g in grads)
 
 
@@ -323,13 +323,13 @@ def test_the_log_sum_exp_of_a_kernel_that_drops_its_gradient_gets_it_back():
 
   qkv = draw_qkv()
   (a, da), (b, db) = (
-    small.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(*qkv) for f in (exact, mended)
+    jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(*qkv) for f in (exact, mended)
   )
   np.testing.assert_allclose(a, b, rtol=1e-5)
   for x, y in zip(da, db):
     np.testing.assert_allclose(x, y, atol=1e-4)
   # And it is not nothing: without it the gradient is another.
-  cut = small.jit(
+  cut = jax.jit(
     jax.grad(
       lambda q, k, v: (
         jnp.sum(
@@ -422,7 +422,7 @@ def test_the_grouped_product_and_its_gradients_are_the_definition(backend, dtype
   x, dy = (jnp.where(spare, jnp.nan, draw(w)) for w in (8, 16))
   w = jnp.asarray(rng.normal(size=(len(sizes), 8 * wide, 16 * wide)), dtype)
 
-  @small.jit
+  @jax.jit
   def run(x, w, size, dy):
     named = lambda x, w: kernels.grouped_matmul(x, w, size, backend=backend)
     ours = INTERPRETED.get(backend)

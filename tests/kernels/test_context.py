@@ -46,7 +46,7 @@ def outcome(arrays, backend):
     return jnp.sum(jnp.sin(y)) + jnp.sum(weight * lse), (y, lse)
 
   run = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)
-  return jax.tree.leaves(small.jit(run)(*arrays))
+  return jax.tree.leaves(jax.jit(run)(*arrays))
 
 
 def placed(arrays, where):

@@ -44,7 +44,7 @@ def loss_and_gradients(x, w, targets, weights, *, scale=1.0, **opts):
     t, nll, lse = kernels.vocab_loss(x, w, targets, weights, **opts)
     return scale * t, (nll, lse)
 
-  run = small.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+  run = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
   (t, (nll, lse)), (dx, dw) = run(x, w, targets, weights)
   return t, nll, lse, dx, dw
 
@@ -205,7 +205,7 @@ def test_no_device_holds_an_array_as_large_as_the_unembedding(grad):
   run = jax.grad(total, argnums=(0, 1)) if grad else total
   on = small.mesh_of(fsdp=8)
   with jax.set_mesh(on):
-    compiled = small.jit(run).lower(*placed(problem, on)).compile()
+    compiled = jax.jit(run).lower(*placed(problem, on)).compile()
   assert small.largest_array(compiled) <= width * vocab // 4
 
 
@@ -240,7 +240,7 @@ def test_vocab_loss_of_capped_logits_is_the_plain_loss_of_them(cap):
     nll = lse - jnp.take_along_axis(logit, targets[..., None], -1)[..., 0]
     return jnp.sum(weights * (nll + 0.01 * lse**2))
 
-  ours = small.jit(
+  ours = jax.jit(
     jax.value_and_grad(
       lambda x, w: kernels.vocab_loss(x, w, targets, weights, z=0.01, chunk=7, cap=cap)[
         0
@@ -248,6 +248,6 @@ def test_vocab_loss_of_capped_logits_is_the_plain_loss_of_them(cap):
       argnums=(0, 1),
     )
   )(*problem[:2])
-  exact = small.jit(jax.value_and_grad(plain, argnums=(0, 1)))(x, w)
+  exact = jax.jit(jax.value_and_grad(plain, argnums=(0, 1)))(x, w)
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(exact)):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

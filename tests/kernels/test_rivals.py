@@ -65,7 +65,7 @@ def outcome(arrays, segments, **opts):
     loss = jnp.sum(y * dy) + jnp.sum(jnp.where(live, lse, 0))
     return loss, (y, lse)
 
-  run = small.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))
+  run = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))
   (_, out), grads = run(*arrays, segments)
   return *out, *grads
 

@@ -28,7 +28,7 @@ def angles(built, positions):
   return small.angles(positions, built.cfg.head_dim, built.cfg.rope_base)
 
 
-FORWARD = small.jit(lambda built, *args: built(*args))
+FORWARD = jax.jit(lambda built, *args: built(*args))
 
 
 def run(built, positions=np.arange(T)[None]):  # noqa: B008
@@ -38,7 +38,7 @@ def run(built, positions=np.arange(T)[None]):  # noqa: B008
 def sees(built, segments=None):
   """Which tokens' inputs each token's output depends on: booleans (T, T)."""
   angle = angles(built, np.arange(T)[None])
-  slope = small.jit(jax.jacrev(lambda x: built(x[None], angle, segments)[0]))(X[0])
+  slope = jax.jit(jax.jacrev(lambda x: built(x[None], angle, segments)[0]))(X[0])
   return np.abs(slope).max((1, 3)) > 0
 
 
@@ -67,7 +67,7 @@ def test_only_differences_of_positions_matter():
 def test_a_layer_in_blocks_is_the_layer(normalizer, cap):
   segments = np.array([[1, 1, 1, 2, 2, 0, 0]])
 
-  @small.jit
+  @jax.jit
   def gradients(built, angle):
     total = lambda built: jnp.sum(jnp.sin(built(X, angle, segments)))
     return jax.value_and_grad(total)(built)
@@ -297,8 +297,8 @@ def test_sinks_gradients_are_those_of_one_softmax_over_everything():
     return jnp.sum(jnp.sin(net.out(y)))
 
   angle = angles(built, np.arange(T)[None])
-  ours = small.jit(jax.grad(lambda net: jnp.sum(jnp.sin(net(X, angle, None)))))(built)
-  exact = trees.flatten(small.jit(jax.grad(joint))(built))
+  ours = jax.jit(jax.grad(lambda net: jnp.sum(jnp.sin(net(X, angle, None)))))(built)
+  exact = trees.flatten(jax.jit(jax.grad(joint))(built))
   for name, grad in trees.flatten(ours).items():
     assert np.abs(exact[name]).max() > 1e-4, name
     np.testing.assert_allclose(grad, exact[name], atol=1e-5, err_msg=name)

@@ -15,7 +15,7 @@ BATCH = small.batch(2, LENGTH)
 GATE = dict(attn__gate__position='sdpa')
 
 
-RUN = small.jit(lambda net, *batch: net(*batch))
+RUN = jax.jit(lambda net, *batch: net(*batch))
 
 
 def logits(net, tokens=BATCH.tokens, segments=None, positions=None):
@@ -112,7 +112,7 @@ def test_packing_never_leaks(layers):
   net = small.model_of(layers=layers, tied=False, **GATE)
   alone = (DOCUMENTS == 2).astype(np.float32)
 
-  @small.jit
+  @jax.jit
   def run(net, tokens):
     def loss(net):
       out = net(tokens, DOCUMENTS, PLACES)
@@ -171,7 +171,7 @@ def train_loss(net):
 
 @pytest.fixture(scope='module')
 def scanned():
-  return small.jit(jax.value_and_grad(train_loss))(small.model_of(**GATE))
+  return jax.jit(jax.value_and_grad(train_loss))(small.model_of(**GATE))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def scanned():
 )
 def test_layers_and_remat_change_neither_loss_nor_gradient(layers, remat, scanned):
   net = small.model_of(layers=layers, remat=remat, **GATE)
-  loss, grads = small.jit(jax.value_and_grad(train_loss))(net)
+  loss, grads = jax.jit(jax.value_and_grad(train_loss))(net)
   np.testing.assert_allclose(loss, scanned[0], rtol=1e-6)
   exact = trees.flatten(scanned[1])
   for name, grad in trees.flatten(grads).items():
@@ -214,7 +214,7 @@ def test_training_through_hidden_is_training_on_the_logits(scanned):
     nll = lse - jnp.take_along_axis(out, BATCH.targets[..., None], -1)[..., 0]
     return jnp.sum(BATCH.weights * (nll + 1e-3 * lse**2))
 
-  loss, grads = small.jit(jax.value_and_grad(plain))(small.model_of(**GATE))
+  loss, grads = jax.jit(jax.value_and_grad(plain))(small.model_of(**GATE))
   np.testing.assert_allclose(loss, scanned[0], rtol=1e-5)
   ours = trees.flatten(scanned[1])
   for name, grad in trees.flatten(grads).items():
@@ -358,7 +358,7 @@ def test_every_remedy_scans_as_it_unrolls_and_rematerialises(changes):
   found = []
   for layers, remat in (('scan', 'none'), ('unroll', 'dots'), ('scan', 'full')):
     net = small.model_of(layers=layers, remat=remat, **changes)
-    found.append(small.jit(jax.value_and_grad(train_loss))(net))
+    found.append(jax.jit(jax.value_and_grad(train_loss))(net))
   for loss, grads in found[1:]:
     np.testing.assert_allclose(loss, found[0][0], rtol=1e-6)
     exact = trees.flatten(found[0][1])

@@ -444,7 +444,7 @@ def test_the_gates_learning_rate_multiplies_its_own_update_alone():
 
   def updates(multipliers):
     tx = optim.make(small.optim_config(), steps=5, multipliers=multipliers)
-    update = small.jit(lambda grads, net: tx.update(grads, tx.init(net), net)[0])
+    update = jax.jit(lambda grads, net: tx.update(grads, tx.init(net), net)[0])
     return trees.flatten(update(grads, net))
 
   plain, scaled = updates({}), updates({'gate': 3.0})

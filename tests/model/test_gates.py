@@ -95,7 +95,7 @@ def expected():
   """The loss of the plain model, and its gradient by name."""
   leaves = trees.flatten(small.filled(model.abstract(CFG)))
   with jax.numpy_rank_promotion('allow'):
-    return small.jit(jax.value_and_grad(lambda x: loss(plain(x, BATCH), BATCH)))(leaves)
+    return jax.jit(jax.value_and_grad(lambda x: loss(plain(x, BATCH), BATCH)))(leaves)
 
 
 def whole(net, batch):
@@ -115,7 +115,7 @@ def agrees(value, grads):
 @pytest.mark.parametrize('run', ['scan', pytest.param('unroll', marks=pytest.mark.slow)])
 def test_gates_by_pattern_are_their_formulas_gradients_included(run):
   net = small.filled(model.abstract(small.model_config(**GATES, layers=run)))
-  agrees(*small.jit(jax.value_and_grad(whole))(net, BATCH))
+  agrees(*jax.jit(jax.value_and_grad(whole))(net, BATCH))
 
 
 @pytest.mark.slow
@@ -124,7 +124,7 @@ def test_eight_devices_compute_the_gates_of_one():
   net = small.filled(model.abstract(CFG))
   with jax.set_mesh(on):
     net = jax.device_put(net, mesh.shardings(net, on))
-    agrees(*small.jit(jax.value_and_grad(whole))(net, mesh.place(BATCH, on, 8)))
+    agrees(*jax.jit(jax.value_and_grad(whole))(net, mesh.place(BATCH, on, 8)))
 
 
 def test_layers_without_a_gate_have_no_parameters_of_it():
@@ -244,17 +244,17 @@ def test_a_run_resumes_exactly_across_an_opening():
   tx = guard.guard(optim.make(cfg.optim, steps=5, multipliers={}), cfg.stability)
   schedule = optim.schedule(cfg.optim, 5)
   opts = dict(tx=tx, schedule=schedule, accum=1, loss=cfg.loss)
-  run = small.jit(functools.partial(step.train, **opts))
+  run = jax.jit(functools.partial(step.train, **opts))
   net, batches = small.model_of(**knobs), [small.batch(8, 16, seed=i) for i in range(5)]
   zero = jnp.zeros((), jnp.int32)
-  states = [step.State(zero, zero, net, small.jit(tx.init)(net))]
+  states = [step.State(zero, zero, net, jax.jit(tx.init)(net))]
   metrics = []
   for batch in batches:
     state, values = run(states[-1], batch)
     states.append(state)
     metrics.append(float(values['loss']))
   # The loss of each step is that of the gate's share at the step.
-  plain = small.jit(lambda net, batch: step.losses.per_row(net, batch, chunk=16))
+  plain = jax.jit(lambda net, batch: step.losses.per_row(net, batch, chunk=16))
   ungated = trees.unflatten(
     small.model_of(), {k: v for k, v in trees.flatten(net).items() if '.gate.' not in k}
   )
@@ -334,7 +334,7 @@ def updates(count=1, own_decays=None, **knobs):
     own_decays=own_decays,
   )
   grads, state = small.filled(net, seed=1), tx.init(net)
-  run = small.jit(tx.update)
+  run = jax.jit(tx.update)
   for _ in range(count):
     update, state = run(grads, state, net)
   return trees.flatten(update), trees.flatten(net)

@@ -192,8 +192,8 @@ def test_embed_on_a_mesh_is_that_of_one_device(sizes, columns, monkeypatch):
   monkeypatch.setattr(embedding, 'COLUMNS', columns)
   on, (table, tokens), run = embed_on(sizes, vocab=24, width=16)
   with jax.set_mesh(on):
-    grad, x = small.jit(run)(table, tokens)
-  exact_grad, exact_x = small.jit(run)(*map(np.asarray, (table, tokens)))
+    grad, x = jax.jit(run)(table, tokens)
+  exact_grad, exact_x = jax.jit(run)(*map(np.asarray, (table, tokens)))
   np.testing.assert_array_equal(x, exact_x)
   np.testing.assert_array_equal(x, np.asarray(table)[np.asarray(tokens)])
   np.testing.assert_allclose(grad, exact_grad, rtol=1e-5, atol=1e-5)
@@ -207,15 +207,15 @@ def test_the_gradient_of_a_frequent_token_is_summed_so_on_a_mesh(sizes, monkeypa
   total = lambda embed, tokens: jnp.sum(embed(tokens).astype(jnp.float32))
   on = small.mesh_of(**sizes)
   with jax.set_mesh(on):
-    grad = small.jit(jax.grad(total))(embed, jnp.zeros((8, 512), jnp.int32))
+    grad = jax.jit(jax.grad(total))(embed, jnp.zeros((8, 512), jnp.int32))
   np.testing.assert_array_equal(grad.table[...][0], 4096.0)
 
 
 def test_no_device_holds_an_array_as_large_as_the_embedding():
   on, placed, run = embed_on(dict(fsdp=8), vocab=512, width=1024, scale=1.0)
   with jax.set_mesh(on):
-    compiled = small.jit(run).lower(*placed).compile()
-    looked_up = small.jit(lambda *a: run(*a)[1]).lower(*placed).compile()
+    compiled = jax.jit(run).lower(*placed).compile()
+    looked_up = jax.jit(lambda *a: run(*a)[1]).lower(*placed).compile()
   for each in (compiled, looked_up):
     assert small.largest_array(each) <= 512 * 1024 // 4
 

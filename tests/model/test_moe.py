@@ -73,8 +73,8 @@ LIVE = jnp.ones((B, T), bool)
 def with_gradients(run, net, x, dy):
   total = lambda net, x: jnp.sum(dy * run(net, x))
   with jax.default_matmul_precision('highest'):
-    value = small.jit(run)(net, x)
-    grads = small.jit(jax.grad(total, argnums=(0, 1)))(net, x)
+    value = jax.jit(run)(net, x)
+    grads = jax.jit(jax.grad(total, argnums=(0, 1)))(net, x)
   return {'y': value, 'x': grads[1]} | trees.flatten(grads[0])
 
 
@@ -92,7 +92,7 @@ def test_output_and_gradients_are_the_dense_reference(load, dispatch):
   for name in exact:
     size = max(1.0, float(jnp.abs(exact[name]).max()))
     np.testing.assert_allclose(ours[name], exact[name], atol=1e-5 * size, err_msg=name)
-  counts = np.asarray(small.jit(lambda net, x: net(x, LIVE)[1].load_E)(net, x))
+  counts = np.asarray(jax.jit(lambda net, x: net(x, LIVE)[1].load_E)(net, x))
   assert counts.sum() == B * T * K
   wanted = {
     'as it comes': (counts > 0).all(),
@@ -258,9 +258,9 @@ def dropless_with_gradients(weights, x, weight, choice, dy):
 def test_experts_of_several_devices_are_those_of_one(sizes, leaning):
   problem = split_problem(leaning)
   on = mesh.make(**dict.fromkeys(mesh.AXES, 1) | sizes)
-  exact = small.jit(dropless_with_gradients)(*problem)
+  exact = jax.jit(dropless_with_gradients)(*problem)
   with jax.set_mesh(on):
-    ours = small.jit(dropless_with_gradients)(*split_over(on, *problem))
+    ours = jax.jit(dropless_with_gradients)(*split_over(on, *problem))
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(exact)):
     np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()))
 
@@ -307,7 +307,7 @@ def test_no_device_gathers_the_weights_of_all_experts(dispatch):
   run = dropless_with_gradients if dispatch == 'dropless' else capacity
   args = split_over(on, weights, x, weight, choice, dy)
   with jax.set_mesh(on):
-    program = small.jit(run).lower(*args).compile().as_text()
+    program = jax.jit(run).lower(*args).compile().as_text()
   sizes = gathered(program)
   of_all = weights[0].size
   # A device's own experts are whole, which FSDP had split.
@@ -340,7 +340,7 @@ def first_step(accum=1, over='global', dispatch='dropless', **sizes):
   state = jax.device_put(state, shardings)
   batch = mesh.place(small.batch(8, 16), on, 8)
   with jax.set_mesh(on):
-    state, metrics = small.jit(run)(state, batch)
+    state, metrics = jax.jit(run)(state, batch)
   return jax.device_get(metrics), trees.flatten(jax.device_get(state.model))
 
 
@@ -408,7 +408,7 @@ def test_router_losses_reach_the_routers_gradient():
   net = small.filled(model.abstract(cfg.model))
   batch = small.batch(8, 16)
 
-  @small.jit
+  @jax.jit
   def gradient(net, balance):
     def run(net):
       x, report = net.hidden(batch.tokens, batch.segments, batch.positions)
@@ -454,7 +454,7 @@ def test_the_router_computes_in_float32_whatever_the_model_does():
   assert trees.flatten(model.abstract(cfg))['blocks.ffn.router.weight'].dtype == 'float32'
   assert trees.flatten(model.abstract(cfg))['blocks.ffn.experts.up'].dtype == 'bfloat16'
   net = small.filled(model.abstract(cfg))
-  _, report = small.jit(lambda net, t: net.hidden(t))(net, small.batch(2, 16).tokens)
+  _, report = jax.jit(lambda net, t: net.hidden(t))(net, small.batch(2, 16).tokens)
   assert all(leaf.dtype == jnp.float32 for leaf in report)
 
 

@@ -139,7 +139,7 @@ def by_hand(net, batch):
 @functools.cache
 def expected(name):
   with jax.numpy_rank_promotion('allow'):
-    loss, grads = small.jit(jax.value_and_grad(by_hand))(net_of(name), BATCH)
+    loss, grads = jax.jit(jax.value_and_grad(by_hand))(net_of(name), BATCH)
   return loss, trees.flatten(grads)
 
 
@@ -155,7 +155,7 @@ def agrees(name, got):
 
 
 def gradients(name):
-  return small.jit(functools.partial(step.gradients, accum=1, loss=recipe(name).loss))
+  return jax.jit(functools.partial(step.gradients, accum=1, loss=recipe(name).loss))
 
 
 @pytest.mark.parametrize('name', MODELS)

@@ -56,7 +56,7 @@ def test_a_query_sees_its_cache_at_the_positions_in_the_cache(knobs):
   net.kept = KEPT
   frequency = layers.rope_frequencies(cfg.head_dim, cfg.rope_base, cfg.yarn)
   angle = layers.rope_angles(np.arange(T)[None], frequency)
-  trace = small.jit(lambda net, x: net.trace(x, angle, None).sdpa)(net, X)
+  trace = jax.jit(lambda net, x: net.trace(x, angle, None).sdpa)(net, X)
   np.testing.assert_allclose(trace[0], by_hand(net, X[0]), rtol=1e-4, atol=1e-5)
   empty = np.zeros((1, T, cfg.kv_heads, cfg.head_dim), np.float32)
   cache = attention.Cache(empty, empty, np.zeros(1, np.int32))
@@ -69,7 +69,7 @@ def test_a_window_that_holds_the_row_changes_nothing_and_kept_tokens_help_a_shor
   gate = dict(attn__gate__position='sdpa', attn__gate__layers='0')
   plain = small.model_of(**gate)
   token_BT = np.random.default_rng(1).integers(0, 40, (1, T))
-  run = small.jit(lambda net: net(token_BT))
+  run = jax.jit(lambda net: net(token_BT))
 
   def streamed(window, kept):
     cfg = small.model_config(**gate, attn__window=window)

@@ -64,7 +64,7 @@ def test_logits_are_those_of_the_model_and_the_loss_is_theirs(headwise):
   folder, net = headwise
   run = gated.load(folder)
   ids_N = np.frombuffer(TEXT.encode(), np.uint8).astype(np.int32)
-  logit_NV = np.asarray(small.jit(lambda m, x: m(x))(net, ids_N[None]))[0]
+  logit_NV = np.asarray(jax.jit(lambda m, x: m(x))(net, ids_N[None]))[0]
   np.testing.assert_allclose(run.logits(TEXT), logit_NV, rtol=1e-4, atol=1e-5)
   np.testing.assert_array_equal(run.logits(ids_N.tolist()), run.logits(TEXT))
   p_NV = jax.nn.log_softmax(logit_NV[:-1])

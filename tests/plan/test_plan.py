@@ -173,7 +173,7 @@ def test_the_first_state_is_made_where_it_lives_and_is_the_same_on_any_mesh():
 def test_the_evaluation_step_is_the_same_on_any_mesh():
   cfg = small.whole(model__attn__gate__position='sdpa')
   net, batch = small.model_of(attn__gate__position='sdpa'), small.batch(8, 16)
-  exact = small.jit(lambda m, b: losses.per_row(m, b, chunk=16))(net, batch)
+  exact = jax.jit(lambda m, b: losses.per_row(m, b, chunk=16))(net, batch)
   plan = plans.Plan(small.whole(mesh__fsdp=2, mesh__tensor=2, mesh__context=2))
   placed = jax.device_put(net, mesh.shardings(net, plan.mesh))
   evaluate = plans.evaluate_step(cfg.model, plan.mesh, 16)

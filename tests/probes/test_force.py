@@ -37,7 +37,7 @@ def forced(net, gates, layers=None, mean=None):
 
 def logits(net):
   run = lambda net, batch: net(batch.tokens, batch.segments, batch.positions)
-  return small.jit(run)(net, BATCH)
+  return jax.jit(run)(net, BATCH)
 
 
 @pytest.mark.parametrize('name', EVERY)
@@ -63,7 +63,7 @@ def test_closed_gates_give_a_model_without_attention(name):
 def test_a_constant_is_the_score_of_the_chosen_layers_alone(name):
   net = gated(name, depth=3)
   before, after = (
-    np.asarray(small.jit(gates.scores)(x, BATCH)) for x in (net, forced(net, 0.15, [1]))
+    np.asarray(jax.jit(gates.scores)(x, BATCH)) for x in (net, forced(net, 0.15, [1]))
   )
   assert before.shape == after.shape and (after[1] == np.float32(0.15)).all()
   np.testing.assert_array_equal(after[0], before[0])
@@ -74,9 +74,9 @@ def test_a_constant_is_the_score_of_the_chosen_layers_alone(name):
 @pytest.mark.parametrize('name', EVERY)
 def test_the_mean_is_taken_over_tokens_by_layer_head_and_channel(name):
   net = gated(name)
-  score = np.asarray(small.jit(gates.scores)(net, BATCH))[:, 0].swapaxes(1, 2)
+  score = np.asarray(jax.jit(gates.scores)(net, BATCH))[:, 0].swapaxes(1, 2)
   again = np.asarray(
-    small.jit(gates.scores)(forced(net, 'mean', None, score.mean(2)), BATCH)
+    jax.jit(gates.scores)(forced(net, 'mean', None, score.mean(2)), BATCH)
   )
   expected = score.mean(2)[:, None, None]
   np.testing.assert_allclose(again, np.broadcast_to(expected, again.shape), rtol=1e-6)
@@ -85,9 +85,9 @@ def test_the_mean_is_taken_over_tokens_by_layer_head_and_channel(name):
 def test_a_forced_gate_may_be_forced_again_and_the_model_stays_as_it_was():
   net = gated('headwise')
   twice = forced(forced(net, 'open'), 'closed', [0])
-  score = np.asarray(small.jit(gates.scores)(twice, BATCH))
+  score = np.asarray(jax.jit(gates.scores)(twice, BATCH))
   assert (score[0] == 0).all() and (score[1] == 1).all()
-  assert 0 < np.asarray(small.jit(gates.scores)(net, BATCH)).min() < 1
+  assert 0 < np.asarray(jax.jit(gates.scores)(net, BATCH)).min() < 1
   assert gates.weight_norms(twice, 'gate').shape == (2, 4)
 
 
@@ -117,9 +117,9 @@ def test_layers_that_do_not_exist_are_refused(spec, message):
 @pytest.mark.parametrize('name', EVERY)
 def test_the_sums_of_scores_over_rows_exclude_padding(name):
   net = gated(name)
-  total, tokens = jax.device_get(small.jit(gates.sums)(net, BATCH))
+  total, tokens = jax.device_get(jax.jit(gates.sums)(net, BATCH))
   live_N = (BATCH.segments > 0).ravel()
-  score = np.asarray(small.jit(gates.scores)(net, BATCH))
+  score = np.asarray(jax.jit(gates.scores)(net, BATCH))
   score_LNx = score.reshape(len(score), live_N.size, *score.shape[3:])
   assert tokens == live_N.sum() < live_N.size
   expected = score_LNx[:, live_N].astype(float).sum(1)

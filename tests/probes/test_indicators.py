@@ -24,14 +24,14 @@ NAMES |= {'residual_rms_first', 'residual_rms_last', 'residual_growth'}
 
 
 def measured(net, batch=BATCH, micro=8):
-  measure = small.jit(lambda net, batch: indicators.measure(net, batch, micro=micro))
+  measure = jax.jit(lambda net, batch: indicators.measure(net, batch, micro=micro))
   return {name: x.item() for name, x in measure(net, batch).items()}
 
 
 def by_hand(net, batch=BATCH):
   """In float64, from the queries and keys that the kernel is given and each layer's x."""
 
-  @small.jit
+  @jax.jit
   def run(net, batch):
     given, attend, attend_lse = [], kernels.attend, kernels.attend_lse
 
@@ -144,7 +144,7 @@ def test_scores_are_made_block_by_block(monkeypatch):
   net, batch = small.model_of(vocab=8, width=8, ffn=8), small.batch(8, 64, vocab=8)
   expected = measured(net, batch)
   monkeypatch.setattr(largest, 'PAIRS', 256)
-  run = small.jit(
+  run = jax.jit(
     lambda net, batch: kernels.largest_scores(
       *net_scores(net, batch), batch.segments, batch.segments > 0
     )

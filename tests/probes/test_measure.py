@@ -72,7 +72,7 @@ def traces(net, batch):
   run = lambda net, batch: net.hidden(
     batch.tokens, batch.segments, batch.positions, through=through
   )[1]
-  stacked = jax.device_get(small.jit(run)(net, batch))
+  stacked = jax.device_get(jax.jit(run)(net, batch))
   return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(net.cfg.depth)]
 
 
@@ -225,13 +225,13 @@ def effective(singular):
 
 
 def report(net, batch, parts=1):
-  run = small.jit(probes.measure)
+  run = jax.jit(probes.measure)
   size = len(batch.tokens) // parts
   split = [
     type(batch)(*(x[i * size : (i + 1) * size] for x in batch)) for i in range(parts)
   ]
   merged = probes.merge([jax.device_get(run(net, part, CLASS_V)) for part in split])
-  weights = jax.device_get(small.jit(probes.of_weights)(net))
+  weights = jax.device_get(jax.jit(probes.of_weights)(net))
   return probes.summarize(net.cfg, merged, weights)
 
 
@@ -297,8 +297,8 @@ def test_a_mesh_gives_the_numbers_of_one_device(name, sizes):
   placed = jax.device_put(net, mesh.shardings(net, on))
   batch = mesh.place(BATCH, on, len(BATCH.tokens))
   with jax.set_mesh(on):
-    measures = small.jit(probes.measure)(placed, batch, CLASS_V)
-    weights = jax.device_get(small.jit(probes.of_weights)(placed))
+    measures = jax.jit(probes.measure)(placed, batch, CLASS_V)
+    weights = jax.device_get(jax.jit(probes.of_weights)(placed))
   numbers = probes.summarize(net.cfg, probes.merge([jax.device_get(measures)]), weights)
   agree(numbers, reference(net, BATCH))
 
@@ -362,11 +362,11 @@ def test_the_range_of_a_histogram_follows_from_the_activation(monkeypatch):
 
 def test_the_vocabulary_gate_is_the_gate_of_each_token_alone():
   net = small.model_of(**MODELS['elementwise'])
-  score_VH = small.jit(gates.vocabulary, static_argnums=1)(net, 'gate')
+  score_VH = jax.jit(gates.vocabulary, static_argnums=1)(net, 'gate')
   tokens = np.arange(VOCAB, dtype=np.int32)[None]
   ones = np.ones_like(tokens)
   batch = BATCH._replace(tokens=tokens, segments=ones, positions=0 * ones)
-  score_BTHK = small.jit(gates.scores)(net, batch)[0]
+  score_BTHK = jax.jit(gates.scores)(net, batch)[0]
   np.testing.assert_allclose(score_VH, score_BTHK[0].mean(-1), rtol=1e-5)
 
 
@@ -383,7 +383,7 @@ def test_maps_are_the_attention_weights_of_the_first_row(name):
   net = small.model_of(**MODELS[name])
   index, segment = np.arange(LENGTH), BATCH.segments
   mask = (index[:, None] >= index[None]) & (segment[:, :, None] == segment[:, None])
-  map_LHTT = np.asarray(small.jit(attention.maps)(net, BATCH))
+  map_LHTT = np.asarray(jax.jit(attention.maps)(net, BATCH))
   live_T = segment[0] > 0
   for map_HTT, (trace, _) in zip(map_LHTT, traces(net, BATCH), strict=True):
     expected, _ = weights_of(trace.attn, net.cfg, mask, segment > 0)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import small
 from guarded import (
   INF,
   NAN,
@@ -60,11 +59,14 @@ def test_a_bad_knob_is_refused_by_name(changes, message):
 
 
 def test_where_nothing_is_bad_the_numbers_are_those_of_the_optimizer_alone():
-  plain = optax.with_extra_args_support(TX)
-  step = small.jit(functools.partial(one_step, plain))
+  """To the last bit, one operation at a time: a compiler may fuse two programs unlike."""
+  tx, plain = guard.guard(TX, knobs()), optax.with_extra_args_support(TX)
   params, state = PARAMS, TX.init(PARAMS)
-  for guarded_params, guarded, updates in run(steady(6)):
-    params, state, bare = step(params, state, jnp.float32(3), jnp.float32(1))
+  guarded_params, guarded = PARAMS, tx.init(PARAMS)
+  for loss in map(jnp.float32, steady(6)):
+    with jax.disable_jit():
+      guarded_params, guarded, updates = one_step(tx, guarded_params, guarded, loss, 1.0)
+      params, state, bare = one_step(plain, params, state, loss, 1.0)
     assert trees.digest(updates) == trees.digest(bare)
     assert trees.digest(guarded_params) == trees.digest(params)
     assert trees.digest(guarded.inner) == trees.digest(state)
@@ -259,7 +261,7 @@ def test_sharded_over_eight_devices_is_single(no_transfers):
     tx, _ = stepper()
     first = jax.tree.map(jnp.copy, (PARAMS, tx.init(PARAMS)))
     params, state = jax.device_put(first, jax.tree.map(split, first))
-    step = small.jit(
+    step = jax.jit(
       functools.partial(one_step, tx),
       donate_argnums=(0, 1),
       out_shardings=(*jax.tree.map(split, first), None),

@@ -33,13 +33,13 @@ def test_a_slow_second_moment_still_moves():
   def body(state, _):
     return tx.update(grads, state, params)[1], None
 
-  run = small.jit(lambda state: jax.lax.scan(body, state, length=300)[0])
+  run = jax.jit(lambda state: jax.lax.scan(body, state, length=300)[0])
   state = run(tx.init(params))
   assert state.inner.nu.dtype == state.inner.mu.dtype == jnp.bfloat16
   mean = float(state.inner.nu.astype(jnp.float32).mean())
   assert abs(mean / (4 * (1 - 0.999**300)) - 1) < 0.01
   # Resumed at step 150, it has the same bits.
-  half = small.jit(lambda state: jax.lax.scan(body, state, length=150)[0])
+  half = jax.jit(lambda state: jax.lax.scan(body, state, length=150)[0])
   again = half(half(tx.init(params)))
   jax.tree.map(np.testing.assert_array_equal, again, state)
 

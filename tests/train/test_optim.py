@@ -27,7 +27,7 @@ def knobs(**changes):
 def rates(steps=STEPS, **changes):
   """The learning rate of each update of a run."""
   schedule = optim.schedule(knobs(**changes), steps)
-  return np.asarray(small.jit(jax.vmap(schedule))(jnp.arange(steps)))
+  return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(steps)))
 
 
 @pytest.mark.parametrize('schedule', ['cosine', 'wsd', 'linear', 'constant'])
@@ -123,7 +123,7 @@ ZEROS = jax.tree.map(jnp.zeros_like, PARAMS)
 def updates(grads, steps=1, multipliers={}, **changes):  # noqa: B006
   tx = optim.make(knobs(**changes), steps=STEPS, multipliers=multipliers)
 
-  @small.jit
+  @jax.jit
   def run(grads):
     state, out = tx.init(PARAMS), []
     for _ in range(steps):
@@ -229,7 +229,7 @@ def layered_updates(steps=2, multipliers={}, **changes):  # noqa: B006
   """The updates of some steps of constant gradients, {name: array} each."""
   tx = optim.make(knobs(**changes), steps=STEPS, multipliers=multipliers)
 
-  @small.jit
+  @jax.jit
   def run(params, grads):
     state, out = tx.init(params), []
     for step in range(steps):
@@ -258,7 +258,7 @@ def test_muon_updates_every_layer_and_expert_as_optax_does_a_matrix(by_muon):
     consistent_rms=cfg.muon.rms,
   )
 
-  @small.jit
+  @jax.jit
   def each(params, grads):
     state, out = theirs.init(params), []
     for step in range(2):
@@ -354,7 +354,7 @@ def run_of(count, devices=1, **changes):
   changes |= dict(optim__name='muon', optim__lr=0.05, optim__schedule='constant')
   changes |= dict(model__attn__gate__position='sdpa')
   plan = Plan(small.whole(**changes), jax.devices()[:devices])
-  step = plan.train_step().compile(compiler_options=small.FAST)
+  step = plan.train_step().compile()
   state, losses = plan.init(), []
   for i in range(count):
     state, metrics = step(state, placed(plan, i % 2))

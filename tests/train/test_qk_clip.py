@@ -30,7 +30,7 @@ def trained(kv_heads, tau, accum=1, **sizes):
   net = small.filled(model.abstract(cfg.model))
   zero = jnp.zeros((), jnp.int32)
   state = step.State(zero, zero, net, tx.init(net))
-  run = small.jit(functools.partial(step.train, **opts, loss=cfg.loss, tau=tau))
+  run = jax.jit(functools.partial(step.train, **opts, loss=cfg.loss, tau=tau))
   if not sizes:
     new, metrics = run(state, BATCH)
     return net, new.model, metrics
@@ -53,7 +53,7 @@ def largest(kv_heads):
   run = lambda net: net.hidden(
     BATCH.tokens, BATCH.segments, BATCH.positions, through=through
   )
-  q, k = map(np.asarray, small.jit(run)(net)[1])
+  q, k = map(np.asarray, jax.jit(run)(net)[1])
   score = np.einsum('lbthk,lbshk->lbhts', q, np.repeat(k, 4 // kv_heads, 3)) / 8**0.5
   distance = np.arange(16)[:, None] - np.arange(16)[None]
   seen = (BATCH.segments[:, :, None] == BATCH.segments[:, None]) & (distance >= 0)

@@ -33,7 +33,7 @@ def runner(accum=1):
   """(state, batch) -> (state, metrics), on one device and with nothing donated."""
   schedule = optim.schedule(CFG.optim, CFG.steps)
   opts = dict(tx=TX, schedule=schedule, accum=accum, loss=CFG.loss)
-  return small.jit(functools.partial(step.train, **opts))
+  return jax.jit(functools.partial(step.train, **opts))
 
 
 @pytest.fixture(scope='module')
@@ -41,7 +41,7 @@ def single():
   """The state before five steps on one device, the states and metrics after each."""
   net = small.model_of(attn__gate__position='sdpa')
   zero = lambda: jnp.zeros((), jnp.int32)
-  first = state = step.State(zero(), zero(), net, small.jit(TX.init)(net))
+  first = state = step.State(zero(), zero(), net, jax.jit(TX.init)(net))
   after = []
   for batch in batches():
     state, metrics = runner()(state, batch)
@@ -69,7 +69,7 @@ def test_metrics_match_their_names(single):
     'skipped', 'spikes', 'bad_in_row', 'verdict', 'loss_zscore', 'grad_norm_zscore',
   }  # fmt: skip
   assert all(np.shape(v) == () for v in metrics.values())
-  run = small.jit(lambda net, *batch: net(*batch))
+  run = jax.jit(lambda net, *batch: net(*batch))
   out = run(first.model, batch.tokens, batch.segments, batch.positions)
   out = np.asarray(out, float)
   lse = np.log(np.exp(out).sum(-1))
@@ -126,7 +126,7 @@ def sharded(sizes, single, **knobs):
   """Five losses on eight devices, no transfer on the way that was not asked for."""
   axes = {f'mesh__{k}': v for k, v in sizes.items()}
   plan = Plan(small.whole(**KNOBS, **axes, **knobs))
-  train = plan.train_step().compile(compiler_options=small.FAST)
+  train = plan.train_step().compile()
   # By way of the host: what is donated must not be the memory of `single`.
   leaves = trees.flatten(jax.device_get(single[0]))
   place = lambda name, like: jax.device_put(leaves[name], like.sharding)
@@ -178,9 +178,7 @@ def test_sharded_in_other_ways_is_single(sizes, knobs, single):
 
 def test_evaluate_gives_each_rows_nats_and_weight(single):
   first, batch = single[0], batches()[0]
-  nats, weight = small.jit(functools.partial(losses.per_row, chunk=16))(
-    first.model, batch
-  )
+  nats, weight = jax.jit(functools.partial(losses.per_row, chunk=16))(first.model, batch)
   assert nats.shape == weight.shape == (8,)
   np.testing.assert_allclose(weight, batch.weights.sum(1))
   loss = single[1][0][1]['loss']
@@ -199,12 +197,12 @@ def test_vectors_of_bfloat16_weights_learn_and_sums_are_float32():
   """In bfloat16, an update of 3e-4 would leave each norm scale at 1."""
   cfg = small.model_config(numerics__weights='bfloat16', attn__bias=True)
   build = functools.partial(model.Transformer, cfg)
-  state = small.jit(lambda: step.init(build, TX, 0))()
+  state = jax.jit(lambda: step.init(build, TX, 0))()
   grads = jax.tree.map(lambda leaf: leaf + jnp.asarray(0.01, leaf.dtype), state.model)
   terms = {'loss': jnp.float32(1)}
   gradients = step.Gradients(grads, terms, None, jnp.float32(1))
   options = dict(tx=TX, schedule=optax.constant_schedule(3e-4))
-  new, metrics = small.jit(functools.partial(step.update, **options))(state, gradients)
+  new, metrics = jax.jit(functools.partial(step.update, **options))(state, gradients)
   old = trees.flatten(state.model)
   vectors = {name for name in old if name.endswith(('.scale', '.bias'))}
   assert len(vectors) == 8
