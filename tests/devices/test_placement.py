@@ -81,9 +81,14 @@ def test_loss_and_gradients_agree_with_one_device(kind, gate, sizes):
 
 @pytest.mark.slow
 @pytest.mark.full
-@pytest.mark.parametrize('sizes', MESHES, ids=str)
-@pytest.mark.parametrize('gate', ['none', 'elementwise'])
-@pytest.mark.parametrize('kind', MODELS)
+@pytest.mark.parametrize(
+  ('kind', 'gate', 'sizes'),
+  [
+    *((kind, 'elementwise', sizes) for kind in MODELS for sizes in MESHES),
+    *((kind, 'none', dict(fsdp=2, tensor=2, context=2)) for kind in MODELS),
+  ],
+  ids=str,
+)
 def test_they_agree_on_every_mesh(kind, gate, sizes):
   if (kind, gate, sizes) not in FEW:
     assert_same(kind, gate, sizes)
