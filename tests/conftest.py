@@ -51,18 +51,25 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 # The slowest files, slowest first. With `--dist loadfile` a worker runs a whole file;
 # starting with these keeps both workers busy until the end.
 LONGEST = (
-  'test_train.py',
-  'test_launch.py',
-  'model/test_moe.py',
   'test_faults.py',
-  'test_placement.py',
-  'test_configs.py',
+  'test_train.py',
   'test_arrangements.py',
-  'test_golden.py',
+  'model/test_moe.py',
+  'test_generate.py',
+  'test_launch.py',
+  'test_measure.py',
+  'test_placement.py',
+  'test_load.py',
+  'test_indicators.py',
+  'test_examples.py',
   'test_decoder.py',
-  'test_sweep.py',
+  'test_configs.py',
+  'test_samples.py',
+  'test_campaign.py',
   'test_attention_kernels.py',
   'test_context.py',
+  'test_sweep.py',
+  'test_replay.py',
 )
 # Fixtures that need the extra environments of `make tpu` and `make sky`.
 EXTRA_ENVIRONMENTS = {'run_for_tpu', 'sky'}

@@ -28,10 +28,11 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLES = {m.__name__.split('.')[-1]: m for m in (table1, table2, table3, table4, table6)}
 STEPS, SAVED, DROP = 20, 10, 0.1  # DROP in nats
 
-# Fewer LLVM optimizations: most of the time goes into compilation.
+# As in tests/faults/process.py: most of the time goes into compilation.
 COMPILER = {
   'xla_backend_optimization_level': 0,
   'xla_llvm_disable_expensive_passes': True,
+  'xla_cpu_use_fusion_emitters': False,
 }
 
 
