@@ -245,7 +245,9 @@ def has_massive_activations(arms: Arms) -> None:
 
   def times_median(r: Result) -> float:
     largest, median = _layers(r, 'm_act'), _layers(r, 'm_act_median')
-    return float(np.max(largest / median)) if len(largest) else math.nan
+    if not len(largest):
+      raise Open('a baseline has no activations by layer: it was probed in training only')
+    return float(np.max(largest / median))
 
   largest = _mean(arms['baseline'], lambda r: r.probe('m_act_max'))
   multiple = _mean(arms['baseline'], times_median)
