@@ -30,6 +30,10 @@ class Chip:
   torus_dims: int  # dims of the links' grid; 1 for a switch
   torus_from: int  # the smallest slice whose rows of chips are rings
 
+  @property
+  def is_gpu(self) -> bool:
+    return self.device_kinds[0].startswith('NVIDIA')
+
 
 def _chip(
   name, kinds: str, tflops, gib, memory, link, network, slice_size=8, dims=1, rings=1

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from gated import config, data, evals, storage
-from gated.devices import processes
+from gated.devices import mesh, processes
 from gated.plan import cautions
 from gated.plan.plan import Chooser, Plan, due
 from gated.plan.recipe import Config
@@ -139,6 +139,8 @@ def prepare(
   metrics.check_remote(workdir, profile_first=cfg.log.profile_first)
   plan = Plan(cfg, choose=choose)
   corpus = data.open(cfg.data, **plan.reads)
+  if mesh.platform() == 'gpu' and plan.reads['max_segments'] > corpus.max_segments:
+    plan = Plan(fitted(plan.cfg, corpus.max_segments), choose=choose)
   fingerprint = corpus.fingerprint
   resume = workdirs.check(
     workdir, c, fingerprint, like=plan.state, allowed=allowed, restore_step=restore_step
@@ -159,6 +161,16 @@ def prepare(
   sample = _sampler(plan, corpus) if cfg.log.samples else None
   step = plan.train_step()
   return Run(c, workdir, plan, corpus, step, source, resume, sample, restore_step)
+
+
+def fitted(cfg: Config, segments: int) -> Config:
+  """A recipe for rows of at most this many documents.
+
+  The memory and the time of cuDNN's backward pass grow with the number of documents that
+  a row may have, not with those that it has.
+  """
+  attn = dataclasses.replace(cfg.model.attn, max_segments=max(2, segments))
+  return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attn=attn))
 
 
 def _sampler(plan: Plan, corpus: data.Corpus) -> Callable:

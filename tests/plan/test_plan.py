@@ -1,5 +1,9 @@
 """A recipe that cannot run is refused by its knobs, before anything is compiled."""
 
+import importlib
+import types
+
+import crafted
 import jax
 import jax.monitoring
 import jax.numpy as jnp
@@ -7,7 +11,7 @@ import numpy as np
 import pytest
 import small
 
-from gated import data
+from gated import data, storage
 from gated import plan as plans
 from gated.devices import mesh, trees
 from gated.train import losses
@@ -181,3 +185,25 @@ def test_the_evaluation_step_is_the_same_on_any_mesh():
   for a, b in zip(ours, exact):
     np.testing.assert_allclose(a, b, rtol=1e-5)
     assert a.sharding.is_fully_replicated
+
+
+def test_on_gpus_attention_has_room_for_the_documents_that_rows_have(
+  tmp_path, monkeypatch
+):
+  """cuDNN's backward pass takes memory and time for each document that it allows."""
+  crafted.make_dataset(tmp_path / 'data')
+  c = small.recipe(model__vocab=300, data__mixture=str(tmp_path / 'data'))
+  module = importlib.import_module('gated.plan.prepare')
+  monkeypatch.setattr(plans.Plan, 'train_step', lambda self: None)
+
+  def limit(platform):
+    monkeypatch.setattr(module, 'mesh', types.SimpleNamespace(platform=lambda: platform))
+    opts = dict(allowed=(), restore_step='', choose=None)
+    run = module.prepare(c, storage.path(tmp_path / platform), **opts)
+    assert run.config['model']['attn']['max_segments'] == 16
+    assert run.corpus.max_segments < 16
+    return run.plan.cfg.model.attn.max_segments, run.corpus.max_segments
+
+  allowed, most = limit('gpu')
+  assert allowed == max(2, most)
+  assert limit('cpu')[0] == 16

@@ -237,6 +237,40 @@ def test_memory_and_time_are_near_the_measurements_on_a_gpu():
   assert e.time.step == pytest.approx(0.730, rel=0.25)
 
 
+@pytest.mark.parametrize(
+  ('changes', 'gib'),
+  [
+    (dict(model__depth=8, batch=8, loss__chunk=1024), 48.8),
+    (dict(model__depth=4, batch=32), 74.8),
+    (dict(model__depth=4, batch=32, accum=4, loss__chunk=1024), 39.8),
+    (
+      dict(model__depth=8, batch=32, accum=4, loss__chunk=1024, model__layers='scan'),
+      63.3,
+    ),
+  ],
+)
+def test_memory_is_near_that_of_programs_compiled_for_two_gpus(changes, gib):
+  """H200, jax 0.11.2: arguments and temporaries of layers of the 15B model."""
+  cfg = large(moe_15b, 'gate=elementwise,cards=2', **changes)
+  e = estimate.Estimate(cfg, sizes(fsdp=2), chips.CHIPS['h200'])
+  assert e.bytes / GIB == pytest.approx(gib, rel=0.07)
+
+
+def test_memory_of_packed_rows_on_a_gpu_grows_with_the_documents_of_a_row():
+  """cuDNN's workspace of 16 rows in XLA's program: 34,494,022,400 bytes."""
+  cfg = large(moe_15b, 'gate=elementwise,cards=2', batch=32)
+  bytes_of = lambda **changes: (
+    estimate.Estimate(
+      large(moe_15b, 'gate=elementwise,cards=2', batch=32, **changes),
+      sizes(fsdp=2),
+      chips.CHIPS['h200'],
+    ).bytes
+  )
+  assert cfg.model.attn.max_segments == 16
+  workspace = bytes_of() - bytes_of(model__mask_documents=False)
+  assert workspace == pytest.approx(34_494_022_400, rel=1e-3)
+
+
 # This Python has no pytest, so the recipes are its argument.
 _COMPILE = """
 import json, sys
@@ -257,12 +291,13 @@ COMPILED = ('dense', 'experts')
 def test_the_papers_experts_fit_into_few_cards(cards):
   """With a tenth to spare; on two cards, not with AdamW's moments in float32."""
   arg, split = f'gate=elementwise,cards={cards}', sizes(fsdp=cards)
-  needs = lambda **changes: sum(
-    memory.held(Layout(large(moe_15b, arg, **changes), split)).values()
+  h200 = chips.CHIPS['h200']
+  needs = lambda **changes: (
+    estimate.Estimate(large(moe_15b, arg, **changes), split, h200).bytes
   )
-  card = chips.CHIPS['h200'].memory
+  card = h200.memory
   assert needs() < 0.9 * card
-  assert (needs(optim__moments='float32') > card) == (cards == 2)
+  assert (needs(optim__moments='float32') > 0.9 * card) == (cards == 2)
 
 
 def compiled(kind):

@@ -22,7 +22,7 @@ LIVE = 2.0
 LOGITS = 2
 
 
-def held(layout: Layout) -> dict[str, float]:
+def held(layout: Layout, *, gpu: bool) -> dict[str, float]:
   """A recipe on a mesh -> bytes by name; the chip needs their sum."""
   cfg = layout.cfg
   # A scan over micro-batches holds sums beside the gradients of one backward pass.
@@ -32,7 +32,9 @@ def held(layout: Layout) -> dict[str, float]:
     'optimizer': jnp.dtype(cfg.optim.moments).itemsize * layout.moments,
     'gradients': gradients,
     'activations': cfg.model.depth * kept(layout, cfg.model.remat),
-    'working set': max(_layer(layout), _loss(layout), _table(layout)),
+    'working set': max(
+      _layer(layout) + gpu * _segments(layout), _loss(layout), _table(layout)
+    ),
   }
 
 
@@ -80,6 +82,21 @@ def _experts(layout: Layout) -> float:
   rows = 0.5 * layout.tokens * m.moe.top_k  # Of a pass, over the mean.
   own = rows * (2 * m.width + 3 * layout.ffn) * layout.compute
   return 2 * tokens * m.width * (WIDE + layout.compute) + own
+
+
+def _segments(layout: Layout) -> float:
+  """Memory of cuDNN's backward pass of packed rows.
+
+  For each document that a row may have, it takes float32 gradients of the queries, keys
+  and values of a whole row in bfloat16 for every query head, and a log-sum-exp.
+  """
+  m = layout.cfg.model
+  if not m.mask_documents or m.attn.backend not in ('auto', 'cudnn') or m.attn.logit_cap:
+    return 0.0
+  heads = layout.query / m.attn.head_dim
+  channel = WIDE + 2 * layout.compute
+  by_token = heads * (m.attn.head_dim * channel + WIDE)
+  return m.attn.max_segments * layout.tokens * by_token
 
 
 def neighbours(layout: Layout) -> int:

@@ -28,7 +28,7 @@ class Estimate:
   @functools.cached_property
   def memory(self) -> dict[str, float]:
     """Bytes by name: weights, optimizer, gradients, activations, working set."""
-    return memory.held(self.layout)
+    return memory.held(self.layout, gpu=self.chip.is_gpu)
 
   @property
   def bytes(self) -> float:
