@@ -57,13 +57,12 @@ def placed(arrays, where):
   return [put(x) for x in arrays]
 
 
+# One device is in tests/kernels/test_attention_kernels.py.
 MESHES = [
   dict(context=4),
   *(
     pytest.param(sizes, marks=pytest.mark.full)
     for sizes in [
-      dict(),
-      dict(context=2),
       dict(context=8),
       dict(data=2, tensor=2, context=2),
       dict(fsdp=2, tensor=2),
