@@ -256,6 +256,12 @@ def test_memory_is_near_that_of_programs_compiled_for_two_gpus(changes, gib):
   assert e.bytes / GIB == pytest.approx(gib, rel=0.07)
 
 
+def test_memory_of_the_15b_model_is_near_that_of_its_run_on_two_gpus():
+  cfg = large(moe_15b, 'gate=elementwise,cards=2', model__attn__max_segments=14)
+  e = estimate.Estimate(cfg, sizes(fsdp=2), chips.CHIPS['h200'])
+  assert e.bytes / GIB == pytest.approx(127.5, rel=0.02)
+
+
 def test_memory_of_packed_rows_on_a_gpu_grows_with_the_documents_of_a_row():
   """cuDNN's workspace of 16 rows in XLA's program: 34,494,022,400 bytes."""
   cfg = large(moe_15b, 'gate=elementwise,cards=2', batch=32)
@@ -289,15 +295,15 @@ COMPILED = ('dense', 'experts')
 
 @pytest.mark.parametrize('cards', [2, 4, 8])
 def test_the_papers_experts_fit_into_few_cards(cards):
-  """With a tenth to spare; on two cards, not with AdamW's moments in float32."""
+  """With a twentieth to spare; on two cards, not with AdamW's moments in float32."""
   arg, split = f'gate=elementwise,cards={cards}', sizes(fsdp=cards)
   h200 = chips.CHIPS['h200']
   needs = lambda **changes: (
     estimate.Estimate(large(moe_15b, arg, **changes), split, h200).bytes
   )
   card = h200.memory
-  assert needs() < 0.9 * card
-  assert (needs(optim__moments='float32') > 0.9 * card) == (cards == 2)
+  assert needs() < 0.95 * card
+  assert (needs(optim__moments='float32') > 0.95 * card) == (cards == 2)
 
 
 def compiled(kind):
