@@ -264,16 +264,13 @@ def test_memory_of_the_15b_model_is_near_that_of_its_run_on_two_gpus():
 
 def test_memory_of_packed_rows_on_a_gpu_grows_with_the_documents_of_a_row():
   """cuDNN's workspace of 16 rows in XLA's program: 34,494,022,400 bytes."""
-  cfg = large(moe_15b, 'gate=elementwise,cards=2', batch=32)
-  bytes_of = lambda **changes: (
-    estimate.Estimate(
-      large(moe_15b, 'gate=elementwise,cards=2', batch=32, **changes),
-      sizes(fsdp=2),
-      chips.CHIPS['h200'],
-    ).bytes
-  )
-  assert cfg.model.attn.max_segments == 16
-  workspace = bytes_of() - bytes_of(model__mask_documents=False)
+
+  def needs(**changes):
+    changes |= dict(batch=32, optim__moments='float32')
+    cfg = large(moe_15b, 'gate=elementwise,cards=2', **changes)
+    return estimate.Estimate(cfg, sizes(fsdp=2), chips.CHIPS['h200']).bytes
+
+  workspace = needs(model__attn__max_segments=16) - needs(model__mask_documents=False)
   assert workspace == pytest.approx(34_494_022_400, rel=1e-3)
 
 
