@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from faults import process
 
 from configs import table1, table2, table3, table4, table6
 from gated import config, data, plan
@@ -27,13 +28,6 @@ from gated.run import checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = {m.__name__.split('.')[-1]: m for m in (table1, table2, table3, table4, table6)}
 STEPS, SAVED, DROP = 20, 10, 0.1  # DROP in nats
-
-# As in tests/faults/process.py: most of the time goes into compilation.
-COMPILER = {
-  'xla_backend_optimization_level': 0,
-  'xla_llvm_disable_expensive_passes': True,
-  'xla_cpu_use_fusion_emitters': False,
-}
 
 
 class Result(NamedTuple):
@@ -73,7 +67,7 @@ def train(c: dict, folder: str | Path) -> Result:
   begun = time.perf_counter()
   cfg = config.build(plan.Config, c | {'steps': STEPS, 'accum': 1}, 'config')
   built = plan.Plan(cfg)
-  options = COMPILER if jax.default_backend() == 'cpu' else None
+  options = process.HURRY if jax.default_backend() == 'cpu' else None
   step = built.train_step().compile(compiler_options=options)
   batch = mesh.place(text(cfg), built.mesh, cfg.batch)
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,18 +115,21 @@ class Child:
     return result
 
 
-# Programs of tests run for milliseconds: most of LLVM's optimizations are left out, and
-# fusions are compiled by XLA's older emitters, which take a third of the time.
-HURRY = (
-  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
-  '--xla_cpu_use_fusion_emitters=false'
-)
+# Options of XLA for programs that run for milliseconds: most of LLVM's optimizations are
+# left out, and fusions are compiled by the older emitters, in a third of the time.
+HURRY: dict[str, Any] = {
+  'xla_backend_optimization_level': 0,
+  'xla_llvm_disable_expensive_passes': True,
+}
+if metadata.version('jaxlib').startswith('0.10.'):  # XLA stops at a flag that it lacks.
+  HURRY['xla_cpu_use_fusion_emitters'] = False
 
 
 def xla_flags(devices: int, platform: str = 'cpu') -> str:
   """The value of XLA_FLAGS for a number of simulated devices."""
-  hurry = HURRY if platform == 'cpu' else ''
-  return f'--xla_force_host_platform_device_count={devices} {hurry}'.rstrip()
+  hurry = HURRY if platform == 'cpu' else {}
+  flags = {'xla_force_host_platform_device_count': devices} | hurry
+  return ' '.join(f'--{name}={str(value).lower()}' for name, value in flags.items())
 
 
 # Simulated devices meet in collectives while they hold threads of XLA's pool. With one
