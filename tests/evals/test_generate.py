@@ -41,25 +41,28 @@ FAST = {
 }
 FULL = {
   'dropless': EXPERTS | dict(moe__shared=1),
-  'off_by_one': dict(attn__normalizer='off_by_one'),
   'sigmoid': dict(attn__normalizer='sigmoid'),
   'softpick': dict(attn__normalizer='softpick'),
   'clipped': dict(attn__normalizer='clipped', attn__window=3),
   'elastic': dict(attn__normalizer='elastic', norm='pre_affine', attn__window=3),
   'rounding': dict(attn__rounding='repaired'),
-  'caps': dict(attn__logit_cap=2.0, logit_cap=3.0),
   'switch_key_value': SWITCH | dict(attn__switch__where='key_value'),
   'key_gate': dict(attn__gate__position='key', attn__gate__place='after'),
   'value_state_gate': dict(attn__gate__position='value', attn__gate__source='value'),
   'out_gate': dict(attn__gate__position='out'),
-  'untied_and_unrolled': dict(tied=False, layers='unroll', remat='full'),
-  'plain': {},
-  'one_kv_head': dict(attn__kv_heads=1),
-  'all_kv_heads': dict(attn__kv_heads=4),
-  'no_qk_norm': dict(attn__qk_norm=False),
-  'biases': dict(attn__bias=True, attn__out_bias=True),
-  'zero_sinks': dict(attn__sink_tokens=2, attn__sink_values='zero'),
-  'output_norm': dict(attn__output='rms_norm'),
+  'untied_and_unrolled': dict(
+    tied=False, layers='unroll', remat='full', attn__kv_heads=4, attn__logit_cap=2.0
+  ),
+  'one_kv_head_and_biases': dict(
+    attn__kv_heads=1,
+    attn__bias=True,
+    attn__out_bias=True,
+    attn__output='rms_norm',
+    logit_cap=3.0,
+  ),
+  'zero_sinks_and_no_qk_norm': dict(
+    attn__sink_tokens=2, attn__sink_values='zero', attn__qk_norm=False
+  ),
   'output_silu': dict(attn__output='silu', attn__normalizer='off_by_one'),
   'switch_value': SWITCH | dict(attn__switch__where='value'),
   'query_gate': dict(attn__gate__position='query'),
