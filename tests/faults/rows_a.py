@@ -192,7 +192,7 @@ def _second_sigterm(world: World, at: str, step: int, straight: Straight) -> Non
 
 
 ROWS_A = [
-  Row('1', 'kill -9 at random moments of a run', killed_at_random, 40, 2),
+  Row('1', 'kill -9 at random moments of a run', killed_at_random, 40, 1),
   Row('2', 'kill -9 inside a save', killed_in_a_save, 22, 1),
   Row('3', 'SIGTERM at random steps', preempted, 10, 0),
   Row('5', 'a second SIGTERM during a save', second_sigterm, 4, 0),

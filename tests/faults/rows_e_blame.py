@@ -126,13 +126,16 @@ PLACES: dict[str, dict[str, Any]] = {
 
 def _file_in_place(world: World, _: Straight) -> None:
   """a file in place of a folder, which --dry_run notices"""
+  files, commands = [], []
   for name, knobs in PLACES.items():
     workdir = world.path('places')
     workdir.mkdir(parents=True)
     (workdir / name).write_text('in the way\n')
     for flags in (['--dry_run'], []):
-      done = world.train(workdir, flags=flags, **knobs).wait()
-      one_line(done, 2, f'{workdir / name} is not a writable folder')
+      files.append(workdir / name)
+      commands.append(arguments(workdir, flags=flags, **knobs))
+  for file, done in zip(files, world.many(commands), strict=True):
+    one_line(done, 2, f'{file} is not a writable folder')
 
 
 def _folder_in_place(world: World, _: Straight) -> None:
@@ -176,11 +179,12 @@ ABSURD: dict[str, Any] = {
 
 def _absurd(world: World, _: Straight) -> None:
   """absurd numbers in knobs"""
-  for knob, value in ABSURD.items():
-    name = f'config.{knob.replace("__", ".")}'
-    knobs: dict[str, Any] = {knob: value}
-    done = world.train(world.path('absurd'), flags=['--dry_run'], **knobs).wait()
-    one_line(done, 2, name)
+  commands = [
+    arguments(world.path('absurd'), flags=['--dry_run'], **{knob: value})
+    for knob, value in ABSURD.items()
+  ]
+  for knob, done in zip(ABSURD, world.many(commands), strict=True):
+    one_line(done, 2, f'config.{knob.replace("__", ".")}')
 
 
 def _absurd_batch(world: World, straight: Straight) -> None:
