@@ -4,19 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from test_train import command, ok
 
 pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).resolve().parents[1] / 'examples'
-SMALL = (
-  '--config.steps=4',
-  '--config.model.width=48',
-  '--config.model.depth=2',
-  '--config.model.ffn=64',
-  '--config.checkpoint.every=2',
-  '--config.eval.every=2',
-  '--config.eval.rows=4',
-  '--config.log.tensorboard=False',
-)
 
 
 @pytest.fixture(scope='module')
@@ -24,9 +15,8 @@ def runs(run_python, tmp_path_factory):
   """Two runs of four steps, with a gate and without."""
   folder = tmp_path_factory.mktemp('examples')
   for gate in ('elementwise', 'none'):
-    recipe = f'--config=configs/tiny.py:gate={gate}'
-    done = run_python(['train.py', recipe, f'--workdir={folder / gate}', *SMALL])
-    assert done.returncode == 0, done.stderr
+    recipe, knobs = f'configs/tiny.py:gate={gate}', dict(steps=4, eval__every=2)
+    ok(run_python(command(folder / gate, recipe=recipe, **knobs)))
   return folder
 
 
@@ -42,7 +32,7 @@ def test_the_notebook_looks_at_the_gates_of_a_run(runs, run_python):
   source = source.replace('runs/demo', str(runs / 'elementwise'))
   done = run_python(['-c', source], env={'MPLBACKEND': 'Agg'})
   assert done.returncode == 0, done.stderr
-  assert 'layers, heads, tokens, channels = (2, 6,' in done.stdout
+  assert 'layers, heads, tokens, channels = (2, 4,' in done.stdout
 
 
 @pytest.mark.full

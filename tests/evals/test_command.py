@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from faults import world
+from test_train import command, ok
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -13,14 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(tmp_path_factory, run_python):
   """A workdir of two steps."""
   workdir = tmp_path_factory.mktemp('command') / 'run'
-  sizes = {'width': 32, 'ffn': 64, 'depth': 2, 'attn.heads': 4, 'attn.head_dim': 8}
-  knobs = {f'model.{name}': value for name, value in sizes.items()}
-  knobs |= {'data.length': 64, 'batch': 8, 'steps': 2, 'log.tensorboard': False}
-  flags = [f'--config.{name}={value}' for name, value in knobs.items()]
-  done = run_python(
-    ['train.py', '--config=configs/tiny.py', f'--workdir={workdir}', *flags]
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
+  ok(run_python(command(workdir, steps=2)))
   return workdir
 
 
@@ -104,8 +99,8 @@ REFUSED = [
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(('flags', 'message'), REFUSED)
-def test_flags_that_do_not_fit_are_refused_by_name(flags, message, run, run_python):
-  done = run_python(['eval.py', f'--workdir={run}', *flags])
-  assert done.returncode == 2 and message in done.stderr
-  assert 'Traceback' not in done.stderr
+def test_flags_that_do_not_fit_are_refused_by_name(run, tmp_path):
+  commands = [['eval.py', f'--workdir={run}', *flags] for flags, _ in REFUSED]
+  for (_, message), done in zip(REFUSED, world.World(tmp_path).many(commands)):
+    assert done.code == 2 and message in done.err, done.err
+    assert 'Traceback' not in done.err
