@@ -106,5 +106,7 @@ def get_grid(arg: str = '') -> list[axes.Point]:
 def surplus(m) -> float:
   """Channels of a SwiGLU's hidden size with as many weights as the gate."""
   attn, gate = m.attn, m.attn.gate
-  scores = {'elementwise': attn.heads * attn.head_dim, 'headwise': attn.heads}
-  return 0.0 if gate.position == 'none' else scores[gate.granularity] / 3
+  if gate.position == 'none' or gate.source == 'parameter':
+    return 0.0
+  heads = attn.kv_heads if gate.position in ('key', 'value') else attn.heads
+  return {'elementwise': heads * attn.head_dim, 'headwise': heads}[gate.granularity] / 3

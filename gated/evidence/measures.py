@@ -243,14 +243,12 @@ def has_sink(arms: Arms) -> None:
 def has_massive_activations(arms: Arms) -> None:
   """The baseline has massive activations in some layer, by MASSIVE."""
 
-  def times_median(r: Result) -> float:
-    largest, median = _layers(r, 'm_act'), _layers(r, 'm_act_median')
-    if not len(largest):
-      raise Open('a baseline has no activations by layer: it was probed in training only')
-    return float(np.max(largest / median))
-
-  largest = _mean(arms['baseline'], lambda r: r.probe('m_act_max'))
-  multiple = _mean(arms['baseline'], times_median)
+  base = arms['baseline']
+  by_layer = [r for r in base.cells[base.best].values() if len(_layers(r, 'm_act'))]
+  if not by_layer:
+    raise Open('no baseline has its activations by layer: they were probed in training')
+  over = [np.max(_layers(r, 'm_act') / _layers(r, 'm_act_median')) for r in by_layer]
+  largest, multiple = _mean(base, lambda r: r.probe('m_act_max')), float(np.mean(over))
   if not (largest > MASSIVE and multiple > MASSIVE):
     raise Open(
       f'the baseline has no massive activations: the largest is {largest:.3g}, '
