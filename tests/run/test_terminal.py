@@ -1,6 +1,7 @@
 """A process whose terminal is lost goes on; each test starts such a process."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -35,8 +36,8 @@ def test_a_process_survives_a_lost_terminal(redirected, tmp_path):
   program = tmp_path / 'program.py'
   program.write_text(SOURCE.format(path=str(record)))
   streams, bar, reader = redirected.partition('|')
-  run = f'{sys.executable} {program} {streams}; echo $? >{tmp_path}/code'
-  command = f'({run}) {bar} {reader}'
+  quoted = shlex.join([sys.executable, str(program)])
+  command = f'({quoted} {streams}; echo $? >{tmp_path}/code) {bar} {reader}'
   subprocess.run(
     ['bash', '-c', command],
     timeout=60,
