@@ -20,8 +20,8 @@ from faults.world import Outcome, Row, Tally, World, arguments
 
 def _shell(world: World, workdir: Path, before: str, python: str = '') -> process.Done:
   """Runs train.py after shell commands, such as `ulimit -n 64`."""
-  program = shlex.join([sys.executable, *map(str, arguments(workdir))])
-  program = program.replace(sys.executable, f'{sys.executable} {python}', 1)
+  words = sys.executable, *shlex.split(python), *map(str, arguments(workdir))
+  program = shlex.join(words)
   env = process.environment(world.straight().workdir.parents[1] / 'xla', 1)
   done = subprocess.run(
     ['bash', '-c', f'{before}\nexec {program}'],
