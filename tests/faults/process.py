@@ -116,18 +116,24 @@ class Child:
 
 
 # Options of XLA for programs that run for milliseconds: most of LLVM's optimizations are
-# left out, and fusions are compiled by the older emitters, in a third of the time.
-HURRY: dict[str, Any] = {
+# left out.
+EXACT: dict[str, Any] = {
   'xla_backend_optimization_level': 0,
   'xla_llvm_disable_expensive_passes': True,
 }
+# Fusions are compiled by the older emitters, in a third of the time. With them, two
+# programs that differ in a constant may differ in their last bits.
+HURRY = dict(EXACT)
 if metadata.version('jaxlib').startswith('0.10.'):  # XLA stops at a flag that it lacks.
   HURRY['xla_cpu_use_fusion_emitters'] = False
 
 
-def xla_flags(devices: int, platform: str = 'cpu') -> str:
-  """The value of XLA_FLAGS for a number of simulated devices."""
-  hurry = HURRY if platform == 'cpu' else {}
+def xla_flags(devices: int, platform: str = 'cpu', *, exact: bool = False) -> str:
+  """The value of XLA_FLAGS for a number of simulated devices.
+
+  `exact` for programs whose bits are compared with those of another program.
+  """
+  hurry = (EXACT if exact else HURRY) if platform == 'cpu' else {}
   flags = {'xla_force_host_platform_device_count': devices} | hurry
   return ' '.join(f'--{name}={str(value).lower()}' for name, value in flags.items())
 
@@ -137,15 +143,20 @@ def xla_flags(devices: int, platform: str = 'cpu') -> str:
 THREADS = {'PJRT_NPROC': '16'}
 
 
-def environment(cache: Path, devices: int, platform: str = 'cpu') -> dict[str, str]:
-  """The environment of a child with a compilation cache and a number of devices."""
+def environment(
+  cache: Path, devices: int, platform: str = 'cpu', *, exact: bool = False
+) -> dict[str, str]:
+  """The environment of a child with a compilation cache and a number of devices.
+
+  `exact` is as in `xla_flags`.
+  """
   clean = {name: os.environ[name] for name in KEPT + PROXY if name in os.environ}
   clean |= {k: v for k, v in os.environ.items() if k.startswith(STORES)}
   return clean | {
     'JAX_PLATFORMS': platform,
     'JAX_COMPILATION_CACHE_DIR': str(cache),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
-    'XLA_FLAGS': xla_flags(devices, platform),
+    'XLA_FLAGS': xla_flags(devices, platform, exact=exact),
     **(THREADS if devices > 1 else {}),
     'PYTHONFAULTHANDLER': '1',
     'PYTHONPATH': str(ROOT),

@@ -27,7 +27,7 @@ def lost_terminals(world: World, times: int) -> Outcome:
       run, bar, reader = streams.partition('|')
       code = world.path('code')
       command = f'({program} {run}; echo $? >{code}) {bar} {reader}'
-      env = process.environment(straight.workdir.parents[1] / 'xla', 1)
+      env = process.environment(straight.workdir.parents[1] / 'xla', 1, exact=True)
       subprocess.run(
         ['bash', '-c', command], cwd=process.ROOT, env=env, timeout=300, check=False
       )

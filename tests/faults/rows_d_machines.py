@@ -22,7 +22,7 @@ def _shell(world: World, workdir: Path, before: str, python: str = '') -> proces
   """Runs train.py after shell commands, such as `ulimit -n 64`."""
   words = sys.executable, *shlex.split(python), *map(str, arguments(workdir))
   program = shlex.join(words)
-  env = process.environment(world.straight().workdir.parents[1] / 'xla', 1)
+  env = process.environment(world.straight().workdir.parents[1] / 'xla', 1, exact=True)
   done = subprocess.run(
     ['bash', '-c', f'{before}\nexec {program}'],
     cwd=process.ROOT,

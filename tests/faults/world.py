@@ -170,7 +170,7 @@ class World:
     group: bool = False,
   ) -> Child:
     """Starts `python ARGS` from the checkout's root, with a clean environment."""
-    clean = process.environment(self._shared.folder / 'xla', devices)
+    clean = process.environment(self._shared.folder / 'xla', devices, exact=True)
     child = process.start(
       args, clean | dict(env or {}), self.path('process'), group=group
     )
