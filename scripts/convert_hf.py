@@ -123,8 +123,8 @@ def _describe(source: Loaded) -> tuple[dict[str, Any], dict[str, Path]]:
     folder = Path(source.path)
     content = hf.files.read_json(folder / hf.files.CONFIG)
     keys = {key: content[key] for key in KEPT if content.get(key) is not None}
-    found = {name: hf.files.inside(folder, name) for name in FILES}
-    copies = {name: path for name, path in found.items() if path.is_file()}
+    paths = {name: hf.files.inside(folder, name) for name in FILES}
+    copies = {name: path for name, path in paths.items() if path.is_file()}
     if not copies.keys() & {*TOKENIZERS}:
       _warn(f'{folder} has none of {", ".join(TOKENIZERS)}')
   if source.cfg.attn.yarn.factor != 1:
