@@ -185,6 +185,7 @@ def model() -> dict:
       ),
       backend='auto',  # fastest kernel for the device
       max_segments=16,  # limit of documents per row; fused kernels cost more for more
+      mean_segments=0.0,
       gate=gate(),
       # Further gates, 'POSITION [FIELD=VALUE ...]; ...'; their other fields are those of
       # `gate`. 'value granularity=headwise' gives G1 + G2.

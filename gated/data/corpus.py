@@ -54,6 +54,7 @@ class Corpus:
     self.domains = tuple(self._heldout)
     self.rows = sum(part.rows('train') for part in parts)  # Training rows.
     self.max_segments = max(part.segments() for part in parts)  # Per row.
+    self.mean_segments = mixture.mean_segments(parts)
     # The ends of text, kept with a checkpoint for its export; no part of the SHA-256.
     ends = {'eos': self.tokenizer.eos}
     if self.tokenizer.bos_token:

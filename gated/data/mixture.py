@@ -77,6 +77,9 @@ class Part:
   def rows(self, split: str) -> int:
     return sum(portion.rows for portion in self.portions(split).values())
 
+  def documents(self, split: str) -> int:
+    return sum(portion.documents for portion in self.portions(split).values())
+
   def segments(self) -> int:
     """The largest number of documents in a row."""
     portions = (self.portions(split).values() for split in shards.SPLITS)
@@ -99,6 +102,19 @@ class Part:
         f'{rows}'
       )
     return source
+
+
+def mean_segments(parts: Sequence[Part]) -> float:
+  """The mean number of segments in a training row of a mixture; an upper estimate.
+
+  A document that several rows share is a segment in each, so that the ends of rows make
+  up to one more a row.
+  """
+  total = sum(part.term.weight for part in parts)
+  rates = (part.documents('train') / max(1, part.rows('train')) for part in parts)
+  return 1 + sum(
+    float(part.term.weight / total) * rate for part, rate in zip(parts, rates)
+  )
 
 
 def heldout_domains(parts: Sequence[Part]) -> dict[str, tuple[Part, str]]:

@@ -44,6 +44,7 @@ WITHOUT_KEY = FIXED_BY_GATE | {
   'attn.switch.top_k': 1,
   'attn.backend': 'auto',
   'attn.max_segments': 16,
+  'attn.mean_segments': 0.0,
   'attn.yarn.original': 4096,
   'attn.yarn.beta_fast': 32.0,
   'attn.yarn.beta_slow': 1.0,

@@ -14,7 +14,6 @@ from gated.kernels.attention.contract import (
   attend_cache,
   attend_lse,
   check_backend,
-  segment_runs,
 )
 from gated.kernels.attention.key_sums import KeySums, key_sums
 from gated.kernels.attention.key_sums import fits as key_sums_fit
@@ -42,7 +41,6 @@ __all__ = [
   'largest_scores',
   'scores',
   'sees',
-  'segment_runs',
   'soft_cap',
   'vocab_loss',
   'with_lse_gradient',

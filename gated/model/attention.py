@@ -60,7 +60,10 @@ class Config:
   output: str  # one of remedies.OUTPUTS
   switch: switch.Config
   backend: str  # a key of kernels.ATTENTION, or auto
-  max_segments: int  # most documents in a packed row, for fused kernels
+  # The most documents in a packed row, and those in an average row (0: unknown), which
+  # fused kernels are made for. A run on a GPU takes both from its data.
+  max_segments: int
+  mean_segments: float
   gate: gate.Config
   gates: str  # further gates, as for `gate.further`
 
@@ -73,7 +76,8 @@ class Config:
     # YaRN divides by the logarithm of the base.
     if not self.rope_base >= 1 or (self.rope_base == 1 and self.yarn.factor != 1):
       raise ValueError(f'{_NAME}.rope_base={self.rope_base}, but it must be at least 1.0')
-    config.within(f'{_NAME}.max_segments', self.max_segments, 2, 1 << 24)
+    config.within(f'{_NAME}.max_segments', self.max_segments, 1, 1 << 24)
+    config.at_least(f'{_NAME}.mean_segments', self.mean_segments, 0.0)
     kernels.check_backend(self.backend)
     remedies.check(self)
     gates = self.named.values()  # ValueError for two gates at one position.
@@ -294,6 +298,7 @@ class Attention(nnx.Module):
     cfg, qkvs = self.cfg, (q_BTHK, k_BTGK, v_BTGK, segment_BT)
     opts = self._options()
     opts |= dict(backend=cfg.backend, max_segments=cfg.max_segments)
+    opts['mean_segments'] = cfg.mean_segments
     summed = cfg.normalizer in (*OVER_SOFTMAX, 'clipped', 'elastic')
     if self.sinks is not None or (lse and summed):
       return kernels.attend_lse(*qkvs, **self._weights(), **opts, gradient=not lse)

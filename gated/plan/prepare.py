@@ -139,8 +139,8 @@ def prepare(
   metrics.check_remote(workdir, profile_first=cfg.log.profile_first)
   plan = Plan(cfg, choose=choose)
   corpus = data.open(cfg.data, **plan.reads)
-  if mesh.platform() == 'gpu' and plan.reads['max_segments'] > corpus.max_segments:
-    plan = Plan(fitted(plan.cfg, corpus.max_segments), choose=choose)
+  if mesh.platform() == 'gpu' and cfg.model.mask_documents:
+    plan = Plan(fitted(plan.cfg, corpus), choose=choose)
   fingerprint = corpus.fingerprint
   resume = workdirs.check(
     workdir, c, fingerprint, like=plan.state, allowed=allowed, restore_step=restore_step
@@ -163,13 +163,16 @@ def prepare(
   return Run(c, workdir, plan, corpus, step, source, resume, sample, restore_step)
 
 
-def fitted(cfg: Config, segments: int) -> Config:
-  """A recipe for rows of at most this many documents.
+def fitted(cfg: Config, corpus: data.Corpus) -> Config:
+  """The recipe for the documents that a corpus has in its rows.
 
   The memory and the time of cuDNN's backward pass grow with the number of documents that
-  a row may have, not with those that it has.
+  there is room for.
   """
-  attn = dataclasses.replace(cfg.model.attn, max_segments=max(2, segments))
+  changes: dict[str, Any] = dict(max_segments=max(1, corpus.max_segments))
+  if not cfg.model.attn.mean_segments:
+    changes['mean_segments'] = corpus.mean_segments
+  attn = dataclasses.replace(cfg.model.attn, **changes)
   return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attn=attn))
 
 

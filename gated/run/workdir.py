@@ -37,6 +37,7 @@ MAY_CHANGE = (
   'config.model.remat',
   'config.model.attn.backend',
   'config.model.attn.max_segments',
+  'config.model.attn.mean_segments',
   'config.model.moe.backend',
   # The response to a bad step. Its definition (threshold and window) may not change.
   'config.stability.on_spike',

@@ -188,6 +188,14 @@ def test_every_window_of_a_mixture_holds_its_weights_exactly(weights):
       )
 
 
+@pytest.mark.parametrize('mix', ['{0}', '{0}@code=3,{1}', '{1}@prose'])
+def test_the_mean_number_of_documents_in_a_row_is_estimated_from_above(built, mix):
+  corpus = open_(mix.format(*built), batch=6)
+  ids = [batch.segments for batch in take(corpus.train(0, range(6)), 40)]
+  true = 1 + (np.diff(np.concatenate(ids), axis=1) != 0).sum(1).mean()
+  assert true <= corpus.mean_segments <= true + 1
+
+
 def test_a_mixture_draws_from_its_parts_by_weight(built):
   corpus = open_(f'{built[0]}@code=0.7,{built[1]}=0.3', batch=10)
   for step in range(5):

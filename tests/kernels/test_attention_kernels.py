@@ -207,35 +207,6 @@ def test_a_backend_that_does_not_exist_is_refused_by_its_knob():
     small.attention_config(backend='flash')
 
 
-def runs_by_hand(row):
-  groups = [(key, len(list(group))) for key, group in itertools.groupby(row)]
-  starts = np.cumsum([0, *(size for _, size in groups)])[:-1]
-  return starts.tolist(), [size for _, size in groups]
-
-
-@pytest.mark.parametrize('limit', [8, 9, 30])
-def test_segment_runs_finds_each_run_up_to_exactly_the_limit(limit):
-  starts, sizes = jax.jit(kernels.segment_runs, static_argnums=1)(SEGMENTS, limit)
-  assert starts.shape == sizes.shape == (len(SEGMENTS), limit)
-  for row, start, size in zip(SEGMENTS.tolist(), starts.tolist(), sizes.tolist()):
-    expected, lengths = runs_by_hand(row)
-    filler = [-1] * (limit - len(expected))
-    assert start == expected + filler
-    assert size == lengths + filler
-
-
-def test_segment_runs_of_random_rows():
-  rng = np.random.default_rng(0)
-  rows = np.cumsum(rng.random((50, 24)) < 0.25, 1).astype(np.int32)
-  rows[::3, 18:] = 0  # padding at the end; some rows begin with 0 too
-  starts, sizes = jax.jit(kernels.segment_runs, static_argnums=1)(rows, 24)
-  for row, start, size in zip(rows.tolist(), starts.tolist(), sizes.tolist()):
-    expected, lengths = runs_by_hand(row)
-    assert [s for s in start if s >= 0] == expected
-    assert [s for s in size if s >= 0] == lengths
-    assert sum(s for s in size if s >= 0) == 24
-
-
 TAU = np.array([-1.0, -0.3, 0.0, 0.4], np.float32)
 
 

@@ -168,7 +168,7 @@ def test_biases_are_added_where_asked():
     (dict(head_dim=7), r'attn\.head_dim=7'),
     (dict(head_dim=0), r'attn\.head_dim=0'),
     (dict(rope_base=0.5), r'attn\.rope_base=0\.5'),
-    (dict(max_segments=1), r'attn\.max_segments=1'),
+    (dict(max_segments=0), r'attn\.max_segments=0'),
   ],
 )
 def test_a_layer_that_cannot_be_is_refused_by_its_knob(changes, said):

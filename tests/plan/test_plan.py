@@ -202,8 +202,10 @@ def test_on_gpus_attention_has_room_for_the_documents_that_rows_have(
     run = module.prepare(c, storage.path(tmp_path / platform), **opts)
     assert run.config['model']['attn']['max_segments'] == 16
     assert run.corpus.max_segments < 16
-    return run.plan.cfg.model.attn.max_segments, run.corpus.max_segments
+    return run.plan.cfg.model.attn, run.corpus
 
-  allowed, most = limit('gpu')
-  assert allowed == max(2, most)
-  assert limit('cpu')[0] == 16
+  attn, corpus = limit('gpu')
+  assert attn.max_segments == corpus.max_segments > 1
+  assert 1 < attn.mean_segments == corpus.mean_segments
+  attn, _ = limit('cpu')
+  assert (attn.max_segments, attn.mean_segments) == (16, 0.0)

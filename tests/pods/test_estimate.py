@@ -270,8 +270,13 @@ def test_memory_of_packed_rows_on_a_gpu_grows_with_the_documents_of_a_row():
     cfg = large(moe_15b, 'gate=elementwise,cards=2', **changes)
     return estimate.Estimate(cfg, sizes(fsdp=2), chips.CHIPS['h200']).bytes
 
-  workspace = needs(model__attn__max_segments=16) - needs(model__mask_documents=False)
+  whole = needs(model__mask_documents=False)
+  assert needs(model__attn__max_segments=1) == whole
+  workspace = needs(model__attn__max_segments=16) - whole
   assert workspace == pytest.approx(34_494_022_400, rel=1e-3)
+  # Room for 2.5 (1 + 4 / sqrt(16)) = 5 documents a row.
+  known = needs(model__attn__max_segments=16, model__attn__mean_segments=2.5) - whole
+  assert known == pytest.approx(workspace * 5 / 16, rel=1e-3)
 
 
 # This Python has no pytest, so the recipes are its argument.

@@ -17,6 +17,7 @@ class Case(NamedTuple):
   lse: bool  # also return the log of the softmax's denominator
   normalizer: str = 'softmax'
   cap: float = 0.0  # c tanh(score / c); 0 for none
+  mean_segments: float = 0  # of a row on average, if known; for the size of fused kernels
   gradient: bool = True  # of the lse; costs fused kernels a second call
   window: int = 0  # a query sees this many tokens, its own included; 0 for all
   rounding: str = 'backend'  # or a key of rounding.ROUNDINGS

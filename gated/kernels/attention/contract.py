@@ -1,9 +1,8 @@
 """The attention contract and its backends.
 
-B batch  T tokens  S keys' tokens  H heads  G KV heads  K head width  M segments
+B batch  T tokens  S keys' tokens  H heads  G KV heads  K head width
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,15 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from gated import config
-from gated.devices import determinism, mesh
+from gated.devices import mesh
 from gated.kernels import choice
-from gated.kernels.attention import blockwise, context, rounding, splash
+from gated.kernels.attention import blockwise, cudnn, rounding, splash
 from gated.kernels.attention.case import (
   Case,
   scores,
   sees,
   soft_cap,
-  with_lse_gradient,
 )
 
 # Above this many tokens 'auto' does not choose the quadratic reference.
@@ -83,10 +81,10 @@ def attend(
   """Causal softmax(q k / sqrt(K)) v -> y_BTHK; head h reads KV head h // (H/G) (Eq. 2).
 
   With segments, a token attends within its own segment only. Equal segment ids must be
-  adjacent, in at most `max_segments` runs per row. The options are the fields of Case: a
-  `normalizer` that replaces softmax by another entry of NORMALIZERS, a `cap` on scores, a
-  `window`. If no backend supports the case, raises NotImplementedError with the reason of
-  each.
+  adjacent, in at most `max_segments` runs per row, or `mean_segments` on average. The
+  options are the fields of Case: a `normalizer` that replaces softmax by another entry of
+  NORMALIZERS, a `cap` on scores, a `window`. If no backend supports the case, raises
+  NotImplementedError with the reason of each.
   """
   case = Case(lse=False, **options)
   return _run(backend, q_BTHK, k_BSGK, v_BSGK, segment_BT, case)
@@ -176,96 +174,6 @@ def _dense(q_BTHK, k_BSGK, v_BSGK, mask_BTS, case: Case) -> Any:
   return y, lse.transpose(0, 3, 1, 2).reshape(B, T, H)
 
 
-def _cudnn(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
-  """cuDNN's fused attention, packed segments as ragged sequences (from Hopper on).
-
-  In deterministic mode segments become a mask. The mask's gradient takes memory quadratic
-  in the row; ragged sequences would take memory quadratic in the batch
-  (github.com/NVIDIA/cudnn-frontend/pull/398).
-  """
-  case.require_softmax()
-  if case.cap:
-    raise NotImplementedError('has no soft cap')
-  if mesh.platform() != 'gpu':
-    raise NotImplementedError('needs a GPU')
-  if q_BTHK.dtype not in (jnp.bfloat16, jnp.float16):
-    raise NotImplementedError(f'computes in bfloat16, not {q_BTHK.dtype}')
-  if q_BTHK.shape[-1] % 8 or q_BTHK.shape[-1] > 128:
-    raise NotImplementedError(f'has no head width {q_BTHK.shape[-1]}')
-  if context.ways() > 1:
-    raise NotImplementedError('has no causal mask for a sharded context')
-  if case.window and segment_BT is not None and determinism.applies('gpu'):
-    raise NotImplementedError(
-      'has no window beside the mask of deterministic packed rows'
-    )
-  run = functools.partial(_cudnn_call, segment_BT=segment_BT, case=case)
-  if not case.lse:
-    return run(q_BTHK, k_BSGK, v_BSGK)
-  if segment_BT is not None and mesh.current() is not None:
-    # The result is indexed by segment, and each device numbers its own segments.
-    raise NotImplementedError('has no log-sum-exp of packed rows on several devices')
-  y_BTHK, lse_BTH = run(q_BTHK, k_BSGK, v_BSGK, residual=True)
-  if not case.gradient:
-    return y_BTHK, lse_BTH
-  return y_BTHK, with_lse_gradient(run, q_BTHK, k_BSGK, lse_BTH)
-
-
-def _cudnn_call(q_BTHK, k_BSGK, v_BSGK, *, segment_BT, case: Case, residual=False):
-  # JAX has no public name for cuDNN's ragged sequences yet, nor for a float32 lse.
-  from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-  scale = q_BTHK.shape[-1] ** -0.5
-  call = functools.partial(cudnn.dot_product_attention, q_BTHK, k_BSGK, v_BSGK)
-  call = functools.partial(call, scale=scale, return_residual=residual)
-  call = functools.partial(call, sliding_window_length=case.window or None)
-  if segment_BT is None or determinism.applies(mesh.platform()):
-    out = call(mask=_same(segment_BT), mask_type=cudnn.MaskType.CAUSAL)
-    return (out[0], out[1].transpose(0, 2, 1)) if residual else out
-  start_BM, size_BM = segment_runs(segment_BT, case.max_segments)
-  # One more offset than segments; -1 for unused ones, always in the last column.
-  offset_BM1 = jnp.pad(start_BM, ((0, 0), (0, 1)), constant_values=-1)
-  out = call(
-    q_seqlen=size_BM,
-    kv_seqlen=size_BM,
-    q_offsets=offset_BM1,
-    kv_offsets=offset_BM1,
-    mask_type=cudnn.MaskType.PADDING_CAUSAL,
-  )
-  if not residual:
-    return out
-  # cuDNN returns the lse by segment, numbered over all rows; each starts at index 0.
-  lse_SHT = out[1]
-  count_B1 = (start_BM >= 0).sum(1, keepdims=True)
-  _, run_BT = _numbered(segment_BT)
-  within_BT = jnp.arange(segment_BT.shape[1])[None] - jnp.take_along_axis(
-    start_BM, run_BT, 1
-  )
-  return out[0], lse_SHT[jnp.cumsum(count_B1, 0) - count_B1 + run_BT, :, within_BT]
-
-
-def _same(segment_BT: jax.Array | None) -> jax.Array | None:
-  """Segment ids -> a mask of tokens in the same segment: (B, 1, T, T)."""
-  if segment_BT is None:
-    return None
-  return segment_BT[:, None, :, None] == segment_BT[:, None, None, :]
-
-
-def _numbered(segment_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Segment ids -> (whether a run of equal ids starts, the run's number in its row)."""
-  first_BT = segment_BT != jnp.pad(segment_BT, ((0, 0), (1, 0)))[:, :-1]
-  first_BT = first_BT.at[:, 0].set(True)
-  return first_BT, jnp.cumsum(first_BT, 1) - 1
-
-
-def segment_runs(segment_BT: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
-  """Segment ids -> start and size of each run of equal ids, -1 if unused: (B, limit)."""
-  first_BT, run_BT = _numbered(segment_BT)
-  size_BM = jax.vmap(lambda run: jnp.bincount(run, length=limit))(run_BT)
-  start_BM = jax.vmap(lambda f: jnp.nonzero(f, size=limit, fill_value=-1)[0])(first_BT)
-  size_BM = jnp.where(start_BM < 0, -1, size_BM)
-  return start_BM.astype(jnp.int32), size_BM.astype(jnp.int32)
-
-
 def _splash(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
   """Pallas's kernel for TPUs."""
   if mesh.platform() != 'tpu':
@@ -275,7 +183,7 @@ def _splash(q_BTHK, k_BSGK, v_BSGK, segment_BT, case: Case):
 
 # In the order in which 'auto' tries them.
 ATTENTION: dict[str, Callable] = {
-  'cudnn': _cudnn,
+  'cudnn': cudnn.attend,
   'splash': _splash,
   'reference': _reference,
   'blockwise': blockwise.attend,

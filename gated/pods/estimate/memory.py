@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from gated.devices import collectives
 from gated.kernels import cross_entropy
+from gated.kernels.attention import cudnn
 from gated.model import embedding
 from gated.pods.estimate.layout import WIDE, Layout
 
@@ -102,16 +103,21 @@ def _rounded(layout: Layout) -> float:
 def _segments(layout: Layout) -> float:
   """Memory of cuDNN's backward pass of packed rows.
 
-  For each document that a row may have, it takes float32 gradients of the queries, keys
-  and values of a whole row in bfloat16 for every query head, and a log-sum-exp.
+  For each document that it has room for, it takes float32 gradients of the queries, and
+  gradients of the keys and values in bfloat16, of a whole row for every query head, and a
+  log-sum-exp.
   """
   m = layout.cfg.model
-  if not m.mask_documents or m.attn.backend not in ('auto', 'cudnn') or m.attn.logit_cap:
+  packed = m.mask_documents and m.attn.max_segments > 1
+  if not packed or m.attn.backend not in ('auto', 'cudnn') or m.attn.logit_cap:
     return 0.0
   heads = layout.query / m.attn.head_dim
   channel = WIDE + 2 * layout.compute
   by_token = heads * (m.attn.head_dim * channel + WIDE)
-  return m.attn.max_segments * layout.tokens * by_token
+  rows = max(1, layout.tokens // layout.cfg.data.length)
+  room = cudnn.usual_room(rows, m.attn.mean_segments, m.attn.max_segments)
+  # A batch for which the room is too small runs row by row.
+  return max(room * rows, m.attn.max_segments) * layout.tokens / rows * by_token
 
 
 def neighbours(layout: Layout) -> int:
