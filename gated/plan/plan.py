@@ -53,7 +53,8 @@ class Plan:
     rates: dict[str, Any] = dict(multipliers=multipliers, growth=self.growth)
     rates['own_decays'] = decays
     tx = optim.make(cfg.optim, steps=cfg.steps, **rates)
-    self.tx = guard.guard(tx, cfg.stability)
+    safe = optim.finite_updates(cfg.optim)
+    self.tx = guard.guard(tx, cfg.stability, finite_updates=safe)
     self.flops_per_token = model.flops_per_token(cfg.model, cfg.data.length)
     shapes = jax.eval_shape(self._init)
     self.parameters = model.count(shapes.model)

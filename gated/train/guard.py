@@ -73,7 +73,7 @@ class Guarded(NamedTuple):
 
 
 def guard(
-  tx: optax.GradientTransformation, cfg: Config
+  tx: optax.GradientTransformation, cfg: Config, *, finite_updates: bool = False
 ) -> optax.GradientTransformationExtraArgs:
   """An optimizer -> the same one, whose `update` takes `loss=` and skips bad steps.
 
@@ -84,6 +84,9 @@ def guard(
   An exception is a non-finite update from a finite gradient (for example if Adam divides
   by an `eps` of 0): it is skipped, but the inner state includes the finite gradient.
   Keeping the former inner state as well would need 4 more bytes per parameter.
+
+  `finite_updates` promises that finite gradients have finite updates. Updates are then
+  applied without a check, which saves a pass over the optimizer's state.
   """
   wrapped = optax.with_extra_args_support(tx)
 
@@ -111,7 +114,7 @@ def guard(
 
     updates, inner = wrapped.update(grads, state.inner, params, **extra)
     inner = jax.tree.map(lambda a, b: jnp.where(wanted, a, b), inner, state.inner)
-    usable = jnp.isfinite(optax.tree.norm(updates))
+    usable = finite_updates or jnp.isfinite(optax.tree.norm(updates))
     bad = ~(wanted & usable)
     # Adding -0.0 keeps all bits; adding 0.0 would turn -0.0 into 0.0.
     updates = jax.tree.map(lambda u: jnp.where(bad, -0.0, u), updates)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers as Matrix
@@ -27,6 +28,8 @@ from gated.devices import mesh, trees
 from gated.train import moments, transfer
 
 _NAME = 'config.optim'
+
+LARGEST_RATE = 1e6  # Of a learning rate that cannot overflow an update by itself.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,6 +290,16 @@ def make(
     optax.stateless(multiplied) if multipliers else optax.identity(),
     *([_gates_first(cfg.gates_first)] if cfg.gates_first else []),
   )
+
+
+def finite_updates(cfg: Config) -> bool:
+  """Whether all updates of finite gradients and parameters are finite.
+
+  AdamW divides by eps or more, and by 1 - b^t. Clipped gradients have finite squares.
+  """
+  divides = cfg.eps >= 1e-30 and float(np.float32(max(cfg.b1, cfg.b2))) < 1
+  plain = cfg.name == 'adamw' and not cfg.factored
+  return plain and divides and cfg.clip > 0 and cfg.lr <= LARGEST_RATE
 
 
 class _First(NamedTuple):

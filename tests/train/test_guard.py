@@ -110,6 +110,19 @@ def test_a_step_that_is_not_finite_changes_no_bit(on_spike, first, row, loss, ti
     assert int(state.skipped) == row
 
 
+def test_a_promise_of_finite_updates_changes_no_number():
+  """Finite steps, a spike, and losses and gradients that are not finite."""
+  losses = [3.0, 3.0, 3.0, NAN, 3.0, 300.0, 3.0]
+  scales = [1.0, 2.0, 1.0, 1.0, INF, 1.0, 1.0]
+  txs = [guard.guard(TX, knobs(), finite_updates=promised) for promised in (False, True)]
+  both = [(PARAMS, tx.init(PARAMS)) for tx in txs]
+  with jax.disable_jit():
+    for loss, scale in zip(map(jnp.float32, losses), scales):
+      both = [one_step(tx, *kept, loss, scale)[:2] for tx, kept in zip(txs, both)]
+      assert trees.digest(both[0]) == trees.digest(both[1])
+  assert int(both[0][1].skipped) == 2
+
+
 def test_an_update_that_is_not_finite_is_dropped_though_its_gradient_is():
   """Adam without an eps: 0 / 0 where there is no gradient."""
   tx = guard.guard(optax.adam(1e-2, eps=0.0), knobs())

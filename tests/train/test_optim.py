@@ -187,6 +187,36 @@ def test_clipping_scales_the_whole_gradient_to_the_norm_asked_for():
   np.testing.assert_allclose(first(9.0, norm / 2), first(0.5, 0.0), rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+  ('changes', 'promised'),
+  [
+    (dict(clip=1.0), True),
+    (dict(clip=1.0, eps=1e-30), True),
+    (dict(clip=0.0), False),
+    (dict(clip=1.0, eps=0.0), False),
+    (dict(clip=1.0, b2=1 - 1e-9), False),  # 1 in float32
+    (dict(clip=1.0, lr=1e29), False),
+    (dict(clip=1.0, name='muon'), False),
+    (dict(clip=1.0, factored=True), False),
+  ],
+)
+def test_updates_are_finite_where_that_is_promised(changes, promised):
+  """Gradients of all sizes, from zeros and denormals to a norm near the largest."""
+  cfg = knobs(**changes)
+  assert optim.finite_updates(cfg) == promised
+  if not promised:
+    return
+  tx = optim.make(cfg, steps=STEPS, multipliers={})
+  rng, params = np.random.default_rng(0), {'w': jnp.full((512,), 1e3)}
+  state = tx.init(params)
+  for most in (-20, 18.2, -44, 0, 18.2, -44):
+    sizes = 10 ** rng.uniform(-45, most, 512) if most > -44 else np.zeros(512)
+    grads = {'w': jnp.asarray(sizes * rng.choice([-1, 1], 512), jnp.float32)}
+    assert jnp.isfinite(optax.tree.norm(grads))
+    updates, state = tx.update(grads, state, params)
+    assert jnp.isfinite(updates['w']).all()
+
+
 def test_multipliers_scale_the_updates_of_named_parameters():
   plain, scaled = updates(GRADS)[0], updates(GRADS, multipliers={'gate': 0.25})[0]
   gate, query = (
