@@ -256,10 +256,18 @@ def test_memory_is_near_that_of_programs_compiled_for_two_gpus(changes, gib):
   assert e.bytes / GIB == pytest.approx(gib, rel=0.07)
 
 
-def test_memory_of_the_15b_model_is_near_that_of_its_run_on_two_gpus():
-  cfg = large(moe_15b, 'gate=elementwise,cards=2', model__attn__max_segments=14)
+@pytest.mark.parametrize(
+  ('changes', 'gib'),
+  [
+    (dict(batch=8), 127.5),  # The peak of the run.
+    (dict(model__attn__mean_segments=3.0), 132.65),  # XLA's plan.
+  ],
+)
+def test_memory_of_the_15b_model_is_near_that_of_its_runs_on_two_gpus(changes, gib):
+  changes |= dict(model__attn__max_segments=14)
+  cfg = large(moe_15b, 'gate=elementwise,cards=2', **changes)
   e = estimate.Estimate(cfg, sizes(fsdp=2), chips.CHIPS['h200'])
-  assert e.bytes / GIB == pytest.approx(127.5, rel=0.02)
+  assert e.bytes / GIB == pytest.approx(gib, rel=0.03)
 
 
 def test_memory_of_packed_rows_on_a_gpu_grows_with_the_documents_of_a_row():
