@@ -182,6 +182,15 @@ def _is_within(error: Exception, folder: storage.PathLike) -> bool:
   return os.path.commonpath([root, path]) == root
 
 
+def _is_collective(error: BaseException | None) -> bool:
+  """Whether an error is that of a broken collective, or a save that one ended."""
+  if isinstance(error, checkpoint.SaveFailed):
+    error = error.__cause__
+  if isinstance(error, jax.errors.JaxRuntimeError):
+    return 'RESOURCE_EXHAUSTED' not in str(error)
+  return 'Gloo' in str(error)
+
+
 @contextlib.contextmanager
 def without_peers(timeout: float, path: storage.Path) -> Generator[None]:
   """In a run of several processes, exits after an error that the others may not have.
@@ -196,9 +205,10 @@ def without_peers(timeout: float, path: storage.Path) -> Generator[None]:
   try:
     yield
   except Exception as error:
-    if jax.process_count() == 1 or explain(error, path):
+    broken = _is_collective(error)
+    if jax.process_count() == 1 or (explain(error, path) and not broken):
       raise
-    if not isinstance(error, jax.errors.JaxRuntimeError) and 'Gloo' not in str(error):
+    if not broken:
       traceback.print_exception(error)
       exit_now(exit_codes.FAILED)
     process = f'process {jax.process_index()} of {jax.process_count()}'

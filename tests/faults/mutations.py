@@ -60,8 +60,8 @@ MUTATIONS = (
   Mutation(
     'save before checking that the step is finite',
     'train.py',
-    'if owed and finite:',
-    'if owed:',
+    'saved = owed and finite',
+    'saved = owed',
     'tests/test_train.py::test_a_step_that_is_not_finite_is_never_saved',
   ),
 )

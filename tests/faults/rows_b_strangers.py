@@ -108,8 +108,10 @@ def one_of_two_simultaneous_runs_is_refused(world: World, straight: Straight) ->
 def a_taken_over_run_exits(world: World, straight: Straight) -> None:
   workdir = world.path('robbed')
   beats = {'set': 'gated.run.lock.MAX_PERIOD', 'to': 0.2}
-  old = _started(world, workdir, beats)
+  old = world.train(workdir, fault=[{'do': 'stop', 'at': 'step', 'step': 7}, beats])
+  assert old.until(lambda: 'fault: stop' in old.err), old.err
   note = _note(workdir, beat=1e9)
+  old.signal(signal.SIGCONT)
   old.wait().expect(TAKEN, 'was taken over by process 7 on far')
   assert (workdir / 'lock.json').read_bytes() == note, 'the new lock was changed'
   world.finish(workdir).expect(0, 'was left locked by process 7 on far')

@@ -152,6 +152,7 @@ with shutdown.leaving():
   ('error', 'code', 'message'),
   [
     ("ValueError('UNKNOWN: Gloo all-reduce failed')", 5, 'process 0 of 2 lost another'),
+    ("SaveFailed('x') from ValueError('Gloo AllGather failed')", 5, 'lost another'),
     ("KeyError('loss')", 1, "KeyError: 'loss'"),
   ],
 )
@@ -163,6 +164,7 @@ def test_an_error_in_one_of_several_processes_exits_at_once(
 import threading
 import jax
 from gated.run import shutdown
+from gated.run.checkpoint import SaveFailed
 threading.Thread(target=threading.Event().wait).start()
 jax.process_count = lambda: 2
 with shutdown.without_peers(-10, 'workdir'):
