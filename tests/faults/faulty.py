@@ -42,7 +42,7 @@ from absl import app
 from orbax.checkpoint._src.path import atomicity
 
 import train
-from gated import storage
+from gated import plan, storage
 from gated.devices import trees
 from gated.run import checkpoint, recorder
 from gated.run.checkpoint import head, manifest, retention
@@ -173,11 +173,16 @@ def _step(folder) -> int:
 
 
 class Numbers:
-  """Adds faults of the numbers to the step while it is traced."""
+  """Adds faults of the numbers to the step while it is traced.
+
+  Which of them act is an input of the compiled step, so that runs with faults at other
+  steps share it: fault i adds 2^(i + 1) to the first weight of its batches, which is 0 or
+  1 without faults.
+  """
 
   def __init__(self, faults: list[dict]):
     self._faults = faults
-    self._now = {}  # The counters of the step being traced.
+    self._acting = []  # Of each fault, in the step being traced.
     assert all(
       f['what'] in ('loss', 'gradients', 'updates', 'parameters') for f in faults
     )
@@ -186,9 +191,14 @@ class Numbers:
     if not self._faults:
       return
     train_step, total_loss, make_optimizer = step.train, losses.total, optim.make
+    lower = plan.Plan.train_step
 
     def poisoned_train(state, batch, **options):
-      self._now = {'step': state.step + 1, 'data_step': state.data_step + 1}
+      first = batch.weights[0, 0]
+      marks = (first // 2).astype(jnp.int32)
+      self._acting = [(marks >> i) % 2 == 1 for i, _ in enumerate(self._faults)]
+      weights = batch.weights.at[0, 0].set(first - 2 * marks.astype(first.dtype))
+      batch = batch._replace(weights=weights)
       model = self._poison('parameters', state.model)
       return train_step(dataclasses.replace(state, model=model), batch, **options)
 
@@ -209,6 +219,13 @@ class Numbers:
       return optax.GradientTransformationExtraArgs(tx.init, update)
 
     step.train, losses.total, optim.make = poisoned_train, poisoned_loss, poisoned_make
+    plan.Plan.train_step = lambda self_: _Marking(lower(self_), self._marks)
+
+  def _marks(self, state) -> int:
+    """The state before a step -> what the faults of this step add to a weight."""
+    now = {name: int(getattr(state, name)) + 1 for name in ('step', 'data_step')}
+    acts = lambda f: f['steps'][0] <= now[f.get('by', 'step')] <= f['steps'][1]
+    return sum(2 << i for i, fault in enumerate(self._faults) if acts(fault))
 
   def _poison(self, what: str, tree):
     return jax.tree.map(
@@ -220,17 +237,34 @@ class Numbers:
 
     def scale(path, _):
       factor = jnp.ones(())
-      for fault in self._faults:
+      for fault, acts in zip(self._faults, self._acting):
         if fault['what'] == what and fault.get('leaf', '') in trees.name(path):
-          first, last = fault['steps']
-          now = self._now[fault.get('by', 'step')]
-          acts = (now >= first) & (now <= last)
           factor = factor * jnp.where(acts, NUMBERS[fault['do']](fault), 1.0)
       return factor
 
     if not jax.tree.leaves(tree):
       return tree
     return jax.tree_util.tree_map_with_path(scale, tree)
+
+
+class _Marking:
+  """The lowered train step, whose batches are marked before it."""
+
+  def __init__(self, lowered, marks):
+    self._lowered, self._marks = lowered, marks
+
+  def compile(self):
+    compiled = self._lowered.compile()
+
+    def run(state, batch):
+      if marks := self._marks(state):
+        add = lambda weights: weights.at[0, 0].add(float(marks))
+        place = batch.weights.sharding
+        weights = jax.jit(add, out_shardings=place)(batch.weights)
+        batch = batch._replace(weights=weights)
+      return compiled(state, batch)
+
+    return run
 
 
 NUMBERS = {

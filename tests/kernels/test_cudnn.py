@@ -131,6 +131,29 @@ def test_a_batch_with_more_documents_than_room_is_computed_row_by_row(rooms, mon
   assert calls == ([6] * B * 2 if alone else [B * rooms[0]] * 2)
 
 
+@pytest.mark.accelerator
+@pytest.mark.parametrize('mean', [0.0, 2.0, 0.5], ids=['most', 'fits', 'full'])
+def test_on_a_gpu_the_results_do_not_depend_on_the_room(mean):
+  q, k, v, dy = (x.astype(jnp.bfloat16) for x in drawn())
+  segments = jnp.asarray(SEGMENTS)
+
+  def run(backend, **options):
+    attend = functools.partial(
+      kernels.attend_lse, backend=backend, max_segments=6, **options
+    )
+    total = lambda *qkv: sum(
+      (x.astype(jnp.float32) * w).sum()
+      for x, w in zip(attend(*qkv, segments), (dy, dy[..., 0]))
+    )
+    return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
+
+  (a, da), (b, db) = run('cudnn', mean_segments=mean), run('reference')
+  np.testing.assert_allclose(a, b, rtol=0.05, atol=0.5)
+  for x, y in zip(da, db):
+    x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+    np.testing.assert_allclose(x, y, atol=0.06 * np.abs(y).max())
+
+
 def lowered(f, *args):
   """The calls of cuDNN in a program's gradient for GPUs -> (text, its options)."""
   gradient = lambda q, k, v, *rest: jax.grad(
