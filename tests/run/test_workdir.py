@@ -126,6 +126,7 @@ MAY = {
   'model.remat': 'full',
   'model.attn.backend': 'reference',
   'model.attn.max_segments': 32,
+  'model.attn.mean_segments': 2.5,
   'model.moe.backend': 'ragged',
   'stability.on_spike': 'skip',
   'stability.max_bad_steps': 3,
