@@ -30,6 +30,7 @@ SINCE: dict[str, Any] = {
   'config.model.attn.window': 0,
   'config.model.attn.global_layers': '',
   'config.model.attn.rounding': 'backend',
+  'config.model.attn.mean_segments': 0.0,
   'config.model.attn.yarn.truncate': True,
   'config.model.attn.yarn.mscale': 0.0,
   'config.model.attn.yarn.mscale_all_dim': 0.0,

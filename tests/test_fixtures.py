@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from faults import evidence, history, process
 
+from gated import config, model
+
 FOLDER = Path(__file__).parent / 'fixtures/before'
 EXPECTED = json.loads((FOLDER / 'expected.json').read_text())
 SAVED, STEPS = 6, 9
@@ -44,6 +46,15 @@ def test_the_dataset_keeps_its_fingerprint(before):
   # Later code adds the ends of text, which no comparison of runs reads.
   assert fingerprint.pop('ends') == {'eos': 256}
   assert fingerprint == EXPECTED['dataset']
+
+
+def test_its_models_build_though_knobs_were_added_since(before):
+  """A knob that is missing in config.SINCE would leave every older run unreadable."""
+  files = [before / 'workdir/run.json', *before.glob('sweep/points/*/run.json')]
+  assert len(files) > 1
+  for file in files:
+    recipe = json.loads(file.read_text())['config']
+    config.build(model.Config, recipe['model'], 'config.model')
 
 
 @pytest.mark.parametrize('step', [3, SAVED])
