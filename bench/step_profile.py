@@ -18,10 +18,11 @@ import tempfile
 import jax
 import numpy as np
 import timing
-from train_step import of_documents, random_batch, recipe
+from train_step import random_batch, recipe
 
 from gated.devices import mesh
 from gated.plan import Plan
+from gated.plan.prepare import fitted
 
 STEPS = 3
 
@@ -112,7 +113,7 @@ def main():
   parser.add_argument('recipe', help='configs/RECIPE.py:ARGUMENT')
   parser.add_argument('overrides', nargs=argparse.REMAINDER, help='KNOB=VALUE ...')
   a = parser.parse_args()
-  cfg = of_documents(recipe(a.recipe, a.overrides), a.documents)
+  cfg = fitted(recipe(a.recipe, a.overrides), a.documents, float(a.documents))
   plan = Plan(cfg)
   step = plan.train_step().compile()
   rng = np.random.default_rng(0)

@@ -10,7 +10,6 @@ time is the median step.
 
 import argparse
 import ast
-import dataclasses
 import gc
 import importlib
 import itertools
@@ -27,6 +26,7 @@ from configs import base
 from gated import config, data
 from gated.devices import mesh
 from gated.plan import Config, Plan
+from gated.plan.prepare import fitted
 from gated.run import metrics
 
 STEPS = 10
@@ -52,14 +52,6 @@ def _literal(text):
     return text
 
 
-def of_documents(cfg, documents):
-  """The recipe for rows of so many documents, as a run fits it to its data."""
-  attn = dataclasses.replace(
-    cfg.model.attn, max_segments=documents, mean_segments=documents
-  )
-  return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attn=attn))
-
-
 def random_batch(cfg, documents, rng):
   B, T = cfg.batch, cfg.data.length
   token = rng.integers(0, cfg.model.vocab, (B, T + 1)).astype(np.int32)
@@ -79,7 +71,7 @@ def variants(words):
 
 def measure(cfg, documents):
   """Runs the train step -> a line of the table."""
-  plan = Plan(of_documents(cfg, documents))
+  plan = Plan(fitted(cfg, documents, float(documents)))
   begun = time.perf_counter()
   step = plan.train_step().compile()
   compiled = time.perf_counter() - begun

@@ -140,7 +140,8 @@ def prepare(
   plan = Plan(cfg, choose=choose)
   corpus = data.open(cfg.data, **plan.reads)
   if mesh.platform() == 'gpu' and cfg.model.mask_documents:
-    plan = Plan(fitted(plan.cfg, corpus), choose=choose)
+    counts = corpus.max_segments, corpus.mean_segments
+    plan = Plan(fitted(plan.cfg, *counts), choose=choose)
   fingerprint = corpus.fingerprint
   resume = workdirs.check(
     workdir, c, fingerprint, like=plan.state, allowed=allowed, restore_step=restore_step
@@ -163,15 +164,15 @@ def prepare(
   return Run(c, workdir, plan, corpus, step, source, resume, sample, restore_step)
 
 
-def fitted(cfg: Config, corpus: data.Corpus) -> Config:
-  """The recipe for the documents that a corpus has in its rows.
+def fitted(cfg: Config, most: int, mean: float) -> Config:
+  """The recipe for rows of at most and on average so many documents.
 
   The memory and the time of cuDNN's backward pass grow with the number of documents that
   there is room for.
   """
-  changes: dict[str, Any] = dict(max_segments=max(1, corpus.max_segments))
+  changes: dict[str, Any] = dict(max_segments=max(1, most))
   if not cfg.model.attn.mean_segments:
-    changes['mean_segments'] = corpus.mean_segments
+    changes['mean_segments'] = mean
   attn = dataclasses.replace(cfg.model.attn, **changes)
   return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attn=attn))
 

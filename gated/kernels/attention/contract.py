@@ -13,12 +13,7 @@ from gated import config
 from gated.devices import mesh
 from gated.kernels import choice
 from gated.kernels.attention import blockwise, cudnn, rounding, splash
-from gated.kernels.attention.case import (
-  Case,
-  scores,
-  sees,
-  soft_cap,
-)
+from gated.kernels.attention.case import Case, scores, sees, soft_cap
 
 # Above this many tokens 'auto' does not choose the quadratic reference.
 REFERENCE_LIMIT = 4096

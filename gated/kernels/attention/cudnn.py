@@ -180,9 +180,9 @@ def _forward(room: int, segment_BT, q_BTHK, k_BTGK, v_BTGK, *, window: int):
   B, T, H, _ = q_BTHK.shape
   start_N, size_N = sequences(segment_BT, B * room)
   lse_NHT = jax.ShapeDtypeStruct((B * room, H, T), jnp.float32)
-  arrays, qkv = (q_BTHK, k_BTGK, v_BTGK), (q_BTHK, k_BTGK, v_BTGK)
+  qkv = q_BTHK, k_BTGK, v_BTGK
   y_BTHK, lse_NHT = _call(
-    '__cudnn$fmhaSoftmax', arrays, [q_BTHK], [lse_NHT], qkv, start_N, size_N, window
+    '__cudnn$fmhaSoftmax', qkv, [q_BTHK], [lse_NHT], qkv, start_N, size_N, window
   )
   return y_BTHK, by_token(lse_NHT, segment_BT, start_N)
 
