@@ -13,8 +13,8 @@ Published: the base grows from 10k to 1M, the rows from 4096 to 32,768 tokens, f
 tokens; YaRN extends it to 128k. Assumed: everything else; the factor 4 is 128k / 32k.
 scale=proxy (the default): 62M parameters, 268M tokens at 1024 and 52M at 4096, with the
 weight decay and learning rate that give the baseline of experiments/sink its sink; it
-needs prepared text with a vocabulary of at most 8192. scale=test: seconds on a CPU, from 32 to
-128 tokens of the embedded corpus.
+needs prepared text with a vocabulary of at most 8192. scale=test: seconds on a CPU, from
+32 to 128 tokens of the embedded corpus.
 """
 
 from configs import base, table2

@@ -46,7 +46,8 @@ class Tokenizer:
   bytes sum to len(text.encode()) unless the text has no token: some vocabularies drop
   spaces. decode(ids) -> bytes, without control tokens. head(text) -> the characters of
   the first part of a text, and its `encode` as a part of the whole; 0 if there is no cut.
-  sizes(ids_N) -> bytes_N, of ids without their text.
+  sizes(ids_N) -> bytes_N, of ids without their text. many(texts) -> the ids of each text,
+  on all cores.
   """
 
   name: str = 'bytes'  # Or the name of its file.
@@ -62,6 +63,12 @@ class Tokenizer:
   decode: Callable[[Sequence[int] | np.ndarray], bytes]
   sizes: Callable[[np.ndarray], np.ndarray]
   head: Callable[[str], tuple[int, Any]] | None = None  # None: a text is never cut.
+  many: Callable[[list[str]], list[np.ndarray]] | None = None  # None: one by one.
+
+  def ids(self, texts: Iterable[str]) -> list[np.ndarray]:
+    """Texts -> the ids of each, as `encode` returns them."""
+    texts = list(texts)
+    return self.many(texts) if self.many else [self.encode(text)[0] for text in texts]
 
 
 def load(spec: str, *, eos: str = '', bos: str = '') -> Tokenizer:
@@ -186,6 +193,15 @@ def _hugging_face(path: str, content: bytes, eos: str, bos: str) -> dict[str, An
   def encode(text):
     return measured(split(text), None, text)
 
+  def many(texts):
+    with _faults(path, 'cannot encode a text'):
+      found = model.encode_batch_fast(texts, add_special_tokens=False)
+    # A text with the end of text is refused, unless the tokenizer reads it as a text.
+    return [
+      encode(text)[0] if eos_id in pieces.ids else np.array(pieces.ids, np.int32)
+      for text, pieces in zip(texts, found, strict=True)
+    ]
+
   def head(text):
     pieces = split(text)
     count, length = cuts.find(split, pieces, text)
@@ -207,6 +223,7 @@ def _hugging_face(path: str, content: bytes, eos: str, bos: str) -> dict[str, An
     'head': head,
     'decode': decode,
     'sizes': sizes,
+    'many': many,
   }
 
 

@@ -61,6 +61,13 @@ def test_the_bytes_of_tokens_sum_to_the_bytes_of_the_text(token):
     assert len(ids_N) or not text.strip()
 
 
+def test_many_texts_have_the_ids_of_each(token):
+  many = [*texts(4), '', 'of two <|endoftext|> texts']
+  for text, ids_N in zip(many, token.ids(many), strict=True):
+    np.testing.assert_array_equal(ids_N, token.encode(text)[0])
+  assert token.ids([]) == []
+
+
 @pytest.mark.parametrize('kind', ['bytes', 'bpe'])
 def test_bytes_and_byte_level_bpe_decode_to_the_exact_text(kind, request):
   token = tokenizer.load('bytes') if kind == 'bytes' else request.getfixturevalue(kind)

@@ -70,7 +70,14 @@ def test_numbers_by_token_are_those_by_sequence():
   ],
 )
 def test_the_room_is_for_a_usual_batch(rows, mean, most, room):
-  assert cudnn.usual_room(rows, mean, most) == room
+  assert cudnn.usual_room(rows, mean, most, cudnn.SAVED) == room
+
+
+def test_there_is_room_for_all_documents_unless_that_takes_much_memory():
+  each = 1024 * 8 * cudnn.bytes_of(64, 2)  # A row of experiments/sink, in bfloat16.
+  assert each == 1024 * 8 * (64 * (4 + 2 + 2) + 4)
+  assert cudnn.usual_room(32, 1.4, 6, each) == 6
+  assert cudnn.usual_room(128, 1.4, 8, each) == 2
 
 
 def drawn():
@@ -133,7 +140,8 @@ def test_a_batch_with_more_documents_than_room_is_computed_row_by_row(rooms, mon
 
 @pytest.mark.accelerator
 @pytest.mark.parametrize('mean', [0.0, 2.0, 0.5], ids=['most', 'fits', 'full'])
-def test_on_a_gpu_the_results_do_not_depend_on_the_room(mean):
+def test_on_a_gpu_the_results_do_not_depend_on_the_room(mean, monkeypatch):
+  monkeypatch.setattr(cudnn, 'SAVED', 0)
   q, k, v, dy = (x.astype(jnp.bfloat16) for x in drawn())
   segments = jnp.asarray(SEGMENTS)
 

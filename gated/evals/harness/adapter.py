@@ -59,6 +59,7 @@ class Gated(TemplateLM):
     super().__init__()
     self._subject, self._answers, self._size = subject, answers, size
     self._quiet = jax.process_index() > 0
+    self._ids: dict[str, np.ndarray] = {}  # Texts that were encoded together.
 
   @property
   def eot_token_id(self) -> int:
@@ -87,10 +88,18 @@ class Gated(TemplateLM):
       prefix = []
     elif token.bos_token and string.startswith(token.bos_token):
       prefix, string = [token.bos], string.removeprefix(token.bos_token)
-    return prefix + token.encode(string)[0].tolist()
+    known = self._ids.get(string)
+    return prefix + (token.encode(string)[0] if known is None else known).tolist()
 
   def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list:
-    return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self._quiet)
+    # lm-eval encodes each of these texts on its own, and a context with every choice.
+    pairs = [request.args for request in requests]
+    texts = {text: None for pair in pairs for text in (''.join(pair), pair[0].rstrip())}
+    try:
+      self._ids = dict(zip(texts, self._subject.tokenizer.ids(texts), strict=True))
+      return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self._quiet)
+    finally:
+      self._ids = {}
 
   def _loglikelihood_tokens(
     self, requests: Sequence, disable_tqdm: bool = False, **_: Any

@@ -3,8 +3,10 @@
 cuDNN computes each document of packed rows as a sequence of its own. The work and the
 memory of its backward pass grow with the number of sequences that a call has room for,
 used or not: each takes the gradients of a whole row. JAX's function has room for
-`max_segments` documents in every row. Ours has room for the documents of a usual batch; a
-batch with more of them is computed row by row, which is slow and exact.
+`max_segments` documents in every row. Where that is much memory, ours has room for the
+documents of a usual batch; a batch with more of them is computed row by row, which is
+slow and exact. The choice costs time in every step: XLA's host waits in each layer for
+the number of documents, so it cannot prepare the next step meanwhile.
 
 B batch  T tokens  H heads  G KV heads  K head width  N sequences
 """
@@ -25,6 +27,11 @@ from gated.kernels.attention.case import Case, with_lse_gradient
 # A usual batch has at most this many standard deviations more documents than the average,
 # if the documents of a row deviate by as many as it has on average.
 DEVIATIONS = 4
+
+# Below this memory, room for all documents is cheaper than the choice. Measured on one
+# H200 (LOG.md, 2026-11-28): 32 rows of 1024 tokens with 0.3 GB take 24 ms a step without
+# the choice and 50 to 86 ms with it; 128 rows with 3.2 GB take 186 and 161 ms.
+SAVED = 2 << 30
 
 
 def attend(q_BTHK, k_BTGK, v_BTGK, segment_BT, case: Case) -> Any:
@@ -87,7 +94,9 @@ def _packed(q_BTHK, k_BTGK, v_BTGK, *, segment_BT, case: Case, residual=False):
   """Packed rows, on each device its own -> y_BTHK, or (y_BTHK, lse_BTH)."""
 
   def run(q_BTHK, k_BTGK, v_BTGK, segment_BT, *_):
-    room = usual_room(len(q_BTHK), case.mean_segments, case.max_segments)
+    B, T, H, K = q_BTHK.shape
+    each = T * H * bytes_of(K, q_BTHK.dtype.itemsize)
+    room = usual_room(B, case.mean_segments, case.max_segments, each)
     rooms = room, case.max_segments
     out = _ragged(q_BTHK, k_BTGK, v_BTGK, segment_BT, rooms, case.window)
     return out if residual else out[0]
@@ -96,15 +105,23 @@ def _packed(q_BTHK, k_BTGK, v_BTGK, *, segment_BT, case: Case, residual=False):
   return context.attend(run, *args, split=[], lse=residual)
 
 
-def usual_room(rows: int, mean: float, most: int) -> int:
+def bytes_of(width: int, itemsize: int) -> int:
+  """What cuDNN's backward pass takes for a token of a head, for each document of a row.
+
+  Float32 gradients of the query, gradients of key and value, and a log-sum-exp.
+  """
+  return width * (4 + 2 * itemsize) + 4
+
+
+def usual_room(rows: int, mean: float, most: int, each: float) -> int:
   """Documents a row for which a call of `rows` rows has room.
 
   `mean` is the number of documents in an average row, 0 if that is unknown; no row has
-  more than `most`.
+  more than `most`. `each` is the memory in bytes for a document. The room is `most`
+  unless less room saves SAVED.
   """
-  return (
-    min(most, max(2, math.ceil(mean * (1 + DEVIATIONS / rows**0.5)))) if mean else most
-  )
+  usual = max(2, math.ceil(mean * (1 + DEVIATIONS / rows**0.5))) if mean else most
+  return usual if (most - usual) * rows * each >= SAVED else most
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

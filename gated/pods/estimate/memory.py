@@ -103,21 +103,19 @@ def _rounded(layout: Layout) -> float:
 def _segments(layout: Layout) -> float:
   """Memory of cuDNN's backward pass of packed rows.
 
-  For each document that it has room for, it takes float32 gradients of the queries, and
-  gradients of the keys and values in bfloat16, of a whole row for every query head, and a
-  log-sum-exp.
+  For each document that it has room for, it takes `cudnn.bytes_of` for every token of a
+  row and every query head.
   """
   m = layout.cfg.model
   packed = m.mask_documents and m.attn.max_segments > 1
   if not packed or m.attn.backend not in ('auto', 'cudnn') or m.attn.logit_cap:
     return 0.0
   heads = layout.query / m.attn.head_dim
-  channel = WIDE + 2 * layout.compute
-  by_token = heads * (m.attn.head_dim * channel + WIDE)
   rows = max(1, layout.tokens // layout.cfg.data.length)
-  room = cudnn.usual_room(rows, m.attn.mean_segments, m.attn.max_segments)
+  each = layout.tokens / rows * heads * cudnn.bytes_of(m.attn.head_dim, layout.compute)
+  room = cudnn.usual_room(rows, m.attn.mean_segments, m.attn.max_segments, each)
   # A batch for which the room is too small runs row by row.
-  return max(room * rows, m.attn.max_segments) * layout.tokens / rows * by_token
+  return max(room * rows, m.attn.max_segments) * each
 
 
 def neighbours(layout: Layout) -> int:
