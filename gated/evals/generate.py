@@ -122,13 +122,13 @@ def run(
   slots = slots if cached else max(slots, context)
   every = STOP_EVERY if options.stop else options.max_tokens
   filters = dict(top_k=1 if options.greedy else options.top_k, with_p=options.top_p < 1)
-  prefill, decode = (model.exact(cfg.numerics, run) for run in (_prefill, _decode))
+  fill, decode = (model.exact(cfg.numerics, run) for run in (prefill, _decode))
   with jax.set_mesh(on):
     put = functools.partial(jax.device_put, device=NamedSharding(on, P()))
     net = jax.device_put(net, mesh.shardings(net, on))
     rows, knobs = put(_start(prompts, options, slots, mesh.ways('batch', on), tokenizer))
     if cached:
-      cache = prefill(net, rows.token_BN, put(np.int32(chunks)), chunk=chunk)
+      cache = fill(net, rows.token_BN, put(np.int32(chunks)), chunk=chunk)
       rows = rows._replace(cache=cache)
     for start in range(0, options.max_tokens, every):
       steps = min(every, options.max_tokens - start)
@@ -254,7 +254,7 @@ def _start(
 
 
 @functools.partial(jax.jit, static_argnames='chunk')
-def _prefill(net: model.Transformer, token_BN, chunks, *, chunk: int):
+def prefill(net: model.Transformer, token_BN, chunks, *, chunk: int):
   """The keys and values of the first `chunks` chunks of all rows -> a cache."""
   cfg, (B, N) = net.cfg, token_BN.shape
   shape = cfg.depth, B, N, cfg.attn.kv_heads, cfg.attn.head_dim
@@ -263,7 +263,7 @@ def _prefill(net: model.Transformer, token_BN, chunks, *, chunk: int):
   def take(i, cache):
     token_BT = jax.lax.dynamic_slice_in_dim(token_BN, i * chunk, chunk, 1)
     start_B = jnp.full(B, i * chunk, jnp.int32)
-    return _extend(net, token_BT, start_B, cache)[1]
+    return extend(net, token_BT, start_B, cache)[1]
 
   return jax.lax.fori_loop(0, chunks, take, (empty, empty))
 
@@ -303,7 +303,7 @@ def _next(net: model.Transformer, rows: Rows) -> tuple[jax.Array, tuple]:
   last_B = rows.count_B - 1
   if rows.cache:
     token_B1 = jnp.take_along_axis(rows.token_BN, last_B[:, None], 1)
-    x_B1D, cache = _extend(net, token_B1, last_B, rows.cache)
+    x_B1D, cache = extend(net, token_B1, last_B, rows.cache)
     return net.logits(x_B1D)[:, 0], cache
   live_BN = jnp.arange(rows.token_BN.shape[1])[None] < rows.count_B[:, None]
   token_BN = mesh.constrain(rows.token_BN, 'batch', 'tokens')
@@ -312,7 +312,7 @@ def _next(net: model.Transformer, rows: Rows) -> tuple[jax.Array, tuple]:
   return net.logits(x_B1D)[:, 0], ()
 
 
-def _extend(
+def extend(
   net: model.Transformer, token_BT: jax.Array, start_B: jax.Array, cache: tuple
 ) -> tuple[jax.Array, tuple]:
   """T tokens from positions start_B on -> (their hidden states, the cache with them)."""

@@ -14,7 +14,7 @@ from gated import config, data, storage
 from gated.data.tokenizer import Tokenizer, optional
 from gated.devices import processes
 from gated.evals import harness
-from gated.evals.harness import scoring
+from gated.evals.harness import scoring, sharing
 from gated.evals.harness.cache import Answers
 from gated.plan.evaluation import stored
 from gated.plan.load import Loaded
@@ -58,6 +58,7 @@ def subject_of(loaded: Loaded, length: int) -> Any:
   return harness.part('adapter').Subject(
     read_model=lambda: loaded.model,
     measured=loaded.compiled(scoring.measure),
+    shared=loaded.compiled(sharing.measure),
     on=loaded.mesh,
     tokenizer=loaded.tokenizer,
     prefix=prefix(loaded.tokenizer),

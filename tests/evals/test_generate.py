@@ -281,7 +281,7 @@ def test_the_cache_is_sharded_by_rows_and_heads_and_never_gathered():
   prompts = PROMPTS + PROMPTS[:1]
   rows, knobs = generate._start(prompts, GREEDY, SLOTS, 2, None)
   with jax.set_mesh(on):
-    cache = generate._prefill(net, rows.token_BN, 1, chunk=8)
+    cache = generate.prefill(net, rows.token_BN, 1, chunk=8)
     rows = rows._replace(cache=cache)
     step = generate._decode.lower(net, rows, knobs, 9, top_k=1, with_p=False).compile()
   # Layers, rows, slots, KV heads, head width.

@@ -14,7 +14,7 @@ from absl import flags
 
 from gated import storage
 from gated.evals import harness
-from gated.evals.harness import cache, documents, options, scoring
+from gated.evals.harness import cache, documents, options, scoring, sharing
 from gated.evals.harness.scoring import Answer, Request
 from gated.plan import load
 
@@ -78,6 +78,72 @@ def test_answers_are_those_of_each_text_alone_for_any_batch_and_devices():
     for each, (nats, best) in want.items():
       assert answers[each].nats == pytest.approx(nats, abs=1e-4)
       assert answers[each].greedy == best
+
+
+def choices():
+  """Three questions with two to ten choices, and requests that share nothing."""
+  rng = np.random.default_rng(1)
+  draw = lambda n: tuple(rng.integers(0, 40, n).tolist())
+  asked = requests()
+  for length, count in ((33, 4), (40, 2), (47, 10)):
+    context = draw(length)
+    asked += [Request(context, draw(1 + i)) for i in range(count)]
+  return asked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('knobs', [{}, {'moe__experts': 4, 'moe__top_k': 2}], ids=str)
+def test_choices_that_share_their_context_have_the_answers_of_each_text_alone(knobs):
+  net, asked = small.model_of(attn__gate__position='sdpa', **knobs), choices()
+  want = {each: definition(net, each) for each in asked}
+  for on, size in (
+    (small.mesh_of(), 0),
+    (small.mesh_of(data=2, fsdp=4), 4),
+    (small.mesh_of(data=2, context=4), 4),
+  ):
+    calls = []
+    measured = recording(on, calls)
+    shared = functools.partial(sharing.works, measured=measured, on=on, size=size)
+    answers, whole = scored(asked, net, on, size=size, shared=shared)
+    assert answers.keys() == want.keys()
+    for each, (nats, best) in want.items():
+      assert answers[each].nats == pytest.approx(nats, abs=1e-4)
+      assert answers[each].greedy == best
+    if on.shape['context'] > 1:
+      assert not calls
+    else:
+      assert sum(C * N for C, N, _ in calls) >= 16 and len(whole) < 6
+
+
+def recording(on, calls):
+  """`sharing.measure`, compiled; it adds each batch's (C, N, T) to `calls`."""
+  compiled = jax.jit(sharing.measure)
+
+  def measured(net, *batch):
+    calls.append(tuple(batch[2].shape))
+    with jax.set_mesh(on):
+      return compiled(net, *batch)
+
+  return measured
+
+
+def test_a_context_is_shared_by_rows_that_differ_only_after_it():
+  found, alone = sharing.families(scoring.rows(choices()))
+  sizes = [(len(each.context), len(each.rows)) for each in found]
+  assert (sizes[0], sizes[-1], sorted(sizes[1:3])) == (
+    (46, 8),
+    (32, 4),
+    [(39, 2), (46, 2)],
+  )
+  assert len(alone) == 5
+  for each in found:
+    for row in each.rows:
+      assert row.tokens[: len(each.context)] == each.context
+      assert min(at for at, _ in row.asks) == len(each.context)
+  context, start, token, position, target = sharing.arrays(found[-1:], ways=2)
+  assert context.shape == (2, 32) and token.shape == (2, 4, 16)
+  assert position.shape == target.shape == (2, 4, 4) and start.ravel().tolist() == [32, 0]
+  assert [*filter(None, sharing.slots(found[-1:]))] == found[-1].rows
 
 
 def test_one_token_continuations_of_a_context_share_a_row():

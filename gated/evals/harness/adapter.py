@@ -10,6 +10,7 @@ process.
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
@@ -30,7 +31,7 @@ from gated import model
 from gated.data.tokenizer import Tokenizer
 from gated.devices import mesh
 from gated.evals import generate
-from gated.evals.harness import scoring
+from gated.evals.harness import scoring, sharing
 from gated.evals.harness.cache import Answers, key
 from gated.evals.sampling import Sampling
 
@@ -45,6 +46,7 @@ class Subject:
 
   read_model: Callable[[], model.Transformer]
   measured: Callable  # `scoring.measure`, compiled for all devices
+  shared: Callable  # `sharing.measure`, likewise
   on: Mesh
   tokenizer: Tokenizer
   prefix: tuple[int, ...]  # tokens before each text, such as the beginning of text
@@ -122,8 +124,10 @@ class Gated(TemplateLM):
     """Requests -> their answers, a batch at a time."""
     if requests:
       subject = self._subject
+      given: dict[str, Any] = dict(on=subject.on, size=self._size)
+      shared = functools.partial(sharing.works, measured=subject.shared, **given)
       net, measured = subject.read_model(), subject.measured
-      yield from scoring.score(requests, measured, net, on=subject.on, size=self._size)
+      yield from scoring.score(requests, measured, net, shared=shared, **given)
 
   def loglikelihood_rolling(
     self, requests: Any, disable_tqdm: bool = False

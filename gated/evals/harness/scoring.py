@@ -11,7 +11,8 @@ occur, so that few programs are compiled.
 B rows of a batch  T tokens  S asks of a row  D width  V vocabulary
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -122,7 +123,13 @@ def measure(
   net: model.Transformer, token_BT: Any, position_BS: Any, target_BS: Any
 ) -> tuple[Any, Any]:
   """Asks -> (their log-probabilities, their ranks from 0; of equals, the smaller id)."""
-  x_BTD, _ = net.hidden(token_BT)
+  return ask(net, net.hidden(token_BT)[0], position_BS, target_BS)
+
+
+def ask(
+  net: model.Transformer, x_BTD: Any, position_BS: Any, target_BS: Any
+) -> tuple[Any, Any]:
+  """The final hidden states of rows, and their asks -> the results of `measure`."""
   x_BSD = jnp.take_along_axis(x_BTD, position_BS[..., None], 1)
   x_BSD = mesh.constrain(x_BSD, 'batch', None, None)
   B, S = target_BS.shape
@@ -131,7 +138,7 @@ def measure(
   # S is a power of 4, so the parts are equal.
   parts = S // max(1, min(S, 1 << (max(1, CHUNK // here).bit_length() - 1)))
 
-  def ask(part):
+  def answers(part):
     x_BsD, target_Bs = part
     logit_BsV = mesh.constrain(net.logits(x_BsD), 'batch', None, 'vocab')
     target_Bs1 = target_Bs[..., None]
@@ -145,12 +152,24 @@ def measure(
 
   cut = lambda a: jnp.moveaxis(a.reshape(B, parts, S // parts, *a.shape[2:]), 1, 0)
   join = lambda a: jnp.moveaxis(a, 0, 1).reshape(B, S)
-  return jax.tree.map(join, jax.lax.map(ask, (cut(x_BSD), cut(target_BS))))
+  return jax.tree.map(join, jax.lax.map(answers, (cut(x_BSD), cut(target_BS))))
 
 
 def total(nats_S: np.ndarray, rank_S: np.ndarray) -> Answer:
   """The results of `measure` for a continuation's tokens -> its answer."""
   return Answer(float(nats_S.sum(dtype=float)), not rank_S.any())
+
+
+class Work(NamedTuple):
+  """A batch: what computes its results, of what, and the rows of these results."""
+
+  measured: Callable  # compiled for all devices; its results are on all processes
+  arrays: tuple[np.ndarray, ...]
+  rows: Sequence[Row | None]  # None: padding
+
+
+# Rows -> batches of some of them, and the other rows.
+Shared = Callable[[Sequence[Row]], tuple[Iterable[Work], Sequence[Row]]]
 
 
 def score(
@@ -161,6 +180,7 @@ def score(
   on: Mesh,
   size: int,
   answer: Callable[[np.ndarray, np.ndarray], Any] = total,
+  shared: Shared = lambda ordered: ((), ordered),
 ) -> Iterator[dict[Request, Any]]:
   """Requests -> their answers, a batch at a time; all processes must call it.
 
@@ -168,24 +188,29 @@ def score(
   processes. `answer` makes an answer of the results for a continuation's tokens.
   """
   ways = mesh.ways('batch', on)
+  first, alone = shared(rows(requests))
+  whole = batches(alone, size=size, ways=ways)
+  works = (Work(measured, arrays(batch, ways=ways), batch) for batch in whole)
   started = None
-  for batch in batches(rows(requests), size=size, ways=ways):
-    whole = arrays(batch, ways=ways)
-    count = len(whole[0])
+  for work in itertools.chain(first, works):
+    count = len(work.arrays[0])
     held = list(mesh.rows(on, count))
-    placed = mesh.place(tuple(x[held] for x in whole), on, count)
-    before, started = started, (batch, measured(net, *placed))
+    placed = mesh.place(tuple(x[held] for x in work.arrays), on, count)
+    before, started = started, (work.rows, work.measured(net, *placed))
     if before:  # The devices compute the next batch meanwhile.
       yield _answers(*before, answer)
   if started:
     yield _answers(*started, answer)
 
 
-def _answers(batch: Sequence[Row], measured: Any, answer: Callable) -> dict[Request, Any]:
+def _answers(
+  batch: Sequence[Row | None], measured: Any, answer: Callable
+) -> dict[Request, Any]:
   """A batch and what was measured of it -> the answers of its rows."""
   nats_BS, rank_BS = (np.asarray(x) for x in measured)
   return {
     each: answer(nats_S[asks], rank_S[asks])
     for row, nats_S, rank_S in zip(batch, nats_BS, rank_BS)
+    if row is not None
     for each, asks in row.members
   }
