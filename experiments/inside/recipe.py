@@ -6,28 +6,22 @@ Gates x cells of learning rate and weight decay x seeds, in a model of 61M param
 scale=gpu: 262M tokens a run, about 8 minutes on one H200. scale=test: seconds on a CPU.
 """
 
-from configs import axes, base, dense_1b7, rows, table2, table4
+from configs import axes, base, rows, table2, table4
+from experiments.sink import recipe as sink
 
 CLAIMS = ('C1', 'C3', 'C4', 'C8', 'C9', 'C10', 'C11', 'C12', 'C13', 'C14')
 BUDGET = {'gpu': 14_000_000_000, 'test': 1_000_000}
 
-SCALES = {
+SCALES = tuple(sink.SCALES)
+# What differs from the model and the training of experiments/sink.
+CHANGES = {
   'gpu': dict(
     steps=8000,
     batch=32,
-    model=dict(vocab=8192, layers='unroll'),
-    optim=dict(warmup=200, floor=3e-5),
-    data=dict(length=1024),
-    eval=dict(every=1000, rows=512),
-    checkpoint=dict(every=4000, keep=1),
-    log=dict(every=10, probes=1000, indicators=0, tensorboard=False),
+    eval=dict(rows=512),
+    checkpoint=dict(every=4000),
   ),
-  'test': dict(
-    steps=20,
-    data=dict(length=128),  # Sink64 needs rows of 64 tokens
-    checkpoint=dict(every=20, keep=1),
-    log=dict(probes=10, tensorboard=False),
-  ),
+  'test': {},
 }
 
 # Name -> its changes to the baseline, as in Table 4.
@@ -55,8 +49,8 @@ MULTIPLE = {'gpu': 64, 'test': 1}
 
 def get_config(arg: str = ''):
   scale = _scale(arg)
-  c = dense_1b7.at('28l', 'proxy' if scale == 'gpu' else 'test')
-  c.update(SCALES[scale])
+  c = sink.get_config(f'scale={scale}')
+  c.update(CHANGES[scale])
   c.name = f'inside-{scale}'
   return c
 
@@ -89,4 +83,4 @@ def point(arm: str, cell: int, seed: int, scale: str) -> axes.Point:
 
 
 def _scale(arg: str) -> str:
-  return base.arguments(arg, scale=tuple(SCALES))['scale']
+  return base.arguments(arg, scale=SCALES)['scale']

@@ -56,10 +56,10 @@ def works(
   if on.shape['context'] > 1:
     return iter(()), rows
   ways = mesh.ways('batch', on)
-  found, alone = families(rows)
+  sharing, alone = families(rows)
   made = (
     Work(measured, arrays(batch, ways=ways), slots(batch))
-    for batch in batches(found, size=size, ways=ways)
+    for batch in batches(sharing, size=size, ways=ways)
   )
   return made, alone
 
@@ -74,15 +74,15 @@ def families(rows: Sequence[Row]) -> tuple[list[Family], list[Row]]:
     first = min(position for position, _ in row.asks)
     if first >= SHORTEST and len(row.tokens) <= 2 * first:
       by_context.setdefault(row.tokens[:first], []).append(row)
-  found = [
+  shared = [
     Family(context, own[i : i + MOST])
     for context, own in by_context.items()
     if len(own) > 1
     for i in range(0, len(own), MOST)
   ]
-  taken = {id(row) for family in found for row in family.rows}
+  taken = {id(row) for family in shared for row in family.rows}
   key = lambda family: (*(-n for n in family.shape), family.context)
-  return sorted(found, key=key), [row for row in rows if id(row) not in taken]
+  return sorted(shared, key=key), [row for row in rows if id(row) not in taken]
 
 
 def batches(ordered: Sequence[Family], *, size: int, ways: int) -> Iterator[list[Family]]:
