@@ -105,34 +105,27 @@ def no_transfers():
 
 
 @pytest.fixture(scope='session')
-def spawn_python():
-  """Starts `python ARGS`, by default from the root -> Popen, killed at the end if alive.
+def spawn_python(tmp_path_factory):
+  """Starts `python ARGS`, by default from the root -> Child, killed at the end if alive.
 
   spawn_python(['train.py', '--config=...'], env={'NAME': 'value'}, devices=8)
 
-  Standard output and error are pipes of text.
+  A script of this checkout is a fork of a process that has imported the packages.
   """
   children = []
+  folder = tmp_path_factory.mktemp('children')
+  forks = process.Forks(process.environment(CACHE, 1, PLATFORM))
 
   def spawn(args, *, env=None, devices=1, cwd=ROOT):
-    clean = process.environment(CACHE, devices, PLATFORM)
-    command = [sys.executable, *map(str, args)]
-    child = subprocess.Popen(
-      command,
-      cwd=cwd,
-      env=clean | (env or {}),
-      stdin=subprocess.DEVNULL,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    children.append(child)
-    return child
+    clean = process.environment(CACHE, devices, PLATFORM) | (env or {})
+    stem = folder / str(len(children))
+    children.append(process.start(args, clean, stem, cwd=cwd, forks=forks))
+    return children[-1]
 
   yield spawn
   for child in children:
     child.kill()
-    child.communicate()
+  forks.close()
 
 
 @pytest.fixture(scope='session')
@@ -143,14 +136,9 @@ def run_python(spawn_python):
   """
 
   def run(args, *, env=None, devices=1, cwd=ROOT, timeout=300):
-    with spawn_python(args, env=env, devices=devices, cwd=cwd) as child:
-      try:
-        out, err = child.communicate(timeout=timeout)
-      except subprocess.TimeoutExpired:
-        child.kill()
-        out, err = child.communicate()
-        pytest.fail(f'{args} took over {timeout} s\n{out[-2000:]}\n{err[-4000:]}')
-    return subprocess.CompletedProcess(child.args, child.returncode, out, err)
+    child = spawn_python(args, env=env, devices=devices, cwd=cwd)
+    done = child.wait(timeout)
+    return subprocess.CompletedProcess(child.args, done.code, done.out, done.err)
 
   return run
 

@@ -17,6 +17,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from faults import process
 
 from gated import data, storage
 from gated.data import cache, embedded, mixture, prepare, shards, tokenizer
@@ -653,8 +654,7 @@ def test_several_processes_copy_one_dataset(url, built, tmp_path, spawn_python, 
     code = COPY.replace('while', f'{refuse}while', 1)
   start = time.time() + 1.5
   children = [spawn_python(['-c', code, url, cache, start]) for _ in range(3)]
-  outputs = [child.communicate(timeout=60) for child in children]
-  assert not any(child.returncode for child in children), outputs
+  outputs = process.outputs(children, timeout=60)
   assert len({out for out, _ in outputs}) == 1
   (folder,) = [path for path in cache.iterdir() if path.name[0] != '.']
   shards.verify(folder, shards.read_manifest(folder).shards, 'sha256')

@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import small
+from faults import process
 
 import gated
 from gated import hf, storage
@@ -159,8 +160,7 @@ def test_the_command_on_one_device_and_in_two_processes(place, theirs, spawn_pyt
   ]
   known = {}
   for label, children in runs.items():
-    done = [child.communicate(timeout=900) for child in children]
-    assert [child.returncode for child in children] == [0] * len(children), done
+    done = process.outputs(children, timeout=900)
     assert ['|stdlib_names' in out for out, _ in done] == [True, False][: len(done)]
     [report] = (place / label).rglob('imported-*.json')
     results = json.loads(report.read_text())['results']

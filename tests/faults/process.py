@@ -1,17 +1,21 @@
 """Child processes: start, watch, signal, kill and wait for them."""
 
+import contextlib
+import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_SAVED = 7  # The exit code of a run that could not write.
@@ -51,24 +55,125 @@ class Done(NamedTuple):
     return self.out[-300:] + '\n'.join(line[:300] for line in lines[-6:])
 
 
+class Forks:
+  """A process that has imported the packages and starts programs as its forks.
+
+  It starts at the first program, with the environment `env`.
+  """
+
+  # The only variables that may differ from `env`. No import reads them.
+  LATE = frozenset({'XLA_FLAGS', 'PJRT_NPROC', 'GATED_FAULT', 'HOME', 'XDG_CACHE_HOME'})
+
+  def __init__(self, env: Mapping[str, str]):
+    self._env, self._lock = dict(env), threading.Lock()
+    self._requests: socket.socket | None = None
+
+  def can(self, args: Sequence[str], env: Mapping[str, str]) -> bool:
+    """Whether `python ARGS` with `env` can be a fork: a script of this checkout."""
+    script = ROOT / args[0]
+    differ = {name for name, _ in set(env.items()) ^ set(self._env.items())}
+    linux = sys.platform == 'linux'
+    return linux and script.suffix == '.py' and script.exists() and differ <= self.LATE
+
+  def start(
+    self,
+    args: Sequence[str],
+    env: Mapping[str, str],
+    cwd: Path,
+    out: BinaryIO,
+    err: BinaryIO,
+    group: bool,
+  ) -> 'Fork':
+    """Starts `python ARGS` -> it; `group` makes it lead a process group of its own."""
+    with self._lock:
+      if self._requests is None:
+        self._requests = self._serve()
+    script, *rest = args
+    request = dict(args=[str(ROOT / script), *rest], env=dict(env), cwd=str(cwd))
+    pipe, end = os.pipe()
+    message = json.dumps(request | dict(group=group)).encode()
+    socket.send_fds(self._requests, [message], [out.fileno(), err.fileno(), end])
+    os.close(end)
+    return Fork(pipe)
+
+  def _serve(self) -> socket.socket:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+      subprocess.Popen(
+        [sys.executable, 'tests/faults/forks.py', str(theirs.fileno())],
+        cwd=ROOT,
+        env=self._env,
+        stdin=subprocess.DEVNULL,
+        pass_fds=[theirs.fileno()],
+      )
+    return ours
+
+  def close(self) -> None:
+    """Ends the server; its programs go on."""
+    if self._requests is not None:
+      self._requests.close()
+
+
+class Fork:
+  """A program that `Forks` started, with the methods of Popen that are used here."""
+
+  def __init__(self, pipe: int):
+    self._pipe = os.fdopen(pipe, encoding='ascii')
+    self.pid = int(self._pipe.readline())
+    self.returncode: int | None = None
+
+  def poll(self) -> int | None:
+    """The exit code, None while the program runs."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      self.wait(0)
+    return self.returncode
+
+  def wait(self, timeout: float | None = None) -> int:
+    """Waits -> the exit code; subprocess.TimeoutExpired after `timeout` seconds."""
+    if self.returncode is None:
+      if not select.select([self._pipe], [], [], timeout)[0]:
+        raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+      self.returncode = int(self._pipe.readline())
+      self._pipe.close()
+    return self.returncode
+
+  def send_signal(self, number: int) -> None:
+    if self.poll() is None:
+      os.kill(self.pid, number)
+
+  def kill(self) -> None:
+    self.send_signal(signal.SIGKILL)
+
+
 class Child:
   """A running process. Its output goes to files: a pipe could fill up."""
 
   def __init__(
-    self, command: Sequence[str], env: Mapping[str, str], stem: Path, *, group: bool
+    self,
+    args: Sequence[str],
+    env: Mapping[str, str],
+    stem: Path,
+    *,
+    group: bool = False,
+    cwd: Path = ROOT,
+    forks: Forks | None = None,
   ):
+    self.args = args
     self._out, self._err = stem.with_suffix('.out'), stem.with_suffix('.err')
     self.started = time.monotonic()
     with self._out.open('wb') as out, self._err.open('wb') as err:
-      self.process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=out,
-        stderr=err,
-        start_new_session=group,
-      )
+      if forks and forks.can(args, env):
+        self.process = forks.start(args, env, cwd, out, err, group)
+      else:
+        self.process = subprocess.Popen(
+          [sys.executable, *args],
+          cwd=cwd,
+          env=env,
+          stdin=subprocess.DEVNULL,
+          stdout=out,
+          stderr=err,
+          start_new_session=group,
+        )
     self.pid = self.process.pid
 
   @property
@@ -91,14 +196,16 @@ class Child:
     return self.wait()
 
   def wait(self, seconds: float = PATIENCE) -> Done:
-    """Waits -> the ended process; SIGKILL and AssertionError after `seconds`."""
+    """Waits -> the ended process; AssertionError with its stacks after `seconds`."""
     try:
       code = self.process.wait(seconds)
     except subprocess.TimeoutExpired:
-      self.process.kill()
-      self.process.wait()
+      self.process.send_signal(signal.SIGABRT)  # faulthandler prints the stacks.
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        self.process.wait(10)
+      self.kill()
       raise AssertionError(
-        f'no exit within {seconds} s: {Done(-9, "", self.err).tail()}'
+        f'no exit of {self.args} within {seconds} s: {self.out[-2000:]}{self.err[-4000:]}'
       ) from None
     return Done(code, self.out, self.err)
 
@@ -164,38 +271,27 @@ def environment(
 
 
 def start(
-  args: Sequence[Any], env: Mapping[str, str], stem: Path, *, group: bool = False
+  args: Sequence[Any], env: Mapping[str, str], stem: Path, **options: Any
 ) -> Child:
-  """Starts `python ARGS` from the checkout's root; its output goes to STEM.out, .err.
+  """Starts `python ARGS`; its output goes to STEM.out and STEM.err.
 
-  With `group`, it leads a process group of its own.
+  With `group`, it leads a process group of its own; with `forks`, it is one of them if
+  it can be; `cwd` is the checkout's root.
   """
-  return Child([sys.executable, *map(str, args)], env, stem, group=group)
+  return Child([*map(str, args)], env, stem, **options)
 
 
-def outputs(
-  children: Sequence[subprocess.Popen], timeout: float
-) -> list[tuple[str, str]]:
-  """Each child's standard output and error; AssertionError unless all exit with 0.
-
-  A child that still runs after `timeout` seconds is aborted, and its stack printed.
-  """
-
-  def output(child):
-    try:
-      return child.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-      child.send_signal(signal.SIGABRT)  # faulthandler prints the stacks.
-      return child.communicate()
-
+def outputs(children: Sequence[Child], timeout: float) -> list[tuple[str, str]]:
+  """Each child's standard output and error; AssertionError unless all exit with 0."""
   with futures.ThreadPoolExecutor(len(children)) as pool:
-    outputs = list(pool.map(output, children))
+    ended = [pool.submit(child.wait, timeout) for child in children]
+  late = [str(error) for future in ended if (error := future.exception())]
   report = ''.join(
-    f'\nprocess {i}, exit code {child.returncode}\n{out[-2000:]}{err[-6000:]}'
-    for i, (child, (out, err)) in enumerate(zip(children, outputs))
+    f'\nprocess {i}: {child.process.returncode}\n{child.out[-2000:]}{child.err[-6000:]}'
+    for i, child in enumerate(children)
   )
-  assert not any(child.returncode for child in children), report
-  return outputs
+  assert not late and not any(child.process.returncode for child in children), report
+  return [(child.out, child.err) for child in children]
 
 
 def free_port() -> int:

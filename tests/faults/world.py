@@ -117,6 +117,7 @@ class _Shared(NamedTuple):
   straights: dict[str, Straight]
   locks: dict[str, threading.Lock]
   guard: threading.Lock
+  forks: process.Forks
 
 
 class World:
@@ -126,10 +127,12 @@ class World:
     self.folder, self.seed = folder, seed
     self.random = random.Random(f'{seed}-{folder.name}')
     folder.mkdir(parents=True, exist_ok=True)
+    owner = shared is None
     if shared is None:
-      shared = _Shared(folder, {}, {}, threading.Lock())
       (folder / 'xla').mkdir(exist_ok=True)
-    self._shared = shared
+      forks = process.Forks(process.environment(folder / 'xla', 1, exact=True))
+      shared = _Shared(folder, {}, {}, threading.Lock(), forks)
+    self._shared, self._owner = shared, owner
     self._children: list[Child] = []
     self._names = 0
 
@@ -147,6 +150,8 @@ class World:
       if child.lives():
         child.signal(signal.SIGCONT)
         child.kill()
+    if self._owner:
+      self._shared.forks.close()
 
   def row(self, number: str) -> 'World':
     """A world with the same compilation cache and undisturbed runs."""
@@ -168,12 +173,12 @@ class World:
     env: Mapping[str, str] | None = None,
     devices: int = 1,
     group: bool = False,
+    cwd: Path = process.ROOT,
   ) -> Child:
-    """Starts `python ARGS` from the checkout's root, with a clean environment."""
+    """Starts `python ARGS`, from the checkout's root and with a clean environment."""
     clean = process.environment(self._shared.folder / 'xla', devices, exact=True)
-    child = process.start(
-      args, clean | dict(env or {}), self.path('process'), group=group
-    )
+    env, stem, forks = clean | dict(env or {}), self.path('process'), self._shared.forks
+    child = process.start(args, env, stem, group=group, cwd=cwd, forks=forks)
     self._children.append(child)
     return child
 
@@ -186,29 +191,10 @@ class World:
   ) -> list[Done]:
     """Runs `python ARGS` for each of the commands, one after another.
 
-    They are forks of one process (forks.py), and their paths are relative to `cwd`.
+    Their paths are relative to `cwd`.
     """
-    stems = [self.path('fork') for _ in commands]
-    listed = [
-      dict(
-        args=[*map(str, args)],
-        out=f'{stem}.out',
-        err=f'{stem}.err',
-        cwd=str(cwd or process.ROOT),
-        env=dict(env or {}),
-      )
-      for args, stem in zip(commands, stems, strict=True)
-    ]
-    path = self.path('commands')
-    path.write_text(json.dumps(listed))
-    child = self.spawn(['tests/faults/forks.py', path])
-    done = child.wait(process.PATIENCE + 30 * len(commands)).expect(0)
-    codes = json.loads(done.out)
-    read = lambda stem, kind: Path(f'{stem}.{kind}').read_text(errors='replace')
-    return [
-      Done(code, read(stem, 'out'), read(stem, 'err'))
-      for code, stem in zip(codes, stems, strict=True)
-    ]
+    place = cwd or process.ROOT
+    return [self.spawn(args, env=env, cwd=place).wait() for args in commands]
 
   def train(
     self,

@@ -278,8 +278,7 @@ def test_a_run_with_them_has_the_losses_of_one_without(
   args.append(f'--coordinator=127.0.0.1:{process.free_port()}')
   children = [spawn_python([*args, f'--process={i}'], devices=1) for i in range(2)]
   for child in children:
-    _, err = child.communicate(timeout=300)
-    assert child.returncode == 0, err[-4000:]
+    child.wait(300).expect(0)
   assert evidence.losses(on) == evidence.losses(off)
   assert evidence.losses(on, 'heldout') == evidence.losses(off, 'heldout')
   assert evidence.digest(on, 4) == evidence.digest(off, 4)

@@ -97,7 +97,7 @@ def test_a_living_run_keeps_its_workdir_and_a_killed_one_does_not(
   workdir, spawn_python, caplog
 ):
   child = spawn_python(['-c', HOLD, workdir])
-  assert child.stdout.readline() == 'held\n', child.communicate()[1]
+  assert child.until(lambda: child.out == 'held\n'), child.err
   refused(workdir, rf'is in use by process {child.pid} on .* since 2.*lock\.json')
   assert note(workdir)['pid'] == child.pid
   child.kill()

@@ -124,10 +124,9 @@ def test_a_killed_run_leaves_all_complete_records(tmp_path, spawn_python):
   )
   child = spawn_python(['-c', story, tmp_path])
   path = tmp_path / 'metrics.jsonl'
-  while child.poll() is None and not (path.exists() and path.stat().st_size > 1 << 16):
+  while child.lives() and not (path.exists() and path.stat().st_size > 1 << 16):
     time.sleep(0.01)
-  child.kill()
-  assert child.wait() == -signal.SIGKILL, child.communicate()[1]
+  assert child.kill().code == -signal.SIGKILL, child.err
   records = metrics.read(path)
   assert [r['step'] for r in records] == list(range(1, len(records) + 1))
   assert len(records) > 500 and all(r['loss'] == 1 / r['step'] for r in records)
