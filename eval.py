@@ -52,7 +52,7 @@ _YARN = flags.DEFINE_string('yarn', '', 'YaRN, such as 4 (docs/evaluation.md).')
 _YARDSTICKS = evals.define_yardsticks(flags)
 _BY_POSITION = flags.DEFINE_boolean('by_position', False, 'Adds the loss by position.')
 _PROBE = flags.DEFINE_boolean('probe', False, 'Look inside the model (docs/probes.md).')
-_FIGURES = flags.DEFINE_boolean('figures', False, '--probe or --by_position in figures.')
+_FIGURES = flags.DEFINE_boolean('figures', False, 'Also draws what is measured.')
 _TEXT = flags.DEFINE_string('text', '', 'A file to probe on; default: held-out rows.')
 _MASK = flags.DEFINE_boolean('mask_documents', None, "--probe: not the model's own.")
 _FORCE = flags.DEFINE_string(
@@ -68,7 +68,7 @@ _BOTH = 'data', 'length', 'tokenizer', 'rows', 'probe', 'figures', 'force_gates'
 _GENERATION = evals.define(flags, excludes=(*LOSSES_ONLY, *PROBES_ONLY, *_BOTH))
 _OTHERS = {*LOSSES_ONLY, *PROBES_ONLY, *_BOTH, 'prompt'} - {'batch', 'length'}
 _TASKS = harness.define(flags, excludes=sorted(_OTHERS))
-_RULER = ruler.define(flags, excludes=sorted(_OTHERS | ruler.UNUSED))
+_RULER = ruler.define(flags, excludes=sorted((_OTHERS - {'figures'}) | ruler.UNUSED))
 _LONG = long_text.define(flags, excludes=(*SHORT_ONLY, 'prompt', 'tasks', 'ruler'))
 _PROCESSES = processes.define(flags)
 
@@ -93,7 +93,7 @@ def heldout(loaded: Loaded) -> None:
     evaluation.store(report, loaded, 'eval')
   if _FIGURES.value:
     with evaluation.stored(), evaluation.shown('figures'):
-      drawing.positions(runs, reports, folder='eval', name=loaded.tag)
+      drawing.losses(runs, reports, folder='eval', name=loaded.tag)
 
 
 def probe(loaded: Loaded) -> None:
@@ -141,8 +141,6 @@ def _check_flags() -> None:
     if flags.FLAGS[name].present:
       side = 'with --probe' if _PROBE.value else 'without --probe'
       raise ValueError(f'--{name}={flags.FLAGS[name].value} is not allowed {side}')
-  if _FIGURES.value and not (_PROBE.value or _BY_POSITION.value):
-    raise ValueError('--figures needs --probe or --by_position')
 
 
 def refuse(error: Exception) -> int:

@@ -26,16 +26,14 @@ class Options:
   batch: int  # windows per device at a time
   rows: int  # documents per domain, and rows per distance; 0 for all, and a few
   by_position: bool  # adds the loss by position in the window
-  figures: bool  # draws it
+  figures: bool  # draws the loss by domain and by position
   streaming: tuple[str, ...]  # WINDOW:KEPT each
   copying: tuple[int, ...]  # distances
 
   def __post_init__(self):
-    for name in ('stride', 'streaming', 'suffixes', 'by_position'):
+    for name in ('stride', 'streaming', 'suffixes', 'by_position', 'figures'):
       if (value := getattr(self, name)) and not self.domain:
         raise ValueError(f'--{name}={value} needs --domain')
-    if self.figures and not self.by_position:
-      raise ValueError('--figures needs --probe or --by_position')
     names = [spec.partition('=')[0] for spec in self.domain]
     for name in names:
       if names.count(name) > 1:

@@ -16,14 +16,18 @@ Reports = Mapping[str, dict[str, Any]]
 
 
 def modules(loaded: Any) -> Any:
-  """-> the modules figures and style; ValueError without matplotlib or a workdir."""
+  """-> the figures of probes and of evaluations, and how they are saved.
+
+  ValueError without matplotlib or a workdir.
+  """
   if not loaded.about:
     raise ValueError(f'figures are drawn into a workdir, but {loaded.path} is not one')
   try:
+    from gated.evals import figures as losses
     from gated.probes import figures, style
   except ImportError as error:
     raise ValueError(f"figures need {error.name}: pip install 'gated[report]'") from error
-  return figures, style
+  return figures, losses, style.save
 
 
 def probes(runs: Runs, reports: Reports, ids: np.ndarray) -> None:
@@ -34,7 +38,7 @@ def probes(runs: Runs, reports: Reports, ids: np.ndarray) -> None:
   of the report and at most `attention.LONGEST`.
   """
   label, loaded = next(iter(runs.items()))
-  figures, style = modules(loaded)
+  figures, _, save = modules(loaded)
   ids = ids[: min(reports[label]['row_length'], attention.LONGEST)]
   try:
     prompt = loaded.tokenizer.encode(figures.PROMPT)[0]
@@ -62,19 +66,31 @@ def probes(runs: Runs, reports: Reports, ids: np.ndarray) -> None:
   if jax.process_index() == 0:
     folder = loaded.path / 'probes'
     for name, figure in pictures.items():
-      style.save(figure, folder, f'{loaded.tag}-{name}', FORMATS)
+      save(figure, folder, f'{loaded.tag}-{name}', FORMATS)
     if html:
       storage.write(folder / f'{loaded.tag}-gates.html', html.encode())
 
 
-def positions(runs: Runs, reports: Reports, *, folder: str, name: str) -> None:
-  """Draws the loss by position -> WORKDIR/FOLDER/NAME-positions.svg and .png."""
+def losses(runs: Runs, reports: Reports, *, folder: str, name: str) -> None:
+  """Draws held-out losses -> WORKDIR/FOLDER/NAME-domains, -positions, .svg and .png."""
   loaded = next(iter(runs.values()))
-  figures, style = modules(loaded)
-  curves = {label: report['positions'] for label, report in reports.items()}
-  figure = figures.positions(curves)
-  if jax.process_index() == 0:
-    style.save(figure, loaded.path / folder, f'{name}-positions', FORMATS)
+  _, figures, save = modules(loaded)
+  pictures = {'domains': figures.by_domain(reports)}
+  curves = {label: report.get('positions') for label, report in reports.items()}
+  if all(curves.values()):
+    pictures['positions'] = figures.positions(curves)
+  for kind, figure in pictures.items():
+    if jax.process_index() == 0:
+      save(figure, loaded.path / folder, f'{name}-{kind}', FORMATS)
+
+
+def ruler(loaded: Any, reports: Reports, *, name: str, loss_only: bool) -> None:
+  """Draws RULER's losses and scores -> WORKDIR/evals/NAME-loss, -score, .svg, .png."""
+  _, figures, save = modules(loaded)
+  for number in ('loss', 'score')[: 2 - loss_only]:
+    save(
+      figures.ruler(reports, number), loaded.path / 'evals', f'{name}-{number}', FORMATS
+    )
 
 
 def _texts(loaded: Any, ids: np.ndarray) -> list[str]:

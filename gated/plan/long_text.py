@@ -73,7 +73,7 @@ def run(
       storage.write_json(tasks.folder(loaded) / f'{name}.json', metrics.plain(report))
   if options.figures:
     with evaluation.stored(), evaluation.shown('figures'):
-      drawing.positions(named, reports, folder='evals', name=name)
+      drawing.losses(named, reports, folder='evals', name=name)
 
 
 def _documents(loaded: Loaded, options: Options) -> list[domains.Domain]:

@@ -11,7 +11,7 @@ from gated import config, storage
 from gated.devices import mesh
 from gated.evals import Sampling, generate, ruler
 from gated.evals.harness import cache, scoring
-from gated.plan import evaluation, tasks
+from gated.plan import drawing, evaluation, tasks
 from gated.plan.load import Loaded, load
 from gated.run import metrics
 
@@ -29,6 +29,8 @@ def run(loaded: Loaded, options: ruler.Options) -> None:
   anything runs. With --yarn each model is measured without and with it. A model of
   --beside that is not prepared for a length has no results for it.
   """
+  if options.figures:
+    drawing.modules(loaded)  # Reports a missing package before anything is measured.
   if not _is_prepared(loaded, longest := max(options.ruler)):
     raise ValueError(
       f'--ruler={longest}, but RoPE is prepared for {loaded.prepared} tokens: '
@@ -62,8 +64,12 @@ def run(loaded: Loaded, options: ruler.Options) -> None:
     about = {'texts': texts, 'seed': SEED, 'yarn': loaded.yarn}
     report = about | evaluation.joined(reports)
     print(metrics.dumps(report, indent=None), flush=True)
+    name = _name(loaded, options)
     with evaluation.stored():
-      storage.write_json(folder / f'{_name(loaded, options)}.json', metrics.plain(report))
+      storage.write_json(folder / f'{name}.json', metrics.plain(report))
+    if options.figures:
+      with evaluation.stored(), evaluation.shown('figures'):
+        drawing.ruler(loaded, reports, name=name, loss_only=options.loss_only)
 
 
 def _runs(loaded: Loaded, others: Sequence[str]) -> dict[str, Loaded]:

@@ -13,13 +13,24 @@ from typing import Any
 import numpy as np
 from matplotlib import colors, ticker
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from gated.probes import outputs
 from gated.probes.page import shown
-from gated.probes.style import COLORS, DASHES, GREY, MARKERS, look, styled, wrapped
+from gated.probes.style import (
+  COLORS,
+  DASHES,
+  GREY,
+  MARKERS,
+  WIDTH,
+  entry,
+  legend,
+  look,
+  number,
+  some,
+  styled,
+  wrapped,
+)
 
-WIDTH = 3.3  # Inches.
 # First-token attention (F-Attn) and largest activation (M-Act).
 PAPER = {'baseline': (0.467, 1053), 'elementwise gate': (0.048, 94)}
 MEANS = {'elementwise': 0.116, 'value': 0.221, 'head-shared': 0.271}  # mean gate scores
@@ -28,7 +39,6 @@ PROMPT = 'Sparse gating mechanism mitigates attention sink.'
 SHOWN = (0, 6 / 27, 20 / 27, 1)
 NAMED = 16  # Maximum tokens of a map whose axes show the tokens' texts.
 ACROSS = 8  # Heads in a row of a figure.
-CURVE = 'nats_per_token', 'tokens'
 
 NORM = colors.PowerNorm(1 / 3, 0, 1)  # Shows both uniform attention and a sink.
 
@@ -62,11 +72,11 @@ def sinks(reports: Reports) -> Figure:
   above.set_ylabel('first-token attention')
   below.set_ylabel('largest activation')
   _layer_axis(below)
-  more = [_key('uniform attention', color='black', ls=':', lw=1)]
+  more = [entry('uniform attention', color='black', ls=':', lw=1)]
   for i, (name, values) in enumerate(PAPER.items()):
     label = f'paper, {name}: {values[0]} and {values[1]}'
-    more.append(_key(label, color=GREY, ls=DASHES[1 + 2 * i], lw=0.8))
-  _legend(figure, dict(enumerate(reports)), more)
+    more.append(entry(label, color=GREY, ls=DASHES[1 + 2 * i], lw=0.8))
+  legend(figure, dict(enumerate(reports)), more)
   return figure
 
 
@@ -79,12 +89,12 @@ def gates(reports: Reports) -> Figure:
   for i, label, histogram, mean in runs:
     _histogram(ax, histogram['value'], histogram['edges'], mean['value'], i)
     name = f'{wrapped(label, 40)}: mean {mean["value"]:.3f}'
-    handles.append(_key(name, color=COLORS[i % len(COLORS)]))
+    handles.append(entry(name, color=COLORS[i % len(COLORS)]))
   for i, (name, value) in enumerate(MEANS.items()):
     mark: Any = dict(color=GREY, mfc='white', ls='none', marker=MARKERS[i + 2])
     place: Any = dict(transform=ax.get_xaxis_transform(), clip_on=False)
     ax.plot([value], [1], **mark, **place)
-    handles.append(_key(f'paper, {name}: mean {value}', **mark))
+    handles.append(entry(f'paper, {name}: mean {value}', **mark))
   ax.set(xlabel='gate score', ylabel='density', ylim=(0, None))
   figure.legend(handles=handles, loc='outside lower center', ncols=1)
   return figure
@@ -115,7 +125,7 @@ def gates_by_layer(reports: Reports) -> Figure:
   figure.supxlabel('gate score', size=8)
   figure.supylabel('density', size=8)
   labels = {i: label for i, label, *_ in runs}
-  _legend(figure, labels, markers=False, place='upper')
+  legend(figure, labels, markers=False, place='upper')
   return figure
 
 
@@ -127,7 +137,7 @@ def sparsity(reports: Reports) -> Figure:
     'after the gate': '',
     'scaled by its mean': '_scaled',
   }
-  single, drawn = len(_some(reports)) == 1, set()
+  single, drawn = len(some(reports)) == 1, set()
   figure = Figure(figsize=(WIDTH, 3.8 + 0.14 * len(reports)))
   axes = figure.subplots(2, sharex=True)
   for ax, limit in zip(axes, outputs.SMALL, strict=True):
@@ -147,31 +157,12 @@ def sparsity(reports: Reports) -> Figure:
     ax.set_ylabel(f'|SDPA output| < {limit:g}')
   _layer_axis(axes[-1])
   handles = [
-    _key(name, **look(i) | ({} if single else {'color': GREY}))
+    entry(name, **look(i) | ({} if single else {'color': GREY}))
     for i, name in enumerate(kinds)
     if i in drawn
   ]
   labels = {} if single else dict(enumerate(reports))
-  _legend(figure, labels, handles, markers=False)
-  return figure
-
-
-@styled
-def positions(curves: Reports) -> Figure:
-  """Held-out loss by the tokens of context: {label: 'positions' of eval.py's report}.
-
-  Each point is the mean over the targets in a quarter of an octave of positions.
-  """
-  figure = Figure(figsize=(WIDTH, 2.3 + 0.14 * len(curves)))
-  ax, places = figure.subplots(), set()
-  for i, (label, curve) in enumerate(_some(curves).items()):
-    ax.plot(*_octaves(*(_number(label, curve, key) for key in CURVE)), **look(i))
-    places.add(str(_number(label, curve, 'position_in')))
-  ax.set_xscale('log', base=2)
-  ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f'{x:g}'))
-  place = ' or '.join(sorted(places))
-  ax.set(xlabel=f'tokens of context in the {place}', ylabel='nats per token')
-  _legend(figure, dict(enumerate(curves)))
+  legend(figure, labels, handles, markers=False)
   return figure
 
 
@@ -185,7 +176,7 @@ def attention(
   token over all queries but the first. `tokens` are the texts of the tokens; `layers`
   replaces the four layers.
   """
-  runs = [(label, _checked(label, x, layers)) for label, x in _some(maps).items()]
+  runs = [(label, _checked(label, x, layers)) for label, x in some(maps).items()]
   columns = runs
   if len(runs) == 1:  # Two columns of layers.
     [(_, rows)] = runs
@@ -232,30 +223,17 @@ def attention_heads(
   return figure
 
 
-def _some(given: Mapping[str, Any]) -> Mapping[str, Any]:
-  if not isinstance(given, Mapping) or not given:
-    raise ValueError('nothing to draw: pass {label: report of a run}')
-  return given
-
-
-def _number(label: str, report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-  try:
-    return report[name]
-  except (KeyError, TypeError) as error:
-    raise ValueError(f'{label}: the report lacks {name!r}') from error
-
-
 def _by_layer(reports: Reports, name: str) -> dict[str, np.ndarray]:
   """The name of a number -> its values by layer, for each label."""
-  numbers = {k: _number(k, report, name) for k, report in _some(reports).items()}
+  numbers = {k: number(k, report, name) for k, report in some(reports).items()}
   return {k: np.asarray(number['layers'], float) for k, number in numbers.items()}
 
 
 def _histograms(reports: Reports) -> list[Any]:
   """-> index, label, histogram and mean of each run with a gate; ValueError if none."""
   runs = []
-  for i, (label, report) in enumerate(_some(reports).items()):
-    histogram, mean = (_number(label, report, f'gate_{n}') for n in ('histogram', 'mean'))
+  for i, (label, report) in enumerate(some(reports).items()):
+    histogram, mean = (number(label, report, f'gate_{n}') for n in ('histogram', 'mean'))
     if histogram['value'] is not None:
       runs.append((i, label, histogram, mean))
   if not runs:
@@ -272,41 +250,9 @@ def _histogram(ax: Any, counts: Any, edges: Any, mean: float, index: int) -> Non
   ax.axvline(mean, color=color, ls=DASHES[1 + index % 4], lw=0.9, zorder=4)
 
 
-def _octaves(nats: Any, tokens: Any) -> tuple[np.ndarray, ...]:
-  """Losses by position -> mean context and loss in each quarter of an octave."""
-  nats_P, tokens_P = np.nan_to_num(np.array(nats, float)), np.array(tokens)
-  context_P = 1.0 + np.arange(len(nats_P))
-  bin_P = np.floor(4 * np.log2(context_P)).astype(int)
-  sums = tokens_P, tokens_P * context_P, tokens_P * nats_P
-  tokens, context, nats = (np.bincount(bin_P, x) for x in sums)
-  return tuple(x[tokens > 0] / tokens[tokens > 0] for x in (context, nats))
-
-
 def _layer_axis(ax: Any) -> None:
   ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
   ax.set_xlabel('layer')
-
-
-def _key(label: str, **look: Any) -> Line2D:
-  """An entry of a legend."""
-  return Line2D([], [], label=label, **look)
-
-
-def _legend(
-  figure: Figure,
-  labels: Mapping[int, str],
-  more: Sequence[Line2D] = (),
-  *,
-  markers: bool = True,
-  place: str = 'lower',
-) -> None:
-  """A legend below (or above) the figure: the runs by index, then other lines."""
-  plain = {} if markers else {'marker': '', 'ls': '-'}
-  handles = [_key(wrapped(x, 40), **look(i) | plain) for i, x in labels.items()]
-  handles += more
-  narrow = max(len(str(h.get_label())) for h in handles) <= 20
-  options: Any = dict(loc=f'outside {place} center', ncols=2 if narrow else 1)
-  figure.legend(handles=handles, handlelength=3, **options)
 
 
 def _checked(

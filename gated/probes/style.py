@@ -8,14 +8,16 @@ bytes. Needs matplotlib.
 import functools
 import io
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from gated import storage
 
+WIDTH = 3.3  # Of a column, in inches.
 COLORS = (
   '#0072B2',
   '#D55E00',
@@ -97,3 +99,40 @@ def save(
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, metadata=FORMATS[kind])
     storage.write(storage.path(folder) / f'{name}.{kind}', buffer.getvalue())
+
+
+def some(given: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Reports by label -> the same; ValueError if there are none."""
+  if not isinstance(given, Mapping) or not given:
+    raise ValueError('nothing to draw: pass {label: report of a run}')
+  return given
+
+
+def number(label: str, report: Mapping[str, Any], name: str) -> Any:
+  """-> a number of a report; ValueError names the label if it is missing."""
+  try:
+    return report[name]
+  except (KeyError, TypeError) as error:
+    raise ValueError(f'{label}: the report lacks {name!r}') from error
+
+
+def entry(label: str, **look: Any) -> Line2D:
+  """An entry of a legend."""
+  return Line2D([], [], label=label, **look)
+
+
+def legend(
+  figure: Figure,
+  labels: Mapping[int, str],
+  more: Sequence[Line2D] = (),
+  *,
+  markers: bool = True,
+  place: str = 'lower',
+) -> None:
+  """A legend below (or above) the figure: the runs by index, then other lines."""
+  plain = {} if markers else {'marker': '', 'ls': '-'}
+  handles = [entry(wrapped(x, 40), **look(i) | plain) for i, x in labels.items()]
+  handles += more
+  narrow = max(len(str(h.get_label())) for h in handles) <= 20
+  options: Any = dict(loc=f'outside {place} center', ncols=2 if narrow else 1)
+  figure.legend(handles=handles, handlelength=3, **options)

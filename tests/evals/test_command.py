@@ -41,7 +41,8 @@ def test_losses_of_forced_gates_and_another_run_by_position(run, run_python):
     mean = sum(x * n for x, n in pairs) / sum(n for _, n in pairs)
     assert mean == pytest.approx(each['loss'], rel=1e-6)
     assert curve['position_in'] == 'document' and len(curve['tokens']) <= 64
-  assert (run / 'eval/2-positions.svg').stat().st_size > 1000
+  for name in ('positions', 'domains'):
+    assert (run / f'eval/2-{name}.svg').stat().st_size > 1000
 
 
 @pytest.mark.full
@@ -80,8 +81,9 @@ def test_long_rows_of_domains_with_yarn_streaming_and_copying(run, run_python):
   assert done.returncode == 0, done.stderr[-3000:]
   report = json.loads(done.stdout.splitlines()[-1])
   assert report['label'] == 'run 12:0' and [*report['beside']] == ['run 8:4']
-  [figure] = (run / 'evals').glob('2-long-*-positions.svg')
-  assert figure.stat().st_size > 1000
+  for name in ('positions', 'domains'):
+    [figure] = (run / 'evals').glob(f'2-long-*-{name}.svg')
+    assert figure.stat().st_size > 1000
 
 
 REFUSED = [
@@ -91,7 +93,8 @@ REFUSED = [
   (['--stride=4'], '--stride=4 is not allowed without --domain or --copying'),
   (['--yarn=0.5'], '--yarn=0.5: config.model.attn.yarn.factor=0.5'),
   (['--force_gates=open@7'], "--force_gates='open@7': layers='7', but the model has"),
-  (['--figures'], '--figures needs --probe or --by_position'),
+  (['--copying=64', '--figures'], '--figures=True needs --domain'),
+  (['--tasks=arc_easy', '--figures'], '--figures=True is not allowed with --tasks'),
   (['--text=x'], '--text=x is not allowed without --probe'),
   (['--probe', '--by_position'], '--by_position=True is not allowed with --probe'),
   (['--prompt=a', '--force_gates=open'], "--force_gates='open' is not allowed with"),

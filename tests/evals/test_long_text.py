@@ -237,7 +237,7 @@ def test_lengths_that_rope_was_not_prepared_for_are_refused_by_the_flag():
     options(domain=domain).window(0, '')
   for given, message in (
     (dict(stride=4), '--stride=4 needs --domain'),
-    (dict(domain=domain, figures=True), '--figures needs --probe or --by_position'),
+    (dict(copying=(64,), figures=True), '--figures=True needs --domain'),
     (dict(domain=('a=x', 'a=y')), '--domain=a=... is given twice'),
     (dict(domain=domain, streaming=('8',)), '--streaming=8, but WINDOW:KEPT'),
     (dict(domain=domain, streaming=('0:4',)), '--streaming=0:4, but WINDOW:KEPT'),

@@ -17,7 +17,9 @@ from gated.evals import generate, ruler
 from gated.evals.harness import scoring
 from gated.evals.ruler import options, scores
 from gated.evals.ruler.texts import local
+from gated.plan import drawing
 from gated.plan import ruler as running
+from gated.plan.drawing import FORMATS
 from gated.run import exit_codes
 from scripts import ruler_text
 
@@ -106,6 +108,19 @@ def test_yarn_is_measured_beside_the_model_before_it(place, capsys):
   assert table[0].split() == ['1280', '2560'] and 'score' not in table[1]
 
 
+def test_the_table_is_drawn_into_a_workdir(place, capsys, tmp_path):
+  pytest.importorskip('matplotlib')
+  with pytest.raises(ValueError, match='figures are drawn into a workdir, but'):
+    run(place, capsys, figures=True)
+  loaded = gated.load(place)
+  loaded.about, loaded.path = {'step': 2}, tmp_path
+  summary = {'score': 50.0, 'loss': 2.0, 'loss_stderr': 0.1, 'score_stderr': None}
+  reports = {'small': {'lengths': {'64': {'qa_1': summary, 'mean': summary}}}}
+  drawing.ruler(loaded, reports, name='2-ruler', loss_only=False)
+  names = [f'2-ruler-{number}.{kind}' for number in ('loss', 'score') for kind in FORMATS]
+  assert sorted(path.name for path in (tmp_path / 'evals').iterdir()) == sorted(names)
+
+
 def test_a_length_beyond_rope_needs_yarn_or_its_word_that_rope_stays(place):
   loaded = gated.load(place)
   lengths = LENGTH, LENGTH + 1, 2 * LENGTH, 2 * LENGTH + 1
@@ -155,6 +170,7 @@ def read_flags():
     own['DEFINE_integer'](name, 8, '')
   for name in ('tasks', 'beside'):
     own['DEFINE_list'](name, [], '')
+  own['DEFINE_boolean']('figures', False, '')
   define = types.SimpleNamespace(FLAGS=values, **own)
   options_of = ruler.define(define, excludes=['rows', 'beside'])
 

@@ -267,24 +267,3 @@ def test_nothing_needs_matplotlib_until_figures_are_drawn():
   code = 'import sys, gated, gated.plan.load; print("matplotlib" in sys.modules)'
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
   assert done.stdout.strip() == 'False', done.stderr
-
-
-def curve(tokens, place='document'):
-  nats = [1.0 + 1 / (i + 1) if n else None for i, n in enumerate(tokens)]
-  return {'position_in': place, 'nats_per_token': nats, 'tokens': tokens}
-
-
-def test_losses_are_drawn_over_the_context_weighted_by_their_targets():
-  tokens = [4, 0, *[1] * 5, 3]  # Positions 4 and 5, contexts 5 and 6, have bins apart.
-  curves = {'first': curve(tokens), 'second': curve([2] * 64, 'row')}
-  figure = draw('positions', curves)
-  [ax] = figure.axes
-  assert ax.get_xlabel() == 'tokens of context in the document or row'
-  x, y = ax.lines[0].get_data()
-  assert x.tolist() == [1, 3, 4, 5, 6, 7, 8]  # No target has 2 tokens of context.
-  np.testing.assert_allclose(y, 1 + 1 / x)
-  x, y = ax.lines[1].get_data()
-  context = np.arange(54, 64)  # The last whole quarter of an octave.
-  np.testing.assert_allclose(x[-2], context.mean())
-  np.testing.assert_allclose(y[-2], (1 + 1 / context).mean())
-  assert 'first' in words(figure) and 'second' in words(figure)

@@ -18,6 +18,7 @@ class Options:
   batch: int = 0  # rows per device at a time; 0 for a number of tokens
   beside: tuple[str, ...] = ()  # other models
   loss_only: bool = False  # the loss and rank of the answers; nothing is generated
+  figures: bool = False  # draws the table
 
   def __post_init__(self):
     for length in self.ruler:
@@ -38,9 +39,9 @@ class Options:
 def define(flags: Any, *, excludes: Sequence[str]) -> Callable[[], Options | None]:
   """Defines --ruler and --loss_only -> a function that reads them; None without --ruler.
 
-  --tasks, --limit, --batch and --beside are options too, if they are given. The function
-  raises ValueError, with the flag's name, for a wrong value, or a flag of `excludes` with
-  --ruler. `flags` is absl's module.
+  --tasks, --limit, --batch, --beside and --figures are options too, if they are given.
+  The function raises ValueError, with the flag's name, for a wrong value, or a flag of
+  `excludes` with --ruler. `flags` is absl's module.
   """
   flags.DEFINE_list('ruler', [], 'RULER at these lengths in tokens (docs/evaluation.md).')
   flags.DEFINE_boolean(
