@@ -130,17 +130,13 @@ def recording(on, calls):
 def test_a_context_is_shared_by_rows_that_differ_only_after_it():
   found, alone = sharing.families(scoring.rows(choices()))
   sizes = [(len(each.context), len(each.rows)) for each in found]
-  assert (sizes[0], sizes[-1], sorted(sizes[1:3])) == (
-    (46, 8),
-    (32, 4),
-    [(39, 2), (46, 2)],
-  )
+  assert [*sizes[:2], *sorted(sizes[2:])] == [(46, 8), (32, 4), (39, 2), (46, 2)]
   assert len(alone) == 5
   for each in found:
     for row in each.rows:
       assert row.tokens[: len(each.context)] == each.context
       assert min(at for at, _ in row.asks) == len(each.context)
-  context, start, token, position, target = sharing.arrays(found[-1:], ways=2)
+  context, start, token, position, target = sharing.arrays(found[-1:], ways=2, full=3)
   assert context.shape == (2, 32) and token.shape == (2, 4, 16)
   assert position.shape == target.shape == (2, 4, 4) and start.ravel().tolist() == [32, 0]
   assert [*filter(None, sharing.slots(found[-1:]))] == found[-1].rows
@@ -178,16 +174,47 @@ def test_batches_hold_rows_of_few_lengths_and_are_padded():
     *range(640, 1025, 128),
   }
   assert all(scoring.padded_length(n) >= n for n in range(1, 1025))
-  asks = [scoring.padded_asks(n) for n in (1, 4, 5, 16, 17, 64, 65)]
+  asks = [scoring.padded_asks(n, 64) for n in (1, 4, 5, 16, 17, 64, 65)]
   assert asks == [4, 4, 16, 16, 64, 64, 256]
+  assert [scoring.padded_asks(1, n) for n in (65, 512, 1024)] == [4, 64, 64]
+  sizes = [scoring.padded_rows(n, 24) for n in (1, 2, 3, 6, 7, 24)]
+  assert sizes == [1, 2, 6, 6, 24, 24] and scoring.padded_rows(1, 1) == 1
   rows = scoring.rows([Request((i,) * 20, (1,)) for i in range(5)])
-  token_BT, position_BS, target_BS = scoring.arrays(rows, ways=2)
+  token_BT, position_BS, target_BS = scoring.arrays(rows, ways=2, full=4)
   assert token_BT.shape == (8, 32) and position_BS.shape == target_BS.shape == (8, 4)
   assert (token_BT[4, :20] == 4).all() and not token_BT[4, 20:].any()
   assert position_BS[:5, 0].tolist() == [19] * 5
-  sizes = [len(batch) for batch in scoring.batches(rows, size=1, ways=2)]
-  assert sizes == [2, 2, 1]
-  assert len(next(scoring.batches(rows * 400, size=0, ways=2))) == 2 * (1 << 14) // 32
+  sizes = [(len(batch), n) for batch, n in scoring.batches(rows, size=1, ways=2)]
+  assert sizes == [(2, 1), (2, 1), (1, 1)]
+  batch, full = next(scoring.batches(rows * 400, size=0, ways=2))
+  assert len(batch) == 2 * full == 2 * (1 << 14) // 32
+
+
+def test_few_programs_are_compiled_for_many_lengths():
+  """500 questions of 150 to 350 tokens with four answers each, and 40 texts."""
+  rng = np.random.default_rng(0)
+  draw = lambda low, high: tuple(rng.integers(0, 99, rng.integers(low, high)).tolist())
+  asked = [
+    Request(context, draw(2, 50))
+    for context in (draw(150, 350) for _ in range(500))
+    for _ in range(4)
+  ]
+  found, alone = sharing.families(scoring.rows(asked))
+  shapes, slots, rows = set(), 0, 0
+  for batch, full in sharing.batches(found, size=0, ways=1):
+    context, _, token, position, _ = sharing.arrays(batch, ways=1, full=full)
+    shapes.add((context.shape, token.shape, position.shape))
+    slots += context.size + token.size
+    rows += len(sharing.slots(batch))
+  assert not alone and rows == 2000 and len(shapes) <= 6
+  texts = scoring.rows([Request(draw(900, 1000), draw(4, 20)) for _ in range(40)])
+  whole = [
+    tuple(array.shape for array in scoring.arrays(batch, ways=1, full=full))
+    for batch, full in scoring.batches(texts, size=0, ways=1)
+  ]
+  assert len({*whole}) == 1
+  alone = sum(len(each.context) + len(each.continuation) for each in asked)
+  assert slots < alone / 1.5
 
 
 def test_an_interrupted_session_leaves_its_answers_to_the_next(tmp_path):

@@ -5,8 +5,8 @@ such as the letters of a multiple choice. What a row must report are its asks: t
 log-probability of a token at a position. Only these positions meet the vocabulary.
 
 Rows are sorted by length, longest first, padded on the right, which a causal model does
-not see, and split over all devices of all processes. Few lengths and numbers of asks
-occur, so that few programs are compiled.
+not see, and split over all devices of all processes. A program of another shape takes
+seconds to compile, so few lengths, numbers of rows and numbers of asks occur.
 
 B rows of a batch  T tokens  S asks of a row  D width  V vocabulary
 """
@@ -91,26 +91,38 @@ def padded_length(count: int) -> int:
   return -(-count // step) * step
 
 
-def padded_asks(count: int) -> int:
-  """A number of asks -> a power of 4."""
-  return 4 ** max(1, -(-(count - 1).bit_length() // 2))
+def padded_asks(count: int, length: int) -> int:
+  """The asks of a row of `length` tokens -> a power of 4, at least 1 for 16 tokens."""
+  return 4 ** max(1, -(-(max(count, length // 16) - 1).bit_length() // 2))
 
 
-def batches(ordered: Sequence[Row], *, size: int, ways: int) -> Iterator[list[Row]]:
-  """Rows, longest first -> batches of `size` rows a device, or 0: of TOKENS tokens."""
+def padded_rows(count: int, full: int) -> int:
+  """A number of rows, at most `full` -> `full`, or its 4th, 16th, ... part."""
+  while count <= -(-full // 4) < full:
+    full = -(-full // 4)
+  return full
+
+
+def batches(
+  ordered: Sequence[Row], *, size: int, ways: int
+) -> Iterator[tuple[list[Row], int]]:
+  """Rows, longest first -> batches, with the rows per device of a full one.
+
+  A full batch has `size` rows per device, or 0: TOKENS tokens.
+  """
   start = 0
   while start < len(ordered):
     length = padded_length(len(ordered[start].tokens))
-    count = ways * (size or max(1, TOKENS // length))
-    yield list(ordered[start : start + count])
-    start += count
+    full = size or max(1, TOKENS // length)
+    yield list(ordered[start : start + ways * full]), full
+    start += ways * full
 
 
-def arrays(batch: Sequence[Row], *, ways: int) -> tuple[np.ndarray, ...]:
+def arrays(batch: Sequence[Row], *, ways: int, full: int) -> tuple[np.ndarray, ...]:
   """Rows -> (token_BT, position_BS, target_BS), padded in all three dims."""
   length = padded_length(max(len(row.tokens) for row in batch))
-  asks = padded_asks(max(len(row.asks) for row in batch))
-  size = ways * (1 << (-(-len(batch) // ways) - 1).bit_length())
+  asks = padded_asks(max(len(row.asks) for row in batch), length)
+  size = ways * padded_rows(-(-len(batch) // ways), full)
   token_BT = np.zeros((size, length), np.int32)
   ask_BS2 = np.zeros((size, asks, 2), np.int32)
   for i, row in enumerate(batch):
@@ -190,7 +202,7 @@ def score(
   ways = mesh.ways('batch', on)
   first, alone = shared(rows(requests))
   whole = batches(alone, size=size, ways=ways)
-  works = (Work(measured, arrays(batch, ways=ways), batch) for batch in whole)
+  works = (Work(measured, arrays(rows, ways=ways, full=n), rows) for rows, n in whole)
   started = None
   for work in itertools.chain(first, works):
     count = len(work.arrays[0])

@@ -35,13 +35,12 @@ class Family(NamedTuple):
 
   @property
   def shape(self) -> tuple[int, int, int]:
-    """(P, N, T), padded: few occur, so that few programs are compiled."""
+    """(N, T, P): rows and their tokens, as powers of 2 and 4; tokens of the context."""
     longest = max(len(row.tokens) for row in self.rows) - len(self.context)
-    power = lambda count: 1 << (count - 1).bit_length()
     return (
+      1 << (len(self.rows) - 1).bit_length(),
+      max(scoring.SHORTEST, 4 ** -(-(longest - 1).bit_length() // 2)),
       scoring.padded_length(len(self.context)),
-      power(len(self.rows)),
-      max(scoring.SHORTEST, power(longest)),
     )
 
 
@@ -58,8 +57,8 @@ def works(
   ways = mesh.ways('batch', on)
   sharing, alone = families(rows)
   made = (
-    Work(measured, arrays(batch, ways=ways), slots(batch))
-    for batch in batches(sharing, size=size, ways=ways)
+    Work(measured, arrays(batch, ways=ways, full=full), slots(batch))
+    for batch, full in batches(sharing, size=size, ways=ways)
   )
   return made, alone
 
@@ -85,32 +84,38 @@ def families(rows: Sequence[Row]) -> tuple[list[Family], list[Row]]:
   return sorted(shared, key=key), [row for row in rows if id(row) not in taken]
 
 
-def batches(ordered: Sequence[Family], *, size: int, ways: int) -> Iterator[list[Family]]:
-  """Families of one shape each: `size` rows a device, or 0: with CACHED slots."""
+def batches(
+  ordered: Sequence[Family], *, size: int, ways: int
+) -> Iterator[tuple[list[Family], int]]:
+  """Families -> batches with one N and T each, and the families per device of a full one.
+
+  A full batch has `size` rows per device, or 0: CACHED slots.
+  """
   start = 0
   while start < len(ordered):
-    P, N, T = shape = ordered[start].shape
-    fit = size // N if size else CACHED // (N * (P + T))
-    end = start + ways * max(1, fit)
-    batch = [each for each in ordered[start:end] if each.shape == shape]
-    yield batch
+    N, T, P = ordered[start].shape
+    full = max(1, size // N if size else CACHED // (N * (P + T)))
+    part = ordered[start : start + ways * full]
+    batch = [each for each in part if each.shape[:2] == (N, T)]
+    yield batch, full
     start += len(batch)
 
 
 def slots(batch: Sequence[Family]) -> list[Row | None]:
-  """Families of one shape -> the row of each result of `measure`; None for padding."""
-  N = batch[0].shape[1]
+  """Families of a batch -> the row of each result of `measure`; None for padding."""
+  N = batch[0].shape[0]
   return [row for each in batch for row in (*each.rows, *[None] * (N - len(each.rows)))]
 
 
-def arrays(batch: Sequence[Family], *, ways: int) -> tuple[np.ndarray, ...]:
-  """Families of one shape -> (context_CP, start_C1, token_CNT, position_CNS, target_CNS).
+def arrays(batch: Sequence[Family], *, ways: int, full: int) -> tuple[np.ndarray, ...]:
+  """Families of a batch -> (context_CP, start_C1, token_CNT, position_CNS, target_CNS).
 
   Positions count from the end of the context, where `start` is.
   """
-  P, N, T = batch[0].shape
-  C = ways * (1 << (-(-len(batch) // ways) - 1).bit_length())
-  S = scoring.padded_asks(max(len(row.asks) for each in batch for row in each.rows))
+  N, T, P = batch[0].shape  # The first context is the longest.
+  C = ways * scoring.padded_rows(-(-len(batch) // ways), full)
+  asks = max(len(row.asks) for each in batch for row in each.rows)
+  S = scoring.padded_asks(asks, T)
   context_CP, start_C1 = np.zeros((C, P), np.int32), np.zeros((C, 1), np.int32)
   token_CNT, ask_CNS2 = np.zeros((C, N, T), np.int32), np.zeros((C, N, S, 2), np.int32)
   for c, (context, rows) in enumerate(batch):
