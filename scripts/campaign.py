@@ -90,6 +90,9 @@ def run(args: argparse.Namespace, experiments: list[experiment.Experiment]) -> i
       whole=args.whole,
       open_claims=lambda e: len(set(e.claims) - decided),
       view=view,
+      others=[
+        r for n in names() for r in result.read_all(storage.path(ROOT), n, args.scale)
+      ],
     )
     runner = work.runner(room.slots, code)
     stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -158,13 +158,16 @@ class Campaign:
     whole: bool,
     open_claims: Callable[[Experiment], int],
     view: Callable[[Sequence[Row]], None],
+    others: Sequence[result.Result] = (),
   ):
     """`swept` is written; `seconds` count from now.
 
-    `whole` starts only points that fit into the time left.
+    `whole` starts only points that fit into the time left. An experiment without results
+    is taken to be as fast as `others`, those of other experiments.
     """
     self._root, self._experiments, self.swept = root, experiments, swept
     self._whole, self._open_claims, self._view = whole, open_claims, view
+    self._others = others
     self._start = self._last = time.monotonic()
     self._end = self._start + seconds - min(SAVING, SAVING_SHARE * seconds)
     self._stops = [self._end, self._start + (1 + SAVING_SHARE) * seconds]
@@ -248,7 +251,8 @@ class Campaign:
   def _fits(self, source: Source) -> bool:
     """Whether a point ends in the time left, by the speed of earlier results."""
     e, point = source
-    rates = [r.tokens_per_second for r in e.results if r.tokens_per_second > 0]
+    known = e.results or self._others
+    rates = [r.tokens_per_second for r in known if r.tokens_per_second > 0]
     if not rates:
       return True  # Unknown.
     row = self._rows[f'{e.name}{SEPARATOR}{point.name}']

@@ -333,14 +333,20 @@ def test_only_points_that_fit_are_started_if_they_must_end(tmp_path, monkeypatch
   monkeypatch.setattr(campaign.time, 'monotonic', lambda: 0.0)
   root, e = storage.path(tmp_path), opened(tmp_path)
   first, second = e.wanted()
-  e.results.append(measured(first, tokens_per_second=experiment.tokens(second) / 100))
+  fast, slow = (
+    measured(first, tokens_per_second=experiment.tokens(second) / n) for n in (100, 999)
+  )
   swept = sweep.write(campaign.joined([e], root))
   options = dict(open_claims=lambda e: 1, view=lambda rows: None)
-  for seconds, count in ((100 + campaign.OVERHEAD + 5, 0), (300, 2)):
-    work = campaign.Campaign(root, [e], swept, seconds=seconds, whole=True, **options)
-    run = work.runner([machine.Slot('CPU', {})], tmp_path)
-    work._update(run.rows)
-    assert len(run.rows) == count, seconds
+  for results, others in (([fast], [slow]), ([], [fast])):
+    e.results[:] = results
+    for seconds, count in ((100 + campaign.OVERHEAD + 5, 0), (300, 2)):
+      work = campaign.Campaign(
+        root, [e], swept, seconds=seconds, whole=True, others=others, **options
+      )
+      run = work.runner([machine.Slot('CPU', {})], tmp_path)
+      work._update(run.rows)
+      assert len(run.rows) == count, seconds
 
 
 @pytest.mark.full
