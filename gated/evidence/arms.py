@@ -32,6 +32,7 @@ PLAIN: dict[str, Any] = {
   'attn.gate.lr': 1.0,
   'attn.gate.place': 'before',
   'attn.normalizer': 'softmax',
+  'attn.normalizer_layers': '',
   'attn.clip_gamma': -0.03,
   'attn.clip_zeta': 1.0,
   'attn.elastic_tau': -1.0,

@@ -47,6 +47,7 @@ class Config:
   # softmax; off_by_one: adds 1 to its denominator (Miller 2023); sink_logit: adds exp(s)
   # with a learned s per head (gpt-oss); the others: see kernels.NORMALIZERS
   normalizer: str
+  normalizer_layers: str  # its layers; others have the softmax. '' for all of them
   clip_gamma: float  # of the clipped softmax, clip((zeta - gamma) w + gamma, 0, 1)
   clip_zeta: float
   elastic_tau: float  # initial tau of the elastic softmax, relu(w + tau_h / keys)
@@ -159,6 +160,7 @@ class Attention(nnx.Module):
   ):
     self.cfg = cfg
     self.window = cfg.window  # 0 in a global layer
+    self.normalizer = cfg.normalizer  # softmax in a layer without it
     self.kept = 0  # first tokens that every query also sees; see `streaming.keep`
     H, G, K = cfg.heads, cfg.kv_heads, cfg.head_dim
     dense = functools.partial(Dense, numerics=numerics)
@@ -299,7 +301,7 @@ class Attention(nnx.Module):
     opts = self._options()
     opts |= dict(backend=cfg.backend, max_segments=cfg.max_segments)
     opts['mean_segments'] = cfg.mean_segments
-    summed = cfg.normalizer in (*OVER_SOFTMAX, 'clipped', 'elastic')
+    summed = self.normalizer in (*OVER_SOFTMAX, 'clipped', 'elastic')
     if self.sinks is not None or (lse and summed):
       return kernels.attend_lse(*qkvs, **self._weights(), **opts, gradient=not lse)
     return kernels.attend(*qkvs, **self._weights(), **opts), None
@@ -318,7 +320,7 @@ class Attention(nnx.Module):
   def _weights(self) -> dict[str, Any]:
     """Options of the kernel that replace the softmax."""
     cfg = self.cfg
-    normalizer = 'softmax' if cfg.normalizer in OVER_SOFTMAX else cfg.normalizer
+    normalizer = 'softmax' if self.normalizer in OVER_SOFTMAX else self.normalizer
     offset_H = None if self.elastic is None else self.elastic.scale[...]
     clip = cfg.clip_gamma, cfg.clip_zeta
     return dict(normalizer=normalizer, clip=clip, offset_H=offset_H)

@@ -89,7 +89,8 @@ class Config:
           f'{self.attn.knob(name)}.inputs={gate.inputs!r}, but X has only '
           f'config.model.width={self.width} dims'
         )
-    # This raises ValueError for a pattern that does not fit.
+    # These raise ValueError for a pattern that does not fit.
+    assert self.normalized
     if self.attn.window and not self.windowed:
       raise ValueError(
         f'config.model.attn.global_layers={self.attn.global_layers!r} are all layers, so '
@@ -113,13 +114,21 @@ class Config:
     every = config.layers(knob, text, self.depth) if text else ()
     return tuple(i for i in range(self.depth) if i not in every)
 
+  @functools.cached_property
+  def normalized(self) -> tuple[int, ...]:
+    """The layers that have `attn.normalizer`; others have the softmax."""
+    text = self.attn.normalizer_layers or 'all'
+    return config.layers('config.model.attn.normalizer_layers', text, self.depth)
+
+  @property
+  def parted(self) -> dict[str, tuple[int, ...]]:
+    """The layers of each module of `attention.Attention` that some layers may lack."""
+    return self.gated | {'sinks': self.normalized, 'elastic': self.normalized}
+
   @property
   def runs(self) -> list[tuple[frozenset[str], int]]:
-    """The runs of consecutive layers with the same parts: (their names, layers).
-
-    These parts are the gates and 'window'.
-    """
-    parts = self.gated | {'window': self.windowed}
+    """Runs of layers with the same gates, 'normalizer' and 'window': (names, layers)."""
+    parts = self.gated | {'normalizer': self.normalized, 'window': self.windowed}
     of = lambda i: frozenset(name for name, layers in parts.items() if i in layers)
     return [
       (names, len([*run])) for names, run in itertools.groupby(range(self.depth), of)
@@ -212,8 +221,8 @@ class Transformer(nnx.Module):
     self.embed_scale = Scale((), cfg.width**0.5) if scaled else None
     keys = jax.random.split(child_key(key, 'blocks'), cfg.depth)
     self.blocks = jax.vmap(lambda k: Block(cfg, k))(keys)
-    # Layers without a gate have no parameters for it.
-    for name, own in cfg.gated.items():
+    # Layers without a gate or a normalizer have no parameters for it.
+    for name, own in cfg.parted.items():
       keep = lambda leaf, own=own: leaf[jnp.array(own)] if len(own) < cfg.depth else leaf
       setattr(self.blocks.attn, name, jax.tree.map(keep, getattr(self.blocks.attn, name)))
     self.norm = NORMS[cfg.norm](cfg, child_key(key, 'norm'), cfg.norm_alpha[1])
@@ -282,7 +291,7 @@ class Transformer(nnx.Module):
     return self.norm(x_BTD), stacks.joined(results)
 
   def _runs(self, cache: Any) -> Iterable[tuple]:
-    """-> (blocks, cache if given) of each run of layers with the same gates and window.
+    """-> (blocks, cache if given) of each run of layers with the same parts.
 
     Each run is compiled by itself under scan.
     """
@@ -294,16 +303,19 @@ class Transformer(nnx.Module):
     names, sizes = zip(*self.cfg.runs)
     if len(sizes) == 1:
       return [(blocks, *also)]
-    gates, bare = blocks.attn.gates, stacks.copied(blocks)
-    for name in gates:
+    modules = {name: getattr(blocks.attn, name) for name in self.cfg.parted}
+    bare, cfg = stacks.copied(blocks), self.cfg.attn
+    for name in modules:
       setattr(bare.attn, name, None)
     parts = stacks.split((bare, *also), sizes)
     for part, inside in zip(parts, names):
-      part[0].attn.window = self.cfg.attn.window if 'window' in inside else 0
-    for name, stack in gates.items():
-      gated = [i for i, inside in enumerate(names) if name in inside]
-      for i, gate in zip(gated, stacks.split(stack, [sizes[i] for i in gated])):
-        setattr(parts[i][0].attn, name, gate)
+      part[0].attn.window = cfg.window if 'window' in inside else 0
+      part[0].attn.normalizer = cfg.normalizer if 'normalizer' in inside else 'softmax'
+    for name, stack in modules.items():
+      needs = name if name in self.cfg.gated else 'normalizer'
+      own = [i for i, inside in enumerate(names) if needs in inside]
+      for i, module in zip(own, stacks.split(stack, [sizes[i] for i in own])):
+        setattr(parts[i][0].attn, name, module)
     return parts
 
   def at_step(self, step: jax.Array | int) -> 'Transformer':

@@ -33,6 +33,16 @@ CONFLICTS = (
     'this is the softmax itself: a clip_gamma below 0 or a clip_zeta above 1 is expected',
   ),
   (
+    'normalizer_layers normalizer',
+    lambda c: c.normalizer_layers and c.normalizer == 'softmax',
+    'all layers have the softmax already',
+  ),
+  (
+    'normalizer_layers sink_tokens',
+    lambda c: c.normalizer_layers and c.sink_tokens,
+    'sink tokens are in all layers',
+  ),
+  (
     'global_layers window',
     lambda c: c.global_layers and not c.window,
     'without a window all layers see the whole row',

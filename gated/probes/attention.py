@@ -151,15 +151,15 @@ def maps(net: model.Transformer, batch: Any) -> jax.Array:
 def _weights(attn, trace, rows: Rows) -> Weights:
   cfg = attn.cfg
   shape = trace.query.shape[:3]
-  if cfg.normalizer == 'sigmoid':
+  if attn.normalizer == 'sigmoid':
     log_BT1 = jnp.log(rows.visible.astype(jnp.float32))[..., None]
     return Weights('sigmoid', cfg.logit_cap, (jnp.broadcast_to(log_BT1, shape),))
-  if cfg.normalizer == 'softpick':
+  if attn.normalizer == 'softpick':
     return Weights('softpick', cfg.logit_cap, pairs.softpick(trace, rows, cfg.logit_cap))
-  if cfg.normalizer == 'clipped':
+  if attn.normalizer == 'clipped':
     clip = cfg.clip_gamma, cfg.clip_zeta
     return Weights('clipped', cfg.logit_cap, (trace.lse,), clip)
-  if cfg.normalizer == 'elastic':
+  if attn.normalizer == 'elastic':
     shift_BTH = attn.elastic.scale[...][None, None] / rows.visible[..., None]
     return Weights('elastic', cfg.logit_cap, (trace.lse, shift_BTH))
   log_sum_BTH = trace.lse

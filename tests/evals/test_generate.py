@@ -46,6 +46,7 @@ FULL = {
   'clipped': dict(attn__normalizer='clipped', attn__window=3),
   'elastic': dict(attn__normalizer='elastic', norm='pre_affine', attn__window=3),
   'rounding': dict(attn__rounding='repaired'),
+  'softpick_above': dict(attn__normalizer='softpick', attn__normalizer_layers='last:1'),
   'switch_key_value': SWITCH | dict(attn__switch__where='key_value'),
   'key_gate': dict(attn__gate__position='key', attn__gate__place='after'),
   'value_state_gate': dict(attn__gate__position='value', attn__gate__source='value'),

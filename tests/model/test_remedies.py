@@ -10,7 +10,7 @@ import small
 
 from gated import model
 from gated.devices import mesh, trees
-from gated.model import differential, norms
+from gated.model import differential, norms, stacks
 from gated.train import step
 
 MODELS = {
@@ -32,6 +32,15 @@ MODELS = {
   ),
   'sink logits, a window, repaired rounding': dict(
     attn__normalizer='sink_logit', attn__window=3, attn__rounding='repaired'
+  ),
+  'elastic in the last layer': dict(
+    attn__normalizer='elastic', attn__normalizer_layers='last:1', attn__elastic_tau=-0.4
+  ),
+  'sink logits in the first layer, a window in the last': dict(
+    attn__normalizer='sink_logit',
+    attn__normalizer_layers='first:1',
+    attn__window=3,
+    attn__global_layers='first:1',
   ),
 }
 LENGTH = 16
@@ -67,16 +76,16 @@ def turned(x_BTHK, position_BT):
   return jnp.concatenate([z.real, z.imag], -1)
 
 
-def weights_by_hand(cfg, score_BHTS, mask_B1TS, attn):
+def weights_by_hand(cfg, normalizer, score_BHTS, mask_B1TS, attn):
   """Scores -> weights, each remedy as its paper writes it."""
   e = jnp.where(mask_B1TS, jnp.exp(score_BHTS), 0)
   of_head = lambda x: x[None, :, None, None]
-  if cfg.normalizer == 'sink_logit':
+  if normalizer == 'sink_logit':
     return e / (e.sum(-1, keepdims=True) + of_head(jnp.exp(attn.sinks.logit[...])))
   w = e / e.sum(-1, keepdims=True)
-  if cfg.normalizer == 'clipped':
+  if normalizer == 'clipped':
     w = jnp.clip((cfg.clip_zeta - cfg.clip_gamma) * w + cfg.clip_gamma, 0, 1)
-  if cfg.normalizer == 'elastic':
+  if normalizer == 'elastic':
     count = mask_B1TS.sum(-1, keepdims=True)
     w = jnp.maximum(w + of_head(attn.elastic.scale[...]) / count, 0)
   return jnp.where(mask_B1TS, w, 0)
@@ -99,6 +108,18 @@ def differenced(attn, w_BHTS, v_BSGK, layer):
   return jnp.stack(heads, 2)
 
 
+def blocks_of(net):
+  """The layers; those without the normalizer have none of its parameters."""
+  blocks, depth, own = stacks.copied(net.blocks), net.cfg.depth, net.cfg.normalized
+  parts = {name: getattr(blocks.attn, name) for name in ('sinks', 'elastic')}
+  blocks.attn.sinks = blocks.attn.elastic = None
+  layers = model.unstack(blocks, depth)
+  for i, layer in enumerate(own):
+    for name, part in parts.items():
+      setattr(layers[layer].attn, name, jax.tree.map(lambda leaf, i=i: leaf[i], part))
+  return layers
+
+
 def by_hand(net, batch):
   """The mean loss of a batch, written as plainly as it can be."""
   cfg, position = net.cfg, batch.positions
@@ -107,7 +128,7 @@ def by_hand(net, batch):
     x = x * net.embed_scale.scale[...]
   at = jnp.arange(LENGTH)
   same = batch.segments[:, :, None] == batch.segments[:, None]
-  for layer, block in enumerate(model.unstack(net.blocks, cfg.depth)):
+  for layer, block in enumerate(blocks_of(net)):
     attn, own, y = block.attn, cfg.attn, normed(block.attn_norm, x)
     q, k, v = (
       jnp.einsum('btd,dhk->bthk', y, part.weight[...])
@@ -117,10 +138,11 @@ def by_hand(net, batch):
     q, k = turned(q, position), turned(k, position)
     shared = own.heads // own.kv_heads
     score = jnp.einsum('bthk,bshk->bhts', q, jnp.repeat(k, shared, 2)) / 8**0.5
-    local = own.window and not (own.global_layers and layer == cfg.depth - 1)
+    local = own.window and (layer in cfg.windowed)
     near = at[:, None] - at[None] < (own.window if local else LENGTH)
     mask = (same & (at[:, None] >= at[None]) & near)[:, None]
-    w = weights_by_hand(own, score, mask, attn)
+    normalizer = own.normalizer if layer in cfg.normalized else 'softmax'
+    w = weights_by_hand(own, normalizer, score, mask, attn)
     if own.differential:
       y = differenced(attn, w, v, layer)
     else:
@@ -196,6 +218,8 @@ D, H, K, L = 16, 4, 8, 2
     (dict(attn__differential=True), L * (4 * K + 2 * K)),
     (dict(attn__normalizer='elastic'), L * H),
     (dict(attn__normalizer='clipped'), 0),
+    (dict(attn__normalizer='elastic', attn__normalizer_layers='first:1'), H),
+    (dict(attn__normalizer='sink_logit', attn__normalizer_layers='last:1'), H),
     (dict(attn__window=3, attn__global_layers='first:1'), 0),
     (dict(attn__rounding='repaired'), 0),
   ],
@@ -256,6 +280,14 @@ def test_flops_count_the_keys_in_a_window_and_the_width_of_differential_values()
     (dict(global_layers='all'), r"attn\.global_layers='all' with .*attn\.window=0"),
     (dict(rounding='up'), r"attn\.rounding='up'"),
     (
+      dict(normalizer_layers='all'),
+      r"attn\.normalizer_layers='all' with .*attn\.normalizer='softmax'",
+    ),
+    (
+      dict(normalizer='off_by_one', normalizer_layers='all', sink_tokens=1),
+      r"attn\.normalizer_layers='all' with .*attn\.sink_tokens=1",
+    ),
+    (
       dict(rounding='flash', backend='blockwise'),
       r"attn\.rounding='flash' with .*attn\.backend='blockwise'",
     ),
@@ -293,6 +325,10 @@ def test_a_remedy_that_cannot_be_is_refused_by_its_knob(changes, said):
   [
     (dict(attn__window=4, attn__global_layers='all'), r'are all layers'),
     (dict(attn__window=4, attn__global_layers='last:3'), r'global_layers'),
+    (
+      dict(attn__normalizer='softpick', attn__normalizer_layers='3'),
+      r"normalizer_layers='3', but the model has the layers 0 to 1",
+    ),
     (dict(attn__window=4, attn__global_layers='even'), r"global_layers='even'"),
     (dict(norm_alpha=(1.0,)), r'norm_alpha=\(1\.0,\)'),
     (dict(norm_alpha=(1.0, 0.0)), r'norm_alpha'),

@@ -83,6 +83,7 @@ VARIANTS = [
   dict(branch_norm='rms', branch_clip=3.0, logit_cap=3.0, tied=False),
   dict(attn__bias=True, attn__out_bias=True, attn__logit_cap=3.0),
   dict(attn__sink_tokens=2),
+  dict(attn__normalizer='sink_logit', attn__normalizer_layers='last:1'),
   dict(attn__sink_tokens=2, attn__sink_values='zero'),
   dict(layers='unroll', remat='full'),
   dict(attn__differential=True, attn__window=3, attn__global_layers='last:1'),

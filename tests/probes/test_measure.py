@@ -1,6 +1,7 @@
 """Every probe equals a plain NumPy computation, for each model, row and mesh."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
@@ -53,6 +54,12 @@ MODELS = {
     mask_documents=False,
   ),
   'differential': dict(attn__differential=True),
+  'elastic in the last layer': dict(
+    attn__normalizer='elastic', attn__normalizer_layers='last:1', attn__elastic_tau=-0.3
+  ),
+  'off by one in the first layer': dict(
+    attn__normalizer='off_by_one', attn__normalizer_layers='first:1'
+  ),
 }
 
 
@@ -67,7 +74,10 @@ def traces(net, batch):
   def through(block, x_BTD, *rest):
     trace = block.trace(x_BTD, *rest)
     score = gates.of_block(block, x_BTD, 'gate')
-    return trace.output, (trace._replace(report=None), score)
+    attn = trace.attn
+    if attn.sinks is None and net.cfg.attn.has_sinks:  # The layer has a plain softmax.
+      attn = attn._replace(sinks=jnp.full(attn.query.shape[:3], -jnp.inf))
+    return trace.output, (trace._replace(report=None, attn=attn), score)
 
   run = lambda net, batch: net.hidden(
     batch.tokens, batch.segments, batch.positions, through=through
@@ -76,7 +86,7 @@ def traces(net, batch):
   return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(net.cfg.depth)]
 
 
-def weights_of(trace, cfg, mask_BTT, live_BT, offset=None):
+def weights_of(trace, cfg, normalizer, mask_BTT, live_BT, offset=None):
   """Attention weights (B, H, T, T) in float64, and the largest |score|."""
   q, k = trace.query.astype(float), trace.key.astype(float)
   k = np.repeat(k, q.shape[2] // k.shape[2], 2)
@@ -86,19 +96,19 @@ def weights_of(trace, cfg, mask_BTT, live_BT, offset=None):
   if cfg.attn.logit_cap:
     score = cfg.attn.logit_cap * np.tanh(score / cfg.attn.logit_cap)
   mask = np.broadcast_to(mask_BTT[:, None], score.shape)
-  if cfg.attn.normalizer == 'sigmoid':
+  if normalizer == 'sigmoid':
     count = mask.sum(-1, keepdims=True)
     return np.where(mask, 1 / (1 + count * np.exp(-score)), 0), largest
-  if cfg.attn.normalizer == 'softpick':
+  if normalizer == 'softpick':
     e = np.where(mask, np.exp(score) - 1, 0)
     return np.maximum(e, 0) / np.abs(e).sum(-1, keepdims=True), largest
   e = np.where(mask, np.exp(score), 0)
   total = e.sum(-1)
   w = e / total[..., None]
-  if cfg.attn.normalizer == 'clipped':
+  if normalizer == 'clipped':
     gamma, zeta = cfg.attn.clip_gamma, cfg.attn.clip_zeta
     return np.where(mask, np.clip((zeta - gamma) * w + gamma, 0, 1), 0), largest
-  if cfg.attn.normalizer == 'elastic':
+  if normalizer == 'elastic':
     tau = np.asarray(offset, float)[None, :, None, None]
     return np.where(
       mask, np.maximum(w + tau / mask.sum(-1, keepdims=True), 0), 0
@@ -138,8 +148,10 @@ def reference(net, batch):
     mask = whole
     if i in cfg.windowed:
       mask = whole & (index[:, None] - index[None] < cfg.attn.window)
-    offset = None if elastic is None else elastic.scale[...][i]
-    A, logit = weights_of(trace.attn, cfg, mask, live, offset)
+    own = [*cfg.normalized].index(i) if i in cfg.normalized else None
+    normalizer = 'softmax' if own is None else cfg.attn.normalizer
+    offset = None if elastic is None or own is None else elastic.scale[...][own]
+    A, logit = weights_of(trace.attn, cfg, normalizer, mask, live, offset)
     H = A.shape[1]
     uniform = np.broadcast_to((mask / mask.sum(-1, keepdims=True))[:, None], A.shape)
     row = np.zeros_like(first)
@@ -386,7 +398,9 @@ def test_maps_are_the_attention_weights_of_the_first_row(name):
   map_LHTT = np.asarray(jax.jit(attention.maps)(net, BATCH))
   live_T = segment[0] > 0
   for map_HTT, (trace, _) in zip(map_LHTT, traces(net, BATCH), strict=True):
-    expected, _ = weights_of(trace.attn, net.cfg, mask, segment > 0)
+    expected, _ = weights_of(
+      trace.attn, net.cfg, net.cfg.attn.normalizer, mask, segment > 0
+    )
     np.testing.assert_allclose(
       map_HTT, expected[0] * live_T[:, None], rtol=1e-5, atol=1e-7
     )
