@@ -181,7 +181,7 @@ def main(argv: list[str]) -> int:
       _check_flags()
       loaded = _load(_LENGTH.value)
       if _FIGURES.value:
-        drawing.modules(loaded)  # Reports a missing package before anything is measured.
+        drawing.check(loaded)  # Reports a missing package before anything is measured.
       (probe if _PROBE.value else heldout)(loaded)
   except (ValueError, NotImplementedError, OSError) as error:
     return refuse(error)

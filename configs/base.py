@@ -165,7 +165,7 @@ def model() -> dict:
       ),
       # or off_by_one, sink_logit, sigmoid, softpick, clipped, elastic
       normalizer='softmax',
-      normalizer_layers='',
+      normalizer_layers='',  # as for `gate.layers`: others have the softmax; '' for all
       clip_gamma=-0.03,  # clipped: weights w become clip((zeta - gamma) w + gamma, 0, 1)
       clip_zeta=1.0,  # the values of arXiv 2306.12929, which also has gamma = -4 / T
       elastic_tau=-1.0,  # elastic: initial tau of max(0, w + tau / keys) (2601.00919)

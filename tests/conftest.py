@@ -6,6 +6,7 @@ Set GATED_TEST_PLATFORM=cuda (or tpu) to run on an accelerator; tests marked
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -112,20 +113,20 @@ def spawn_python(tmp_path_factory):
 
   A script of this checkout is a fork of a process that has imported the packages.
   """
-  children = []
+  names = itertools.count()
   folder = tmp_path_factory.mktemp('children')
   forks = process.Forks(process.environment(CACHE, 1, PLATFORM))
+  with contextlib.ExitStack() as ending:
+    ending.callback(forks.close)
 
-  def spawn(args, *, env=None, devices=1, cwd=ROOT):
-    clean = process.environment(CACHE, devices, PLATFORM) | (env or {})
-    stem = folder / str(len(children))
-    children.append(process.start(args, clean, stem, cwd=cwd, forks=forks))
-    return children[-1]
+    def spawn(args, *, env=None, devices=1, cwd=ROOT):
+      clean = process.environment(CACHE, devices, PLATFORM) | (env or {})
+      stem = folder / str(next(names))
+      child = process.start(args, clean, stem, cwd=cwd, forks=forks)
+      ending.callback(child.kill)
+      return child
 
-  yield spawn
-  for child in children:
-    child.kill()
-  forks.close()
+    yield spawn
 
 
 @pytest.fixture(scope='session')

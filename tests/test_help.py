@@ -55,7 +55,8 @@ def test_help_is_printed_and_nothing_is_done(path, flag, tmp_path, monkeypatch, 
 @pytest.mark.slow
 @pytest.mark.parametrize('path', ABSL, ids=name)
 def test_help_of_a_program_with_absl_flags_is_printed(path, tmp_path, run_python):
-  done = run_python([path, '--help'], cwd=tmp_path)
+  # The variable makes it a process that imports its packages itself.
+  done = run_python([path, '--help'], cwd=tmp_path, env={'PYTHONHASHSEED': '0'})
   assert done.returncode == 0 and not done.stderr
   check(path, done.stdout)
   assert re.search(r'\n  --\w+ +[A-Z]', done.stdout)

@@ -1,7 +1,7 @@
 """Figures of evaluations, for one model or several side by side.
 
 Reports are given by label: {'gate': report, 'baseline': report}, each as eval.py writes
-it. Lines and points have the same look for the same place in that order.
+it. The i-th label has the same colour and marker in every figure.
 
 P positions
 """
@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
-from gated.probes.style import WIDTH, legend, look, number, some, styled
+from gated.probes import style
 
 CURVE = 'nats_per_token', 'tokens'
 COLUMNS = 4  # Panels in a row of a figure.
@@ -21,61 +21,63 @@ COLUMNS = 4  # Panels in a row of a figure.
 Reports = Mapping[str, Mapping[str, Any]]
 
 
-@styled
+@style.styled
 def positions(curves: Reports) -> Figure:
   """Held-out loss by the tokens of context: {label: 'positions' of eval.py's report}.
 
   Each point is the mean over the targets in a quarter of an octave of positions.
   """
-  figure = Figure(figsize=(WIDTH, 2.3 + 0.14 * len(curves)))
+  figure = Figure(figsize=(style.WIDTH, 2.3 + 0.14 * len(curves)))
   ax, places = figure.subplots(), set()
-  for i, (label, curve) in enumerate(some(curves).items()):
-    ax.plot(*_octaves(*(number(label, curve, key) for key in CURVE)), **look(i))
-    places.add(str(number(label, curve, 'position_in')))
+  for i, (label, curve) in enumerate(style.nonempty(curves).items()):
+    ax.plot(
+      *_octaves(*(style.value(label, curve, key) for key in CURVE)), **style.look(i)
+    )
+    places.add(str(style.value(label, curve, 'position_in')))
   ax.set_xscale('log', base=2)
-  ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f'{x:g}'))
+  ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f'{x:.0f}'))
   place = ' or '.join(sorted(places))
   ax.set(xlabel=f'tokens of context in the {place}', ylabel='nats per token')
-  legend(figure, dict(enumerate(curves)))
+  style.legend(figure, dict(enumerate(curves)))
   return figure
 
 
-@styled
+@style.styled
 def by_domain(reports: Reports) -> Figure:
   """Held-out loss of each domain: {label: eval.py's report}. Bars are standard errors."""
-  domains = {k: number(k, report, 'domains') for k, report in some(reports).items()}
+  domains = style.values(reports, 'domains')
   names = [*dict.fromkeys(name for each in domains.values() for name in each)]
-  figure = Figure(figsize=(WIDTH, 0.9 + (0.25 + 0.13 * len(reports)) * len(names)))
+  figure = Figure(figsize=(style.WIDTH, 0.9 + (0.25 + 0.13 * len(reports)) * len(names)))
   ax = figure.subplots()
   step = 0.6 / len(domains)
   for i, (label, each) in enumerate(domains.items()):
     y = np.array([names.index(name) for name in each]) + step * (i - len(domains) / 2)
     nats, error = (
-      [number(label, loss, f'nats_per_token{end}') for loss in each.values()]
+      [style.value(label, loss, f'nats_per_token{end}') for loss in each.values()]
       for end in ('', '_stderr')
     )
     error = np.array(error, float)  # None, of a single row, becomes NaN.
-    marks: dict[str, Any] = look(i) | {'ls': ''}
+    marks: dict[str, Any] = style.look(i) | {'ls': ''}
     ax.errorbar(nats, y + step / 2, xerr=error, elinewidth=0.8, **marks)
   ax.set_yticks(range(len(names)), names)
   ax.set_ylim(len(names) - 0.5, -0.5)
   ax.set_xlabel('nats per token')
-  legend(figure, dict(enumerate(reports)))
+  style.legend(figure, dict(enumerate(reports)))
   return figure
 
 
-@styled
+@style.styled
 def ruler(reports: Reports, name: str) -> Figure:
   """RULER by length, a panel a task: {label: a model's part of eval.py --ruler's report}.
 
   `name` is loss, of the reference answer, or score. Bars are standard errors. A length
   that a model is not prepared for has no point.
   """
-  lengths = {k: number(k, report, 'lengths') for k, report in some(reports).items()}
+  lengths = style.values(reports, 'lengths')
   known = [each for by_length in lengths.values() for each in by_length.values() if each]
   tasks = [*dict.fromkeys(['mean', *(task for each in known for task in each)])]
   rows = -(-len(tasks) // COLUMNS)
-  size = (2 * WIDTH, 1.25 * rows + 0.45 + 0.14 * len(reports))
+  size = (2 * style.WIDTH, 1.25 * rows + 0.45 + 0.14 * len(reports))
   figure = Figure(figsize=size)
   panels = [*figure.subplots(rows, COLUMNS, sharex=True, squeeze=False).flat]
   for ax, task in zip(panels, tasks):
@@ -84,20 +86,22 @@ def ruler(reports: Reports, name: str) -> Figure:
       error = [point.get(f'{name}_stderr') for _, point in points]  # A mean has none.
       ax.errorbar(
         [length for length, _ in points],
-        np.array([number(label, point, name) for _, point in points], float),
+        np.array([style.value(label, point, name) for _, point in points], float),
         yerr=np.array(error, float),
         elinewidth=0.8,
-        **look(i),
+        **style.look(i),
       )
     ax.set_title(task)
     ax.set_xscale('log', base=2)
-    ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f'{x:g}'))
+    ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f'{x:.0f}'))
     ax.tick_params('x', rotation=45)
+  for ax in panels[max(0, len(tasks) - COLUMNS) : len(tasks)]:
+    ax.tick_params('x', labelbottom=True)  # The lowest of its column.
   for ax in panels[len(tasks) :]:
     ax.set_visible(False)
   figure.supxlabel('tokens of prompt and answer', fontsize=8)
   figure.supylabel({'loss': 'nats per token of the answer'}.get(name, name), fontsize=8)
-  legend(figure, dict(enumerate(reports)))
+  style.legend(figure, dict(enumerate(reports)), place='upper')
   return figure
 
 

@@ -163,7 +163,7 @@ class Campaign:
     """`swept` is written; `seconds` count from now.
 
     `whole` starts only points that fit into the time left. An experiment without results
-    is taken to be as fast as `others`, those of other experiments.
+    is taken to be as fast, in tokens, as `others`, those of other experiments.
     """
     self._root, self._experiments, self.swept = root, experiments, swept
     self._whole, self._open_claims, self._view = whole, open_claims, view
@@ -251,8 +251,8 @@ class Campaign:
   def _fits(self, source: Source) -> bool:
     """Whether a point ends in the time left, by the speed of earlier results."""
     e, point = source
-    known = e.results or self._others
-    rates = [r.tokens_per_second for r in known if r.tokens_per_second > 0]
+    speeds = lambda results: [s for r in results if (s := r.tokens_per_second) > 0]
+    rates = speeds(e.results) or speeds(self._others)
     if not rates:
       return True  # Unknown.
     row = self._rows[f'{e.name}{SEPARATOR}{point.name}']

@@ -47,7 +47,7 @@ class Config:
   # softmax; off_by_one: adds 1 to its denominator (Miller 2023); sink_logit: adds exp(s)
   # with a learned s per head (gpt-oss); the others: see kernels.NORMALIZERS
   normalizer: str
-  normalizer_layers: str  # its layers; others have the softmax. '' for all of them
+  normalizer_layers: str  # layers with it: others have the softmax; '' for all
   clip_gamma: float  # of the clipped softmax, clip((zeta - gamma) w + gamma, 0, 1)
   clip_zeta: float
   elastic_tau: float  # initial tau of the elastic softmax, relu(w + tau_h / keys)

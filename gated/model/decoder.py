@@ -90,7 +90,7 @@ class Config:
           f'config.model.width={self.width} dims'
         )
     # These raise ValueError for a pattern that does not fit.
-    assert self.normalized
+    self._pattern('normalizer_layers')
     if self.attn.window and not self.windowed:
       raise ValueError(
         f'config.model.attn.global_layers={self.attn.global_layers!r} are all layers, so '
@@ -108,31 +108,32 @@ class Config:
   @functools.cached_property
   def windowed(self) -> tuple[int, ...]:
     """The layers whose attention has a window."""
-    if not self.attn.window:
-      return ()
-    knob, text = 'config.model.attn.global_layers', self.attn.global_layers
-    every = config.layers(knob, text, self.depth) if text else ()
+    every = self._pattern('global_layers') if self.attn.window else range(self.depth)
     return tuple(i for i in range(self.depth) if i not in every)
 
+  def _pattern(self, name: str) -> tuple[int, ...]:
+    """The layers of a knob of `attn`; () if it is empty."""
+    text = getattr(self.attn, name)
+    return config.layers(f'config.model.attn.{name}', text, self.depth) if text else ()
+
   @functools.cached_property
-  def normalized(self) -> tuple[int, ...]:
-    """The layers that have `attn.normalizer`; others have the softmax."""
-    text = self.attn.normalizer_layers or 'all'
-    return config.layers('config.model.attn.normalizer_layers', text, self.depth)
+  def normalizer_layers(self) -> tuple[int, ...]:
+    """The layers with `attn.normalizer`; the others have the softmax."""
+    return self._pattern('normalizer_layers') or tuple(range(self.depth))
 
   @property
-  def parted(self) -> dict[str, tuple[int, ...]]:
-    """The layers of each module of `attention.Attention` that some layers may lack."""
-    return self.gated | {'sinks': self.normalized, 'elastic': self.normalized}
+  def modules(self) -> dict[str, tuple[int, ...]]:
+    """Attention modules that not all layers have -> the layers that have them."""
+    return self.gated | dict.fromkeys(('sinks', 'elastic'), self.normalizer_layers)
 
   @property
   def runs(self) -> list[tuple[frozenset[str], int]]:
-    """Runs of layers with the same gates, 'normalizer' and 'window': (names, layers)."""
-    parts = self.gated | {'normalizer': self.normalized, 'window': self.windowed}
+    """Runs of layers with the same modules, normalizer and window: (names, layers)."""
+    also = {'normalizer': self.normalizer_layers, 'window': self.windowed}
+    parts = self.modules | also
     of = lambda i: frozenset(name for name, layers in parts.items() if i in layers)
-    return [
-      (names, len([*run])) for names, run in itertools.groupby(range(self.depth), of)
-    ]
+    groups = itertools.groupby(range(self.depth), of)
+    return [(names, len([*run])) for names, run in groups]
 
 
 class BlockTrace(NamedTuple):
@@ -222,7 +223,7 @@ class Transformer(nnx.Module):
     keys = jax.random.split(child_key(key, 'blocks'), cfg.depth)
     self.blocks = jax.vmap(lambda k: Block(cfg, k))(keys)
     # Layers without a gate or a normalizer have no parameters for it.
-    for name, own in cfg.parted.items():
+    for name, own in cfg.modules.items():
       keep = lambda leaf, own=own: leaf[jnp.array(own)] if len(own) < cfg.depth else leaf
       setattr(self.blocks.attn, name, jax.tree.map(keep, getattr(self.blocks.attn, name)))
     self.norm = NORMS[cfg.norm](cfg, child_key(key, 'norm'), cfg.norm_alpha[1])
@@ -303,7 +304,7 @@ class Transformer(nnx.Module):
     names, sizes = zip(*self.cfg.runs)
     if len(sizes) == 1:
       return [(blocks, *also)]
-    modules = {name: getattr(blocks.attn, name) for name in self.cfg.parted}
+    modules = {name: getattr(blocks.attn, name) for name in self.cfg.modules}
     bare, cfg = stacks.copied(blocks), self.cfg.attn
     for name in modules:
       setattr(bare.attn, name, None)
@@ -312,8 +313,7 @@ class Transformer(nnx.Module):
       part[0].attn.window = cfg.window if 'window' in inside else 0
       part[0].attn.normalizer = cfg.normalizer if 'normalizer' in inside else 'softmax'
     for name, stack in modules.items():
-      needs = name if name in self.cfg.gated else 'normalizer'
-      own = [i for i, inside in enumerate(names) if needs in inside]
+      own = [i for i, inside in enumerate(names) if name in inside]
       for i, module in zip(own, stacks.split(stack, [sizes[i] for i in own])):
         setattr(parts[i][0].attn, name, module)
     return parts

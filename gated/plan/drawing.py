@@ -1,5 +1,6 @@
 """Figures of loaded models, drawn into a workdir."""
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,19 +16,14 @@ Runs = Mapping[str, Any]  # Label -> `Loaded`; the first is that of the workdir.
 Reports = Mapping[str, dict[str, Any]]
 
 
-def modules(loaded: Any) -> Any:
-  """-> the figures of probes and of evaluations, and how they are saved.
-
-  ValueError without matplotlib or a workdir.
-  """
+def check(loaded: Any) -> None:
+  """ValueError without matplotlib or a workdir: nothing can be drawn."""
   if not loaded.about:
     raise ValueError(f'figures are drawn into a workdir, but {loaded.path} is not one')
   try:
-    from gated.evals import figures as losses
-    from gated.probes import figures, style
+    importlib.import_module('matplotlib')
   except ImportError as error:
     raise ValueError(f"figures need {error.name}: pip install 'gated[report]'") from error
-  return figures, losses, style.save
 
 
 def probes(runs: Runs, reports: Reports, ids: np.ndarray) -> None:
@@ -38,7 +34,9 @@ def probes(runs: Runs, reports: Reports, ids: np.ndarray) -> None:
   of the report and at most `attention.LONGEST`.
   """
   label, loaded = next(iter(runs.items()))
-  figures, _, save = modules(loaded)
+  check(loaded)
+  from gated.probes import figures, style
+
   ids = ids[: min(reports[label]['row_length'], attention.LONGEST)]
   try:
     prompt = loaded.tokenizer.encode(figures.PROMPT)[0]
@@ -66,7 +64,7 @@ def probes(runs: Runs, reports: Reports, ids: np.ndarray) -> None:
   if jax.process_index() == 0:
     folder = loaded.path / 'probes'
     for name, figure in pictures.items():
-      save(figure, folder, f'{loaded.tag}-{name}', FORMATS)
+      style.save(figure, folder, f'{loaded.tag}-{name}', FORMATS)
     if html:
       storage.write(folder / f'{loaded.tag}-gates.html', html.encode())
 
@@ -74,23 +72,28 @@ def probes(runs: Runs, reports: Reports, ids: np.ndarray) -> None:
 def losses(runs: Runs, reports: Reports, *, folder: str, name: str) -> None:
   """Draws held-out losses -> WORKDIR/FOLDER/NAME-domains, -positions, .svg and .png."""
   loaded = next(iter(runs.values()))
-  _, figures, save = modules(loaded)
+  check(loaded)
+  from gated.evals import figures
+  from gated.probes import style
+
   pictures = {'domains': figures.by_domain(reports)}
   curves = {label: report.get('positions') for label, report in reports.items()}
   if all(curves.values()):
     pictures['positions'] = figures.positions(curves)
   for kind, figure in pictures.items():
     if jax.process_index() == 0:
-      save(figure, loaded.path / folder, f'{name}-{kind}', FORMATS)
+      style.save(figure, loaded.path / folder, f'{name}-{kind}', FORMATS)
 
 
 def ruler(loaded: Any, reports: Reports, *, name: str, loss_only: bool) -> None:
-  """Draws RULER's losses and scores -> WORKDIR/evals/NAME-loss, -score, .svg, .png."""
-  _, figures, save = modules(loaded)
-  for number in ('loss', 'score')[: 2 - loss_only]:
-    save(
-      figures.ruler(reports, number), loaded.path / 'evals', f'{name}-{number}', FORMATS
-    )
+  """Draws RULER's results -> WORKDIR/evals/NAME-by-length-loss and -score, .svg, .png."""
+  check(loaded)
+  from gated.evals import figures
+  from gated.probes import style
+
+  for shown in ('loss', 'score')[: 2 - loss_only]:
+    figure = figures.ruler(reports, shown)
+    style.save(figure, loaded.path / 'evals', f'{name}-by-length-{shown}', FORMATS)
 
 
 def _texts(loaded: Any, ids: np.ndarray) -> list[str]:

@@ -34,7 +34,7 @@ def run(
   that does not fit a model or has no documents, before anything is measured.
   """
   if options.figures:
-    drawing.modules(loaded)  # Reports a missing package before anything is measured.
+    drawing.check(loaded)  # Reports a missing package before anything is measured.
   read = _documents(loaded, options)
   text = lambda: _text(loaded, read, corpus, options.rows)
   size = options.length or loaded.prepared

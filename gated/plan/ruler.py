@@ -30,7 +30,7 @@ def run(loaded: Loaded, options: ruler.Options) -> None:
   --beside that is not prepared for a length has no results for it.
   """
   if options.figures:
-    drawing.modules(loaded)  # Reports a missing package before anything is measured.
+    drawing.check(loaded)  # Reports a missing package before anything is measured.
   if not _is_prepared(loaded, longest := max(options.ruler)):
     raise ValueError(
       f'--ruler={longest}, but RoPE is prepared for {loaded.prepared} tokens: '

@@ -14,22 +14,8 @@ import numpy as np
 from matplotlib import colors, ticker
 from matplotlib.figure import Figure
 
-from gated.probes import outputs
+from gated.probes import outputs, style
 from gated.probes.page import shown
-from gated.probes.style import (
-  COLORS,
-  DASHES,
-  GREY,
-  MARKERS,
-  WIDTH,
-  entry,
-  legend,
-  look,
-  number,
-  some,
-  styled,
-  wrapped,
-)
 
 # First-token attention (F-Attn) and largest activation (M-Act).
 PAPER = {'baseline': (0.467, 1053), 'elementwise gate': (0.048, 94)}
@@ -50,18 +36,18 @@ def layers_of(depth: int) -> list[int]:
   return sorted({round(place * (depth - 1)) for place in SHOWN})
 
 
-@styled
+@style.styled
 def sinks(reports: Reports) -> Figure:
   """First-token attention and the largest activation (M-Act) of each layer."""
   first, largest = (_by_layer(reports, n) for n in ('first_token_attention', 'm_act'))
   uniform = _by_layer(reports, 'first_token_uniform').values()
-  figure = Figure(figsize=(WIDTH, 4.1 + 0.14 * len(reports)))
+  figure = Figure(figsize=(style.WIDTH, 4.1 + 0.14 * len(reports)))
   above, below = axes = figure.subplots(2, sharex=True)
   for panel, (ax, lines) in enumerate(zip(axes, (first, largest), strict=True)):
     for i, line in enumerate(lines.values()):
-      ax.plot(range(len(line)), line, zorder=3, **look(i))
+      ax.plot(range(len(line)), line, zorder=3, **style.look(i))
     for i, values in enumerate(PAPER.values()):
-      ax.axhline(values[panel], color=GREY, ls=DASHES[1 + 2 * i], lw=0.8)
+      ax.axhline(values[panel], color=style.GREY, ls=style.DASHES[1 + 2 * i], lw=0.8)
     ax.set_yscale('log')
     ax.margins(y=0.12)
     ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -72,42 +58,44 @@ def sinks(reports: Reports) -> Figure:
   above.set_ylabel('first-token attention')
   below.set_ylabel('largest activation')
   _layer_axis(below)
-  more = [entry('uniform attention', color='black', ls=':', lw=1)]
+  more = [style.entry('uniform attention', color='black', ls=':', lw=1)]
   for i, (name, values) in enumerate(PAPER.items()):
     label = f'paper, {name}: {values[0]} and {values[1]}'
-    more.append(entry(label, color=GREY, ls=DASHES[1 + 2 * i], lw=0.8))
-  legend(figure, dict(enumerate(reports)), more)
+    more.append(style.entry(label, color=style.GREY, ls=style.DASHES[1 + 2 * i], lw=0.8))
+  style.legend(figure, dict(enumerate(reports)), more)
   return figure
 
 
-@styled
+@style.styled
 def gates(reports: Reports) -> Figure:
   """The histogram of all gate scores of each run, with their mean."""
   runs, handles = _histograms(reports), []
-  figure = Figure(figsize=(WIDTH, 2.7 + 0.14 * len(runs)))
+  figure = Figure(figsize=(style.WIDTH, 2.7 + 0.14 * len(runs)))
   ax = figure.subplots()
   for i, label, histogram, mean in runs:
     _histogram(ax, histogram['value'], histogram['edges'], mean['value'], i)
-    name = f'{wrapped(label, 40)}: mean {mean["value"]:.3f}'
-    handles.append(entry(name, color=COLORS[i % len(COLORS)]))
+    name = f'{style.wrapped(label, 40)}: mean {mean["value"]:.3f}'
+    handles.append(style.entry(name, color=style.COLORS[i % len(style.COLORS)]))
   for i, (name, value) in enumerate(MEANS.items()):
-    mark: Any = dict(color=GREY, mfc='white', ls='none', marker=MARKERS[i + 2])
+    mark: Any = dict(
+      color=style.GREY, mfc='white', ls='none', marker=style.MARKERS[i + 2]
+    )
     place: Any = dict(transform=ax.get_xaxis_transform(), clip_on=False)
     ax.plot([value], [1], **mark, **place)
-    handles.append(entry(f'paper, {name}: mean {value}', **mark))
+    handles.append(style.entry(f'paper, {name}: mean {value}', **mark))
   ax.set(xlabel='gate score', ylabel='density', ylim=(0, None))
   figure.legend(handles=handles, loc='outside lower center', ncols=1)
   return figure
 
 
-@styled
+@style.styled
 def gates_by_layer(reports: Reports) -> Figure:
   """The histogram of each layer's gate scores, with their mean."""
   runs = _histograms(reports)
   depth = max(len(histogram['layers']) for *_, histogram, _ in runs)
   across = min(4, depth)
   down = -(-depth // across)
-  figure = Figure(figsize=(WIDTH, 0.9 + 0.75 * down + 0.14 * len(runs)))
+  figure = Figure(figsize=(style.WIDTH, 0.9 + 0.75 * down + 0.14 * len(runs)))
   axes = figure.subplots(down, across, sharex=True, squeeze=False)
   for layer, ax in enumerate(axes.flat):
     ax.set_visible(layer < depth)
@@ -119,17 +107,17 @@ def gates_by_layer(reports: Reports) -> Figure:
         _histogram(ax, histogram['layers'][layer], histogram['edges'], number, i)
         place: Any = dict(ha='right', va='top', transform=ax.transAxes, zorder=5)
         place |= dict(bbox=dict(fc='white', ec='none', pad=0.3))
-        color = COLORS[i % len(COLORS)]
+        color = style.COLORS[i % len(style.COLORS)]
         ax.text(1, 0.98 - 0.17 * line, f'{number:.2f}', size=6, color=color, **place)
     ax.set(yticks=[], ylim=(0, None))
   figure.supxlabel('gate score', size=8)
   figure.supylabel('density', size=8)
   labels = {i: label for i, label, *_ in runs}
-  legend(figure, labels, markers=False, place='upper')
+  style.legend(figure, labels, markers=False, place='upper')
   return figure
 
 
-@styled
+@style.styled
 def sparsity(reports: Reports) -> Figure:
   """The share of small SDPA outputs: before the gate, after it, times its mean score."""
   kinds = {
@@ -137,8 +125,8 @@ def sparsity(reports: Reports) -> Figure:
     'after the gate': '',
     'scaled by its mean': '_scaled',
   }
-  single, drawn = len(some(reports)) == 1, set()
-  figure = Figure(figsize=(WIDTH, 3.8 + 0.14 * len(reports)))
+  single, drawn = len(style.nonempty(reports)) == 1, set()
+  figure = Figure(figsize=(style.WIDTH, 3.8 + 0.14 * len(reports)))
   axes = figure.subplots(2, sharex=True)
   for ax, limit in zip(axes, outputs.SMALL, strict=True):
     key = f'output_below_{limit:.0e}'.replace('e-0', 'e-')
@@ -148,7 +136,9 @@ def sparsity(reports: Reports) -> Figure:
       # Without a gate after SDPA all three are the same.
       same = all(np.array_equal(line, lines[0]) for line in lines)
       for kind, line in enumerate(lines[:1] if same else lines):
-        opts = look(kind) | {'color': COLORS[(kind if single else run) % len(COLORS)]}
+        opts = style.look(kind) | {
+          'color': style.COLORS[(kind if single else run) % len(style.COLORS)]
+        }
         ax.plot(range(len(line)), line, clip_on=False, **opts)
         drawn.add(kind)
     ax.yaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
@@ -157,16 +147,16 @@ def sparsity(reports: Reports) -> Figure:
     ax.set_ylabel(f'|SDPA output| < {limit:g}')
   _layer_axis(axes[-1])
   handles = [
-    entry(name, **look(i) | ({} if single else {'color': GREY}))
+    style.entry(name, **style.look(i) | ({} if single else {'color': style.GREY}))
     for i, name in enumerate(kinds)
     if i in drawn
   ]
   labels = {} if single else dict(enumerate(reports))
-  legend(figure, labels, handles, markers=False)
+  style.legend(figure, labels, handles, markers=False)
   return figure
 
 
-@styled
+@style.styled
 def attention(
   maps: Mapping[str, np.ndarray], tokens: Sequence[str] = (), layers: Sequence[int] = ()
 ) -> Figure:
@@ -176,14 +166,16 @@ def attention(
   token over all queries but the first. `tokens` are the texts of the tokens; `layers`
   replaces the four layers.
   """
-  runs = [(label, _checked(label, x, layers)) for label, x in some(maps).items()]
+  runs = [
+    (label, _checked(label, x, layers)) for label, x in style.nonempty(maps).items()
+  ]
   columns = runs
   if len(runs) == 1:  # Two columns of layers.
     [(_, rows)] = runs
     columns = [('', part) for part in (rows[0::2], rows[1::2]) if part]
   down, across = max(len(rows) for _, rows in columns), len(columns)
   size = min(1.5, 3.0 / across)
-  figure = Figure(figsize=(max(WIDTH, size * across), 0.75 + (size + 0.16) * down))
+  figure = Figure(figsize=(max(style.WIDTH, size * across), 0.75 + (size + 0.16) * down))
   axes = figure.subplots(down, across, squeeze=False)
   for x, (label, rows) in enumerate(columns):
     for ax in axes[len(rows) :, x]:
@@ -192,13 +184,13 @@ def attention(
       mean = weight.mean(0)
       _map(ax, mean, tokens, left=x == 0, bottom=y == len(rows) - 1)
       title = f'layer {layer}: first {_to_first(mean):.2f}'
-      title = f'{wrapped(label, 24)}\n{title}' if label and not y else title
+      title = f'{style.wrapped(label, 24)}\n{title}' if label and not y else title
       ax.set_title(title, size=6.5, pad=3)
   _color_bar(figure, axes)
   return figure
 
 
-@styled
+@style.styled
 def attention_heads(
   weight: np.ndarray, tokens: Sequence[str] = (), layers: Sequence[int] = ()
 ) -> Figure:
@@ -207,8 +199,8 @@ def attention_heads(
   heads = weight.shape[1]
   across = min(heads, ACROSS)
   lines = -(-heads // across)
-  size = (WIDTH - 0.4) / across
-  figure = Figure(figsize=(WIDTH, 0.8 + (size + 0.16) * lines * len(rows)))
+  size = (style.WIDTH - 0.4) / across
+  figure = Figure(figsize=(style.WIDTH, 0.8 + (size + 0.16) * lines * len(rows)))
   axes = figure.subplots(lines * len(rows), across, squeeze=False)
   for i, (layer, weight) in enumerate(rows):
     panels = axes[i * lines : (i + 1) * lines].flat
@@ -225,15 +217,17 @@ def attention_heads(
 
 def _by_layer(reports: Reports, name: str) -> dict[str, np.ndarray]:
   """The name of a number -> its values by layer, for each label."""
-  numbers = {k: number(k, report, name) for k, report in some(reports).items()}
+  numbers = style.values(reports, name)
   return {k: np.asarray(number['layers'], float) for k, number in numbers.items()}
 
 
 def _histograms(reports: Reports) -> list[Any]:
   """-> index, label, histogram and mean of each run with a gate; ValueError if none."""
   runs = []
-  for i, (label, report) in enumerate(some(reports).items()):
-    histogram, mean = (number(label, report, f'gate_{n}') for n in ('histogram', 'mean'))
+  for i, (label, report) in enumerate(style.nonempty(reports).items()):
+    histogram, mean = (
+      style.value(label, report, f'gate_{n}') for n in ('histogram', 'mean')
+    )
     if histogram['value'] is not None:
       runs.append((i, label, histogram, mean))
   if not runs:
@@ -242,12 +236,12 @@ def _histograms(reports: Reports) -> list[Any]:
 
 
 def _histogram(ax: Any, counts: Any, edges: Any, mean: float, index: int) -> None:
-  color = COLORS[index % len(COLORS)]
+  color = style.COLORS[index % len(style.COLORS)]
   counts, edges = np.asarray(counts, float), np.asarray(edges, float)
   density = counts / counts.sum() / np.diff(edges)
   ax.stairs(density, edges, color=color, lw=0.9, zorder=3)
   ax.stairs(density, edges, color=color, alpha=0.25, fill=True, lw=0)
-  ax.axvline(mean, color=color, ls=DASHES[1 + index % 4], lw=0.9, zorder=4)
+  ax.axvline(mean, color=color, ls=style.DASHES[1 + index % 4], lw=0.9, zorder=4)
 
 
 def _layer_axis(ax: Any) -> None:

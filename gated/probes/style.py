@@ -101,19 +101,24 @@ def save(
     storage.write(storage.path(folder) / f'{name}.{kind}', buffer.getvalue())
 
 
-def some(given: Mapping[str, Any]) -> Mapping[str, Any]:
+def nonempty(given: Mapping[str, Any]) -> Mapping[str, Any]:
   """Reports by label -> the same; ValueError if there are none."""
   if not isinstance(given, Mapping) or not given:
     raise ValueError('nothing to draw: pass {label: report of a run}')
   return given
 
 
-def number(label: str, report: Mapping[str, Any], name: str) -> Any:
-  """-> a number of a report; ValueError names the label if it is missing."""
+def value(label: str, report: Mapping[str, Any], name: str) -> Any:
+  """-> what a report has by this name; ValueError names the label if it has nothing."""
   try:
     return report[name]
   except (KeyError, TypeError) as error:
     raise ValueError(f'{label}: the report lacks {name!r}') from error
+
+
+def values(reports: Mapping[str, Any], name: str) -> dict[str, Any]:
+  """Reports by label -> what each has by this name; ValueError if one lacks it."""
+  return {label: value(label, each, name) for label, each in nonempty(reports).items()}
 
 
 def entry(label: str, **look: Any) -> Line2D:

@@ -104,6 +104,8 @@ REFUSED = [
 @pytest.mark.full
 def test_flags_that_do_not_fit_are_refused_by_name(run, tmp_path):
   commands = [['eval.py', f'--workdir={run}', *flags] for flags, _ in REFUSED]
-  for (_, message), done in zip(REFUSED, world.World(tmp_path).many(commands)):
+  with world.World(tmp_path) as bench:
+    ended = bench.many(commands)
+  for (_, message), done in zip(REFUSED, ended, strict=True):
     assert done.code == 2 and message in done.err, done.err
     assert 'Traceback' not in done.err

@@ -3,11 +3,12 @@
   python tests/faults/forks.py SOCKET
 
 An import takes seconds, a fork milliseconds. A program reads its own script, has its own
-environment and files, and ends as the interpreter ends it. `Forks` is the other side.
+environment and files, and exits with the code that the interpreter gives it.
+`process.Forks` sends the requests.
 
 A request is JSON with 'args' (as for `python ARGS`), 'cwd', 'env' and 'group', and three
 open files: for standard output, for standard error, and a pipe that gets a line with the
-program's number when it starts and one with its exit code when it ends.
+program's pid when it starts and one with its exit code when it ends.
 """
 
 import gc
@@ -34,24 +35,29 @@ def serve(requests: socket.socket) -> dict:
       break
     for file in files:
       os.close(file)
-    while _ended():
+    while _reaped():
       pass
+  requests.close()
   out, err, pipe = files
   if program := os.fork():  # This process waits, so that the server need not.
-    os.write(pipe, f'{program}\n'.encode())
-    _, status = os.waitpid(program, 0)
-    os.write(pipe, f'{os.waitstatus_to_exitcode(status)}\n'.encode())
+    end = os.waitid(os.P_PID, program, os.WEXITED | os.WNOWAIT)
+    code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+    os.write(pipe, f'{code}\n'.encode())
+    os.waitpid(program, 0)  # Others may get its pid only after its end is known.
     os._exit(0)
-  requests.close()
+  request = json.loads(message)
+  if request['group']:
+    os.setsid()
+  os.write(pipe, f'{os.getpid()}\n'.encode())
   os.dup2(out, 1)
   os.dup2(err, 2)
   for file in files:
     os.close(file)
-  return json.loads(message)
+  return request
 
 
-def _ended() -> bool:
-  """Whether a fork had ended, which is removed."""
+def _reaped() -> bool:
+  """Reaps one fork that has ended -> whether there was one."""
   try:
     return os.waitpid(-1, os.WNOHANG)[0] > 0
   except ChildProcessError:
@@ -59,17 +65,15 @@ def _ended() -> bool:
 
 
 if __name__ == '__main__':
-  asked = socket.socket(fileno=int(sys.argv[1]))
+  requests = socket.socket(fileno=int(sys.argv[1]))
   for package in PACKAGES:
     importlib.import_module(package)
   gc.freeze()  # A collection would copy the pages that forks share.
-  command = serve(asked)
-  if command['group']:
-    os.setsid()
-  for name in set(os.environ) - set(command['env']):
+  request = serve(requests)
+  for name in set(os.environ) - set(request['env']):
     del os.environ[name]
-  os.environ |= command['env']
-  os.chdir(command['cwd'])
-  sys.argv = command['args']
+  os.environ |= request['env']
+  os.chdir(request['cwd'])
+  sys.argv = request['args']
   sys.path[0] = os.path.dirname(sys.argv[0])
   runpy.run_path(sys.argv[0], run_name='__main__')

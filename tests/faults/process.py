@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -67,51 +68,60 @@ class Forks:
   def __init__(self, env: Mapping[str, str]):
     self._env, self._lock = dict(env), threading.Lock()
     self._requests: socket.socket | None = None
+    self._server: subprocess.Popen
+    self._output: BinaryIO
 
   def can(self, args: Sequence[str], env: Mapping[str, str]) -> bool:
     """Whether `python ARGS` with `env` can be a fork: a script of this checkout."""
-    script = ROOT / args[0]
+    script = Path(args[0])
     differ = {name for name, _ in set(env.items()) ^ set(self._env.items())}
-    linux = sys.platform == 'linux'
-    return linux and script.suffix == '.py' and script.exists() and differ <= self.LATE
+    own = script.suffix == '.py' and script.is_relative_to(ROOT)
+    return sys.platform == 'linux' and own and differ <= self.LATE
 
   def start(
-    self,
-    args: Sequence[str],
-    env: Mapping[str, str],
-    cwd: Path,
-    out: BinaryIO,
-    err: BinaryIO,
-    group: bool,
+    self, args: Sequence[str], *, cwd: Path, env: Mapping[str, str], group: bool, **files
   ) -> 'Fork':
-    """Starts `python ARGS` -> it; `group` makes it lead a process group of its own."""
+    """Starts `python ARGS` -> it; `group` makes it lead a process group of its own.
+
+    `files` are those of its output, `out` and `err`.
+    """
     with self._lock:
       if self._requests is None:
         self._requests = self._serve()
-    script, *rest = args
-    request = dict(args=[str(ROOT / script), *rest], env=dict(env), cwd=str(cwd))
+    request = dict(args=[*args], env=dict(env), cwd=str(cwd), group=group)
     pipe, end = os.pipe()
-    message = json.dumps(request | dict(group=group)).encode()
-    socket.send_fds(self._requests, [message], [out.fileno(), err.fileno(), end])
+    given = [files['out'].fileno(), files['err'].fileno(), end]
+    socket.send_fds(self._requests, [json.dumps(request).encode()], given)
     os.close(end)
     return Fork(pipe)
 
   def _serve(self) -> socket.socket:
+    """Starts the server, which Ctrl-C does not reach -> the socket of its requests."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    descriptor, name = tempfile.mkstemp()
+    os.remove(name)
+    self._output = os.fdopen(descriptor, 'w+b')
     with theirs:
-      subprocess.Popen(
+      self._server = subprocess.Popen(
         [sys.executable, 'tests/faults/forks.py', str(theirs.fileno())],
         cwd=ROOT,
         env=self._env,
         stdin=subprocess.DEVNULL,
+        stdout=self._output,
+        stderr=self._output,
         pass_fds=[theirs.fileno()],
+        start_new_session=True,
       )
     return ours
 
   def close(self) -> None:
-    """Ends the server; its programs go on."""
+    """Ends the server; its programs go on. AssertionError if an import printed."""
     if self._requests is not None:
       self._requests.close()
+      self._server.wait(60)
+      with self._output:
+        self._output.seek(0)
+        assert not (printed := self._output.read()), printed.decode()
 
 
 class Fork:
@@ -119,8 +129,15 @@ class Fork:
 
   def __init__(self, pipe: int):
     self._pipe = os.fdopen(pipe, encoding='ascii')
-    self.pid = int(self._pipe.readline())
+    self.pid = self._number(PATIENCE)
     self.returncode: int | None = None
+
+  def _number(self, timeout: float | None) -> int:
+    if not select.select([self._pipe], [], [], timeout)[0]:
+      raise subprocess.TimeoutExpired('a fork', timeout or 0)
+    line = self._pipe.readline()
+    assert line, 'the server of forks has ended (`Forks.close` shows what it printed)'
+    return int(line)
 
   def poll(self) -> int | None:
     """The exit code, None while the program runs."""
@@ -131,9 +148,7 @@ class Fork:
   def wait(self, timeout: float | None = None) -> int:
     """Waits -> the exit code; subprocess.TimeoutExpired after `timeout` seconds."""
     if self.returncode is None:
-      if not select.select([self._pipe], [], [], timeout)[0]:
-        raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
-      self.returncode = int(self._pipe.readline())
+      self.returncode = self._number(timeout)
       self._pipe.close()
     return self.returncode
 
@@ -158,12 +173,15 @@ class Child:
     cwd: Path = ROOT,
     forks: Forks | None = None,
   ):
+    if args[0].endswith('.py'):  # A path from the root of the checkout.
+      args = [str(ROOT / args[0]), *args[1:]]
     self.args = args
     self._out, self._err = stem.with_suffix('.out'), stem.with_suffix('.err')
     self.started = time.monotonic()
     with self._out.open('wb') as out, self._err.open('wb') as err:
       if forks and forks.can(args, env):
-        self.process = forks.start(args, env, cwd, out, err, group)
+        given = dict(cwd=cwd, env=env, group=group)
+        self.process = forks.start(args, **given, out=out, err=err)
       else:
         self.process = subprocess.Popen(
           [sys.executable, *args],
@@ -285,12 +303,12 @@ def outputs(children: Sequence[Child], timeout: float) -> list[tuple[str, str]]:
   """Each child's standard output and error; AssertionError unless all exit with 0."""
   with futures.ThreadPoolExecutor(len(children)) as pool:
     ended = [pool.submit(child.wait, timeout) for child in children]
-  late = [str(error) for future in ended if (error := future.exception())]
+  errors = [str(error) for future in ended if (error := future.exception())]
   report = ''.join(
     f'\nprocess {i}: {child.process.returncode}\n{child.out[-2000:]}{child.err[-6000:]}'
     for i, child in enumerate(children)
   )
-  assert not late and not any(child.process.returncode for child in children), report
+  assert not errors and not any(child.process.returncode for child in children), report
   return [(child.out, child.err) for child in children]
 
 

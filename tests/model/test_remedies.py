@@ -110,7 +110,7 @@ def differenced(attn, w_BHTS, v_BSGK, layer):
 
 def blocks_of(net):
   """The layers; those without the normalizer have none of its parameters."""
-  blocks, depth, own = stacks.copied(net.blocks), net.cfg.depth, net.cfg.normalized
+  blocks, depth, own = stacks.copied(net.blocks), net.cfg.depth, net.cfg.normalizer_layers
   parts = {name: getattr(blocks.attn, name) for name in ('sinks', 'elastic')}
   blocks.attn.sinks = blocks.attn.elastic = None
   layers = model.unstack(blocks, depth)
@@ -141,7 +141,7 @@ def by_hand(net, batch):
     local = own.window and (layer in cfg.windowed)
     near = at[:, None] - at[None] < (own.window if local else LENGTH)
     mask = (same & (at[:, None] >= at[None]) & near)[:, None]
-    normalizer = own.normalizer if layer in cfg.normalized else 'softmax'
+    normalizer = own.normalizer if layer in cfg.normalizer_layers else 'softmax'
     w = weights_by_hand(own, normalizer, score, mask, attn)
     if own.differential:
       y = differenced(attn, w, v, layer)
@@ -178,6 +178,13 @@ def agrees(name, got):
 
 def gradients(name):
   return jax.jit(functools.partial(step.gradients, accum=1, loss=recipe(name).loss))
+
+
+def test_patterns_choose_the_layers_with_the_normalizer_and_the_window():
+  last, first = (net_of(name).cfg for name in [*MODELS][-2:])
+  assert last.normalizer_layers == (1,) and first.normalizer_layers == (0,)
+  assert first.windowed == (1,) and last.windowed == ()
+  assert net_of('clipped, a window').cfg.normalizer_layers == (0, 1)
 
 
 @pytest.mark.parametrize('name', MODELS)

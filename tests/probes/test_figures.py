@@ -247,10 +247,10 @@ def test_figures_without_matplotlib_are_refused_with_its_installation(monkeypatc
   monkeypatch.setitem(sys.modules, 'matplotlib', None)
   run = gated.load('tests/golden/hf_authors_headwise')
   with pytest.raises(ValueError, match=r'into a workdir, but .*hf_authors_headwise'):
-    drawing.modules(run)
+    drawing.check(run)
   run.about = {'step': 1}
   with pytest.raises(ValueError, match=r"matplotlib: pip install 'gated\[report\]'"):
-    drawing.modules(run)
+    drawing.check(run)
 
 
 def test_the_longest_document_of_the_first_row_is_drawn():

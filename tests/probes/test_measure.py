@@ -148,7 +148,7 @@ def reference(net, batch):
     mask = whole
     if i in cfg.windowed:
       mask = whole & (index[:, None] - index[None] < cfg.attn.window)
-    own = [*cfg.normalized].index(i) if i in cfg.normalized else None
+    own = [*cfg.normalizer_layers].index(i) if i in cfg.normalizer_layers else None
     normalizer = 'softmax' if own is None else cfg.attn.normalizer
     offset = None if elastic is None or own is None else elastic.scale[...][own]
     A, logit = weights_of(trace.attn, cfg, normalizer, mask, live, offset)
@@ -388,7 +388,12 @@ def test_the_vocabulary_gate_is_the_gate_of_each_token_alone():
     name
     if name in ('headwise', 'softpick')
     else pytest.param(name, marks=pytest.mark.full)
-    for name in ('headwise', 'softpick', 'sigmoid', *(n for n in MODELS if 'sink' in n))
+    for name in (
+      'headwise',
+      'softpick',
+      'sigmoid',
+      *(n for n in MODELS if 'sink' in n or 'first' in n),
+    )
   ],
 )
 def test_maps_are_the_attention_weights_of_the_first_row(name):
@@ -397,10 +402,10 @@ def test_maps_are_the_attention_weights_of_the_first_row(name):
   mask = (index[:, None] >= index[None]) & (segment[:, :, None] == segment[:, None])
   map_LHTT = np.asarray(jax.jit(attention.maps)(net, BATCH))
   live_T = segment[0] > 0
-  for map_HTT, (trace, _) in zip(map_LHTT, traces(net, BATCH), strict=True):
-    expected, _ = weights_of(
-      trace.attn, net.cfg, net.cfg.attn.normalizer, mask, segment > 0
-    )
+  own = net.cfg.normalizer_layers
+  for i, (trace, _) in enumerate(traces(net, BATCH)):
+    map_HTT, normalizer = map_LHTT[i], net.cfg.attn.normalizer if i in own else 'softmax'
+    expected, _ = weights_of(trace.attn, net.cfg, normalizer, mask, segment > 0)
     np.testing.assert_allclose(
       map_HTT, expected[0] * live_T[:, None], rtol=1e-5, atol=1e-7
     )

@@ -92,8 +92,12 @@ def padded_length(count: int) -> int:
 
 
 def padded_asks(count: int, length: int) -> int:
-  """The asks of a row of `length` tokens -> a power of 4, at least 1 for 16 tokens."""
-  return 4 ** max(1, -(-(max(count, length // 16) - 1).bit_length() // 2))
+  """A number of asks -> a power of 4; at least 64 in rows of 1024 tokens.
+
+  Few numbers occur, and a long row has room for some more asks.
+  """
+  least = max(count, min(length, 1024) // 16)
+  return 4 ** max(1, -(-(least - 1).bit_length() // 2))
 
 
 def padded_rows(count: int, full: int) -> int:
@@ -202,7 +206,9 @@ def score(
   ways = mesh.ways('batch', on)
   first, alone = shared(rows(requests))
   whole = batches(alone, size=size, ways=ways)
-  works = (Work(measured, arrays(rows, ways=ways, full=n), rows) for rows, n in whole)
+  works = (
+    Work(measured, arrays(batch, ways=ways, full=full), batch) for batch, full in whole
+  )
   started = None
   for work in itertools.chain(first, works):
     count = len(work.arrays[0])

@@ -35,13 +35,18 @@ class Family(NamedTuple):
 
   @property
   def shape(self) -> tuple[int, int, int]:
-    """(N, T, P): rows and their tokens, as powers of 2 and 4; tokens of the context."""
+    """(N, T, P), padded: the rows, their tokens, the tokens of the context."""
     longest = max(len(row.tokens) for row in self.rows) - len(self.context)
-    return (
-      1 << (len(self.rows) - 1).bit_length(),
-      max(scoring.SHORTEST, 4 ** -(-(longest - 1).bit_length() // 2)),
-      scoring.padded_length(len(self.context)),
-    )
+    power = lambda count: 1 << (count - 1).bit_length()
+    T = scoring.SHORTEST if longest <= scoring.SHORTEST else max(64, power(longest))
+    return power(len(self.rows)), T, scoring.padded_length(len(self.context))
+
+  @property
+  def pays(self) -> bool:
+    """Whether sharing needs fewer padded tokens than each row alone."""
+    N, T, P = self.shape
+    alone = sum(scoring.padded_length(len(row.tokens)) for row in self.rows)
+    return len(self.rows) > 1 and alone > P + N * T
 
 
 def works(
@@ -64,21 +69,18 @@ def works(
 
 
 def families(rows: Sequence[Row]) -> tuple[list[Family], list[Row]]:
-  """Rows -> those that share a context, largest shapes first, and the others in order.
-
-  The rows of a family have at most as many tokens beyond the context as in it.
-  """
+  """Rows -> those that share a context, largest shapes first, and the others in order."""
   by_context: dict[tuple[int, ...], list[Row]] = {}
   for row in rows:
     first = min(position for position, _ in row.asks)
-    if first >= SHORTEST and len(row.tokens) <= 2 * first:
+    if first >= SHORTEST:
       by_context.setdefault(row.tokens[:first], []).append(row)
-  shared = [
+  found = (
     Family(context, own[i : i + MOST])
     for context, own in by_context.items()
-    if len(own) > 1
     for i in range(0, len(own), MOST)
-  ]
+  )
+  shared = [family for family in found if family.pays]
   taken = {id(row) for family in shared for row in family.rows}
   key = lambda family: (*(-n for n in family.shape), family.context)
   return sorted(shared, key=key), [row for row in rows if id(row) not in taken]
