@@ -13,7 +13,6 @@ from typing import Any
 import absl.logging
 import jax
 from absl import app, flags
-from ml_collections import config_flags
 
 from configs import base
 from gated import config, data, storage
@@ -25,7 +24,7 @@ from gated.run import checkpoint, exit_codes, recorder, shutdown, terminal
 from gated.run import workdir as workdirs
 from gated.run.pulse import Pulse
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'The recipe.', lock_config=True)
+_CONFIG = command.define_recipe()
 _WORKDIR = flags.DEFINE_string(
   'workdir', '', "Folder of the run; default: runs/<recipe>-<config's hash>."
 )

@@ -8,6 +8,7 @@ import ast
 import difflib
 import functools
 import math
+import os
 import pathlib
 import re
 import sys
@@ -15,9 +16,12 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import absl.flags
+from ml_collections import config_flags
 from yaml import dump
 
 from gated import config, hf
+from gated.run import exit_codes
 
 WIDTH = 90
 TYPED = r'(?m)^--?(config\.[^=\s]*)[=\n]?(.*)'  # A knob of a command line, its value.
@@ -30,6 +34,20 @@ ones. The recipes in configs/:
 --config.KNOB=VALUE changes a knob, such as --config.optim.lr=1e-3 or
 --config.model.attn.gate.position=value. configs/base.py explains every knob.
 """
+
+
+def define_recipe(**options: Any) -> Any:
+  """Defines the flag --config -> its holder; exits with 2 if --flagfile cannot be read.
+
+  `options` are those of DEFINE_config_file.
+  """
+  try:
+    return config_flags.DEFINE_config_file(
+      'config', None, 'Recipe.', lock_config=True, **options
+    )
+  except absl.flags.Error as error:  # It looks for its value before flags are parsed.
+    print(f'{os.path.basename(sys.argv[0])}: {config.plain(error)}', file=sys.stderr)
+    sys.exit(exit_codes.REFUSED)
 
 
 def parse(

@@ -3,7 +3,6 @@
 import pytest
 import yaml
 from absl import flags
-from ml_collections import config_flags
 
 from configs import base, tiny
 from gated import config
@@ -15,8 +14,7 @@ TINY = '--config=configs/tiny.py'
 def parse(*words):
   """A command line of a program with the flags --config and --dry_run -> the recipe."""
   argv, values = ['train.py', *words], flags.FlagValues()
-  options = dict(flag_values=values, sys_argv=argv)
-  config_flags.DEFINE_config_file('config', None, '', lock_config=True, **options)
+  command.define_recipe(flag_values=values, sys_argv=argv)
   flags.DEFINE_bool('dry_run', False, 'Check, and exit.', flag_values=values)
   command.parse(argv, values, base, 'The doc.', folder='workdir')
   return values.config.to_dict()
@@ -89,6 +87,16 @@ def test_a_mistake_is_refused_with_what_to_write(words, message):
 def test_a_wrong_recipe_is_refused_with_the_nearest_one(words, message):
   with pytest.raises(ValueError, match=message):
     parse(*words)
+
+
+def test_a_flagfile_that_cannot_be_read_is_refused_in_one_line(tmp_path, capsys):
+  with pytest.raises(SystemExit) as left:
+    parse(TINY, f'--flagfile={tmp_path}/none')
+  assert left.value.code == 2
+  [line] = capsys.readouterr().err.splitlines()
+  assert 'Unable to open flagfile' in line and f'{tmp_path}/none' in line
+  (tmp_path / 'some').write_text('--config.seed=7\n--dry_run\n')
+  assert parse(TINY, f'--flagfile={tmp_path}/some')['seed'] == 7
 
 
 def test_a_right_command_line_is_parsed_in_all_its_forms():
