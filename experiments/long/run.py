@@ -1,0 +1,182 @@
+"""Trains both arms of this experiment and evaluates them: claim C20.
+
+python experiments/long/run.py --out=runs/c20 --text=TEXT --long=LONG --library=LIBRARY
+python experiments/long/run.py --out=runs/c20-test --scale=test
+
+TEXT is the corpus packed with --length=1024, LONG with --length=4096, LIBRARY a folder of
+modules (README.md). Each GPU runs an arm, or an evaluation, at a time. The same command
+goes on: training resumes, and an evaluation that has its text is not repeated.
+OUT/results/ gets what an evaluation prints, its report and figures; weights stay in OUT.
+scale=test: minutes on 2 cores, with rows of 128 and 1280 tokens and two tasks of RULER.
+
+Exit codes: 0 done; 2 refused; 1 a command failed: OUT/results/NAME.failed has its output.
+"""
+
+import argparse
+import os
+import queue
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent import futures
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+  sys.path.append(str(ROOT))
+
+from gated import storage  # noqa: E402
+from gated.run import exit_codes, terminal  # noqa: E402
+from gated.sweep import machine  # noqa: E402
+
+FAILED = 1
+ARMS = 'baseline', 'elementwise'
+# Scale -> the rows that YaRN stretches, its factor, distances to copy, options of RULER.
+SCALES = {
+  'proxy': (4096, 4, (64, 256, 1024, 4000, 16_000), ['--limit=40']),
+  'test': (1280, 4, (64, 1000, 4000), ['--limit=2', '--tasks=niah_single_1,vt']),
+}
+# What keeps a test at minutes.
+TEST = {
+  'start': {'data.length': 128, 'eval.rows': 8, 'steps': 10},
+  'extend': {'data.length': 1280, 'eval.rows': 4, 'steps': 4, 'batch': 2},
+}
+
+
+class Work:
+  """Commands on the GPUs of this machine, one at a time on each."""
+
+  def __init__(self, results: storage.Path, slots: Sequence[dict[str, str]]):
+    self._results = results
+    self._slots: queue.Queue[dict[str, str]] = queue.Queue()
+    for slot in slots:
+      self._slots.put(slot)
+
+  def run(self, name: str, command: Sequence[str]) -> bool:
+    """Runs `python COMMAND` unless it is done -> whether it succeeded."""
+    done, failed = (self._results / f'{name}.{end}' for end in ('txt', 'failed'))
+    if storage.exists(done):
+      print(f'{name}: done before', flush=True)
+      return True
+    slot, started = self._slots.get(), time.monotonic()
+    try:
+      ended = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | slot,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+      )
+    finally:
+      self._slots.put(slot)
+    good = ended.returncode == 0
+    storage.write(done if good else failed, ended.stdout)
+    minutes = (time.monotonic() - started) / 60
+    print(f'{name}: exit code {ended.returncode}, {minutes:.1f} minutes', flush=True)
+    return good
+
+  def all(self, commands: dict[str, list[str]]) -> bool:
+    """Runs commands by name, as many at a time as there are slots -> all succeeded."""
+    with futures.ThreadPoolExecutor(len(commands)) as pool:
+      return all([*pool.map(self.run, commands, commands.values())])
+
+
+def training(args: argparse.Namespace, arm: str, stage: str) -> list[str]:
+  """-> the command that trains a stage of an arm."""
+  command = ['train.py', f'--workdir={args.out}/{stage}-{arm}']
+  command += [f'--config=configs/long_context.py:{arm},stage={stage},scale={args.scale}']
+  text = args.text if stage == 'start' else args.long
+  knobs: dict[str, object] = {'checkpoint.keep': 1, 'log.tensorboard': False}
+  knobs |= {'data.mixture': Path(text).resolve()} if text else {}
+  knobs |= TEST[stage] if args.scale == 'test' else {}
+  if stage == 'extend':
+    knobs['init_from'] = f'{args.out}/start-{arm}'
+    command += ['--allow_change=config.model.attn.rope_base']
+  return [*command, *(f'--config.{knob}={value}' for knob, value in knobs.items())]
+
+
+def evaluations(args: argparse.Namespace) -> dict[str, list[str]]:
+  """-> the commands by name: first those that take longest."""
+  rows, factor, distances, options = SCALES[args.scale]
+  both = lambda stage: [
+    'eval.py',
+    f'--workdir={args.out}/{stage}-elementwise',
+    f'--beside={args.out}/{stage}-baseline',
+    '--figures',
+  ]
+  lengths = [factor * rows // 2**n for n in range(5)]
+  if args.scale == 'test':  # Shorter items have no room for the template.
+    lengths = [rows, 2 * rows]
+  ruler = f'--ruler={",".join(map(str, sorted(lengths)))}'
+  stretched = [f'--yarn={factor}']
+  commands = {
+    'ruler': [*both('extend'), ruler, *stretched, '--loss_only', *options],
+    'probes': [*both('start'), '--probe', '--rows=64'],
+  }
+  domain = [f'--domain=library={args.library}', '--suffixes=.py', '--by_position']
+  for length, yarn in (
+    (factor * rows, factor),
+    (factor * rows, 1),
+    (rows, 0),
+    (rows, factor),
+  ):
+    spans = [f'--length={length}', f'--stride={length // 2}']
+    within = [d for d in distances if d < length]
+    copying = [f'--copying={",".join(map(str, within))}']
+    spans += [f'--yarn={yarn}'] if yarn else []
+    name = f'library-{length}' + (f'-yarn{yarn}' if yarn else '')
+    commands[name] = [*both('extend'), *domain, *spans, *copying]
+  return commands
+
+
+def collect(out: storage.Path, results: storage.Path) -> None:
+  """Copies reports, figures and metrics of the workdirs into the results."""
+  for arm in ARMS:
+    for stage in ('start', 'extend'):
+      workdir = out / f'{stage}-{arm}'
+      found = [
+        workdir / 'metrics.jsonl',
+        *workdir.glob('probes/*'),
+        *workdir.glob('evals/*'),
+      ]
+      for path in found:
+        if path.is_file():
+          storage.write(results / f'{stage}-{arm}-{path.name}', path.read_bytes())
+
+
+def main(argv: Sequence[str]) -> int:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--out', required=True, help='a folder for runs and results')
+  parser.add_argument('--scale', choices=SCALES, default='proxy')
+  for name in ('text', 'long', 'library'):
+    parser.add_argument(f'--{name}', default='', help='a folder; see above')
+  args = parser.parse_args(argv)
+  terminal.steady()
+  args.out = str(Path(args.out).resolve())
+  for name in ('text', 'long', 'library'):
+    value = getattr(args, name)
+    if args.scale == 'proxy' and not Path(value or 'none').is_dir():
+      print(f'run.py: --{name}={value!r} is not a folder', file=sys.stderr)
+      return exit_codes.REFUSED
+  if not args.library:
+    args.library = str(Path(__file__).parent)
+  results = storage.path(args.out) / 'results'
+  gpus = machine.gpus() if machine.platform() == 'gpu' else []
+  work = Work(results, [{'CUDA_VISIBLE_DEVICES': gpu} for gpu in gpus] or [{}])
+
+  def arm(name: str) -> bool:
+    stages = ('start', 'extend')
+    return all(work.run(f'{s}-{name}', training(args, name, s)) for s in stages)
+
+  with futures.ThreadPoolExecutor(len(ARMS)) as pool:
+    trained = all([*pool.map(arm, ARMS)])
+  good = trained and work.all(evaluations(args))
+  collect(storage.path(args.out), results)
+  return exit_codes.FINISHED if good else FAILED
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

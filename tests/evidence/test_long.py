@@ -1,0 +1,46 @@
+"""experiments/long/run.py: its commands are accepted, and only missing ones run again."""
+
+import argparse
+
+import pytest
+
+from experiments.long import run
+
+SCALES = [*run.SCALES]
+
+
+def arguments(out, scale):
+  return argparse.Namespace(out=str(out), scale=scale, text='', long='', library=str(out))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('scale', SCALES)
+def test_eval_accepts_every_command_but_for_its_missing_run(scale, tmp_path, run_python):
+  """A refused flag was found on a rented GPU, after the training."""
+  commands = run.evaluations(arguments(tmp_path, scale))
+  for name, command in commands.items():
+    done = run_python(command)
+    assert done.returncode == 2, name
+    assert done.stderr.startswith(f'eval.py: --workdir={tmp_path}/'), (name, done.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', ['start', 'extend'])
+def test_train_accepts_every_command(stage, tmp_path, run_python):
+  args = arguments(tmp_path, 'test')
+  for arm in run.ARMS:
+    command = run.training(args, arm, stage)
+    done = run_python([*command, '--print_config'])
+    assert done.returncode == 0 and f'long-context-{arm}' in done.stdout, done.stderr
+
+
+def test_a_command_runs_once_and_a_failed_one_again(tmp_path, capsys):
+  work = run.Work(tmp_path, [{'SLOT': 'a'}, {'SLOT': 'b'}])
+  show = ['-c', 'import os; print(os.environ["SLOT"])']
+  assert work.all({'one': show, 'two': show})
+  assert {(tmp_path / f'{n}.txt').read_text() for n in ('one', 'two')} <= {'a\n', 'b\n'}
+  assert not work.all({'one': ['-c', 'raise SystemExit(3)'], 'three': ['-c', '1 / 0']})
+  printed = capsys.readouterr().out
+  assert 'one: done before' in printed and 'three: exit code 1' in printed
+  assert 'ZeroDivisionError' in (tmp_path / 'three.failed').read_text()
+  assert work.run('three', show)
