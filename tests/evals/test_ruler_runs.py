@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import small
 from absl import flags
+from faults import process
 
 import gated
 from gated import hf
@@ -106,6 +107,28 @@ def test_yarn_is_measured_beside_the_model_before_it(place, capsys):
     *'--',
   ]
   assert table[0].split() == ['1280', '2560'] and 'score' not in table[1]
+
+
+@pytest.mark.full
+def test_two_processes_measure_as_one_does(place, spawn_python, tmp_path):
+  """Losses, ranks and generated answers; each process has two devices."""
+  flags = ['eval.py', f'--workdir={place}', f'--ruler={LENGTH}', '--tasks=qa_1,vt']
+  flags += ['--limit=3', '--batch=1']
+  at = [f'--coordinator=127.0.0.1:{process.free_port()}', '--processes=2']
+  pair = [[*at, f'--process={i}'] for i in range(2)]
+  reports = []
+  for number, extra in enumerate(([[]], pair)):
+    cache = f'--cache={tmp_path}/{number}'
+    children = [spawn_python([*flags, cache, *own], devices=2) for own in extra]
+    (out, _), *others = process.outputs(children, timeout=600)
+    assert all('qa_1' not in other for other, _ in others)
+    reports.append(json.loads(out.splitlines()[-1])['lengths'][str(LENGTH)])
+  one, two = reports
+  assert one.keys() == two.keys() == {'qa_1', 'vt', 'mean'}
+  for task, numbers in one.items():
+    assert two[task]['score'] == numbers['score']
+    for name in ('loss', 'rank'):
+      assert two[task][name] == pytest.approx(numbers[name], rel=1e-4)
 
 
 def test_the_table_is_drawn_into_a_workdir(place, capsys, monkeypatch):
