@@ -13,6 +13,7 @@ from typing import Any
 import absl.logging
 import jax
 from absl import app, flags
+from ml_collections import config_flags
 
 from configs import base
 from gated import config, data, storage
@@ -24,7 +25,7 @@ from gated.run import checkpoint, exit_codes, recorder, shutdown, terminal
 from gated.run import workdir as workdirs
 from gated.run.pulse import Pulse
 
-_CONFIG = command.define_recipe()
+_CONFIG = command.define_recipe(flags, config_flags)
 _WORKDIR = flags.DEFINE_string(
   'workdir', '', "Folder of the run; default: runs/<recipe>-<config's hash>."
 )

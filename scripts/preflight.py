@@ -34,6 +34,7 @@ from typing import Any
 
 import jax
 from absl import app, flags
+from ml_collections import config_flags
 
 from configs import base
 from gated import config, model, plan, storage
@@ -53,7 +54,7 @@ MOST = 10
 
 NO_FIT, REFUSED = 1, 2
 
-_CONFIG = command.define_recipe()
+_CONFIG = command.define_recipe(flags, config_flags)
 _COUNT = flags.DEFINE_bool('count', False, 'Count the parameters by part.')
 _TOPOLOGY = flags.DEFINE_string('topology', '', 'CHIP:SHAPE, CHIP:COUNT or here.')
 _SLICES = flags.DEFINE_integer('slices', 1, 'Number of TPU slices.')

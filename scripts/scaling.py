@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 from absl import flags
+from ml_collections import config_flags
 
 from gated import config, plan
 from gated.devices import chips
@@ -174,7 +175,7 @@ def from_flags(arguments: Sequence[str]) -> tuple[plan.Config, preflight.Machine
   """Flags of preflight.py -> the recipe and the machine, as preflight.py builds them."""
   argv = [COMMAND, *(a.replace('--config=', f'--config={ROOT}/') for a in arguments)]
   values = flags.FlagValues()
-  command.define_recipe(flag_values=values, sys_argv=argv)
+  command.define_recipe(flags, config_flags, flag_values=values, sys_argv=argv)
   flags.DEFINE_string('topology', '', '', flag_values=values)
   flags.DEFINE_integer('slices', 1, '', flag_values=values)
   values(argv)

@@ -98,7 +98,7 @@ def _parse(words: Sequence[str]) -> Any:
   """The recipe's arguments -> absl's flag; ValueError in one line for a bad knob."""
   words = ['sweep.py', *words]
   values = flags.FlagValues()
-  command.define_recipe(flag_values=values, sys_argv=words)
+  command.define_recipe(flags, config_flags, flag_values=values, sys_argv=words)
   command.parse(words, values, base, None, folder='dir')
   return values['config']
 

@@ -16,8 +16,6 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import absl.flags
-from ml_collections import config_flags
 from yaml import dump
 
 from gated import config, hf
@@ -36,16 +34,16 @@ ones. The recipes in configs/:
 """
 
 
-def define_recipe(**options: Any) -> Any:
+def define_recipe(flags: Any, config_flags: Any, **options: Any) -> Any:
   """Defines the flag --config -> its holder; exits with 2 if --flagfile cannot be read.
 
-  `options` are those of DEFINE_config_file.
+  `flags` and `config_flags` are the modules of absl and ml_collections; `options` are
+  those of DEFINE_config_file.
   """
+  define = config_flags.DEFINE_config_file
   try:
-    return config_flags.DEFINE_config_file(
-      'config', None, 'Recipe.', lock_config=True, **options
-    )
-  except absl.flags.Error as error:  # It looks for its value before flags are parsed.
+    return define('config', None, 'Recipe.', lock_config=True, **options)
+  except flags.Error as error:  # It looks for its value before flags are parsed.
     print(f'{os.path.basename(sys.argv[0])}: {config.plain(error)}', file=sys.stderr)
     sys.exit(exit_codes.REFUSED)
 

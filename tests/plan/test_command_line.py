@@ -3,6 +3,7 @@
 import pytest
 import yaml
 from absl import flags
+from ml_collections import config_flags
 
 from configs import base, tiny
 from gated import config
@@ -14,7 +15,7 @@ TINY = '--config=configs/tiny.py'
 def parse(*words):
   """A command line of a program with the flags --config and --dry_run -> the recipe."""
   argv, values = ['train.py', *words], flags.FlagValues()
-  command.define_recipe(flag_values=values, sys_argv=argv)
+  command.define_recipe(flags, config_flags, flag_values=values, sys_argv=argv)
   flags.DEFINE_bool('dry_run', False, 'Check, and exit.', flag_values=values)
   command.parse(argv, values, base, 'The doc.', folder='workdir')
   return values.config.to_dict()
