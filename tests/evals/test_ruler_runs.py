@@ -143,6 +143,17 @@ def test_the_table_is_drawn_into_a_workdir(place, capsys, monkeypatch):
   assert {path.name for path in (place / 'evals').iterdir()} == files
 
 
+def test_a_table_has_dashes_for_a_model_that_is_prepared_for_no_length():
+  """Such as the first one, with --yarn and a length beyond RoPE only."""
+  summary = {'score': None, 'loss': 2.0, 'rank': 3.0}
+  reports = {
+    'm': {'lengths': {'512': None}},
+    'm yarn=4': {'lengths': {'512': {'vt': summary}}},
+  }
+  lines = [line.split() for line in ruler.table(reports, loss_only=True).splitlines()]
+  assert lines[2:] == [['vt', 'm', '-', '-'], ['vt', 'm', 'yarn=4', '2.000', '3.0']]
+
+
 def test_a_length_beyond_rope_needs_yarn_or_its_word_that_rope_stays(place):
   loaded = gated.load(place)
   lengths = LENGTH, LENGTH + 1, 2 * LENGTH, 2 * LENGTH + 1

@@ -65,7 +65,8 @@ def table(reports: Mapping[str, Numbers], *, loss_only: bool) -> str:
     f'{length}' if name == names[0] else '' for length in lengths for name in names
   ]
   lines = [['', '', *heads], ['RULER', 'model', *names * len(lengths)]]
-  for task in next(filter(None, lengths.values())):
+  every = (by_task for each in reports.values() for by_task in each['lengths'].values())
+  for task in next(filter(None, every)):
     for label, report in reports.items():
       numbers = (
         (by_task and by_task[task][name], FORMATS[name])
