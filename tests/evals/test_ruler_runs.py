@@ -267,5 +267,16 @@ def test_items_become_documents_that_end_with_their_answers(tmp_path, capsys):
   for text in texts[:4]:
     number = text.rpartition(' ')[2]
     assert number.isdigit() and f'is: {number}.' in text
+  copies = [f'--out={out}', '--copies=50']
+  assert ruler_text.main(copies) == exit_codes.FINISHED
+  texts = [json.loads(line)['text'] for line in out.read_text().splitlines()]
+  counts = set()
+  for text in texts:
+    first, second = text.split('\n')
+    assert first == second and all(len(number) == 7 for number in first.split())
+    counts.add(len(first.split()))
+  assert len({*texts}) == 50 and counts == {1, 2, 3, 4, 5, 6}
+  with pytest.raises(SystemExit):
+    ruler_text.main([f'--out={out}', '--tasks=vt'])
   assert ruler_text.main([*flags, '--tasks=qa_3']) == exit_codes.REFUSED
   assert 'qa_3: RULER has no such task' in capsys.readouterr().err
