@@ -125,6 +125,7 @@ def evaluations(args: argparse.Namespace) -> dict[str, list[str]]:
     within = [d for d in distances if d < length]
     copying = [f'--copying={",".join(map(str, within))}']
     spans += [f'--yarn={yarn}'] if yarn else []
+    spans += ['--rows=2'] if args.scale == 'test' else []
     name = f'library-{length}' + (f'-yarn{yarn}' if yarn else '')
     commands[name] = [*both('extend'), *domain, *spans, *copying]
   return commands
