@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from concurrent import futures
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
@@ -32,10 +33,28 @@ from gated.sweep import machine  # noqa: E402
 
 FAILED = 1
 ARMS = 'baseline', 'elementwise'
-# Scale -> the rows that YaRN stretches, its factor, distances to copy, options of RULER.
+
+
+class Scale(NamedTuple):
+  rows: int  # Tokens of the rows that YaRN stretches to FACTOR times as many.
+  lengths: str  # of RULER
+  distances: tuple[int, ...]  # of copying
+  ruler: list[str]  # further flags
+  domain: list[str]  # further flags of the evaluations on LIBRARY
+
+
+FACTOR = 4
 SCALES = {
-  'proxy': (4096, 4, (64, 256, 1024, 4000, 16_000), ['--limit=40']),
-  'test': (1280, 4, (64, 1000, 4000), ['--limit=2', '--tasks=niah_single_1,vt']),
+  'proxy': Scale(
+    4096, '1024,2048,4096,8192,16384', (64, 256, 1024, 4000, 16_000), ['--limit=40'], []
+  ),
+  'test': Scale(
+    1280,
+    '1280,2560',  # Shorter items have no room for the template.
+    (64, 1000, 4000),
+    ['--limit=2', '--tasks=niah_single_1,vt'],
+    ['--rows=2'],
+  ),
 }
 # What keeps a test at minutes.
 TEST = {
@@ -59,6 +78,8 @@ class Work:
     if storage.exists(done):
       print(f'{name}: done before', flush=True)
       return True
+    if storage.exists(failed):
+      storage.remove(failed)
     slot, started = self._slots.get(), time.monotonic()
     try:
       ended = subprocess.run(
@@ -98,34 +119,26 @@ def training(args: argparse.Namespace, arm: str, stage: str) -> list[str]:
 
 def evaluations(args: argparse.Namespace) -> dict[str, list[str]]:
   """-> the commands by name: first those that take longest."""
-  rows, factor, distances, options = SCALES[args.scale]
+  scale = SCALES[args.scale]
+  rows, most = scale.rows, FACTOR * scale.rows
   both = lambda stage: [
     'eval.py',
     f'--workdir={args.out}/{stage}-elementwise',
     f'--beside={args.out}/{stage}-baseline',
     '--figures',
   ]
-  lengths = [factor * rows // 2**n for n in range(5)]
-  if args.scale == 'test':  # Shorter items have no room for the template.
-    lengths = [rows, 2 * rows]
-  ruler = f'--ruler={",".join(map(str, sorted(lengths)))}'
-  stretched = [f'--yarn={factor}']
+  ruler = [f'--ruler={scale.lengths}', f'--yarn={FACTOR}', '--loss_only', *scale.ruler]
   commands = {
-    'ruler': [*both('extend'), ruler, *stretched, '--loss_only', *options],
+    'ruler': [*both('extend'), *ruler],
     'probes': [*both('start'), '--probe', '--rows=64'],
   }
   domain = [f'--domain=library={args.library}', '--suffixes=.py', '--by_position']
-  for length, yarn in (
-    (factor * rows, factor),
-    (factor * rows, 1),
-    (rows, 0),
-    (rows, factor),
-  ):
+  domain += scale.domain
+  for length, yarn in ((most, FACTOR), (most, 1), (rows, 0), (rows, FACTOR)):
     spans = [f'--length={length}', f'--stride={length // 2}']
-    within = [d for d in distances if d < length]
+    within = [d for d in scale.distances if d < length]
     copying = [f'--copying={",".join(map(str, within))}']
     spans += [f'--yarn={yarn}'] if yarn else []
-    spans += ['--rows=2'] if args.scale == 'test' else []
     name = f'library-{length}' + (f'-yarn{yarn}' if yarn else '')
     commands[name] = [*both('extend'), *domain, *spans, *copying]
   return commands

@@ -52,11 +52,12 @@ def by_domain(reports: Reports) -> Figure:
   step = 0.6 / len(domains)
   for i, (label, each) in enumerate(domains.items()):
     y = np.array([names.index(name) for name in each]) + step * (i - len(domains) / 2)
-    nats, error = (
-      [style.value(label, loss, f'nats_per_token{end}') for loss in each.values()]
+    nats, error = (  # None becomes NaN: without rows, or the error of a single row.
+      np.array(
+        [style.value(label, x, f'nats_per_token{end}') for x in each.values()], float
+      )
       for end in ('', '_stderr')
     )
-    error = np.array(error, float)  # None, of a single row, becomes NaN.
     marks: dict[str, Any] = style.look(i) | {'ls': ''}
     ax.errorbar(nats, y + step / 2, xerr=error, elinewidth=0.8, **marks)
   ax.set_yticks(range(len(names)), names)

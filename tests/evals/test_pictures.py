@@ -59,6 +59,14 @@ def test_a_domain_has_a_point_and_its_error_for_each_model():
   np.testing.assert_allclose([end[:, 0] for end in ends], [[1.8, 2.2], [2.7, 3.3]])
 
 
+def test_a_domain_without_rows_has_no_point():
+  figure = figures.by_domain(
+    {'run': {'domains': losses(('a', None, None), ('b', 1.0, 0.1))}}
+  )
+  [line] = [line for line, *_ in figure.axes[0].containers]
+  assert np.isnan(line.get_xdata()[0]) and line.get_xdata()[1] == 1
+
+
 def task(loss, score=None):
   errors = {'loss_stderr': loss / 10, 'score_stderr': score and score / 10}
   return {'loss': loss, 'score': score} | errors

@@ -75,12 +75,12 @@ def families(rows: Sequence[Row]) -> tuple[list[Family], list[Row]]:
     first = min(position for position, _ in row.asks)
     if first >= SHORTEST:
       by_context.setdefault(row.tokens[:first], []).append(row)
-  found = (
+  candidates = (
     Family(context, own[i : i + MOST])
     for context, own in by_context.items()
     for i in range(0, len(own), MOST)
   )
-  shared = [family for family in found if family.pays]
+  shared = [family for family in candidates if family.pays]
   taken = {id(row) for family in shared for row in family.rows}
   key = lambda family: (*(-n for n in family.shape), family.context)
   return sorted(shared, key=key), [row for row in rows if id(row) not in taken]
