@@ -181,20 +181,42 @@ def lowered(f, *args):
       yield text, plain
 
 
-@pytest.mark.parametrize('window', [0, 7])
-def test_the_call_is_the_one_that_jax_makes(window, monkeypatch):
-  """Up to the offsets of keys, which old versions of JAX multiply by H for G."""
+@pytest.fixture
+def hopper(monkeypatch):
+  """JAX lowers its attention as on a GPU with cuDNN 9.19 -> its module."""
   from jax._src.cudnn import fused_attention_stablehlo as theirs
 
   monkeypatch.setattr(theirs, 'check_cudnn_version', lambda: 91900)
   monkeypatch.setattr(theirs, 'check_compute_capability', lambda *_: True)
   monkeypatch.setattr(theirs, 'is_cuda_compute_capability_equal', lambda *_: True)
+  return theirs
+
+
+@pytest.mark.parametrize('deterministic', [False, True])
+@pytest.mark.parametrize('masked', [False, True])
+def test_gradients_say_if_they_are_deterministic(
+  masked, deterministic, hopper, monkeypatch
+):
+  flags = '--xla_gpu_exclude_nondeterministic_ops=true' if deterministic else ''
+  monkeypatch.setenv('XLA_FLAGS', flags)
+  shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+  q, k = shape((B, T, H, K)), shape((B, T, G, K))
+  mask = [jax.ShapeDtypeStruct((B, 1, T, T), bool)] * masked
+  whole = lambda q, k, v, *mask: cudnn._whole(q, k, v, window=0, mask=(*mask, None)[0])
+  forward, backward = (options for _, options in lowered(whole, q, k, k, *mask))
+  assert 'force_deterministic' not in forward
+  assert backward.get('force_deterministic', False) == deterministic
+
+
+@pytest.mark.parametrize('window', [0, 7])
+def test_the_call_is_the_one_that_jax_makes(window, hopper):
+  """Up to the offsets of keys, which old versions of JAX multiply by H for G."""
   shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
   q, k = shape((B, T, H, K)), shape((B, T, G, K))
   ids = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
 
   def peer(q, k, v, size, offset):
-    return theirs.dot_product_attention(
+    return hopper.dot_product_attention(
       q,
       k,
       v,
@@ -203,7 +225,7 @@ def test_the_call_is_the_one_that_jax_makes(window, monkeypatch):
       q_offsets=offset,
       kv_offsets=offset,
       scale=K**-0.5,
-      mask_type=theirs.MaskType.PADDING_CAUSAL,
+      mask_type=hopper.MaskType.PADDING_CAUSAL,
       sliding_window_length=window or None,
     )
 

@@ -14,6 +14,7 @@ B batch  T tokens  H heads  G KV heads  K head width  N sequences
 import functools
 import json
 import math
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -74,9 +75,7 @@ def attend(q_BTHK, k_BTGK, v_BTGK, segment_BT, case: Case) -> Any:
 
 def _whole(q_BTHK, k_BTGK, v_BTGK, *, window: int, mask=None, residual=False):
   """Rows of one document, or with a mask (B, 1, T, T) -> y_BTHK, or (y_BTHK, lse_BTH)."""
-  # JAX has no public name for this function, which also returns a float32 lse.
-  from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
+  cudnn = _library()
   out = cudnn.dot_product_attention(
     q_BTHK,
     k_BTGK,
@@ -88,6 +87,30 @@ def _whole(q_BTHK, k_BTGK, v_BTGK, *, window: int, mask=None, residual=False):
     return_residual=residual,
   )
   return (out[0], out[1].swapaxes(1, 2)) if residual else out
+
+
+@functools.cache
+def _library() -> types.ModuleType:
+  """-> JAX's module of cuDNN's attention, whose gradients say if they are deterministic.
+
+  In deterministic mode XLA adds this option to the first of several equal calls, and then
+  does not find the kernels of the others: a second layer would end with "IndexError:
+  raw_hash_map<>::at". Calls that have the option from the start stay equal.
+  """
+  # JAX has no public name for this module, whose function also returns a float32 lse.
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  name = 'create_dot_product_attention_backend_config'
+  options_of = getattr(cudnn, name)
+
+  def create(*args, is_bwd: bool) -> str:
+    options = json.loads(options_of(*args, is_bwd=is_bwd))
+    if is_bwd and determinism.applies('gpu'):
+      options['cudnn_fmha_backend_config']['force_deterministic'] = True
+    return json.dumps(options)
+
+  setattr(cudnn, name, create)
+  return cudnn
 
 
 def _packed(q_BTHK, k_BTGK, v_BTGK, *, segment_BT, case: Case, residual=False):
