@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
   sys.path.append(str(ROOT))  # For experiments/, which is not installed.
 
-from configs import base  # noqa: E402
 from gated import storage  # noqa: E402
 from gated.evidence import ledger, result  # noqa: E402
 from gated.run import terminal  # noqa: E402
@@ -28,10 +27,9 @@ def rows() -> list[ledger.Row]:
   """-> the rows of this checkout's results."""
   names = sorted(path.parent.name for path in ROOT.glob('experiments/*/recipe.py'))
   serves = {n: importlib.import_module(f'experiments.{n}.recipe').CLAIMS for n in names}
-  defaults = base.get_config().to_dict()
   place = storage.path(ROOT)
   results = [r for n in names for r in result.read_all(place, n, ledger.SCALE)]
-  return ledger.rows([ledger.complete(r, defaults) for r in results], serves)
+  return ledger.rows(results, serves)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,8 +7,7 @@ serve it.
 import functools
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from gated.evidence import measures
 from gated.evidence.arms import ARMS, PLAIN, Setting, settings
@@ -83,19 +82,6 @@ def rows(results: Sequence[Result], serves: Mapping[str, Sequence[str]]) -> list
     parts = [verdicts(part, places(own)) for part in claim.parts]
     table.append(Row(claim=claim, experiments=own, parts=parts))
   return table
-
-
-def complete(result: Result, defaults: Mapping[str, Any]) -> Result:
-  """A result -> the same, with knobs added since then at their defaults."""
-
-  def merged(old: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    both = lambda k: isinstance(base.get(k), Mapping) and isinstance(old.get(k), Mapping)
-    return {
-      k: merged(old[k], base[k]) if both(k) else old.get(k, base.get(k))
-      for k in {**base, **old}
-    }
-
-  return replace(result, config=merged(result.config, defaults))
 
 
 def page(table: Sequence[Row]) -> str:
