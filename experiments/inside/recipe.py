@@ -7,7 +7,8 @@ Seed 0 of an arm runs in every cell, its other seeds in the cell with the lowest
 scale=gpu: 288M tokens a run, about 8 minutes on one H200. scale=test: seconds on a CPU.
 """
 
-from configs import axes, base, rows, table2, table4
+from configs import axes, base, table4
+from experiments import tuning
 from experiments.sink import recipe as sink
 
 CLAIMS = ('C1', 'C3', 'C4', 'C8', 'C9', 'C10', 'C11', 'C12', 'C13', 'C14')
@@ -40,7 +41,7 @@ ARMS = {
 }
 
 # Learning rate, weight decay.
-CELLS = {'gpu': ((8e-3, 1.2), (6e-3, 1.6)), 'test': ((4e-3, 1.0),)}
+CELLS = {'gpu': ((8e-3, 1.2), (6e-3, 1.6), (4e-3, 2.0)), 'test': ((4e-3, 1.0),)}
 SEEDS = {'gpu': (0, 1, 2), 'test': (0,)}
 TRIED = {'gpu': tuple(ARMS), 'test': ('baseline', 'elementwise')}
 FIRST = 'elementwise', 'baseline'  # The claims on sinks need both; C8 and C14 one.
@@ -60,55 +61,17 @@ def get_config(arg: str = ''):
 def get_grid(arg: str = '') -> list[axes.Point]:
   scale = _scale(arg)
   return [
-    point(arm, cell, seed, scale)
+    tuning.point(get_config(arg), arm, ARMS[arm], cell, seed, multiple=MULTIPLE[scale])
     for arm in TRIED[scale]
-    for cell in range(len(CELLS[scale]))
+    for cell in CELLS[scale]
     for seed in SEEDS[scale]
   ]
 
 
 def choose(points, results) -> list[str]:
   """Two arms first, then one after another: all cells, then more seeds in the best."""
-  names = []
-  for arms in (FIRST, *((arm,) for arm in ARMS if arm not in FIRST)):
-    own = {arm: [p for p in points if p.labels['arm'] == arm] for arm in arms}
-    tuning = [p for arm in arms for p in own[arm] if p.labels['seed'] == '0']
-    best = {arm: _best(own[arm], results) for arm in arms}
-    more = [p for arm in arms for p in own[arm] if _cell(p) == best[arm]]
-    names += [p.name for p in (*tuning, *more)]
-  return list(dict.fromkeys(names))
-
-
-def _best(points, results) -> tuple[str, str] | None:
-  """The points of an arm -> its cell with the lowest loss, once seed 0 ended in all.
-
-  A cell in which a seed diverged is not stable, and not chosen.
-  """
-  own = [r for r in results if r.point in {p.name for p in points}]
-  first = [r for r in own if r.labels['seed'] == '0']
-  diverged = {_cell(r) for r in own if not r.finished}
-  stable = [r for r in first if _cell(r) not in diverged]
-  if not stable or len(first) < len({_cell(p) for p in points}):
-    return None
-  return _cell(min(stable, key=lambda r: r.loss))
-
-
-def _cell(labelled) -> tuple[str, str]:
-  return labelled.labels['lr'], labelled.labels['decay']
-
-
-def point(arm: str, cell: int, seed: int, scale: str) -> axes.Point:
-  """One run; the FFN of a gated model is narrowed to match."""
-  lr, decay = CELLS[scale][cell]
-  c = get_config(f'scale={scale}')
-  rows.change(c, ARMS[arm])
-  multiple = MULTIPLE[scale]
-  ffn = -int(-(c.model.ffn - table2.surplus(c.model)) // multiple) * multiple
-  changes = {f'model.{knob}': value for knob, value in ARMS[arm].items()}
-  changes |= {'model.ffn': ffn} if ffn != c.model.ffn else {}
-  changes |= {'optim.lr': lr, 'optim.weight_decay': decay, 'seed': seed}
-  labels = {'arm': arm, 'lr': f'{lr:g}', 'decay': f'{decay:g}', 'seed': str(seed)}
-  return axes.Point(labels, changes)
+  groups = [FIRST, *((arm,) for arm in ARMS if arm not in FIRST)]
+  return tuning.choose(points, results, groups, lambda x: (x['lr'], x['decay']))
 
 
 def _scale(arg: str) -> str:

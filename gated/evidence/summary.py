@@ -1,7 +1,7 @@
 """The results of an experiment as one table and one figure, beside their folder.
 
 experiments/NAME/results/SCALE.csv   a row for each point
-experiments/NAME/results/SCALE.svg   sinks, activations and loss while training; and .png
+experiments/NAME/results/SCALE.svg   loss, sinks and activations while training; and .png
 """
 
 import csv
@@ -95,35 +95,59 @@ def write(root: storage.Path, experiment: str, scale: str) -> storage.Path:
 
 
 def figure(results: Sequence[Result]) -> Any:
-  """Results -> a figure of PANELS with a line for each result that logged them."""
+  """Results -> a figure of the training loss and of PANELS, a line for each result.
+
+  Lines of an arm share their colour; those that differ only in the seed look the same.
+  """
   from matplotlib.figure import Figure
 
   from gated.probes import style
   from gated.sweep.report.figures import log_scale
 
+  labels = dict.fromkeys(label for r in results for label in r.labels)
+  apart = [n for n in labels if len({r.labels[n] for r in results}) > 1 and n != 'seed']
+  arm = lambda r: r.labels.get('arm', '')
+  other = lambda r: tuple(r.labels[n] for n in apart if n != 'arm')
+  arms, others = (list(dict.fromkeys(map(of, results))) for of in (arm, other))
+
+  def look(r: Result) -> dict[str, Any]:
+    dash = style.DASHES[others.index(other(r)) % len(style.DASHES)]
+    return style.look(arms.index(arm(r))) | {'ls': dash}
+
+  def curve(ax: Any, r: Result, kind: str, names: Sequence[str], **options: Any) -> None:
+    curves = r.curves.get(kind, {})
+    if all(name in curves for name in names):
+      tokens = np.array(curves['step']) * (r.tokens / r.steps)
+      values = functools.reduce(np.divide, [np.array(curves[n]) for n in names])
+      label = ', '.join(_named(n, r.labels[n]) for n in apart)
+      ax.plot(tokens / 1e6, values, label=label, **look(r) | options)
+
   @style.styled
   def draw() -> Any:
-    drawing = Figure(figsize=(6.8, 4.6))
-    labels = dict.fromkeys(label for r in results for label in r.labels)
-    apart = [n for n in labels if len({r.labels[n] for r in results}) > 1]
-    axes = drawing.subplots(2, 2).flat
-    for ax, panel in zip(axes, PANELS, strict=True):
-      for i, r in enumerate(results):
-        curves, names = r.curves.get(panel.kind, {}), panel.names(r)
-        if all(name in curves for name in names):
-          tokens = np.array(curves['step']) * (r.tokens / r.steps)
-          values = functools.reduce(np.divide, [np.array(curves[n]) for n in names])
-          label = ' '.join(r.labels[n] for n in apart)
-          look = style.look(i) | {'markevery': 0.2}
-          ax.plot(tokens / 1e6, values, label=label, **look)
+    drawing = Figure(figsize=(6.8, 6.6))
+    places = drawing.subplot_mosaic('AA;BC;DE')
+    for ax, panel in zip(list(places.values())[1:], PANELS, strict=True):
+      for r in results:
+        curve(ax, r, panel.kind, panel.names(r), markevery=0.2)
       if panel.line is not None:
         ax.axhline(panel.line, color=style.GREY, lw=0.8, ls=':')
       ax.set_title(panel.title)
       if panel.log:
         log_scale(ax)
+    top = places['A']
+    for r in results:
+      curve(top, r, 'train', ['loss'], marker='', lw=0.8)
+    top.set_title('training loss (nats per token)')
+    for ax in drawing.axes:
       ax.set_xlabel('training tokens (millions)')
-    handles, names = drawing.axes[0].get_legend_handles_labels()
-    drawing.legend(handles, names, loc='outside lower center', ncols=2)
+    handles, names = drawing.axes[1].get_legend_handles_labels()
+    shown = dict(zip(names, handles))
+    options: dict[str, Any] = {'loc': 'outside lower center', 'handlelength': 5}
+    drawing.legend(shown.values(), shown, ncols=2, **options)
     return drawing
 
   return draw()
+
+
+def _named(label: str, value: str) -> str:
+  return value if label in ('arm', 'condition') else f'{label} {value}'

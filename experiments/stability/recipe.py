@@ -1,0 +1,70 @@
+"""Does the gate allow larger learning rates, and does it remove loss spikes?
+
+python scripts/campaign.py --minutes=25 --text=DIR stability
+python scripts/campaign.py --minutes=3 --scale=test stability
+Arms x learning rates x weight decays x seeds, in a model of 61M parameters. Seed 0 of an
+arm runs in every cell, its other seeds at all rates with its best weight decay.
+scale=gpu: 131M tokens a run, about 5 minutes on one H200. scale=test: seconds on a CPU.
+"""
+
+import itertools
+
+from configs import axes, base, table2
+from experiments import tuning
+from experiments.sink import recipe as sink
+
+CLAIMS = ('C15', 'C16', 'C17', 'C18')
+BUDGET = {'gpu': 6_000_000_000, 'test': 1_000_000}
+
+SCALES = tuple(sink.SCALES)
+# What differs from the model and the training of experiments/sink.
+CHANGES = {
+  'gpu': dict(
+    steps=4000,
+    batch=32,
+    eval=dict(every=1000, rows=512),
+    checkpoint=dict(every=2000),
+  ),
+  'test': {},
+}
+
+# As in Table 2; the first two are compared first.
+ARMS = {
+  name: table2.CHANGES[name]
+  for name in ('baseline', 'elementwise', 'sandwich', 'clip300', 'clip100')
+}
+TRIED = {'gpu': tuple(ARMS), 'test': ('baseline', 'elementwise')}
+RATES = {'gpu': (4e-3, 8e-3, 1.6e-2), 'test': (4e-3, 8e-3)}
+DECAYS = {'gpu': (1.2, 0.6), 'test': (1.0,)}
+SEEDS = {'gpu': (0, 1, 2), 'test': (0,)}
+MULTIPLE = {'gpu': 64, 'test': 1}  # Of the FFN's width.
+
+
+def get_config(arg: str = ''):
+  scale = _scale(arg)
+  c = sink.get_config(f'scale={scale}')
+  c.update(CHANGES[scale])
+  c.name = f'stability-{scale}'
+  return c
+
+
+def get_grid(arg: str = '') -> list[axes.Point]:
+  scale = _scale(arg)
+  cells = [*itertools.product(RATES[scale], DECAYS[scale])]
+  return [
+    tuning.point(get_config(arg), arm, ARMS[arm], cell, seed, multiple=MULTIPLE[scale])
+    for arm in TRIED[scale]
+    for cell in cells
+    for seed in SEEDS[scale]
+  ]
+
+
+def choose(points, results) -> list[str]:
+  """The baseline and the gate first: all cells, then more seeds at the best decay."""
+  first, *others = ARMS
+  groups = [(first, others[0]), *((arm,) for arm in others[1:])]
+  return tuning.choose(points, results, groups, lambda x: x['decay'])
+
+
+def _scale(arg: str) -> str:
+  return base.arguments(arg, scale=SCALES)['scale']

@@ -1,0 +1,87 @@
+"""The points of the experiments that tune each arm, and their order."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from experiments.inside import recipe as inside
+from experiments.stability import recipe as stability
+
+HIGH, MIDDLE, LOW = INSIDE = ['0.008 1.2', '0.006 1.6', '0.004 2']
+STABILITY = [
+  f'{lr} {decay}' for lr in ('0.004', '0.008', '0.016') for decay in ('1.2', '0.6')
+]
+
+
+@pytest.mark.parametrize(
+  ('recipe', 'cells'),
+  [(inside, INSIDE), (stability, STABILITY)],
+  ids=['inside', 'stability'],
+)
+def test_every_arm_has_three_seeds_in_every_cell(recipe, cells):
+  runs = [' '.join(p.labels.values()) for p in recipe.get_grid('scale=gpu')]
+  expected = {f'{arm} {cell} {k}' for arm in recipe.ARMS for cell in cells for k in '012'}
+  assert len(runs) == len(expected) and {*runs} == expected
+
+
+def wanted(recipe, losses):
+  """{'arm lr decay seed': loss} of the points that ended -> the others to run."""
+  points = [
+    SimpleNamespace(name=' '.join(p.labels.values()), labels=p.labels)
+    for p in recipe.get_grid('scale=gpu')
+  ]
+  results = [
+    SimpleNamespace(point=p.name, labels=p.labels, loss=loss, finished=loss < math.inf)
+    for p in points
+    if (loss := losses.get(p.name)) is not None
+  ]
+  return [name for name in recipe.choose(points, results) if name not in losses]
+
+
+def test_more_seeds_run_in_the_best_cell_of_their_arm():
+  cells = [f'{arm} {cell} 0' for arm in inside.FIRST for cell in INSIDE]
+  headwise = [f'headwise {cell} 0' for cell in INSIDE]
+  assert wanted(inside, {})[:9] == cells + headwise
+  one = {cells[0]: 1.6}
+  assert wanted(inside, one)[:8] == cells[1:] + headwise, (
+    'more seeds before all cells ended'
+  )
+  losses = dict(zip(cells, (1.6, 1.5, 1.7, 1.7, 1.8, 1.9)))
+  seeds = [f'elementwise {MIDDLE} {k}' for k in '12'] + [
+    f'baseline {HIGH} {k}' for k in '12'
+  ]
+  assert wanted(inside, losses)[:7] == seeds + headwise
+
+
+def test_a_cell_in_which_a_seed_diverged_is_left():
+  losses = {f'elementwise {cell} 0': 1.5 + k / 10 for k, cell in enumerate(INSIDE)}
+  losses[f'elementwise {HIGH} 1'] = math.inf
+  own = lambda: [n for n in wanted(inside, losses) if n.startswith('elementwise')]
+  assert own() == [f'elementwise {MIDDLE} {k}' for k in '12']
+  losses |= {f'elementwise {cell} 0': math.inf for cell in (MIDDLE, LOW)}
+  assert own() == []
+
+
+def test_more_seeds_run_at_all_rates_with_the_best_weight_decay():
+  arms = ('baseline', 'elementwise')
+  cells = [f'{arm} {cell} 0' for arm in arms for cell in STABILITY]
+  sandwich = [f'sandwich {cell} 0' for cell in STABILITY]
+  assert wanted(stability, {})[:18] == cells + sandwich
+  # The largest rate diverges; that is a result, and no reason to leave the decay.
+  losses = dict(
+    zip(cells, (1.6, 1.7, 1.7, 1.8, math.inf, 1.9, 1.6, 1.7, 1.6, 1.5, 1.6, 1.7))
+  )
+  rates = [cell.split()[0] for cell in STABILITY[::2]]
+  seeds = [f'baseline {lr} 1.2 {k}' for lr in rates for k in '12']
+  seeds += [f'elementwise {lr} 0.6 {k}' for lr in rates for k in '12']
+  assert wanted(stability, losses)[:18] == seeds + sandwich
+
+
+def test_gated_models_have_at_most_two_percent_more_parameters():
+  """The FFN of width 512 has 3 * 512 weights a channel; a gate has 512 a score."""
+  extra = {'elementwise': 512, 'shared': 512, 'ns_sigmoid': 512, 'g2': 256, 'headwise': 8}
+  for point in inside.get_grid('scale=gpu') + stability.get_grid('scale=gpu'):
+    ffn = point.changes.get('model.ffn', 1536)
+    added = 18 * 512 * (extra.get(point.labels['arm'], 0) - 3 * (1536 - ffn))
+    assert 0 <= added < 0.02 * 61e6
