@@ -40,14 +40,16 @@ create = UV_PYTHON_DOWNLOADS=never $(UV) venv --quiet --allow-existing \
 install = $(UV) pip install --quiet --python $(1)/bin/python
 else
 create = $(PYTHON) -m venv $(1)
-install = $(1)/bin/python -m pip install --quiet --disable-pip-version-check
+# Python compiles what is imported, which is a small part of it.
+install = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 endif
 
 # Scripts import the package. An editable install has no hash to check.
 editable = $(call install,$(1)) --no-deps --editable .
 pytest = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo check test test-all fast docs sweep text board claims tpu sky rows faults lock audit clean
+.PHONY: demo check test test-all fast docs sweep text board claims tpu sky rows faults \
+  environments lock audit clean
 .DELETE_ON_ERROR:
 
 demo: .venv/run-$(FROM)
@@ -103,6 +105,9 @@ text: .venv/run-$(FROM)
 tpu: .venv/tpu/made-$(FROM)
 
 sky: .venv/sky/made-$(FROM)
+
+# All that the checks need; with --jobs=2 in half of the time.
+environments: .venv/dev-$(FROM) .venv/docs/made-$(FROM) tpu sky
 
 rows: .venv/run-$(FROM)
 	$(BIN)/python tests/rows.py $(ARGS)
