@@ -1,7 +1,9 @@
-"""The results of an experiment as one table and one figure, beside their folder.
+"""The results of an experiment as one table and one figure.
 
-experiments/NAME/results/SCALE.csv   a row for each point
-experiments/NAME/results/SCALE.svg   loss, sinks and activations while training; and .png
+docs/results/NAME.csv   a row for each point
+docs/results/NAME.svg   loss, sinks and activations while training; and .png
+
+At other scales than gpu they are experiments/NAME/results/SCALE.csv and .svg.
 """
 
 import csv
@@ -86,12 +88,14 @@ def write(root: storage.Path, experiment: str, scale: str) -> storage.Path:
   writer = csv.DictWriter(text, table[0], lineterminator='\n')
   writer.writeheader()
   writer.writerows(table)
-  folder = result.folder(root, experiment, scale).parent
-  storage.write(folder / f'{scale}.csv', text.getvalue().encode())
+  folder, name = result.folder(root, experiment, scale).parent, scale
+  if scale == 'gpu':
+    folder, name = root / 'docs/results', experiment
+  storage.write(folder / f'{name}.csv', text.getvalue().encode())
   from gated.probes import style  # matplotlib is in requirements-report.txt.
 
-  style.save(figure(results), folder, scale, ('svg', 'png'))
-  return folder / f'{scale}.csv'
+  style.save(figure(results), folder, name, ('svg', 'png'))
+  return folder / f'{name}.csv'
 
 
 def figure(results: Sequence[Result]) -> Any:
