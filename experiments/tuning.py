@@ -1,4 +1,4 @@
-"""What grids with several learning rates and weight decays share.
+"""Points and run order of grids over learning rate and weight decay.
 
 A cell is a learning rate with a weight decay. The labels are arm, lr, decay, seed.
 """
@@ -30,25 +30,29 @@ def point(
 
 
 def choose(
-  points, results, groups: Sequence[Sequence[str]], same: Callable[[Labels], object]
+  points, results, groups: Sequence[Sequence[str]], group_of: Callable[[Labels], object]
 ) -> list[str]:
-  """One group of arms after another: seed 0 of every cell, then more seeds of some.
+  """One group of arms after another: seed 0 in every cell, then more seeds.
 
-  These are the points that are the `same`, by their labels, as the best point of seed 0.
+  More seeds run where `group_of` a point's labels equals that of the arm's best one.
   """
   names = []
   for arms in groups:
-    own = {arm: [p for p in points if p.labels['arm'] == arm] for arm in arms}
-    tuning = [p for arm in arms for p in own[arm] if p.labels['seed'] == '0']
-    best = {arm: _best(own[arm], results) for arm in arms}
-    more = [
+    arm_points = {arm: [p for p in points if p.labels['arm'] == arm] for arm in arms}
+    first_seeds = [p for own in arm_points.values() for p in own if _is_first(p)]
+    best = {arm: _best(own, results) for arm, own in arm_points.items()}
+    other_seeds = [
       p
-      for arm in arms
-      for p in own[arm]
-      if best[arm] and same(p.labels) == same(best[arm])
+      for arm, own in arm_points.items()
+      for p in own
+      if best[arm] and group_of(p.labels) == group_of(best[arm])
     ]
-    names += [p.name for p in (*tuning, *more)]
+    names += [p.name for p in (*first_seeds, *other_seeds)]
   return list(dict.fromkeys(names))
+
+
+def _is_first(labelled) -> bool:
+  return labelled.labels['seed'] == '0'
 
 
 def _best(points, results) -> Labels | None:
@@ -57,10 +61,10 @@ def _best(points, results) -> Labels | None:
   A cell in which a seed diverged is not stable, and not chosen.
   """
   cell = lambda labelled: (labelled.labels['lr'], labelled.labels['decay'])
-  own = [r for r in results if r.point in {p.name for p in points}]
-  first = [r for r in own if r.labels['seed'] == '0']
-  diverged = {cell(r) for r in own if not r.finished}
-  stable = [r for r in first if cell(r) not in diverged]
-  if not stable or len(first) < len({cell(p) for p in points}):
+  arm_results = [r for r in results if r.point in {p.name for p in points}]
+  seed_0 = [r for r in arm_results if _is_first(r)]
+  diverged = {cell(r) for r in arm_results if not r.finished}
+  stable = [r for r in seed_0 if cell(r) not in diverged]
+  if not stable or len(seed_0) < len({cell(p) for p in points}):
     return None
   return min(stable, key=lambda r: r.loss).labels

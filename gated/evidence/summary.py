@@ -3,7 +3,9 @@
 docs/results/NAME.csv   a row for each point
 docs/results/NAME.svg   loss, sinks and activations while training; and .png
 
-At other scales than gpu they are experiments/NAME/results/SCALE.csv and .svg.
+At other scales than gpu they are experiments/NAME/results/SCALE.csv and .svg. In the
+table `f_attn` is by document where documents are masked, and `probed_rows` is 0 where the
+probes are those of the last training step.
 """
 
 import csv
@@ -109,21 +111,21 @@ def figure(results: Sequence[Result]) -> Any:
   from gated.sweep.report.figures import log_scale
 
   labels = dict.fromkeys(label for r in results for label in r.labels)
-  apart = [n for n in labels if len({r.labels[n] for r in results}) > 1 and n != 'seed']
-  arm = lambda r: r.labels.get('arm', '')
-  other = lambda r: tuple(r.labels[n] for n in apart if n != 'arm')
-  arms, others = (list(dict.fromkeys(map(of, results))) for of in (arm, other))
+  varying = [n for n in labels if len({r.labels[n] for r in results}) > 1 and n != 'seed']
+  arm_of = lambda r: r.labels.get('arm', '')
+  setting_of = lambda r: tuple(r.labels[n] for n in varying if n != 'arm')
+  arms, settings = (list(dict.fromkeys(map(of, results))) for of in (arm_of, setting_of))
 
   def look(r: Result) -> dict[str, Any]:
-    dash = style.DASHES[others.index(other(r)) % len(style.DASHES)]
-    return style.look(arms.index(arm(r))) | {'ls': dash}
+    dash = style.DASHES[settings.index(setting_of(r)) % len(style.DASHES)]
+    return style.look(arms.index(arm_of(r))) | {'ls': dash}
 
   def curve(ax: Any, r: Result, kind: str, names: Sequence[str], **options: Any) -> None:
     curves = r.curves.get(kind, {})
     if all(name in curves for name in names):
       tokens = np.array(curves['step']) * (r.tokens / r.steps)
       values = functools.reduce(np.divide, [np.array(curves[n]) for n in names])
-      label = ', '.join(_named(n, r.labels[n]) for n in apart)
+      label = ', '.join(_named(n, r.labels[n]) for n in varying)
       ax.plot(tokens / 1e6, values, label=label, **look(r) | options)
 
   @style.styled
