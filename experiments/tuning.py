@@ -11,14 +11,20 @@ Labels = Mapping[str, str]
 
 
 def point(
-  config, arm: str, changes: dict, cell: tuple[float, float], seed: int, *, multiple: int
+  config,
+  arm: str,
+  changes: dict,
+  values: tuple[float, float],
+  seed: int,
+  *,
+  multiple: int,
 ):
   """A run of an arm in a cell; the FFN is narrowed by as many weights as the gate has.
 
-  `config` is the plain model's recipe, and is changed. The FFN's width stays a multiple
-  of `multiple`.
+  `config` is the plain model's recipe, and is changed. `values` are the cell's. The FFN's
+  width stays a multiple of `multiple`.
   """
-  lr, decay = cell
+  lr, decay = values
   plain = config.model.ffn
   rows.change(config, changes)
   ffn = -int(-(plain - table2.surplus(config.model)) // multiple) * multiple
@@ -27,6 +33,10 @@ def point(
   knobs |= {'optim.lr': lr, 'optim.weight_decay': decay, 'seed': seed}
   labels = {'arm': arm, 'lr': f'{lr:g}', 'decay': f'{decay:g}', 'seed': str(seed)}
   return axes.Point(labels, knobs)
+
+
+def cell(labels: Labels) -> tuple[str, str]:
+  return labels['lr'], labels['decay']
 
 
 def choose(
@@ -40,12 +50,12 @@ def choose(
   for arms in groups:
     arm_points = {arm: [p for p in points if p.labels['arm'] == arm] for arm in arms}
     first_seeds = [p for own in arm_points.values() for p in own if _is_first(p)]
-    best = {arm: _best(own, results) for arm, own in arm_points.items()}
+    chosen = {arm: best(own, results) for arm, own in arm_points.items()}
     other_seeds = [
       p
       for arm, own in arm_points.items()
       for p in own
-      if best[arm] and group_of(p.labels) == group_of(best[arm])
+      if chosen[arm] and group_of(p.labels) == group_of(chosen[arm])
     ]
     names += [p.name for p in (*first_seeds, *other_seeds)]
   return list(dict.fromkeys(names))
@@ -55,16 +65,15 @@ def _is_first(labelled) -> bool:
   return labelled.labels['seed'] == '0'
 
 
-def _best(points, results) -> Labels | None:
+def best(points, results) -> Labels | None:
   """The points of an arm -> the labels of the best one, once seed 0 ended in all cells.
 
   A cell in which a seed diverged is not stable, and not chosen.
   """
-  cell = lambda labelled: (labelled.labels['lr'], labelled.labels['decay'])
   arm_results = [r for r in results if r.point in {p.name for p in points}]
   seed_0 = [r for r in arm_results if _is_first(r)]
-  diverged = {cell(r) for r in arm_results if not r.finished}
-  stable = [r for r in seed_0 if cell(r) not in diverged]
-  if not stable or len(seed_0) < len({cell(p) for p in points}):
+  diverged = {cell(r.labels) for r in arm_results if not r.finished}
+  stable = [r for r in seed_0 if cell(r.labels) not in diverged]
+  if not stable or len(seed_0) < len({cell(p.labels) for p in points}):
     return None
   return min(stable, key=lambda r: r.loss).labels

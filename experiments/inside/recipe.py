@@ -71,7 +71,7 @@ def get_grid(arg: str = '') -> list[axes.Point]:
 def choose(points, results) -> list[str]:
   """Two arms first, then one after another: all cells, then more seeds in the best."""
   groups = [FIRST, *((arm,) for arm in ARMS if arm not in FIRST)]
-  return tuning.choose(points, results, groups, lambda x: (x['lr'], x['decay']))
+  return tuning.choose(points, results, groups, tuning.cell)
 
 
 def _scale(arg: str) -> str:
