@@ -22,7 +22,7 @@ def test_eval_accepts_every_command_but_for_its_missing_run(tmp_path, run_python
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('stage', 'arm'), zip(('start', 'extend'), run.ARMS))
+@pytest.mark.parametrize(('stage', 'arm'), [*zip(('start', 'extend'), run.ARMS)])
 def test_train_accepts_the_commands(stage, arm, tmp_path, run_python):
   command = run.training(arguments(tmp_path, 'test'), arm, stage)
   done = run_python([*command, '--print_config'])
