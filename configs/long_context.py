@@ -11,10 +11,10 @@ the text of DIR packed with --length=4096. YaRN needs no training: eval.py appli
 
 Published: the base grows from 10k to 1M, the rows from 4096 to 32,768 tokens, for 80B
 tokens; YaRN extends it to 128k. Assumed: everything else; the factor 4 is 128k / 32k.
-scale=proxy (the default): 62M parameters, 268M tokens at 1024 and 52M at 4096, with the
-weight decay and learning rate that give the baseline of experiments/sink its sink; it
-needs prepared text with a vocabulary of at most 8192. scale=test: seconds on a CPU, from
-32 to 128 tokens of the embedded corpus.
+scale=proxy (the default): 62M parameters, 426M tokens at 1024 and 52M at 4096, with the
+batch, weight decay and learning rate at which the baseline of experiments/sink had a sink
+after as many tokens; it needs prepared text with a vocabulary of at most 8192.
+scale=test: seconds on a CPU, from 32 to 128 tokens of the embedded corpus.
 """
 
 from configs import base, table2
@@ -33,8 +33,8 @@ SCALES = {
   },
   'proxy': {
     'start': dict(
-      steps=8192,
-      batch=32,
+      steps=6500,
+      batch=64,
       data=dict(length=1024),
       optim=dict(lr=4e-3, weight_decay=1.0),
       model=dict(vocab=8192),
