@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # The packed sources: folders, and patterns of files.
 CARRIED = 'configs', 'gated', 'scripts'
 FILES = 'train.py', 'eval.py', 'pyproject.toml', 'LICENSE', 'requirements*'
-FILES += ('experiments/*/recipe.py',)
+FILES += 'experiments/*.py', 'experiments/*/recipe.py'
 LEFT_OUT = '__pycache__', '.pyc', '.partial'
 MOST = 1 << 26  # Bytes of all sources; a sweep carries no data.
 

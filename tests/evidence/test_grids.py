@@ -1,12 +1,21 @@
 """The points of the experiments that tune each arm, and their order."""
 
+import io
 import math
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from experiments.inside import recipe as inside
 from experiments.stability import recipe as stability
+from gated.sweep import folder
+
+ROOT = Path(__file__).resolve().parents[2]
 
 HIGH, MIDDLE, LOW = INSIDE = ['0.008 1.2', '0.006 1.6', '0.004 2']
 STABILITY = [
@@ -78,6 +87,20 @@ def test_more_seeds_run_at_all_rates_with_the_best_weight_decay():
   # Spikes are compared in the best cell of the baseline.
   seeds += [f'elementwise 0.004 1.2 {k}' for k in '12']
   assert wanted(stability, losses)[:20] == seeds + sandwich
+
+
+def test_a_campaigns_copy_of_the_sources_has_all_that_recipes_import(tmp_path):
+  with tarfile.open(fileobj=io.BytesIO(folder.pack(ROOT)), mode='r:gz') as archive:
+    archive.extractall(tmp_path, filter='data')
+  names = [path.parent.name for path in ROOT.glob('experiments/*/recipe.py')]
+  code = '; '.join(
+    f'import experiments.{name}.recipe as r; r.get_grid()' for name in names
+  )
+  code += '; print(r.__file__)'
+  environment = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+  run = dict(cwd=tmp_path, env=environment, capture_output=True, text=True)
+  done = subprocess.run([sys.executable, '-c', code], **run)
+  assert done.stdout.startswith(str(tmp_path)), done.stderr
 
 
 def test_gated_models_have_at_most_two_percent_more_parameters():
