@@ -3,27 +3,38 @@
 A cell is a learning rate with a weight decay. The labels are arm, lr, decay, seed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from configs import axes, rows, table2
 
 Labels = Mapping[str, str]
 
 
-def point(
-  config,
-  arm: str,
-  changes: dict,
-  values: tuple[float, float],
-  seed: int,
+def grid(
+  config: Callable[[], Any],
+  arms: Mapping[str, dict],
+  cells: Iterable[tuple[float, float]],
+  seeds: Iterable[int],
   *,
   multiple: int,
-):
-  """A run of an arm in a cell; the FFN is narrowed by as many weights as the gate has.
+) -> list[axes.Point]:
+  """Every arm in every cell with every seed, in this order.
 
-  `config` is the plain model's recipe, and is changed. `values` are the cell's. The FFN's
-  width stays a multiple of `multiple`.
+  `config` makes the plain model's recipe; `arms` are its changes by name. The FFN is
+  narrowed by as many weights as the gate has, to a multiple of `multiple`.
   """
+  runs = itertools.product(arms.items(), cells, seeds)
+  return [
+    _point(config(), arm, changes, values, seed, multiple)
+    for (arm, changes), values, seed in runs
+  ]
+
+
+def _point(
+  config, arm: str, changes: dict, values: tuple[float, float], seed: int, multiple: int
+) -> axes.Point:
   lr, decay = values
   plain = config.model.ffn
   rows.change(config, changes)
@@ -36,6 +47,7 @@ def point(
 
 
 def cell(labels: Labels) -> tuple[str, str]:
+  """The cell of a point or a result."""
   return labels['lr'], labels['decay']
 
 

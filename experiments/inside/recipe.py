@@ -60,12 +60,9 @@ def get_config(arg: str = ''):
 
 def get_grid(arg: str = '') -> list[axes.Point]:
   scale = _scale(arg)
-  return [
-    tuning.point(get_config(arg), arm, ARMS[arm], cell, seed, multiple=MULTIPLE[scale])
-    for arm in TRIED[scale]
-    for cell in CELLS[scale]
-    for seed in SEEDS[scale]
-  ]
+  arms, size = {arm: ARMS[arm] for arm in TRIED[scale]}, MULTIPLE[scale]
+  config = lambda: get_config(arg)
+  return tuning.grid(config, arms, CELLS[scale], SEEDS[scale], multiple=size)
 
 
 def choose(points, results) -> list[str]:

@@ -52,12 +52,8 @@ def get_config(arg: str = ''):
 def get_grid(arg: str = '') -> list[axes.Point]:
   scale = _scale(arg)
   cells = [*itertools.product(RATES[scale], DECAYS[scale])]
-  return [
-    tuning.point(get_config(arg), arm, ARMS[arm], cell, seed, multiple=MULTIPLE[scale])
-    for arm in TRIED[scale]
-    for cell in cells
-    for seed in SEEDS[scale]
-  ]
+  arms, size = {arm: ARMS[arm] for arm in TRIED[scale]}, MULTIPLE[scale]
+  return tuning.grid(lambda: get_config(arg), arms, cells, SEEDS[scale], multiple=size)
 
 
 def choose(points, results) -> list[str]:
@@ -69,9 +65,9 @@ def choose(points, results) -> list[str]:
   order = lambda *groups: tuning.choose(points, results, groups, lambda x: x['decay'])
   of = lambda arm: [p for p in points if p.labels['arm'] == arm]
   best = tuning.best(of(baseline), results)
-  same = [p for p in of(gate) if best and tuning.cell(p.labels) == tuning.cell(best)]
+  beside = [p for p in of(gate) if best and tuning.cell(p.labels) == tuning.cell(best)]
   others = [(arm,) for arm in ARMS if arm not in FIRST]
-  return [*dict.fromkeys([*order(FIRST), *(p.name for p in same), *order(*others)])]
+  return [*dict.fromkeys([*order(FIRST), *(p.name for p in beside), *order(*others)])]
 
 
 def _scale(arg: str) -> str:

@@ -105,12 +105,12 @@ def quotient(
   )
 
 
-def share(arm: str, of: str = 'elementwise', **more: Any) -> Part:
+def share(arm: str, whole: str = 'elementwise', **more: Any) -> Part:
   """The gain in loss of an arm over the baseline, as a share of another arm's gain."""
   return Part(
-    words=f'gain of {arm} over gain of {of}, in {LOSS.words},',
+    words=f'gain of {arm} over gain of {whole}, in {LOSS.words},',
     weights={'baseline': 1.0, arm: -1.0},
-    over={'baseline': 1.0, of: -1.0},
+    over={'baseline': 1.0, whole: -1.0},
     sample=_best(LOSS),
     kind='share',
     **more,

@@ -12,9 +12,10 @@ def arguments(out, scale):
 
 
 @pytest.mark.slow
-def test_eval_accepts_every_command_but_for_its_missing_run(tmp_path, run_python):
+@pytest.mark.parametrize('scale', run.SCALES)
+def test_eval_accepts_every_command_but_for_its_missing_run(scale, tmp_path, run_python):
   """A refused flag was found on a rented GPU, after the training."""
-  commands = run.evaluations(arguments(tmp_path, 'proxy'))
+  commands = run.evaluations(arguments(tmp_path, scale))
   for name, command in commands.items():
     done = run_python(command)
     assert done.returncode == 2, name
@@ -22,8 +23,9 @@ def test_eval_accepts_every_command_but_for_its_missing_run(tmp_path, run_python
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('stage', 'arm'), [*zip(('start', 'extend'), run.ARMS)])
-def test_train_accepts_the_commands(stage, arm, tmp_path, run_python):
+@pytest.mark.parametrize('stage', ['start', 'extend'])
+@pytest.mark.parametrize('arm', run.ARMS)
+def test_train_accepts_every_command(stage, arm, tmp_path, run_python):
   command = run.training(arguments(tmp_path, 'test'), arm, stage)
   done = run_python([*command, '--print_config'])
   assert done.returncode == 0 and f'long-context-{arm}' in done.stdout, done.stderr
