@@ -1,12 +1,12 @@
 """Multiple choice through our adapter to lm-eval, beside lm-eval's own model `hf`.
 
-  python bench/tasks.py [--shape=proxy --items=500]
+  python bench/tasks.py [--shape=proxy --items=500 --batches=16,32,64,128,256]
 
 Each item is a context of Python's standard library and four continuations: four requests
 of 200 to 400 tokens. The ungated model of `dense_1b7:28l` with random weights, 61M
 parameters (proxy) or 1.7B (paper), is exported to a Qwen3 folder, which both read in
 bfloat16. Times are of a second pass over the requests, texts to answers; the first pass
-compiles. lm-eval's model has the best of some batch sizes. Needs requirements-tasks.txt,
+compiles. lm-eval's model has the best of the batch sizes. Needs requirements-tasks.txt,
 torch, transformers and accelerate.
 """
 
@@ -30,7 +30,6 @@ from gated.evals.harness.cache import Answers
 from gated.plan import tasks
 
 SHORTEST, LONGEST = 200, 400  # tokens of a request
-BATCHES = 16, 32, 64, 128, 256
 VOCAB = 8192
 
 
@@ -88,11 +87,13 @@ def timed(lm, asked: list[tuple[str, str]]) -> tuple[float, list]:
   return time.perf_counter() - start, answers
 
 
-def peer(folder: Path, asked: list[tuple[str, str]]) -> tuple[float, list]:
-  """-> the shortest time of lm-eval's own model over BATCHES, and its answers."""
+def peer(
+  folder: Path, asked: list[tuple[str, str]], sizes: list[int]
+) -> tuple[float, list]:
+  """-> the shortest time of lm-eval's own model over batch sizes, and its answers."""
   hflm = importlib.import_module('lm_eval.models.huggingface').HFLM
   best, answers = float('inf'), []
-  for size in BATCHES:
+  for size in sizes:
     lm = hflm(pretrained=str(folder), dtype='bfloat16', batch_size=size, device='cuda')
     first, _ = timed(lm, asked)
     second, answers = timed(lm, asked)
@@ -111,12 +112,15 @@ def ours(folder: Path, asked: list[tuple[str, str]]) -> tuple[float, list]:
 
 
 def main():
-  a = timing.options(__doc__, shape='proxy', items=500).parse_args()
+  a = timing.options(
+    __doc__, shape='proxy', items=500, batches='16,32,64,128,256'
+  ).parse_args()
+  sizes = [int(size) for size in a.batches.split(',')]
   print(timing.title(vars(a)))
   with tempfile.TemporaryDirectory() as parent:
     folder = Path(parent) / 'model'
     asked = requests(a.items, export(folder, a.shape))
-    their_time, theirs = peer(folder, asked)
+    their_time, theirs = peer(folder, asked, sizes)
     our_time, own = ours(folder, asked)
   away = max(abs(x[0] - y[0]) / abs(y[0]) for x, y in zip(own, theirs, strict=True))
   print(f'{len(asked)} requests: hf / ours {their_time / our_time:.2f}')

@@ -11,9 +11,9 @@ the text of DIR packed with --length=4096. YaRN needs no training: eval.py appli
 
 Published: the base grows from 10k to 1M, the rows from 4096 to 32,768 tokens, for 80B
 tokens; YaRN extends it to 128k. Assumed: everything else; the factor 4 is 128k / 32k.
-scale=proxy (the default): 62M parameters, 426M tokens at 1024 and 52M at 4096, with the
-batch, weight decay and learning rate at which the baseline of experiments/sink had a sink
-after as many tokens; it needs prepared text with a vocabulary of at most 8192.
+scale=proxy (the default): 62M parameters, 433M tokens at 1024 and 52M at 4096; the start
+trains as a point of experiments/inside, under conditions that give its baseline a sink;
+it needs prepared text with a vocabulary of at most 8192.
 scale=test: seconds on a CPU, from 32 to 128 tokens of the embedded corpus.
 """
 
@@ -33,17 +33,17 @@ SCALES = {
   },
   'proxy': {
     'start': dict(
-      steps=6500,
+      steps=6600,
       batch=64,
       data=dict(length=1024),
-      optim=dict(lr=4e-3, weight_decay=1.0),
+      optim=dict(lr=4e-3, weight_decay=1.8, warmup=400),
       model=dict(vocab=8192),
     ),
     'extend': dict(
       steps=800,
       batch=16,
       data=dict(length=4096),
-      optim=dict(lr=4e-4, weight_decay=1.0, warmup=50),
+      optim=dict(lr=4e-4, weight_decay=1.8, warmup=50),
       model=dict(vocab=8192, attn=dict(max_segments=64)),
     ),
   },

@@ -12,16 +12,18 @@ point at a time, or --per_card of them. Results are written to
 experiments/NAME/results/SCALE/ when a point ends: recipe, losses, probes, curves, without
 weights. When the time is over, the running points save; the same command continues them
 while runs/campaign/ exists. --whole starts only points that fit into the time left, for
-machines whose disk is lost afterwards.
+machines whose disk is lost afterwards. --only='baseline*' chooses points by their names.
 
 Exit codes: 0 the time is spent, or nothing is wanted. 1: some points failed. 2: refused.
 """
 
 import argparse
+import fnmatch
 import importlib
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +68,23 @@ def opened(name: str, scale: str, text: str) -> experiment.Experiment:
   return experiment.opened(root, name, scale, swept=swept, settings=vars(module))
 
 
+def chosen_points(
+  experiments: list[experiment.Experiment], patterns: Sequence[str]
+) -> list[experiment.Experiment]:
+  """The experiments, each wanting only points whose name fits a pattern."""
+  for pattern in patterns:
+    points = [p.name for e in experiments for p in e.swept.points]
+    if not fnmatch.filter(points, pattern):
+      raise ValueError(f'--only={pattern!r} fits no point, such as {points[0]!r}')
+
+  def narrowed(e: experiment.Experiment) -> experiment.Experiment:
+    fits = lambda name: any(fnmatch.fnmatchcase(name, p) for p in patterns)
+    choose = lambda points, results: [*filter(fits, e.choose(points, results))]
+    return replace(e, choose=choose)
+
+  return [narrowed(e) for e in experiments]
+
+
 def run(args: argparse.Namespace, experiments: list[experiment.Experiment]) -> int:
   if not experiments:
     print('nothing is wanted: every point has a result, or its budget is spent')
@@ -93,6 +112,7 @@ def run(args: argparse.Namespace, experiments: list[experiment.Experiment]) -> i
       others=[
         r for n in names() for r in result.read_all(storage.path(ROOT), n, args.scale)
       ],
+      keep_checkpoints=args.keep_checkpoints,
     )
     runner = work.runner(room.slots, code)
     stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -121,6 +141,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--text', default='', help='the dataset, for scale=gpu')
   parser.add_argument('--per_card', type=int, default=1, help='concurrent points per GPU')
   parser.add_argument('--whole', action='store_true', help='start only what can end')
+  parser.add_argument(
+    '--only', action='append', metavar='PATTERN', help='of the names of points; repeatable'
+  )
+  parser.add_argument('--keep_checkpoints', action='store_true', help='of ended points')
   parser.add_argument('--status', action='store_true', help='print the status and exit')
   parser.add_argument('--summary', action='store_true', help='write tables and figures')
   parser.add_argument('--merge', default='', help='a checkout whose results are added')
@@ -142,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       )
     chosen = args.experiments or names()
     experiments = [opened(name, args.scale, args.text) for name in chosen]
+    experiments = chosen_points(experiments, args.only or ['*'])
     if args.status:
       print(*(e.status() for e in experiments), sep='\n')
       return 0

@@ -6,6 +6,7 @@ python experiments/long/run.py --out=runs/c20-test --scale=test
 TEXT is the corpus packed with --length=1024, LONG with --length=4096, LIBRARY a folder of
 modules (README.md). Each GPU runs an arm, or an evaluation, at a time. The same command
 goes on: training resumes, and an evaluation that has its text is not repeated.
+--start=BASELINE,ELEMENTWISE takes two workdirs as the models of the first stage.
 OUT/results/ gets what an evaluation prints, its report and figures; weights stay in OUT.
 scale=test: minutes on 2 cores, with rows of 128 and 1280 tokens and two tasks of RULER.
 
@@ -103,16 +104,22 @@ class Work:
       return all([*pool.map(self.run, commands, commands.values())])
 
 
+def workdir(args: argparse.Namespace, stage: str, arm: str) -> str:
+  if stage == 'start' and args.start:
+    return args.start[ARMS.index(arm)]
+  return f'{args.out}/{stage}-{arm}'
+
+
 def training(args: argparse.Namespace, arm: str, stage: str) -> list[str]:
   """-> the command that trains a stage of an arm."""
-  command = ['train.py', f'--workdir={args.out}/{stage}-{arm}']
+  command = ['train.py', f'--workdir={workdir(args, stage, arm)}']
   command += [f'--config=configs/long_context.py:{arm},stage={stage},scale={args.scale}']
   text = args.text if stage == 'start' else args.long
   knobs: dict[str, object] = {'checkpoint.keep': 1, 'log.tensorboard': False}
   knobs |= {'data.mixture': Path(text).resolve()} if text else {}
   knobs |= TEST[stage] if args.scale == 'test' else {}
   if stage == 'extend':
-    knobs['init_from'] = f'{args.out}/start-{arm}'
+    knobs['init_from'] = workdir(args, 'start', arm)
     command += ['--allow_change=config.model.attn.rope_base']
   return [*command, *(f'--config.{knob}={value}' for knob, value in knobs.items())]
 
@@ -123,8 +130,8 @@ def evaluations(args: argparse.Namespace) -> dict[str, list[str]]:
   rows, most = scale.rows, FACTOR * scale.rows
   both = lambda stage: [
     'eval.py',
-    f'--workdir={args.out}/{stage}-elementwise',
-    f'--beside={args.out}/{stage}-baseline',
+    f'--workdir={workdir(args, stage, "elementwise")}',
+    f'--beside={workdir(args, stage, "baseline")}',
     '--figures',
   ]
   ruler = [f'--ruler={scale.lengths}', f'--yarn={FACTOR}', '--loss_only', *scale.ruler]
@@ -144,16 +151,12 @@ def evaluations(args: argparse.Namespace) -> dict[str, list[str]]:
   return commands
 
 
-def collect(out: storage.Path, results: storage.Path) -> None:
+def collect(args: argparse.Namespace, results: storage.Path) -> None:
   """Copies reports, figures and metrics of the workdirs into the results."""
   for arm in ARMS:
     for stage in ('start', 'extend'):
-      workdir = out / f'{stage}-{arm}'
-      found = [
-        workdir / 'metrics.jsonl',
-        *workdir.glob('probes/*'),
-        *workdir.glob('evals/*'),
-      ]
+      folder = storage.path(workdir(args, stage, arm))
+      found = [folder / 'metrics.jsonl', *folder.glob('probes/*'), *folder.glob('evals/*')]
       for path in found:
         if path.is_file():
           storage.write(results / f'{stage}-{arm}-{path.name}', path.read_bytes())
@@ -167,6 +170,7 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument('--scale', choices=SCALES, default='proxy')
   for name in ('text', 'long', 'library'):
     parser.add_argument(f'--{name}', default='', help='a folder; see above')
+  parser.add_argument('--start', default='', help='two workdirs; see above')
   args = parser.parse_args(argv)
   terminal.steady()
   args.out = str(Path(args.out).resolve())
@@ -175,6 +179,10 @@ def main(argv: Sequence[str]) -> int:
     if args.scale == 'proxy' and not Path(value or 'none').is_dir():
       print(f'run.py: --{name}={value!r} is not a folder', file=sys.stderr)
       return exit_codes.REFUSED
+  args.start = [str(Path(d).resolve()) for d in args.start.split(',') if d]
+  if args.start and (len(args.start) != 2 or not all(Path(d).is_dir() for d in args.start)):
+    print(f'run.py: --start={args.start} must be two folders', file=sys.stderr)
+    return exit_codes.REFUSED
   if not args.library:
     args.library = str(Path(__file__).parent)
   results = storage.path(args.out) / 'results'
@@ -182,13 +190,13 @@ def main(argv: Sequence[str]) -> int:
   work = Work(results, [{'CUDA_VISIBLE_DEVICES': gpu} for gpu in gpus] or [{}])
 
   def arm(name: str) -> bool:
-    stages = ('start', 'extend')
+    stages = ('extend',) if args.start else ('start', 'extend')
     return all(work.run(f'{s}-{name}', training(args, name, s)) for s in stages)
 
   with futures.ThreadPoolExecutor(len(ARMS)) as pool:
     trained = all([*pool.map(arm, ARMS)])
   good = trained and work.all(evaluations(args))
-  collect(storage.path(args.out), results)
+  collect(args, results)
   return exit_codes.FINISHED if good else FAILED
 
 

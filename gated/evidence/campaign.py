@@ -159,6 +159,7 @@ class Campaign:
     open_claims: Callable[[Experiment], int],
     view: Callable[[Sequence[Row]], None],
     others: Sequence[result.Result] = (),
+    keep_checkpoints: bool = False,
   ):
     """`swept` is written; `seconds` count from now.
 
@@ -167,7 +168,7 @@ class Campaign:
     """
     self._root, self._experiments, self.swept = root, experiments, swept
     self._whole, self._open_claims, self._view = whole, open_claims, view
-    self._others = others
+    self._others, self._keep = others, keep_checkpoints
     self._start = self._last = time.monotonic()
     self._end = self._start + seconds - min(SAVING, SAVING_SHARE * seconds)
     self._stops = [self._end, self._start + (1 + SAVING_SHARE) * seconds]
@@ -186,7 +187,7 @@ class Campaign:
       slots=slots,
       code=code,
       show=self._update,
-      keep_checkpoints=False,
+      keep_checkpoints=self._keep,
       after=self._probe,
     )
     self._rows = {row.point.name: row for row in self._runner.rows}

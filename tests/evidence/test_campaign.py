@@ -301,11 +301,20 @@ def test_a_folder_of_other_versions_is_refused(tmp_path):
     (['--minutes=0', '--scale=test'], '--minutes=0 must be positive'),
     (['--minutes=1', '--scale=test', 'snk'], "'snk' is not an experiment; experiments/"),
     (['--minutes=1'], '--text=DIR is missing'),
+    (['--status', 'inside', '--only=headwse*'], "--only='headwse*' fits no point, such as"),
   ],
 )
 def test_bad_arguments_name_the_flag(words, message, capsys):
   assert script.main(words) == script.REFUSED
   assert message in capsys.readouterr().err
+
+
+def test_points_can_be_chosen_by_name():
+  inside = script.opened('inside', 'test', '')
+  (chosen,) = script.chosen_points([inside], ['element*'])
+  names = lambda e: e.choose(e.swept.points, [])
+  assert len(names(inside)) == 2
+  assert names(chosen) == [n for n in names(inside) if n.startswith('elementwise')]
 
 
 def test_points_are_stopped_in_time_and_killed_five_percent_later(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from gated.sweep import folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
-HIGH, MIDDLE, LOW = INSIDE = ['0.008 1.2', '0.006 1.6', '0.004 2']
+LOW, HIGH = INSIDE = ['0.004 1.8', '0.006 1.2']
 STABILITY = [
   f'{lr} {decay}' for lr in ('0.004', '0.008', '0.016') for decay in ('1.2', '0.6')
 ]
@@ -51,24 +51,24 @@ def wanted(recipe, losses):
 def test_more_seeds_run_in_the_best_cell_of_their_arm():
   cells = [f'{arm} {cell} 0' for arm in inside.FIRST for cell in INSIDE]
   headwise = [f'headwise {cell} 0' for cell in INSIDE]
-  assert wanted(inside, {})[:9] == cells + headwise
+  assert wanted(inside, {})[:6] == cells + headwise
   one = {cells[0]: 1.6}
-  assert wanted(inside, one)[:8] == cells[1:] + headwise, (
+  assert wanted(inside, one)[:5] == cells[1:] + headwise, (
     'more seeds before all cells ended'
   )
-  losses = dict(zip(cells, (1.6, 1.5, 1.7, 1.7, 1.8, 1.9)))
-  seeds = [f'elementwise {MIDDLE} {k}' for k in '12'] + [
-    f'baseline {HIGH} {k}' for k in '12'
+  losses = dict(zip(cells, (1.6, 1.5, 1.7, 1.8)))
+  seeds = [f'elementwise {HIGH} {k}' for k in '12'] + [
+    f'baseline {LOW} {k}' for k in '12'
   ]
-  assert wanted(inside, losses)[:7] == seeds + headwise
+  assert wanted(inside, losses)[:6] == seeds + headwise
 
 
 def test_a_cell_in_which_a_seed_diverged_is_left():
   losses = {f'elementwise {cell} 0': 1.5 + k / 10 for k, cell in enumerate(INSIDE)}
-  losses[f'elementwise {HIGH} 1'] = math.inf
+  losses[f'elementwise {LOW} 1'] = math.inf
   own = lambda: [n for n in wanted(inside, losses) if n.startswith('elementwise')]
-  assert own() == [f'elementwise {MIDDLE} {k}' for k in '12']
-  losses |= {f'elementwise {cell} 0': math.inf for cell in (MIDDLE, LOW)}
+  assert own() == [f'elementwise {HIGH} {k}' for k in '12']
+  losses[f'elementwise {HIGH} 0'] = math.inf
   assert own() == []
 
 

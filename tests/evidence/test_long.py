@@ -7,8 +7,9 @@ import pytest
 from experiments.long import run
 
 
-def arguments(out, scale):
-  return argparse.Namespace(out=str(out), scale=scale, text='', long='', library=str(out))
+def arguments(out, scale, start=()):
+  paths = dict(out=str(out), library=str(out), text='', long='')
+  return argparse.Namespace(scale=scale, start=start, **paths)
 
 
 @pytest.mark.slow
@@ -29,6 +30,14 @@ def test_train_accepts_every_command(stage, arm, tmp_path, run_python):
   command = run.training(arguments(tmp_path, 'test'), arm, stage)
   done = run_python([*command, '--print_config'])
   assert done.returncode == 0 and f'long-context-{arm}' in done.stdout, done.stderr
+
+
+def test_models_that_were_trained_before_are_continued(tmp_path):
+  args = arguments(tmp_path, 'test', start=['/before/a', '/before/b'])
+  for arm, folder in zip(run.ARMS, args.start, strict=True):
+    assert f'--config.init_from={folder}' in run.training(args, arm, 'extend')
+    assert any(folder in word for word in run.evaluations(args)['probes'])
+    assert not any(folder in word for word in run.evaluations(args)['ruler'])
 
 
 def test_a_command_runs_once_and_a_failed_one_again(tmp_path, capsys):
