@@ -142,7 +142,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--per_card', type=int, default=1, help='concurrent points per GPU')
   parser.add_argument('--whole', action='store_true', help='start only what can end')
   parser.add_argument(
-    '--only', action='append', metavar='PATTERN', help='of the names of points; repeatable'
+    '--only',
+    action='append',
+    metavar='PATTERN',
+    help='of the names of points; repeatable',
   )
   parser.add_argument('--keep_checkpoints', action='store_true', help='of ended points')
   parser.add_argument('--status', action='store_true', help='print the status and exit')

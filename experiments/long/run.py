@@ -156,7 +156,11 @@ def collect(args: argparse.Namespace, results: storage.Path) -> None:
   for arm in ARMS:
     for stage in ('start', 'extend'):
       folder = storage.path(workdir(args, stage, arm))
-      found = [folder / 'metrics.jsonl', *folder.glob('probes/*'), *folder.glob('evals/*')]
+      found = [
+        folder / 'metrics.jsonl',
+        *folder.glob('probes/*'),
+        *folder.glob('evals/*'),
+      ]
       for path in found:
         if path.is_file():
           storage.write(results / f'{stage}-{arm}-{path.name}', path.read_bytes())
@@ -180,7 +184,9 @@ def main(argv: Sequence[str]) -> int:
       print(f'run.py: --{name}={value!r} is not a folder', file=sys.stderr)
       return exit_codes.REFUSED
   args.start = [str(Path(d).resolve()) for d in args.start.split(',') if d]
-  if args.start and (len(args.start) != 2 or not all(Path(d).is_dir() for d in args.start)):
+  if args.start and (
+    len(args.start) != 2 or not all(Path(d).is_dir() for d in args.start)
+  ):
     print(f'run.py: --start={args.start} must be two folders', file=sys.stderr)
     return exit_codes.REFUSED
   if not args.library:

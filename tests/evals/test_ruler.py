@@ -333,7 +333,7 @@ def test_oracles_at_4096_tokens(maker):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(('length', 'count'), [(1024, 50), (4096, 25), (16384, 12)])
+@pytest.mark.parametrize(('length', 'count'), [(1024, 20), (4096, 15), (16384, 5)])
 def test_oracles_of_many_items(length, count, maker):
   examine(maker, length, count)
 

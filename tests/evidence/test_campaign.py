@@ -301,7 +301,10 @@ def test_a_folder_of_other_versions_is_refused(tmp_path):
     (['--minutes=0', '--scale=test'], '--minutes=0 must be positive'),
     (['--minutes=1', '--scale=test', 'snk'], "'snk' is not an experiment; experiments/"),
     (['--minutes=1'], '--text=DIR is missing'),
-    (['--status', 'inside', '--only=headwse*'], "--only='headwse*' fits no point, such as"),
+    (
+      ['--status', 'inside', '--only=headwse*'],
+      "--only='headwse*' fits no point, such as",
+    ),
   ],
 )
 def test_bad_arguments_name_the_flag(words, message, capsys):

@@ -164,5 +164,5 @@ LIVENESS = (
 )
 
 ROWS_E = [
-  Row('40', 'long evaluations, signals in them, suspension', liveness, 10, 1),
+  Row('40', 'long evaluations, signals in them, suspension', liveness, 10, 0),
 ]
