@@ -4,8 +4,9 @@ python experiments/long/run.py --out=runs/c20 --text=TEXT --long=LONG --library=
 python experiments/long/run.py --out=runs/c20-test --scale=test
 
 TEXT is the corpus packed with --length=1024, LONG with --length=4096, LIBRARY a folder of
-modules (README.md). Each GPU runs an arm, or an evaluation, at a time. The same command
-goes on: training resumes, and an evaluation that has its text is not repeated.
+modules (README.md). Each arm trains on half of the GPUs; each GPU runs an evaluation at a
+time. The same command goes on: training resumes, an evaluation that has its text is not
+repeated.
 --start=BASELINE,ELEMENTWISE takes two workdirs as the models of the first stage.
 OUT/results/ gets what an evaluation prints, its report and figures; weights stay in OUT.
 scale=test: minutes on 2 cores, with rows of 128 and 1280 tokens and two tasks of RULER.
@@ -47,7 +48,7 @@ class Scale(NamedTuple):
 FACTOR = 4
 SCALES = {
   'proxy': Scale(
-    4096, '1024,2048,4096,8192,16384', (64, 256, 1024, 4000, 16_000), ['--limit=40'], []
+    4096, '1024,4096,16384', (64, 256, 1024, 4000, 16_000), ['--limit=25'], []
   ),
   'test': Scale(
     1280,
@@ -64,14 +65,22 @@ TEST = {
 }
 
 
+def halves(gpus: Sequence[str]) -> list[str]:
+  """GPUs -> two groups of as many, for the arms; one group if there is one GPU."""
+  half = max(1, len(gpus) // 2)
+  parts = gpus[:half], gpus[half : 2 * half]
+  return [','.join(part) for part in parts if part] or ['']
+
+
 class Work:
   """Commands on the GPUs of this machine, one at a time on each."""
 
-  def __init__(self, results: storage.Path, slots: Sequence[dict[str, str]]):
+  def __init__(self, results: storage.Path, groups: Sequence[str]):
+    """`groups` of GPUs, such as '0,1', run one command each; '' on CPUs."""
     self._results = results
-    self._slots: queue.Queue[dict[str, str]] = queue.Queue()
-    for slot in slots:
-      self._slots.put(slot)
+    self._groups: queue.Queue[str] = queue.Queue()
+    for group in groups:
+      self._groups.put(group)
 
   def run(self, name: str, command: Sequence[str]) -> bool:
     """Runs `python COMMAND` unless it is done -> whether it succeeded."""
@@ -81,17 +90,17 @@ class Work:
       return True
     if storage.exists(failed):
       storage.remove(failed)
-    slot, started = self._slots.get(), time.monotonic()
+    group, started = self._groups.get(), time.monotonic()
     try:
       ended = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
-        env=os.environ | slot,
+        env=os.environ | ({'CUDA_VISIBLE_DEVICES': group} if group else {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
       )
     finally:
-      self._slots.put(slot)
+      self._groups.put(group)
     good = ended.returncode == 0
     storage.write(done if good else failed, ended.stdout)
     minutes = (time.monotonic() - started) / 60
@@ -99,7 +108,7 @@ class Work:
     return good
 
   def all(self, commands: dict[str, list[str]]) -> bool:
-    """Runs commands by name, as many at a time as there are slots -> all succeeded."""
+    """Runs commands by name, as many at a time as there are groups -> all succeeded."""
     with futures.ThreadPoolExecutor(len(commands)) as pool:
       return all([*pool.map(self.run, commands, commands.values())])
 
@@ -115,7 +124,8 @@ def training(args: argparse.Namespace, arm: str, stage: str) -> list[str]:
   command = ['train.py', f'--workdir={workdir(args, stage, arm)}']
   command += [f'--config=configs/long_context.py:{arm},stage={stage},scale={args.scale}']
   text = args.text if stage == 'start' else args.long
-  knobs: dict[str, object] = {'checkpoint.keep': 1, 'log.tensorboard': False}
+  knobs: dict[str, object] = {'checkpoint.keep': 1, 'log.every': 10}
+  knobs['log.tensorboard'] = False
   knobs |= {'data.mixture': Path(text).resolve()} if text else {}
   knobs |= TEST[stage] if args.scale == 'test' else {}
   if stage == 'extend':
@@ -193,15 +203,15 @@ def main(argv: Sequence[str]) -> int:
     args.library = str(Path(__file__).parent)
   results = storage.path(args.out) / 'results'
   gpus = machine.gpus() if machine.platform() == 'gpu' else []
-  work = Work(results, [{'CUDA_VISIBLE_DEVICES': gpu} for gpu in gpus] or [{}])
+  train, evaluate = Work(results, halves(gpus)), Work(results, gpus or [''])
 
   def arm(name: str) -> bool:
     stages = ('extend',) if args.start else ('start', 'extend')
-    return all(work.run(f'{s}-{name}', training(args, name, s)) for s in stages)
+    return all(train.run(f'{s}-{name}', training(args, name, s)) for s in stages)
 
   with futures.ThreadPoolExecutor(len(ARMS)) as pool:
     trained = all([*pool.map(arm, ARMS)])
-  good = trained and work.all(evaluations(args))
+  good = trained and evaluate.all(evaluations(args))
   collect(args, results)
   return exit_codes.FINISHED if good else FAILED
 

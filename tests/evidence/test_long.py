@@ -40,9 +40,15 @@ def test_models_that_were_trained_before_are_continued(tmp_path):
     assert not any(folder in word for word in run.evaluations(args)['ruler'])
 
 
+def test_each_arm_trains_on_half_of_the_gpus():
+  assert run.halves([]) == [''] and run.halves(['3']) == ['3']
+  assert run.halves(['0', '1']) == ['0', '1']
+  assert run.halves(['0', '1', '2', '3']) == ['0,1', '2,3']
+
+
 def test_a_command_runs_once_and_a_failed_one_again(tmp_path, capsys):
-  work = run.Work(tmp_path, [{'SLOT': 'a'}, {'SLOT': 'b'}])
-  show = ['-c', 'import os; print(os.environ["SLOT"])']
+  work = run.Work(tmp_path, ['a', 'b'])
+  show = ['-c', 'import os; print(os.environ["CUDA_VISIBLE_DEVICES"])']
   assert work.all({'one': show, 'two': show})
   assert {(tmp_path / f'{n}.txt').read_text() for n in ('one', 'two')} <= {'a\n', 'b\n'}
   assert not work.all({'one': ['-c', 'raise SystemExit(3)'], 'three': ['-c', '1 / 0']})
