@@ -12,12 +12,14 @@ from types import SimpleNamespace
 import pytest
 
 from experiments.inside import recipe as inside
+from experiments.scores import recipe as scores
 from experiments.stability import recipe as stability
 from gated.sweep import folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
 LOW, HIGH = INSIDE = ['0.004 1.8', '0.006 1.2']
+SCORES = ['0.008 1.2', '0.006 1.6']
 STABILITY = [
   f'{lr} {decay}' for lr in ('0.004', '0.008', '0.016') for decay in ('1.2', '0.6')
 ]
@@ -25,12 +27,13 @@ STABILITY = [
 
 @pytest.mark.parametrize(
   ('recipe', 'cells'),
-  [(inside, INSIDE), (stability, STABILITY)],
-  ids=['inside', 'stability'],
+  [(inside, INSIDE), (scores, SCORES), (stability, STABILITY)],
+  ids=['inside', 'scores', 'stability'],
 )
 def test_every_arm_has_three_seeds_in_every_cell(recipe, cells):
   runs = [' '.join(p.labels.values()) for p in recipe.get_grid('scale=gpu')]
-  expected = {f'{arm} {cell} {k}' for arm in recipe.ARMS for cell in cells for k in '012'}
+  arms = inside.FIRST if recipe is scores else recipe.ARMS
+  expected = {f'{arm} {cell} {k}' for arm in arms for cell in cells for k in '012'}
   assert len(runs) == len(expected) and {*runs} == expected
 
 
@@ -106,7 +109,7 @@ def test_a_campaigns_copy_of_the_sources_has_all_that_recipes_import(tmp_path):
 def test_gated_models_have_at_most_two_percent_more_parameters():
   """The FFN of width 512 has 3 * 512 weights a channel; a gate has 512 a score."""
   extra = {'elementwise': 512, 'shared': 512, 'ns_sigmoid': 512, 'g2': 256, 'headwise': 8}
-  for point in inside.get_grid('scale=gpu') + stability.get_grid('scale=gpu'):
+  for point in (p for r in (inside, scores, stability) for p in r.get_grid('scale=gpu')):
     ffn = point.changes.get('model.ffn', 1536)
     added = 18 * 512 * (extra.get(point.labels['arm'], 0) - 3 * (1536 - ffn))
     assert 0 <= added < 0.02 * 61e6
