@@ -248,5 +248,5 @@ BLAME = (
 )
 
 ROWS_E = [
-  Row('41', 'faults of a machine, wrong places, absurd numbers', blame, 10, 2),
+  Row('41', 'faults of a machine, wrong places, absurd numbers', blame, 10, 0),
 ]
