@@ -169,7 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       )
     chosen = args.experiments or names()
     experiments = [opened(name, args.scale, args.text) for name in chosen]
-    experiments = chosen_points(experiments, args.only or ['*'])
+    if args.only:
+      experiments = chosen_points(experiments, args.only)
     if args.status:
       print(*(e.status() for e in experiments), sep='\n')
       return 0

@@ -193,12 +193,11 @@ def main(argv: Sequence[str]) -> int:
     if args.scale == 'proxy' and not Path(value or 'none').is_dir():
       print(f'run.py: --{name}={value!r} is not a folder', file=sys.stderr)
       return exit_codes.REFUSED
-  args.start = [str(Path(d).resolve()) for d in args.start.split(',') if d]
-  if args.start and (
-    len(args.start) != 2 or not all(Path(d).is_dir() for d in args.start)
-  ):
-    print(f'run.py: --start={args.start} must be two folders', file=sys.stderr)
+  start = [Path(d).resolve() for d in args.start.split(',') if d]
+  if args.start and not (len(start) == len(ARMS) and all(d.is_dir() for d in start)):
+    print(f'run.py: --start={args.start!r} is not two folders', file=sys.stderr)
     return exit_codes.REFUSED
+  args.start = [str(d) for d in start]
   if not args.library:
     args.library = str(Path(__file__).parent)
   results = storage.path(args.out) / 'results'

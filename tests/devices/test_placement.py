@@ -84,8 +84,7 @@ def test_loss_and_gradients_agree_with_one_device(kind, gate, sizes):
 @pytest.mark.parametrize(
   ('kind', 'gate', 'sizes'),
   [
-    *(('dense', 'elementwise', sizes) for sizes in MESHES if 'expert' not in sizes),
-    *(('experts', 'elementwise', sizes) for sizes in MESHES if len(sizes) > 1),
+    *((kind, 'elementwise', sizes) for kind in MODELS for sizes in MESHES),
     *((kind, 'none', dict(fsdp=2, tensor=2, context=2)) for kind in MODELS),
   ],
   ids=str,

@@ -61,7 +61,7 @@ class Row(NamedTuple):
   fault: str  # Such as 'kill -9 at random moments of a run'.
   run: Callable[['World', int], Outcome]  # (world, times) -> the outcome.
   times: int  # The number of injections in `make faults`.
-  few: int  # The number of injections in `make test`; 0 for none.
+  few: int  # The number of injections in `make test-all`; 0 for none.
 
 
 class Tally:
