@@ -4,9 +4,9 @@ python experiments/long/run.py --out=runs/c20 --text=TEXT --long=LONG --library=
 python experiments/long/run.py --out=runs/c20-test --scale=test
 
 TEXT is the corpus packed with --length=1024, LONG with --length=4096, LIBRARY a folder of
-modules (README.md). Each arm trains on half of the GPUs; each GPU runs an evaluation at a
-time. The same command goes on: training resumes, an evaluation that has its text is not
-repeated.
+modules (README.md). Each arm trains on half of the GPUs. Each GPU runs two evaluations at
+a time, since they compile for most of theirs. The same command goes on: training resumes,
+an evaluation that has its text is not repeated.
 --start=BASELINE,ELEMENTWISE takes two workdirs as the models of the first stage.
 OUT/results/ gets what an evaluation prints, its report and figures; weights stay in OUT.
 scale=test: minutes on 2 cores, with rows of 128 and 1280 tokens and two tasks of RULER.
@@ -73,13 +73,14 @@ def halves(gpus: Sequence[str]) -> list[str]:
 
 
 class Work:
-  """Commands on the GPUs of this machine, one at a time on each."""
+  """Commands on the GPUs of this machine, some at a time on each."""
 
-  def __init__(self, results: storage.Path, groups: Sequence[str]):
-    """`groups` of GPUs, such as '0,1', run one command each; '' on CPUs."""
+  def __init__(self, results: storage.Path, groups: Sequence[str], at_a_time: int):
+    """Each of `groups`, such as '0,1' or '' for CPUs, runs `at_a_time` commands."""
     self._results = results
+    self._settings = {'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{0.8 / at_a_time:g}'}
     self._groups: queue.Queue[str] = queue.Queue()
-    for group in groups:
+    for group in [*groups] * at_a_time:
       self._groups.put(group)
 
   def run(self, name: str, command: Sequence[str]) -> bool:
@@ -95,7 +96,8 @@ class Work:
       ended = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
-        env=os.environ | ({'CUDA_VISIBLE_DEVICES': group} if group else {}),
+        env=os.environ
+        | ({'CUDA_VISIBLE_DEVICES': group} | self._settings if group else {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
       )
@@ -202,7 +204,8 @@ def main(argv: Sequence[str]) -> int:
     args.library = str(Path(__file__).parent)
   results = storage.path(args.out) / 'results'
   gpus = machine.gpus() if machine.platform() == 'gpu' else []
-  train, evaluate = Work(results, halves(gpus)), Work(results, gpus or [''])
+  train = Work(results, halves(gpus), 1)
+  evaluate = Work(results, gpus, 2) if gpus else Work(results, [''], 1)
 
   def arm(name: str) -> bool:
     stages = ('extend',) if args.start else ('start', 'extend')

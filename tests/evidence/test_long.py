@@ -46,8 +46,25 @@ def test_each_arm_trains_on_half_of_the_gpus():
   assert run.halves(['0', '1', '2', '3']) == ['0,1', '2,3']
 
 
+def test_two_commands_at_a_time_share_a_gpu_and_its_memory(tmp_path):
+  work, both = run.Work(tmp_path, ['a'], 2), tmp_path / 'both'
+  # Each waits for the other, so they end only if they run together.
+  wait = f"""
+import os, pathlib, sys, time
+print(os.environ['XLA_PYTHON_CLIENT_MEM_FRACTION'], os.environ['CUDA_VISIBLE_DEVICES'])
+names = [pathlib.Path({str(both)!r} + name) for name in 'xy']
+names['xy'.index(sys.argv[1])].touch()
+end = time.monotonic() + 60
+while not all(name.exists() for name in names):
+  assert time.monotonic() < end
+  time.sleep(0.02)
+"""
+  assert work.all({name: ['-c', wait, name] for name in 'xy'})
+  assert {(tmp_path / f'{n}.txt').read_text() for n in 'xy'} == {'0.4 a\n'}
+
+
 def test_a_command_runs_once_and_a_failed_one_again(tmp_path, capsys):
-  work = run.Work(tmp_path, ['a', 'b'])
+  work = run.Work(tmp_path, ['a', 'b'], 1)
   show = ['-c', 'import os; print(os.environ["CUDA_VISIBLE_DEVICES"])']
   assert work.all({'one': show, 'two': show})
   assert {(tmp_path / f'{n}.txt').read_text() for n in ('one', 'two')} <= {'a\n', 'b\n'}
