@@ -4,6 +4,7 @@ A cell is a learning rate with a weight decay. The labels are arm, lr, decay, se
 """
 
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,8 @@ def _point(
   plain = config.model.ffn
   rows.change(config, changes)
   ffn = -int(-(plain - table2.surplus(config.model)) // multiple) * multiple
-  knobs = {f'model.{knob}': value for knob, value in changes.items()}
+  # A change may be a function of the plain value.
+  knobs = {f'model.{knob}': operator.attrgetter(knob)(config.model) for knob in changes}
   knobs |= {'model.ffn': ffn} if ffn != plain else {}
   knobs |= {'optim.lr': lr, 'optim.weight_decay': decay, 'seed': seed}
   labels = {'arm': arm, 'lr': f'{lr:g}', 'decay': f'{decay:g}', 'seed': str(seed)}

@@ -12,13 +12,16 @@ from types import SimpleNamespace
 import pytest
 
 from experiments.inside import recipe as inside
+from experiments.positions import recipe as positions
 from experiments.scores import recipe as scores
 from experiments.stability import recipe as stability
+from gated.evidence import arms
 from gated.sweep import folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
 LOW, HIGH = INSIDE = ['0.004 1.8', '0.006 1.2']
+POSITIONS = ['0.004 0.8', '0.008 0.4']
 SCORES = ['0.008 1.2', '0.006 1.6']
 STABILITY = [
   f'{lr} {decay}' for lr in ('0.004', '0.008', '0.016') for decay in ('1.2', '0.6')
@@ -27,13 +30,13 @@ STABILITY = [
 
 @pytest.mark.parametrize(
   ('recipe', 'cells'),
-  [(inside, INSIDE), (scores, SCORES), (stability, STABILITY)],
-  ids=['inside', 'scores', 'stability'],
+  [(inside, INSIDE), (positions, POSITIONS), (scores, SCORES), (stability, STABILITY)],
+  ids=['inside', 'positions', 'scores', 'stability'],
 )
 def test_every_arm_has_three_seeds_in_every_cell(recipe, cells):
   runs = [' '.join(p.labels.values()) for p in recipe.get_grid('scale=gpu')]
-  arms = inside.FIRST if recipe is scores else recipe.ARMS
-  expected = {f'{arm} {cell} {k}' for arm in arms for cell in cells for k in '012'}
+  names = inside.FIRST if recipe is scores else recipe.ARMS
+  expected = {f'{arm} {cell} {k}' for arm in names for cell in cells for k in '012'}
   assert len(runs) == len(expected) and {*runs} == expected
 
 
@@ -76,8 +79,8 @@ def test_a_cell_in_which_a_seed_diverged_is_left():
 
 
 def test_more_seeds_run_at_all_rates_with_the_best_weight_decay():
-  arms = ('baseline', 'elementwise')
-  cells = [f'{arm} {cell} 0' for arm in arms for cell in STABILITY]
+  first = ('baseline', 'elementwise')
+  cells = [f'{arm} {cell} 0' for arm in first for cell in STABILITY]
   sandwich = [f'sandwich {cell} 0' for cell in STABILITY]
   assert wanted(stability, {})[:18] == cells + sandwich
   # The largest rate diverges; that is a result, and no reason to leave the decay.
@@ -106,6 +109,24 @@ def test_a_campaigns_copy_of_the_sources_has_all_that_recipes_import(tmp_path):
   assert done.stdout.startswith(str(tmp_path)), done.stderr
 
 
+@pytest.mark.parametrize(
+  'recipe', [inside, positions, scores, stability], ids=lambda r: r.__name__.split('.')[1]
+)
+def test_the_ledger_has_the_arms_of_the_experiment(recipe):
+  own, settings = {}, []
+  for point in recipe.get_grid('scale=gpu'):
+    changed = recipe.get_config('scale=gpu')
+    changed.update_from_flattened_dict(point.changes)
+    knobs, (changes, sizes) = arms.split(changed.to_dict())
+    settings.append(knobs)
+    own[point.labels['arm']] = arms.Arm(
+      changes=changes, sizes=sizes, parameters=1, cells={}
+    )
+  assert all(knobs == settings[0] for knobs in settings)
+  setting = arms.Setting(knobs=settings[0], data='', arms=[*own.values()])
+  assert setting.choose(arms.ARMS) == own
+
+
 def test_gated_models_have_at_most_two_percent_more_parameters():
   """The FFN of width 512 has 3 * 512 weights a channel; a gate has 512 a score."""
   extra = {'elementwise': 512, 'shared': 512, 'ns_sigmoid': 512, 'g2': 256, 'headwise': 8}
@@ -113,3 +134,15 @@ def test_gated_models_have_at_most_two_percent_more_parameters():
     ffn = point.changes.get('model.ffn', 1536)
     added = 18 * 512 * (extra.get(point.labels['arm'], 0) - 3 * (1536 - ffn))
     assert 0 <= added < 0.02 * 61e6
+
+
+def test_positions_and_forms_have_as_many_parameters_as_the_baseline():
+  """The FFN of width 384 has 3 * 384 weights a channel; a gate has 384 a score."""
+  scores = {'g2': 192, 'g3': 192, 'headwise': 6}
+  scores |= {'baseline': 0, 'sdpa_rmsnorm': 0, 'sdpa_silu': 0}
+  more = {'kv_heads_x2', 'heads_x1.5'}  # In the paper as well.
+  for point in positions.get_grid('scale=gpu'):
+    arm = point.labels['arm']
+    added = scores.get(arm, 384) - 3 * (1152 - point.changes.get('model.ffn', 1152))
+    if arm not in more and 'switch' not in arm:
+      assert added == (6 if arm == 'headwise' else 0), arm
