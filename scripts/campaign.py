@@ -20,7 +20,6 @@ Exit codes: 0 the time is spent, or nothing is wanted. 1: some points failed. 2:
 import argparse
 import fnmatch
 import importlib
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -115,13 +114,8 @@ def run(args: argparse.Namespace, experiments: list[experiment.Experiment]) -> i
       keep_checkpoints=args.keep_checkpoints,
     )
     runner = work.runner(room.slots, code)
-    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {n: signal.signal(n, runner.leave) for n in stops}
-    try:
+    with runner.signals():
       runner.run()
-    finally:
-      for number, handler in before.items():
-        signal.signal(number, handler)
   for e in experiments:
     print(e.status())
   print(work.summary())

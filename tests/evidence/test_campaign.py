@@ -14,6 +14,7 @@ import time
 import types
 from pathlib import Path
 
+import made
 import pytest
 from faults import process
 
@@ -191,6 +192,31 @@ def test_a_finished_model_is_probed_even_if_its_point_is_no_longer_wanted(tmp_pa
   assert len(storage.read(path.with_suffix('.svg'), 1 << 24)) > 10_000
 
 
+def test_runs_without_probes_are_drawn_as_the_losses_of_their_arms():
+  labels = lambda arm, lr, seed: {'arm': arm, 'lr': lr, 'seed': f'{seed}'}
+  results = [
+    made.made(arm, labels=labels(arm, lr, k), loss=loss)
+    for arm, lr, losses in (
+      ('baseline', '0.004', (1.5, 1.7)),
+      ('baseline', '0.008', (1.8,)),
+      ('headwise', '0.004', (1.4,)),
+      ('elementwise', '0.008', (1.3, 1.4)),
+      ('elementwise', '0.004', (1.9,)),
+    )
+    for k, loss in enumerate(losses)
+  ]
+  figure = summary.figure(results)
+  (ax,) = figure.axes
+  rows = [label.get_text() for label in ax.get_yticklabels()]
+  assert rows == ['elementwise', 'headwise', 'baseline']
+  low, high, line = (own.get_xydata().tolist() for own in ax.get_lines())
+  assert low == [[1.5, 2], [1.7, 2], [1.4, 1], [1.9, 0]]
+  assert high == [[1.8, 2], [1.3, 0], [1.4, 0]]
+  assert [x for x, _ in line] == pytest.approx([1.6, 1.6])
+  names = [text.get_text() for text in figure.legends[0].get_texts()]
+  assert names == ['lr 0.004', 'lr 0.008']
+
+
 RUN = {
   'config': {},
   'data': {'sha256': 'data'},
@@ -363,7 +389,10 @@ def test_only_points_that_fit_are_started_if_they_must_end(tmp_path, monkeypatch
 
 @pytest.mark.full
 def test_a_campaign_survives_kills(tmp_path):
-  """A campaign of one condition is killed in its first point, and begun again."""
+  """A campaign of one condition is killed in its first point, and begun again.
+
+  The second one runs under nohup, and its terminal is closed.
+  """
   checkout = tmp_path / 'checkout'
   for part in ('gated', 'configs', 'scripts', 'experiments', 'train.py', 'eval.py'):
     source = ROOT / part
@@ -394,7 +423,11 @@ def test_a_campaign_survives_kills(tmp_path):
   killed.send_signal(signal.SIGKILL)
   killed.communicate()
   assert not results()
-  last = subprocess.Popen(command, **piped)
+  last = subprocess.Popen(['nohup', *command], **piped)
+  while not results():
+    assert last.poll() is None and time.monotonic() < deadline
+    time.sleep(0.2)
+  last.send_signal(signal.SIGHUP)
   out, _ = last.communicate()
   assert last.returncode == 0, out
   # Any model meets the test scale's rule, so the gated arm follows the baseline.
