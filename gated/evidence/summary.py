@@ -1,7 +1,8 @@
 """The results of an experiment as one table and one figure.
 
 docs/results/NAME.csv   a row for each point
-docs/results/NAME.svg   loss, sinks and activations while training; and .png
+docs/results/NAME.svg   loss, sinks and activations while training, or the final loss of
+                        each arm if nothing was probed while training; and .png
 
 At other scales than gpu they are experiments/NAME/results/SCALE.csv and .svg. In the
 table `f_attn` is by document where documents are masked, and `probed_rows` is 0 where the
@@ -101,6 +102,64 @@ def write(root: storage.Path, experiment: str, scale: str) -> storage.Path:
 
 
 def figure(results: Sequence[Result]) -> Any:
+  """Results -> `training_curves` if training was probed, else `final_losses`."""
+  probed = any('probes' in r.curves for r in results)
+  return (training_curves if probed else final_losses)(results)
+
+
+def _varying(results: Sequence[Result]) -> list[str]:
+  """The labels that differ between results, except the seed."""
+  labels = dict.fromkeys(label for r in results for label in r.labels)
+  return [n for n in labels if len({r.labels[n] for r in results}) > 1 and n != 'seed']
+
+
+def _arm(r: Result) -> str:
+  return r.labels.get('arm', '')
+
+
+def final_losses(results: Sequence[Result]) -> Any:
+  """Results -> a figure of their held-out losses, a row for each arm, best arm first.
+
+  Seeds of a cell have one mark, diverged runs none. The dotted line is the mean of the
+  baseline's best cell.
+  """
+  from matplotlib.figure import Figure
+
+  from gated.probes import style
+
+  settings = [n for n in _varying(results) if n != 'arm']
+  cells: dict[tuple, dict[str, list[float]]] = {}
+  for r in results:
+    cell = cells.setdefault(tuple(r.labels[n] for n in settings), {})
+    cell.setdefault(_arm(r), []).append(r.loss)
+  best: dict[str, float] = {}
+  for cell in cells.values():
+    for arm, own in cell.items():
+      best[arm] = min(best.get(arm, np.inf), float(np.mean(own)))
+  arms = sorted(best, key=lambda arm: best[arm])
+
+  @style.styled
+  def draw() -> Any:
+    drawing = Figure(figsize=(5.0, 1.0 + 0.22 * len(arms)))
+    ax = drawing.subplots()
+    for i, (cell, own) in enumerate(cells.items()):
+      points = [(x, arms.index(arm)) for arm, values in own.items() for x in values]
+      label = ', '.join(_named(n, value) for n, value in zip(settings, cell))
+      look: dict[str, Any] = style.look(i) | {'ls': '', 'alpha': 0.8}
+      ax.plot(*zip(*points), label=label, **look)
+    if 'baseline' in best:
+      ax.axvline(best['baseline'], color=style.GREY, lw=0.8, ls=':')
+    ax.set_yticks(range(len(arms)), arms)
+    ax.invert_yaxis()
+    ax.set_xlabel('held-out loss (nats per token)')
+    if settings:
+      drawing.legend(loc='outside lower center', ncols=len(cells))
+    return drawing
+
+  return draw()
+
+
+def training_curves(results: Sequence[Result]) -> Any:
   """Results -> a figure of the training loss and of PANELS, a line for each result.
 
   Lines of an arm share their colour; those that differ only in the seed look the same.
@@ -110,15 +169,13 @@ def figure(results: Sequence[Result]) -> Any:
   from gated.probes import style
   from gated.sweep.report.figures import log_scale
 
-  labels = dict.fromkeys(label for r in results for label in r.labels)
-  varying = [n for n in labels if len({r.labels[n] for r in results}) > 1 and n != 'seed']
-  arm_of = lambda r: r.labels.get('arm', '')
+  varying = _varying(results)
   setting_of = lambda r: tuple(r.labels[n] for n in varying if n != 'arm')
-  arms, settings = (list(dict.fromkeys(map(of, results))) for of in (arm_of, setting_of))
+  arms, settings = (list(dict.fromkeys(map(of, results))) for of in (_arm, setting_of))
 
   def look(r: Result) -> dict[str, Any]:
     dash = style.DASHES[settings.index(setting_of(r)) % len(style.DASHES)]
-    return style.look(arms.index(arm_of(r))) | {'ls': dash}
+    return style.look(arms.index(_arm(r))) | {'ls': dash}
 
   def curve(ax: Any, r: Result, kind: str, names: Sequence[str], **options: Any) -> None:
     curves = r.curves.get(kind, {})
