@@ -8,26 +8,33 @@ modules (README.md). Each arm trains on half of the GPUs. Each GPU runs two eval
 a time, since they compile for most of theirs. The same command goes on: training resumes,
 an evaluation that has its text is not repeated.
 --start=BASELINE,ELEMENTWISE takes two workdirs as the models of the first stage.
-OUT/results/ gets what an evaluation prints, its report and figures; weights stay in OUT.
+OUT/results/ gets what an evaluation prints, its report and figures, and their numbers as
+summary.csv; weights stay in OUT.
 scale=test: minutes on 2 cores, with rows of 128 and 1280 tokens and two tasks of RULER.
 
 Exit codes: 0 done; 2 refused; 1 a command failed: OUT/results/NAME.failed has its output.
 """
 
 import argparse
+import csv
+import io
+import itertools
+import json
 import os
 import queue
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
   sys.path.append(str(ROOT))
+
+import numpy as np  # noqa: E402
 
 from gated import storage  # noqa: E402
 from gated.run import exit_codes, terminal  # noqa: E402
@@ -178,6 +185,49 @@ def collect(args: argparse.Namespace, results: storage.Path) -> None:
           storage.write(results / f'{stage}-{arm}-{path.name}', path.read_bytes())
 
 
+# Positions between which losses are averaged.
+EDGES = 0, 64, 256, 1024, 4096, 8192, 16_384
+COLUMNS = 'measure', 'row_length', 'yarn', 'at', 'arm', 'nats', 'stderr', 'rank'
+
+
+def numbers(report: dict[str, Any]) -> Iterator[tuple]:
+  """A report of an evaluation -> rows of COLUMNS.
+
+  At is the last position of an interval, the distance of copying, or a task of RULER.
+  """
+  first = {report.get('label', 'extend-elementwise'): report}
+  for label, each in (first | report['beside']).items():
+    arm = next(name for name in ARMS if name in label)
+    if 'positions' in each:
+      length, yarn = each['length'], report['options']['yarn']
+      places = (np.array(each['positions'][k]) for k in ('nats_per_token', 'tokens'))
+      nats_T, tokens_T = (np.nan_to_num(values.astype(float)) for values in places)
+      for low, high in itertools.pairwise(EDGES):
+        count = tokens_T[low:high].sum()
+        if count:
+          mean = (nats_T * tokens_T)[low:high].sum() / count
+          yield 'position', length, yarn, min(high, length), arm, mean, '', ''
+      for at, own in each['copying']['distances'].items():
+        yield 'copy', length, yarn, at, arm, own['nats_per_token'], '', ''
+        yield 'copy gain', length, yarn, at, arm, own['gain'], own['gain_stderr'], ''
+    for length, tasks in each.get('lengths', {}).items():
+      yarn = report['yarn'] if 'yarn=' in label else ''
+      for task, own in (tasks or {}).items():
+        error = own.get('loss_stderr', '')
+        yield 'ruler', length, yarn, task, arm, own['loss'], error, own['rank']
+
+
+def summarize(results: storage.Path) -> None:
+  """Writes the numbers of all reports in a folder to its summary.csv."""
+  text = io.StringIO()
+  table = csv.writer(text, lineterminator='\n')
+  table.writerow(COLUMNS)
+  show = lambda x: f'{x:.4f}' if isinstance(x, float) else x
+  for path in sorted(results.glob('extend-*.json')):
+    table.writerows([*map(show, row)] for row in numbers(json.loads(path.read_bytes())))
+  storage.write(results / 'summary.csv', text.getvalue().encode())
+
+
 def main(argv: Sequence[str]) -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -215,6 +265,7 @@ def main(argv: Sequence[str]) -> int:
     trained = all([*pool.map(arm, ARMS)])
   good = trained and evaluate.all(evaluations(args))
   collect(args, results)
+  summarize(results)
   return exit_codes.FINISHED if good else FAILED
 
 

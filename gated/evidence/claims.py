@@ -28,6 +28,7 @@ class Claim:
   # The measurement, and the paper's figure, if results do not contain it yet.
   missing: str = ''
   paper: str = ''
+  elsewhere: str = ''  # Figures outside of the results, in words.
 
 
 VARIANTS = 'elementwise', 'headwise', 'shared', 'g2', 'input_independent', 'ns_sigmoid'
@@ -277,6 +278,7 @@ CLAIMS: tuple[Claim, ...] = (
     missing='loss by position and retrieval, within and beyond the trained length, after '
     'a larger RoPE base, a short continuation and YaRN with factor 4',
     paper='+0.3 to +1.7 points; with YaRN +5 to +35, and +27 to +29 beyond',
+    elsewhere='experiments/long/README.md has those of 1 seed, which do not support it',
   ),
   Claim(
     name='C21',
@@ -304,6 +306,7 @@ CLAIMS: tuple[Claim, ...] = (
     missing='time of a step with and without each gate, alternating on one device, over '
     'that without; the points of a campaign may share theirs',
     paper='below 2%',
+    elsewhere='README.md has 1.7% (headwise) and 6.6% (elementwise) for 1.7B parameters',
   ),
   Claim(
     name='C24',

@@ -48,7 +48,9 @@ class Row:
   def reason(self) -> str:
     """Why it is open or undecided: the reasons of the parts with this status."""
     if self.claim.missing:
-      return 'no result holds its measure yet'
+      return '; '.join(
+        filter(None, ['no result holds its measure', self.claim.elsewhere])
+      )
     reasons = [v.reason for v in self.verdicts if v.status == self.status and v.reason]
     return '; '.join(dict.fromkeys(reasons))
 

@@ -1,6 +1,8 @@
 """experiments/long/run.py: its commands are accepted, and only missing ones run again."""
 
 import argparse
+import csv
+import json
 
 import pytest
 
@@ -73,3 +75,39 @@ def test_a_command_runs_once_and_a_failed_one_again(tmp_path, capsys):
   assert 'one: done before' in printed and 'three: exit code 1' in printed
   assert 'ZeroDivisionError' in (tmp_path / 'three.failed').read_text()
   assert work.run('three', show) and not (tmp_path / 'three.failed').exists()
+
+
+def test_the_summary_has_the_numbers_of_all_reports(tmp_path):
+  def long(label, nats, gain):
+    distance = {'nats_per_token': 1.5, 'gain': gain, 'gain_stderr': 0.1}
+    positions = {'nats_per_token': nats, 'tokens': [2] * 64 + [1] * 36}
+    about = {'label': label, 'length': 100, 'positions': positions}
+    return about | {'copying': {'distances': {'64': distance}}}
+
+  options = {'options': {'yarn': '4'}}
+  gate = options | long('extend-elementwise', [1.0] * 32 + [3.0] * 32 + [4.0] * 36, 0.5)
+  plain = long('extend-baseline', [5.0] * 99 + [None], 0.25)
+  task = lambda loss: {'loss': loss, 'loss_stderr': 0.5, 'rank': 7.0}
+  mean = lambda loss: {'vt': task(loss), 'mean': {'loss': loss, 'rank': 7.0}}
+  ruler = {'yarn': '4', 'lengths': {'1024': mean(1.0), '4096': None}}
+  ruler |= {'beside': {'extend-baseline yarn=4': {'lengths': {'4096': mean(2.0)}}}}
+  for name, report in (('a', gate | {'beside': {'other baseline': plain}}), ('b', ruler)):
+    (tmp_path / f'extend-{name}.json').write_text(json.dumps(report))
+  run.summarize(tmp_path)
+  rows = [*csv.reader((tmp_path / 'summary.csv').read_text().splitlines())]
+  assert rows[0] == [*run.COLUMNS]
+  at = lambda measure, end, arm, *rest: [measure, '100', '4', end, arm, *rest]
+  assert rows[1:] == [
+    at('position', '64', 'elementwise', '2.0000', '', ''),
+    at('position', '100', 'elementwise', '4.0000', '', ''),
+    at('copy', '64', 'elementwise', '1.5000', '', ''),
+    at('copy gain', '64', 'elementwise', '0.5000', '0.1000', ''),
+    at('position', '64', 'baseline', '5.0000', '', ''),
+    at('position', '100', 'baseline', '4.8611', '', ''),
+    at('copy', '64', 'baseline', '1.5000', '', ''),
+    at('copy gain', '64', 'baseline', '0.2500', '0.1000', ''),
+    ['ruler', '1024', '', 'vt', 'elementwise', '1.0000', '0.5000', '7.0000'],
+    ['ruler', '1024', '', 'mean', 'elementwise', '1.0000', '', '7.0000'],
+    ['ruler', '4096', '4', 'vt', 'baseline', '2.0000', '0.5000', '7.0000'],
+    ['ruler', '4096', '4', 'mean', 'baseline', '2.0000', '', '7.0000'],
+  ]
