@@ -15,20 +15,12 @@ Recipes at the paper's scale unroll their layers; --config.model.layers=scan com
 faster. Bytes, FLOPs and traffic are per chip and step. The last line is JSON, which
 --json=FILE also writes.
 
-  python scripts/preflight.py --golden [--only=NAME,...] [--write]
-
-compiles the cases of tests/golden/preflight again and reports numbers that grew by more
-than 5%; --write keeps the new results.
-
-Exit codes: 1 if the recipe does not fit or a case fails, 2 for a wrong command line.
+Exit codes: 1 if the recipe does not fit, 2 for a wrong command line.
 """
 
 import importlib
-import json
 import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +31,13 @@ from ml_collections import config_flags
 from configs import base
 from gated import config, model, plan, storage
 from gated.data.progress import Progress
-from gated.devices.chips import GIB
 from gated.plan import command
 from gated.pods import preflight
-from gated.pods.preflight import golden, table
+from gated.pods.preflight import table
 from gated.run import metrics, terminal
 from gated.train import transfer
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = ROOT / 'tests/golden/preflight'
 
 # At most this many suggestions are printed; the JSON has all.
 MOST = 10
@@ -61,9 +51,6 @@ _SLICES = flags.DEFINE_integer('slices', 1, 'Number of TPU slices.')
 _ESTIMATE = flags.DEFINE_bool('estimate', False, 'Estimate by arithmetic alone.')
 _SUGGEST = flags.DEFINE_bool('suggest', False, 'List meshes and micro-batches that fit.')
 _JSON = flags.DEFINE_string('json', '', 'A file to write the report to.')
-_GOLDEN = flags.DEFINE_bool('golden', False, 'Compile the golden cases again.')
-_ONLY = flags.DEFINE_list('only', [], 'Only these golden cases.')
-_WRITE = flags.DEFINE_bool('write', False, 'Record the results as golden.')
 
 
 def count(c: dict) -> dict:
@@ -129,41 +116,10 @@ def report(c: dict) -> tuple[dict[str, Any], list[str]]:
   return result, table.lines(result)
 
 
-def check_golden(only: list[str], write: bool) -> int:
-  """Compiles golden cases, each in its own process -> an exit code."""
-  paths = {path.stem: path for path in sorted(GOLDEN.glob('*.json'))}
-  unknown = sorted(set(only) - set(paths))
-  if unknown:
-    raise ValueError(f'--only={unknown[0]}, but cases are {", ".join(paths)}')
-  code = 0
-  for name in only or paths:
-    case = json.loads(paths[name].read_text())
-    with tempfile.TemporaryDirectory() as folder:
-      file = Path(folder) / 'report.json'
-      command = [sys.executable, __file__, *case['flags'], f'--json={file}']
-      done = subprocess.run(command, capture_output=True, text=True, check=False)
-      if not file.exists():
-        print(f'{name}: exit code {done.returncode}\n{done.stderr[-2000:]}')
-        code = NO_FIT
-        continue
-      new = json.loads(file.read_text())
-    if write and 'flops' in new:
-      case['found'] = golden.kept(new)
-      paths[name].write_text(metrics.dumps(case, indent=2) + '\n')
-    faults = golden.faults(case, new)
-    code = NO_FIT if faults else code
-    memory = f'{new["memory"]["total"] / GIB:.2f} GiB, {new["spare"]:.1%} free'
-    print(f'{name}: {memory}, {new["compile_seconds"]:.0f} s')
-    print(''.join(f'  ! {fault}\n' for fault in faults), end='', flush=True)
-  return code
-
-
 def parse(argv: list[str]) -> list[str]:
   """Parses the command line; exits with one line that names the wrong flag or knob."""
   try:
     command.parse(argv, flags.FLAGS, base, __doc__)
-    if _GOLDEN.value:
-      return argv[:1]
     if _CONFIG.value is None or not _CONFIG.value.name:
       raise ValueError('--config=configs/RECIPE.py is missing')
     if not _COUNT.value and not _TOPOLOGY.value:
@@ -185,8 +141,6 @@ def main(argv: list[str]) -> int:
       'TPU_ACCELERATOR_TYPE': 'v5p-8',
     }
   try:
-    if _GOLDEN.value:
-      return check_golden(_ONLY.value, _WRITE.value)
     c = _CONFIG.value.to_dict()
     if _COUNT.value:
       result = count(c)

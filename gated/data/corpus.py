@@ -172,13 +172,6 @@ class Corpus:
       rows_B = shards.parse(records, self._row)
       yield shards.batch(rows_B), rows_B['bytes'].astype(np.int64)
 
-  def heldout_bytes(self, domain: str, limit: int) -> int:
-    """The bytes of the original text of these rows' targets."""
-    part, name = self._heldout[domain]
-    source = part.source(part.portions('heldout')[name].shards)
-    rows_R = (source[i] for i in range(self.heldout_rows(domain, limit)))
-    return sum(int(shards.parse([row], self._row)['bytes'][0]) for row in rows_R)
-
   def heldout_text(self, domain: str, limit: int) -> bytes:
     """The text of the targets in the first `limit` held-out rows (0 is all)."""
     pieces = [np.zeros(0, np.int32)]

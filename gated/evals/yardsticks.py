@@ -152,7 +152,8 @@ def measure_yardsticks(
     for domain in corpus.domains:
       text = corpus.heldout_text(domain, limit)
       # Unknown tokens lose text, but all yardsticks count the bytes of the original.
-      kept = len(text) / max(1, corpus.heldout_bytes(domain, limit))
+      batches = corpus.heldout(domain, batch=1, rows=[0], limit=limit)
+      kept = len(text) / max(1, sum(int(bytes_B.sum()) for _, bytes_B in batches))
       text = text[: xz_bytes or None]
       with Progress(f'yardstick xz -9e, {len(text):,} bytes of {domain}'):
         measured = {'xz_bits_per_byte': xz(text) * kept} if text else {}

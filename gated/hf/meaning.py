@@ -6,6 +6,8 @@ Unknown keys raise ValueError, because they may change what the model computes.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from flax import traverse_util
+
 from gated import config, model
 from gated.hf.knobs import FIXED, FIXED_BY_EXPERTS, FIXED_BY_GATE, HARMLESS, SAME
 
@@ -141,22 +143,10 @@ def read(content: Mapping[str, Any], base: Mapping[str, Any]) -> Meaning:
   _check_full_attention(keys, knobs['depth'])
   keys.end()
   flat = {k.removeprefix('model.'): v for k, v in config.flatten(base, 'model').items()}
-  cfg = config.build(
-    model.Config, _nest(WITHOUT_KEY | flat | knobs | gate), 'config.model'
-  )
+  nested = traverse_util.unflatten_dict(WITHOUT_KEY | flat | knobs | gate, sep='.')
+  cfg = config.build(model.Config, nested, 'config.model')
   groups = {'none': 0, 'grouped': cfg.attn.kv_heads, 'per_head': cfg.attn.heads}
   return Meaning(cfg, groups[packing], keys.kind == 'qwen3_next')
-
-
-def _nest(flat: Mapping[str, Any]) -> dict:
-  nested: dict = {}
-  for knob, value in flat.items():
-    *path, last = knob.split('.')
-    group = nested
-    for part in path:
-      group = group.setdefault(part, {})
-    group[last] = value
-  return nested
 
 
 def _head(keys: _Keys, knobs: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from gated import config, data, hf, model, storage
 from gated.data import tokenizer
 from gated.devices import mesh, trees
 from gated.model import remedies, streaming
-from gated.plan.plan import reading
+from gated.plan.plan import reading, replicated
 from gated.run import checkpoint, weights
 
 SHORTEST = 16  # Texts are padded to a power of two; this is the smallest.
@@ -236,15 +236,7 @@ class Opened:
   @functools.cache  # noqa: B019
   def compiled(self, function: Any) -> Any:
     """A function of the model and arrays, compiled for all devices."""
-    replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-    exact = model.exact(self.cfg.numerics, function)
-    compiled = jax.jit(exact, out_shardings=replicated)
-
-    def run(net, *arrays):
-      with jax.set_mesh(self.mesh):
-        return compiled(net, *arrays)
-
-    return run
+    return replicated(self.cfg, self.mesh, function)
 
   def tokens(self, text: Text) -> np.ndarray:
     """A text -> its token ids; ValueError for an id outside of the vocabulary."""

@@ -122,7 +122,7 @@ class Plan:
       'probes': (cfg.log.probes, probes.watch, scalars),
     }
     compiled = {
-      kind: _replicated(cfg.model, self.mesh, functools.partial(run, micro=self.micro))
+      kind: replicated(cfg.model, self.mesh, functools.partial(run, micro=self.micro))
       for kind, (_, run, _) in kinds.items()
     }
     return lambda step, *args: {
@@ -167,10 +167,10 @@ def amount(n: float) -> str:
 
 def evaluate_step(cfg: model.Config, on: Mesh, chunk: int) -> Any:
   """-> a jitted (model, batch) -> each row's (nats, weight), on all devices."""
-  return _replicated(cfg, on, functools.partial(losses.per_row, chunk=chunk))
+  return replicated(cfg, on, functools.partial(losses.per_row, chunk=chunk))
 
 
-def _replicated(cfg: model.Config, on: Mesh, run: Any) -> Any:
+def replicated(cfg: model.Config, on: Mesh, run: Any) -> Any:
   """Jits a function on a mesh; its results are replicated."""
   jitted = jax.jit(model.exact(cfg.numerics, run), out_shardings=NamedSharding(on, P()))
 

@@ -11,14 +11,15 @@ from pathlib import Path
 import jax
 import pytest
 import small
+from golden import make_preflight
 
 from gated import model, plan
 from gated.devices import chips
 from gated.pods import estimate, preflight
-from gated.pods.preflight import golden, table
+from gated.pods.preflight import table
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES = {path.stem: path for path in (ROOT / 'tests/golden/preflight').glob('*.json')}
+CASES = make_preflight.CASES
 GIB = 2**30
 
 
@@ -184,8 +185,8 @@ def report(**changes) -> dict:
 
 def faults(**changes) -> list[str]:
   needs = {'spare': 0.05, 'counted': True}
-  case = {'flags': [], 'needs': needs, 'found': golden.kept(report())}
-  return golden.faults(case, report(**changes))
+  case = {'flags': [], 'needs': needs, 'found': make_preflight.kept(report())}
+  return make_preflight.faults(case, report(**changes))
 
 
 def test_a_golden_case_may_grow_by_5_percent():
@@ -212,9 +213,9 @@ def test_a_golden_case_needs_free_memory_and_complete_counts():
   wrong = {'counted': 100.0, 'model': 90.0, 'expected': {'matmul': 110.0}}
   assert '0.9091 of the expected FLOPs' in faults(flops=wrong)[0]
   empty = {'flags': [], 'needs': {'spare': 0, 'counted': True}, 'found': None}
-  assert 'no result yet' in golden.faults(empty, report())[0]
+  assert 'no result yet' in make_preflight.faults(empty, report())[0]
   lost = {'memory': {'total': 2000}}
-  assert 'does not fit any more' in golden.faults(empty, lost)[0]
+  assert 'does not fit any more' in make_preflight.faults(empty, lost)[0]
 
 
 def test_every_golden_case_has_its_flags():
@@ -225,8 +226,7 @@ def test_every_golden_case_has_its_flags():
 
 
 def check(run_for_tpu, name: str, timeout: int) -> None:
-  flags = ['--golden', f'--only={name}']
-  process = run_for_tpu(['scripts/preflight.py', *flags], timeout=timeout)
+  process = run_for_tpu(['tests/golden/make_preflight.py', name], timeout=timeout)
   assert process.returncode == 0, process.stdout + process.stderr[-2000:]
   assert f'{name}: ' in process.stdout
 
@@ -279,7 +279,6 @@ def test_the_script_suggests_fits_best_first(run_python):
       ['--topology=h100:8', '--config.mesh.fsdp=3'],
       '8 devices are available, but config.mesh.fsdp=3 needs',
     ),
-    (['--golden', '--only=nothing'], '--only=nothing, but cases are '),
   ],
 )
 @pytest.mark.full

@@ -6,10 +6,7 @@ are never summed, and hold uninitialized memory in y.
 N rows  E groups  A width in  B width out
 """
 
-import functools
-
-import jax
-from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+from jax.experimental.pallas.ops.tpu.megablox.ops import gmm
 
 # Maximum rows, terms and columns of a block. Two blocks each of x, w and y and a float32
 # sum must fit into 16 MiB of a core's memory.
@@ -17,25 +14,9 @@ BLOCK = (512, 1024, 1024)
 LANES = 128
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def multiply(x_NA, w_EAB, size_E, interpret: bool = False):
   """As `grouped_matmul`: N and the widths are multiples of 128."""
-  return gmm(x_NA, w_EAB, size_E, x_NA.dtype, tiling=_blocks, interpret=interpret)
-
-
-def _forward(x_NA, w_EAB, size_E, interpret):
-  return multiply(x_NA, w_EAB, size_E, interpret), (x_NA, w_EAB, size_E)
-
-
-def _backward(interpret, saved, dy_NB):
-  x_NA, w_EAB, size_E = saved
-  opts = dict(tiling=_blocks, interpret=interpret)
-  dx_NA = gmm(dy_NB, w_EAB, size_E, x_NA.dtype, transpose_rhs=True, **opts)
-  dw_EAB = tgmm(x_NA.T, dy_NB, size_E, w_EAB.dtype, **opts)
-  return dx_NA, dw_EAB, None
-
-
-multiply.defvjp(_forward, _backward)
+  return gmm(x_NA, w_EAB, size_E, x_NA.dtype, _blocks, interpret=interpret)
 
 
 def _blocks(rows: int, terms: int, columns: int) -> tuple[int, int, int]:

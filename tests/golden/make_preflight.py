@@ -1,12 +1,26 @@
 """Golden preflights: a new compilation may not need much more than the recorded one.
 
-A case is a JSON file: the `flags` of preflight.py, its limits (`needs`), and the result
-(`found`), null at first.
+.venv/tpu/bin/python tests/golden/make_preflight.py [--write] [NAME ...]
+
+compiles the cases of tests/golden/preflight again and reports numbers that grew by more
+than 5%; --write keeps the new results. A case is a JSON file: the `flags` of
+preflight.py, its limits (`needs`), and the result (`found`), null at first. Exit code 1
+if a case fails.
 """
 
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+CASES = {path.stem: path for path in sorted(ROOT.glob('tests/golden/preflight/*.json'))}
+GIB = 2**30
 
 # Memory, FLOPs and traffic may grow by this share.
 GROWTH = 0.05
@@ -67,3 +81,40 @@ def _grown(name: str, old: float, new: float) -> list[str]:
     return []
   growth = f'by {new / old - 1:.1%}' if old else 'from nothing'
   return [f'{name} grew {growth}: from {old:,} to {new:,}']
+
+
+def check(name: str, write: bool) -> bool:
+  """Compiles a case in a process of its own -> whether it passes; prints its faults."""
+  case = json.loads(CASES[name].read_text())
+  with tempfile.TemporaryDirectory() as folder:
+    file = Path(folder) / 'report.json'
+    script = str(ROOT / 'scripts/preflight.py')
+    command = [sys.executable, script, *case['flags'], f'--json={file}']
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if not file.exists():
+      print(f'{name}: exit code {done.returncode}\n{done.stderr[-2000:]}')
+      return False
+    new = json.loads(file.read_text())
+  if write and 'flops' in new:
+    case['found'] = kept(new)
+    CASES[name].write_text(json.dumps(case, indent=2) + '\n')
+  regressions = faults(case, new)
+  memory = f'{new["memory"]["total"] / GIB:.2f} GiB, {new["spare"]:.1%} free'
+  print(f'{name}: {memory}, {new["compile_seconds"]:.0f} s')
+  print(''.join(f'  ! {fault}\n' for fault in regressions), end='', flush=True)
+  return not regressions
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('names', nargs='*', metavar='NAME', help='default: all cases')
+  parser.add_argument('--write', action='store_true', help='record the results')
+  args = parser.parse_args()
+  unknown = [name for name in args.names if name not in CASES]
+  if unknown:
+    parser.error(f'{unknown[0]!r} is no case of {", ".join(CASES)}')
+  return int(not all([check(name, args.write) for name in args.names or CASES]))
+
+
+if __name__ == '__main__':
+  sys.exit(main())
