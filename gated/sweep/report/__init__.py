@@ -89,6 +89,7 @@ def write(
     'curves.csv': tables.of_curves(kept).csv(),
     'summary.csv': tables.of_summary(lines).csv(),
     'sensitivity.csv': tables.of_sensitivity(lines).csv(),
+    'evaluations.csv': tables.of_evaluations(kept).csv(),
     'report.md': text.encode(),
     'index.html': page(text, report.name, drawn).encode(),
   }

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gated.probes.report import SCALARS
+from gated.sweep.report import evaluations
 from gated.sweep.report.points import Cell, Judged, Line, rate
 from gated.sweep.report.results import Result
 
@@ -104,6 +105,17 @@ def of_curves(points: Sequence[Judged]) -> Table:
     for step, loss in zip(*p.log.train.thinned(KEPT), strict=True)
   ]
   return Table(['point', *labels, 'step', 'loss'], rows)
+
+
+def of_evaluations(points: Sequence[Judged]) -> Table:
+  """A row for each number that eval.py measured of a point."""
+  rows = [
+    [p.name, p.line, p.lr, p.seed, *number]
+    for p in points
+    for number in p.log.evaluations
+  ]
+  columns = ['point', 'line', 'learning_rate', 'train_seed']
+  return Table([*columns, *evaluations.Number._fields], rows)
 
 
 def of_summary(lines: Sequence[Line]) -> Table:

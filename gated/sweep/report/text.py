@@ -88,6 +88,7 @@ def _paragraphs(report: Report) -> Iterator[str]:
     (f'Final {loss} by learning rate', 'loss_vs_lr', _losses),
     ('Comparison with the paper', '', _paper),
     ('Probes', 'probes', lambda r: probed.section(r.lines)),
+    ('Evaluations', '', _evaluations),
     ('LR sensitivity', 'sensitivity', _sensitivity),
     ('Training curves and spikes', 'curves', _spikes),
     ('Divergence', '', _divergence),
@@ -163,6 +164,28 @@ def _losses(report: Report) -> Iterator[str]:
   yield f'Seeds per learning rate: {seeds}. {report.noise}'
   if counts[-1] <= 1:
     yield 'One seed per line: the report claims no ordering of these lines.'
+
+
+def _evaluations(report: Report) -> Iterator[str]:
+  values: dict[tuple[str, str], dict[str, list[float]]] = {}
+  for line in report.lines:
+    for point in line.best.points if line.best else ():
+      for name, measure, value, _ in point.log.evaluations:
+        own = values.setdefault((name, measure), {})
+        own.setdefault(line.name, []).append(value)
+  if not values:
+    return
+  yield (
+    'Each line at its best learning rate: mean and standard deviation over the seeds '
+    'that eval.py measured. evaluations.csv has every point.'
+  )
+  rows = []
+  for (name, measure), own in values.items():
+    for line_name, numbers in own.items():
+      mean, std, n = judge.spread(numbers)
+      text = f'{mean:.4f}' + (f' ± {std:.4f}' if n > 1 else '')
+      rows.append([name, measure, line_name, text, n])
+  yield Table(['evaluation', 'measure', '', 'value', 'seeds'], rows).markdown()
 
 
 def _sensitivity(report: Report) -> Iterator[str]:
@@ -301,8 +324,8 @@ def _items(report: Report) -> Iterator[str]:
   )
   yield (
     'Other files in this folder: results.csv (the main table), points.csv (every point), '
-    'summary.csv (every line and learning rate), sensitivity.csv, curves.csv (thinned '
-    'training losses), and each figure as SVG, PDF and PNG'
+    'summary.csv (every line and learning rate), sensitivity.csv, evaluations.csv, '
+    'curves.csv (thinned training losses), and each figure as SVG, PDF and PNG'
   )
 
 
