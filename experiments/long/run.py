@@ -85,7 +85,9 @@ class Work:
   def __init__(self, results: storage.Path, groups: Sequence[str], at_a_time: int):
     """Each of `groups`, such as '0,1' or '' for CPUs, runs `at_a_time` commands."""
     self._results = results
-    self._settings = {'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{0.8 / at_a_time:g}'}
+    self._settings = {}
+    if at_a_time > 1:
+      self._settings['XLA_PYTHON_CLIENT_MEM_FRACTION'] = f'{0.8 / at_a_time:g}'
     self._groups: queue.Queue[str] = queue.Queue()
     for group in [*groups] * at_a_time:
       self._groups.put(group)
@@ -103,8 +105,9 @@ class Work:
       ended = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
-        env=os.environ
-        | ({'CUDA_VISIBLE_DEVICES': group} | self._settings if group else {}),
+        env=self._settings
+        | os.environ
+        | ({'CUDA_VISIBLE_DEVICES': group} if group else {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
       )
@@ -196,7 +199,7 @@ def numbers(report: dict[str, Any]) -> Iterator[tuple]:
   At is the last position of an interval, the distance of copying, or a task of RULER.
   """
   first = {report.get('label', 'extend-elementwise'): report}
-  for label, each in (first | report['beside']).items():
+  for label, each in (first | report.get('beside', {})).items():
     arm = next(name for name in ARMS if name in label)
     if 'positions' in each:
       length, yarn = each['length'], report['options']['yarn']

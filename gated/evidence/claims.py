@@ -278,7 +278,7 @@ CLAIMS: tuple[Claim, ...] = (
     missing='loss by position and retrieval, within and beyond the trained length, after '
     'a larger RoPE base, a short continuation and YaRN with factor 4',
     paper='+0.3 to +1.7 points; with YaRN +5 to +35, and +27 to +29 beyond',
-    elsewhere='experiments/long/README.md has those of 1 seed, which do not support it',
+    elsewhere='experiments/long/README.md has those of 1 seed, with mixed signs',
   ),
   Claim(
     name='C21',

@@ -147,7 +147,7 @@ def final_losses(results: Sequence[Result]) -> Any:
       label = ', '.join(_named(n, value) for n, value in zip(settings, cell))
       look: dict[str, Any] = style.look(i) | {'ls': '', 'alpha': 0.8}
       ax.plot(*zip(*points), label=label, **look)
-    if 'baseline' in best:
+    if np.isfinite(best.get('baseline', np.inf)):
       ax.axvline(best['baseline'], color=style.GREY, lw=0.8, ls=':')
     ax.set_yticks(range(len(arms)), arms)
     ax.invert_yaxis()

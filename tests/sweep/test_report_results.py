@@ -492,17 +492,31 @@ def test_evaluations_of_points_stand_in_the_report(tmp_path):
   assert '## Evaluations' not in described(swept)
   lengths = {'64': {'mean': {'score': None, 'loss': 1.5}}, '128': None}
   tasks = {'cloze': {'alias': 'cloze', 'acc,none': 0.25, 'acc_stderr,none': 0.125}}
-  tasks['cloze'] |= {'em,strict': 0.5, 'em_stderr,strict': 'N/A', 'samples': 3}
+  tasks['cloze'] |= {
+    'f1,none': 'NaN',
+    'em,strict': 0.5,
+    'em_stderr,strict': 'N/A',
+    'samples': 3,
+  }
   domain = {'nats_per_token': 2.0, 'nats_per_token_stderr': 0.5, 'tokens': 9}
   copying = {'distances': {'32': {'gain': 0.75, 'gain_stderr': 0.25}}}
   for k, own in enumerate(swept.points[:3]):
     folder = swept.workdir(own) / 'evals'
     moved = domain | {'nats_per_token': 2.0 + k}
-    long = {'domains': {'code': moved}, 'copying': copying, 'beside': {'x': {}}}
+    long = {
+      'domains': {'code': moved},
+      'copying': copying,
+      'beside': {'x': {'domains': {'code': domain}}},
+    }
     storage.write_json(folder / '20-long-f00d.json', long)
-    yarn = {f'{folder.parent.name} yarn=4': {'lengths': lengths}, 'other yarn=4': {}}
+    yarn = {
+      f'{folder.parent.name} yarn=4': {'lengths': lengths},
+      'other yarn=4': {'lengths': lengths},
+    }
     ruler = {'lengths': {'64': None, '128': None}, 'beside': yarn}
     storage.write_json(folder / '20-ruler-64.json', ruler)
+    streamed = {'label': f'{folder.parent.name} 4+60', 'domains': {'code': domain}}
+    storage.write_json(folder / '20-streaming.json', streamed)
     storage.write_json(folder / '20-cloze.json', {'results': tasks, 'n-shot': {}})
   text = section(described(swept), 'Evaluations')
   assert '| 20-long-f00d | code nats per token | baseline | 2.5000 ± 0.7071 | 2 |' in text
@@ -516,10 +530,12 @@ def test_evaluations_of_points_stand_in_the_report(tmp_path):
   first = [r for r in table if r['point'] == swept.points[0].name]
   assert [[*r.values()][4:] for r in first] == [
     ['20-cloze', 'cloze acc', '0.25', '0.125'],
+    ['20-cloze', 'cloze f1', 'nan', ''],
     ['20-cloze', 'cloze em', '0.5', ''],
     ['20-long-f00d', 'code nats per token', '2.0', '0.5'],
-    ['20-long-f00d', 'gain of copying at 32', '0.75', '0.25'],
+    ['20-long-f00d', 'copy gain at 32', '0.75', '0.25'],
     ['20-ruler-64', 'RULER at 64, mean loss yarn=4', '1.5', ''],
+    ['20-streaming', 'code nats per token 4+60', '2.0', '0.5'],
   ]
   storage.write(swept.workdir(swept.points[3]) / 'evals/a.json', b'[1]')
   with pytest.raises(ValueError, match=r'evals/a\.json is not a report of eval\.py'):

@@ -24,36 +24,37 @@ class Number(NamedTuple):
 
 def read(workdir: storage.Path) -> list[Number]:
   """A workdir -> the numbers of its reports; ValueError for a file that is none."""
-  numbers = []
-  for name in storage.names(workdir / 'evals'):
-    if name.endswith('.json'):
-      path = workdir / 'evals' / name
+  numbers, name = [], workdir.name
+  for file in storage.names(workdir / 'evals'):
+    if file.endswith('.json'):
+      path = workdir / 'evals' / file
       try:
         report = json.loads(storage.read(path, LIMIT))
-        for label, part in ({workdir.name: report} | report.get('beside', {})).items():
-          own, _, how = label.partition(' ')
-          if own == workdir.name:
-            numbers += [
-              Number(name[:-5], f'{measure} {how}'.rstrip(), value, error)
-              for measure, value, error in _numbers(part)
-            ]
+        first = {report.get('label', name): report}
+        for label, part in (first | report.get('beside', {})).items():
+          if label == name or label.startswith(f'{name} '):
+            how = label.removeprefix(name)
+            numbers += [Number(file[:-5], m + how, *x) for m, *x in _numbers(part)]
       except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{path} is not a report of eval.py: {error!r}') from error
   return numbers
 
 
-def _numbers(report: Mapping[str, Any]) -> Iterator[tuple[str, float, float | None]]:
+def _numbers(report: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+  """A report -> (measure, value, stderr). NaN is stored as a text, which float reads."""
   for task, own in report.get('results', {}).items():
     for name, value in own.items():
       metric, _, chosen = name.partition(',')
-      if isinstance(value, float) and not metric.endswith('_stderr'):
+      if chosen and not metric.endswith('_stderr'):
         error = own.get(f'{metric}_stderr,{chosen}')
-        yield f'{task} {metric}', value, error if isinstance(error, float) else None
+        known = isinstance(error, float)  # Otherwise N/A.
+        yield f'{task} {metric}', float(value), error if known else None
   for domain, own in report.get('domains', {}).items():
-    yield f'{domain} nats per token', own['nats_per_token'], own['nats_per_token_stderr']
+    value, error = (float(own[f'nats_per_token{end}']) for end in ('', '_stderr'))
+    yield f'{domain} nats per token', value, error
   for distance, own in report.get('copying', {}).get('distances', {}).items():
-    yield f'gain of copying at {distance}', own['gain'], own['gain_stderr']
+    yield f'copy gain at {distance}', float(own['gain']), float(own['gain_stderr'])
   for length, tasks in report.get('lengths', {}).items():
     for name in ('score', 'loss'):
       if tasks and tasks['mean'][name] is not None:
-        yield f'RULER at {length}, mean {name}', tasks['mean'][name], None
+        yield f'RULER at {length}, mean {name}', float(tasks['mean'][name]), None

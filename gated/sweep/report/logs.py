@@ -15,7 +15,6 @@ from gated.run import metrics
 from gated.run import workdir as workdirs
 from gated.sweep import judge
 from gated.sweep.judge.warnings import INDICATORS
-from gated.sweep.report import evaluations
 
 # The early warnings that are drawn -> their titles.
 WATCHED = {
@@ -69,7 +68,6 @@ class Log(NamedTuple):
   rate: float | None  # tokens per second
   device: str  # of the latest session: '2 x NVIDIA H200'
   data: str  # the fingerprint of its training data
-  evaluations: Sequence[evaluations.Number]
 
   @property
   def train(self) -> Curve:
@@ -128,7 +126,6 @@ def read(workdir: storage.Path, steps: int) -> Log:
     rate=float(np.median(rates)) if rates else None,
     device=device,
     data=data,
-    evaluations=evaluations.read(workdir),
   )
 
 

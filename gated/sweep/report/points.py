@@ -22,7 +22,7 @@ from gated import config, model, sweep
 from gated.sweep import judge
 from gated.sweep.judge.spikes import GAP, THRESHOLD, WARMUP, WINDOW
 from gated.sweep.judge.warnings import INDICATORS
-from gated.sweep.report import logs, names
+from gated.sweep.report import evaluations, logs, names
 from gated.sweep.report.logs import Log
 
 TAIL, LEAST = 0.02, 10  # Fraction and least number of records in a final training loss.
@@ -37,6 +37,7 @@ class Judged:
   point: sweep.Point
   name: str
   log: Log
+  evaluations: Sequence[evaluations.Number]  # of eval.py
   line: str
   line_labels: Mapping[str, str]  # labels except learning rate and seed
   final: float | None  # nats per token; None for a point that has not ended
@@ -138,6 +139,7 @@ def read(
         point=p.point,
         name=p.name,
         log=log,
+        evaluations=evaluations.read(p.workdir),
         line=p.line,
         line_labels=p.labels,
         final=final,

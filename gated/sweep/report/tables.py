@@ -110,9 +110,7 @@ def of_curves(points: Sequence[Judged]) -> Table:
 def of_evaluations(points: Sequence[Judged]) -> Table:
   """A row for each number that eval.py measured of a point."""
   rows = [
-    [p.name, p.line, p.lr, p.seed, *number]
-    for p in points
-    for number in p.log.evaluations
+    [p.name, p.line, p.lr, p.seed, *number] for p in points for number in p.evaluations
   ]
   columns = ['point', 'line', 'learning_rate', 'train_seed']
   return Table([*columns, *evaluations.Number._fields], rows)

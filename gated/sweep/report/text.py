@@ -170,7 +170,7 @@ def _evaluations(report: Report) -> Iterator[str]:
   values: dict[tuple[str, str], dict[str, list[float]]] = {}
   for line in report.lines:
     for point in line.best.points if line.best else ():
-      for name, measure, value, _ in point.log.evaluations:
+      for name, measure, value, _ in point.evaluations:
         own = values.setdefault((name, measure), {})
         own.setdefault(line.name, []).append(value)
   if not values:
