@@ -179,6 +179,8 @@ def model() -> dict:
       sink_values='learned',  # zero: a sink token takes attention and adds nothing
       logit_cap=0.0,  # c: attention scores become c tanh(score / c); 0 for none
       output='none',  # rms_norm or silu on each head's output (Table 3)
+      # V-scale (arXiv 2603.17771), v r / (r + C) with r = |v|^2: C fixed, or learned
+      value_scale='none',
       switch=dict(
         where='none',  # value or key_value: SwitchHead's experts (Table 6)
         experts=1,

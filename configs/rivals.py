@@ -67,6 +67,7 @@ def remedies(length: int, scale: str) -> dict[str, dict]:
     'elastic': _model(attn__normalizer='elastic'),
     'differential': _model(attn__differential=True),
     'sdpa_rmsnorm': _model(attn__output='rms_norm'),
+    'v_scale': _model(attn__value_scale='learned'),
     'window': window,
     'window_sink_logit': window | sink_logit,
     # Limits of the logits.

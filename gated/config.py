@@ -30,6 +30,7 @@ SINCE: dict[str, Any] = {
   'config.model.attn.window': 0,
   'config.model.attn.global_layers': '',
   'config.model.attn.normalizer_layers': '',
+  'config.model.attn.value_scale': 'none',
   'config.model.attn.rounding': 'backend',
   'config.model.attn.mean_segments': 0.0,
   'config.model.attn.yarn.truncate': True,

@@ -27,7 +27,7 @@ def built(arg):
 @pytest.mark.parametrize('arg', ARGUMENTS)
 def test_every_point_is_a_recipe_that_its_checks_accept(arg):
   points = built(arg)
-  assert len(points) == (6 if arg.startswith('rounding') else 22)
+  assert len(points) == (6 if arg.startswith('rounding') else 23)
   assert len({config.digest(repr(point)) for point in points.values()}) == len(points)
 
 

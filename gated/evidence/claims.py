@@ -14,7 +14,7 @@ from gated.evidence.parts import Part, difference, level, quotient, ratio, share
 # Arms beside the gate, in the order of the ledger.
 RIVALS = (
   *('sink_token', 'sink_logit', 'off_by_one', 'softpick', 'sigmoid', 'elastic'),
-  *('differential', 'gated_norm', 'pre_affine', 'dyt'),
+  *('differential', 'v_scale', 'gated_norm', 'pre_affine', 'dyt'),
 )
 
 

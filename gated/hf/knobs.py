@@ -48,6 +48,7 @@ FIXED = {
   'attn.differential': False,
   'attn.window': 0,
   'attn.output': 'none',
+  'attn.value_scale': 'none',
   'attn.switch.where': 'none',
 }
 FIXED_BY_GATE = {
@@ -83,6 +84,7 @@ LACKS = {
   'attn.differential': 'has no differential heads',
   'attn.window': 'is written without windows',
   'attn.output': "has no function of the heads' outputs",
+  'attn.value_scale': 'does not scale its values',
   'attn.switch.where': 'has no experts in attention',
   'attn.qk_norm': 'has QK-norm unless it has a gate',
   'attn.gate.position': 'has its gate on the SDPA output',

@@ -59,6 +59,7 @@ class Config:
   sink_values: str  # values of the sink tokens: learned, or zero
   logit_cap: float  # c tanh(score / c); 0 turns it off
   output: str  # one of remedies.OUTPUTS
+  value_scale: str  # one of remedies.VALUE_SCALES
   switch: switch.Config
   backend: str  # a key of kernels.ATTENTION, or auto
   # The most documents in a packed row, and those in an average row (0: unknown), which
@@ -130,7 +131,7 @@ class Trace(NamedTuple):
 
   query: jax.Array  # (B, T, H, K), normed, gated, rotated and scaled
   key: jax.Array  # (B, T, G, K), likewise
-  value: jax.Array  # (B, T, G, K), gated
+  value: jax.Array  # (B, T, G, K), scaled and gated
   lse: jax.Array | None  # log-sum-exp of the scores (B, T, H), if requested
   sinks: jax.Array | None  # log-sum-exp of the sinks' terms in the denominator (B, T, H)
   sdpa: jax.Array  # the SDPA output before its gate, after `Config.output` (B, T, H, K)
@@ -203,6 +204,9 @@ class Attention(nnx.Module):
       numerics=numerics,
     )
     self.sinks = make_sinks() if cfg.has_sinks else None
+    sizes = dict(width=width, kv_heads=G, head_dim=K)
+    scaled = functools.partial(norms.ValueScale, cfg.value_scale, std=numerics.init_std)
+    self.value_scale = scaled(**sizes) if cfg.value_scale != 'none' else None
     elastic = cfg.normalizer == 'elastic'
     self.elastic = norms.Scale((H,), cfg.elastic_tau) if elastic else None
     subtract = functools.partial(differential.Differential, head_dim=K, numerics=numerics)
@@ -212,7 +216,7 @@ class Attention(nnx.Module):
     by_head = functools.partial(RMSNorm, (H, K), axes=('heads', 'head_dim'))
     normed = cfg.output == 'rms_norm'
     self.output_norm = by_head(numerics=numerics) if normed else None
-    sizes = dict(width=width, heads=H, kv_heads=G, head_dim=K)
+    sizes |= dict(heads=H)
     self.gate: gate.Gate | None = nnx.data(None)
     for name, own in cfg.named.items():
       made = gate.Gate(own, child_key(key, name), **sizes, numerics=numerics)
@@ -245,7 +249,10 @@ class Attention(nnx.Module):
     segments are ignored; the caller stores the new keys and values.
     """
     unrotated_BTHK, k_BTGK = self._query_and_key(x_BTD, angle_BTk)
-    v_BTGK = self._gated('value', self.value(x_BTD), x_BTD)
+    v_BTGK = self.value(x_BTD)
+    if self.value_scale is not None:
+      v_BTGK = self.value_scale(v_BTGK)
+    v_BTGK = self._gated('value', v_BTGK, x_BTD)
     # Split like the activations; the backend gathers the keys of its rows.
     k_BTGK = mesh.constrain(k_BTGK, 'batch', 'tokens', 'kv_heads', None)
     v_BTGK = mesh.constrain(v_BTGK, 'batch', 'tokens', 'kv_heads', None)

@@ -1,6 +1,8 @@
 """The norm before each branch, by name: RMSNorm, two successors of it, and Dynamic Tanh.
 
-D width
+And V-scale, which shrinks the values of attention that are small already.
+
+B batch  T tokens  D width  G KV heads  K head width
 """
 
 import jax
@@ -52,6 +54,27 @@ class DynamicTanh(nnx.Module):
 def _dynamic_tanh(x, alpha, scale, bias):
   alpha, scale, bias = (as_last(p.astype(jnp.float32), x) for p in (alpha, scale, bias))
   return (scale * jnp.tanh(alpha * x.astype(jnp.float32)) + bias).astype(x.dtype)
+
+
+class ValueScale(nnx.Module):
+  """V-scale (arXiv 2603.17771): v -> v r / (r + C), where r = |v|^2.
+
+  C = D K std^2 exp(theta_G) is the expected |v|^2 at the start, with `std` that of the
+  value projection's weights. theta_G starts at 0 and is trained if `kind` is 'learned'.
+  Sinks have small values: they and their gradients almost vanish.
+  """
+
+  def __init__(self, kind: str, *, width: int, kv_heads: int, head_dim: int, std: float):
+    self.expected = width * head_dim * std**2
+    self.theta = Scale((kv_heads,), 0.0) if kind == 'learned' else None
+
+  def __call__(self, v_BTGK: jax.Array) -> jax.Array:
+    theta_G = 0.0 if self.theta is None else self.theta.scale[...].astype(jnp.float32)
+    limit_G1 = jnp.expand_dims(self.expected * jnp.exp(theta_G), -1)
+    x_BTGK = v_BTGK.astype(jnp.float32)
+    r_BTG1 = jnp.square(x_BTGK).sum(-1, keepdims=True)
+    limit_BTG1 = jnp.broadcast_to(limit_G1, r_BTG1.shape)
+    return (x_BTGK * (r_BTG1 / (r_BTG1 + limit_BTG1))).astype(v_BTGK.dtype)
 
 
 # Norms before a branch and of the last layer's output, by name: (config.model, key,

@@ -13,6 +13,9 @@ NORMALIZERS = (*OVER_SOFTMAX, *(n for n in kernels.NORMALIZERS if n != 'softmax'
 # Applied to each head's output, before its gate (Table 3).
 OUTPUTS = ('none', 'rms_norm', 'silu')
 
+# V-scale (arXiv 2603.17771) of the values, before their gate: the kinds of its constant.
+VALUE_SCALES = ('none', 'fixed', 'learned')
+
 _SOFTMAX = f'allowed are normalizer={", ".join(map(repr, OVER_SOFTMAX))}'
 
 # (knobs, whether they exclude each other, the reason and what is allowed).
@@ -76,6 +79,7 @@ def check(cfg: Any) -> None:
   config.one_of(f'{_NAME}.normalizer', cfg.normalizer, NORMALIZERS)
   config.one_of(f'{_NAME}.sink_values', cfg.sink_values, ('learned', 'zero'))
   config.one_of(f'{_NAME}.output', cfg.output, OUTPUTS)
+  config.one_of(f'{_NAME}.value_scale', cfg.value_scale, VALUE_SCALES)
   config.one_of(f'{_NAME}.rounding', cfg.rounding, ('backend', *kernels.ROUNDINGS))
   for name, low, high in (
     ('sink_tokens', 0, 1 << 16),

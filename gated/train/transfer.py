@@ -95,6 +95,12 @@ def growth(optim: Any, model: Any) -> Growth | None:
 
 
 def _check(model: Any, head_dim: float) -> None:
+  if model.attn.value_scale != 'none':
+    raise ValueError(
+      "config.optim.transfer='mup' with config.model.attn.value_scale="
+      f'{model.attn.value_scale!r}: its constant follows the initial values, which muP '
+      "changes; allowed is value_scale='none'"
+    )
   if model.norm not in OUTPUTS:
     raise ValueError(
       f"config.optim.transfer='mup' with config.model.norm={model.norm!r}, but allowed "

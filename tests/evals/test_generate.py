@@ -44,7 +44,12 @@ FULL = {
   'sigmoid': dict(attn__normalizer='sigmoid'),
   'softpick': dict(attn__normalizer='softpick'),
   'clipped': dict(attn__normalizer='clipped', attn__window=3),
-  'elastic': dict(attn__normalizer='elastic', norm='pre_affine', attn__window=3),
+  'elastic_and_v_scale': dict(
+    attn__normalizer='elastic',
+    norm='pre_affine',
+    attn__window=3,
+    attn__value_scale='learned',
+  ),
   'rounding': dict(attn__rounding='repaired'),
   'softpick_above': dict(attn__normalizer='softpick', attn__normalizer_layers='last:1'),
   'switch_key_value': SWITCH | dict(attn__switch__where='key_value'),

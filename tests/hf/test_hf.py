@@ -524,6 +524,7 @@ REFUSED = [
   ('attn__gates', 'value', 'has one gate'),
   ('attn__window', 8, 'is written without windows'),
   ('attn__output', 'rms_norm', 'has no function of the heads'),
+  ('attn__value_scale', 'learned', 'does not scale its values'),
   ('attn__switch__where', 'value', 'has no experts in attention'),
   ('attn__qk_norm', False, 'has QK-norm unless'),
   ('attn__gate__position', 'value', 'on the SDPA output'),

@@ -10,7 +10,7 @@ import small
 
 from gated import model
 from gated.devices import mesh, trees
-from gated.model import differential, norms, stacks
+from gated.model import attention, differential, norms, stacks
 from gated.train import step
 
 MODELS = {
@@ -21,10 +21,14 @@ MODELS = {
     attn__window=5,
     attn__global_layers='last:1',
   ),
-  'pre_affine, elastic': dict(
-    norm='pre_affine', attn__normalizer='elastic', attn__elastic_tau=-0.4
+  'pre_affine, elastic, V-scale': dict(
+    norm='pre_affine',
+    attn__normalizer='elastic',
+    attn__elastic_tau=-0.4,
+    attn__value_scale='learned',
   ),
-  'clipped, a window': dict(
+  'clipped, a window, a fixed V-scale': dict(
+    attn__value_scale='fixed',
     attn__normalizer='clipped',
     attn__clip_gamma=-0.05,
     attn__clip_zeta=1.1,
@@ -134,6 +138,11 @@ def by_hand(net, batch):
       jnp.einsum('btd,dhk->bthk', y, part.weight[...])
       for part in (attn.query, attn.key, attn.value)
     )
+    if own.value_scale != 'none':
+      theta = attn.value_scale.theta.scale[...] if own.value_scale == 'learned' else 0.0
+      limit = cfg.width * own.head_dim * cfg.numerics.init_std**2 * jnp.exp(theta)
+      r = (v**2).sum(-1)
+      v = v * (r / (r + limit))[..., None]
     q, k = normed(attn.query_norm, q), normed(attn.key_norm, k)
     q, k = turned(q, position), turned(k, position)
     shared = own.heads // own.kv_heads
@@ -184,7 +193,7 @@ def test_patterns_choose_the_layers_with_the_normalizer_and_the_window():
   last, first = (net_of(name).cfg for name in [*MODELS][-2:])
   assert last.normalizer_layers == (1,) and first.normalizer_layers == (0,)
   assert first.windowed == (1,) and last.windowed == ()
-  assert net_of('clipped, a window').cfg.normalizer_layers == (0, 1)
+  assert net_of('clipped, a window, a fixed V-scale').cfg.normalizer_layers == (0, 1)
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -213,7 +222,7 @@ def sizes(**changes):
   return model.parts(small.model_config(**changes))
 
 
-D, H, K, L = 16, 4, 8, 2
+D, H, G, K, L = 16, 4, 2, 8, 2
 
 
 @pytest.mark.parametrize(
@@ -225,6 +234,8 @@ D, H, K, L = 16, 4, 8, 2
     (dict(attn__differential=True), L * (4 * K + 2 * K)),
     (dict(attn__normalizer='elastic'), L * H),
     (dict(attn__normalizer='clipped'), 0),
+    (dict(attn__value_scale='learned'), L * G),
+    (dict(attn__value_scale='fixed'), 0),
     (dict(attn__normalizer='elastic', attn__normalizer_layers='first:1'), H),
     (dict(attn__normalizer='sink_logit', attn__normalizer_layers='last:1'), H),
     (dict(attn__window=3, attn__global_layers='first:1'), 0),
@@ -238,7 +249,11 @@ def test_a_remedy_has_exactly_the_parameters_of_its_formula(changes, added):
 
 def test_initial_values_are_the_papers():
   cfg = small.model_config(
-    norm='dyt', norm_alpha=(0.8, 0.2), attn__normalizer='elastic', depth=1
+    norm='dyt',
+    norm_alpha=(0.8, 0.2),
+    attn__normalizer='elastic',
+    attn__value_scale='learned',
+    depth=1,
   )
   net = model.Transformer(cfg, jax.random.key(0))
   assert float(net.embed_scale.scale[...]) == D**0.5
@@ -246,8 +261,36 @@ def test_initial_values_are_the_papers():
     np.testing.assert_allclose(norm.alpha.scale[...], alpha)
     assert (norm.scale[...] == 1).all() and (norm.bias[...] == 0).all()
   assert (net.blocks.attn.elastic.scale[...] == -1).all()
+  assert (net.blocks.attn.value_scale.theta.scale[...] == 0).all()
   before = norms.PreAffine(D, numerics=cfg.numerics).before
   assert (before.scale[...] == 1).all()
+
+
+def test_v_scale_halves_values_of_the_expected_size_and_removes_small_ones():
+  """At the start of a standard model |v|^2 is C on average, whatever its width."""
+  for width in (64, 512):
+    x_BTD = jax.random.normal(jax.random.key(1), (4, 64, width))
+    cfg = small.attention_config(value_scale='learned', qk_norm=False)
+    numerics = small.model_config(numerics__init_std=0.02).numerics
+    options = dict(width=width, std_out=0.02, numerics=numerics)
+    attn = attention.Attention(cfg, jax.random.key(0), **options)
+    v_BTGK = attn.value(x_BTD)
+    square = (v_BTGK.astype(jnp.float32) ** 2).sum(-1)
+    np.testing.assert_allclose(square.mean(), attn.value_scale.expected, rtol=0.1)
+  scale = attn.value_scale
+  direction_K = jnp.zeros(cfg.head_dim).at[0].set(1.0)
+  shrunk = lambda size: scale(size * direction_K[None, None, None].repeat(2, 2))[..., 0]
+  root = scale.expected**0.5
+  np.testing.assert_allclose(shrunk(root), root / 2, rtol=1e-6)
+  np.testing.assert_allclose(shrunk(100 * root), 100 * root, rtol=2e-4)
+  np.testing.assert_allclose(shrunk(root / 100), root * 1e-6, rtol=2e-4)
+  # The published Jacobian: r / (r + C) across, (r^2 + 3 C r) / (r + C)^2 along v.
+  r, C = (2 * root) ** 2, scale.expected
+  at = lambda v_K: scale(v_K[None, None, None].repeat(2, 2))[0, 0, 0]
+  jacobian = jax.jacobian(at)(2 * root * direction_K)
+  along, across = (r**2 + 3 * C * r) / (r + C) ** 2, r / (r + C)
+  exact = np.diag([along, *[across] * (cfg.head_dim - 1)])
+  np.testing.assert_allclose(jacobian, exact, rtol=1e-5, atol=1e-6)
 
 
 def test_starts_of_lambda_grow_with_the_layer_as_in_the_paper():
@@ -286,6 +329,7 @@ def test_flops_count_the_keys_in_a_window_and_the_width_of_differential_values()
     (dict(window=-1), r'attn\.window=-1'),
     (dict(global_layers='all'), r"attn\.global_layers='all' with .*attn\.window=0"),
     (dict(rounding='up'), r"attn\.rounding='up'"),
+    (dict(value_scale='on'), r"attn\.value_scale='on', but allowed are 'none', 'fixed'"),
     (
       dict(normalizer_layers='all'),
       r"attn\.normalizer_layers='all' with .*attn\.normalizer='softmax'",

@@ -219,12 +219,17 @@ def test_rates_are_multiplied_but_not_the_decay(name, monkeypatch):
       r"base_head_dim other than 8 with .*gate\.form='add' on q.*base_head_dim=0",
     ),
     (dict(base_head_dim=4, source='value', position='value'), "gate.source='value'"),
+    (
+      dict(value_scale='fixed'),
+      r"transfer='mup' with .*attn\.value_scale='fixed': its constant .*='none'",
+    ),
     (dict(norm='dyt'), r"config\.model\.norm='dyt'.*'rms', 'pre_affine', 'gated'"),
   ],
 )
 def test_a_bad_knob_or_combination_is_refused_by_name(changes, message):
   groups = dict.fromkeys(('transfer', 'base_width', 'base_head_dim'), 'optim')
-  group = lambda key: (groups | dict(norm='model')).get(key, 'model__attn__gate')
+  groups |= dict(norm='model', value_scale='model__attn')
+  group = lambda key: groups.get(key, 'model__attn__gate')
   knobs = {f'{group(key)}__{key}': value for key, value in changes.items()}
   with pytest.raises(ValueError, match=message):
     small.whole(**dict(optim__transfer='mup') | knobs)
