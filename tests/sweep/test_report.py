@@ -419,7 +419,7 @@ def test_a_report_is_complete_and_reproducible(lab, tmp_path):
     *('overlay', 'loss_vs_lr', 'sensitivity', 'curves', 'warnings')
   ]
   files = storage.names(outs[0])
-  assert storage.names(outs[1]) == files and len(files) == 7 + 3 * 5
+  assert storage.names(outs[1]) == files and len(files) == 8 + 3 * 5
   for name in files:
     first, second = (storage.read(out / name, 1 << 24) for out in outs)
     assert first == second, name
