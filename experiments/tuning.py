@@ -1,4 +1,4 @@
-"""Points and run order of grids over learning rate and weight decay.
+"""Recipes that change experiments/sink: grids over learning rate and weight decay.
 
 A cell is a learning rate with a weight decay. The labels are arm, lr, decay, seed.
 """
@@ -8,9 +8,24 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from configs import axes, rows, table2
+from configs import axes, base, rows, table2
+from experiments.sink import recipe as sink
 
 Labels = Mapping[str, str]
+
+
+def scale_of(arg: str) -> str:
+  """The argument of a recipe -> its scale."""
+  return base.arguments(arg, scale=tuple(sink.SCALES))['scale']
+
+
+def recipe(name: str, changes: Mapping[str, Mapping], arg: str) -> Any:
+  """The recipe of experiments/sink with an experiment's changes at its scale."""
+  scale = scale_of(arg)
+  c = sink.get_config(f'scale={scale}')
+  c.update(changes[scale])
+  c.name = f'{name}-{scale}'
+  return c
 
 
 def grid(

@@ -7,14 +7,12 @@ Seed 0 of an arm runs in every cell, its other seeds in the cell with the lowest
 scale=gpu: 433M tokens a run, about 11 minutes on one H200. scale=test: seconds on a CPU.
 """
 
-from configs import axes, base, table4
+from configs import axes, table4
 from experiments import tuning
-from experiments.sink import recipe as sink
 
 CLAIMS = ('C1', 'C3', 'C4', 'C8', 'C9', 'C10', 'C11', 'C12', 'C13', 'C14')
 BUDGET = {'gpu': 12_200_000_000, 'test': 1_000_000}
 
-SCALES = tuple(sink.SCALES)
 # What differs from the model and the training of experiments/sink.
 CHANGES = {
   'gpu': dict(
@@ -51,15 +49,11 @@ MULTIPLE = {'gpu': 64, 'test': 1}
 
 
 def get_config(arg: str = ''):
-  scale = _scale(arg)
-  c = sink.get_config(f'scale={scale}')
-  c.update(CHANGES[scale])
-  c.name = f'inside-{scale}'
-  return c
+  return tuning.recipe('inside', CHANGES, arg)
 
 
 def get_grid(arg: str = '') -> list[axes.Point]:
-  scale = _scale(arg)
+  scale = tuning.scale_of(arg)
   arms, size = {arm: ARMS[arm] for arm in TRIED[scale]}, MULTIPLE[scale]
   config = lambda: get_config(arg)
   return tuning.grid(config, arms, CELLS[scale], SEEDS[scale], multiple=size)
@@ -69,7 +63,3 @@ def choose(points, results) -> list[str]:
   """Two arms first, then one after another: all cells, then more seeds in the best."""
   groups = [FIRST, *((arm,) for arm in ARMS if arm not in FIRST)]
   return tuning.choose(points, results, groups, tuning.cell)
-
-
-def _scale(arg: str) -> str:
-  return base.arguments(arg, scale=SCALES)['scale']

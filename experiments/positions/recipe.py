@@ -8,14 +8,12 @@ lowest loss.
 scale=gpu: 115M tokens a run, about 90 seconds on one H200. scale=test: seconds on a CPU.
 """
 
-from configs import axes, base, table1, table3, table6
+from configs import axes, table1, table3, table6
 from experiments import tuning
-from experiments.sink import recipe as sink
 
 CLAIMS = ('C1', 'C2', 'C3', 'C5', 'C6', 'C7', 'C22')
 BUDGET = {'gpu': 8_000_000_000, 'test': 1_000_000}
 
-SCALES = tuple(sink.SCALES)
 # What differs from the model and the training of experiments/sink.
 CHANGES = {
   'gpu': dict(
@@ -69,15 +67,11 @@ MULTIPLE = {'gpu': 64, 'test': 1}
 
 
 def get_config(arg: str = ''):
-  scale = _scale(arg)
-  c = sink.get_config(f'scale={scale}')
-  c.update(CHANGES[scale])
-  c.name = f'positions-{scale}'
-  return c
+  return tuning.recipe('positions', CHANGES, arg)
 
 
 def get_grid(arg: str = '') -> list[axes.Point]:
-  scale = _scale(arg)
+  scale = tuning.scale_of(arg)
   arms, size = {arm: ARMS[arm] for arm in TRIED[scale]}, MULTIPLE[scale]
   config = lambda: get_config(arg)
   return tuning.grid(config, arms, CELLS[scale], SEEDS[scale], multiple=size)
@@ -86,7 +80,3 @@ def get_grid(arg: str = '') -> list[axes.Point]:
 def choose(points, results) -> list[str]:
   """One group of arms after another: all cells, then more seeds in the best."""
   return tuning.choose(points, results, GROUPS, tuning.cell)
-
-
-def _scale(arg: str) -> str:
-  return base.arguments(arg, scale=SCALES)['scale']

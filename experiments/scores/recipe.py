@@ -8,7 +8,7 @@ the other seeds in the cell with the lowest loss.
 scale=gpu: 288M tokens a run, about 8 minutes on one H200. scale=test: seconds on a CPU.
 """
 
-from configs import axes, base
+from configs import axes
 from experiments import tuning
 from experiments.inside import recipe as inside
 
@@ -26,12 +26,12 @@ CELLS = {'gpu': ((8e-3, 1.2), (6e-3, 1.6)), 'test': inside.CELLS['test']}
 
 def get_config(arg: str = ''):
   c = inside.get_config(arg)
-  c.update(CHANGES[_scale(arg)])
+  c.update(CHANGES[tuning.scale_of(arg)])
   return c
 
 
 def get_grid(arg: str = '') -> list[axes.Point]:
-  scale = _scale(arg)
+  scale = tuning.scale_of(arg)
   arms, size = {arm: inside.ARMS[arm] for arm in inside.FIRST}, inside.MULTIPLE[scale]
   config = lambda: get_config(arg)
   return tuning.grid(config, arms, CELLS[scale], inside.SEEDS[scale], multiple=size)
@@ -40,7 +40,3 @@ def get_grid(arg: str = '') -> list[axes.Point]:
 def choose(points, results) -> list[str]:
   """Seed 0 of both arms in all cells, then more seeds in the best cell of each."""
   return tuning.choose(points, results, [inside.FIRST], tuning.cell)
-
-
-def _scale(arg: str) -> str:
-  return base.arguments(arg, scale=inside.SCALES)['scale']

@@ -9,14 +9,12 @@ scale=gpu: 131M tokens a run, about 5 minutes on one H200. scale=test: seconds o
 
 import itertools
 
-from configs import axes, base, table2
+from configs import axes, table2
 from experiments import tuning
-from experiments.sink import recipe as sink
 
 CLAIMS = ('C15', 'C16', 'C17', 'C18')
 BUDGET = {'gpu': 6_000_000_000, 'test': 1_000_000}
 
-SCALES = tuple(sink.SCALES)
 # What differs from the model and the training of experiments/sink.
 CHANGES = {
   'gpu': dict(
@@ -42,18 +40,15 @@ MULTIPLE = {'gpu': 64, 'test': 1}  # Of the FFN's width.
 
 
 def get_config(arg: str = ''):
-  scale = _scale(arg)
-  c = sink.get_config(f'scale={scale}')
-  c.update(CHANGES[scale])
-  c.name = f'stability-{scale}'
-  return c
+  return tuning.recipe('stability', CHANGES, arg)
 
 
 def get_grid(arg: str = '') -> list[axes.Point]:
-  scale = _scale(arg)
+  scale = tuning.scale_of(arg)
   cells = [*itertools.product(RATES[scale], DECAYS[scale])]
   arms, size = {arm: ARMS[arm] for arm in TRIED[scale]}, MULTIPLE[scale]
-  return tuning.grid(lambda: get_config(arg), arms, cells, SEEDS[scale], multiple=size)
+  config = lambda: get_config(arg)
+  return tuning.grid(config, arms, cells, SEEDS[scale], multiple=size)
 
 
 def choose(points, results) -> list[str]:
@@ -68,7 +63,3 @@ def choose(points, results) -> list[str]:
   beside = [p for p in of(gate) if best and tuning.cell(p.labels) == tuning.cell(best)]
   others = [(arm,) for arm in ARMS if arm not in FIRST]
   return [*dict.fromkeys([*order(FIRST), *(p.name for p in beside), *order(*others)])]
-
-
-def _scale(arg: str) -> str:
-  return base.arguments(arg, scale=SCALES)['scale']

@@ -225,6 +225,12 @@ def test_every_golden_case_has_its_flags():
     assert any(flag.startswith('--topology=v') for flag in case['flags']), name
 
 
+def test_an_unknown_golden_case_is_refused_before_any_is_compiled(run_python):
+  done = run_python(['tests/golden/make_preflight.py', 'small', 'nothing'])
+  assert done.returncode == 2 and 'small: ' not in done.stdout
+  assert f"'nothing' is no case of {', '.join(CASES)}" in done.stderr
+
+
 def check(run_for_tpu, name: str, timeout: int) -> None:
   process = run_for_tpu(['tests/golden/make_preflight.py', name], timeout=timeout)
   assert process.returncode == 0, process.stdout + process.stderr[-2000:]
