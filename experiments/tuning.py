@@ -68,13 +68,8 @@ def cell(labels: Labels) -> tuple[str, str]:
   return labels['lr'], labels['decay']
 
 
-def choose(
-  points, results, groups: Sequence[Sequence[str]], group_of: Callable[[Labels], object]
-) -> list[str]:
-  """One group of arms after another: seed 0 in every cell, then more seeds.
-
-  More seeds run where `group_of` a point's labels equals that of the arm's best one.
-  """
+def choose(points, results, groups: Sequence[Sequence[str]]) -> list[str]:
+  """One group of arms after another: seed 0 in every cell, then more in the best one."""
   names = []
   for arms in groups:
     arm_points = {arm: [p for p in points if p.labels['arm'] == arm] for arm in arms}
@@ -84,7 +79,7 @@ def choose(
       p
       for arm, own in arm_points.items()
       for p in own
-      if chosen[arm] and group_of(p.labels) == group_of(chosen[arm])
+      if chosen[arm] and cell(p.labels) == cell(chosen[arm])
     ]
     names += [p.name for p in (*first_seeds, *other_seeds)]
   return list(dict.fromkeys(names))

@@ -62,4 +62,4 @@ def get_grid(arg: str = '') -> list[axes.Point]:
 def choose(points, results) -> list[str]:
   """Two arms first, then one after another: all cells, then more seeds in the best."""
   groups = [FIRST, *((arm,) for arm in ARMS if arm not in FIRST)]
-  return tuning.choose(points, results, groups, tuning.cell)
+  return tuning.choose(points, results, groups)

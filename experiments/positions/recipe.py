@@ -79,4 +79,4 @@ def get_grid(arg: str = '') -> list[axes.Point]:
 
 def choose(points, results) -> list[str]:
   """One group of arms after another: all cells, then more seeds in the best."""
-  return tuning.choose(points, results, GROUPS, tuning.cell)
+  return tuning.choose(points, results, GROUPS)

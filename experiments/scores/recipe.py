@@ -39,4 +39,4 @@ def get_grid(arg: str = '') -> list[axes.Point]:
 
 def choose(points, results) -> list[str]:
   """Seed 0 of both arms in all cells, then more seeds in the best cell of each."""
-  return tuning.choose(points, results, [inside.FIRST], tuning.cell)
+  return tuning.choose(points, results, [inside.FIRST])

@@ -2,15 +2,18 @@
 
 python scripts/campaign.py --minutes=25 --text=DIR sink
 python scripts/campaign.py --minutes=3 --scale=test sink
-Conditions x arms, one seed. A condition's baseline is trained first. Once a baseline has
-a sink, the gated arms are trained under its condition, and the search stops.
+Conditions x arms x seeds. The baseline of each condition is trained first, with one seed.
+Once one has a sink, the gated arms are trained under its condition, the search stops, and
+the baseline and the elementwise gate get more seeds there.
 scale=gpu: 655M tokens a run, about 18 minutes on one H200. scale=test: seconds on a CPU.
 """
 
+import itertools
+
 from configs import axes, base, dense_1b7, rows, table2
 
-CLAIMS = ('C8', 'C9', 'C10', 'C13')
-BUDGET = {'gpu': 4_000_000_000, 'test': 1_000_000}
+CLAIMS = ('C8', 'C9', 'C10', 'C13', 'C15')
+BUDGET = {'gpu': 7_500_000_000, 'test': 1_000_000}
 
 SCALES = {
   'gpu': dict(
@@ -62,6 +65,12 @@ TRIED = {'gpu': tuple(CONDITIONS), 'test': tuple(CONDITIONS)[:2]}
 
 ARMS = {name: table2.CHANGES[name] for name in ('baseline', 'elementwise', 'headwise')}
 
+SEEDS = {'gpu': (0, 1, 2), 'test': (0,)}
+# The arms that get more seeds, and the conditions that are cells of one setting: they
+# differ only in learning rate and weight decay.
+FIRST = 'baseline', 'elementwise'
+CELLS = 'decay1', 'decay0.5-lr8e-3'
+
 # A sink: at least this Sink64 (Gu et al., k = 0, epsilon 0.3), and this mean attention
 # to the first token of a document by queries from position 64 on.
 SINK = {'gpu': (0.15, 0.05), 'test': (0.0, 0.0)}
@@ -77,20 +86,32 @@ def get_config(arg: str = ''):
 
 def get_grid(arg: str = '') -> list[axes.Point]:
   scale = _scale(arg)
-  return [
-    axes.Point({'condition': name, 'arm': arm}, CONDITIONS[name] | _arm(name, arm, scale))
-    for arm in ARMS
-    for name in TRIED[scale]
-  ]
+  points = []
+  for seed, arm, name in itertools.product(SEEDS[scale], ARMS, TRIED[scale]):
+    labels = {'condition': name, 'arm': arm}
+    changes = CONDITIONS[name] | _arm(name, arm, scale)
+    if seed:  # The names of earlier results have no seed.
+      labels['seed'], changes['seed'] = str(seed), seed
+    points.append(axes.Point(labels, changes))
+  return points
 
 
 def choose(points, results) -> list[str]:
-  """The baselines until one has a sink; then the gated arms under its condition."""
-  found = [r for r in results if r.labels['arm'] == 'baseline' and has_sink(r)]
+  """The baselines until one has a sink; then the gated arms and more seeds there.
+
+  If its condition is one of CELLS, the FIRST arms also run in the others of them.
+  """
+  seed_0 = lambda labelled: 'seed' not in labelled.labels
+  of = lambda labelled: (labelled.labels['arm'], labelled.labels['condition'])
+  found = [r for r in results if of(r)[0] == 'baseline' and has_sink(r)]
   if not found:
-    return [p.name for p in points if p.labels['arm'] == 'baseline']
+    return [p.name for p in points if of(p)[0] == 'baseline' and seed_0(p)]
   best = max(found, key=lambda r: r.probe('sink_rate_64')).labels['condition']
-  return [p.name for p in points if p.labels['condition'] == best]
+  cells = CELLS if best in CELLS else (best,)
+  arms = [p for p in points if seed_0(p) and of(p)[1] == best]
+  seeds = [p for p in points if not seed_0(p) and of(p)[1] == best and of(p)[0] in FIRST]
+  tuned = [p for p in points if seed_0(p) and of(p)[1] in cells and of(p)[0] in FIRST]
+  return [p.name for p in (*arms, *seeds, *tuned)]
 
 
 def has_sink(result) -> bool:

@@ -70,7 +70,7 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
   labels = list(dict.fromkeys(name for r in results for name in r.labels))
   return [
     {name: r.labels.get(name, '') for name in labels}
-    | {'state': r.state, 'steps': r.steps, 'tokens': r.tokens}
+    | {'seed': r.config['seed'], 'state': r.state, 'steps': r.steps, 'tokens': r.tokens}
     | {'parameters': r.parameters}
     | {name: f'{number.of(r):.{DIGITS}g}' for name, number in NUMBERS.items()}
     | {'probed_rows': r.probes.get('rows', 0)}
@@ -110,7 +110,7 @@ def figure(results: Sequence[Result]) -> Any:
 def _varying(results: Sequence[Result]) -> list[str]:
   """The labels that differ between results, except the seed."""
   labels = dict.fromkeys(label for r in results for label in r.labels)
-  return [n for n in labels if len({r.labels[n] for r in results}) > 1 and n != 'seed']
+  return [n for n in labels if n != 'seed' and len({r.labels[n] for r in results}) > 1]
 
 
 def _arm(r: Result) -> str:

@@ -110,7 +110,7 @@ def test_every_gated_arm_has_the_parameters_of_its_baseline():
       c = recipe.get_config(f'scale={scale}')
       c.update_from_flattened_dict(point.changes)
       sizes[tuple(point.labels.values())] = _parameters(c.model.to_dict())
-    for (condition, arm), size in sizes.items():
+    for (condition, arm, *_), size in sizes.items():
       baseline = sizes[condition, 'baseline']
       assert abs(size - baseline) <= 0.025 * baseline, (condition, arm)
 

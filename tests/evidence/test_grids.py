@@ -14,6 +14,7 @@ import pytest
 from experiments.inside import recipe as inside
 from experiments.positions import recipe as positions
 from experiments.scores import recipe as scores
+from experiments.sink import recipe as sink
 from experiments.stability import recipe as stability
 from gated.evidence import arms
 from gated.sweep import folder
@@ -23,15 +24,13 @@ ROOT = Path(__file__).resolve().parents[2]
 LOW, HIGH = INSIDE = ['0.004 1.8', '0.006 1.2']
 POSITIONS = ['0.004 0.8', '0.008 0.4']
 SCORES = ['0.008 1.2', '0.006 1.6']
-STABILITY = [
-  f'{lr} {decay}' for lr in ('0.004', '0.008', '0.016') for decay in ('1.2', '0.6')
-]
+STABILITY = ['0.008 0.8', '0.016 0.8']
 
 
 @pytest.mark.parametrize(
   ('recipe', 'cells'),
-  [(inside, INSIDE), (positions, POSITIONS), (scores, SCORES), (stability, STABILITY)],
-  ids=['inside', 'positions', 'scores', 'stability'],
+  [(inside, INSIDE), (positions, POSITIONS), (scores, SCORES)],
+  ids=['inside', 'positions', 'scores'],
 )
 def test_every_arm_has_three_seeds_in_every_cell(recipe, cells):
   runs = [' '.join(p.labels.values()) for p in recipe.get_grid('scale=gpu')]
@@ -78,21 +77,56 @@ def test_a_cell_in_which_a_seed_diverged_is_left():
   assert own() == []
 
 
-def test_more_seeds_run_at_all_rates_with_the_best_weight_decay():
-  first = ('baseline', 'elementwise')
-  cells = [f'{arm} {cell} 0' for arm in first for cell in STABILITY]
-  sandwich = [f'sandwich {cell} 0' for cell in STABILITY]
-  assert wanted(stability, {})[:18] == cells + sandwich
-  # The largest rate diverges; that is a result, and no reason to leave the decay.
-  losses = dict(
-    zip(cells, (1.6, 1.7, 1.7, 1.8, math.inf, 1.9, 1.6, 1.7, 1.6, 1.5, 1.6, 1.7))
-  )
-  rates = [cell.split()[0] for cell in STABILITY[::2]]
-  seeds = [f'baseline {lr} 1.2 {k}' for lr in rates for k in '12']
-  seeds += [f'elementwise {lr} 0.6 {k}' for lr in rates for k in '12']
-  # Spikes are compared in the best cell of the baseline.
-  seeds += [f'elementwise 0.004 1.2 {k}' for k in '12']
-  assert wanted(stability, losses)[:20] == seeds + sandwich
+def test_all_rates_have_three_seeds_at_one_weight_decay():
+  by_rate = [
+    f'{arm} {cell} {k}'
+    for cell in STABILITY
+    for arm in ('baseline', 'elementwise')
+    for k in '012'
+  ]
+  # What the first two arms have in experiments/positions, the others need here.
+  sandwich = [f'sandwich 0.004 0.8 {k}' for k in '012']
+  sandwich += ['sandwich 0.008 0.4 0', *(f'sandwich 0.008 0.8 {k}' for k in '012')]
+  sandwich += [f'sandwich 0.016 0.8 {k}' for k in '012']
+  order = wanted(stability, {})
+  assert order[:22] == by_rate + sandwich
+  assert len(order) == 12 + 3 * 10
+
+
+def test_stability_shares_the_setting_of_positions():
+  setting = lambda recipe: arms.split(recipe.get_config('scale=gpu').to_dict())[0]
+  assert setting(stability) == setting(positions)
+
+
+def test_a_sink_gets_more_seeds_and_its_gate_another_cell():
+  def result(condition, arm, rate):
+    labels = {'condition': condition, 'arm': arm}
+    known = dict(name=f'{condition} {arm}', point=f'{condition} {arm}', labels=labels)
+    config = {'model': {'mask_documents': True}}
+    probe = {'sink_rate_64': rate, 'first_token_attention_documents_from_64': rate / 4}
+    more = dict(finished=True, scale='gpu', config=config, probe=probe.get)
+    return SimpleNamespace(**known, **more)
+
+  points = [
+    SimpleNamespace(name=' '.join(p.labels.values()), labels=p.labels)
+    for p in sink.get_grid('scale=gpu')
+  ]
+  of = lambda *results: sink.choose(points, results)
+  baselines = [f'{condition} baseline' for condition in sink.CONDITIONS]
+  weak = result('decay0.5-lr8e-3', 'baseline', 0.16)
+  assert of() == of(weak) == baselines
+  found = of(weak, result('decay1', 'baseline', 0.4))
+  assert found == [
+    *(f'decay1 {arm}' for arm in ('baseline', 'elementwise', 'headwise')),
+    *(f'decay1 {arm} {k}' for k in '12' for arm in ('baseline', 'elementwise')),
+    'decay0.5-lr8e-3 baseline',
+    'decay1 baseline',
+    'decay0.5-lr8e-3 elementwise',
+    'decay1 elementwise',
+  ]
+  unmasked = 'decay0.5-lr8e-3-unmasked'
+  alone = of(weak, result(unmasked, 'baseline', 0.4))
+  assert {name.split()[0] for name in alone} == {unmasked}
 
 
 def test_a_campaigns_copy_of_the_sources_has_all_that_recipes_import(tmp_path):
@@ -130,7 +164,7 @@ def test_the_ledger_has_the_arms_of_the_experiment(recipe):
 def test_gated_models_have_at_most_two_percent_more_parameters():
   """The FFN of width 512 has 3 * 512 weights a channel; a gate has 512 a score."""
   extra = {'elementwise': 512, 'shared': 512, 'ns_sigmoid': 512, 'g2': 256, 'headwise': 8}
-  for point in (p for r in (inside, scores, stability) for p in r.get_grid('scale=gpu')):
+  for point in (p for r in (inside, scores) for p in r.get_grid('scale=gpu')):
     ffn = point.changes.get('model.ffn', 1536)
     added = 18 * 512 * (extra.get(point.labels['arm'], 0) - 3 * (1536 - ffn))
     assert 0 <= added < 0.02 * 61e6
@@ -139,9 +173,10 @@ def test_gated_models_have_at_most_two_percent_more_parameters():
 def test_positions_and_forms_have_as_many_parameters_as_the_baseline():
   """The FFN of width 384 has 3 * 384 weights a channel; a gate has 384 a score."""
   scores = {'g2': 192, 'g3': 192, 'headwise': 6}
-  scores |= {'baseline': 0, 'sdpa_rmsnorm': 0, 'sdpa_silu': 0}
+  plain = 'baseline', 'sdpa_rmsnorm', 'sdpa_silu', 'sandwich', 'clip300', 'clip100'
+  scores |= dict.fromkeys(plain, 0)
   more = {'kv_heads_x2', 'heads_x1.5'}  # In the paper as well.
-  for point in positions.get_grid('scale=gpu'):
+  for point in (p for r in (positions, stability) for p in r.get_grid('scale=gpu')):
     arm = point.labels['arm']
     added = scores.get(arm, 384) - 3 * (1152 - point.changes.get('model.ffn', 1152))
     if arm not in more and 'switch' not in arm:
