@@ -142,7 +142,7 @@ class Verdict:
   @property
   def figure(self) -> str:
     """'-0.0120 [-0.0180, -0.0060]'; '–' without a figure."""
-    if self.estimate is None:
+    if self.estimate is None or math.isnan(self.estimate.value):
       return NONE
     show, (value, *ends) = SHOWN[self.part.kind], self.estimate
     if self.part.kind == 'ratio':
