@@ -17,7 +17,7 @@
 #
 # PYTHON=python3.12    another interpreter (3.11 to 3.13)
 # LOCKED=1             install the versions of the lock files and check their hashes
-# JOBS=2               pytest workers
+# JOBS=3               pytest workers; some tests wait for processes, so one more than cores
 # REQUIRED=1           make audit fails where it would otherwise report that it was skipped
 # ARGS=...             extra arguments: pytest (ARGS='-k gate'), make rows and make faults
 #                      (ARGS='--only table1'), make sweep, make lock (ARGS=--upgrade)
@@ -26,7 +26,7 @@ PYTHON ?= python3
 WORKDIR ?= runs/demo
 SWEEP ?= sweeps/lr
 ARGS ?=
-JOBS ?= 2
+JOBS ?= 3
 BIN := .venv/bin
 TOOLS := .venv/tools
 UV := $(shell command -v uv 2>/dev/null)

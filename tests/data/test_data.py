@@ -488,7 +488,7 @@ def test_the_embedded_corpus_is_built_once_and_splits_by_file(
   assert open_('stdlib', cache=str(folder)).fingerprint == corpora[0].fingerprint
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_builders_without_locks_use_their_own_drafts(stdlib, tmp_path, monkeypatch):
   _, paths = stdlib
   monkeypatch.setattr(embedded, 'files', lambda: paths)
@@ -644,7 +644,7 @@ print(remote.directory(sys.argv[1], sys.argv[2]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('locks', [True, False])
 def test_several_processes_copy_one_dataset(url, built, tmp_path, spawn_python, locks):
   cache = tmp_path / 'cache'

@@ -161,7 +161,7 @@ def test_a_fault_inside_a_large_document_leaves_nothing_of_it(tmp_path, monkeypa
     prepare.run(str(tmp_path / 'o'), domains, options(heldout=0), processes=1)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_memory_of_a_document_does_not_grow_with_it(tmp_path, run_python):
   """A document of 6 MB, which took 1 GiB in one piece."""
   line = 'The quick brown fox, number 12345, jumps over lazy dogs.\n'
@@ -492,7 +492,7 @@ def hub(tmp_path, monkeypatch):
   return folder
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_dataset_of_the_hub_is_streamed_by_shards_and_resumed(
   hub, tmp_path, monkeypatch
 ):

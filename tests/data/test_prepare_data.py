@@ -255,7 +255,7 @@ def test_a_restarted_call_reuses_intact_files_alone(dedup, tmp_path, monkeypatch
   assert content(out) == content(tmp_path / 'straight')
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_sigkill_leaves_no_worker_and_a_rerun_gives_the_same_bytes(tmp_path):
   dice = random.Random(7)
   write_lines(tmp_path / 'l.jsonl', [words(dice, 100, 3000) for _ in range(4000)])

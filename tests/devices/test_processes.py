@@ -382,7 +382,7 @@ def test_an_unreachable_metadata_server_is_reported_in_one_line(environment, mon
     clusters.find(9)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_processes_find_each_other_by_hand_in_spite_of_a_proxy(together):
   where, proxy = f'127.0.0.1:{process.free_port()}', {'http_proxy': 'http://127.0.0.1:9'}
   output = together([(where, proxy, i) for i in range(2)], count=2)

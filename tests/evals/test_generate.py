@@ -206,6 +206,7 @@ def test_draws_have_the_probabilities_of_the_kept_tokens(top_k, top_p):
   assert not frequency_V[p_V == 0].any()
 
 
+@pytest.mark.full
 def test_a_text_ends_before_a_stop_string_and_no_further_tokens_are_computed(monkeypatch):
   monkeypatch.setattr(generate, 'STOP_EVERY', 4)
   calls, decode = [], generate._decode

@@ -92,7 +92,11 @@ def choices():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('knobs', [{}, {'moe__experts': 4, 'moe__top_k': 2}], ids=str)
+@pytest.mark.parametrize(
+  'knobs',
+  [{}, pytest.param({'moe__experts': 4, 'moe__top_k': 2}, marks=pytest.mark.full)],
+  ids=str,
+)
 def test_choices_that_share_their_context_have_the_answers_of_each_text_alone(knobs):
   net, asked = small.model_of(attn__gate__position='sdpa', **knobs), choices()
   want = {each: definition(net, each) for each in asked}

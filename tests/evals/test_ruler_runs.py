@@ -131,6 +131,7 @@ def test_two_processes_measure_as_one_does(place, spawn_python, tmp_path):
       assert two[task][name] == pytest.approx(numbers[name], rel=1e-4)
 
 
+@pytest.mark.full
 def test_the_table_is_drawn_into_a_workdir(place, capsys, monkeypatch):
   pytest.importorskip('matplotlib')
   given: dict[str, Any] = dict(limit=1, tasks=('niah_single_1',), figures=True)

@@ -161,7 +161,7 @@ FEW = [SHARED[n] for n in (0, 6, 8, 12)]
 
 @pytest.mark.parametrize(
   ('sizes', 'n', 'vocab'),
-  [pytest.param(*s, marks=[] if s in FEW else pytest.mark.slow) for s in SHARED],
+  [pytest.param(*s, marks=[] if s in FEW else pytest.mark.full) for s in SHARED],
   ids=str,
 )
 def test_vocab_loss_on_a_mesh_is_that_of_one_device(sizes, n, vocab, monkeypatch):

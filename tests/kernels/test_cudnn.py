@@ -112,7 +112,14 @@ def stand_in(name, arrays, likes, others, qkv, start_N, size_N, window):
   return [g.reshape(x.shape) for g, x in zip(grads, qkv)]
 
 
-@pytest.mark.parametrize('rooms', [(6, 6), (4, 6), (3, 6)], ids=['most', 'fits', 'full'])
+@pytest.mark.parametrize(
+  'rooms',
+  [
+    pytest.param((6, 6), id='most', marks=pytest.mark.full),
+    pytest.param((4, 6), id='fits'),
+    pytest.param((3, 6), id='full', marks=pytest.mark.full),
+  ],
+)
 def test_a_batch_with_more_documents_than_room_is_computed_row_by_row(rooms, monkeypatch):
   """Ten documents: there is room for 18, 12 and 9."""
   q, k, v, dy = drawn()

@@ -70,7 +70,9 @@ def outcome(arrays, segments, **opts):
   return *out, *grads
 
 
-@pytest.mark.parametrize('window', [1, 5, 130, 999])
+@pytest.mark.parametrize(
+  'window', [130, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 5, 999))]
+)
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_a_window_hides_the_keys_that_are_too_far(backend, window):
   if backend == 'cudnn':

@@ -179,9 +179,9 @@ def scanned():
   [
     ('scan', 'full'),
     ('unroll', 'none'),
-    pytest.param('scan', 'dots', marks=pytest.mark.slow),
-    pytest.param('unroll', 'full', marks=pytest.mark.slow),
-    pytest.param('unroll', 'dots', marks=pytest.mark.slow),
+    pytest.param('scan', 'dots', marks=pytest.mark.full),
+    pytest.param('unroll', 'full', marks=pytest.mark.full),
+    pytest.param('unroll', 'dots', marks=pytest.mark.full),
   ],
 )
 def test_layers_and_remat_change_neither_loss_nor_gradient(layers, remat, scanned):

@@ -252,7 +252,7 @@ def dropless_with_gradients(weights, x, weight, choice, dy):
 @pytest.mark.parametrize('leaning', LEANINGS)
 @pytest.mark.parametrize(
   'sizes',
-  [SPLITS[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SPLITS[1:])],
+  [SPLITS[0], *(pytest.param(s, marks=pytest.mark.full) for s in SPLITS[1:])],
   ids=str,
 )
 def test_experts_of_several_devices_are_those_of_one(sizes, leaning):

@@ -149,6 +149,7 @@ def test_texts_that_cannot_be_measured_are_refused(headwise, tmp_path):
     gated.load(folder).loss(TEXT)
 
 
+@pytest.mark.full
 def test_a_step_that_its_run_removes_meanwhile_is_chosen_again(
   tmp_path, monkeypatch, caplog
 ):
@@ -193,6 +194,7 @@ def test_a_step_that_is_removed_is_not_replaced_if_it_was_given_by_number(
     loading.take(f'{folder}:1')
 
 
+@pytest.mark.full
 def test_a_workdir_in_a_store_is_loaded(remote):
   folder, _ = saved(storage.path(remote), position='sdpa')
   assert gated.load(f'{folder}:1').gates([1, 2, 3]).shape == (2, 4, 3, 8)
@@ -237,7 +239,7 @@ def test_attention_is_that_of_the_text_alone(headwise):
     run.attention('x' * 513)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_with_forced_gates_is_measured_like_any_other(headwise):
   run = gated.load(headwise[0])
   shut = run.force('mean', layers=[1], text=LONG[:64]).force('closed', layers=[0])
@@ -297,7 +299,7 @@ def test_documents_are_masked_or_not_by_a_flag(headwise):
     assert (uniform > whole['first_token_uniform']['value'] * 0.999) == allowed
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_runs_and_forced_gates_stand_beside_a_run(headwise):
   """Their losses and probes are those of each alone; gates have their mean over rows."""
   run, rows = gated.load(headwise[0]), small.batch(8, 64)

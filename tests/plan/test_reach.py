@@ -95,7 +95,7 @@ def test_every_parameter_of_every_variant_reaches_the_loss(changes):
   assert dead_with(**dict(attn__gate__position='sdpa') | changes) == []
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_parameter_of_every_recipe_reaches_the_loss():
   recipes = {name: recipe() for name, recipe in rows.recipes([]).items()}
   for file, arguments in RECIPES.items():

@@ -337,6 +337,7 @@ def test_the_rank_of_a_map_is_that_of_its_singular_values():
       assert exp_entropy[layer, head] == pytest.approx(effective(s))
 
 
+@pytest.mark.full
 def test_each_of_several_gates_has_its_numbers_in_its_own_layers():
   several = dict(attn__gate__position='sdpa', attn__gate__layers='last:1')
   net = small.model_of(attn__gates='value layers=all granularity=headwise', **several)

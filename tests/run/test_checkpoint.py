@@ -310,7 +310,13 @@ def flip(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('damage', [truncate, empty, flip, lambda path: path.unlink()])
+@pytest.mark.parametrize(
+  'damage',
+  [truncate, flip]
+  + [
+    pytest.param(d, marks=pytest.mark.full) for d in (empty, lambda path: path.unlink())
+  ],
+)
 def test_a_step_with_any_damaged_file_is_skipped_with_the_reason(damage, three, caplog):
   files = [path for path in (three / '3').rglob('*') if path.is_file()]
   assert len(files) > 10
@@ -512,7 +518,7 @@ def test_a_step_under_a_wrong_number_is_skipped(three):
   assert newest(three) == 3
 
 
-@pytest.mark.parametrize('store', ['s3', pytest.param('gs', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('store', ['s3', pytest.param('gs', marks=pytest.mark.full)])
 def test_a_store_gives_the_same_guarantees_as_a_disk(store, request, tmp_path, caplog):
   where = storage.path(f'{request.getfixturevalue(store)}/{tmp_path.name}/checkpoints')
   with checkpoint.Checkpoints(where, keep=2, keep_every=0) as out:

@@ -28,6 +28,7 @@ def test_a_signal_is_reported_after_the_step_and_a_later_one_has_no_effect(numbe
       signal.signal(n, handler)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
   'work',
   [
@@ -124,6 +125,7 @@ def test_an_error_of_ours_keeps_its_traceback():
     assert shutdown.explain(error, storage.path('/w/run')) is None
 
 
+@pytest.mark.full
 def test_a_signal_before_the_run_handles_signals_removes_what_is_half_made(
   run_python, tmp_path
 ):

@@ -238,7 +238,7 @@ def test_a_recipe_of_older_sources_does_not_stop_a_sweep(monkeypatch):
   assert machine.room(swept.points, 1).environment.keys() == {'NPROC'}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_new_points_are_resolved_with_the_sources_of_the_sweep(tmp_path, monkeypatch):
   # The sources of the sweep have other steps than the current ones.
   other = tmp_path / 'checkout'

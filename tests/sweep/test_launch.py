@@ -792,6 +792,7 @@ def test_a_read_only_folder_is_refused(tmp_path):
   assert list((tmp_path / 'new').iterdir()) == []
 
 
+@pytest.mark.full
 def test_the_write_check_leaves_a_bucket_unchanged(remote):
   targets.check_writable(f'{remote}/sweep')
   assert storage.names(f'{remote}/sweep') == []

@@ -88,10 +88,11 @@ class Terminal:
 @pytest.mark.parametrize(
   'stop',
   [
-    Terminal.interrupt,
     Terminal.terminate,
-    Terminal.close,
-    Terminal.close_as_a_session_ends,
+    *(
+      pytest.param(stop, marks=pytest.mark.full)
+      for stop in (Terminal.interrupt, Terminal.close, Terminal.close_as_a_session_ends)
+    ),
   ],
   ids=lambda stop: stop.__name__,
 )

@@ -80,6 +80,7 @@ def test_factored_moments_are_a_product_of_means():
   assert sum(leaf.size for leaf in second if leaf.size > 1) == 3 * (128 + 256) + 128
 
 
+@pytest.mark.full
 def test_factored_moments_are_the_same_on_eight_devices():
   def losses(count):
     sizes = dict(model__width=128, model__ffn=256, mesh__fsdp=count)

@@ -66,7 +66,7 @@ def limit(kv_heads):
   return float(np.median(largest(kv_heads)))
 
 
-@pytest.mark.parametrize('kv_heads', [2, 4])
+@pytest.mark.parametrize('kv_heads', [2, pytest.param(4, marks=pytest.mark.full)])
 def test_weights_are_scaled_so_that_the_largest_logit_would_be_the_limit(kv_heads):
   _, plain, _ = trained(kv_heads, 0.0)
   top_LH, tau = largest(kv_heads), limit(kv_heads)
@@ -84,6 +84,7 @@ def test_weights_are_scaled_so_that_the_largest_logit_would_be_the_limit(kv_head
   assert metrics['qk_clipped'] == 0.5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
   'where',
   [

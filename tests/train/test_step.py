@@ -166,9 +166,14 @@ def test_sharded_over_weights_heads_and_tokens_is_single(single):
   ('sizes', 'knobs'),
   [
     (dict(fsdp=8), {}),
-    (dict(data=2, fsdp=2, expert=2), {}),
-    (dict(fsdp=2, context=4), dict(model__layers='unroll')),
     (dict(fsdp=2, tensor=2, data=2), dict(accum=2, model__remat='full')),
+    *(
+      pytest.param(sizes, knobs, marks=pytest.mark.full)
+      for sizes, knobs in [
+        (dict(data=2, fsdp=2, expert=2), {}),
+        (dict(fsdp=2, context=4), dict(model__layers='unroll')),
+      ]
+    ),
   ],
   ids=str,
 )
