@@ -47,6 +47,11 @@ def names() -> list[str]:
   return sorted(p.parent.name for p in ROOT.glob('experiments/*/recipe.py'))
 
 
+def everything(scale: str) -> list[result.Result]:
+  """-> the results of all experiments at a scale."""
+  return [r for n in names() for r in result.read_all(storage.path(ROOT), n, scale)]
+
+
 def opened(name: str, scale: str, text: str) -> experiment.Experiment:
   """An experiment's name, a scale and the folder of its text -> Experiment."""
   if name not in names():
@@ -108,9 +113,7 @@ def run(args: argparse.Namespace, experiments: list[experiment.Experiment]) -> i
       whole=args.whole,
       open_claims=lambda e: len(set(e.claims) - decided),
       view=view,
-      others=[
-        r for n in names() for r in result.read_all(storage.path(ROOT), n, args.scale)
-      ],
+      others=everything(args.scale),
       keep_checkpoints=args.keep_checkpoints,
     )
     runner = work.runner(room.slots, code)
@@ -153,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       return 0
     if args.summary:
       for name in args.experiments or names():
-        print(summary.write(storage.path(ROOT), name, args.scale))
+        print(summary.write(storage.path(ROOT), name, args.scale, everything(args.scale)))
       return 0
     if not (args.status or args.minutes > 0):
       raise ValueError(f'--minutes={args.minutes:g} must be positive')

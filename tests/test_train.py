@@ -92,14 +92,19 @@ def test_a_step_that_is_not_finite_is_never_saved(tmp_path, run_python):
   assert all(len(event['records']) == 8 for event in events)
 
 
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory, run_python):
+  workdir = tmp_path_factory.mktemp('trained') / 'run'
+  ok(run_python(command(workdir, steps=12, checkpoint__keep=9)))
+  return workdir
+
+
 @pytest.mark.slow
 def test_one_device_eight_and_two_processes_have_the_same_losses(
-  tmp_path, run_python, spawn_python
+  trained, tmp_path, run_python, spawn_python
 ):
   """Eight devices begin a run, two processes go on, and one device ends it."""
-  straight, relay = tmp_path / 'straight', tmp_path / 'relay'
-  knobs = dict(checkpoint__every=3)
-  ok(run_python(command(straight, **knobs, steps=9)))
+  relay, knobs = tmp_path / 'relay', dict(checkpoint__every=3)
   ok(
     run_python(
       command(relay, **knobs, steps=3, mesh__fsdp=2, mesh__tensor=2, mesh__context=2),
@@ -118,14 +123,15 @@ def test_one_device_eight_and_two_processes_have_the_same_losses(
   process.outputs(children, timeout=300)
   ok(run_python(command(relay, **knobs, steps=9)))
 
-  expected, losses = (dict(evidence.losses(workdir)) for workdir in (straight, relay))
-  assert list(expected) == list(losses) == list(range(1, 10))
-  np.testing.assert_allclose(list(losses.values()), list(expected.values()), atol=1e-5)
+  expected, losses = (dict(evidence.losses(workdir)) for workdir in (trained, relay))
+  assert list(losses) == list(range(1, 10))
+  same = [expected[step] for step in losses]
+  np.testing.assert_allclose(list(losses.values()), same, atol=1e-5)
   flops = [
     [r['flops_per_token'] for r in metrics.read(workdir / 'metrics.jsonl') if 'lr' in r]
-    for workdir in (straight, relay)
+    for workdir in (trained, relay)
   ]
-  assert flops[1] == pytest.approx(flops[0], rel=1e-6)
+  assert flops[1] == pytest.approx(flops[0][: len(flops[1])], rel=1e-6)
   records = metrics.read(relay / 'metrics.jsonl')
   rates = {r['step']: r['lr'] for r in records if r['kind'] == 'train'}
   jumps = [r for r in records if r['kind'] == 'resumed']
@@ -137,13 +143,6 @@ def test_one_device_eight_and_two_processes_have_the_same_losses(
   assert [s['restored_step'] for s in sessions] == [-1, 3, 6]
   assert [s['processes'] for s in sessions] == [1, 2, 1]
   assert [s['changed']['config.steps'] for s in sessions[1:]] == [[3, 6], [6, 9]]
-
-
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory, run_python):
-  workdir = tmp_path_factory.mktemp('trained') / 'run'
-  ok(run_python(command(workdir, steps=12, checkpoint__keep=9)))
-  return workdir
 
 
 @pytest.mark.full

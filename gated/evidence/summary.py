@@ -1,8 +1,9 @@
 """The results of an experiment as one table and one figure.
 
 docs/results/NAME.csv   a row for each point
-docs/results/NAME.svg   loss, sinks and activations while training, or the final loss of
-                        each arm if nothing was probed while training; and .png
+docs/results/NAME.svg   loss, sinks and activations while training; if nothing was probed
+                        there, the final losses, by learning rate where several rates
+                        share a weight decay, else by arm; and .png
 
 At other scales than gpu they are experiments/NAME/results/SCALE.csv and .svg. In the
 table `f_attn` is by document where documents are masked, and `probed_rows` is 0 where the
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gated import storage
-from gated.evidence import measures, result
+from gated.evidence import arms, measures, result
 from gated.evidence.result import Result
 
 NUMBERS = {
@@ -79,10 +80,13 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
   ]
 
 
-def write(root: storage.Path, experiment: str, scale: str) -> storage.Path:
+def write(
+  root: storage.Path, experiment: str, scale: str, others: Sequence[Result] = ()
+) -> storage.Path:
   """Writes the table and the figure of an experiment's results -> the table's path.
 
-  ValueError if it has no results. Needs matplotlib.
+  A figure by learning rate also shows the results of `others` in the same setting.
+  ValueError if the experiment has no results. Needs matplotlib.
   """
   results = result.read_all(root, experiment, scale)
   if not results:
@@ -97,14 +101,27 @@ def write(root: storage.Path, experiment: str, scale: str) -> storage.Path:
   storage.write(folder / f'{name}.csv', text.getvalue().encode())
   from gated.probes import style  # matplotlib is in requirements-report.txt.
 
-  style.save(figure(results), folder, name, ('svg', 'png'))
+  style.save(figure(results, others), folder, name, ('svg', 'png'))
   return folder / f'{name}.csv'
 
 
-def figure(results: Sequence[Result]) -> Any:
-  """Results -> `training_curves` if training was probed, else `final_losses`."""
-  probed = any('probes' in r.curves for r in results)
-  return (training_curves if probed else final_losses)(results)
+def figure(results: Sequence[Result], others: Sequence[Result] = ()) -> Any:
+  """Results -> the figure that suits them; see the top of this file."""
+  if any('probes' in r.curves for r in results):
+    return training_curves(results)
+  rates: dict[str, set[str]] = {}
+  for r in results:
+    rates.setdefault(r.labels.get('decay', ''), set()).add(r.labels.get('lr', ''))
+  decay = max(rates, key=lambda decay: len(rates[decay]))
+  if len(rates[decay]) == 1:
+    return final_losses(results)
+  known, setting = {_arm(r) for r in results}, _setting(results[0])
+  same = [r for r in others if _arm(r) in known and _setting(r) == setting]
+  return losses_by_rate([r for r in (*results, *same) if r.labels.get('decay') == decay])
+
+
+def _setting(r: Result) -> tuple[Any, str]:
+  return arms.split(r.config)[0], r.data
 
 
 def _varying(results: Sequence[Result]) -> list[str]:
@@ -154,6 +171,40 @@ def final_losses(results: Sequence[Result]) -> Any:
     ax.set_xlabel('held-out loss (nats per token)')
     if settings:
       drawing.legend(loc='outside lower center', ncols=len(cells))
+    return drawing
+
+  return draw()
+
+
+def losses_by_rate(results: Sequence[Result]) -> Any:
+  """Results -> a figure of their held-out losses by learning rate, a line for each arm.
+
+  Lines are means over seeds. A seed has a mark; diverged runs have none.
+  """
+  from matplotlib.figure import Figure
+
+  from gated.probes import style
+  from gated.sweep.report.figures import rate_axis
+
+  losses: dict[str, dict[float, dict[str, float]]] = {}
+  for r in results:
+    by_rate = losses.setdefault(_arm(r), {})
+    if np.isfinite(r.loss):
+      by_rate.setdefault(float(r.labels['lr']), {})[r.labels['seed']] = r.loss
+
+  @style.styled
+  def draw() -> Any:
+    drawing = Figure(figsize=(3.5, 2.8))
+    ax = drawing.subplots()
+    for i, (arm, by_rate) in enumerate(losses.items()):
+      rates, look = sorted(by_rate), style.look(i)
+      means = [np.mean([*by_rate[rate].values()]) for rate in rates]
+      ax.plot(rates, means, label=arm, **look | {'marker': ''})
+      seeds = [(rate, loss) for rate in rates for loss in by_rate[rate].values()]
+      ax.plot(*zip(*seeds), **look | {'ls': '', 'alpha': 0.8})
+    rate_axis(ax, sorted({rate for by_rate in losses.values() for rate in by_rate}))
+    ax.set_ylabel('held-out loss (nats per token)')
+    drawing.legend(loc='outside lower center', ncols=3)
     return drawing
 
   return draw()

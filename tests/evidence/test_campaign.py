@@ -193,7 +193,13 @@ def test_a_finished_model_is_probed_even_if_its_point_is_no_longer_wanted(tmp_pa
 
 
 def test_runs_without_probes_are_drawn_as_the_losses_of_their_arms():
-  labels = lambda arm, lr, seed: {'arm': arm, 'lr': lr, 'seed': f'{seed}'}
+  decays = {'0.004': '0.8', '0.008': '0.4'}
+  labels = lambda arm, lr, seed: {
+    'arm': arm,
+    'lr': lr,
+    'decay': decays[lr],
+    'seed': f'{seed}',
+  }
   results = [
     made.made(arm, labels=labels(arm, lr, k), loss=loss)
     for arm, lr, losses in (
@@ -214,7 +220,27 @@ def test_runs_without_probes_are_drawn_as_the_losses_of_their_arms():
   assert high == [[1.8, 2], [1.3, 0], [1.4, 0]]
   assert [x for x, _ in line] == pytest.approx([1.6, 1.6])
   names = [text.get_text() for text in figure.legends[0].get_texts()]
-  assert names == ['lr 0.004', 'lr 0.008']
+  assert names == ['lr 0.004, decay 0.8', 'lr 0.008, decay 0.4']
+
+
+def test_rates_of_one_decay_are_drawn_as_a_line_for_each_arm_of_the_setting():
+  def one(arm, lr, seed=0, loss=1.5, decay='0.8', **knobs):
+    labels = {'arm': arm, 'lr': lr, 'decay': decay, 'seed': f'{seed}'}
+    return made.made(arm, labels=labels, loss=loss, seed=seed, **knobs)
+
+  own = [one('baseline', '0.008', k, loss) for k, loss in enumerate((1.6, 1.8))]
+  own += [one('baseline', '0.016', loss=math.nan), one('elementwise', '0.016')]
+  own += [one('baseline', '0.032', decay='0.4')]
+  same = one('baseline', '0.004', loss=1.4)
+  others = [
+    one('baseline', '0.004', loss=1.0, knobs={'steps': 7}),
+    one('headwise', '0.004'),
+  ]
+  (ax,) = summary.figure(own, [same, *others]).axes
+  baseline, seeds, gate, _ = (line.get_xydata().tolist() for line in ax.get_lines())
+  assert baseline == [[0.004, 1.4], [0.008, pytest.approx(1.7)]]
+  assert sorted(seeds) == [[0.004, 1.4], [0.008, 1.6], [0.008, 1.8]]
+  assert gate == [[0.016, 1.5]]
 
 
 RUN = {

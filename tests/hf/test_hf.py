@@ -322,7 +322,9 @@ def test_a_vector_is_written_in_float32_if_bfloat16_would_round_it(tmp_path):
 
 
 @pytest.mark.parametrize('granularity', ['headwise', 'elementwise'])
-@pytest.mark.parametrize('compute', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+  'compute', ['bfloat16', pytest.param('float32', marks=pytest.mark.full)]
+)
 def test_twice_a_sigmoid_is_written_as_a_sigmoid_and_twice_the_projection(
   granularity, compute, tmp_path
 ):
@@ -781,7 +783,10 @@ def convert(*args):
   return convert_hf.main([f'--{key}={value}' for key, value in args])
 
 
-@pytest.mark.parametrize('step', ['', ':3', ':latest', '--step=3'])
+@pytest.mark.parametrize(
+  'step',
+  [':3', *(pytest.param(s, marks=pytest.mark.full) for s in ('', ':latest', '--step=3'))],
+)
 def test_a_run_is_converted(step, workdir, tmp_path):
   source, params = workdir
   to = tmp_path / 'out'

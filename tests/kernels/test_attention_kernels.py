@@ -26,7 +26,7 @@ BACKENDS = [
   pytest.param('reference', jnp.bfloat16),
   pytest.param('cudnn', jnp.bfloat16, marks=pytest.mark.accelerator),
   pytest.param('splash', jnp.float32),
-  pytest.param('splash', jnp.bfloat16, marks=pytest.mark.slow),
+  pytest.param('splash', jnp.bfloat16, marks=pytest.mark.full),
   pytest.param('blockwise', jnp.float32),
   pytest.param('blockwise', jnp.bfloat16),
 ]
@@ -355,7 +355,7 @@ SIZES = [
   [1, 0, 2, 0, 0, 0, 1],
   [0, 0],
   *(
-    pytest.param(sizes, marks=pytest.mark.slow)
+    pytest.param(sizes, marks=pytest.mark.full)
     for sizes in ([64, 0, 0], [0, 0, 33], [7] * 9)
   ),
 ]

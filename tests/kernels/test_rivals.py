@@ -100,7 +100,13 @@ def test_a_window_hides_the_keys_that_are_too_far(backend, window):
     )
 
 
-@pytest.mark.parametrize('backend', ['blockwise', 'splash', 'reference'])
+@pytest.mark.parametrize(
+  'backend',
+  [
+    'blockwise',
+    *(pytest.param(b, marks=pytest.mark.full) for b in ('splash', 'reference')),
+  ],
+)
 def test_a_window_on_eight_devices_is_the_window_on_one(backend):
   """The rows' tokens are split four ways, and the heads two ways."""
   arrays, segments = problem(1024)

@@ -112,7 +112,7 @@ def agrees(value, grads):
     assert np.abs(slope).max() > 0, name
 
 
-@pytest.mark.parametrize('run', ['scan', pytest.param('unroll', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('run', ['scan', pytest.param('unroll', marks=pytest.mark.full)])
 def test_gates_by_pattern_are_their_formulas_gradients_included(run):
   net = small.filled(model.abstract(small.model_config(**GATES, layers=run)))
   agrees(*jax.jit(jax.value_and_grad(whole))(net, BATCH))

@@ -201,11 +201,11 @@ def test_a_remedy_and_its_gradients_are_its_formula(name):
   agrees(name, gradients(name)(net_of(name), BATCH))
 
 
-FEW = list(MODELS)[:2]
+FEW = list(MODELS)[:1]
 
 
 @pytest.mark.parametrize(
-  'name', [*FEW, *(pytest.param(n, marks=pytest.mark.full) for n in [*MODELS][2:])]
+  'name', [*FEW, *(pytest.param(n, marks=pytest.mark.full) for n in [*MODELS][1:])]
 )
 def test_eight_devices_compute_a_remedy_as_one_does(name):
   on = small.mesh_of(fsdp=2, tensor=2, context=2)
