@@ -197,11 +197,13 @@ def losses_by_rate(results: Sequence[Result]) -> Any:
     drawing = Figure(figsize=(3.5, 2.8))
     ax = drawing.subplots()
     for i, (arm, by_rate) in enumerate(losses.items()):
-      rates, look = sorted(by_rate), style.look(i)
+      rates = sorted(by_rate)
       means = [np.mean([*by_rate[rate].values()]) for rate in rates]
-      ax.plot(rates, means, label=arm, **look | {'marker': ''})
+      line: dict[str, Any] = style.look(i) | {'marker': ''}
+      ax.plot(rates, means, label=arm, **line)
       seeds = [(rate, loss) for rate in rates for loss in by_rate[rate].values()]
-      ax.plot(*zip(*seeds), **look | {'ls': '', 'alpha': 0.8})
+      marks: dict[str, Any] = style.look(i) | {'ls': '', 'alpha': 0.8}
+      ax.plot(*zip(*seeds), **marks)
     rate_axis(ax, sorted({rate for by_rate in losses.values() for rate in by_rate}))
     ax.set_ylabel('held-out loss (nats per token)')
     drawing.legend(loc='outside lower center', ncols=3)
