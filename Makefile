@@ -1,5 +1,5 @@
 # make demo      train the 1.8M-parameter demo on the embedded corpus and evaluate it
-# make test      format, lint, types and the tests except those marked full: 12 minutes
+# make test      format, lint, types and the tests except those marked full: 8 minutes
 # make test-all  everything, with the environments of make tpu and make sky
 # make fast      the tests marked neither slow nor full
 # make docs      build the site of docs/ in build/docs; a broken link fails

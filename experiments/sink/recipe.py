@@ -101,17 +101,21 @@ def choose(points, results) -> list[str]:
 
   If its condition is one of CELLS, the FIRST arms also run in the others of them.
   """
-  seed_0 = lambda labelled: 'seed' not in labelled.labels
-  of = lambda labelled: (labelled.labels['arm'], labelled.labels['condition'])
-  found = [r for r in results if of(r)[0] == 'baseline' and has_sink(r)]
-  if not found:
-    return [p.name for p in points if of(p)[0] == 'baseline' and seed_0(p)]
-  best = max(found, key=lambda r: r.probe('sink_rate_64')).labels['condition']
-  cells = CELLS if best in CELLS else (best,)
-  arms = [p for p in points if seed_0(p) and of(p)[1] == best]
-  seeds = [p for p in points if not seed_0(p) and of(p)[1] == best and of(p)[0] in FIRST]
-  tuned = [p for p in points if seed_0(p) and of(p)[1] in cells and of(p)[0] in FIRST]
-  return [p.name for p in (*arms, *seeds, *tuned)]
+  baselines = [r for r in results if r.labels['arm'] == 'baseline' and has_sink(r)]
+  if not baselines:
+    search = [p for p in points if 'seed' not in p.labels]
+    return [p.name for p in search if p.labels['arm'] == 'baseline']
+  best = max(baselines, key=lambda r: r.probe('sink_rate_64')).labels['condition']
+
+  def wanted(point) -> bool:
+    arm, condition = point.labels['arm'], point.labels['condition']
+    if condition == best:
+      return arm in FIRST or 'seed' not in point.labels
+    same_setting = {best, condition} <= {*CELLS}
+    return same_setting and arm in FIRST and 'seed' not in point.labels
+
+  chosen = sorted(filter(wanted, points), key=lambda p: p.labels['condition'] != best)
+  return [p.name for p in chosen]
 
 
 def has_sink(result) -> bool:

@@ -120,9 +120,7 @@ def test_a_sink_gets_more_seeds_and_its_gate_another_cell():
     *(f'decay1 {arm}' for arm in ('baseline', 'elementwise', 'headwise')),
     *(f'decay1 {arm} {k}' for k in '12' for arm in ('baseline', 'elementwise')),
     'decay0.5-lr8e-3 baseline',
-    'decay1 baseline',
     'decay0.5-lr8e-3 elementwise',
-    'decay1 elementwise',
   ]
   unmasked = 'decay0.5-lr8e-3-unmasked'
   alone = of(weak, result(unmasked, 'baseline', 0.4))
