@@ -17,7 +17,7 @@
 #
 # PYTHON=python3.12    another interpreter (3.11 to 3.13)
 # LOCKED=1             install the versions of the lock files and check their hashes
-# JOBS=3               pytest workers; some tests wait for processes, so one more than cores
+# JOBS=3               pytest workers; some tests wait for processes, so 3 suit 2 cores
 # REQUIRED=1           make audit fails where it would otherwise report that it was skipped
 # ARGS=...             extra arguments: pytest (ARGS='-k gate'), make rows and make faults
 #                      (ARGS='--only table1'), make sweep, make lock (ARGS=--upgrade)

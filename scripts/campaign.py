@@ -155,8 +155,12 @@ def main(argv: Sequence[str] | None = None) -> int:
       print(f'{len(copied)} results copied; {len(kept)} were here already')
       return 0
     if args.summary:
+      results = everything(args.scale)
       for name in args.experiments or names():
-        print(summary.write(storage.path(ROOT), name, args.scale, everything(args.scale)))
+        if args.experiments or any(r.experiment == name for r in results):
+          print(summary.write(storage.path(ROOT), name, args.scale, results))
+        else:
+          print(f'{name}: no results at scale={args.scale} yet')
       return 0
     if not (args.status or args.minutes > 0):
       raise ValueError(f'--minutes={args.minutes:g} must be positive')

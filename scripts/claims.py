@@ -26,7 +26,8 @@ PAGE = ROOT / 'docs/claims.md'
 def rows() -> list[ledger.Row]:
   """-> the rows of this checkout's results."""
   names = sorted(path.parent.name for path in ROOT.glob('experiments/*/recipe.py'))
-  serves = {n: importlib.import_module(f'experiments.{n}.recipe').CLAIMS for n in names}
+  recipes = {n: importlib.import_module(f'experiments.{n}.recipe') for n in names}
+  serves = {n: (*r.CLAIMS, *getattr(r, 'SHARED', ())) for n, r in recipes.items()}
   place = storage.path(ROOT)
   results = [r for n in names for r in result.read_all(place, n, ledger.SCALE)]
   return ledger.rows(results, serves)

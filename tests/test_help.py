@@ -52,8 +52,15 @@ def test_help_is_printed_and_nothing_is_done(path, flag, tmp_path, monkeypatch, 
   assert not printed.err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.full
-@pytest.mark.parametrize('path', ABSL, ids=name)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'path',
+  [
+    path if path.name == 'train.py' else pytest.param(path, marks=pytest.mark.full)
+    for path in ABSL
+  ],
+  ids=name,
+)
 def test_help_of_a_program_with_absl_flags_is_printed(path, tmp_path, run_python):
   # The variable makes it a process that imports its packages itself.
   done = run_python([path, '--help'], cwd=tmp_path, env={'PYTHONHASHSEED': '0'})

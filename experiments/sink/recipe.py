@@ -4,16 +4,16 @@ python scripts/campaign.py --minutes=25 --text=DIR sink
 python scripts/campaign.py --minutes=3 --scale=test sink
 Conditions x arms x seeds. The baseline of each condition is trained first, with one seed.
 Once one has a sink, the gated arms are trained under its condition, the search stops, and
-the baseline and the elementwise gate get more seeds there.
+the baseline and the elementwise gate get more seeds.
 scale=gpu: 655M tokens a run, about 18 minutes on one H200. scale=test: seconds on a CPU.
 """
 
-import itertools
+from collections.abc import Iterable
 
 from configs import axes, base, dense_1b7, rows, table2
 
 CLAIMS = ('C8', 'C9', 'C10', 'C13', 'C15')
-BUDGET = {'gpu': 7_500_000_000, 'test': 1_000_000}
+BUDGET = {'gpu': 8_000_000_000, 'test': 1_000_000}
 
 SCALES = {
   'gpu': dict(
@@ -65,10 +65,10 @@ TRIED = {'gpu': tuple(CONDITIONS), 'test': tuple(CONDITIONS)[:2]}
 
 ARMS = {name: table2.CHANGES[name] for name in ('baseline', 'elementwise', 'headwise')}
 
-SEEDS = {'gpu': (0, 1, 2), 'test': (0,)}
-# The arms that get more seeds, and the conditions that are cells of one setting: they
-# differ only in learning rate and weight decay.
-FIRST = 'baseline', 'elementwise'
+# The arms that get more seeds. The baseline's first seed was probed only in training, so
+# it has a further one.
+SEEDS = {'baseline': (1, 2, 3), 'elementwise': (1, 2)}
+# Conditions that are cells of one setting: they differ in learning rate and weight decay.
 CELLS = 'decay1', 'decay0.5-lr8e-3'
 
 # A sink: at least this Sink64 (Gu et al., k = 0, epsilon 0.3), and this mean attention
@@ -86,36 +86,46 @@ def get_config(arg: str = ''):
 
 def get_grid(arg: str = '') -> list[axes.Point]:
   scale = _scale(arg)
-  points = []
-  for seed, arm, name in itertools.product(SEEDS[scale], ARMS, TRIED[scale]):
-    labels = {'condition': name, 'arm': arm}
-    changes = CONDITIONS[name] | _arm(name, arm, scale)
-    if seed:  # The names of earlier results have no seed.
-      labels['seed'], changes['seed'] = str(seed), seed
-    points.append(axes.Point(labels, changes))
-  return points
+  points = [
+    axes.Point({'condition': name, 'arm': arm}, CONDITIONS[name] | _arm(name, arm, scale))
+    for arm in ARMS
+    for name in TRIED[scale]
+  ]
+  # The first seed has no label.
+  seeds = [(p, seed) for p in points for seed in SEEDS.get(p.labels['arm'], ())]
+  return points + [
+    axes.Point(p.labels | {'seed': str(seed)}, p.changes | {'seed': seed})
+    for p, seed in (seeds if scale == 'gpu' else ())
+  ]
 
 
 def choose(points, results) -> list[str]:
-  """The baselines until one has a sink; then the gated arms and more seeds there.
+  """The baselines until one has a sink; then the gated arms there, then more seeds.
 
-  If its condition is one of CELLS, the FIRST arms also run in the others of them.
+  If its condition is one of CELLS, the arms of SEEDS run in all of these first, and get
+  more seeds in their best one; the elementwise gate also gets them in the baseline's.
   """
   baselines = [r for r in results if r.labels['arm'] == 'baseline' and has_sink(r)]
+  first = [p for p in points if 'seed' not in p.labels]
   if not baselines:
-    search = [p for p in points if 'seed' not in p.labels]
-    return [p.name for p in search if p.labels['arm'] == 'baseline']
-  best = max(baselines, key=lambda r: r.probe('sink_rate_64')).labels['condition']
+    return [p.name for p in first if p.labels['arm'] == 'baseline']
+  sink = max(baselines, key=lambda r: r.probe('sink_rate_64')).labels['condition']
+  cells = CELLS if sink in CELLS else (sink,)
+  names = [p.name for p in first if p.labels['condition'] == sink]
+  best: set[str] = set()
+  for arm in SEEDS:
+    names += [p.name for p in first if _is(p, arm, cells)]
+    ended = [r for r in results if _is(r, arm, cells) and 'seed' not in r.labels]
+    stable = [r for r in ended if r.finished]
+    if stable and len(ended) == len(cells):
+      best.add(min(stable, key=lambda r: r.loss).labels['condition'])
+      names += [p.name for p in points if _is(p, arm, best)]
+  return [*dict.fromkeys(names)]
 
-  def wanted(point) -> bool:
-    arm, condition = point.labels['arm'], point.labels['condition']
-    if condition == best:
-      return arm in FIRST or 'seed' not in point.labels
-    same_setting = {best, condition} <= {*CELLS}
-    return same_setting and arm in FIRST and 'seed' not in point.labels
 
-  chosen = sorted(filter(wanted, points), key=lambda p: p.labels['condition'] != best)
-  return [p.name for p in chosen]
+def _is(labelled, arm: str, conditions: Iterable[str]) -> bool:
+  """Whether a point or a result is of an arm under one of the conditions."""
+  return labelled.labels['arm'] == arm and labelled.labels['condition'] in conditions
 
 
 def has_sink(result) -> bool:

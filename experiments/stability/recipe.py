@@ -33,12 +33,12 @@ def get_grid(arg: str = '') -> list[axes.Point]:
   scale = tuning.scale_of(arg)
   seeds, size = positions.SEEDS[scale], positions.MULTIPLE[scale]
   config = lambda: get_config(arg)
-  of = lambda names: {name: ARMS[name] for name in names}
-  points = tuning.grid(config, of(FIRST), CELLS[scale], seeds, multiple=size)
+  first = {name: ARMS[name] for name in FIRST}
+  points = tuning.grid(config, first, CELLS[scale], seeds, multiple=size)
   if scale == 'gpu':
-    others = of(name for name in ARMS if name not in FIRST)
-    both = *positions.CELLS[scale], *CELLS[scale]
-    points += tuning.grid(config, others, both, seeds, multiple=size)
+    later = {name: arm for name, arm in ARMS.items() if name not in FIRST}
+    cells = *positions.CELLS[scale], *CELLS[scale]
+    points += tuning.grid(config, later, cells, seeds, multiple=size)
   return points
 
 

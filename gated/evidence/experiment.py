@@ -3,6 +3,8 @@
 experiments/NAME/README.md   question, prediction, recipe and grid, cost, figure, verdict
 experiments/NAME/recipe.py   get_config, get_grid (as a sweep's recipe), and
   CLAIMS                     the claims that it serves, such as ('C9', 'C10')
+  SHARED                     optional: claims of another experiment for which its results
+                             count as well, since both have the same setting
   BUDGET                     training tokens that it may use at each scale
   choose(points, results)    optional: the names of the points to run next, highest
                              priority first; default: all, in the order of the grid

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gated import storage
-from gated.evidence import arms, measures, result
+from gated.evidence import measures, result
+from gated.evidence.arms import split
 from gated.evidence.result import Result
 
 NUMBERS = {
@@ -115,13 +116,14 @@ def figure(results: Sequence[Result], others: Sequence[Result] = ()) -> Any:
   decay = max(rates, key=lambda decay: len(rates[decay]))
   if len(rates[decay]) == 1:
     return final_losses(results)
-  known, setting = {_arm(r) for r in results}, _setting(results[0])
-  same = [r for r in others if _arm(r) in known and _setting(r) == setting]
-  return losses_by_rate([r for r in (*results, *same) if r.labels.get('decay') == decay])
+  own = [_model(r) for r in results]
+  alike = [r for r in others if _model(r) in own]
+  return losses_by_rate([r for r in (*alike, *results) if r.labels.get('decay') == decay])
 
 
-def _setting(r: Result) -> tuple[Any, str]:
-  return arms.split(r.config)[0], r.data
+def _model(r: Result) -> tuple[Any, ...]:
+  """What a result shares with its other seeds and cells: setting, arm, and data."""
+  return *split(r.config), r.data
 
 
 def _varying(results: Sequence[Result]) -> list[str]:
@@ -179,32 +181,36 @@ def final_losses(results: Sequence[Result]) -> Any:
 def losses_by_rate(results: Sequence[Result]) -> Any:
   """Results -> a figure of their held-out losses by learning rate, a line for each arm.
 
-  Lines are means over seeds. A seed has a mark; diverged runs have none.
+  Lines are means over seeds. A seed has a mark; a diverged run has a cross at the top.
   """
   from matplotlib.figure import Figure
 
   from gated.probes import style
   from gated.sweep.report.figures import rate_axis
 
-  losses: dict[str, dict[float, dict[str, float]]] = {}
+  by_arm: dict[str, dict[tuple[float, str], float]] = {}
   for r in results:
-    by_rate = losses.setdefault(_arm(r), {})
-    if np.isfinite(r.loss):
-      by_rate.setdefault(float(r.labels['lr']), {})[r.labels['seed']] = r.loss
+    run = float(r.labels['lr']), r.labels['seed']
+    by_arm.setdefault(_arm(r), {})[run] = r.loss if r.finished else np.nan
 
   @style.styled
   def draw() -> Any:
     drawing = Figure(figsize=(3.5, 2.8))
     ax = drawing.subplots()
-    for i, (arm, by_rate) in enumerate(losses.items()):
-      rates = sorted(by_rate)
-      means = [np.mean([*by_rate[rate].values()]) for rate in rates]
+    for i, (arm, runs) in enumerate(by_arm.items()):
       line: dict[str, Any] = style.look(i) | {'marker': ''}
-      ax.plot(rates, means, label=arm, **line)
-      seeds = [(rate, loss) for rate in rates for loss in by_rate[rate].values()]
       marks: dict[str, Any] = style.look(i) | {'ls': '', 'alpha': 0.8}
-      ax.plot(*zip(*seeds), **marks)
-    rate_axis(ax, sorted({rate for by_rate in losses.values() for rate in by_rate}))
+      rates = np.array([rate for rate, _ in runs])
+      losses = np.array([*runs.values()])
+      ended = np.isfinite(losses)
+      places = np.unique(rates[ended])
+      means = [losses[ended & (rates == rate)].mean() for rate in places]
+      ax.plot(places, means, label=arm, **line)
+      ax.plot(rates[ended], losses[ended], **marks)
+      top = {'marker': 'x', 'transform': ax.get_xaxis_transform()}
+      crosses: dict[str, Any] = marks | top
+      ax.plot(rates[~ended], np.full(sum(~ended), 0.97), **crosses)
+    rate_axis(ax, sorted({rate for runs in by_arm.values() for rate, _ in runs}))
     ax.set_ylabel('held-out loss (nats per token)')
     drawing.legend(loc='outside lower center', ncols=3)
     return drawing

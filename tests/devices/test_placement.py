@@ -72,7 +72,7 @@ FEW = [
 # Experts on that mesh are looked at in test_moe.py, too.
 @pytest.mark.parametrize(
   ('kind', 'gate', 'sizes'),
-  [FEW[0], pytest.param(*FEW[1], marks=pytest.mark.full)],
+  [FEW[0], pytest.param(*FEW[1], marks=pytest.mark.slow)],
   ids=str,
 )
 def test_loss_and_gradients_agree_with_one_device(kind, gate, sizes):

@@ -231,16 +231,17 @@ def test_rates_of_one_decay_are_drawn_as_a_line_for_each_arm_of_the_setting():
   own = [one('baseline', '0.008', k, loss) for k, loss in enumerate((1.6, 1.8))]
   own += [one('baseline', '0.016', loss=math.nan), one('elementwise', '0.016')]
   own += [one('baseline', '0.032', decay='0.4')]
-  same = one('baseline', '0.004', loss=1.4)
+  alike = [one('baseline', '0.004', loss=1.4), one('baseline', '0.008', loss=1.0)]
   others = [
     one('baseline', '0.004', loss=1.0, knobs={'steps': 7}),
     one('headwise', '0.004'),
   ]
-  (ax,) = summary.figure(own, [same, *others]).axes
-  baseline, seeds, gate, _ = (line.get_xydata().tolist() for line in ax.get_lines())
-  assert baseline == [[0.004, 1.4], [0.008, pytest.approx(1.7)]]
+  (ax,) = summary.figure(own, [*alike, *others]).axes
+  mean, seeds, crosses, *gate = (line.get_xydata().tolist() for line in ax.get_lines())
+  assert mean == [[0.004, 1.4], [0.008, pytest.approx(1.7)]]
   assert sorted(seeds) == [[0.004, 1.4], [0.008, 1.6], [0.008, 1.8]]
-  assert gate == [[0.016, 1.5]]
+  assert crosses == [[0.016, 0.97]], 'a diverged run'
+  assert gate == [[[0.016, 1.5]], [[0.016, 1.5]], []]
 
 
 RUN = {

@@ -94,17 +94,30 @@ def test_all_rates_have_three_seeds_at_one_weight_decay():
 
 
 def test_stability_shares_the_setting_of_positions():
-  setting = lambda recipe: arms.split(recipe.get_config('scale=gpu').to_dict())[0]
-  assert setting(stability) == setting(positions)
+  def models(recipe):
+    """Arm -> its setting, changes and sizes."""
+    named = {}
+    for point in recipe.get_grid('scale=gpu'):
+      changed = recipe.get_config('scale=gpu')
+      changed.update_from_flattened_dict(point.changes)
+      named[point.labels['arm']] = arms.split(changed.to_dict())
+    return named
+
+  own, theirs = models(stability), models(positions)
+  assert {arm for arm in own if own[arm] == theirs.get(arm)} == {
+    'baseline',
+    'elementwise',
+  }
+  assert {*stability.CLAIMS} == {*positions.SHARED}
 
 
 def test_a_sink_gets_more_seeds_and_its_gate_another_cell():
-  def result(condition, arm, rate):
+  def result(condition, arm, rate=0.0, loss=1.6):
     labels = {'condition': condition, 'arm': arm}
     known = dict(name=f'{condition} {arm}', point=f'{condition} {arm}', labels=labels)
     config = {'model': {'mask_documents': True}}
     probe = {'sink_rate_64': rate, 'first_token_attention_documents_from_64': rate / 4}
-    more = dict(finished=True, scale='gpu', config=config, probe=probe.get)
+    more = dict(finished=True, scale='gpu', config=config, probe=probe.get, loss=loss)
     return SimpleNamespace(**known, **more)
 
   points = [
@@ -115,13 +128,16 @@ def test_a_sink_gets_more_seeds_and_its_gate_another_cell():
   baselines = [f'{condition} baseline' for condition in sink.CONDITIONS]
   weak = result('decay0.5-lr8e-3', 'baseline', 0.16)
   assert of() == of(weak) == baselines
-  found = of(weak, result('decay1', 'baseline', 0.4))
-  assert found == [
-    *(f'decay1 {arm}' for arm in ('baseline', 'elementwise', 'headwise')),
-    *(f'decay1 {arm} {k}' for k in '12' for arm in ('baseline', 'elementwise')),
-    'decay0.5-lr8e-3 baseline',
-    'decay0.5-lr8e-3 elementwise',
-  ]
+  strong = result('decay1', 'baseline', 0.4, loss=1.5)
+  gated = [f'decay1 {arm}' for arm in ('baseline', 'elementwise', 'headwise')]
+  cells = 'decay1', 'decay0.5-lr8e-3'
+  more = [f'{cells[1]} baseline', *(f'decay1 baseline {k}' for k in '123')]
+  assert of(weak, strong) == [*gated, *more, f'{cells[1]} elementwise']
+  # The gate's best cell may be another one; it also gets seeds in the baseline's.
+  both = [result(cell, 'elementwise', loss=x) for cell, x in zip(cells, (1.5, 1.4))]
+  seeds = [f'{cell} elementwise {k}' for k in '12' for cell in sorted(cells)]
+  assert sorted(n for n in of(weak, strong, *both) if n in seeds) == sorted(seeds)
+  assert not {*seeds} & {*of(weak, strong, *both[:1])}
   unmasked = 'decay0.5-lr8e-3-unmasked'
   alone = of(weak, result(unmasked, 'baseline', 0.4))
   assert {name.split()[0] for name in alone} == {unmasked}

@@ -389,6 +389,12 @@ def swept(arm, losses, **more):
   return [*runs, made(arm, decay=0.1, loss=1.9, **more)]
 
 
+def test_a_ratio_of_nothing_to_nothing_is_no_figure():
+  [verdict] = row('C15', grid() + gate()).verdicts
+  assert (verdict.status, verdict.figure) == ('open', '–')
+  assert 'no spike to remove' in verdict.reason
+
+
 def test_a_diverged_run_counts_as_uniform_predictions_in_sensitivity():
   losses = {'baseline': [1.5, 1.4, math.nan], 'elementwise': [1.5, 1.4, 1.41]}
   results = [r for arm, own in losses.items() for r in swept(arm, own)]

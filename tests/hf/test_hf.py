@@ -785,7 +785,7 @@ def convert(*args):
 
 @pytest.mark.parametrize(
   'step',
-  [':3', *(pytest.param(s, marks=pytest.mark.full) for s in ('', ':latest', '--step=3'))],
+  ['', *(pytest.param(s, marks=pytest.mark.full) for s in (':3', ':latest', '--step=3'))],
 )
 def test_a_run_is_converted(step, workdir, tmp_path):
   source, params = workdir

@@ -194,7 +194,7 @@ def test_a_step_that_is_removed_is_not_replaced_if_it_was_given_by_number(
     loading.take(f'{folder}:1')
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_a_workdir_in_a_store_is_loaded(remote):
   folder, _ = saved(storage.path(remote), position='sdpa')
   assert gated.load(f'{folder}:1').gates([1, 2, 3]).shape == (2, 4, 3, 8)

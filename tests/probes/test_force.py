@@ -19,7 +19,7 @@ GATES = {
   'out': dict(position='out'),
 }
 EVERY = [
-  name if name in ('elementwise', 'out') else pytest.param(name, marks=pytest.mark.slow)
+  name if name in ('elementwise', 'out') else pytest.param(name, marks=pytest.mark.full)
   for name in GATES
 ]
 

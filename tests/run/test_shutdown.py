@@ -28,11 +28,10 @@ def test_a_signal_is_reported_after_the_step_and_a_later_one_has_no_effect(numbe
       signal.signal(n, handler)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
   'work',
   [
-    'time.sleep(60)',
+    pytest.param('time.sleep(60)', marks=pytest.mark.full),
     # As in XLA's compiler: Python's handlers wait for the end of a call.
     "hashlib.pbkdf2_hmac('sha256', b'', b'', 1 << 30)",
   ],

@@ -84,11 +84,10 @@ def test_weights_are_scaled_so_that_the_largest_logit_would_be_the_limit(kv_head
   assert metrics['qk_clipped'] == 0.5
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
   'where',
   [
-    dict(accum=2),
+    pytest.param(dict(accum=2), marks=pytest.mark.full),
     pytest.param(dict(fsdp=2, tensor=2, context=2), marks=pytest.mark.slow),
   ],
   ids=str,
