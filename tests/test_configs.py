@@ -102,6 +102,7 @@ def test_a_row_builds_at_every_scale_and_says_which_it_is(row, scale):
     assert cfg.paper.added == -1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('row', ADDED)
 def test_a_row_adds_exactly_the_parameters_of_its_formula(row):
   name = row.partition(':')[0]

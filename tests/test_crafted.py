@@ -26,6 +26,7 @@ def outcomes(run_python, tmp_path_factory):
   return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('family', 'case'), CASES)
 def test_it_is_refused(family, case, outcomes):
   found = outcomes[family, case]

@@ -90,6 +90,7 @@ FAST = 'elementwise'  # Of the three gates, in the inner loop.
 GATES = [g if g == FAST else pytest.param(g, marks=pytest.mark.slow) for g in base.GATES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('accum', [1, pytest.param(2, marks=pytest.mark.full)])
 @pytest.mark.parametrize('gate', GATES)
 def test_the_first_losses_have_not_changed(gate, accum):

@@ -31,6 +31,7 @@ def test_every_point_is_a_recipe_that_its_checks_accept(arg):
   assert len({config.digest(repr(point)) for point in points.values()}) == len(points)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scale', ['proxy', 'test'])
 def test_remedies_have_about_the_parameters_of_the_baseline(scale):
   """The FFN makes up for a gate; no remedy adds more than 3%."""

@@ -231,6 +231,7 @@ def test_a_reader_sees_a_complete_file(folder):
   writer.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('store', ['s3', 'gs'])
 def test_upload_and_download_copy_complete_files(store, request, tmp_path):
   remote = f'{request.getfixturevalue(store)}/{tmp_path.name}'
@@ -282,6 +283,7 @@ def test_an_error_of_the_store_is_an_oserror(s3):
     storage.write('s3://UPPER case/x', b'')
 
 
+@pytest.mark.slow
 def test_an_unreachable_store_is_an_oserror(s3):
   story = (
     'from gated import storage\n'

@@ -402,6 +402,7 @@ def test_bad_input_is_refused_by_name(domains, changes, message, tmp_path, monke
   assert not (tmp_path / 'out' / 'manifest.json').exists()
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_sizes_or_one_line_about_the_fault(tmp_path):
   (tmp_path / 'a.txt').write_text('words to read ' * 20)
 

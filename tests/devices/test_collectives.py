@@ -34,6 +34,7 @@ def members(n, level):
 CASES = [(n, level) for n in (1, 2, 4, 8) for level in ('inner', 'outer')]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('n', 'level'), CASES)
 def test_the_collectives_of_a_group_equal_numpy(n, level):
   def run(groups, x):

@@ -70,6 +70,7 @@ FEW = [
 
 
 # Experts on that mesh are looked at in test_moe.py, too.
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('kind', 'gate', 'sizes'),
   [FEW[0], pytest.param(*FEW[1], marks=pytest.mark.slow)],

@@ -238,6 +238,7 @@ def saying(line):
     other.shutdown(socket.SHUT_RDWR)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'line', [b'SSH-2.0-OpenSSH_9.2', b'\0\0\x12\x04\xff', b'{"go": 1}']
 )

@@ -135,6 +135,7 @@ def equal(ours, expected):
   assert [x.tolist() for x in ours] == [x.tolist() for x in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [*FAST, *full(FULL)])
 def test_greedy_tokens_are_those_of_the_model_run_on_whole_rows(name):
   net = small.model_of(**VARIANTS[name])
@@ -143,12 +144,14 @@ def test_greedy_tokens_are_those_of_the_model_run_on_whole_rows(name):
   assert len(np.unique(np.concatenate(ours))) > 3  # Not one token again and again.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['sdpa_gate', 'capacity', *full(['dropless'])])
 def test_a_batch_of_unequal_prompts_gives_what_each_prompt_alone_gives(name):
   net = small.model_of(**VARIANTS[name])
   equal(run(net), [run(net, [prompt])[0] for prompt in PROMPTS])
 
 
+@pytest.mark.slow
 def test_a_draw_depends_on_seed_row_and_position_only():
   net = small.model_of(**GATED)
   options = Sampling(max_tokens=9, top_p=0.9, seed=3)
@@ -178,6 +181,7 @@ def kept_by_hand(logit_V, top_k, top_p):
   return order[: np.searchsorted(total, top_p) + 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('top_k', [0, 1, 5, 99])
 @pytest.mark.parametrize('top_p', [1e-6, 0.31, 0.79, 0.999])
 def test_filters_keep_what_numpy_keeps(top_k, top_p):
@@ -190,6 +194,7 @@ def test_filters_keep_what_numpy_keeps(top_k, top_p):
     np.testing.assert_array_equal(kept_k[: len(expected)], logit_V[expected])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('top_k', 'top_p'), [(0, None), (0, 0.8), (4, None), (6, 0.7)])
 def test_draws_have_the_probabilities_of_the_kept_tokens(top_k, top_p):
   draws = 20_000
@@ -225,6 +230,7 @@ def test_a_text_ends_before_a_stop_string_and_no_further_tokens_are_computed(mon
   assert len(calls) < 64 // 4
 
 
+@pytest.mark.slow
 def test_ids_end_before_the_token_that_completes_a_stop_string():
   ids = [np.frombuffer(b'def f(x):', np.uint8)]
   options = dict(max_tokens=40, temperature=0.7)
@@ -238,6 +244,7 @@ def test_ids_end_before_the_token_that_completes_a_stop_string():
   assert ours.tolist() == whole[: found + 1].tolist()
 
 
+@pytest.mark.slow
 def test_the_end_of_text_ends_a_row_and_no_id_beyond_the_tokenizer_is_drawn():
   net = small.model_of(**GATED)
   token = dataclasses.replace(tokenizer.load('bytes'), vocab=40, eos=-1)
@@ -379,6 +386,7 @@ def test_a_wrong_flag_is_refused_with_its_name(argv, message):
     read_flags(*argv)
 
 
+@pytest.mark.slow
 def test_a_loaded_model_continues_ids():
   run = gated.load('tests/golden/hf_authors_headwise')
   prompts = [[5, 3, 8, 1, 9], [7]]

@@ -52,6 +52,7 @@ def test_prompts_begin_the_longest_documents_of_rows_from_all_domains():
   assert prompts(many) == ['bc'] * 6
 
 
+@pytest.mark.slow
 def test_samples_are_the_continuations_that_generation_gives():
   net = small.model_of(vocab=264)
   ours = sampler(corpus(), ('def f', 'é'))(net)

@@ -103,6 +103,7 @@ def test_an_unmasked_model_is_judged_by_the_first_token_of_its_row(tmp_path):
   assert math.isnan(recipe.first_token_attention(one))
 
 
+@pytest.mark.slow
 def test_every_gated_arm_has_the_parameters_of_its_baseline():
   for scale in ('gpu', 'test'):
     sizes = {}
@@ -140,6 +141,7 @@ def test_the_cheapest_open_claim_comes_first(tmp_path):
   assert order(cheap, dear) == ['dear', 'dear', 'cheap', 'cheap']
 
 
+@pytest.mark.slow
 def test_a_finished_model_is_probed_even_if_its_point_is_no_longer_wanted(tmp_path):
   e = opened(tmp_path, choose=lambda points, results: [points[1].name])
   root = storage.path(tmp_path)

@@ -500,6 +500,7 @@ def world(indifferent=False):
       yield from swept(arm, [loss + 0.02, loss, top], **more)
 
 
+@pytest.mark.slow
 def test_a_world_like_the_papers_supports_every_claim_that_can_be_measured():
   table = ledger.rows([*world()], {'made': [claim.name for claim in CLAIMS]})
   found = {r.claim.name: (r.status, r.reason) for r in table}
@@ -509,6 +510,7 @@ def test_a_world_like_the_papers_supports_every_claim_that_can_be_measured():
   assert rest == dict.fromkeys(rest, ('supported', ''))
 
 
+@pytest.mark.slow
 def test_in_a_world_where_arms_do_not_differ_only_claims_of_no_change_are_supported():
   table = ledger.rows([*world(indifferent=True)], {'made': [c.name for c in CLAIMS]})
   supported = {r.claim.name for r in table if r.status == 'supported'}

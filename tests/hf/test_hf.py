@@ -90,11 +90,13 @@ def copy(tmp_path):
 # Parity.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', MODELS)
 def test_logits_are_those_of_transformers(name):
   assert distance(load(golden(name), dtype='float32'), name) < 1e-4
 
 
+@pytest.mark.slow
 def test_yarn_has_the_logits_of_transformers_in_all_its_forms(copy):
   """Factors of 1, 2, 4 and 8, also after a round trip through our config.json."""
   rope = json.loads((golden('qwen3_yarn') / files.CONFIG).read_text())['rope_parameters']
@@ -249,6 +251,7 @@ def test_a_gate_of_qwen3_next_is_written_in_the_authors_layout(tmp_path):
 # There and back.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name, packing',
   [(name, 'grouped') for name in MODELS]
@@ -321,6 +324,7 @@ def test_a_vector_is_written_in_float32_if_bfloat16_would_round_it(tmp_path):
   assert same(load(tmp_path / 'trained'), params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('granularity', ['headwise', 'elementwise'])
 @pytest.mark.parametrize(
   'compute', ['bfloat16', pytest.param('float32', marks=pytest.mark.full)]
@@ -366,6 +370,7 @@ def test_a_sharded_model_is_read_in_place(name):
   assert not params.embed.table[...].sharding.is_fully_replicated
 
 
+@pytest.mark.slow
 def test_a_trained_gated_model_is_continued_as_by_transformers_4_and_5():
   prompt = list(make_greedy.PROMPT)
   [ours] = gated.load(make_greedy.FOLDER).generate([prompt], max_tokens=32, temperature=0)
@@ -599,6 +604,7 @@ def test_a_model_that_the_other_packing_writes_is_sent_there(changes, lack):
   assert '; --packing=grouped may write it' in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('bias, out_bias', [(True, False), (False, True)])
 def test_biases_of_some_projections_are_zero_in_the_others(bias, out_bias, tmp_path):
   """Qwen3 has one switch for the biases of all four projections."""
@@ -728,6 +734,7 @@ def ready(**gate):
   return dataclasses.replace(cfg, attn=dataclasses.replace(cfg.attn, gate=gate))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('granularity', ['headwise', 'elementwise'])
 def test_a_gate_can_be_added_and_changes_nothing_at_first(granularity):
   start = small.transformer(ready(granularity=granularity))

@@ -142,6 +142,7 @@ def started(*words):
   return weights.find(cfg.init_from, model.abstract(cfg.model), CORPUS, [])
 
 
+@pytest.mark.slow
 def test_wrong_pairs_of_weights_and_model_are_refused_by_their_knobs(theta):
   shapes, start = f'--config.model_from={theta}', f'--config.init_from={theta}'
   none = '--config.model.attn.gate.position=none'

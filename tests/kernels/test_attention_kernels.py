@@ -76,6 +76,7 @@ def attend_by_hand(q, k, v, segments, dy):
   return y, dq, dk, dv
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('kv_heads', 'packed'), [(1, True), (2, False), (2, True), (4, True)]
 )
@@ -178,6 +179,7 @@ def test_splash_names_the_unsupported_case(shape, dtype, opts, message):
     kernels.attend(q, q, q, None, backend='splash', max_segments=8, **opts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('lse', [False, True])
 @pytest.mark.parametrize('backend', ['splash', 'blockwise'])
 def test_a_soft_cap_and_its_gradients_are_the_references(backend, lse):
@@ -231,6 +233,7 @@ def variant(score, visible, normalizer, tau=0.0):
   return weight / weight.sum(-1, keepdims=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cap', [0.0, 1.5])
 @pytest.mark.parametrize('normalizer', kernels.NORMALIZERS)
 def test_normalizers_match_their_formulas(normalizer, cap):
@@ -263,6 +266,7 @@ def draw_qkv(scale=1.0):
   return [jnp.asarray(scale * rng.normal(size=shape(h)), jnp.float32) for h in (H, G, G)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('normalizer', kernels.NORMALIZERS)
 def test_huge_scores_neither_overflow_nor_lose_their_gradient(normalizer):
   def total(q, k, v):
@@ -378,6 +382,7 @@ def test_every_grouped_backend_is_held_to_the_contract():
   assert {p.values[0] for p in GROUPED} == {*kernels.GROUPED, *INTERPRETED}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sizes', SIZES, ids=str)
 @pytest.mark.parametrize(('backend', 'dtype'), GROUPED)
 def test_the_grouped_product_and_its_gradients_are_the_definition(backend, dtype, sizes):

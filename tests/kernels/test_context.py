@@ -71,6 +71,7 @@ MESHES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sizes', MESHES, ids=str)
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_attention_on_a_mesh_is_attention_on_one_device(backend, sizes):

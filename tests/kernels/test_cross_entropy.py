@@ -56,6 +56,7 @@ def assert_loss(ours, exact, tolerance):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('chunk', 'z'), [(1, 0.0), (7, 0.01), (16, 0.01), (48, 0.01), (10_000, 0.01)]
 )
@@ -159,6 +160,7 @@ def on_one_device(vocab):
 FEW = [SHARED[n] for n in (0, 6, 8, 12)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('sizes', 'n', 'vocab'),
   [pytest.param(*s, marks=[] if s in FEW else pytest.mark.full) for s in SHARED],
@@ -184,6 +186,7 @@ def test_a_logit_far_below_zero_is_not_outweighed_by_rows_of_padding(monkeypatch
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('n', [1, 4])
 def test_vocab_loss_of_bfloat16_on_a_mesh_is_summed_in_float32(n, monkeypatch):
   set_inner_size(monkeypatch, n, vocab=16)
@@ -230,6 +233,7 @@ def test_the_inner_size_lets_the_gradient_fit():
   assert cross_entropy.inner_size(collectives.ALONE, 151_936, 2048, 1) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cap', [0.7, 5.0])
 def test_vocab_loss_of_capped_logits_is_the_plain_loss_of_them(cap):
   x, w, targets, weights = problem = loss_problem()

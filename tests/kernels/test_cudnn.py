@@ -38,6 +38,7 @@ def random_rows():
   return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rows', [SEGMENTS, random_rows()], ids=['few', 'random'])
 @pytest.mark.parametrize('spare', [0, 1, 40])
 def test_the_sequences_are_the_runs_of_equal_ids(rows, spare):
@@ -48,6 +49,7 @@ def test_the_sequences_are_the_runs_of_equal_ids(rows, spare):
   assert [*zip(starts.tolist(), sizes.tolist())] == expected + [(rows.size, 0)] * spare
 
 
+@pytest.mark.slow
 def test_numbers_by_token_are_those_by_sequence():
   x_BTH = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, H)), jnp.float32)
   starts, _ = cudnn.sequences(jnp.asarray(SEGMENTS), B * ROOM)
@@ -112,6 +114,7 @@ def stand_in(name, arrays, likes, others, qkv, start_N, size_N, window):
   return [g.reshape(x.shape) for g, x in zip(grads, qkv)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'rooms',
   [
@@ -217,6 +220,7 @@ def test_gradients_say_if_they_are_deterministic(
   assert backward.get('force_deterministic', False) == deterministic
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('window', [0, 7])
 def test_the_call_is_the_one_that_jax_makes(window, hopper):
   """Up to the offsets of keys, which old versions of JAX multiply by H for G."""

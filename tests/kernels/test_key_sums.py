@@ -36,6 +36,7 @@ def inputs(cap):
   return arrays, np.where(seen, e / e.sum(-1, keepdims=True), 0), np.where(seen, score, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cap', [0.0, 3.0])
 def test_the_kernel_gives_the_sums_of_whole_matrices(cap):
   arrays, weight, score = inputs(cap)

@@ -70,6 +70,7 @@ def outcome(arrays, segments, **opts):
   return *out, *grads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'window', [130, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 5, 999))]
 )
@@ -100,6 +101,7 @@ def test_a_window_hides_the_keys_that_are_too_far(backend, window):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'backend',
   [
@@ -130,6 +132,7 @@ def test_blocks_outside_the_window_are_not_visited():
   assert (forward.block_mask > 0).sum() == (backward.block_mask > 0).sum() == needed
 
 
+@pytest.mark.slow
 def test_a_window_in_a_cache_is_the_window_of_whole_rows():
   (q, k, v, _), _ = problem(48)
   whole = kernels.attend(q, k, v, None, backend='reference', max_segments=2, window=7)
@@ -142,6 +145,7 @@ def bf16(x):
   return np.asarray(x, np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', kernels.ROUNDINGS)
 def test_flash_rounding_and_its_repair_are_the_papers_formulas(kind):
   """One row of scores with two equal maxima, one with a single maximum."""

@@ -42,6 +42,7 @@ def sees(built, segments=None):
   return np.abs(slope).max((1, 3)) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('position', ['none', 'value', 'sdpa'])
 def test_a_token_sees_itself_and_all_before_it_and_nothing_after(position):
   built = layer(gate__position=position)
@@ -62,6 +63,7 @@ def test_only_differences_of_positions_matter():
   assert np.abs(run(built) - run(built, positions=2 * np.arange(T)[None])).max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cap', [2.0, pytest.param(0.0, marks=pytest.mark.full)])
 @pytest.mark.parametrize('normalizer', remedies.OVER_SOFTMAX)
 def test_a_layer_in_blocks_is_the_layer(normalizer, cap):
@@ -114,6 +116,7 @@ def test_a_headwise_gate_before_qk_norm_would_indeed_be_cancelled():
   assert np.abs(run(late) - run(ungated)).max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'position', [p for p, at in gate.POSITIONS.items() if at and at.normed]
 )
@@ -236,6 +239,7 @@ def test_a_sink_in_the_denominator_takes_its_share_and_adds_nothing(normalizer):
   np.testing.assert_allclose(run(built)[0], exact, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('values', ['learned', 'zero'])
 @pytest.mark.parametrize('normalizer', ['softmax', 'sink_logit'])
 def test_sink_tokens_are_keys_without_a_position_that_all_tokens_see(values, normalizer):
@@ -274,6 +278,7 @@ def test_a_sink_tokens_share_does_not_depend_on_the_position():
   np.testing.assert_allclose(run(stretched), run(built), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_sinks_gradients_are_those_of_one_softmax_over_everything():
   """No part of q, k or a sink's logit is left without its share of the gradient."""
   built = layer(normalizer='sink_logit', sink_tokens=2, qk_norm=False)

@@ -106,6 +106,7 @@ PLACES = np.array([[*range(5), *range(6), *range(3), *range(2)]], np.int32)
 TOKENS = (10 * DOCUMENTS + PLACES).astype(np.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('layers', ['scan', 'unroll'])
 def test_packing_never_leaks(layers):
   """Neither forward, nor through the gradient of one document's loss."""
@@ -134,6 +135,7 @@ def test_packing_never_leaks(layers):
     assert (np.abs(changed - out).max(-1)[~others] > 0).all()
 
 
+@pytest.mark.slow
 def test_a_packed_document_gets_the_logits_it_gets_alone():
   net = small.model_of(**GATE)
   packed = logits(net, TOKENS, DOCUMENTS, PLACES)
@@ -174,6 +176,7 @@ def scanned():
   return jax.jit(jax.value_and_grad(train_loss))(small.model_of(**GATE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('layers', 'remat'),
   [

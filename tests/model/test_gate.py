@@ -62,6 +62,7 @@ def added(position, granularity, source):
   return scores * (D if source == 'input' else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('position', GATED)
 def test_every_allowed_combination_builds_and_keeps_the_shape_it_gates(position):
   shape = (2, 3, D) if position == 'out' else (2, 3, added(position, 'headwise', ''), K)
@@ -80,6 +81,7 @@ def test_every_allowed_combination_builds_and_keeps_the_shape_it_gates(position)
   assert built == (40 if position == 'out' else 160)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('position', GATED)
 def test_every_gate_adds_exactly_its_own_parameters(position):
   baseline = model.count(model.abstract(small.model_config()))

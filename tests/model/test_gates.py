@@ -112,6 +112,7 @@ def agrees(value, grads):
     assert np.abs(slope).max() > 0, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('run', ['scan', pytest.param('unroll', marks=pytest.mark.full)])
 def test_gates_by_pattern_are_their_formulas_gradients_included(run):
   net = small.filled(model.abstract(small.model_config(**GATES, layers=run)))
@@ -236,6 +237,7 @@ def test_a_jump_opens_at_its_step():
   assert (shares[0][...] == 0).all() and shares[1] is None
 
 
+@pytest.mark.slow
 def test_a_run_resumes_exactly_across_an_opening():
   """Two steps closed, one half open, two open; the state is read back as it is saved."""
   knobs = dict(attn__gate__position='sdpa', attn__gate__opens=(1, 3))
@@ -340,6 +342,7 @@ def updates(count=1, own_decays=None, **knobs):
   return trees.flatten(update), trees.flatten(net)
 
 
+@pytest.mark.slow
 def test_a_gate_has_a_weight_decay_of_its_own():
   (plain, net), (own, _) = updates(), updates(own_decays={'gate': 0.5, 'gate_value': 0})
   rate = {'blocks.attn.gate.weight': 0.5 - 0.1, 'blocks.attn.gate_value.weight': 0 - 0.1}

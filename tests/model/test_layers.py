@@ -85,6 +85,7 @@ def test_initial_weights_have_the_std_asked_for():
   assert abs(float(w[...].mean())) < 0.02 / 50
 
 
+@pytest.mark.slow
 def test_residual_maps_are_drawn_narrower_with_depth_only_when_asked():
   deep = small.transformer(small.model_config(numerics__residual_init='depth')).blocks
   plain = small.transformer(small.model_config()).blocks
@@ -187,6 +188,7 @@ EMBEDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('sizes', 'columns'), EMBEDS, ids=str)
 def test_embed_on_a_mesh_is_that_of_one_device(sizes, columns, monkeypatch):
   monkeypatch.setattr(embedding, 'COLUMNS', columns)
@@ -250,6 +252,7 @@ MORE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('changes', MORE)
 def test_adding_a_parameter_leaves_every_other_initial_value_as_it_was(changes):
   with_it = trees.flatten(small.transformer(small.model_config(**changes)))

@@ -78,6 +78,7 @@ def with_gradients(run, net, x, dy):
   return {'y': value, 'x': grads[1]} | trees.flatten(grads[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('load', LOADS)
 @pytest.mark.parametrize(
   'dispatch', ['dropless', pytest.param('capacity', marks=pytest.mark.slow)]
@@ -249,6 +250,7 @@ def dropless_with_gradients(weights, x, weight, choice, dy):
     return y, *back(dy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('leaning', LEANINGS)
 @pytest.mark.parametrize(
   'sizes',
@@ -438,6 +440,7 @@ def test_a_layer_has_the_experts_parameters_and_no_others():
   assert two - one == 6 * 2 * (3 * 16 * 24 + 16 * 8)
 
 
+@pytest.mark.slow
 def test_the_router_computes_in_float32_whatever_the_model_does():
   cfg = small.model_config(
     moe__experts=8,

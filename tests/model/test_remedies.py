@@ -196,6 +196,7 @@ def test_patterns_choose_the_layers_with_the_normalizer_and_the_window():
   assert net_of('clipped, a window, a fixed V-scale').cfg.normalizer_layers == (0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', MODELS)
 def test_a_remedy_and_its_gradients_are_its_formula(name):
   agrees(name, gradients(name)(net_of(name), BATCH))
@@ -204,6 +205,7 @@ def test_a_remedy_and_its_gradients_are_its_formula(name):
 FEW = list(MODELS)[:1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name', [*FEW, *(pytest.param(n, marks=pytest.mark.full) for n in [*MODELS][1:])]
 )
@@ -247,6 +249,7 @@ def test_a_remedy_has_exactly_the_parameters_of_its_formula(changes, added):
   assert sizes(**changes)['total'] - sizes()['total'] == added
 
 
+@pytest.mark.slow
 def test_initial_values_are_the_papers():
   cfg = small.model_config(
     norm='dyt',
@@ -266,6 +269,7 @@ def test_initial_values_are_the_papers():
   assert (before.scale[...] == 1).all()
 
 
+@pytest.mark.slow
 def test_v_scale_halves_values_of_the_expected_size_and_removes_small_ones():
   """At the start of a standard model |v|^2 is C on average, whatever its width."""
   for width in (64, 512):

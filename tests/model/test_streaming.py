@@ -38,6 +38,7 @@ def by_hand(net, x_TD):
   return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'knobs',
   [
@@ -64,6 +65,7 @@ def test_a_query_sees_its_cache_at_the_positions_in_the_cache(knobs):
     jax.eval_shape(lambda: net.trace(X, angle, None, cache).sdpa)
 
 
+@pytest.mark.slow
 def test_a_window_that_holds_the_row_changes_nothing_and_kept_tokens_help_a_shorter_one():
   """In whole models, whose layers are scanned in two runs."""
   gate = dict(attn__gate__position='sdpa', attn__gate__layers='0')

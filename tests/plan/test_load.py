@@ -60,6 +60,7 @@ def test_a_workdir_gives_model_tokenizer_config_and_step(headwise):
   assert gated.load(folder, step='1').step == gated.load(folder, step=1).step == 1
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_model_and_the_loss_is_theirs(headwise):
   folder, net = headwise
   run = gated.load(folder)
@@ -73,6 +74,7 @@ def test_logits_are_those_of_the_model_and_the_loss_is_theirs(headwise):
   assert run.loss(ids_N) == run.loss(TEXT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name',
   [g if g == 'headwise' else pytest.param(g, marks=pytest.mark.full) for g in GATES],
@@ -108,6 +110,7 @@ def test_gate_scores_are_the_formula(name, tmp_path):
   np.testing.assert_allclose(score[0], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_hugging_face_folder_is_loaded_too():
   run = gated.load('tests/golden/hf_authors_headwise')
   assert run.step is None and run.config['model']['attn']['gate']['position'] == 'sdpa'
@@ -133,6 +136,7 @@ def test_what_cannot_be_loaded_is_refused_with_its_path(headwise, path, message)
   assert path.partition(':')[0] in str(error.value)
 
 
+@pytest.mark.slow
 def test_texts_that_cannot_be_measured_are_refused(headwise, tmp_path):
   run = gated.load(headwise[0])
   with pytest.raises(ValueError, match='at least 2 tokens, but the text has 1'):
@@ -178,6 +182,7 @@ def test_a_step_that_its_run_removes_meanwhile_is_chosen_again(
   assert run.fit(5).model.cfg == run.fit(5).cfg
 
 
+@pytest.mark.slow
 def test_a_step_that_is_removed_is_not_replaced_if_it_was_given_by_number(
   tmp_path, monkeypatch
 ):

@@ -120,6 +120,7 @@ def test_a_plan_describes_a_run_without_running_it():
   assert table['step'].sharding.spec == jax.P()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('nothing_compiled')
 def test_the_train_step_is_lowered_and_not_compiled():
   plan = plans.Plan(small.whole())
@@ -150,6 +151,7 @@ def test_batch_shapes_are_those_of_a_placed_batch():
     assert shape.sharding == array.sharding
 
 
+@pytest.mark.slow
 def test_the_first_state_is_made_where_it_lives_and_is_the_same_on_any_mesh():
   plan = plans.Plan(small.whole(mesh__fsdp=2, mesh__tensor=2, mesh__context=2))
   jax.config.update('jax_disable_most_optimizations', True)
@@ -174,6 +176,7 @@ def test_the_first_state_is_made_where_it_lives_and_is_the_same_on_any_mesh():
   assert len(set(buffers)) == len(buffers)
 
 
+@pytest.mark.slow
 def test_the_evaluation_step_is_the_same_on_any_mesh():
   cfg = small.whole(model__attn__gate__position='sdpa')
   net, batch = small.model_of(attn__gate__position='sdpa'), small.batch(8, 16)

@@ -54,11 +54,13 @@ def dead_with(**changes) -> list[str]:
   return dead(small.whole(**{f'model__{knob}': v for knob, v in changes.items()}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('position', gate.POSITIONS)
 def test_the_gate_of_every_position_reaches_the_loss(position):
   assert dead_with(attn__gate__position=position) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('normalizer', remedies.NORMALIZERS)
 def test_every_parameter_of_every_normalizer_reaches_the_loss(normalizer):
   assert dead_with(attn__normalizer=normalizer) == []
@@ -90,6 +92,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('changes', VARIANTS, ids=str)
 def test_every_parameter_of_every_variant_reaches_the_loss(changes):
   assert dead_with(**dict(attn__gate__position='sdpa') | changes) == []

@@ -230,6 +230,7 @@ def test_maps_that_are_none_are_refused():
     draw('attention', {'run': maps()}, layers=[0, 5])
 
 
+@pytest.mark.slow
 def test_the_same_numbers_give_the_same_files(tmp_path):
   style = pytest.importorskip('gated.probes.style')
   for name in ('first', 'second'):
@@ -263,6 +264,7 @@ def test_the_longest_document_of_the_first_row_is_drawn():
   np.testing.assert_array_equal(ids, batch.tokens[0, start : start + len(ids)])
 
 
+@pytest.mark.slow
 def test_nothing_needs_matplotlib_until_figures_are_drawn():
   code = 'import sys, gated, gated.plan.load; print("matplotlib" in sys.modules)'
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)

@@ -40,6 +40,7 @@ def logits(net):
   return jax.jit(run)(net, BATCH)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', EVERY)
 def test_open_gates_give_the_model_without_a_gate(name):
   plain = small.model_of()
@@ -47,6 +48,7 @@ def test_open_gates_give_the_model_without_a_gate(name):
   np.testing.assert_allclose(logits(forced(gated(name), 'open')), logits(plain), **close)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['headwise', 'out', 'value'])
 def test_closed_gates_give_a_model_without_attention(name):
   plain = small.model_of()
@@ -59,6 +61,7 @@ def test_closed_gates_give_a_model_without_attention(name):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', EVERY)
 def test_a_constant_is_the_score_of_the_chosen_layers_alone(name):
   net = gated(name, depth=3)
@@ -71,6 +74,7 @@ def test_a_constant_is_the_score_of_the_chosen_layers_alone(name):
   assert (np.abs(after[2] - before[2]).max() > 1e-4) == (name != 'parameter')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', EVERY)
 def test_the_mean_is_taken_over_tokens_by_layer_head_and_channel(name):
   net = gated(name)
@@ -142,6 +146,7 @@ def test_wrong_gates_and_layers_are_refused(gate, layers, message):
     forced(gated('headwise'), gate, layers)
 
 
+@pytest.mark.slow
 def test_one_of_several_gates_is_forced_in_the_layers_that_have_it():
   several = dict(attn__gates='value granularity=headwise layers=1,2', depth=3)
   net = gated('elementwise', **several)

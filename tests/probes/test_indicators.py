@@ -183,6 +183,7 @@ MESHES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sizes', MESHES)
 def test_eight_devices_see_what_a_plain_computation_does(sizes):
   # Of a vocabulary that they split unevenly.

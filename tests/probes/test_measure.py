@@ -383,6 +383,7 @@ def test_the_vocabulary_gate_is_the_gate_of_each_token_alone():
   np.testing.assert_allclose(score_VH, score_BTHK[0].mean(-1), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name',
   [

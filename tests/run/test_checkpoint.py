@@ -53,6 +53,7 @@ def saved(tmp_path_factory, state):
   return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'sizes', [dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, context=2)]
 )
@@ -93,6 +94,7 @@ def test_bfloat16_weights_are_restored_exactly(tmp_path):
     assert trees.digest(out.restore(1, like)) == trees.digest(small_state)
 
 
+@pytest.mark.slow
 def test_vectors_that_were_saved_in_bfloat16_are_read_in_float32(tmp_path):
   """Earlier versions kept norm scales and biases in config.model.numerics.weights."""
   old = small.filled(
@@ -373,6 +375,7 @@ ODD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ODD, ids=ascii)
 def test_checkpoints_below_an_odd_name_are_read_back(name, tmp_path):
   home = tmp_path / name
@@ -518,6 +521,7 @@ def test_a_step_under_a_wrong_number_is_skipped(three):
   assert newest(three) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('store', ['s3', pytest.param('gs', marks=pytest.mark.full)])
 def test_a_store_gives_the_same_guarantees_as_a_disk(store, request, tmp_path, caplog):
   where = storage.path(f'{request.getfixturevalue(store)}/{tmp_path.name}/checkpoints')

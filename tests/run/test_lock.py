@@ -93,6 +93,7 @@ def test_the_owner_renews_only_the_beat(workdir):
     assert not held.lost
 
 
+@pytest.mark.slow
 def test_a_living_run_keeps_its_workdir_and_a_killed_one_does_not(
   workdir, spawn_python, caplog
 ):

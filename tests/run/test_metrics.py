@@ -115,6 +115,7 @@ def test_a_step_that_two_writers_recorded_is_kept_once(tmp_path, caplog):
   assert metrics.read(path) == [first[2], *second, record(3, 0.35)]
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_all_complete_records(tmp_path, spawn_python):
   story = (
     'import sys; from gated.run import metrics\n'

@@ -47,6 +47,7 @@ def test_a_stuck_process_prints_all_stacks_and_exits_with_the_code(pulsed):
   assert 'reached the end' not in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('details', 'message'),
   [("raise OSError('no answer')", "OSError('no answer')"), ('time.sleep(60)', '')],
@@ -67,6 +68,7 @@ def test_a_main_thread_that_holds_the_gil_exits_too(pulsed):
   assert 'File "<string>", line 7 in <module>' in done.stderr
 
 
+@pytest.mark.slow
 def test_time_in_which_the_process_is_suspended_does_not_count():
   """The suspension is longer than the timeouts of the thread and the second process."""
   body = "print('ready', flush=True); sys.stdin.readline(); time.sleep(60)"

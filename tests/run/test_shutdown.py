@@ -56,6 +56,7 @@ with shutdown.Sigterm() as sigterm:
   assert done.stderr.count('Ctrl-C: stops after this step') == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_answered_by_the_usual_handler_after_a_run(run_python):
   source = """
 import os, signal

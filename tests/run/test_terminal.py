@@ -27,6 +27,7 @@ with open({path!r}, 'w') as record:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'redirected',
   ['2>&1 | head -n 2', '2>/dev/full', '>/dev/full', '2>&-', '>&- 2>&-', '<&- >&- 2>&-'],

@@ -161,6 +161,7 @@ MAY_NOT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('knob', MAY_NOT)
 @pytest.mark.parametrize('by', ['knob', 'group', 'group.', 'config'])
 def test_knobs_that_change_the_training_are_refused_unless_allowed(knob, by, run, caplog):

@@ -56,6 +56,7 @@ def values(swept, *names):
   return [tuple(p.labels.get(name) for name in names) for p in swept.points]
 
 
+@pytest.mark.slow
 def test_a_sweep_of_6_points_grown_to_10_runs_4(run, capsys):
   small = run(*TINY, *GRID)
   assert len(small.points) == 6 and starts(small) == [1] * 6
@@ -73,6 +74,7 @@ def test_a_sweep_of_6_points_grown_to_10_runs_4(run, capsys):
   assert addition['points'] == [p.name for p in grown.points[6:]]
 
 
+@pytest.mark.slow
 def test_new_values_of_all_axes_are_combined(run):
   run(*TINY, *GRID)
   grown = run('--axis=optim.lr=1e-3,2e-3,4e-3', '--seeds=5')
@@ -82,12 +84,14 @@ def test_new_values_of_all_axes_are_combined(run):
   }
 
 
+@pytest.mark.slow
 def test_an_axis_that_is_not_named_keeps_its_values(run):
   run(*TINY, *GRID)
   grown = run('--axis=optim.lr=2e-3')
   assert values(grown, 'lr', 'seed')[6:] == [('0.002', str(seed)) for seed in range(3)]
 
 
+@pytest.mark.slow
 def test_the_same_values_again_add_nothing(run, capsys):
   small = run(*TINY, *GRID)
   capsys.readouterr()
@@ -95,6 +99,7 @@ def test_the_same_values_again_add_nothing(run, capsys):
   assert 'added' not in capsys.readouterr().out and starts(small) == [1] * 6
 
 
+@pytest.mark.slow
 def test_old_points_get_the_label_of_a_new_axis(run):
   run(*TINY, '--axis=optim.lr=1e-3,4e-3')
   grown = run('--axis=model.attn.qk_norm=True,False')
@@ -110,6 +115,7 @@ def test_old_points_get_the_label_of_a_new_axis(run):
   assert values(more, 'lr', 'qk_norm')[4:] == [('0.002', 'True'), ('0.002', 'False')]
 
 
+@pytest.mark.slow
 def test_only_limits_the_points_that_are_added(run):
   run(*TINY, *GRID)
   grown = run('--seeds=4', '--only=lr=4e-3')
@@ -135,6 +141,7 @@ def test_a_changed_grid_of_the_same_recipe_adds_its_new_points(run, capsys):
   assert starts(grown) == [1] * 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'words, difference',
   [
@@ -162,6 +169,7 @@ def test_points_of_another_recipe_are_refused(words, difference, run, capsys):
   assert re.search(difference, error), error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'words, message',
   [
@@ -178,6 +186,7 @@ def test_a_bad_addition_is_refused_and_nothing_is_written(words, message, run, c
   assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_variant_is_added_to_the_grid_of_its_recipe(run, monkeypatch, capsys):
   recipe = '--config=configs/lr_sweep.py:scale=test,seeds=1'
   some = '--only=lr=0.1,variant=baseline'
@@ -193,6 +202,7 @@ def test_a_variant_is_added_to_the_grid_of_its_recipe(run, monkeypatch, capsys):
   assert {p.labels['variant'] for p in grown.points[len(small.points) :]} == {'sandwich'}
 
 
+@pytest.mark.slow
 def test_a_table_grows_by_seeds_of_its_rows(run):
   run('--config=configs/table4.py:scale=test', '--only=row=baseline')
   grown = run('--seeds=2', '--only=row=g1_headwise')

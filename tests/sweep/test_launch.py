@@ -146,6 +146,7 @@ def shell(s):
       yield text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('on', 'variant'), CASES)
 def test_shellcheck_accepts_every_script(on, variant, shellcheck):
   shellcheck(*shell(submission(on, more=(f'--x={AWKWARD}',), **variant)))
@@ -1035,6 +1036,7 @@ def test_a_dry_run_prints_files_and_commands_and_changes_nothing(
   assert out.endswith(f'\n\nsbatch --parsable {folder}/launch/sweep.sbatch\n')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('on', ['skypilot', 'jobset', 'tpu'])
 def test_a_dry_run_for_a_cloud_prints_a_command_for_each_point(
   on, gs, tmp_path, monkeypatch, capsys

@@ -40,6 +40,7 @@ def section(message: str, heading: str) -> str:
   return message.partition(f'## {heading}')[2].partition('\n## ')[0]
 
 
+@pytest.mark.slow
 def test_every_number_of_the_main_table_follows_from_points_csv(tmp_path):
   seeds = {'baseline': range(4), 'elementwise': range(3), 'stuck': (8, 9)}
   points = [p for v, own in seeds.items() for p in grid([v], seeds=own)]
@@ -361,6 +362,7 @@ def pair(tmp_path, first, second, **options):
   ]
 
 
+@pytest.mark.slow
 def test_several_sweeps_stand_in_one_report(tmp_path, monkeypatch):
   figures = pytest.importorskip('gated.sweep.report.figures')
   monkeypatch.setattr(figures, 'draw', lambda pictures, lines, out: {})

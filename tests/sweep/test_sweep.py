@@ -127,6 +127,7 @@ def test_a_bad_grid_is_refused_before_anything_is_written(message, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'arg, varied',
   [
@@ -159,6 +160,7 @@ def planned(*words):
   return script.planned(*script.parser().parse_known_args(['run', *words]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('recipe', 'points', 'changes'),
   [
@@ -189,6 +191,7 @@ def test_all_points_may_start_from_weights_of_another_function():
   assert all(point.command[-2:] == swept.flags for point in swept.points)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', trained.TABLES)
 @pytest.mark.parametrize('scale', rows.SCALES)
 def test_the_grid_of_a_table_has_its_rows_with_their_published_numbers(name, scale):
@@ -301,6 +304,7 @@ def test_an_interrupt_or_a_read_error_is_one_line(capsys, monkeypatch):
   assert capsys.readouterr().err == 'sweep.py: interrupted\nsweep.py: not yours\n'
 
 
+@pytest.mark.slow
 def test_a_part_of_a_grid_has_the_environment_of_the_whole(tmp_path, monkeypatch, capsys):
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
   monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(4))

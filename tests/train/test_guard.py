@@ -58,6 +58,7 @@ def test_a_bad_knob_is_refused_by_name(changes, message):
 # The guard, in the graph.
 
 
+@pytest.mark.slow
 def test_where_nothing_is_bad_the_numbers_are_those_of_the_optimizer_alone():
   """To the last bit, one operation at a time: a compiler may fuse two programs unlike."""
   tx, plain = guard.guard(TX, knobs()), optax.with_extra_args_support(TX)
@@ -74,6 +75,7 @@ def test_where_nothing_is_bad_the_numbers_are_those_of_the_optimizer_alone():
     assert not any(report[k] for k in ('skipped', 'spikes', 'bad_in_row', 'verdict'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('on_spike', guard.ON_SPIKE)
 @pytest.mark.parametrize('first', [0, 2, 12], ids=['at once', 'warm-up', 'late'])
 @pytest.mark.parametrize('row', [1, 5])
@@ -123,6 +125,7 @@ def test_a_promise_of_finite_updates_changes_no_number():
   assert int(both[0][1].skipped) == 2
 
 
+@pytest.mark.slow
 def test_an_update_that_is_not_finite_is_dropped_though_its_gradient_is():
   """Adam without an eps: 0 / 0 where there is no gradient."""
   tx = guard.guard(optax.adam(1e-2, eps=0.0), knobs())

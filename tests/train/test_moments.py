@@ -14,6 +14,7 @@ from gated.pods.estimate.layout import Layout
 from gated.train import moments, optim
 
 
+@pytest.mark.slow
 def test_rounding_takes_a_neighbour_and_keeps_the_mean():
   x = jnp.full(40_000, 1 + 0.3 * 2**-7, jnp.float32)
   rounded = np.asarray(moments.rounded_at_random(x, jax.random.key(0)), np.float32)
@@ -25,6 +26,7 @@ def test_rounding_takes_a_neighbour_and_keeps_the_mean():
   np.testing.assert_array_equal(same.astype(jnp.float32), exact)
 
 
+@pytest.mark.slow
 def test_a_slow_second_moment_still_moves():
   """By 0.1% a step, which rounding to the nearest would lose."""
   tx = moments.stored(optim.OPTIMIZERS['adamw'](knobs(b2=0.999)))
@@ -44,6 +46,7 @@ def test_a_slow_second_moment_still_moves():
   jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
+@pytest.mark.slow
 def test_updates_are_those_of_float32_moments_up_to_rounding():
   def updates(dtype):
     tx = optim.make(knobs(moments=dtype), steps=50, multipliers={})
@@ -57,6 +60,7 @@ def test_updates_are_those_of_float32_moments_up_to_rounding():
   jax.tree.map(close, narrow, wide)
 
 
+@pytest.mark.slow
 def test_factored_moments_are_a_product_of_means():
   """By hand, for a stack of matrices and a vector."""
   shape, b1, b2 = (3, 128, 256), 0.8, 0.9

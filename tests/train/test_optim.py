@@ -187,6 +187,7 @@ def test_clipping_scales_the_whole_gradient_to_the_norm_asked_for():
   np.testing.assert_allclose(first(9.0, norm / 2), first(0.5, 0.0), rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('changes', 'promised'),
   [
@@ -313,6 +314,7 @@ def test_muon_updates_every_layer_and_expert_as_optax_does_a_matrix(by_muon):
       np.testing.assert_allclose(ours[name], stack, rtol=1e-4, atol=1e-8, err_msg=name)
 
 
+@pytest.mark.slow
 def test_muons_updates_are_as_large_as_asked_for_before_decay_and_multipliers(by_muon):
   changed = layered_updates(name='muon', weight_decay=0.0, multipliers={'gate': 0.25})[0]
   params, lr = trees.flatten(layered(0)), PEAK / WARMUP

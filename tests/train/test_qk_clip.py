@@ -66,6 +66,7 @@ def limit(kv_heads):
   return float(np.median(largest(kv_heads)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kv_heads', [2, pytest.param(4, marks=pytest.mark.full)])
 def test_weights_are_scaled_so_that_the_largest_logit_would_be_the_limit(kv_heads):
   _, plain, _ = trained(kv_heads, 0.0)

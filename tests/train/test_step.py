@@ -95,6 +95,7 @@ def test_the_gradient_norm_is_reported_before_clipping(single):
   np.testing.assert_allclose(given, 1.0, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_accumulation_with_uneven_weights_is_one_batch(single):
   """Micro-batches of 2 rows, whose sums of weights differ by more than two times."""
   first, after = single
@@ -198,6 +199,7 @@ def test_the_first_state_follows_from_the_seed_alone():
   assert int(first.step) == int(first.data_step) == 0
 
 
+@pytest.mark.slow
 def test_vectors_of_bfloat16_weights_learn_and_sums_are_float32():
   """In bfloat16, an update of 3e-4 would leave each norm scale at 1."""
   cfg = small.model_config(numerics__weights='bfloat16', attn__bias=True)

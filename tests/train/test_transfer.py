@@ -91,6 +91,7 @@ def powers(tree):
   return {name: power(leaf) for name, leaf in trees.flatten(tree).items()}
 
 
+@pytest.mark.slow
 def test_every_kind_of_parameter_follows_the_table():
   cfg = small.model_config(**MODEL)
   growth, tree = growth_of(cfg), ones(cfg)
@@ -152,6 +153,7 @@ def test_the_largest_changes_are_named_for_people():
   assert str(growth_of(cfg, base_head_dim=2)).endswith('logits / 4, scores / 2')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('norm', ['rms', 'gated', 'pre_affine'])
 @pytest.mark.parametrize('qk_norm', [True, False])
 def test_folded_multipliers_scale_the_logits_and_the_scores(norm, qk_norm):
