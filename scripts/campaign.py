@@ -47,11 +47,6 @@ def names() -> list[str]:
   return sorted(p.parent.name for p in ROOT.glob('experiments/*/recipe.py'))
 
 
-def everything(scale: str) -> list[result.Result]:
-  """-> the results of all experiments at a scale."""
-  return [r for n in names() for r in result.read_all(storage.path(ROOT), n, scale)]
-
-
 def opened(name: str, scale: str, text: str) -> experiment.Experiment:
   """An experiment's name, a scale and the folder of its text -> Experiment."""
   if name not in names():
@@ -113,7 +108,7 @@ def run(args: argparse.Namespace, experiments: list[experiment.Experiment]) -> i
       whole=args.whole,
       open_claims=lambda e: len(set(e.claims) - decided),
       view=view,
-      others=everything(args.scale),
+      others=result.everywhere(storage.path(ROOT), args.scale),
       keep_checkpoints=args.keep_checkpoints,
     )
     runner = work.runner(room.slots, code)
@@ -155,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       print(f'{len(copied)} results copied; {len(kept)} were here already')
       return 0
     if args.summary:
-      results = everything(args.scale)
+      results = result.everywhere(storage.path(ROOT), args.scale)
       for name in args.experiments or names():
         if args.experiments or any(r.experiment == name for r in results):
           print(summary.write(storage.path(ROOT), name, args.scale, results))

@@ -28,9 +28,7 @@ def rows() -> list[ledger.Row]:
   names = sorted(path.parent.name for path in ROOT.glob('experiments/*/recipe.py'))
   recipes = {n: importlib.import_module(f'experiments.{n}.recipe') for n in names}
   serves = {n: (*r.CLAIMS, *getattr(r, 'SHARED', ())) for n, r in recipes.items()}
-  place = storage.path(ROOT)
-  results = [r for n in names for r in result.read_all(place, n, ledger.SCALE)]
-  return ledger.rows(results, serves)
+  return ledger.rows(result.everywhere(storage.path(ROOT), ledger.SCALE), serves)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

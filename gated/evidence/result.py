@@ -229,6 +229,12 @@ def read_all(root: storage.Path, experiment: str, scale: str) -> list[Result]:
   return [read(place / name) for name in sorted(names) if name.endswith('.json')]
 
 
+def everywhere(root: storage.Path, scale: str) -> list[Result]:
+  """A checkout -> the results of all experiments at a scale."""
+  folders = sorted(root.glob(f'experiments/*/results/{scale}'))
+  return [r for place in folders for r in read_all(root, place.parents[1].name, scale)]
+
+
 def merge(source: storage.Path, root: storage.Path) -> tuple[list[str], list[str]]:
   """Copies the results of another checkout -> the paths copied, and those kept here.
 
