@@ -46,6 +46,8 @@ endif
 
 # Scripts import the package. An editable install has no hash to check.
 editable = $(call install,$(1)) --no-deps --editable .
+# Container images often set this; without it, tests and packages are parsed only once.
+unexport PYTHONDONTWRITEBYTECODE
 pytest = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo check test test-all fast docs sweep text board claims tpu sky rows faults \

@@ -262,6 +262,7 @@ def test_adding_a_parameter_leaves_every_other_initial_value_as_it_was(changes):
     np.testing.assert_array_equal(with_it[name], without[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_no_two_weights_start_alike():
   for changes in MORE:
     leaves = trees.flatten(small.transformer(small.model_config(**changes)))
