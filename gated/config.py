@@ -23,6 +23,7 @@ C = TypeVar('C')
 SINCE: dict[str, Any] = {
   'config.model_from': '',
   'config.model.norm_alpha': [1.0, 1.0],
+  'config.model.numerics.matmul': 'compute',
   'config.model.attn.clip_gamma': -0.03,
   'config.model.attn.clip_zeta': 1.0,
   'config.model.attn.elastic_tau': -1.0,

@@ -484,6 +484,7 @@ RECIPES = dict(
     knob('model__moe__experts', 10**9),
     knob('model__branch_clip', float('-inf')),
     knob('model__numerics__compute', 'object'),
+    knob('model__numerics__matmul', 'float8'),
     knob('optim__lr', float('nan')),
     knob('optim__lr', float('inf')),
     knob('optim__lr', -1.0),

@@ -24,7 +24,11 @@ from gated.model.layers import DTYPES
 __all__ = ['check', 'config', 'is_checkpoint', 'model_knobs', 'read', 'save', 'tokens']
 
 # Knobs that may differ from the initial checkpoint: they have no effect on its weights.
-MAY_DIFFER = ('config.model.numerics.init_std', 'config.model.attn.gate.score')
+MAY_DIFFER = (
+  'config.model.numerics.init_std',
+  'config.model.numerics.matmul',
+  'config.model.attn.gate.score',
+)
 GATES = 'config.model.attn.gate', 'config.model.attn.gates'
 SHARD_BYTES = 2 << 30
 

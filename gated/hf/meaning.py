@@ -41,6 +41,7 @@ WITHOUT_KEY = FIXED_BY_GATE | {
   'remat': 'none',
   'norm_rank': 16,
   'numerics.residual_init': 'plain',
+  'numerics.matmul': 'compute',
   'attn.sink_values': 'learned',
   'attn.switch.experts': 1,
   'attn.switch.top_k': 1,

@@ -1,4 +1,4 @@
-"""Three contracts, each with its backends: attention, grouped matmul, vocabulary loss.
+"""Attention, grouped matmul and vocabulary loss with their backends; products in FP8.
 
 A backend that does not support a case raises NotImplementedError with the reason; 'auto'
 then tries the next one, and logs the choice once.
@@ -20,6 +20,7 @@ from gated.kernels.attention.key_sums import fits as key_sums_fit
 from gated.kernels.attention.largest import largest_scores
 from gated.kernels.attention.rounding import ROUNDINGS
 from gated.kernels.cross_entropy import vocab_loss
+from gated.kernels.fp8 import tensordot as fp8_tensordot
 from gated.kernels.grouped_matmul.contract import GROUPED, check_grouped, grouped_matmul
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
   'attend_lse',
   'check_backend',
   'check_grouped',
+  'fp8_tensordot',
   'grouped_matmul',
   'key_sums',
   'key_sums_fit',

@@ -22,10 +22,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gated import config
+from gated import config, kernels
 
 Axes = Sequence[str | None]
 DTYPES = ('float32', 'bfloat16')
+PRODUCTS = {'compute': jnp.tensordot, 'fp8': kernels.fp8_tensordot}
 # The dtype of norm scales, biases and sink logits. An update is often below 2**-9, the
 # smallest change of a scale of 1 in bfloat16.
 VECTORS = 'float32'
@@ -42,6 +43,9 @@ class Numerics:
   init_std: float  # standard deviation of the initial weights
   residual_init: str  # plain; depth: maps into the residual stream get std / sqrt(2 L)
   norm_eps: float  # added to the mean square in RMSNorm
+  # compute: products of that dtype; fp8: those of attention's projections and of FFNs
+  # round their operands to eight bits (`kernels/fp8.py`)
+  matmul: str = 'compute'
 
   def __post_init__(self):
     config.one_of('config.model.numerics.weights', self.weights, DTYPES)
@@ -49,6 +53,7 @@ class Numerics:
     config.one_of(
       'config.model.numerics.residual_init', self.residual_init, ('plain', 'depth')
     )
+    config.one_of('config.model.numerics.matmul', self.matmul, tuple(PRODUCTS))
     config.at_least('config.model.numerics.init_std', self.init_std, 0.0)
     config.at_least('config.model.numerics.norm_eps', self.norm_eps, 0.0)
 
@@ -104,13 +109,15 @@ class Dense(nnx.Module):
     numerics: Numerics,
   ):
     self.dims_in, self.compute = len(dims_in), numerics.compute
+    self.matmul = numerics.matmul
     shape = (*dims_in, *dims_out)
     self.weight = normal_param(key, shape, axes, std=std, dtype=numerics.weights)
     zeros = jnp.zeros(dims_out, VECTORS)
     self.bias = nnx.Param(zeros, axes=tuple(axes)[len(dims_in) :]) if bias else None
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    y = jnp.tensordot(x, self.weight[...].astype(self.compute), self.dims_in)
+    weight = self.weight[...].astype(self.compute)
+    y = PRODUCTS[self.matmul](x, weight, self.dims_in)
     if self.bias is not None:
       y = y + as_last(self.bias[...].astype(self.compute), y)
     return y
@@ -142,7 +149,8 @@ class GatedNorm(nnx.Module):
   """
 
   def __init__(self, key: jax.Array, dim: int, rank: int, *, numerics: Numerics):
-    dense = functools.partial(Dense, bias=False, numerics=numerics)
+    plain = dataclasses.replace(numerics, matmul='compute')
+    dense = functools.partial(Dense, bias=False, numerics=plain)
     down, up = child_key(key, 'down'), child_key(key, 'up')
     self.rms = RMSNorm(dim, axes=(None,), numerics=numerics)
     std = numerics.init_std

@@ -20,6 +20,7 @@ SAME_FUNCTION = (
   # How a step is computed.
   *(knob for knob in workdir.MAY_CHANGE if knob.startswith('config.model.')),
   'config.model.numerics.compute',
+  'config.model.numerics.matmul',
   'config.model.attn.rounding',
   'config.model.attn.gate.score',
   # Initial values, and how gates learn.

@@ -344,6 +344,15 @@ def test_twice_a_sigmoid_is_written_as_a_sigmoid_and_twice_the_projection(
   assert {n for n in ours if (ours[n] != theirs[n]).any()} == {out}
 
 
+def test_a_model_in_fp8_is_written_and_continued_from_a_checkpoint(tmp_path):
+  params = small.model_of(numerics__matmul='fp8')
+  hf.save(params, tmp_path / 'out')
+  assert hf.config(tmp_path / 'out').numerics.matmul == 'compute'
+  read = trees.flatten(hf.read(tmp_path / 'out', model.abstract(params.cfg)))
+  for name, leaf in trees.flatten(params).items():
+    np.testing.assert_array_equal(read[name], leaf, err_msg=name)
+
+
 def test_a_gates_bias_is_refused_unless_zero(tmp_path):
   params = small.model_of(
     attn__gate__position='sdpa', attn__bias=True, attn__out_bias=True

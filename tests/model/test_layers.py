@@ -280,6 +280,7 @@ def test_no_two_weights_start_alike():
   [
     (dict(numerics__weights='float16'), 'numerics.weights'),
     (dict(numerics__compute='fp32'), 'numerics.compute'),
+    (dict(numerics__matmul='fp4'), 'numerics.matmul'),
     (dict(numerics__init_std=-0.1), 'numerics.init_std'),
     (dict(numerics__norm_eps=-1.0), 'numerics.norm_eps'),
     (dict(numerics__residual_init='deep'), 'numerics.residual_init'),

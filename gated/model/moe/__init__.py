@@ -84,7 +84,8 @@ class MoE(nnx.Module):
   ):
     self.cfg = cfg
     # Router weights and logits are float32 throughout.
-    wide = dataclasses.replace(numerics, weights='float32', compute='float32')
+    dtypes = dict(weights='float32', compute='float32', matmul='compute')
+    wide = dataclasses.replace(numerics, **dtypes)
     router = functools.partial(Dense, std=numerics.init_std, bias=False, numerics=wide)
     shape = (width,), (cfg.experts,)
     self.router = router(child_key(key, 'router'), *shape, axes=('embed', None))
