@@ -142,8 +142,8 @@ def model() -> dict:
       init_std=0.02,  # Megatron's default; unpublished
       residual_init='plain',  # depth: std of branch outputs is divided by sqrt(2 * depth)
       norm_eps=1e-6,
-      # fp8: products of attention's projections and of FFNs in eight bits, on H100 and
-      # later GPUs (docs/recipes.md)
+      # fp8: products of attention's projections and of dense FFNs and shared experts in
+      # eight bits, on GPUs that have them (docs/recipes.md)
       matmul='compute',
     ),
     attn=dict(

@@ -110,6 +110,7 @@ USUAL = {
   'model.tied': 'tie_embeddings tie_word_embeddings',
   'model.remat': 'gradient_checkpointing activation_checkpointing remat_policy',
   'model.numerics.compute': 'dtype compute_dtype precision',
+  'model.numerics.matmul': 'fp8 use_fp8 quantization matmul_precision',
   'model.numerics.weights': 'param_dtype weight_dtype',
   'model.numerics.init_std': 'initializer_range std_init',
   'model.numerics.norm_eps': 'rms_norm_eps layer_norm_eps',

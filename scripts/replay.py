@@ -207,7 +207,8 @@ def replay(run: Replay, rows: int) -> dict:
 def widened(cfg: plans.Config) -> plans.Config:
   """A recipe -> the same recipe in float32, with kernels that support float32."""
   replace = dataclasses.replace
-  numerics = replace(cfg.model.numerics, weights='float32', compute='float32')
+  kinds = dict(weights='float32', compute='float32', matmul='compute')
+  numerics = replace(cfg.model.numerics, **kinds)
   attn, experts = (replace(c, backend='auto') for c in (cfg.model.attn, cfg.model.moe))
   return replace(cfg, model=replace(cfg.model, numerics=numerics, attn=attn, moe=experts))
 

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import small
 from test_train import command, ok
 
 from gated import config, plan, storage
@@ -70,6 +71,13 @@ def test_a_replay_has_the_loss_of_the_run_to_the_last_bit(spiky, run_python):
 
 
 @pytest.mark.slow
+def test_a_replay_in_float32_has_no_rounded_products():
+  cfg = replay.widened(small.whole(model__numerics__matmul='fp8'))
+  assert (
+    cfg.model.numerics.matmul == 'compute' and cfg.model.numerics.compute == 'float32'
+  )
+
+
 def test_a_step_that_is_not_in_spikes_jsonl_is_refused_with_the_steps_that_are(spiky):
   steps = ', '.join(str(event['step']) for event in events(spiky))
   message = refused(spiky, '--step=57')

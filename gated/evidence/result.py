@@ -73,7 +73,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[A
   A knob that the old recipe lacks was added since; at its default it is no difference.
   """
   plain = lambda recipe: json.loads(metrics.dumps(recipe, indent=None))
-  known = config.flatten(old)
+  known = config.flatten(old).keys() | config.SINCE.keys()
   return {
     knob: pair
     for knob, pair in config.differences(plain(old), plain(new)).items()

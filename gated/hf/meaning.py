@@ -33,7 +33,7 @@ ASSUMED = {
   | {'head_dim': 256, 'norm_topk_prob': True, 'partial_rotary_factor': 0.25},
 }
 
-# Knobs without a key in config.json and without an effect on logits: execution,
+# Knobs without a key in config.json and with no effect on logits but rounding: execution,
 # initialization, and details of features that are off in FIXED.
 WITHOUT_KEY = FIXED_BY_GATE | {
   'mask_documents': True,

@@ -36,9 +36,11 @@ def check() -> None:
 def rounded(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
   """x -> (q, scale), with q of a format of eight bits and x about q * scale.
 
-  `scale` is a power of two, float32, for all of x. What is not finite stays so.
+  `scale` is a power of two, float32, for all of x. What is not finite stays so, and does
+  not count in the scale.
   """
-  _, exponent = jnp.frexp(jnp.max(jnp.abs(x)).astype(jnp.float32))
+  size = jnp.where(jnp.isfinite(x), jnp.abs(x), 0)
+  _, exponent = jnp.frexp(jnp.max(size, initial=0).astype(jnp.float32))
   # The largest power of two of the format: 2**8 or 2**15.
   room = math.frexp(float(jnp.finfo(dtype).max))[1] - 1
   # A scale below 2**-126 would be rounded to zero.
@@ -47,7 +49,7 @@ def rounded(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
 
 
 def tensordot(x: jax.Array, w: jax.Array, count: int) -> jax.Array:
-  """`jnp.tensordot(x, w, count)` of rounded operands; its gradients are such as well."""
+  """`jnp.tensordot(x, w, count)` of rounded operands, forward and backward."""
   check()
   return _product(x, w, count)
 
@@ -71,7 +73,7 @@ def _backward(count, kept, dy):
   outs = ws[0].ndim - count
   rows = xs[0].ndim - count
   over_outs = range(dy.ndim - outs, dy.ndim), range(count, ws[0].ndim)
-  # As in NVIDIA's Transformer Engine, only these sum all products in float32.
+  # As in NVIDIA's Transformer Engine, gradients are summed in full float32.
   exactly = jax.lax.Precision.HIGHEST
   dx = _dot(dys, ws, over_outs, dy.dtype, exactly)
   dw = _dot(xs, dys, (range(rows), range(rows)), like.dtype, exactly)

@@ -43,8 +43,8 @@ class Numerics:
   init_std: float  # standard deviation of the initial weights
   residual_init: str  # plain; depth: maps into the residual stream get std / sqrt(2 L)
   norm_eps: float  # added to the mean square in RMSNorm
-  # compute: products of that dtype; fp8: those of attention's projections and of FFNs
-  # round their operands to eight bits (`kernels/fp8.py`)
+  # compute: products of that dtype; fp8: those of attention's projections, dense FFNs
+  # and shared experts round their operands to eight bits (`kernels/fp8.py`)
   matmul: str = 'compute'
 
   def __post_init__(self):

@@ -3,6 +3,7 @@
 T tokens  V vocabulary  L layers  H heads  K head width
 """
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
@@ -108,16 +109,20 @@ class Loaded(Opened):
     """Prompts -> continuations: a string for a string, an int32 array for token ids.
 
     The options are the fields of `evals.Sampling`: max_tokens, temperature, top_k, top_p,
-    stop, seed. ValueError names a prompt or an option that is wrong.
+    stop, seed. ValueError names a prompt or an option that is wrong. Products are not in
+    FP8, whose scales the prompts would share.
     """
+    run = self
+    if self.cfg.numerics.matmul != 'compute':
+      run = self._with(numerics=dataclasses.replace(self.cfg.numerics, matmul='compute'))
     return evals.generate.texts(
       prompts,
       evals.Sampling(**options),
-      cfg=self.cfg,
-      read_model=lambda: self.model,
-      on=self.mesh,
-      read_tokenizer=lambda: self.tokenizer,
-      context=self.length,
+      cfg=run.cfg,
+      read_model=lambda: run.model,
+      on=run.mesh,
+      read_tokenizer=lambda: run.tokenizer,
+      context=run.length,
     )
 
   @functools.cached_property

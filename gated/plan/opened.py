@@ -185,9 +185,13 @@ class Opened:
     return self._with(attn=attn)
 
   def dropless(self) -> Self:
-    """The same model with dropless experts, so that rows do not affect each other."""
+    """The same model as far as rows of a batch do not affect each other.
+
+    Its experts are dropless, and no scale of FP8 is shared.
+    """
     moe = dataclasses.replace(self.cfg.moe, dispatch='dropless')
-    return self._with(moe=moe)
+    numerics = dataclasses.replace(self.cfg.numerics, matmul='compute')
+    return self._with(moe=moe, numerics=numerics)
 
   def stretched(self, spec: str) -> Self:
     """The same model with YaRN, such as '4' or '4,truncate=False'; '' for no change.

@@ -311,6 +311,13 @@ def test_a_knob_that_was_added_since_changes_nothing(tmp_path):
   assert [r.point for r in opened(tmp_path).results] == [one.point]
 
 
+def test_a_later_knob_that_is_missing_has_its_earlier_value():
+  old, new = ({'model': {'numerics': n}} for n in ({}, {'matmul': 'compute'}))
+  assert not result.changes(old, new)
+  new['model']['numerics']['matmul'] = 'fp8'
+  assert result.changes(old, new) == {'config.model.numerics.matmul': ('compute', 'fp8')}
+
+
 def test_a_result_that_is_damaged_or_of_no_point_is_named(tmp_path):
   e = opened(tmp_path)
   path = result.write(storage.path(tmp_path), measured(e.wanted()[0]))

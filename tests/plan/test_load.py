@@ -27,10 +27,10 @@ GATES = {
 }
 
 
-def saved(folder, tokenizer_digest=None, **gate):
+def saved(folder, tokenizer_digest=None, matmul='compute', **gate):
   """A workdir with the steps 1 and 2 of a run that was never trained."""
   knobs = {f'model__attn__gate__{k}': v for k, v in gate.items()}
-  c = small.recipe(model__vocab=264, **knobs)
+  c = small.recipe(model__vocab=264, model__numerics__matmul=matmul, **knobs)
   plan = Plan(config.build(Config, c, 'config'))
   digest = tokenizer_digest or tokenizer.load('bytes').fingerprint
   about = {
@@ -49,6 +49,17 @@ def saved(folder, tokenizer_digest=None, **gate):
 def headwise(tmp_path_factory):
   folder = tmp_path_factory.mktemp('headwise')
   return saved(folder, position='sdpa', granularity='headwise')
+
+
+def test_a_model_in_fp8_generates_and_is_compared_without_it(tmp_path):
+  rounded = gated.load(saved(tmp_path, matmul='fp8')[0])
+  assert rounded.cfg.numerics.matmul == 'fp8'
+  assert rounded.dropless().cfg.numerics.matmul == 'compute'
+  prompts = ['def f(', 'class A:\n']
+  together = rounded.generate(prompts, max_tokens=8, temperature=0)
+  alone = [rounded.dropless().generate([p], max_tokens=8, temperature=0) for p in prompts]
+  assert together == [text for (text,) in alone]
+  assert rounded.loss(TEXT) != rounded.dropless().loss(TEXT)
 
 
 def test_a_workdir_gives_model_tokenizer_config_and_step(headwise):

@@ -26,7 +26,13 @@ STATES = ('finished', 'diverged', 'partial', 'failed', 'absent')
 # The knobs that the report lists; the first three multiply to a run's tokens.
 KNOBS = (
   *('steps', 'batch', 'data.length', 'model.vocab', 'model.depth', 'model.width'),
-  *('model.numerics.compute', 'optim.name', 'optim.schedule', 'optim.warmup'),
+  *(
+    'model.numerics.compute',
+    'model.numerics.matmul',
+    'optim.name',
+    'optim.schedule',
+    'optim.warmup',
+  ),
   *('optim.weight_decay', 'optim.clip'),
 )
 UNLIKE = (
