@@ -95,13 +95,13 @@ PINNED := $(PYTHON) -m pip download --quiet --disable-pip-version-check --no-dep
 CP311 := --only-binary=:all: --implementation=cp --python-version=3.11 \
   --platform=manylinux2014_x86_64 --platform=manylinux_2_28_x86_64
 
-# A source archive by itself: with the whole list, pip also compiles what others need.
+# A source archive by itself: with the whole list, pip also compiles all build backends.
 SOURCE := echo "$$0 $$1" | $(PINNED) --no-binary="$${0%%==*}" -r /dev/stdin
 
 text: .venv/run-$(FROM)
 	test -e data/text/manifest.json || { \
 	  $(PINNED) $(CP311) -r experiments/text/wheels.txt && \
-	  grep == experiments/text/sources.txt | xargs -L 1 -P 4 sh -c '$(SOURCE)' && \
+	  grep == experiments/text/sources.txt | xargs -L 1 -P 6 sh -c '$(SOURCE)' && \
 	  $(BIN)/python scripts/make_text.py --archives=data/archives --out=data/text; }
 	$(BIN)/python scripts/prepare_data.py --out=data/text/dataset --length=1024 \
 	  --tokenizer=bpe:8192 --dedup=none --domain=code=data/text/code \
