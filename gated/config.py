@@ -315,10 +315,15 @@ def flatten(mapping: Mapping, name: str = 'config') -> dict[str, Any]:
 
 
 def dig(mapping: Mapping, knob: str) -> Any:
-  """A nested mapping and a dotted name -> the value; ValueError if it is missing."""
+  """A recipe and a knob without 'config.' -> the value; ValueError if it is missing.
+
+  A knob that was added later has its value in SINCE.
+  """
   value: Any = mapping
   for key in knob.split('.'):
     if not isinstance(value, Mapping) or key not in value:
+      if f'config.{knob}' in SINCE:
+        return SINCE[f'config.{knob}']
       raise ValueError(f'{knob} is missing')
     value = value[key]
   return value

@@ -208,3 +208,11 @@ def test_digest_depends_on_values_and_not_on_order():
   assert config.digest({'a': 1, 'b': 3}) != known
   assert config.digest(small.recipe()) == config.digest(small.recipe())
   assert config.digest(small.recipe(seed=1)) != config.digest(small.recipe())
+
+
+def test_a_knob_that_an_old_recipe_lacks_is_read_as_it_was_then():
+  assert config.dig({'model': {}}, 'model.numerics.matmul') == 'compute'
+  now = {'model': {'numerics': {'matmul': 'fp8'}}}
+  assert config.dig(now, 'model.numerics.matmul') == 'fp8'
+  with pytest.raises(ValueError, match=r'model\.width is missing'):
+    config.dig({'model': {}}, 'model.width')
