@@ -212,7 +212,7 @@ class Setting:
       f'{k["model.depth"]} layers of {k["model.width"]}, '
       f'{"" if k["model.attn.qk_norm"] else "no "}QK-norm, {k["data.length"]} tokens a '
       f'row, {k["batch"]} rows, {k["steps"]} steps, {k["model.numerics.compute"]} '
-      f'{"products in fp8 " if k.get("model.numerics.matmul") == "fp8" else ""}'
+      f'{"with products in fp8 " if k.get("model.numerics.matmul") == "fp8" else ""}'
       f'(setting {self.without(())[:6]})'
     )
 

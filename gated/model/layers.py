@@ -45,7 +45,7 @@ class Numerics:
   norm_eps: float  # added to the mean square in RMSNorm
   # compute: products of that dtype; fp8: those of attention's projections, dense FFNs
   # and shared experts round their operands to eight bits (`kernels/fp8.py`)
-  matmul: str = 'compute'
+  matmul: str
 
   def __post_init__(self):
     config.one_of('config.model.numerics.weights', self.weights, DTYPES)
@@ -56,6 +56,10 @@ class Numerics:
     config.one_of('config.model.numerics.matmul', self.matmul, tuple(PRODUCTS))
     config.at_least('config.model.numerics.init_std', self.init_std, 0.0)
     config.at_least('config.model.numerics.norm_eps', self.norm_eps, 0.0)
+
+  def plain(self) -> 'Numerics':
+    """The same with all products in the compute dtype."""
+    return dataclasses.replace(self, matmul='compute')
 
   def residual_std(self, depth: int) -> float:
     """The init std of the two maps per layer that write to the residual stream."""
@@ -149,8 +153,7 @@ class GatedNorm(nnx.Module):
   """
 
   def __init__(self, key: jax.Array, dim: int, rank: int, *, numerics: Numerics):
-    plain = dataclasses.replace(numerics, matmul='compute')
-    dense = functools.partial(Dense, bias=False, numerics=plain)
+    dense = functools.partial(Dense, bias=False, numerics=numerics.plain())
     down, up = child_key(key, 'down'), child_key(key, 'up')
     self.rms = RMSNorm(dim, axes=(None,), numerics=numerics)
     std = numerics.init_std

@@ -3,7 +3,6 @@
 B batch  T tokens  D width  G KV heads  K head width  E experts
 """
 
-import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -60,10 +59,8 @@ class Switched(nnx.Module):
     axes = ('embed', 'kv_heads', None, 'head_dim')
     project, router = child_key(key, 'project'), child_key(key, 'router')
     self.project = dense(project, (width,), (G, E, K), axes=axes, bias=bias)
-    plain = dataclasses.replace(numerics, matmul='compute')
-    self.router = dense(
-      router, (width,), (G, E), axes=axes[:3], bias=False, numerics=plain
-    )
+    shape = dict(axes=axes[:3], bias=False, numerics=numerics.plain())
+    self.router = dense(router, (width,), (G, E), **shape)
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     score_BTGE = jax.nn.sigmoid(self.router(x_BTD).astype(jnp.float32))

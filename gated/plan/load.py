@@ -3,7 +3,6 @@
 T tokens  V vocabulary  L layers  H heads  K head width
 """
 
-import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
@@ -112,9 +111,8 @@ class Loaded(Opened):
     stop, seed. ValueError names a prompt or an option that is wrong. Products are not in
     FP8, whose scales the prompts would share.
     """
-    run = self
-    if self.cfg.numerics.matmul != 'compute':
-      run = self._with(numerics=dataclasses.replace(self.cfg.numerics, matmul='compute'))
+    numerics = self.cfg.numerics
+    run = self if numerics == numerics.plain() else self._with(numerics=numerics.plain())
     return evals.generate.texts(
       prompts,
       evals.Sampling(**options),

@@ -190,8 +190,7 @@ class Opened:
     Its experts are dropless, and no scale of FP8 is shared.
     """
     moe = dataclasses.replace(self.cfg.moe, dispatch='dropless')
-    numerics = dataclasses.replace(self.cfg.numerics, matmul='compute')
-    return self._with(moe=moe, numerics=numerics)
+    return self._with(moe=moe, numerics=self.cfg.numerics.plain())
 
   def stretched(self, spec: str) -> Self:
     """The same model with YaRN, such as '4' or '4,truncate=False'; '' for no change.

@@ -24,7 +24,12 @@ ALLOWED = {
 }
 GATED = [position for position, at in gate.POSITIONS.items() if at]
 NUMERICS = layers.Numerics(
-  weights='float32', compute='float32', init_std=0.3, residual_init='plain', norm_eps=1e-6
+  weights='float32',
+  compute='float32',
+  init_std=0.3,
+  residual_init='plain',
+  norm_eps=1e-6,
+  matmul='compute',
 )
 
 
@@ -262,6 +267,7 @@ def test_scores_are_float32_while_the_rest_computes_in_bfloat16():
     init_std=0.3,
     residual_init='plain',
     norm_eps=1e-6,
+    matmul='compute',
   )
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, D)), jnp.bfloat16)
   y = jax.ShapeDtypeStruct((2, 3, H, K), jnp.bfloat16)

@@ -300,6 +300,7 @@ NUMERICS = dict(
   init_std=0.02,
   residual_init='plain',
   norm_eps=1e-6,
+  matmul='compute',
 )
 
 

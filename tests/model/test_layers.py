@@ -9,7 +9,9 @@ import small
 from gated.devices import mesh, trees
 from gated.model import embedding, layers
 
-WIDE = dict(weights='float32', init_std=0.5, residual_init='plain', norm_eps=1e-6)
+WIDE = dict(
+  weights='float32', init_std=0.5, residual_init='plain', norm_eps=1e-6, matmul='compute'
+)
 F32 = layers.Numerics(compute='float32', **WIDE)
 BF16 = layers.Numerics(compute='bfloat16', **WIDE)
 rng = np.random.default_rng(0)

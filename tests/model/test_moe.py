@@ -20,7 +20,12 @@ from gated.train import guard, optim, step
 D, F, E, K = 12, 10, 6, 2
 B, T = 4, 16
 NUMERICS = layers.Numerics(
-  weights='float32', compute='float32', init_std=0.3, residual_init='plain', norm_eps=1e-6
+  weights='float32',
+  compute='float32',
+  init_std=0.3,
+  residual_init='plain',
+  norm_eps=1e-6,
+  matmul='compute',
 )
 MOE = dict(model__moe__experts=8, model__moe__top_k=2)
 
