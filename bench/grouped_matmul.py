@@ -3,14 +3,15 @@
   python bench/grouped_matmul.py [--rows=262144 --groups=128 --width=2048 --hidden=768]
 
 Peers in the same run: `torch.nn.functional.grouped_mm` with --torch, tokamax where it is
-installed, a dense batched product of the same size (the cost of even loads), and
-`jax.lax.ragged_dot` with --ragged (on a GPU it needs memory for every matrix on every
-row). Loads are uneven: shares drawn from a Dirichlet distribution. Errors are relative to
-float32, at a 16th of the rows; times are medians in milliseconds of forward, and of
-forward and backward.
+installed, JAX's own Mosaic GPU kernels with --mosaic (for Hopper), a dense batched
+product of the same size (the cost of even loads), and `jax.lax.ragged_dot` with --ragged
+(on a GPU it needs memory for every matrix on every row). Loads are uneven: shares drawn
+from a Dirichlet distribution. Errors are relative to float32, at a 16th of the rows;
+times are medians in milliseconds of forward, and of forward and backward.
 """
 
 import functools
+import importlib
 import importlib.util
 
 import jax
@@ -40,7 +41,32 @@ def with_gradients(product):
   return jax.jit(run)
 
 
-def functions(E, ragged):
+# Rows, columns and terms of a block, and blocks in flight, for --mosaic.
+BLOCKS = (128, 128, 64, 4), (128, 128, 64, 6), (64, 256, 64, 4), (128, 128, 128, 3)
+
+
+def mosaic(rows, columns, terms, steps):
+  """JAX's own Mosaic GPU kernels, which it uses itself in no function -> a product."""
+  package = 'jax.experimental.pallas.ops.gpu'
+  dot = importlib.import_module(f'{package}.ragged_dot_mgpu').ragged_dot
+  outer = importlib.import_module(f'{package}.transposed_ragged_dot_mgpu')
+  block = dict(block_m=rows, block_n=columns, block_k=terms)
+  how = block | dict(max_concurrent_steps=steps, grid_block_n=1)
+
+  @jax.custom_vjp
+  def product(x, w, size):
+    return dot(x, w, group_sizes=size, **how)
+
+  def back(kept, dy):
+    x, w, size = kept
+    dx = dot(dy, w, group_sizes=size, transpose_rhs=True, **how)
+    return dx, outer.transposed_ragged_dot(x, dy, group_sizes=size, **how), None
+
+  product.defvjp(lambda *args: (product(*args), args), back)
+  return product
+
+
+def functions(E, ragged, with_mosaic):
   """Name -> (x, w, sizes) -> y."""
   products = {
     f'ours {name}': functools.partial(kernels.grouped_matmul, backend=name)
@@ -51,6 +77,8 @@ def functions(E, ragged):
   if importlib.util.find_spec('tokamax'):
     product = importlib.import_module('tokamax').ragged_dot
     products['peer tokamax'] = functools.partial(product, implementation='mosaic')
+  if with_mosaic:
+    products |= {f'peer mosaic {"x".join(map(str, b))}': mosaic(*b) for b in BLOCKS}
   if ragged:
     products['peer jax.lax.ragged_dot'] = jax.lax.ragged_dot
   return products
@@ -83,9 +111,8 @@ def torch_times(N, E, A, B):
 
 def main():
   sizes = dict(rows=262_144, groups=128, width=2048, hidden=768)
-  a = timing.options(
-    __doc__, **sizes, dtype='bfloat16', ragged=False, torch=False
-  ).parse_args()
+  flags = dict(ragged=False, torch=False, mosaic=False)
+  a = timing.options(__doc__, **sizes, dtype='bfloat16', **flags).parse_args()
   print(timing.title(vars(a)))
   N, E, A, B = a.rows, a.groups, a.width, a.hidden
   small, big = inputs(N // 16, E, A, B, a.dtype), inputs(N, E, A, B, a.dtype)
@@ -97,7 +124,7 @@ def main():
     print(f'{name:24} {forward:9.2f} {both:9.2f} ms  {rates} TFLOP/s  y dx dw {error}',
           flush=True)  # fmt: skip
 
-  for name, f in functions(E, a.ragged).items():
+  for name, f in functions(E, a.ragged, a.mosaic).items():
     try:
       errors = []
       if 'dense' not in name:  # It ignores the sizes.

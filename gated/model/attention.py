@@ -25,6 +25,7 @@ from gated.model.layers import (
   RMSNorm,
   Yarn,
   child_key,
+  fan_out,
   rope,
 )
 from gated.model.remedies import OVER_SOFTMAX
@@ -187,7 +188,7 @@ class Attention(nnx.Module):
     self.key, self.value = project('key'), project('value')
     outward = dict(axes=('heads', 'head_dim', 'embed'), std=std_out, bias=cfg.out_bias)
     self.out = dense(child_key(key, 'out'), (H, K), (width,), **outward)
-    norm = lambda: RMSNorm(K, axes=('head_dim',), numerics=numerics)
+    norm = lambda: RMSNorm(K, axes=('head_dim',), numerics=numerics, rotated=True)
     self.query_norm = norm() if cfg.qk_norm else None
     self.key_norm = norm() if cfg.qk_norm else None
     make_sinks = functools.partial(
@@ -248,8 +249,9 @@ class Attention(nnx.Module):
     a cache, each token attends to the slots up to its own position, itself included, and
     segments are ignored; the caller stores the new keys and values.
     """
-    unrotated_BTHK, k_BTGK = self._query_and_key(x_BTD, angle_BTk)
-    v_BTGK = self.value(x_BTD)
+    *query_and_key, value_BTD, x_BTD = fan_out(x_BTD, 4)
+    unrotated_BTHK, k_BTGK = self._query_and_key(*query_and_key, x_BTD, angle_BTk)
+    v_BTGK = self.value(value_BTD)
     if self.value_scale is not None:
       v_BTGK = self.value_scale(v_BTGK)
     v_BTGK = self._gated('value', v_BTGK, x_BTD)
@@ -290,13 +292,13 @@ class Attention(nnx.Module):
 
   def query_and_key(self, x_BTD, angle_BTk) -> tuple[jax.Array, jax.Array]:
     """-> (q_BTHK, k_BTGK), the kernel inputs: normed, gated, rotated and scaled."""
-    unrotated_BTHK, k_BTGK = self._query_and_key(x_BTD, angle_BTk)
+    unrotated_BTHK, k_BTGK = self._query_and_key(x_BTD, x_BTD, x_BTD, angle_BTk)
     return self._rotated(unrotated_BTHK, angle_BTk), k_BTGK
 
-  def _query_and_key(self, x_BTD, angle_BTk) -> tuple[jax.Array, jax.Array]:
-    """-> queries before RoPE, which the sinks need, and keys after RoPE."""
-    q_BTHK = self._normed('query', self.query(x_BTD), x_BTD, self.query_norm)
-    k_BTGK = self._normed('key', self.key(x_BTD), x_BTD, self.key_norm)
+  def _query_and_key(self, query_BTD, key_BTD, gate_BTD, angle_BTk):
+    """The input of each product -> queries before RoPE, for the sinks; keys after it."""
+    q_BTHK = self._normed('query', self.query(query_BTD), gate_BTD, self.query_norm)
+    k_BTGK = self._normed('key', self.key(key_BTD), gate_BTD, self.key_norm)
     return q_BTHK, self._rotated(k_BTGK, angle_BTk)
 
   def _rotated(self, x_BTHK, angle_BTk) -> jax.Array:

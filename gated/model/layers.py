@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gated import config, kernels
+from gated.devices import mesh
 
 Axes = Sequence[str | None]
 DTYPES = ('float32', 'bfloat16')
@@ -127,22 +128,56 @@ class Dense(nnx.Module):
     return y
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def fan_out(x: jax.Array, count: int) -> tuple[jax.Array, ...]:
+  """x, `count` times, for the products that read it.
+
+  The gradients are added from the last to the first, each new one on the left. XLA for
+  GPUs adds the right side within the product on the left; in the usual order, that one
+  has a right side already, and the sum becomes a kernel of its own.
+  """
+  return (x,) * count
+
+
+def _fan_in(count, _, gradients):
+  return (functools.reduce(lambda total, new: new + total, reversed(gradients)),)
+
+
+fan_out.defvjp(lambda x, count: ((x,) * count, None), _fan_in)
+
+
 class RMSNorm(nnx.Module):
   """x -> scale * x / sqrt(mean(x^2) + eps), in float32 (arXiv 1910.07467)."""
 
-  def __init__(self, dims: int | tuple[int, ...], *, axes: Axes, numerics: Numerics):
-    """The mean runs over the last dim only; the scale has all of `dims`."""
+  def __init__(
+    self,
+    dims: int | tuple[int, ...],
+    *,
+    axes: Axes,
+    numerics: Numerics,
+    rotated: bool = False,
+  ):
+    """The mean runs over the last dim only; the scale has all of `dims`.
+
+    `rotated` is for what RoPE follows (see `_rms_norm`).
+    """
     self.eps = numerics.norm_eps
+    self.rotated = rotated
     self.scale = nnx.Param(jnp.ones(dims, VECTORS), axes=tuple(axes))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return _rms_norm(x, self.scale[...], self.eps)
+    return _rms_norm(x, self.scale[...], self.eps, self.rotated)
 
 
-@functools.partial(jax.checkpoint, static_argnums=2)
-def _rms_norm(x, scale, eps):
+@functools.partial(jax.checkpoint, static_argnums=(2, 3))
+def _rms_norm(x, scale, eps, rotated):
   z = x.astype(jnp.float32)
-  z *= jax.lax.rsqrt(jnp.mean(jnp.square(z), -1, keepdims=True) + eps)
+  inverse = jax.lax.rsqrt(jnp.mean(jnp.square(z), -1, keepdims=True) + eps)
+  if rotated and mesh.platform() == 'gpu':
+    # Else XLA makes one kernel of the mean and the product. RoPE cannot join it and would
+    # read its result in float32; it can join the product alone.
+    inverse = jax.lax.optimization_barrier(inverse)
+  z *= inverse
   return (z * as_last(scale.astype(jnp.float32), x)).astype(x.dtype)
 
 

@@ -49,6 +49,32 @@ def test_rmsnorm_adds_eps_to_the_mean_square():
   np.testing.assert_allclose(y, 0.5 / np.sqrt(0.5), rtol=1e-6)
 
 
+def test_the_norm_before_rope_computes_its_mean_apart_on_gpus(monkeypatch):
+  make = lambda **how: layers.RMSNorm(8, axes=('head_dim',), numerics=F32, **how)
+  plain, rotated = make(), make(rotated=True)
+  texts = {}
+  # Other shapes for each, since JAX keeps what it traced.
+  for heads, platform in enumerate(('cpu', 'gpu'), 3):
+    monkeypatch.setattr(mesh, 'platform', lambda platform=platform: platform)
+    x, cotangent = (jnp.asarray(normal(2, 5, heads, 8)) for _ in range(2))
+    for name, norm in (('plain', plain), ('rotated', rotated)):
+      y, back = jax.vjp(norm, x)
+      texts[platform, name] = str(jax.make_jaxpr(norm)(x))
+      want, want_back = jax.vjp(plain, x)
+      np.testing.assert_allclose(y, want, rtol=1e-6)
+      np.testing.assert_allclose(back(cotangent)[0], want_back(cotangent)[0], rtol=1e-5)
+  barrier = {key for key, text in texts.items() if 'optimization_barrier' in text}
+  assert barrier == {('gpu', 'rotated')}
+
+
+def test_fan_out_adds_gradients_from_the_last_to_the_first():
+  # In float32, 1e8 + (-1e8 + 1) is 0, and (1e8 - 1e8) + 1 is 1.
+  weights = jnp.asarray([1e8, -1e8, 1.0])
+  total = lambda x: sum(w * y for w, y in zip(weights, layers.fan_out(x, 3)))
+  assert jax.grad(total)(jnp.float32(2.0)) == 0
+  assert total(jnp.float32(2.0)) == sum(w * 2 for w in weights)
+
+
 @pytest.mark.parametrize('bias', [False, True])
 def test_dense_contracts_the_last_dims(bias):
   axes = ('heads', 'head_dim', 'embed')
