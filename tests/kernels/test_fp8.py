@@ -105,18 +105,21 @@ def test_a_product_of_sharded_operands_has_the_scale_of_the_whole():
 
 
 @pytest.mark.parametrize(
-  ('platform', 'capability', 'allowed'),
+  ('platform', 'here', 'capability', 'allowed'),
   [
-    ('tpu', '', False),
-    ('gpu', '8.0', False),
-    ('gpu', '9.0', True),
-    ('gpu', 'gfx942', False),
+    ('tpu', 'tpu', '', False),
+    ('gpu', 'gpu', '8.0', False),
+    ('gpu', 'gpu', '9.0', True),
+    ('gpu', 'gpu', 'gfx942', False),
+    ('gpu', 'cpu', '', True),  # compiled for another machine
+    ('tpu', 'cpu', '', False),
   ],
 )
 def test_devices_without_such_products_are_refused(
-  platform, capability, allowed, monkeypatch
+  platform, here, capability, allowed, monkeypatch
 ):
   monkeypatch.setattr(mesh, 'platform', lambda: platform)
+  monkeypatch.setattr(jax, 'default_backend', lambda: here)
   device = types.SimpleNamespace(compute_capability=capability)
   monkeypatch.setattr(jax, 'devices', lambda: [device])
   if allowed:
