@@ -46,7 +46,7 @@ BLOCKS = (128, 128, 64, 4), (128, 128, 64, 6), (64, 256, 64, 4), (128, 128, 128,
 
 
 def mosaic(rows, columns, terms, steps):
-  """JAX's own Mosaic GPU kernels, which it uses itself in no function -> a product."""
+  """JAX's Mosaic GPU kernels, which no public JAX function calls -> a product."""
   package = 'jax.experimental.pallas.ops.gpu'
   dot = importlib.import_module(f'{package}.ragged_dot_mgpu').ragged_dot
   outer = importlib.import_module(f'{package}.transposed_ragged_dot_mgpu')
@@ -121,7 +121,7 @@ def main():
   def line(name, forward, both, errors=()):
     rates = f'{2 * N * A * B / forward / 1e9:6.0f} {6 * N * A * B / both / 1e9:6.0f}'
     error = ' '.join(f'{e:.1e}' for e in errors)
-    print(f'{name:24} {forward:9.2f} {both:9.2f} ms  {rates} TFLOP/s  y dx dw {error}',
+    print(f'{name:25} {forward:9.2f} {both:9.2f} ms  {rates} TFLOP/s  y dx dw {error}',
           flush=True)  # fmt: skip
 
   for name, f in functions(E, a.ragged, a.mosaic).items():
@@ -132,7 +132,7 @@ def main():
       forward = timing.milliseconds(jax.jit(f), *big[:3])
       line(name, forward, timing.milliseconds(with_gradients(f), *big), errors)
     except Exception as problem:
-      print(f'{name:24} failed: {type(problem).__name__}: {str(problem)[:200]}')
+      print(f'{name:25} failed: {type(problem).__name__}: {str(problem)[:200]}')
   if a.torch:
     del big
     line('peer torch grouped_mm', *torch_times(N, E, A, B))

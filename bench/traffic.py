@@ -5,20 +5,17 @@
 
 XLA compiles the step for one H200, here: that needs JAX's CUDA plugin, from `pip install
 "jax[cuda12]"` in the version of JAX here. The recipe and its overrides are as for
-train_step.py. A kernel's bytes are those of its operands and results, each counted once:
-a part of an array counts as all of it, and the body of a loop is not looked into. No time
-is measured. Without a GPU, XLA cannot try variants of a kernel, so products are cuBLAS's.
+train_step.py. A kernel's bytes are those of its operands and results, each counted once,
+and of a part that it slices, the part; kernels of a loop count as often as they run. No
+time is measured. Without a GPU, XLA cannot try variants of a kernel, so products are
+cuBLAS's.
 """
 
 import argparse
 import collections
 import os
 import re
-
-os.environ['CUDA_VISIBLE_DEVICES'] = ''
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_gpu_enable_triton_gemm=false'
-)
+from typing import NamedTuple
 
 import timing
 from jax._src import xla_bridge
@@ -55,9 +52,20 @@ gpu_device_info {
   block_dim_limit_z: 65535
 }
 """
-# Instructions of a program that run no kernel.
+FLAGS = '--xla_gpu_enable_triton_gemm=false'
+# Instructions that run no kernel.
 FREE = 'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all'
-WIDTH = re.compile(r'\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]')
+PART = 'slice', 'dynamic-slice', 'gather'  # They read a part of their first operand.
+TYPES = re.compile(r'\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]')
+LINE = re.compile(r'^ +(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*)$', re.M)
+
+
+class Instruction(NamedTuple):
+  name: str
+  shape: str  # of the result
+  operation: str
+  operands: list[str]
+  rest: str  # the text after the operands' bracket
 
 
 def devices():
@@ -78,7 +86,7 @@ def devices():
 def size(shape: str) -> int:
   """The text of a shape, or of a tuple of them -> bytes."""
   total = 0
-  for name, bits, dims in WIDTH.findall(shape):
+  for name, bits, dims in TYPES.findall(shape):
     count = 8 if name == 'pred' else int(bits)
     for dim in filter(None, dims.split(',')):
       count *= int(dim)
@@ -86,36 +94,85 @@ def size(shape: str) -> int:
   return total
 
 
+def computations(hlo: str) -> dict[str, list[Instruction]]:
+  """A compiled program -> the instructions of each computation; '' is the whole step."""
+  found = {}
+  for entry, name, body in re.findall(
+    r'^(ENTRY )?%?([\w.-]+) \(.*?\{$(.*?)^\}$', hlo, re.M | re.S
+  ):
+    lines = []
+    for own, shape, operation, rest in LINE.findall(body):
+      operands, _, after = rest.partition(')')
+      lines.append(
+        Instruction(own, shape, operation, re.findall(r'%([\w.-]+)', operands), after)
+      )
+      if operation == 'parameter':
+        lines[-1] = lines[-1]._replace(operands=[operands])
+    found['' if entry else name] = lines
+  return found
+
+
+def moved(one: Instruction, sizes: dict[str, int], body: list[Instruction]) -> int:
+  """The bytes that a kernel reads and writes; of a fusion, `body` is what it fuses."""
+  inside = {i.name: size(i.shape) for i in body}
+  total, written = 0, sizes[one.name]
+  parameters = {i.operands[0]: i.name for i in body if i.operation == 'parameter'}
+  for number, operand in enumerate(one.operands):
+    own = parameters.get(str(number))
+    users = [i for i in body if own in i.operands[:1]]
+    others = [i for i in body if own in i.operands[1:]]
+    if users and not others and all(i.operation in PART for i in users):
+      total += sum(inside[i.name] for i in users)
+    elif len(users) == 1 and not others and users[0].operation == 'dynamic-update-slice':
+      # It writes a part of its first operand, in place.
+      written += inside[users[0].operands[1]] - sizes.get(operand, 0)
+    elif operand not in one.operands[:number]:
+      total += sizes.get(operand, 0)
+  return total + written
+
+
 def kernels(hlo: str):
-  """A compiled program -> (operation, call target, shape of result, bytes) of each."""
-  entry = hlo.partition('\nENTRY ')[2].partition('\n}')[0]
-  line = re.compile(r'^ +(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*)$', re.M)
-  sizes = {}
-  for name, shape, operation, rest in line.findall(entry):
-    sizes[name] = size(shape)
-    if operation not in FREE:
-      operands = set(re.findall(r'%([\w.-]+)', rest.partition('), ')[0]))
-      target = re.search('custom_call_target="([^"]*)"', rest)
-      moved = sizes[name] + sum(sizes.get(o, 0) for o in operands)
-      yield name, target[1] if target else '', re.sub(r'\{[^}]*\}', '', shape), moved
+  """A program -> (names, call target, shape, bytes, times run) of each kernel."""
+  all_of = computations(hlo)
+
+  def walk(lines, times):
+    sizes = {i.name: size(i.shape) for i in lines}
+    for one in lines:
+      attribute = lambda key, one=one: (re.findall(key, one.rest) or [''])[0]
+      if one.operation == 'while':
+        trips = int(attribute(r'"known_trip_count":\{"n":"(\d+)"') or 1)
+        yield from walk(all_of[attribute(r'body=%([\w.-]+)')], times * trips)
+      elif one.operation not in FREE:
+        body = all_of.get(attribute(r'calls=%([\w.-]+)'), [])
+        # A fusion can hold a call and the slices that it reads.
+        calls = [i for i in (one, *body) if 'custom_call_target' in i.rest]
+        target = (
+          re.findall('custom_call_target="([^"]*)"', calls[0].rest) if calls else []
+        )
+        names = [one.name, *(i.name for i in calls)]
+        shape = re.sub(r'\{[^}]*\}', '', one.shape)
+        yield names, ''.join(target), shape, moved(one, sizes, body), times
+
+  yield from walk(all_of[''], 1)
 
 
 def report(hlo: str, top: int) -> None:
   """Prints GB by kind, then of the kernels that move most; equal ones are one line."""
   where, kinds, lines = places(hlo), collections.Counter(), collections.Counter()
-  times = collections.Counter()
-  for name, target, shape, moved in kernels(hlo):
-    own = kind(target or 'fusion', '')
-    kinds[own] += moved
-    label = own, where.get(name) or name, shape
-    lines[label] += moved
-    times[label] += 1
-  for name, moved in kinds.most_common():
-    print(f'{moved / 1e9:9.2f} GB  {name}')
-  for label, moved in lines.most_common(top):
+  counts = collections.Counter()
+  for names, target, shape, bytes_, times in kernels(hlo):
+    place = next(filter(None, map(where.get, names)), names[0])
+    own = kind(target, place) if target else kind(names[0], 'fusion')
+    kinds[own] += times * bytes_
+    lines[own, place, shape] += times * bytes_
+    counts[own, place, shape] += times
+  print(f'{kinds.total() / 1e9:9.2f} GB  in all')
+  for name, bytes_ in kinds.most_common():
+    print(f'{bytes_ / 1e9:9.2f} GB  {name}')
+  for label, bytes_ in lines.most_common(top):
     own, place, shape = label
     what = f'{own:9} {place[:70]:70} {shape[:60]}'
-    print(f'{moved / 1e9:9.3f} GB {times[label]:4} x  {what}')
+    print(f'{bytes_ / 1e9:9.3f} GB {counts[label]:4} x  {what}')
 
 
 def main():
@@ -123,6 +180,9 @@ def main():
   parser.add_argument('recipe', help='configs/RECIPE.py:ARGUMENT')
   parser.add_argument('overrides', nargs=argparse.REMAINDER, help='KNOB=VALUE ...')
   a = parser.parse_args()
+  # XLA reads them when a backend is first used.
+  os.environ['CUDA_VISIBLE_DEVICES'] = ''
+  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {FLAGS}'
   cfg = fitted(recipe(a.recipe, a.overrides), a.documents, float(a.documents))
   try:
     absent = devices()

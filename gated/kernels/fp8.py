@@ -23,9 +23,9 @@ def check() -> None:
   platform = mesh.platform()
   capable = platform == 'cpu'
   if platform == 'gpu' and jax.default_backend() != 'gpu':
-    capable = True  # Compiled for another machine, which will check itself.
+    capable = True  # Compiled for another machine, whose GPUs are not known here.
   elif platform == 'gpu':
-    # AMD's have names there, and other formats of eight bits.
+    # AMD's GPUs have a name there, such as gfx942, and other formats of eight bits.
     capability = str(getattr(jax.devices()[0], 'compute_capability', ''))
     capable = capability[:1].isdigit() and float(capability) >= CAPABLE
   if not capable:

@@ -249,12 +249,13 @@ class Attention(nnx.Module):
     a cache, each token attends to the slots up to its own position, itself included, and
     segments are ignored; the caller stores the new keys and values.
     """
-    *query_and_key, value_BTD, x_BTD = fan_out(x_BTD, 4)
-    unrotated_BTHK, k_BTGK = self._query_and_key(*query_and_key, x_BTD, angle_BTk)
+    query_BTD, key_BTD, value_BTD, gate_BTD = fan_out(x_BTD, 4)
+    inputs = query_BTD, key_BTD, gate_BTD
+    unrotated_BTHK, k_BTGK = self._query_and_key(*inputs, angle_BTk)
     v_BTGK = self.value(value_BTD)
     if self.value_scale is not None:
       v_BTGK = self.value_scale(v_BTGK)
-    v_BTGK = self._gated('value', v_BTGK, x_BTD)
+    v_BTGK = self._gated('value', v_BTGK, gate_BTD)
     # Split like the activations; the backend gathers the keys of its rows.
     k_BTGK = mesh.constrain(k_BTGK, 'batch', 'tokens', 'kv_heads', None)
     v_BTGK = mesh.constrain(v_BTGK, 'batch', 'tokens', 'kv_heads', None)
@@ -286,8 +287,8 @@ class Attention(nnx.Module):
       y_BTHK = self.output_norm(y_BTHK)
     elif self.cfg.output == 'silu':
       y_BTHK = jax.nn.silu(y_BTHK)
-    z_BTHK = self._gated('sdpa', y_BTHK, x_BTD)
-    update_BTD = self._gated('out', self.out(z_BTHK), x_BTD)
+    z_BTHK = self._gated('sdpa', y_BTHK, gate_BTD)
+    update_BTD = self._gated('out', self.out(z_BTHK), gate_BTD)
     return Trace(*qkv, lse_BTH, extra_BTH, y_BTHK, z_BTHK, update_BTD)
 
   def query_and_key(self, x_BTD, angle_BTk) -> tuple[jax.Array, jax.Array]:
@@ -296,7 +297,7 @@ class Attention(nnx.Module):
     return self._rotated(unrotated_BTHK, angle_BTk), k_BTGK
 
   def _query_and_key(self, query_BTD, key_BTD, gate_BTD, angle_BTk):
-    """The input of each product -> queries before RoPE, for the sinks; keys after it."""
+    """Inputs of both products and the gates -> queries before RoPE, keys after it."""
     q_BTHK = self._normed('query', self.query(query_BTD), gate_BTD, self.query_norm)
     k_BTGK = self._normed('key', self.key(key_BTD), gate_BTD, self.key_norm)
     return q_BTHK, self._rotated(k_BTGK, angle_BTk)

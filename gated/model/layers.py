@@ -132,9 +132,10 @@ class Dense(nnx.Module):
 def fan_out(x: jax.Array, count: int) -> tuple[jax.Array, ...]:
   """x, `count` times, for the products that read it.
 
-  The gradients are added from the last to the first, each new one on the left. XLA for
-  GPUs adds the right side within the product on the left; in the usual order, that one
-  has a right side already, and the sum becomes a kernel of its own.
+  The backward pass adds the copies' gradients from the last to the first and writes each
+  sum as `new + total`. XLA for GPUs computes `product + c` in one kernel if the product
+  is on the left. JAX writes `total + new`, which leaves one sum as a kernel of its own.
+  Forward-mode differentiation is not supported.
   """
   return (x,) * count
 
@@ -159,7 +160,7 @@ class RMSNorm(nnx.Module):
   ):
     """The mean runs over the last dim only; the scale has all of `dims`.
 
-    `rotated` is for what RoPE follows (see `_rms_norm`).
+    `rotated`: RoPE follows this norm (see `_rms_norm`).
     """
     self.eps = numerics.norm_eps
     self.rotated = rotated
@@ -174,8 +175,8 @@ def _rms_norm(x, scale, eps, rotated):
   z = x.astype(jnp.float32)
   inverse = jax.lax.rsqrt(jnp.mean(jnp.square(z), -1, keepdims=True) + eps)
   if rotated and mesh.platform() == 'gpu':
-    # Else XLA makes one kernel of the mean and the product. RoPE cannot join it and would
-    # read its result in float32; it can join the product alone.
+    # Without the barrier XLA computes the mean and the product in one kernel and writes
+    # float32, which RoPE reads back. With it, RoPE joins the product's kernel.
     inverse = jax.lax.optimization_barrier(inverse)
   z *= inverse
   return (z * as_last(scale.astype(jnp.float32), x)).astype(x.dtype)

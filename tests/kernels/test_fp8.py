@@ -115,7 +115,7 @@ def test_a_product_of_sharded_operands_has_the_scale_of_the_whole():
     ('tpu', 'cpu', '', False),
   ],
 )
-def test_devices_without_such_products_are_refused(
+def test_known_devices_without_such_products_are_refused(
   platform, here, capability, allowed, monkeypatch
 ):
   monkeypatch.setattr(mesh, 'platform', lambda: platform)

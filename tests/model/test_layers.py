@@ -1,5 +1,7 @@
 """The small parts, against NumPy in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,12 +69,27 @@ def test_the_norm_before_rope_computes_its_mean_apart_on_gpus(monkeypatch):
   assert barrier == {('gpu', 'rotated')}
 
 
-def test_fan_out_adds_gradients_from_the_last_to_the_first():
-  # In float32, 1e8 + (-1e8 + 1) is 0, and (1e8 - 1e8) + 1 is 1.
-  weights = jnp.asarray([1e8, -1e8, 1.0])
-  total = lambda x: sum(w * y for w, y in zip(weights, layers.fan_out(x, 3)))
-  assert jax.grad(total)(jnp.float32(2.0)) == 0
-  assert total(jnp.float32(2.0)) == sum(w * 2 for w in weights)
+def test_fan_out_adds_each_new_gradient_on_the_left():
+  def total(spread, x, weights):
+    return sum(w * y for w, y in zip(weights, spread(x, len(weights))))
+
+  def sums(spread):
+    """The operands of the gradient's sums: 'total' for the one before."""
+    own = jax.make_jaxpr(jax.grad(functools.partial(total, spread)))
+    added, totals = [], set()
+    for e in own(jnp.float32(2.0), weights).eqns:
+      if e.primitive.name in ('add', 'add_any') and e.outvars[0].aval.shape == ():
+        added.append(['total' if str(v) in totals else 'new' for v in e.invars])
+        totals.add(str(e.outvars[0]))
+    return added[-2:]
+
+  weights = [jnp.float32(w) for w in (1e8, -1e8, 1.0)]
+  plain = lambda x, count: (x,) * count
+  assert sums(plain)[-1] == ['total', 'new']
+  assert sums(layers.fan_out) == [['new', 'new'], ['new', 'total']]
+  # From the last to the first, as in JAX: -1e8 + 1 is -1e8 in float32.
+  for spread in plain, layers.fan_out:
+    assert jax.grad(functools.partial(total, spread))(jnp.float32(2.0), weights) == 0
 
 
 @pytest.mark.parametrize('bias', [False, True])
