@@ -64,7 +64,7 @@ class Instruction(NamedTuple):
   name: str
   shape: str  # of the result
   operation: str
-  operands: list[str]
+  operands: list[str]  # names; of a parameter, its number
   rest: str  # the text after the operands' bracket
 
 
@@ -103,11 +103,8 @@ def computations(hlo: str) -> dict[str, list[Instruction]]:
     lines = []
     for own, shape, operation, rest in LINE.findall(body):
       operands, _, after = rest.partition(')')
-      lines.append(
-        Instruction(own, shape, operation, re.findall(r'%([\w.-]+)', operands), after)
-      )
-      if operation == 'parameter':
-        lines[-1] = lines[-1]._replace(operands=[operands])
+      operands = re.findall(r'[\w.-]+', operands)
+      lines.append(Instruction(own, shape, operation, operands, after))
     found['' if entry else name] = lines
   return found
 

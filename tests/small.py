@@ -73,6 +73,10 @@ def gate_config(**changes) -> gate.Config:
   return _part(gate.Config, 'model__attn__gate', changes)
 
 
+def numerics(**changes) -> layers.Numerics:
+  return _part(layers.Numerics, 'model__numerics', changes)
+
+
 def optim_config(**changes) -> optim.Config:
   return _part(optim.Config, 'optim', changes)
 

@@ -10,14 +10,7 @@ from gated.devices import trees
 from gated.model import attention, gate, layers, remedies
 
 D, T = 16, 7
-NUMERICS = layers.Numerics(
-  weights='float32',
-  compute='float32',
-  init_std=0.3,
-  residual_init='plain',
-  norm_eps=1e-6,
-  matmul='compute',
-)
+NUMERICS = small.numerics()
 X = jnp.asarray(np.random.default_rng(0).normal(size=(1, T, D)), jnp.float32)
 
 

@@ -10,7 +10,7 @@ import small
 
 from gated import model
 from gated.devices import trees
-from gated.model import attention, gate, layers
+from gated.model import attention, gate
 from gated.train import optim
 
 D, H, G, K = 16, 4, 2, 8
@@ -23,14 +23,7 @@ ALLOWED = {
   'source': ('input', 'parameter'),
 }
 GATED = [position for position, at in gate.POSITIONS.items() if at]
-NUMERICS = layers.Numerics(
-  weights='float32',
-  compute='float32',
-  init_std=0.3,
-  residual_init='plain',
-  norm_eps=1e-6,
-  matmul='compute',
-)
+NUMERICS = small.numerics()
 
 
 def combinations(*fields):
@@ -261,14 +254,7 @@ def test_a_headwise_gate_is_an_elementwise_one_with_equal_channels(heads):
 
 
 def test_scores_are_float32_while_the_rest_computes_in_bfloat16():
-  low = layers.Numerics(
-    weights='float32',
-    compute='bfloat16',
-    init_std=0.3,
-    residual_init='plain',
-    norm_eps=1e-6,
-    matmul='compute',
-  )
+  low = small.numerics(compute='bfloat16')
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, D)), jnp.bfloat16)
   y = jax.ShapeDtypeStruct((2, 3, H, K), jnp.bfloat16)
   for fields in combinations('granularity', 'heads', 'activation', 'source'):

@@ -290,18 +290,10 @@ def test_a_run_resumes_exactly_across_an_opening():
 def made(**fields):
   cfg = small.gate_config(**dict(position='sdpa') | fields)
   sizes = dict(width=512, heads=4, kv_heads=2, head_dim=8)
-  key, numerics = jax.random.key(0), layers.Numerics(**NUMERICS)
-  return gate.Gate(cfg, key, **sizes, numerics=numerics)
+  return gate.Gate(cfg, jax.random.key(0), **sizes, numerics=NUMERICS)
 
 
-NUMERICS = dict(
-  weights='float32',
-  compute='bfloat16',
-  init_std=0.02,
-  residual_init='plain',
-  norm_eps=1e-6,
-  matmul='compute',
-)
+NUMERICS = small.numerics(compute='bfloat16', init_std=0.02)
 
 
 def test_scores_in_the_compute_dtype_are_rounded_to_it():

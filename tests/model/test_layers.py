@@ -11,11 +11,8 @@ import small
 from gated.devices import mesh, trees
 from gated.model import embedding, layers
 
-WIDE = dict(
-  weights='float32', init_std=0.5, residual_init='plain', norm_eps=1e-6, matmul='compute'
-)
-F32 = layers.Numerics(compute='float32', **WIDE)
-BF16 = layers.Numerics(compute='bfloat16', **WIDE)
+F32 = small.numerics(init_std=0.5)
+BF16 = small.numerics(init_std=0.5, compute='bfloat16')
 rng = np.random.default_rng(0)
 
 
@@ -46,7 +43,7 @@ def test_rmsnorm_takes_its_statistics_in_float32(dtype):
 
 
 def test_rmsnorm_adds_eps_to_the_mean_square():
-  numerics = layers.Numerics(compute='float32', **WIDE | {'norm_eps': 0.25})
+  numerics = small.numerics(norm_eps=0.25)
   y = layers.RMSNorm(4, axes=('embed',), numerics=numerics)(jnp.full((1, 4), 0.5))
   np.testing.assert_allclose(y, 0.5 / np.sqrt(0.5), rtol=1e-6)
 

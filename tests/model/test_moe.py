@@ -13,20 +13,13 @@ import small
 
 from gated import model
 from gated.devices import mesh, trees
-from gated.model import layers, moe
+from gated.model import moe
 from gated.plan import Plan
 from gated.train import guard, optim, step
 
 D, F, E, K = 12, 10, 6, 2
 B, T = 4, 16
-NUMERICS = layers.Numerics(
-  weights='float32',
-  compute='float32',
-  init_std=0.3,
-  residual_init='plain',
-  norm_eps=1e-6,
-  matmul='compute',
-)
+NUMERICS = small.numerics()
 MOE = dict(model__moe__experts=8, model__moe__top_k=2)
 
 
