@@ -16,7 +16,7 @@ import collections
 import jax
 import jax.numpy as jnp
 import timing
-from train_step import recipe, variants
+from train_step import recipe_or_exit, variants
 
 from gated import kernels, model
 from gated.devices import trees
@@ -88,7 +88,7 @@ def main():
   common, groups = variants(a.overrides)
   print(timing.title(' '.join([a.recipe, *common])))
   for group in groups:
-    cfg, total = recipe(a.recipe, common + group), 0.0
+    cfg, total = recipe_or_exit(parser, a.recipe, common + group), 0.0
     print(' '.join(group) or 'no override')
     for (name, *shape), times in products(cfg).items():
       ms = product_ms(*shape)

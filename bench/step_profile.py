@@ -18,7 +18,7 @@ import tempfile
 import jax
 import numpy as np
 import timing
-from train_step import random_batch, recipe
+from train_step import random_batch, recipe_or_exit
 
 from gated.devices import mesh
 from gated.plan import Plan
@@ -113,7 +113,8 @@ def main():
   parser.add_argument('recipe', help='configs/RECIPE.py:ARGUMENT')
   parser.add_argument('overrides', nargs=argparse.REMAINDER, help='KNOB=VALUE ...')
   a = parser.parse_args()
-  cfg = fitted(recipe(a.recipe, a.overrides), a.documents, float(a.documents))
+  cfg = recipe_or_exit(parser, a.recipe, a.overrides)
+  cfg = fitted(cfg, a.documents, float(a.documents))
   plan = Plan(cfg)
   step = plan.train_step().compile()
   rng = np.random.default_rng(0)

@@ -21,7 +21,7 @@ import timing
 from jax._src import xla_bridge
 from jax.experimental import topologies
 from step_profile import kind, places
-from train_step import recipe
+from train_step import recipe_or_exit
 
 from gated.plan import Plan
 from gated.plan.prepare import fitted
@@ -180,7 +180,8 @@ def main():
   # XLA reads them when a backend is first used.
   os.environ['CUDA_VISIBLE_DEVICES'] = ''
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {FLAGS}'
-  cfg = fitted(recipe(a.recipe, a.overrides), a.documents, float(a.documents))
+  cfg = recipe_or_exit(parser, a.recipe, a.overrides)
+  cfg = fitted(cfg, a.documents, float(a.documents))
   try:
     absent = devices()
   except NotImplementedError as problem:

@@ -45,6 +45,14 @@ def recipe(spec, overrides):
   return config.build(Config, c.to_dict(), 'config')
 
 
+def recipe_or_exit(parser, spec, overrides):
+  """As `recipe`; a wrong one ends the program with one line."""
+  try:
+    return recipe(spec, overrides)
+  except (ValueError, ImportError, KeyError) as problem:
+    parser.error(f'{" ".join([spec, *overrides])}: {problem}')
+
+
 def _literal(text):
   try:
     return ast.literal_eval(text)
